@@ -1,0 +1,1 @@
+"""The operations under `SparseLinear`. Here in plain PyTorch, correct on any device."""

@@ -1,0 +1,96 @@
+"""What is known of one architecture: which linears can be sparse, what they read, how it samples."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Role = Literal["attention-in", "attention-out", "mlp-up", "mlp-down", "single-out", "linear"]
+Stream = Literal["image", "text", "joint"]
+TextRows = tuple[int, int | None] | None
+
+# Roles whose groups are strided by default: their groups then span different heads.
+STRIDED_ROLES: tuple[Role, ...] = ("attention-out", "single-out")
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Candidates by name.
+
+    pattern : name with `*` for the block index.
+    role, stream : what the layer does and whose tokens it sees.
+    reads : layers of one block with the same label read the same tensor.
+    attention_part : the input is [attention output | MLP], the first part as wide as the layer's output.
+    """
+
+    pattern: str
+    role: Role
+    stream: Stream = "image"
+    reads: str | None = None
+    attention_part: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One linear layer that can be sparse.
+
+    name : dotted name in the model.
+    block : dotted name of the repeated block it belongs to.
+    reads : key shared by all layers that read the same tensor as this one.
+    parts : parts of the input inside which groups are strided.
+    """
+
+    name: str
+    block: str
+    role: Role
+    stream: Stream
+    reads: str
+    parts: int | tuple[int, ...] = 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture. `rules` may be replaced by a function of the model (the generic rule).
+
+    class_name : the model's class name.
+    descending : whether the `timestep` argument falls while sampling.
+    text_rows : maps the model's call (argument name -> value) to the range of text tokens in joint blocks.
+    """
+
+    class_name: str
+    rules: tuple[LayerRule, ...]
+    descending: bool = True
+    timestep_argument: str = "timestep"
+    text_rows: Callable[[dict[str, Any]], TextRows] | None = None
+    find: Callable[[nn.Module], list[Candidate]] | None = None
+
+    def candidates(self, model: nn.Module) -> list[Candidate]:
+        """Layers of `model` that can be sparse, in the model's own order."""
+        if self.find is not None:
+            return self.find(model)
+        found = []
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            for rule in self.rules:
+                if not fnmatch.fnmatchcase(name, rule.pattern):
+                    continue
+                block = ".".join(name.split(".")[:2])
+                parts: int | tuple[int, ...] = 1
+                if rule.attention_part:
+                    parts = (module.out_features, module.in_features - module.out_features)
+                reads = f"{block}.{rule.reads}" if rule.reads else name
+                found.append(Candidate(name, block, rule.role, rule.stream, reads, parts))
+                break
+        return found
+
+    def call_arguments(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of one call of `model`, by name."""
+        return dict(inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments)

@@ -1,0 +1,124 @@
+"""From a recipe and a model to what happens to each of its linear layers."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from rtlynx.kernels.ops import Norm
+from rtlynx.models.architecture import STRIDED_ROLES, Architecture, Candidate
+from rtlynx.models.flux import FLUX
+from rtlynx.models.generic import GENERIC
+from rtlynx.models.qwen_image import QWEN_IMAGE
+from rtlynx.models.z_image import Z_IMAGE
+from rtlynx.pattern import Pattern
+from rtlynx.recipe import Recipe
+
+ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, QWEN_IMAGE, Z_IMAGE)}
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """What is known of `model` by its class (or a base class), else the generic rule."""
+    for base in type(model).__mro__:
+        if base.__name__ in ARCHITECTURES:
+            return ARCHITECTURES[base.__name__]
+    return GENERIC
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one candidate. `dense_reason` is None where it turns sparse."""
+
+    candidate: Candidate
+    in_features: int
+    out_features: int
+    pattern: Pattern
+    norm: Norm
+    rank: int
+    text_rows_dense: bool
+    dense_reason: str | None
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+    def dense(self, reason: str) -> LayerPlan:
+        """The same layer, left dense."""
+        return replace(self, dense_reason=reason)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision for every candidate layer of a model."""
+
+    recipe: Recipe
+    architecture: Architecture
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def sparse(self) -> tuple[LayerPlan, ...]:
+        """The layers that turn sparse, in model order."""
+        return tuple(layer for layer in self.layers if layer.dense_reason is None)
+
+    def leave_dense(self, reasons: dict[str, str]) -> Plan:
+        """The same plan with further layers left dense (name -> reason)."""
+        layers = (
+            layer.dense(reasons[layer.name]) if layer.name in reasons else layer for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
+
+def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
+    """Decide for every candidate layer of `model`.
+
+    Raises
+    ------
+    ValueError
+        If the model has no linear layer that could be sparse, or a `skip` pattern matches none.
+    """
+    architecture = architecture_of(model)
+    candidates = architecture.candidates(model)
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no linear layers that can be made sparse")
+    for glob in recipe.skip:
+        if not fnmatch.filter([candidate.name for candidate in candidates], glob):
+            raise ValueError(f"skip pattern {glob!r} matches no layer of {type(model).__name__}")
+    if recipe.text_rows == "dense" and architecture.text_rows is None and _has_joint(candidates):
+        raise ValueError(f"where the text rows of {type(model).__name__} are is not known")
+    modules: dict[str, Any] = dict(model.named_modules())
+    layers = tuple(_plan_layer(modules[candidate.name], candidate, recipe) for candidate in candidates)
+    return Plan(recipe, architecture, layers)
+
+
+def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> LayerPlan:
+    pattern = _pattern_for(candidate, recipe)
+    reason = pattern.misfit(linear.in_features)
+    if reason is None and candidate.stream == "text" and recipe.text_stream == "dense":
+        reason = "text stream"
+    if reason is None:
+        glob = next((glob for glob in recipe.skip if fnmatch.fnmatchcase(candidate.name, glob)), None)
+        reason = f"skipped by {glob!r}" if glob else None
+    return LayerPlan(
+        candidate,
+        linear.in_features,
+        linear.out_features,
+        pattern,
+        recipe.layer_norm,
+        recipe.rank_for(linear.in_features),
+        recipe.text_rows == "dense" and candidate.stream == "joint",
+        reason,
+    )
+
+
+def _pattern_for(candidate: Candidate, recipe: Recipe) -> Pattern:
+    strided = recipe.grouping == "strided" or (recipe.grouping == "auto" and candidate.role in STRIDED_ROLES)
+    if not strided:
+        return Pattern(recipe.n, recipe.m)
+    return Pattern(recipe.n, recipe.m, "strided", candidate.parts)
+
+
+def _has_joint(candidates: list[Candidate]) -> bool:
+    return any(candidate.stream == "joint" for candidate in candidates)

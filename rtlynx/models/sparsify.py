@@ -1,0 +1,168 @@
+"""Make a model sparse and dense again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rtlynx.context import SharedInput, SparseContext, StepTracker
+from rtlynx.linear import SparseLinear
+from rtlynx.models.plan import Plan, make_plan
+from rtlynx.recipe import Recipe
+
+# Attribute of a sparse model that holds its `SparseState`.
+_STATE = "_rtlynx"
+
+
+class ModelHook:
+    """Forward pre-hook of a sparse model: keeps its layers' context right for every call."""
+
+    def __init__(self, plan: Plan, context: SparseContext) -> None:
+        self.plan = plan
+        self.context = context
+        self.steps = StepTracker(plan.architecture.descending)
+
+    @property
+    def needed(self) -> bool:
+        """Whether any option of the recipe depends on the call."""
+        return self.plan.recipe.dense_steps > 0 or self.plan.recipe.text_rows == "dense"
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        architecture, recipe = self.plan.architecture, self.plan.recipe
+        call = architecture.call_arguments(model, args, kwargs)
+        if recipe.text_rows == "dense" and architecture.text_rows is not None:
+            self.context.text_rows = architecture.text_rows(call)
+        if recipe.dense_steps:
+            timestep = call.get(architecture.timestep_argument)
+            if timestep is None:
+                raise ValueError(
+                    f"dense_steps needs the model's {architecture.timestep_argument!r} argument, which this "
+                    f"call of {type(model).__name__} lacks"
+                )
+            self.context.dense_step = self.steps.update(timestep) < recipe.dense_steps
+
+
+@dataclass
+class SparseState:
+    """What rtlynx did to a model; kept on the model."""
+
+    plan: Plan
+    context: SparseContext
+    hook: Any = None
+
+
+def target_model(model_or_pipeline: Any) -> nn.Module:
+    """The module to work on: the module itself, or a diffusers pipeline's transformer.
+
+    Raises
+    ------
+    TypeError
+        If there is neither.
+    """
+    if isinstance(model_or_pipeline, nn.Module):
+        return model_or_pipeline
+    transformer = getattr(model_or_pipeline, "transformer", None)
+    if isinstance(transformer, nn.Module):
+        return transformer
+    raise TypeError(
+        f"expected a torch module or a diffusers pipeline with a transformer, "
+        f"got {type(model_or_pipeline).__name__}"
+    )
+
+
+def state_of(model: nn.Module) -> SparseState | None:
+    """The record that `sparsify` left on `model`, or None where the model is dense."""
+    return getattr(model, _STATE, None)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """Name -> layer of the sparse layers of `model`, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
+    """Make a model's linear layers sparse, in place and at once, without calibration.
+
+    Parameters
+    ----------
+    model_or_pipeline : nn.Module or diffusers pipeline
+        For a pipeline, its `transformer`.
+    recipe : Recipe, optional
+        Default `Recipe.immediate()`: 2:4 with norm compensation, text stream dense.
+
+    Returns
+    -------
+    The same object.
+
+    Raises
+    ------
+    ValueError
+        If the recipe needs calibration, the model has no linears or is sparse already. The model is then
+        unchanged.
+    TypeError
+        If it is neither a module nor a pipeline with a transformer, or a layer is no plain `nn.Linear`.
+    """
+    recipe = recipe or Recipe.immediate()
+    if recipe.needs_calibration:
+        raise ValueError(
+            "this recipe has something to calibrate (rank, refit or budget): use rtlynx.calibrate(pipeline, "
+            "prompts, recipe), or Recipe.immediate() for selection and norm compensation alone"
+        )
+    model = target_model(model_or_pipeline)
+    apply_plan(model, make_plan_for_dense(model, recipe))
+    return model_or_pipeline
+
+
+def make_plan_for_dense(model: nn.Module, recipe: Recipe) -> Plan:
+    """`make_plan`, refusing a model that is sparse already."""
+    if state_of(model) is not None or sparse_layers(model):
+        raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
+    return make_plan(model, recipe)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Replace the planned layers of `model` by sparse ones, all or none."""
+    context = SparseContext()
+    shared: dict[str, SharedInput] = {}
+    modules: dict[str, Any] = dict(model.named_modules())
+    replacements = {}
+    for layer in plan.sparse:
+        try:
+            sparse = SparseLinear.from_linear(modules[layer.name], pattern=layer.pattern, norm=layer.norm)
+        except TypeError as error:
+            raise TypeError(f"{layer.name}: {error}") from None
+        sparse.context = context
+        sparse.text_rows_dense = layer.text_rows_dense
+        # One memory a block is enough: layers that read one tensor run one after the other.
+        sparse.shared_input = shared.setdefault(layer.candidate.block, SharedInput())
+        replacements[layer.name] = sparse
+    _replace(model, replacements)
+    hook = ModelHook(plan, context)
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None
+    setattr(model, _STATE, SparseState(plan, context, handle))
+
+
+def densify(model_or_pipeline: Any) -> Any:
+    """Undo `sparsify`, `calibrate` or `load`, in place: plain linears with their original weights.
+
+    Raises
+    ------
+    RuntimeError
+        If a weight was refitted and the original was not kept; the model is then unchanged.
+    """
+    model = target_model(model_or_pipeline)
+    _replace(model, {name: layer.to_linear() for name, layer in sparse_layers(model).items()})
+    state = state_of(model)
+    if state is not None:
+        if state.hook is not None:
+            state.hook.remove()
+        delattr(model, _STATE)
+    return model_or_pipeline
+
+
+def _replace(model: nn.Module, replacements: dict[str, Any]) -> None:
+    for name, new in replacements.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)

@@ -1,0 +1,237 @@
+"""What a user can choose, validated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from rtlynx.pattern import Pattern
+
+# A rank given as a share of K is never less than this: a handful of directions at toy widths.
+MIN_SHARE_RANK = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Which layers stay dense, by rule. Give one of the two limits.
+
+    Parameters
+    ----------
+    error : float, optional
+        Sparsify the layers of best time saved per error while the relative squared error added to the
+        model's own output, summed over layers, stays at or below this.
+    saving : float in (0, 1], optional
+        Sparsify as few, as harmless layers as reach this share of the time that sparsifying all would save.
+    """
+
+    error: float | None = None
+    saving: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.error is None) == (self.saving is None):
+            raise ValueError("a budget has one limit: error or saving")
+        if self.error is not None and not (_is_number(self.error) and self.error > 0):
+            raise ValueError(f"budget error is a number above 0, got {self.error!r}")
+        if self.saving is not None and not (_is_number(self.saving) and 0 < self.saving <= 1):
+            raise ValueError(f"budget saving is a share in (0, 1], got {self.saving!r}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made sparse. The default is the one that draws best in `rtlynx demo`.
+
+    Parameters
+    ----------
+    n, m : int
+        Keep n of every m neighbouring activations.
+    grouping : "auto" | "adjacent" | "strided"
+        Which m compete. Auto: strided for attention outputs, whose groups then span different heads, and for
+        outputs fed by attention and MLP together (each part in itself); adjacent elsewhere.
+    norm : "auto" | "none" | "scale" | "paper"
+        Per-token norm compensation. Auto: on where the weight is not refitted. "paper": with the printed
+        epsilon.
+    rank : int | float | None
+        Rank of the low-rank branch: a whole number, a share of the layer's inputs (at least 4), or None.
+    refit : bool
+        Refit the weight to the selected activations (needs calibration; costs nothing at inference).
+    lowrank_solver : "closed-form" | "trained"
+        Trained: as in the paper, by AdamW on the layer's output error for `train_steps` steps.
+    lowrank_sharing : "shared" | "own"
+        Layers that read one tensor share one A (one regression on their concatenated outputs) or keep their
+        own (the paper).
+    train_steps : int
+    ridge : float | "auto"
+        Regularisation towards W (and of the low-rank branch towards 0), relative to the mean diagonal of the
+        moments. Auto: chosen on held-out prompts, layer by layer.
+    balance : "kinds" | "tokens"
+        Where image and text tokens share a layer: give each kind the same weight, or each token.
+    text_stream : "dense" | "sparse"
+        Layers of the text stream. They carry the prompt through few tokens: most of the damage, hardly any
+        of the time.
+    text_rows : "sparse" | "dense"
+        Text tokens in blocks that image and text share.
+    dense_steps : int
+        Run the first steps of each picture densely.
+    skip : tuple[str, ...]
+        Glob patterns of layer names that stay dense.
+    budget : Budget or None
+        Leave further layers dense by measured error and modelled time.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range or values contradict each other.
+    """
+
+    n: int = 2
+    m: int = 4
+    grouping: Literal["auto", "adjacent", "strided"] = "auto"
+    norm: Literal["auto", "none", "scale", "paper"] = "auto"
+    rank: int | float | None = 0.02
+    refit: bool = True
+    lowrank_solver: Literal["closed-form", "trained"] = "closed-form"
+    lowrank_sharing: Literal["shared", "own"] = "shared"
+    train_steps: int = 2000
+    ridge: float | Literal["auto"] = "auto"
+    balance: Literal["kinds", "tokens"] = "kinds"
+    text_stream: Literal["dense", "sparse"] = "dense"
+    text_rows: Literal["sparse", "dense"] = "sparse"
+    dense_steps: int = 0
+    skip: tuple[str, ...] = ()
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        Pattern(self.n, self.m)
+        _check_choice("grouping", self.grouping, ("auto", "adjacent", "strided"))
+        _check_choice("norm", self.norm, ("auto", "none", "scale", "paper"))
+        _check_choice("lowrank_solver", self.lowrank_solver, ("closed-form", "trained"))
+        _check_choice("lowrank_sharing", self.lowrank_sharing, ("shared", "own"))
+        _check_choice("balance", self.balance, ("kinds", "tokens"))
+        _check_choice("text_stream", self.text_stream, ("dense", "sparse"))
+        _check_choice("text_rows", self.text_rows, ("sparse", "dense"))
+        if not isinstance(self.refit, bool):
+            raise ValueError(f"refit is true or false, got {self.refit!r}")
+        if self.rank is not None:
+            if not _is_number(self.rank) or self.rank <= 0:
+                raise ValueError(
+                    f"rank is a whole number or a share of the inputs, above 0, or none for no low-rank "
+                    f"branch; got {self.rank!r}"
+                )
+            if isinstance(self.rank, float) and self.rank >= 1:
+                raise ValueError(
+                    f"rank as a share is below 1, got {self.rank}; give a whole number for a rank"
+                )
+        if self.ridge != "auto" and not (_is_number(self.ridge) and self.ridge > 0):
+            raise ValueError(f"ridge is a number above 0 or 'auto', got {self.ridge!r}")
+        if not _is_whole(self.train_steps) or self.train_steps < 1:
+            raise ValueError(f"train_steps is a whole number above 0, got {self.train_steps!r}")
+        if not _is_whole(self.dense_steps) or self.dense_steps < 0:
+            raise ValueError(f"dense_steps is a whole number, 0 or more, got {self.dense_steps!r}")
+        if isinstance(self.skip, str) or not all(isinstance(glob, str) for glob in self.skip):
+            raise ValueError(f"skip is a list of glob patterns, got {self.skip!r}")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if self.refit and self.norm in ("scale", "paper"):
+            raise ValueError(
+                "a refitted weight already restores the output: norm compensation stays off with it"
+            )
+        if self.lowrank_solver == "trained" and (self.rank is None or self.refit):
+            raise ValueError("the trained low-rank branch is the paper's: it needs a rank and refit=False")
+
+    @classmethod
+    def immediate(cls, **changes: Any) -> Recipe:
+        """The recipe that needs no calibration: selection and norm compensation."""
+        return cls(**{"rank": None, "refit": False, **changes})
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Recipe:
+        """The paper's: adjacent groups, norm compensation, a low-rank branch for each layer."""
+        settings = {"grouping": "adjacent", "norm": "scale", "refit": False, "lowrank_sharing": "own"}
+        return cls(**{**settings, **changes})
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Recipe:
+        """From plain JSON values.
+
+        Raises
+        ------
+        ValueError
+            For unknown keys, with the nearest known one, and for values that `Recipe` refuses.
+        """
+        known = {field.name for field in fields(cls)}
+        _refuse_unknown("recipe", settings, known)
+        values = dict(settings)
+        if isinstance(values.get("budget"), Mapping):
+            _refuse_unknown("budget", values["budget"], {field.name for field in fields(Budget)})
+            values["budget"] = Budget(**values["budget"])
+        if values.get("budget") is not None and not isinstance(values["budget"], Budget):
+            raise ValueError(f"budget is {{'error': x}} or {{'saving': x}}, got {values['budget']!r}")
+        if "skip" in values and not isinstance(values["skip"], str):
+            values["skip"] = tuple(values["skip"])
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """From a JSON object; ValueError where it is none."""
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the recipe is not valid JSON: {error}") from None
+        if not isinstance(settings, dict):
+            raise ValueError("the recipe is not a JSON object")
+        return cls.from_dict(settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; inverse of `from_dict`."""
+        values = asdict(self)
+        values["skip"] = list(self.skip)
+        return values
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the recipe has anything to solve for or measure on real activations."""
+        return self.refit or self.rank is not None or self.budget is not None
+
+    @property
+    def keeps_dense_weight(self) -> bool:
+        """Whether refitted layers need their original weight too (some rows or steps run dense)."""
+        return self.refit and (self.dense_steps > 0 or self.text_rows == "dense")
+
+    @property
+    def layer_norm(self) -> Literal["none", "scale", "paper"]:
+        """`norm` with "auto" resolved."""
+        if self.norm == "auto":
+            return "none" if self.refit else "scale"
+        return self.norm
+
+    def rank_for(self, k: int) -> int:
+        """Rank of the low-rank branch of a layer of `k` inputs, 0 without one; never above k."""
+        if self.rank is None:
+            return 0
+        if isinstance(self.rank, float):
+            return min(k, max(MIN_SHARE_RANK, round(self.rank * k)))
+        return min(k, self.rank)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}; got {value!r}")
+
+
+def _refuse_unknown(what: str, given: Mapping[str, Any], known: set[str]) -> None:
+    import difflib
+
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+            raise ValueError(f"unknown {what} key {key!r}{hint}")
