@@ -41,6 +41,9 @@ class SparseLinear(nn.Linear):
     norm: Norm
     refitted: bool
     dense_reason: str | None
+    lowrank_down: nn.Parameter | None
+    lowrank_up: nn.Parameter | None
+    weight_dense: Tensor | None
     text_rows_dense: bool
     context: SparseContext
     shared_input: SharedInput
@@ -114,7 +117,7 @@ class SparseLinear(nn.Linear):
         RuntimeError
             If the weight was refitted and the original was not kept.
         """
-        weight = self._original_weight()
+        weight = self.original_weight()
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         for key, value in vars(self).items():
             if key not in SparseLinear.__annotations__:
@@ -140,9 +143,9 @@ class SparseLinear(nn.Linear):
                 f"(r, {self.in_features}) and ({self.out_features}, r), "
                 f"got {tuple(down.shape)} and {tuple(up.shape)}"
             )
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.lowrank_down = nn.Parameter(down.detach().to(**like), requires_grad=self.weight.requires_grad)
-        self.lowrank_up = nn.Parameter(up.detach().to(**like), requires_grad=self.weight.requires_grad)
+        train = self.weight.requires_grad
+        self.lowrank_down = nn.Parameter(down.detach().to(self.weight), requires_grad=train)
+        self.lowrank_up = nn.Parameter(up.detach().to(self.weight), requires_grad=train)
 
     def set_refit(self, weight: Tensor, *, keep_dense: bool = False) -> None:
         """Replace W by the refitted W' (N, K); `keep_dense` keeps W beside it for dense rows and steps."""
@@ -152,7 +155,7 @@ class SparseLinear(nn.Linear):
             )
         if keep_dense and self.weight_dense is None:
             self.weight_dense = self.weight.detach()
-        new = weight.detach().to(device=self.weight.device, dtype=self.weight.dtype)
+        new = weight.detach().to(self.weight)
         self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
         self.refitted = True
 
@@ -184,9 +187,9 @@ class SparseLinear(nn.Linear):
         return ops.sparse_linear(compressed, self.weight, self.bias, lowrank, self.lowrank_up)
 
     def _dense(self, x: Tensor) -> Tensor:
-        return linear(x, self._original_weight(), self.bias)
+        return linear(x, self.original_weight(), self.bias)
 
-    def _original_weight(self) -> Tensor:
+    def original_weight(self) -> Tensor:
         if not self.refitted:
             return self.weight
         if self.weight_dense is None:

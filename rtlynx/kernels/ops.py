@@ -35,6 +35,8 @@ class Compressed(NamedTuple):
 def compress(x: Tensor, pattern: Pattern, norm: Norm) -> Compressed:
     """Select the entries of `x` (..., K) that `pattern` keeps and, unless `norm` is "none", their scale s."""
     mask = pattern_mask(x, pattern)
+    if pattern.n == pattern.m:
+        norm = "none"  # nothing was removed
     scale = None if norm == "none" else norm_scale(x, mask, paper_epsilon=norm == "paper")
     return Compressed(select(x, mask), scale)
 

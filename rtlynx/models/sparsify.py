@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rtlynx.context import SharedInput, SparseContext, StepTracker
+from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.plan import Plan, make_plan
 from rtlynx.recipe import Recipe
@@ -46,10 +47,15 @@ class ModelHook:
 
 @dataclass
 class SparseState:
-    """What rtlynx did to a model; kept on the model."""
+    """What rtlynx did to a model; kept on the model.
+
+    base : fingerprints of the original weights of the sparse layers.
+    hook : handle of the model's `ModelHook`, where the recipe needs one.
+    """
 
     plan: Plan
     context: SparseContext
+    base: dict[str, str]
     hook: Any = None
 
 
@@ -127,7 +133,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     context = SparseContext()
     shared: dict[str, SharedInput] = {}
     modules: dict[str, Any] = dict(model.named_modules())
-    replacements = {}
+    replacements, base = {}, {}
     for layer in plan.sparse:
         try:
             sparse = SparseLinear.from_linear(modules[layer.name], pattern=layer.pattern, norm=layer.norm)
@@ -138,10 +144,11 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         # One memory a block is enough: layers that read one tensor run one after the other.
         sparse.shared_input = shared.setdefault(layer.candidate.block, SharedInput())
         replacements[layer.name] = sparse
+        base[layer.name] = weight_fingerprint(sparse.weight)
     _replace(model, replacements)
     hook = ModelHook(plan, context)
     handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None
-    setattr(model, _STATE, SparseState(plan, context, handle))
+    setattr(model, _STATE, SparseState(plan, context, base, handle))
 
 
 def densify(model_or_pipeline: Any) -> Any:
@@ -160,6 +167,15 @@ def densify(model_or_pipeline: Any) -> Any:
             state.hook.remove()
         delattr(model, _STATE)
     return model_or_pipeline
+
+
+def extra_bytes(model: nn.Module) -> int:
+    """Bytes that sparse layers hold beyond the dense model: factors and kept original weights."""
+    total = 0
+    for layer in sparse_layers(model).values():
+        for tensor in (layer.lowrank_down, layer.lowrank_up, layer.weight_dense):
+            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return total
 
 
 def _replace(model: nn.Module, replacements: dict[str, Any]) -> None:

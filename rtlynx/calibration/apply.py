@@ -1,0 +1,46 @@
+"""Put calibrated solutions into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from rtlynx.calibration.solve import Solution
+from rtlynx.linear import SparseLinear
+from rtlynx.models.plan import LayerPlan, Plan
+from rtlynx.models.sparsify import apply_plan, sparse_layers
+
+
+def apply_solutions(model: nn.Module, plan: Plan, solutions: Mapping[str, Solution]) -> None:
+    """Make `model` sparse by `plan` and give each sparse layer its solution."""
+    apply_plan(model, plan)
+    for name, layer in sparse_layers(model).items():
+        install(layer, solutions[name], keep_dense=plan.recipe.keeps_dense_weight)
+
+
+def install(layer: SparseLinear, solution: Solution, *, keep_dense: bool) -> None:
+    """Give one sparse layer its refitted weight and low-rank factors."""
+    if solution.weight is not None:
+        layer.set_refit(solution.weight, keep_dense=keep_dense)
+    if solution.down is not None and solution.up is not None:
+        layer.set_lowrank(solution.down, solution.up)
+
+
+@contextmanager
+def temporarily_sparse(
+    model: nn.Module, layers: list[LayerPlan], solutions: Mapping[str, Solution]
+) -> Iterator[None]:
+    """Run a dense `model` with some layers sparse, one original weight in memory at most beside each."""
+    originals: dict[str, Any] = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    try:
+        for layer in layers:
+            sparse = SparseLinear.from_linear(originals[layer.name], pattern=layer.pattern, norm=layer.norm)
+            install(sparse, solutions[layer.name], keep_dense=False)
+            model.set_submodule(layer.name, sparse)
+        yield
+    finally:
+        for name, original in originals.items():
+            model.set_submodule(name, original)

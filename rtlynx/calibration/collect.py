@@ -1,0 +1,217 @@
+"""Replay recorded calls and gather what the solvers need of a few blocks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rtlynx.calibration.calls import CallStore
+from rtlynx.calibration.moments import Moments, balanced
+from rtlynx.kernels.ops import compress
+from rtlynx.models.architecture import Architecture
+from rtlynx.models.plan import LayerPlan
+
+
+class CalibrationError(ValueError):
+    """Calibration data that cannot be used."""
+
+
+@dataclass
+class InputGroup:
+    """Sparse layers that read one tensor, and what was gathered of it.
+
+    moments : split ("fit" or "heldout") -> kind of token -> moments.
+    tokens : dense input tokens (M, K) on the CPU, where a solver trains on them.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    moments: dict[str, dict[str, Moments]] = field(default_factory=dict)
+    tokens: list[Tensor] = field(default_factory=list)
+
+    @property
+    def block(self) -> str:
+        return self.layers[0].candidate.block
+
+    @property
+    def key(self) -> str:
+        return self.layers[0].candidate.reads
+
+    @property
+    def k(self) -> int:
+        return self.layers[0].in_features
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of tokens are kept apart."""
+        joint = self.layers[0].candidate.stream == "joint"
+        return 2 if joint and not self.layers[0].text_rows_dense else 1
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the moments: two splits of each kind of token."""
+        return 2 * self.kinds * Moments.bytes_for(self.k)
+
+    def combined(self, split: str, balance: str) -> Moments | None:
+        """Moments of one split over all kinds of tokens, per token; None where it has no tokens."""
+        kinds = [moments for moments in self.moments.get(split, {}).values() if moments.count]
+        return balanced(kinds, balance) if kinds else None
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Sum the moments, and gather the tokens, over the processes of the default group."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        kinds = ("image", "text") if self.kinds == 2 else ("all",)
+        for split in ("fit", "heldout"):
+            for kind in kinds:  # every process takes part, also one that saw no such token
+                by_kind = self.moments.setdefault(split, {})
+                by_kind.setdefault(kind, Moments(self.k, device=device)).all_reduce()
+        gathered: list[Any] = [None] * dist.get_world_size()
+        sizes = torch.tensor([sum(len(t) for t in self.tokens)], device=device)
+        all_sizes = [torch.zeros_like(sizes) for _ in gathered]
+        dist.all_gather(all_sizes, sizes)
+        longest = max(int(size) for size in all_sizes)
+        if longest:
+            mine = torch.cat(self.tokens) if self.tokens else torch.zeros(0, self.k)
+            padded = torch.nn.functional.pad(mine.float(), (0, 0, 0, longest - len(mine))).to(device)
+            pieces = [torch.zeros_like(padded) for _ in gathered]
+            dist.all_gather(pieces, padded)
+            self.tokens = [piece[: int(size)].cpu() for piece, size in zip(pieces, all_sizes, strict=True)]
+
+
+def input_groups(layers: Sequence[LayerPlan]) -> list[InputGroup]:
+    """Group layers by the tensor they read, in the order given."""
+    groups: dict[str, list[LayerPlan]] = {}
+    for layer in layers:
+        groups.setdefault(layer.candidate.reads, []).append(layer)
+    return [InputGroup(tuple(members)) for members in groups.values()]
+
+
+class _Enough(Exception):
+    """Ends a forward pass behind the last block of interest."""
+
+
+def block_order(model: nn.Module, blocks: Sequence[str], call: dict[str, Any]) -> list[str]:
+    """The blocks that run in `call`, in the order in which they first run."""
+    seen: dict[str, None] = {}
+    handles = [
+        model.get_submodule(block).register_forward_pre_hook(lambda _m, _a, name=block: seen.setdefault(name))
+        for block in blocks
+    ]
+    try:
+        with torch.no_grad():
+            model(**call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen)
+
+
+def passes(groups: Sequence[InputGroup], order: Sequence[str], memory: int) -> Iterator[list[InputGroup]]:
+    """Groups of as many consecutive blocks as fit into `memory` bytes of moments, at least one block each."""
+    batch: list[InputGroup] = []
+    used = 0
+    for block in order:
+        members = [group for group in groups if group.block == block]
+        need = sum(group.bytes for group in members)
+        if batch and used + need > memory:
+            yield batch
+            batch, used = [], 0
+        batch.extend(members)
+        used += need
+    if batch:
+        yield batch
+
+
+@dataclass
+class Collector:
+    """Replays recorded calls through a model and gathers moments (and tokens) of some input groups.
+
+    tokens_per_call : how many tokens of each call to keep for a solver that trains; 0 for none.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    store: CallStore
+    tokens_per_call: int = 0
+
+    def collect(
+        self,
+        groups: Sequence[InputGroup],
+        batches: Mapping[str, Sequence[int]],
+        last_block: str,
+        progress: Any,
+    ) -> None:
+        """Gather `groups` over `batches` (split -> batch numbers).
+
+        Raises
+        ------
+        CalibrationError
+            At the first token that is not finite, naming layer and batch.
+        """
+        device = next(self.model.parameters()).device
+        position: dict[str, Any] = {}
+        handles = [self._watch(group, position) for group in groups]
+
+        def enough(_module: nn.Module, _args: Any, _output: Any) -> None:
+            raise _Enough
+
+        handles.append(self.model.get_submodule(last_block).register_forward_hook(enough))
+        try:
+            for split, numbers in batches.items():
+                for number in numbers:
+                    for call in self.store.replay([number], device):
+                        position.update(split=split, batch=number, rows=self._text_rows(call, groups))
+                        try:
+                            with torch.no_grad():
+                                self.model(**call)
+                        except _Enough:
+                            pass
+                    progress(1)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _text_rows(self, call: dict[str, Any], groups: Sequence[InputGroup]) -> Any:
+        joint = any(group.layers[0].candidate.stream == "joint" for group in groups)
+        return self.architecture.text_rows(call) if joint and self.architecture.text_rows else None
+
+    def _watch(self, group: InputGroup, position: dict[str, Any]) -> Any:
+        layer = group.layers[0]
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            for kind, tokens in _split_kinds(x, position["rows"], group).items():
+                tokens = tokens.reshape(-1, tokens.shape[-1])
+                if not tokens.shape[0]:
+                    continue
+                kept, scale = compress(tokens, layer.pattern, layer.norm)
+                seen = kept.float() if scale is None else kept.float() * scale
+                by_kind = group.moments.setdefault(position["split"], {})
+                moments = by_kind.setdefault(kind, Moments(group.k, device=x.device))
+                try:
+                    moments.add(tokens, seen)
+                except ValueError as error:
+                    raise CalibrationError(
+                        f"{error}: input of {layer.name}, batch {position['batch']}"
+                    ) from None
+                if self.tokens_per_call and position["split"] == "fit":
+                    spread = torch.linspace(0, len(tokens) - 1, min(self.tokens_per_call, len(tokens)))
+                    group.tokens.append(tokens[spread.long().to(tokens.device)].float().cpu())
+
+        return self.model.get_submodule(layer.name).register_forward_pre_hook(hook)
+
+
+def _split_kinds(x: Tensor, rows: tuple[int, int | None] | None, group: InputGroup) -> dict[str, Tensor]:
+    """Tokens of `x` (..., S, K) by kind. Rows that the recipe keeps dense are no business of the solver."""
+    if group.layers[0].candidate.stream != "joint" or rows is None:
+        return {"image" if group.kinds == 2 else "all": x}
+    start, stop, _ = slice(*rows).indices(x.shape[-2])
+    image = torch.cat((x[..., :start, :], x[..., stop:, :]), dim=-2)
+    if group.kinds == 1:
+        return {"all": image}
+    return {"image": image, "text": x[..., start:stop, :]}

@@ -1,0 +1,123 @@
+"""Streaming second moments of one layer input, before and after selection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Moments:
+    """C = X^T X, F = S^T X and G = S^T S over all tokens seen, S being what the sparse product sees.
+
+    Sums, so they add up over batches, prompts, timesteps and processes. Every layer error and every closed
+    form of `rtlynx.calibration.solve` follows from them.
+
+    Parameters
+    ----------
+    k : int
+        Width of the input.
+    device, dtype
+        Of the sums; float32 or better.
+    """
+
+    def __init__(
+        self, k: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"moments are summed in float32 or float64, got {dtype}")
+        self.count = 0
+        self.dense = torch.zeros(k, k, device=device, dtype=dtype)  # C
+        self.cross = torch.zeros(k, k, device=device, dtype=dtype)  # F
+        self.kept = torch.zeros(k, k, device=device, dtype=dtype)  # G
+
+    @staticmethod
+    def bytes_for(k: int, dtype: torch.dtype = torch.float32) -> int:
+        """Memory of the sums for an input of width `k`."""
+        return 3 * k * k * dtype.itemsize
+
+    def add(self, x: Tensor, s: Tensor) -> None:
+        """Add tokens: `x` (..., K) dense and `s` (..., K), s ⊙ X~ as the sparse product sees it.
+
+        Raises
+        ------
+        ValueError
+            If a token is not finite; the sums are then unchanged.
+        """
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.dense)
+        s = s.detach().reshape(-1, s.shape[-1]).to(self.dense)
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("calibration data holds NaN or Inf")
+        self.dense.addmm_(x.T, x)
+        self.cross.addmm_(s.T, x)
+        self.kept.addmm_(s.T, s)
+        self.count += x.shape[0]
+
+    def all_reduce(self) -> None:
+        """Sum over the processes of the default group; nothing to do in a single process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        count = torch.tensor(self.count, device=self.dense.device)
+        for total in (count, self.dense, self.cross, self.kept):
+            dist.all_reduce(total)
+        self.count = int(count)
+
+    def mean(self) -> Moments:
+        """The moments per token, in float64."""
+        result = Moments(0, device=self.dense.device, dtype=torch.float64)
+        scale = 1 / max(self.count, 1)
+        result.count = min(self.count, 1)
+        result.dense = self.dense.double() * scale
+        result.cross = self.cross.double() * scale
+        result.kept = self.kept.double() * scale
+        return result
+
+    def layer_error(
+        self,
+        original: Tensor,
+        weight: Tensor,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
+    ) -> float:
+        """||S W'^T + X A B^T - X W^T||² / ||X W^T||² over the tokens seen, 0 where no output has any energy.
+
+        Parameters
+        ----------
+        original : Tensor (N, K), W
+        weight : Tensor (N, K), W'
+        down : Tensor (r, K), A^T
+        up : Tensor (N, r), B
+        """
+        original, weight = original.to(self.dense), weight.to(self.dense)
+        residual = -original  # what multiplies the dense X: (A B^T - W^T)^T
+        if down is not None and up is not None:
+            residual = residual + up.to(self.dense) @ down.to(self.dense)
+        energy = ((original @ self.dense) * original).sum()
+        error = (
+            ((weight @ self.kept) * weight).sum()
+            + ((residual @ self.dense) * residual).sum()
+            + 2 * ((weight @ self.cross) * residual).sum()
+        )
+        return float(error.clamp(min=0) / energy) if float(energy) > 0 else 0.0
+
+
+def balanced(kinds: Iterable[Moments], balance: str) -> Moments:
+    """Moments of several kinds of tokens as one, per token, in float64.
+
+    "kinds" gives each kind the same weight, "tokens" each token: text tokens are few, and each matters.
+    """
+    seen = [moments for moments in kinds if moments.count]
+    if not seen:
+        raise ValueError("no tokens were seen")
+    if balance == "tokens":
+        total = sum(moments.count for moments in seen)
+        weights = [moments.count / total for moments in seen]
+    else:
+        weights = [1 / len(seen)] * len(seen)
+    result = seen[0].mean()
+    for name in ("dense", "cross", "kept"):
+        parts = (w * getattr(m, name).double() / m.count for w, m in zip(weights, seen, strict=True))
+        setattr(result, name, sum(parts))
+    return result

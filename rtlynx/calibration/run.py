@@ -1,0 +1,293 @@
+"""`rtlynx.calibrate`: record the denoiser's calls, gather moments block by block, solve, choose, apply."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtlynx.calibration.apply import apply_solutions, install, temporarily_sparse
+from rtlynx.calibration.budget import Choice, LayerCost, choose, flops_saved
+from rtlynx.calibration.calls import Call
+from rtlynx.calibration.collect import (
+    CalibrationError,
+    Collector,
+    InputGroup,
+    block_order,
+    input_groups,
+    passes,
+)
+from rtlynx.calibration.moments import Moments
+from rtlynx.calibration.options import CalibrationOptions, CalibrationReport
+from rtlynx.calibration.processes import agree, rank, world
+from rtlynx.calibration.recording import Recording
+from rtlynx.calibration.solutions import SolutionStore
+from rtlynx.calibration.solve import Solution, solve_layer
+from rtlynx.calibration.train import train_lowrank
+from rtlynx.linear import SparseLinear
+from rtlynx.models.plan import LayerPlan, Plan
+from rtlynx.models.sparsify import (
+    apply_plan,
+    densify,
+    extra_bytes,
+    make_plan_for_dense,
+    sparse_layers,
+    state_of,
+    target_model,
+)
+from rtlynx.progress import ProgressBar
+from rtlynx.recipe import Recipe
+
+TRAINING_TOKENS = 16384
+BUDGET_CALLS = 4
+
+
+def calibrate(
+    model_or_pipeline: Any,
+    prompts: Sequence[str] | None = None,
+    recipe: Recipe | None = None,
+    options: CalibrationOptions | None = None,
+    *,
+    calls: Iterable[Call] | None = None,
+    progress: bool = True,
+) -> CalibrationReport:
+    """Make a model sparse and compensate it on its own activations, in place.
+
+    Parameters
+    ----------
+    model_or_pipeline : diffusers pipeline or nn.Module
+        Dense, or sparse without calibration. A bare module needs `calls`.
+    prompts : sequence of str
+        Hundreds; the pipeline samples them.
+    recipe : Recipe, optional
+        Default `Recipe()`.
+    options : CalibrationOptions, optional
+    calls : iterable of dict, optional
+        Keyword arguments of calls of the module, in place of prompts; every eighth is held out.
+    progress : bool
+        Show progress bars.
+
+    Raises
+    ------
+    ValueError, CalibrationError, CheckpointError
+        For no prompts, non-finite activations, a folder of another calibration. The model is then as before;
+        what was recorded stays in `options.folder`.
+
+    Notes
+    -----
+    Under `torchrun` every process records and replays its own prompts; moments are summed over processes,
+    so all end with the same model.
+    """
+    recipe, options = recipe or Recipe(), options or CalibrationOptions()
+    model = target_model(model_or_pipeline)
+    before = state_of(model)
+    if before is not None and before.plan.recipe.needs_calibration:
+        raise ValueError("the model has been calibrated already: call rtlynx.densify first")
+    if before is not None:
+        densify(model)
+    try:
+        plan = make_plan_for_dense(model, recipe)
+        recording = Recording(model, plan, options)
+        if calls is not None:
+            recording.use_calls(list(calls))
+        else:
+            recording.sample(model_or_pipeline, list(prompts or ()), show=progress and rank() == 0)
+        return _Calibration(plan, recording, show=progress and rank() == 0).finish()
+    except BaseException:
+        if sparse_layers(model):
+            densify(model)
+        if before is not None:
+            apply_plan(model, before.plan)
+        raise
+
+
+class _Calibration:
+    """Everything after recording."""
+
+    def __init__(self, plan: Plan, recording: Recording, *, show: bool) -> None:
+        self.plan, self.recipe, self.recording, self.show = plan, plan.recipe, recording, show
+        self.model, self.options = recording.model, recording.options
+        self.device = next(self.model.parameters()).device
+        self.solutions = SolutionStore(self.options.folder)
+
+    def finish(self) -> CalibrationReport:
+        """Solve every layer, let the budget choose, and make the model sparse."""
+        groups = input_groups(self.plan.sparse)
+        order = self._block_order(groups)
+        silent = {
+            layer.name: "did not run in calibration"
+            for layer in self.plan.sparse
+            if layer.candidate.block not in order
+        }
+        plan = self.plan.leave_dense(silent)
+        self._solve([group for group in groups if group.block in order], order)
+        if self.options.sequential:
+            densify(self.model)
+        costs: tuple[LayerCost, ...] = ()
+        choice = None
+        if self.recipe.budget is not None:
+            costs, choice = self._choose(plan)
+            plan = plan.leave_dense(choice.dense)
+            if not plan.sparse:
+                raise CalibrationError(f"{self.recipe.budget} leaves no layer sparse: allow more")
+        apply_solutions(self.model, plan, self.solutions.by_layer)
+        return CalibrationReport(
+            {layer.name: self.solutions.by_layer[layer.name] for layer in plan.sparse},
+            {layer.name: layer.dense_reason for layer in plan.layers if layer.dense_reason is not None},
+            costs,
+            choice,
+            extra_bytes(self.model),
+        )
+
+    def _block_order(self, groups: list[InputGroup]) -> list[str]:
+        blocks = list(dict.fromkeys(group.block for group in groups))
+        probe = next(self.recording.store.replay(self.recording.numbers[:1], self.device), None)
+        return agree(block_order(self.model, blocks, probe) if probe is not None else [])
+
+    def _solve(self, groups: list[InputGroup], order: list[str]) -> None:
+        """Gather moments for as many blocks at a time as memory allows, and solve them."""
+        memory = 1 if self.options.sequential else int(self.options.memory_gb * 1e9)
+        collector = Collector(
+            self.model, self.plan.architecture, self.recording.store, self._training_tokens_per_call()
+        )
+        replays = len(list(passes(groups, order, memory))) * len(self.recording.numbers)
+        with ProgressBar("gathering moments", replays, show=self.show) as advance:
+            for batch in passes(groups, order, memory):
+                missing = [group for group in batch if not self.solutions.has(group)]
+                if missing:
+                    collector.collect(missing, self.recording.batches, missing[-1].block, advance)
+                else:
+                    advance(len(self.recording.numbers))
+                for group in missing:
+                    group.all_reduce(self.device)
+                    self.solutions.put(group, self._solve_group(group), write=rank() == 0)
+                    group.moments.clear()
+                    group.tokens.clear()
+                if self.options.sequential:
+                    self._make_sparse(batch)
+
+    def _training_tokens_per_call(self) -> int:
+        if self.recipe.lowrank_solver != "trained":
+            return 0
+        calls = sum(len(self.recording.store.get(number)) for number in self.recording.batches["fit"])
+        return -(-TRAINING_TOKENS // (max(1, calls) * world()))
+
+    def _solve_group(self, group: InputGroup) -> dict[str, Solution]:
+        """Solve the layers of one input: together, with one A, or each on its own."""
+        fit = group.combined("fit", self.recipe.balance)
+        if fit is None:
+            raise CalibrationError(f"no tokens reached {group.layers[0].name} in calibration")
+        heldout = group.combined("heldout", self.recipe.balance)
+        weights = {layer.name: self._weight(layer) for layer in group.layers}
+        if self.recipe.lowrank_sharing == "own":
+            return {
+                layer.name: self._solve_one(group, layer, weights[layer.name], fit, heldout)
+                for layer in group.layers
+            }
+        together = torch.cat(list(weights.values()))
+        whole = self._solve_one(group, group.layers[0], together, fit, heldout)
+        result, start, judge = {}, 0, heldout or fit
+        for name, weight in weights.items():
+            part = whole.rows(start, start + len(weight))
+            new = weight if part.weight is None else part.weight
+            result[name] = replace(
+                part,
+                error_before=judge.layer_error(weight, weight),
+                error=judge.layer_error(weight, new, part.down, part.up),
+            )
+            start += len(weight)
+        return result
+
+    def _solve_one(
+        self, group: InputGroup, layer: LayerPlan, weight: Tensor, fit: Moments, heldout: Moments | None
+    ) -> Solution:
+        recipe = self.recipe
+        if recipe.lowrank_solver == "closed-form":
+            return solve_layer(
+                fit, weight, rank=layer.rank, refit=recipe.refit, ridge=recipe.ridge, heldout=heldout
+            )
+        down, up = train_lowrank(
+            torch.cat(group.tokens),
+            weight,
+            layer.pattern,
+            layer.norm,
+            rank=layer.rank,
+            steps=recipe.train_steps,
+            seed=self.options.seed,
+        )
+        judge = heldout or fit
+        before, after = judge.layer_error(weight, weight), judge.layer_error(weight, weight, down, up)
+        return Solution(None, down, up, error_before=before, error=after)
+
+    def _weight(self, layer: LayerPlan) -> Tensor:
+        linear = self.model.get_submodule(layer.name)
+        assert isinstance(linear, nn.Linear)
+        return linear.weight.detach()
+
+    def _make_sparse(self, groups: list[InputGroup]) -> None:
+        """Sequential mode: the blocks solved so far run sparse from now on."""
+        for group in groups:
+            for layer in group.layers:
+                dense: Any = self.model.get_submodule(layer.name)
+                sparse = SparseLinear.from_linear(dense, pattern=layer.pattern, norm=layer.norm)
+                install(sparse, self.solutions.by_layer[layer.name], keep_dense=True)
+                self.model.set_submodule(layer.name, sparse)
+
+    def _choose(self, plan: Plan) -> tuple[tuple[LayerCost, ...], Choice]:
+        """Measure each solved layer alone on a few calls, and let the budget decide."""
+        assert self.recipe.budget is not None
+        store = self.recording.store
+        numbers = agree(self.recording.batches["heldout"] or self.recording.batches["fit"])
+        if not all(store.has(number) for number in numbers):
+            raise CalibrationError("a budget under torchrun needs a folder that all processes share")
+        calls = list(itertools.islice(store.replay(numbers, self.device), BUDGET_CALLS))
+        layers = {layer.name: layer for layer in plan.sparse}
+        tokens = _tokens_per_layer(self.model, list(layers), calls[0])
+        shared = self.recipe.lowrank_sharing == "shared"
+        readers = Counter(layer.candidate.reads for layer in layers.values()) if shared else {}
+        references = [_output(self.model, call) for call in calls]
+
+        def measure(names: Sequence[str]) -> float:
+            with temporarily_sparse(self.model, [layers[name] for name in names], self.solutions.by_layer):
+                outputs = [_output(self.model, call) for call in calls]
+            error = sum(float((y - ref).square().sum()) for y, ref in zip(outputs, references, strict=True))
+            return error / sum(float(ref.square().sum()) for ref in references)
+
+        costs = []
+        with ProgressBar("measuring layers", len(layers), show=self.show) as advance:
+            for name, layer in layers.items():
+                saving = flops_saved(layer, tokens[name], readers.get(layer.candidate.reads, 1))
+                costs.append(LayerCost(name, measure([name]), saving))
+                advance(1)
+        return tuple(costs), choose(costs, self.recipe.budget, measure)
+
+
+def _output(model: nn.Module, call: Call) -> Tensor:
+    with torch.no_grad():
+        output = model(**{**call, "return_dict": False})[0]
+    if isinstance(output, Tensor):
+        return output.float()
+    return torch.cat([one.float().flatten() for one in output])
+
+
+def _tokens_per_layer(model: nn.Module, names: list[str], call: Call) -> dict[str, int]:
+    tokens: dict[str, int] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            tokens[name] = args[0].numel() // args[0].shape[-1]
+
+        return model.get_submodule(name).register_forward_pre_hook(hook)
+
+    handles = [watch(name) for name in names]
+    try:
+        _output(model, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tokens

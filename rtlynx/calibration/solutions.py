@@ -1,0 +1,63 @@
+"""Solved layers, in memory and, where there is a folder, on disk for a later run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from rtlynx.calibration.collect import InputGroup
+from rtlynx.calibration.solve import Solution
+from rtlynx.files import CheckpointError, read_tensors, write_tensors
+
+_TENSORS = ("weight", "down", "up")
+
+
+class SolutionStore:
+    """Solutions by layer name; one file for each group of layers that read one tensor."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.by_layer: dict[str, Solution] = {}
+
+    def has(self, group: InputGroup) -> bool:
+        """Whether `group` is solved already, by this run or by an earlier one (which is then read)."""
+        if all(layer.name in self.by_layer for layer in group.layers):
+            return True
+        if self.folder is None or not self._path(group).is_file():
+            return False
+        self._read(group)
+        return True
+
+    def put(self, group: InputGroup, solutions: dict[str, Solution], *, write: bool) -> None:
+        """Keep the solutions of `group`; `write` also puts them into the folder."""
+        self.by_layer.update(solutions)
+        if self.folder is None or not write:
+            return
+        tensors: dict[str, Tensor] = {}
+        numbers = {}
+        for name, solution in solutions.items():
+            for kind in _TENSORS:
+                tensor = getattr(solution, kind)
+                if tensor is not None:
+                    tensors[f"{name}.{kind}"] = tensor
+            numbers[name] = [solution.ridge, solution.error_before, solution.error]
+        write_tensors(self._path(group), tensors, {"numbers": json.dumps(numbers)})
+
+    def _read(self, group: InputGroup) -> None:
+        path = self._path(group)
+        tensors, metadata = read_tensors(path)
+        try:
+            numbers = json.loads(metadata["numbers"])
+            for layer in group.layers:
+                ridge, before, error = numbers[layer.name]
+                parts = {kind: tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS}
+                self.by_layer[layer.name] = Solution(**parts, ridge=ridge, error_before=before, error=error)
+        except (KeyError, ValueError, TypeError):
+            raise CheckpointError(f"{path} is damaged: delete it and run again") from None
+
+    def _path(self, group: InputGroup) -> Path:
+        assert self.folder is not None
+        return self.folder / f"solution-{re.sub(r'[^A-Za-z0-9_.-]', '_', group.key)}.safetensors"

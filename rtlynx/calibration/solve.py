@@ -1,0 +1,174 @@
+"""Closed forms for the low-rank branch and the refitted weight, from second moments alone.
+
+Notation: X the dense input, S the selected one (with its norm scale where the recipe has one), W the
+original weight (N, K); C = X^T X, F = S^T X, G = S^T S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rtlynx.calibration.moments import Moments
+
+RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+# Of ridges whose held-out errors are this close to the best, the strongest is taken: pictures prefer it.
+RIDGE_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What calibration found for one layer.
+
+    weight : (N, K) refitted W', or None where W stays.
+    down, up : (r, K) and (N, r) low-rank factors A^T and B, or None.
+    ridge : relative regularisation used, None where none was (trained factors).
+    error_before, error : relative squared layer error without and with the solution, on held-out tokens
+        where there are any.
+    """
+
+    weight: Tensor | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    ridge: float | None = None
+    error_before: float = float("nan")
+    error: float = float("nan")
+
+    def rows(self, start: int, stop: int) -> Solution:
+        """The part of a solution over concatenated outputs that belongs to outputs `start` ... `stop` - 1."""
+        return replace(
+            self,
+            weight=None if self.weight is None else self.weight[start:stop],
+            up=None if self.up is None else self.up[start:stop],
+        )
+
+
+def solve_refit(moments: Moments, weight: Tensor, lam: float) -> Tensor:
+    """W' (N, K) = argmin ||S W'^T - X W^T||² + lam ||W' - W||²."""
+    target = weight.to(moments.kept).T  # W^T (K, N)
+    gain = _cholesky(moments.kept, lam)
+    return (target + torch.cholesky_solve((moments.cross - moments.kept) @ target, gain)).T
+
+
+def solve_lowrank(moments: Moments, weight: Tensor, rank: int, mu: float) -> tuple[Tensor, Tensor]:
+    """A^T (r, K), B (N, r) = argmin ||S W^T + X A B^T - X W^T||² + mu ||A B^T||²: reduced-rank regression."""
+    target = weight.to(moments.dense).T
+    return _reduced_rank(moments.dense, (moments.dense - moments.cross.T) @ target, rank, mu)
+
+
+def solve_joint(
+    moments: Moments, weight: Tensor, rank: int, lam: float, mu: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W', A^T, B = argmin ||S W'^T + X L - X W^T||² + lam ||W' - W||² + mu ||L||² over L = A B^T of rank r.
+
+    Eliminating W' leaves the metric Q = C - F^T (G + lam)^-1 F on L and the linear term
+    b = [Q - lam F^T (G + lam)^-1] W^T; the best L is the reduced-rank solution for (Q + mu, b).
+    """
+    target = weight.to(moments.kept).T
+    gain = _cholesky(moments.kept, lam)
+    explained = torch.cholesky_solve(moments.cross, gain)  # (G + lam)^-1 F
+    metric = moments.dense - moments.cross.T @ explained
+    metric = (metric + metric.T) / 2
+    down, up = _reduced_rank(metric, (metric - lam * explained.T) @ target, rank, mu)
+    right = (moments.cross - moments.kept) @ target - (moments.cross @ down.T) @ up.T
+    return (target + torch.cholesky_solve(right, gain)).T, down, up
+
+
+def solve_layer(
+    moments: Moments,
+    weight: Tensor,
+    *,
+    rank: int,
+    refit: bool,
+    ridge: float | str,
+    heldout: Moments | None = None,
+) -> Solution:
+    """Solve one layer (or several that share an input, outputs concatenated).
+
+    Parameters
+    ----------
+    moments, heldout : Moments
+        Per token, of the fitting and of the held-out prompts.
+    weight : Tensor (N, K)
+    rank : int
+        0 for no low-rank branch.
+    refit : bool
+    ridge : float or "auto"
+        Relative to the mean diagonal of the moments it regularises. Auto: of `RIDGES`, the strongest whose
+        error on `heldout` is within `RIDGE_TOLERANCE` of the best; an empty solution where none does better
+        than leaving the layer alone.
+
+    Raises
+    ------
+    ValueError
+        If ridge is "auto" and there are no held-out moments.
+    """
+    weight = weight.detach().to(moments.kept)
+    judge = heldout if heldout is not None and heldout.count else moments
+    before = judge.layer_error(weight, weight)
+    if ridge != "auto":
+        solution = _solve_at(moments, weight, rank, refit, float(ridge))
+        return replace(solution, error_before=before, error=_error(judge, weight, solution))
+    if heldout is None or not heldout.count:
+        raise ValueError("ridge='auto' is chosen on held-out prompts, and there are none: give more prompts")
+    tried = [_solve_at(moments, weight, rank, refit, value) for value in RIDGES]
+    errors = [_error(heldout, weight, solution) for solution in tried]
+    if min(errors) >= before:
+        return Solution(error_before=before, error=before)  # nothing carries over to other prompts
+    allowed = min(errors) * (1 + RIDGE_TOLERANCE)
+    chosen = max(i for i, error in enumerate(errors) if error <= allowed)
+    return replace(tried[chosen], error_before=before, error=errors[chosen])
+
+
+def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, ridge: float) -> Solution:
+    lam = ridge * _mean_diagonal(moments.kept)
+    mu = ridge * _mean_diagonal(moments.dense)
+    if refit and rank:
+        new, down, up = solve_joint(moments, weight, rank, lam, mu)
+        return Solution(new, down, up, ridge)
+    if refit:
+        return Solution(weight=solve_refit(moments, weight, lam), ridge=ridge)
+    if rank:
+        down, up = solve_lowrank(moments, weight, rank, mu)
+        return Solution(None, down, up, ridge)
+    return Solution(ridge=ridge)
+
+
+def _error(moments: Moments, weight: Tensor, solution: Solution) -> float:
+    new = weight if solution.weight is None else solution.weight
+    return moments.layer_error(weight, new, solution.down, solution.up)
+
+
+def _reduced_rank(metric: Tensor, linear: Tensor, rank: int, mu: float) -> tuple[Tensor, Tensor]:
+    """A^T (r, K), B (N, r) minimising tr(L^T (M + mu) L) - 2 tr(L^T b) over L = A B^T of rank r."""
+    factor = _cholesky(metric, mu)
+    whitened = torch.linalg.solve_triangular(factor, linear, upper=False)  # (K, N)
+    k, n = whitened.shape
+    rank = min(rank, k, n)
+    if n <= k:
+        up = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -rank:]
+        left = whitened @ up
+    else:
+        left = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -rank:]
+        up = whitened.T @ left
+    down = torch.linalg.solve_triangular(factor.T, left, upper=True)
+    return down.T, up
+
+
+def _mean_diagonal(matrix: Tensor) -> float:
+    mean = float(matrix.diagonal().mean())
+    return mean if mean > 0 else 1.0  # an input of zeros: any positive ridge gives the zero solution
+
+
+def _cholesky(matrix: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of matrix + ridge, with just enough jitter where rounding made it indefinite."""
+    eye = torch.eye(matrix.shape[0], device=matrix.device, dtype=matrix.dtype)
+    jitter = 0.0
+    for _ in range(12):
+        factor, info = torch.linalg.cholesky_ex(matrix + (ridge + jitter) * eye)
+        if int(info) == 0 and bool(torch.isfinite(factor).all()):
+            return factor
+        jitter = jitter * 10 or 1e-12 * _mean_diagonal(matrix)
+    raise ValueError("the calibration moments are not usable: not finite or far from positive definite")

@@ -1,0 +1,214 @@
+"""Save what rtlynx did to a model, and do it to the same base model again.
+
+A checkpoint is a folder: `rtlynx.json` (recipe, layers, digests) and `rtlynx.safetensors` (low-rank factors
+and refitted weights, in natural column order). It goes onto the base model that it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import rtlynx
+from rtlynx.calibration.apply import apply_solutions
+from rtlynx.calibration.solve import Solution
+from rtlynx.files import (
+    CheckpointError,
+    atomic_folder,
+    read_json,
+    read_tensors,
+    sha256_of,
+    write_json,
+    write_tensors,
+)
+from rtlynx.fingerprint import weight_fingerprint
+from rtlynx.linear import SparseLinear
+from rtlynx.models.plan import Plan, make_plan
+from rtlynx.models.sparsify import sparse_layers, state_of, target_model
+from rtlynx.pattern import Pattern
+from rtlynx.recipe import Recipe
+
+FORMAT_VERSION = 1
+INDEX = "rtlynx.json"
+TENSORS = "rtlynx.safetensors"
+
+
+def save(model_or_pipeline: Any, folder: str | Path) -> None:
+    """Save what makes a model sparse: recipe, low-rank factors, refitted weights.
+
+    Parameters
+    ----------
+    model_or_pipeline : a model that `sparsify`, `calibrate` or `load` made sparse, or its pipeline.
+    folder : created, or replaced whole if it holds an older checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If the model is not sparse.
+    FileExistsError
+        If the folder holds other files.
+    OSError
+        If it cannot be written; nothing is left behind then.
+    """
+    model = target_model(model_or_pipeline)
+    state = state_of(model)
+    if state is None:
+        raise ValueError(
+            f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
+        )
+    layers = sparse_layers(model)
+    planned = {layer.name: layer for layer in state.plan.layers}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if layer.refitted:
+            tensors[f"{name}.weight"] = layer.weight
+        if layer.lowrank_down is not None and layer.lowrank_up is not None:
+            tensors[f"{name}.lowrank_down"] = layer.lowrank_down
+            tensors[f"{name}.lowrank_up"] = layer.lowrank_up
+    with atomic_folder(Path(folder), INDEX) as temporary:
+        write_tensors(temporary / TENSORS, tensors, {"format": "rtlynx"})
+        body = {
+            "format": "rtlynx",
+            "version": FORMAT_VERSION,
+            "rtlynx": rtlynx.__version__,
+            "model": type(model).__name__,
+            "recipe": state.plan.recipe.to_dict(),
+            "layers": {name: _describe(layer, state.base[name]) for name, layer in layers.items()},
+            "dense": {name: one.dense_reason for name, one in planned.items() if name not in layers},
+            "tensors_sha256": sha256_of(temporary / TENSORS),
+        }
+        write_json(temporary / INDEX, {**body, "sha256": _digest(body)})
+
+
+def load(model_or_pipeline: Any, folder: str | Path) -> Any:
+    """Make a dense model sparse as a checkpoint says, in place.
+
+    Returns
+    -------
+    The same object.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is missing or damaged, or was made for another architecture, shape, version or other
+        weights. The model is then unchanged.
+    ValueError
+        If the model is sparse already.
+    """
+    model = target_model(model_or_pipeline)
+    if state_of(model) is not None:
+        raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
+    folder = Path(folder)
+    index = read_index(folder)
+    if index["model"] != type(model).__name__:
+        raise CheckpointError(f"{folder} was made for {index['model']}, this is {type(model).__name__}")
+    _check_layers(model, index["layers"], folder)
+    plan = _stored_plan(model, index, folder)
+    path = folder / TENSORS
+    if path.is_file() and sha256_of(path) != index["tensors_sha256"]:
+        raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
+    tensors, _ = read_tensors(path)
+    solutions = {
+        name: _stored_solution(name, entry, tensors, path) for name, entry in index["layers"].items()
+    }
+    apply_solutions(model, plan, solutions)
+    return model_or_pipeline
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The checked `rtlynx.json` of a checkpoint folder.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing, damaged, or of another version.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    path = folder / INDEX
+    index = read_json(path)
+    if not isinstance(index, dict) or index.get("format") != "rtlynx":
+        raise CheckpointError(f"{path} is not an rtlynx checkpoint")
+    if index.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is of format version {index.get('version')}, this rtlynx reads version {FORMAT_VERSION}"
+        )
+    body = {key: value for key, value in index.items() if key != "sha256"}
+    if index.get("sha256") != _digest(body):
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest")
+    return index
+
+
+def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "pattern": asdict(layer.pattern),
+        "norm": layer.norm,
+        "rank": layer.rank,
+        "refitted": layer.refitted,
+        "base": base,
+    }
+
+
+def _check_layers(model: nn.Module, layers: dict[str, Any], folder: Path) -> None:
+    modules = dict(model.named_modules())
+    for name, entry in layers.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(
+                f"{folder} was made for another architecture: this model has no linear {name}"
+            )
+        expected = (entry["in_features"], entry["out_features"])
+        found = (linear.in_features, linear.out_features)
+        if found != expected:
+            raise CheckpointError(
+                f"{folder} was made for another size: {name} maps {expected[0]} -> {expected[1]} there, "
+                f"{found[0]} -> {found[1]} here"
+            )
+        if weight_fingerprint(linear.weight) != entry["base"]:
+            raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
+
+
+def _stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
+    try:
+        plan = make_plan(model, Recipe.from_dict(index["recipe"]))
+    except ValueError as error:
+        raise CheckpointError(f"{folder} does not fit this model: {error}") from None
+    unknown = index["layers"].keys() - {layer.name for layer in plan.layers}
+    if unknown:
+        raise CheckpointError(f"{folder} makes layers sparse that cannot be: {', '.join(sorted(unknown))}")
+    layers = []
+    for layer in plan.layers:
+        entry = index["layers"].get(layer.name)
+        if entry is None:
+            reason = index["dense"].get(layer.name) or "not in the checkpoint"
+            layers.append(layer.dense(reason))
+            continue
+        stored = entry["pattern"]
+        parts = tuple(stored["parts"]) if isinstance(stored["parts"], list) else stored["parts"]
+        pattern = Pattern(stored["n"], stored["m"], stored["grouping"], parts)
+        layers.append(
+            replace(layer, pattern=pattern, norm=entry["norm"], rank=entry["rank"], dense_reason=None)
+        )
+    return replace(plan, layers=tuple(layers))
+
+
+def _stored_solution(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Solution:
+    try:
+        return Solution(
+            weight=tensors[f"{name}.weight"] if entry["refitted"] else None,
+            down=tensors[f"{name}.lowrank_down"] if entry["rank"] else None,
+            up=tensors[f"{name}.lowrank_up"] if entry["rank"] else None,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks the tensor {error}") from None
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,218 @@
+"""The closed forms reach the optimum of the problem they claim, found here by other means."""
+
+import math
+
+import pytest
+import torch
+
+from rtlynx.calibration.moments import Moments, balanced
+from rtlynx.calibration.solve import solve_joint, solve_layer, solve_lowrank, solve_refit
+from rtlynx.pattern import nm_mask, norm_scale, select
+
+M, K, N, RANK = 300, 16, 12, 3
+
+
+def problem(seed: int, norm: bool = False):
+    gen = torch.Generator().manual_seed(seed)
+    mix = torch.randn(K, K, generator=gen, dtype=torch.float64)
+    x = torch.randn(M, K, generator=gen, dtype=torch.float64) @ mix
+    w = torch.randn(N, K, generator=gen, dtype=torch.float64)
+    mask = nm_mask(x)
+    s = select(x, mask) * (norm_scale(x, mask).double() if norm else 1)
+    moments = Moments(K, dtype=torch.float64)
+    moments.add(x[:100], s[:100])
+    moments.add(x[100:], s[100:])
+    return x, s, w, moments
+
+
+def objective(x, s, w, new, low, lam, mu):
+    """The penalised problem, straight from its definition."""
+    error = s @ new.T + x @ low - x @ w.T
+    return error.square().sum() + lam * (new - w).square().sum() + mu * low.square().sum()
+
+
+def descend(x, s, w, lam, mu, *, refit: bool, rank: int, seed: int, start=None):
+    """Long gradient descent (L-BFGS) from a random start, knowing nothing of the closed form."""
+    gen = torch.Generator().manual_seed(seed)
+    new = w.clone().requires_grad_(refit)
+    a = torch.randn(K, rank, generator=gen, dtype=torch.float64).mul_(0.3).requires_grad_()
+    b = torch.randn(N, rank, generator=gen, dtype=torch.float64).mul_(0.3).requires_grad_()
+    free = [p for p, used in ((new, refit), (a, rank > 0), (b, rank > 0)) if used]
+    optimiser = torch.optim.LBFGS(
+        free, max_iter=3000, tolerance_grad=1e-11, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        loss = objective(x, s, w, new, a @ b.T, lam, mu)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return float(closure())
+
+
+@pytest.mark.parametrize("lam", [1.0, 100.0, 3000.0])
+def test_refit_reaches_what_descent_reaches(lam):
+    x, s, w, moments = problem(0)
+    zero = torch.zeros(K, N, dtype=torch.float64)
+    closed = float(objective(x, s, w, solve_refit(moments, w, lam), zero, lam, 0.0))
+    assert closed == pytest.approx(descend(x, s, w, lam, 0.0, refit=True, rank=0, seed=1), rel=1e-6)
+
+
+@pytest.mark.parametrize("mu", [1e-3, 50.0, 2000.0])
+@pytest.mark.parametrize("norm", [False, True])
+def test_lowrank_reaches_what_descent_reaches(mu, norm):
+    x, s, w, moments = problem(2, norm)
+    down, up = solve_lowrank(moments, w, RANK, mu)
+    closed = float(objective(x, s, w, w, (up @ down).T, 0.0, mu))
+    found = min(descend(x, s, w, 0.0, mu, refit=False, rank=RANK, seed=seed) for seed in range(3))
+    assert closed <= found * (1 + 1e-6)
+    assert closed == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.parametrize(("lam", "mu"), [(1.0, 1.0), (100.0, 10.0), (3000.0, 3000.0)])
+def test_joint_reaches_what_descent_reaches(lam, mu):
+    x, s, w, moments = problem(3)
+    new, down, up = solve_joint(moments, w, RANK, lam, mu)
+    closed = float(objective(x, s, w, new, (up @ down).T, lam, mu))
+    found = min(descend(x, s, w, lam, mu, refit=True, rank=RANK, seed=seed) for seed in range(3))
+    assert closed <= found * (1 + 1e-6)
+    assert closed == pytest.approx(found, rel=1e-4)
+
+
+def test_joint_beats_one_after_the_other():
+    x, s, w, moments = problem(4)
+    lam = mu = 300.0
+    new, down, up = solve_joint(moments, w, RANK, lam, mu)
+    joint = objective(x, s, w, new, (up @ down).T, lam, mu)
+    alone = solve_refit(moments, w, lam)
+    rest = x @ w.T - s @ alone.T
+    left, sigma, right = torch.linalg.svd(torch.linalg.lstsq(x, rest).solution, full_matrices=False)
+    truncated = left[:, :RANK] * sigma[:RANK] @ right[:RANK]
+    assert joint < objective(x, s, w, alone, truncated, lam, mu)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_search_around_the_solution_never_beats_it(seed):
+    x, s, w, moments = problem(5)
+    lam, mu = 50.0, 50.0
+    new, down, up = solve_joint(moments, w, RANK, lam, mu)
+    best = float(objective(x, s, w, new, (up @ down).T, lam, mu))
+    gen = torch.Generator().manual_seed(seed)
+
+    def jitter(t, step):
+        return t + torch.randn(t.shape, generator=gen, dtype=t.dtype) * t.std() * step
+
+    for step in (1e-3, 1e-2, 1e-1):
+        for _ in range(100):
+            low = (jitter(up, step) @ jitter(down, step)).T
+            tried = float(objective(x, s, w, jitter(new, step), low, lam, mu))
+            assert tried >= best * (1 - 1e-9)
+
+
+def test_more_outputs_than_inputs_gives_the_same_optimum():
+    gen = torch.Generator().manual_seed(6)
+    x, s, _, moments = problem(6)
+    w = torch.randn(3 * K, K, generator=gen, dtype=torch.float64)
+    down, up = solve_lowrank(moments, w, RANK, 10.0)
+    assert down.shape == (RANK, K)
+    assert up.shape == (3 * K, RANK)
+    error = x @ w.T - s @ w.T
+    gram = x.T @ x + 10.0 * torch.eye(K, dtype=torch.float64)
+    full = torch.linalg.solve(gram, x.T @ error)
+    root = torch.linalg.cholesky(gram).T
+    sigma = torch.linalg.svdvals(root @ full)
+    expected = error.square().sum() - sigma[:RANK].square().sum()
+    found = (error - x @ (up @ down).T).square().sum() + 10.0 * (up @ down).square().sum()
+    assert float(found) == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_layer_error_from_moments_is_the_error_of_the_outputs():
+    x, s, w, moments = problem(7)
+    new, down, up = solve_joint(moments, w, RANK, 10.0, 10.0)
+    y = x @ w.T
+    direct = (s @ new.T + x @ down.T @ up.T - y).square().sum() / y.square().sum()
+    assert moments.layer_error(w, new, down, up) == pytest.approx(float(direct), rel=1e-9)
+
+
+def one_token(x, s):
+    return x[:1], s[:1]
+
+
+def constant_channels(x, s):
+    x, s = x.clone(), s.clone()
+    x[:, ::4] = 1.0
+    s[:, ::4] = 1.0
+    return x, s
+
+
+def rank_deficient(x, s):
+    return x[:5], s[:5]
+
+
+def all_zero(x, s):
+    return torch.zeros_like(x), torch.zeros_like(s)
+
+
+def tiny(x, s):
+    return x * 1e-18, s * 1e-18
+
+
+@pytest.mark.parametrize("make", [one_token, constant_channels, rank_deficient, all_zero, tiny])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rank", "refit"), [(4, False), (0, True), (4, True)])
+def test_ill_conditioned_moments_give_finite_solutions_that_do_no_harm(make, dtype, rank, refit):
+    x, s, w, _ = problem(8)
+    x, s = make(x, s)
+    moments = Moments(K, dtype=dtype)
+    moments.add(x, s)
+    solution = solve_layer(moments.mean(), w, rank=rank, refit=refit, ridge=1e-2)
+    for tensor in (solution.weight, solution.down, solution.up):
+        assert tensor is None or bool(torch.isfinite(tensor).all())
+    assert math.isfinite(solution.error)
+    assert solution.error <= solution.error_before + 1e-9
+
+
+def test_auto_ridge_is_strong_where_the_fit_does_not_carry_over():
+    _, _, w, many = problem(9)
+    x, s, _, _ = problem(10)
+    other = Moments(K, dtype=torch.float64)
+    other.add(x, s)
+    few = Moments(K, dtype=torch.float64)
+    x, s, _, _ = problem(9)
+    few.add(x[:6], s[:6])
+    settings = {"rank": 0, "refit": True, "ridge": "auto"}
+    alike = solve_layer(many.mean(), w, heldout=many.mean(), **settings)
+    unlike = solve_layer(few.mean(), w, heldout=other.mean(), **settings)
+    assert unlike.ridge > alike.ridge
+    assert unlike.error <= unlike.error_before
+
+
+def test_auto_ridge_without_held_out_prompts_is_refused():
+    _, _, w, moments = problem(11)
+    with pytest.raises(ValueError, match="held-out"):
+        solve_layer(moments.mean(), w, rank=0, refit=True, ridge="auto")
+
+
+def test_balance_gives_each_kind_or_each_token_its_weight():
+    x, s, _, _ = problem(12)
+    image, text = Moments(K, dtype=torch.float64), Moments(K, dtype=torch.float64)
+    image.add(x[:280], s[:280])
+    text.add(x[280:], s[280:])
+    by_kind = balanced([image, text], "kinds")
+    by_token = balanced([image, text], "tokens")
+    half = (x[:280].T @ x[:280] / 280 + x[280:].T @ x[280:] / 20) / 2
+    torch.testing.assert_close(by_kind.dense, half)
+    torch.testing.assert_close(by_token.dense, x.T @ x / M)
+    torch.testing.assert_close(balanced([image, Moments(K)], "kinds").dense, x[:280].T @ x[:280] / 280)
+
+
+def test_moments_refuse_non_finite_tokens_and_stay_as_they_were():
+    x, s, _, moments = problem(13)
+    before = moments.dense.clone()
+    x[3, 2] = float("nan")
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        moments.add(x, s)
+    assert torch.equal(moments.dense, before)
+    assert moments.count == M
