@@ -1,0 +1,5 @@
+"""`python -m rtlynx`, also under torchrun."""
+
+from rtlynx.cli import main
+
+main()

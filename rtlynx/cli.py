@@ -1,0 +1,400 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rtlynx import __version__
+from rtlynx.recipe import Recipe
+
+app = typer.Typer(
+    name="rtlynx",
+    help="2:4 activation sparsity for diffusion transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[
+    str, typer.Argument(help="zoo:flux-emoji, or a local diffusers folder.", show_default=False)
+]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe as a JSON file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe setting; repeatable."),
+]
+PipelineSettings = Annotated[
+    list[str] | None,
+    typer.Option("--pipeline", metavar="KEY=VALUE", help="An argument of the pipeline call; repeatable."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main() -> None:
+    """Entry point: errors in one line, exit codes 0 (done), 1 (bad input), 2 (usage), 130 (interrupted)."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("interrupted", style="bold red")
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if os.environ.get("RTLYNX_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        err.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """2:4 activation sparsity for diffusion transformers."""
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: rtlynx demo --out rtlynx-demo --images 8 --steps 12")
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("rtlynx-demo"),
+    images: Annotated[int | None, typer.Option(help="Pictures a variant.", show_default="24")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="12")] = None,
+    seed: Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")] = 0,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Calibrate live instead of using the shipped solutions.")
+    ] = False,
+) -> None:
+    """Draw with a real small diffusion transformer: dense, sparse and compensated; write a report."""
+    from rtlynx.evaluate import demo as evaluation
+
+    chosen = {"images": images, "steps": steps}
+    results = evaluation.run_demo(
+        folder,
+        seed=seed,
+        calibrate=calibrate,
+        **{key: value for key, value in chosen.items() if value is not None},
+    )
+    table = Table("variant", "layer error", "PSNR dB", "SSIM", "KID", "retrieval", "sparse layers", "seconds")
+    for row in results["variants"]:
+        table.add_row(
+            row["name"],
+            _number(row["layer_error"], ".4f"),
+            _number(row["psnr"], ".2f"),
+            _number(row["ssim"], ".3f"),
+            _number(row["kid"], ".4f"),
+            _number(row["retrieval"], ".3f"),
+            str(row["sparse_layers"]),
+            _number(row["seconds"], ".1f"),
+        )
+    out.print(table)
+    out.print(
+        f"Report: {folder / 'report.html'}   grid: {folder / 'grid.png'}   figures: {folder / 'results.json'}"
+    )
+
+
+@app.command(
+    epilog="Example: rtlynx calibrate zoo:flux-emoji --out emoji-lynx --set rank=0.02 --set text_rows=dense"
+)
+def calibrate(
+    model: Model,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    pipeline: PipelineSettings = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="A calibration option (batch_size, seed, sequential ...)."
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep recorded calls and solutions here; run again to resume.")
+    ] = None,
+    device: Device = DEFAULT_DEVICE,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model sparse and compensate it on its own activations; save the checkpoint.
+
+    Without --prompts, a zoo model uses its own list of calibration prompts. Several processes:
+    torchrun --nproc-per-node 2 -m rtlynx calibrate ...
+    """
+    import rtlynx
+    from rtlynx.checkpoint import INDEX
+    from rtlynx.files import check_replaceable
+
+    check_replaceable(folder, INDEX)  # before the work, not after it
+    chosen = _recipe(recipe, settings, Recipe())
+    with _processes(device) as (local_device, is_first):
+        loaded = _load(model, local_device)
+        report = rtlynx.calibrate(
+            loaded,
+            _prompts(prompts, model),
+            chosen,
+            rtlynx.CalibrationOptions(folder=work, pipeline_kwargs=_pairs(pipeline), **_pairs(options)),
+        )
+        if not is_first:
+            return
+        rtlynx.save(loaded, folder)
+    if as_json:
+        _print_json(_report_json(report, folder))
+        return
+    _print_report(report)
+    out.print(f"Saved to {folder}")
+
+
+@app.command(epilog="Example: rtlynx convert zoo:flux-emoji --out emoji-24 --set grouping=strided")
+def convert(
+    model: Model,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint.")],
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model sparse without calibration (2:4 and norm compensation) and save the checkpoint."""
+    import rtlynx
+    from rtlynx.models import sparse_layers, target_model
+
+    loaded = _load(model, "cpu")
+    rtlynx.sparsify(loaded, _recipe(recipe, settings, Recipe.immediate()))
+    rtlynx.save(loaded, folder)
+    count = len(sparse_layers(target_model(loaded)))
+    if as_json:
+        _print_json({"checkpoint": str(folder), "sparse_layers": count})
+    else:
+        out.print(f"{count} sparse layers, saved to {folder}")
+
+
+@app.command(epilog="Example: rtlynx evaluate zoo:flux-emoji --checkpoint emoji-lynx --images 8 --json")
+def evaluate(
+    model: Model,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint that calibrate or convert saved.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    images: Annotated[int, typer.Option(help="How many of the prompts to draw.")] = 8,
+    seed: Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")] = 0,
+    pipeline: PipelineSettings = None,
+    device: Device = DEFAULT_DEVICE,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the same prompts and seeds dense and sparse; print layer error, PSNR and SSIM."""
+    import rtlynx
+    from rtlynx.evaluate.sampling import compare
+
+    chosen = _prompts(prompts, model, held_out=True)[:images]
+    dense, sparse = _load(model, device), _load(model, device)
+    rtlynx.load(sparse, checkpoint)
+    figures = compare(dense, sparse, chosen, seed=seed, pipeline_kwargs=_pairs(pipeline))
+    if as_json:
+        _print_json(
+            {"model": model, "checkpoint": str(checkpoint), "images": len(chosen), "seed": seed, **figures}
+        )
+        return
+    table = Table(
+        "figure", "value", title=f"{len(chosen)} pictures, sparse against dense with the same seeds"
+    )
+    for key, value in figures.items():
+        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    out.print(table)
+
+
+@app.command(epilog="Example: rtlynx inspect zoo:flux-emoji --set text_stream=sparse")
+def inspect(
+    model: Model,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Show what a checkpoint makes of the model.")
+    ] = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    activations: Annotated[
+        int, typer.Option(help="Also draw so many prompts and measure how much energy 2:4 keeps.", min=0)
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """List the layers that can be sparse, what happens to each and why."""
+    import rtlynx
+    from rtlynx.inspection import activation_energy, describe
+
+    if checkpoint is not None and (recipe or settings):
+        raise typer.BadParameter("--checkpoint holds its own recipe: leave out --recipe and --set")
+    loaded = _load(model, DEFAULT_DEVICE if activations else "cpu")
+    kept: dict[str, Any] = {}
+    if activations:
+        kept = activation_energy(loaded, _prompts(None, model, held_out=True)[:activations])
+    if checkpoint is not None:
+        rtlynx.load(loaded, checkpoint)
+        overview = describe(loaded)
+    else:
+        overview = describe(loaded, _recipe(recipe, settings, Recipe()))
+    if as_json:
+        _print_json({**overview, "activation_energy_kept": kept})
+        return
+    _print_overview(overview, kept)
+
+
+@app.command(epilog="Example: rtlynx doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine can run, and why not. Exit code 1 where something that should work does not."""
+    from rtlynx.doctor import examine, to_json
+
+    checks = examine()
+    if as_json:
+        _print_json(to_json(checks))
+    else:
+        table = Table("check", "", "finding")
+        for check in checks:
+            mark = {True: "[green]ok[/green]", False: "[red]fails[/red]", None: ""}[check.ok]
+            table.add_row(check.name, mark, check.detail)
+        out.print(table)
+    if not to_json(checks)["ok"]:
+        raise typer.Exit(1)
+
+
+def _load(source: str, device: str) -> Any:
+    from rtlynx.loading import load_model
+
+    return load_model(source, device=device)
+
+
+def _recipe(file: Path | None, settings: list[str] | None, default: Recipe) -> Recipe:
+    """A recipe from a file, or the default, with single settings changed."""
+    base = default.to_dict() if file is None else Recipe.from_json(file.read_text()).to_dict()
+    return Recipe.from_dict({**base, **_pairs(settings)})
+
+
+def _pairs(items: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE pairs; values are JSON where they parse as such (numbers, true, null, lists), else text."""
+    pairs: dict[str, Any] = {}
+    for item in items or ():
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"expected KEY=VALUE, got {item!r}")
+        try:
+            pairs[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            pairs[key.strip()] = value
+    return pairs
+
+
+def _prompts(file: Path | None, model: str, *, held_out: bool = False) -> list[str]:
+    if file is not None:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"{file} holds no prompts")
+        return prompts
+    from rtlynx.loading import ZOO_PREFIX
+
+    if not model.startswith(ZOO_PREFIX):
+        raise typer.BadParameter("give --prompts FILE: only zoo models bring prompts of their own")
+    from rtlynx.zoo import prompts as zoo_prompts
+
+    return zoo_prompts.demo_prompts() if held_out else zoo_prompts.calibration_prompts(512)
+
+
+@contextlib.contextmanager
+def _processes(device: str) -> Iterator[tuple[str, bool]]:
+    """Join the other processes where torchrun started this one; yields the device and "is this the first"."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device, True
+        return
+    import torch.distributed as dist
+
+    on_gpu = device.startswith("cuda")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        local = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else device
+        if on_gpu:
+            torch.cuda.set_device(local)
+        yield local, dist.get_rank() == 0
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _report_json(report: Any, folder: Path) -> dict[str, Any]:
+    return {
+        "checkpoint": str(folder),
+        "layers": {
+            name: {"ridge": one.ridge, "error_before": one.error_before, "error": one.error}
+            for name, one in report.solutions.items()
+        },
+        "dense": report.dense,
+        "budget": None
+        if report.choice is None
+        else {
+            "output_error": report.choice.error,
+            "share_of_saving": report.choice.saving,
+            "layers": {
+                cost.name: {"output_error": cost.error, "flops_saved": cost.saving} for cost in report.costs
+            },
+        },
+        "extra_bytes": report.extra_bytes,
+    }
+
+
+def _print_report(report: Any) -> None:
+    table = Table("layer", "error before", "after", "ridge")
+    for name, one in report.solutions.items():
+        table.add_row(name, f"{one.error_before:.4f}", f"{one.error:.4f}", _number(one.ridge, "g"))
+    out.print(table)
+    if report.choice is not None:
+        budget = Table("layer", "error at the output", "GFLOP saved", "decision", title="Budget")
+        for cost in sorted(report.costs, key=lambda one: one.error / max(one.saving, 1e-9)):
+            decision = report.dense.get(cost.name, "sparse")
+            budget.add_row(cost.name, f"{cost.error:.2e}", f"{cost.saving / 1e9:.3f}", decision)
+        out.print(budget)
+        out.print(
+            f"{len(report.choice.sparse)} layers sparse: measured error at the output "
+            f"{report.choice.error:.3e}, {report.choice.saving:.0%} of the possible saving"
+        )
+    out.print(
+        f"{len(report.solutions)} sparse layers, {len(report.dense)} left dense, "
+        f"{report.extra_bytes / 1e6:.1f} MB more memory"
+    )
+
+
+def _print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
+    columns = ["layer", "shape", "stream", "pattern", "rank", "state"] + (["energy kept"] if kept else [])
+    table = Table(*columns, title=f"{overview['model']}, rule: {overview['architecture']}")
+    for layer in overview["layers"]:
+        row = [
+            layer["name"],
+            f"{layer['in_features']} -> {layer['out_features']}",
+            layer["stream"],
+            layer["pattern"],
+            str(layer["rank"] or "-"),
+            f"dense: {layer['dense_reason']}" if layer["dense_reason"] else "sparse",
+        ]
+        if kept:
+            row.append(_number(kept.get(layer["name"]), ".3f"))
+        table.add_row(*row)
+    out.print(table)
+    out.print(
+        f"{overview['sparse_layers']} of {len(overview['layers'])} candidates sparse, "
+        f"{overview['sparse_share']:.1%} of the weights of all linear layers; "
+        f"{overview['extra_bytes'] / 1e6:.1f} MB more memory"
+    )

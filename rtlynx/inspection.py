@@ -1,0 +1,68 @@
+"""Overviews for `rtlynx inspect`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rtlynx.models.plan import LayerPlan, make_plan
+from rtlynx.models.sparsify import extra_bytes, state_of, target_model
+from rtlynx.recipe import Recipe
+
+
+def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, Any]:
+    """What a recipe would do to a model, or what was done to a sparse one, in plain JSON values.
+
+    Returns
+    -------
+    dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, pattern,
+    rank, dense_reason), `sparse_layers`, `sparse_share` (of the weights of all linears) and `extra_bytes`
+    (memory beyond the dense model's).
+    """
+    model = target_model(model_or_pipeline)
+    state = state_of(model)
+    plan = make_plan(model, recipe or Recipe()) if state is None else state.plan
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    sparse = sum(layer.in_features * layer.out_features for layer in plan.sparse)
+    bytes_each = next(model.parameters()).element_size()
+    planned = sum(_planned_extra(layer, plan.recipe) for layer in plan.sparse) * bytes_each
+    return {
+        "model": type(model).__name__,
+        "architecture": plan.architecture.class_name if plan.architecture.rules else "generic",
+        "recipe": plan.recipe.to_dict(),
+        "layers": [_describe_layer(layer) for layer in plan.layers],
+        "sparse_layers": len(plan.sparse),
+        "sparse_share": sparse / weights,
+        "extra_bytes": planned if state is None else extra_bytes(model),
+    }
+
+
+def activation_energy(pipeline: Any, prompts: list[str]) -> dict[str, float]:
+    """Share of the energy of each candidate layer's input that 2:4 keeps, while drawing `prompts`."""
+    from rtlynx.evaluate.layers import activation_energy_kept
+
+    return activation_energy_kept(pipeline, prompts)
+
+
+def _describe_layer(layer: LayerPlan) -> dict[str, Any]:
+    pattern = layer.pattern
+    return {
+        "name": layer.name,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "role": layer.candidate.role,
+        "stream": layer.candidate.stream,
+        "reads": layer.candidate.reads,
+        "pattern": f"{pattern.n}:{pattern.m} {pattern.grouping}",
+        "norm": layer.norm,
+        "rank": layer.rank,
+        "dense_reason": layer.dense_reason,
+    }
+
+
+def _planned_extra(layer: LayerPlan, recipe: Recipe) -> int:
+    """Entries that the layer will hold beyond its weight: factors, and W beside a refitted W'."""
+    factors = layer.rank * (layer.in_features + layer.out_features)
+    return factors + (layer.in_features * layer.out_features if recipe.keeps_dense_weight else 0)
