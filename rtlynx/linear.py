@@ -144,8 +144,8 @@ class SparseLinear(nn.Linear):
                 f"got {tuple(down.shape)} and {tuple(up.shape)}"
             )
         train = self.weight.requires_grad
-        self.lowrank_down = nn.Parameter(down.detach().to(self.weight), requires_grad=train)
-        self.lowrank_up = nn.Parameter(up.detach().to(self.weight), requires_grad=train)
+        self.lowrank_down = nn.Parameter(down.detach().to(self.weight).contiguous(), requires_grad=train)
+        self.lowrank_up = nn.Parameter(up.detach().to(self.weight).contiguous(), requires_grad=train)
 
     def set_refit(self, weight: Tensor, *, keep_dense: bool = False) -> None:
         """Replace W by the refitted W' (N, K); `keep_dense` keeps W beside it for dense rows and steps."""
@@ -155,7 +155,7 @@ class SparseLinear(nn.Linear):
             )
         if keep_dense and self.weight_dense is None:
             self.weight_dense = self.weight.detach()
-        new = weight.detach().to(self.weight)
+        new = weight.detach().to(self.weight).contiguous()  # safetensors saves nothing else
         self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
         self.refitted = True
 

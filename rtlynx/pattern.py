@@ -262,10 +262,11 @@ def pack(x: Tensor, grouping: GroupingKind = "adjacent", parts: int | tuple[int,
         If K does not split into groups of 4.
     """
     pattern = Pattern(2, 4, grouping, parts)
-    groups = to_groups(x, pattern)
     kept = to_groups(pattern_mask(x, pattern), pattern)
     position = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :2]  # (..., K/4, 2)
-    values = groups.gather(-1, position).flatten(-2)
+    # NOTE: values move as integers: torch's own copies of bfloat16 do not keep the payload of a NaN.
+    groups = to_groups(x.detach().view(_BITS[x.dtype][0]), pattern)
+    values = groups.gather(-1, position).flatten(-2).view(x.dtype)
     nibbles = (position[..., 0] | position[..., 1] << 2).to(torch.uint8)
     if nibbles.shape[-1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1), value=0x4)
@@ -283,14 +284,16 @@ def unpack(packed: Packed) -> Tensor:
     """
     values, metadata, pattern = packed
     groups = values.shape[-1] // 2
-    if values.shape[-1] % 2 or metadata.shape[-1] != (groups + 1) // 2:
+    if values.shape[-1] % 2 or metadata.shape != (*values.shape[:-1], (groups + 1) // 2):
         raise ValueError(
-            f"{metadata.shape[-1]} bytes of metadata do not describe {values.shape[-1]} kept values"
+            f"metadata of shape {tuple(metadata.shape)} does not describe kept values of shape "
+            f"{tuple(values.shape)}"
         )
     nibbles = torch.stack((metadata & 0xF, metadata >> 4), dim=-1).flatten(-2)[..., :groups].long()
     first, second = nibbles & 3, nibbles >> 2
     if bool((first >= second).any()):
         raise ValueError("metadata holds an illegal index pair (the two indices must differ and be in order)")
-    dense = values.new_zeros((*values.shape[:-1], groups, 4))
-    dense.scatter_(-1, torch.stack((first, second), dim=-1), values.unflatten(-1, (-1, 2)))
-    return from_groups(dense, pattern)
+    bits = values.view(_BITS[values.dtype][0])
+    dense = bits.new_zeros((*values.shape[:-1], groups, 4))
+    dense.scatter_(-1, torch.stack((first, second), dim=-1), bits.unflatten(-1, (-1, 2)))
+    return from_groups(dense, pattern).view(values.dtype)

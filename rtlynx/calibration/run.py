@@ -84,6 +84,8 @@ def calibrate(
     so all end with the same model.
     """
     recipe, options = recipe or Recipe(), options or CalibrationOptions()
+    if isinstance(prompts, str):
+        raise ValueError("prompts are a list of strings, got one string")
     model = target_model(model_or_pipeline)
     before = state_of(model)
     if before is not None and before.plan.recipe.needs_calibration:

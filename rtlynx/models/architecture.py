@@ -92,5 +92,14 @@ class Architecture:
     def call_arguments(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """The arguments of one call of `model`, by name."""
-        return dict(inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments)
+        """The arguments of one call of `model`, by name, such that `model(**arguments)` is the same call."""
+        signature = inspect.signature(type(model).forward)
+        itself, *named = signature.bind_partial(model, *args, **kwargs).arguments.items()
+        del itself  # `self`
+        arguments: dict[str, Any] = {}
+        for name, value in named:
+            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(value)
+            else:
+                arguments[name] = value
+        return arguments

@@ -79,6 +79,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     ValueError
         If the model has no linear layer that could be sparse, or a `skip` pattern matches none.
     """
+    if isinstance(model, nn.Linear):
+        raise ValueError("a single linear layer cannot be replaced in place: use SparseLinear.from_linear")
     architecture = architecture_of(model)
     candidates = architecture.candidates(model)
     if not candidates:

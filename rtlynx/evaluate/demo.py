@@ -1,0 +1,231 @@
+"""`rtlynx demo`: a real diffusion transformer draws dense, sparse and compensated, and a report tells."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rtlynx
+from rtlynx import zoo
+from rtlynx.calibration.calls import Call
+from rtlynx.evaluate.grid import picture_grid, png_bytes
+from rtlynx.evaluate.layers import (
+    activation_distributions,
+    layer_errors,
+    mean_error,
+    weight_distributions,
+)
+from rtlynx.evaluate.metrics import KernelDistance, kid, picture_features, psnr, retrieval, ssim
+from rtlynx.evaluate.report import render_report
+from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
+from rtlynx.evaluate.variants import LIVE_PROMPTS, NAMES, Variant, build_variant
+from rtlynx.files import atomic_file, write_json
+from rtlynx.models.plan import make_plan
+from rtlynx.progress import ProgressBar
+from rtlynx.recipe import Recipe
+from rtlynx.zoo.features import real_features
+from rtlynx.zoo.prompts import ASSETS, calibration_prompts, demo_prompts
+
+MODEL = "flux-emoji"
+IMAGES, STEPS = 24, 12
+GUIDANCE = 3.0
+BATCH = 8
+GRID_COLUMNS = 8
+RECORDED_STEPS = 2  # of each batch, where layer inputs are compared
+DISTRIBUTION_CALLS = 4
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    images: int = IMAGES,
+    steps: int = STEPS,
+    seed: int = 0,
+    calibrate: bool = False,
+    progress: bool = True,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Draw the same prompts from the same noise with every variant, measure, and write three files.
+
+    Parameters
+    ----------
+    out : folder, created if missing
+        Gets results.json, grid.png and report.html, all at the end or none.
+    images : int in 1..64
+        Pictures a variant.
+    steps : int
+        Sampling steps, each of two model passes (guidance).
+    seed : int
+        Picture i starts from noise of seed + i.
+    calibrate : bool
+        Calibrate live, on fewer prompts, instead of loading the shipped solutions.
+    progress : bool
+        Show progress bars.
+    device : str
+        Where the transformer runs, in float32.
+
+    Returns
+    -------
+    dict
+        What results.json holds.
+
+    Raises
+    ------
+    ValueError, NotADirectoryError, CheckpointError
+        For numbers out of range, an `out` that is a file, missing or damaged solutions. Nothing is written.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} exists and is not a folder")
+    if steps < 1:
+        raise ValueError(f"steps is a whole number above 0, got {steps}")
+    prompts = demo_prompts(images)
+    start = time.perf_counter()
+    dense = zoo.load(MODEL, device=device)
+    variants = [
+        build_variant(
+            name,
+            dense,
+            solutions=None if calibrate else ASSETS / "solutions",
+            calibration_prompts=calibration_prompts(LIVE_PROMPTS) if calibrate else (),
+            progress=progress,
+        )
+        for name in NAMES
+    ]
+    pictures: dict[str, Tensor] = {}
+    seconds: dict[str, float] = {}
+    calls: list[Call] = []
+    settings = {"guidance_scale": GUIDANCE, "num_inference_steps": steps}
+    with ProgressBar("drawing", len(variants) * images, show=progress) as advance:
+        for variant in variants:
+            common: dict[str, Any] = {"seed": seed, "batch_size": BATCH, "advance": advance}
+            began = time.perf_counter()
+            if variant.name == "dense":
+                pictures[variant.name], calls = sample_and_record(
+                    variant.pipeline,
+                    prompts,
+                    steps=steps,
+                    recorded=RECORDED_STEPS,
+                    pipeline_kwargs={"guidance_scale": GUIDANCE},
+                    **common,
+                )
+            else:
+                pictures[variant.name] = sample_pictures(
+                    variant.pipeline, prompts, pipeline_kwargs=settings, **common
+                )
+            seconds[variant.name] = time.perf_counter() - began
+    model = dense.transformer
+    with ProgressBar("measuring layers", len(calls), show=progress) as advance:
+        by_variant = {variant.name: variant.layers for variant in variants}
+        errors = layer_errors(model, by_variant, _counted(calls, advance))
+    rows = [
+        _row(variant, pictures, prompts, errors[variant.name], seconds[variant.name]) for variant in variants
+    ]
+    layers = make_plan(model, Recipe.immediate(grouping="adjacent")).sparse
+    weights = weight_distributions(model, layers)
+    spread = calls[:: max(1, len(calls) // DISTRIBUTION_CALLS)]
+    activations = activation_distributions(model, layers, spread)
+    results: dict[str, Any] = {
+        "model": f"zoo:{MODEL}",
+        "device": device,
+        "torch": torch.__version__,
+        "steps": steps,
+        "images": images,
+        "seed": seed,
+        "variants": rows,
+        "rtlynx": rtlynx.__version__,
+        "machine": _machine(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "guidance": GUIDANCE,
+        "prompts": prompts,
+        "real_pictures": len(real_features()[0]),
+        "kid_of_real_pictures": _kid_of_real(prompts).value if images > 1 else None,
+        "calibration": {
+            "live": calibrate,
+            "prompts": LIVE_PROMPTS if calibrate else None,
+            "seconds": {
+                variant.name: round(variant.calibration_seconds, 1)
+                for variant in variants
+                if variant.calibration_seconds is not None
+            },
+        },
+        "energy_kept": {
+            layer.name: {"weights": weights[layer.name].share, "activations": activations[layer.name].share}
+            for layer in layers
+        },
+    }
+    results["seconds"] = round(time.perf_counter() - start, 1)
+    notes = {row["name"]: f"PSNR {row['psnr']:.1f} dB" for row in rows if row["psnr"] is not None}
+    grid = picture_grid(pictures, prompts[:GRID_COLUMNS], notes)
+    shown = {name: some[:GRID_COLUMNS] for name, some in pictures.items()}
+    report = render_report(results, shown, layers, weights, activations)
+    _write(out, results, png_bytes(grid), report)
+    return results
+
+
+def _row(
+    variant: Variant,
+    pictures: dict[str, Tensor],
+    prompts: list[str],
+    errors: dict[str, float],
+    seconds: float,
+) -> dict[str, Any]:
+    """One variant's entry in results.json."""
+    mine, reference = pictures[variant.name], pictures["dense"]
+    features = picture_features(mine)
+    distance = _kid(features)
+    return {
+        "name": variant.name,
+        "layer_error": mean_error(errors),
+        "psnr": psnr(mine, reference),
+        "ssim": ssim(mine, reference),
+        "kid": distance.value if distance else None,
+        "kid_stderr": distance.stderr if distance else None,
+        "retrieval": retrieval(features, prompts),
+        "sparse_layers": len(variant.layers),
+        "seconds": round(seconds, 2),
+        "layers": errors,
+    }
+
+
+def _kid(features: Tensor) -> KernelDistance | None:
+    """Kernel distance to all real pictures; features are of unit length. None for a single picture."""
+    return kid(features, real_features()[1], gamma=1.0) if len(features) > 1 else None
+
+
+def _kid_of_real(prompts: list[str]) -> KernelDistance:
+    """What perfect pictures of these prompts would score: their real pictures against all."""
+    names, features = real_features()
+    rows = [names.index(prompt) for prompt in prompts]
+    return kid(features[rows], features, gamma=1.0)
+
+
+def _counted(calls: Iterable[Call], advance: Callable[[int], None]) -> Iterator[Call]:
+    for call in calls:
+        yield call
+        advance(1)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _write(out: Path, results: dict[str, Any], grid: bytes, report: str) -> None:
+    """All three files or none: each is renamed into place only once all are written."""
+    with ExitStack() as stack:
+        stack.enter_context(atomic_file(out / "grid.png")).write_bytes(grid)
+        stack.enter_context(atomic_file(out / "report.html")).write_text(report, encoding="utf-8")
+        write_json(stack.enter_context(atomic_file(out / "results.json")), results)

@@ -1,0 +1,167 @@
+"""The demo's report: one self-contained HTML page whose words follow from the numbers."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from torch import Tensor
+
+from rtlynx.evaluate import plots
+from rtlynx.evaluate.grid import png_bytes, to_image
+from rtlynx.evaluate.layers import Distribution, gaussian_energy_kept
+from rtlynx.models.plan import LayerPlan
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+# What each variant is, in a line.
+EXPLAINED = {
+    "dense": "The model as trained: every product in full.",
+    "weight-2:4": "Two of every four weights kept, by magnitude; activations untouched.",
+    "activation-2:4": "Two of every four neighbouring activations kept in each token, nothing made up for.",
+    "activation-2:4+norm": "The same, and each token scaled back to its norm.",
+    "activation-2:4+norm+lowrank": (
+        "The paper's recipe: the same, and a low-rank branch on the dense activations (rank 2 % of a layer's "
+        "inputs, at least 4), here solved in closed form."
+    ),
+    "activation-2:4+refit+lowrank": (
+        "This library's default: weights refitted to the selected activations, jointly with a low-rank "
+        "branch of the same rank; groups span the heads at attention outputs."
+    ),
+    "activation-2:4+norm:all-layers": (
+        "Selection and norm as above, and the layers of the text stream sparse too. In all other rows they "
+        "stay dense."
+    ),
+}
+
+ROLES = {
+    "attention-in": "Query, key and value",
+    "attention-out": "Attention output",
+    "mlp-up": "MLP up",
+    "mlp-down": "MLP down",
+    "single-out": "Single-block output",
+}
+
+
+def render_report(
+    results: Mapping[str, Any],
+    pictures: Mapping[str, Tensor],
+    layers: Sequence[LayerPlan],
+    weights: Mapping[str, Distribution],
+    activations: Mapping[str, Distribution],
+) -> str:
+    """The page.
+
+    Parameters
+    ----------
+    results : what results.json holds.
+    pictures : variant -> the pictures to show (n, 3, H, W) in [0, 1], of the first n prompts.
+    layers : the layers that `weights` and `activations` describe, by name.
+    """
+    columns = results["prompts"][: len(next(iter(pictures.values())))]
+    rows = [{**row, "explained": EXPLAINED.get(row["name"], "")} for row in results["variants"]]
+    sparse = [row for row in rows if row["sparse_layers"]]
+    readers: dict[str, list[str]] = {}
+    for layer in layers:
+        readers.setdefault(layer.candidate.reads, []).append(layer.name)
+    gaussian = gaussian_energy_kept()
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["number"] = number
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        results=results,
+        rows=rows,
+        best=_best(sparse),
+        findings=findings(results),
+        columns=columns,
+        pictures={name: [_data_uri(one) for one in some] for name, some in pictures.items()},
+        legend=[
+            {"name": row["name"], "sign": plots.SIGNS[i % len(plots.SIGNS)], "number": i}
+            for i, row in enumerate(sparse)
+        ],
+        error_plots=plots.error_plots({row["name"]: row["layers"] for row in sparse}),
+        histograms=plots.histogram_plots(_by_role(layers, weights, activations)),
+        energy_plots=plots.energy_plots(list(readers.values()), weights, activations, gaussian),
+        kept={
+            "weights": Distribution.merged(weights.values()).share,
+            "activations": Distribution.merged(activations.values()).share,
+            "gaussian": gaussian,
+        },
+    )
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """What came out, in sentences that hold whatever the numbers are."""
+    rows = {row["name"]: row for row in results["variants"]}
+    said = []
+    judged = [row for name, row in rows.items() if name != "dense" and row["psnr"] is not None]
+    if judged:
+        ranked = sorted(judged, key=lambda row: -row["psnr"])
+        order = ", then ".join(f"{row['name']} ({row['psnr']:.1f} dB)" for row in ranked)
+        said.append(f"From closest to the dense pictures to furthest (PSNR): {order}.")
+    paper, ours = rows["activation-2:4+norm+lowrank"], rows["activation-2:4+refit+lowrank"]
+    if paper["psnr"] is not None and ours["psnr"] is not None:
+        gain = ours["psnr"] - paper["psnr"]
+        verb = "gains" if gain >= 0.05 else "loses" if gain <= -0.05 else "changes"
+        error = f"layer error {paper['layer_error']:.4f} to {ours['layer_error']:.4f}"
+        said.append(
+            f"At the same rank, refitting the weights {verb} {abs(gain):.1f} dB against the paper's recipe "
+            f"({error})."
+        )
+    image_only, everything = rows["activation-2:4+norm"], rows["activation-2:4+norm:all-layers"]
+    if image_only["psnr"] is not None and everything["psnr"] is not None:
+        change = everything["psnr"] - image_only["psnr"]
+        verb = "costs" if change <= -0.05 else "gains" if change >= 0.05 else "changes"
+        said.append(
+            f"Making the text stream sparse as well {verb} {abs(change):.1f} dB, and retrieval goes from "
+            f"{image_only['retrieval']:.0%} to {everything['retrieval']:.0%}."
+        )
+    shares = [row["retrieval"] for name, row in rows.items() if name != "dense"]
+    said.append(
+        f"The dense model's picture is nearest to the real emoji that was asked for in "
+        f"{rows['dense']['retrieval']:.0%} of cases; the sparse variants' in {min(shares):.0%} to "
+        f"{max(shares):.0%}."
+    )
+    return said
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number for people: a real minus sign, a dash for null."""
+    return "\N{EN DASH}" if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Column -> best value among sparse variants, for emphasis."""
+    best: dict[str, Any] = {}
+    for key, choose in (
+        ("layer_error", min),
+        ("psnr", max),
+        ("ssim", max),
+        ("kid", min),
+        ("retrieval", max),
+    ):
+        values = [row[key] for row in rows if row[key] is not None]
+        best[key] = choose(values) if values else None
+    return best
+
+
+def _by_role(
+    layers: Sequence[LayerPlan],
+    weights: Mapping[str, Distribution],
+    activations: Mapping[str, Distribution],
+) -> dict[str, tuple[Distribution, Distribution]]:
+    found = {}
+    for role, title in ROLES.items():
+        names = [layer.name for layer in layers if layer.candidate.role == role]
+        if names:
+            pair = [Distribution.merged(some[name] for name in names) for some in (weights, activations)]
+            found[title] = (pair[0], pair[1])
+    return found
+
+
+def _data_uri(picture: Tensor) -> str:
+    return "data:image/png;base64," + base64.b64encode(png_bytes(to_image(picture))).decode()

@@ -1,0 +1,223 @@
+"""The one place that knows tiny models and their inputs, and slow formulas that the library must match."""
+
+import math
+import zlib
+from contextlib import contextmanager
+
+import torch
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
+
+IMAGE_TOKENS, TEXT_TOKENS = 64, 8
+
+
+def relative_error(actual, expected) -> float:
+    """||actual - expected|| / ||expected|| in float64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+# ---------------------------------------------------------------------------- selection, in plain Python
+
+
+def group_indices(k, m=4, grouping="adjacent", widths=None):
+    """Lists of the channels that compete, written from the specification."""
+    if grouping == "adjacent":
+        return [[m * g + i for i in range(m)] for g in range(k // m)]
+    groups, start = [], 0
+    for width in widths or (k,):
+        stride = width // m
+        groups += [[start + g + i * stride for i in range(m)] for g in range(stride)]
+        start += width
+    return groups
+
+
+def slow_mask(x, n=2, m=4, grouping="adjacent", widths=None):
+    """`nm_mask`, one group at a time: NaN before Inf before finite, ties to the lower index."""
+
+    def size(value):
+        if math.isnan(value):
+            return (2, 0.0)
+        return (1, 0.0) if math.isinf(value) else (0, abs(value))
+
+    groups = group_indices(x.shape[-1], m, grouping, widths)
+    rows = x.detach().reshape(-1, x.shape[-1]).tolist()
+    kept = [[False] * x.shape[-1] for _ in rows]
+    for row, mask in zip(rows, kept, strict=True):
+        for group in groups:
+            best = sorted(group, key=lambda i: (size(row[i]), -group.index(i)), reverse=True)[:n]
+            for i in best:
+                mask[i] = True
+    return torch.tensor(kept, dtype=torch.bool).reshape(x.shape)
+
+
+def by_hand(x, weight, bias=None, *, mask, norm="none", down=None, up=None):
+    """The compensated layer as the paper writes it, in float64."""
+    x, weight = x.detach().double(), weight.detach().double()
+    kept = x * mask
+    if norm != "none":
+        epsilon = 1e-8 if norm == "paper" else 0.0
+        total, left = (t.square().sum(-1, keepdim=True) for t in (x, kept))
+        kept = kept * torch.where(total > 0, total / (left + epsilon), 0.0).sqrt()  # (0 · s = 0)
+    y = kept @ weight.T
+    if down is not None:
+        y = y + x @ down.detach().double().T @ up.detach().double().T
+    return y if bias is None else y + bias.detach().double()
+
+
+# ------------------------------------------------------------------------------------------ tiny models
+
+
+def _seeded(build, seed):
+    torch.manual_seed(seed)
+    return build().eval()
+
+
+def tiny_flux(seed=0, **changes):
+    """One double and one single block, width 128."""
+    config = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (8, 12, 12),
+    }
+    return _seeded(lambda: FluxTransformer2DModel(**{**config, **changes}), seed)
+
+
+def flux_call(seed=0, batch=1, timestep=0.5):
+    """Arguments of one call of `tiny_flux`."""
+    gen = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, IMAGE_TOKENS, 16, generator=gen),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 64, generator=gen),
+        "pooled_projections": torch.randn(batch, 32, generator=gen),
+        "timestep": torch.full((batch,), float(timestep)),
+        "img_ids": torch.zeros(IMAGE_TOKENS, 3),
+        "txt_ids": torch.zeros(TEXT_TOKENS, 3),
+    }
+
+
+def tiny_qwen(seed=0):
+    """One double block, width 128."""
+    return _seeded(
+        lambda: QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            axes_dims_rope=(8, 12, 12),
+        ),
+        seed,
+    )
+
+
+def qwen_call(seed=0, timestep=0.5):
+    """Arguments of one call of `tiny_qwen`."""
+    gen = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(1, IMAGE_TOKENS, 16, generator=gen),
+        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, 64, generator=gen),
+        "encoder_hidden_states_mask": torch.ones(1, TEXT_TOKENS, dtype=torch.bool),
+        "timestep": torch.tensor([float(timestep)]),
+        "img_shapes": [[(1, 8, 8)]],
+    }
+
+
+def tiny_z_image(seed=0, dim=192):
+    """One refiner of each kind and one layer. At dim 128 the MLP is 341 wide, which 4 does not divide."""
+    axes = {192: [8, 12, 28], 128: [8, 12, 12]}[dim]
+    return _seeded(
+        lambda: ZImageTransformer2DModel(
+            in_channels=4,
+            dim=dim,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=4,
+            n_kv_heads=4,
+            cap_feat_dim=64,
+            axes_dims=axes,
+            axes_lens=[64, 32, 32],
+        ),
+        seed,
+    )
+
+
+def z_image_call(seed=0, timestep=0.5, side=16, batch=1):
+    """Arguments of one call of `tiny_z_image`: (side / 2)^2 image tokens before padding."""
+    gen = torch.Generator().manual_seed(seed)
+    return {
+        "x": [torch.randn(4, 1, side, side, generator=gen) for _ in range(batch)],
+        "t": torch.full((batch,), float(timestep)),
+        "cap_feats": [torch.randn(TEXT_TOKENS, 64, generator=gen) for _ in range(batch)],
+    }
+
+
+def output(model, call):
+    """The model's output tensor, without gradients."""
+    with torch.no_grad():
+        y = model(**call, return_dict=False)[0]
+    return y if isinstance(y, torch.Tensor) else torch.stack(list(y))
+
+
+@contextmanager
+def watched(model, names):
+    """Inputs and outputs of the layers `names`: yields {name: [(x, y), ...]}, in order of the calls."""
+    seen = {name: [] for name in names}
+
+    def watch(name):
+        def hook(_module, args, y):
+            seen[name].append((args[0].detach().clone(), y.detach().clone()))
+
+        return model.get_submodule(name).register_forward_hook(hook)
+
+    handles = [watch(name) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TinyPipeline:
+    """Stands in for a diffusers pipeline: text by a hash, Euler steps from t = 1, optional guidance pass."""
+
+    def __init__(self, transformer, interrupt_at=None):
+        self.transformer = transformer
+        self.batches = []  # prompts of each call
+        self.interrupt_at = interrupt_at  # number of the call that a user interrupts half-way
+        self._progress_bar_config = {"leave": False}
+
+    def set_progress_bar_config(self, **settings):
+        self._progress_bar_config = settings
+
+    @torch.no_grad()
+    def __call__(self, prompt, generator, num_inference_steps=4, guidance_scale=1.0, output_type="pil"):
+        self.batches.append(list(prompt))
+        count = len(prompt)
+        own = [torch.Generator().manual_seed(zlib.crc32(one.encode())) for one in prompt]
+        text = torch.stack([torch.randn(TEXT_TOKENS, 64, generator=one) for one in own])
+        pooled = torch.stack([torch.randn(32, generator=one) for one in own])
+        x = torch.stack([torch.randn(IMAGE_TOKENS, 16, generator=one) for one in generator])
+        for step in range(num_inference_steps):
+            if step == 1 and self.interrupt_at == len(self.batches):
+                raise KeyboardInterrupt
+            velocity = 0.0
+            for weight in (1.0,) if guidance_scale == 1.0 else (guidance_scale, 1.0 - guidance_scale):
+                velocity = velocity + weight * self.transformer(
+                    hidden_states=x,
+                    encoder_hidden_states=text * (weight > 0),
+                    pooled_projections=pooled * (weight > 0),
+                    timestep=torch.full((count,), 1 - step / num_inference_steps),
+                    img_ids=torch.zeros(IMAGE_TOKENS, 3),
+                    txt_ids=torch.zeros(TEXT_TOKENS, 3),
+                    return_dict=False,
+                )[0]
+            x = x - velocity / num_inference_steps
+        return x

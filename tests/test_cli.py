@@ -1,0 +1,145 @@
+"""The command line as a user meets it: output, exit codes, errors in one line."""
+
+import json
+import sys
+
+import pytest
+
+from rtlynx.cli import main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rtlynx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("red heart\n\nhot dog\nrocket\nfox\n", encoding="utf-8")
+    return file
+
+
+QUICK = ("--pipeline", "num_inference_steps=2", "--option", "batch_size=2", "--option", "steps_per_prompt=1")
+
+
+def test_version_and_help_exit_cleanly(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.strip()[0].isdigit()
+    for command in ("demo", "calibrate", "convert", "evaluate", "inspect", "doctor"):
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert f"Example: rtlynx {command}" in " ".join(out.split())
+
+
+def test_doctor_runs_a_layer_and_says_what_is_missing(run):
+    code, out, _ = run("doctor", "--json")
+    report = json.loads(out)
+    checks = {check["name"]: check for check in report["checks"]}
+    assert code == 0
+    assert report["ok"]
+    assert checks["reference on cpu"]["ok"] is True
+    assert checks["zoo:flux-emoji"]["ok"] is True
+    assert "not in this version" in checks["hopper kernels"]["detail"]
+
+
+def test_inspect_lists_every_candidate_with_its_reason(run):
+    code, out, _ = run("inspect", "zoo:flux-emoji", "--json")
+    overview = json.loads(out)
+    assert code == 0
+    layers = {layer["name"]: layer for layer in overview["layers"]}
+    assert overview["architecture"] == "FluxTransformer2DModel"
+    assert len(layers) == 3 * 12 + 6 * 5
+    assert layers["transformer_blocks.0.attn.add_q_proj"]["dense_reason"] == "text stream"
+    assert layers["single_transformer_blocks.0.proj_out"]["pattern"] == "2:4 strided"
+    assert overview["sparse_layers"] == 3 * 6 + 6 * 5
+
+
+def test_inspect_measures_the_energy_that_activations_keep(run):
+    code, out, _ = run("inspect", "zoo:flux-emoji", "--activations", "1", "--json")
+    assert code == 0
+    kept = json.loads(out)["activation_energy_kept"]
+    assert len(kept) == 66
+    assert all(0.5 < share <= 1 for share in kept.values())
+
+
+def test_convert_then_evaluate(run, tmp_path, prompts):
+    folder = tmp_path / "sparse"
+    code, out, _ = run("convert", "zoo:flux-emoji", "--out", folder, "--json")
+    assert code == 0
+    assert json.loads(out)["sparse_layers"] == 48
+    code, out, _ = run(
+        "evaluate", "zoo:flux-emoji", "--checkpoint", folder, "--prompts", prompts, "--images", "2",
+        "--pipeline", "num_inference_steps=2", "--json",
+    )  # fmt: skip
+    figures = json.loads(out)
+    assert code == 0
+    assert figures["images"] == 2
+    assert 0 < figures["layer_error"] < 1
+    assert figures["psnr"] > 5
+    assert 0 < figures["ssim"] < 1
+
+
+def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts):
+    folder = tmp_path / "calibrated"
+    code, out, _ = run(
+        "calibrate", "zoo:flux-emoji", "--out", folder, "--prompts", prompts, *QUICK,
+        "--set", "rank=4", "--set", "text_rows=dense", "--json",
+    )  # fmt: skip
+    report = json.loads(out)
+    assert code == 0
+    assert len(report["layers"]) == 48
+    assert report["extra_bytes"] > 7e6 * 4  # the original weights are kept beside the refitted ones
+    code, out, _ = run("inspect", "zoo:flux-emoji", "--checkpoint", folder, "--json")
+    assert code == 0
+    overview = json.loads(out)
+    assert overview["recipe"]["text_rows"] == "dense"
+    assert {layer["rank"] for layer in overview["layers"] if not layer["dense_reason"]} == {4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("inspect", "zoo:none"), "flux-emoji"),
+        (("inspect", "no/such/folder"), "no such model folder"),
+        (("convert", "zoo:flux-emoji", "--out", "x", "--set", "ranks=3"), "did you mean 'rank'"),
+        (("convert", "zoo:flux-emoji", "--out", "x", "--set", "n=5"), "1 <= n <= m"),
+        (("convert", "zoo:flux-emoji", "--out", "x", "--set", "rank=4"), "calibrate"),
+        (("calibrate", "zoo:flux-emoji", "--out", "x", "--set", "rank=0"), "rank"),
+        (("calibrate", "zoo:flux-emoji", "--out", "x", "--prompts", "none.txt"), "none.txt"),
+        (("evaluate", "zoo:flux-emoji", "--checkpoint", "none"), "none is not a folder"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_one_and_nothing_written(run, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, error = run(*arguments)
+    assert code == 1
+    assert out == ""
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert said in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_occupied_output_folder_is_refused_before_any_work(run, tmp_path, prompts):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    code, _, error = run("calibrate", "zoo:flux-emoji", "--out", folder, "--prompts", prompts, *QUICK)
+    assert code == 1
+    assert "holds other files" in error
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("arguments", [("convert", "zoo:flux-emoji"), ("inspect",), ("calibrate", "--sets", "1")])
+def test_wrong_usage_exits_with_two(run, arguments):
+    code, _, _ = run(*arguments)
+    assert code == 2

@@ -1,0 +1,505 @@
+"""Which layers of which architecture turn sparse, and that a model is changed whole or not at all."""
+
+import copy
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from helpers import (
+    flux_call,
+    output,
+    qwen_call,
+    relative_error,
+    tiny_flux,
+    tiny_qwen,
+    tiny_z_image,
+    watched,
+    z_image_call,
+)
+from torch import nn
+
+from rtlynx import Recipe, SparseLinear, densify, sparsify
+from rtlynx.kernels import ops
+from rtlynx.models import make_plan, sparse_layers, state_of
+
+DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+
+
+def names(block, *layers):
+    return [f"{block}.{layer}" for layer in layers]
+
+
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+Z_LAYER = (
+    *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
+)
+FLUX_SINGLE = names(SINGLE, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
+
+# name -> model, its call, image and joint layers, text layers: written out from the architectures.
+MODELS = {
+    "flux": (
+        tiny_flux,
+        flux_call,
+        [*names(DOUBLE, *ATTENTION, "ff.net.0.proj", "ff.net.2"), *FLUX_SINGLE],
+        names(DOUBLE, *ADDED, "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
+    "qwen": (
+        tiny_qwen,
+        qwen_call,
+        names(DOUBLE, *ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2"),
+        names(DOUBLE, *ADDED, "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    ),
+    "z_image": (
+        tiny_z_image,
+        z_image_call,
+        [*names("noise_refiner.0", *Z_LAYER), *names("layers.0", *Z_LAYER)],
+        names("context_refiner.0", *Z_LAYER),
+    ),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_untouched(model, before):
+    assert state_of(model) is None
+    assert not sparse_layers(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# --------------------------------------------------------------------------------- which layers, exactly
+
+
+@each_model
+@pytest.mark.parametrize("text_stream", ["dense", "sparse"])
+def test_exactly_the_named_layers_turn_sparse(name, text_stream):
+    build, call, image, text = MODELS[name]
+    model = build()
+    others = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in {*image, *text}}
+    assert sparsify(model, Recipe.immediate(text_stream=text_stream)) is model
+    expected = {*image, *text} if text_stream == "sparse" else {*image}
+    assert {n for n, m in model.named_modules() if isinstance(m, SparseLinear)} == expected
+    assert all(model.get_submodule(n) is module for n, module in others.items())
+    y = output(model, call())
+    assert bool(torch.isfinite(y).all())
+    plan = {layer.name: layer for layer in state_of(model).plan.layers}
+    assert set(plan) == {*image, *text}
+    if text_stream == "dense":
+        assert {plan[n].dense_reason for n in text} == {"text stream"}
+
+
+@each_model
+def test_default_is_the_text_stream_dense_without_calibration(name):
+    build, call, image, _ = MODELS[name]
+    model, dense = build(), build()
+    sparsify(model)
+    assert set(sparse_layers(model)) == set(image)
+    assert 1e-4 < relative_error(output(model, call()), output(dense, call())) < 1
+
+
+@each_model
+@pytest.mark.parametrize("grouping", ["auto", "strided"])
+def test_keeping_everything_equals_dense_exactly(name, grouping):
+    build, call, image, text = MODELS[name]
+    model, expected = build(), output(build(), call())
+    recipe = Recipe.immediate(n=4, m=4, text_stream="sparse", text_rows="dense", grouping=grouping)
+    sparsify(model, recipe)
+    assert len(sparse_layers(model)) == len(image) + len(text)
+    assert torch.equal(output(model, call()), expected)
+
+
+SHARED = {
+    "flux": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3]), FLUX_SINGLE[:4]],
+    "qwen": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3])],
+    "z_image": [
+        group
+        for block in ("noise_refiner.0", "context_refiner.0", "layers.0")
+        for group in (names(block, *Z_LAYER[:3]), names(block, "feed_forward.w1", "feed_forward.w3"))
+    ],
+}
+
+
+@each_model
+def test_layers_that_share_an_input(name, monkeypatch):
+    build, call, image, text = MODELS[name]
+    model = build()
+    plan = make_plan(model, Recipe.immediate(text_stream="sparse"))
+    groups = {}
+    for layer in plan.layers:
+        groups.setdefault(layer.candidate.reads, set()).add(layer.name)
+    assert sorted(map(sorted, (g for g in groups.values() if len(g) > 1))) == sorted(map(sorted, SHARED[name]))
+
+    # What the plan says is what happens: the inputs are one tensor, and each is selected once.
+    with watched(model, [*image, *text]) as seen:
+        output(model, call())
+    for group in SHARED[name]:
+        assert all(torch.equal(seen[n][0][0], seen[group[0]][0][0]) for n in group)
+    selections = []
+    original = ops.compress
+    monkeypatch.setattr(ops, "compress", lambda *args: selections.append(1) or original(*args))
+    sparsify(model, Recipe.immediate(text_stream="sparse"))
+    output(model, call())
+    assert len(selections) == len(groups)
+
+
+@each_model
+def test_sharing_changes_nothing(name):
+    build, call, _, _ = MODELS[name]
+    model = sparsify(build())
+    shared = output(model, call())
+    for layer in sparse_layers(model).values():
+        layer.shared_input = copy.deepcopy(layer.shared_input)  # a memory of its own
+    assert torch.equal(output(model, call()), shared)
+
+
+# -------------------------------------------------------------------------------- groupings and reasons
+
+
+def test_attention_outputs_are_strided_and_parts_do_not_mix_attention_with_mlp():
+    model = sparsify(tiny_flux(), Recipe.immediate(text_stream="sparse"))
+    patterns = {name: layer.pattern for name, layer in sparse_layers(model).items()}
+    strided = {name for name, pattern in patterns.items() if pattern.grouping == "strided"}
+    assert strided == {f"{DOUBLE}.attn.to_out.0", f"{DOUBLE}.attn.to_add_out", f"{SINGLE}.proj_out"}
+    out = model.get_submodule(f"{SINGLE}.proj_out")
+    assert out.in_features == 5 * 128
+    assert out.pattern.widths(5 * 128) == (128, 4 * 128)  # attention | MLP
+
+    adjacent = sparsify(tiny_flux(), Recipe.immediate(grouping="adjacent"))
+    assert {layer.pattern.grouping for layer in sparse_layers(adjacent).values()} == {"adjacent"}
+    everywhere = sparsify(tiny_flux(), Recipe.immediate(grouping="strided"))
+    assert {layer.pattern.grouping for layer in sparse_layers(everywhere).values()} == {"strided"}
+    assert everywhere.get_submodule(f"{SINGLE}.proj_out").pattern.widths(640) == (128, 512)
+
+
+def test_strided_attention_outputs_of_the_others():
+    for build, name in ((tiny_qwen, f"{DOUBLE}.attn.to_out.0"), (tiny_z_image, "layers.0.attention.to_out.0")):
+        model = sparsify(build())
+        assert model.get_submodule(name).pattern.grouping == "strided"
+        assert model.get_submodule(name.replace("to_out.0", "to_q")).pattern.grouping == "adjacent"
+
+
+def test_a_width_that_does_not_split_stays_dense_with_a_reason():
+    model = tiny_z_image(dim=128)
+    sparsify(model)
+    odd = {"noise_refiner.0.feed_forward.w2", "layers.0.feed_forward.w2"}
+    assert type(model.get_submodule("layers.0.feed_forward.w2")) is nn.Linear
+    assert model.get_submodule("layers.0.feed_forward.w2").in_features == 341
+    assert set(sparse_layers(model)) == set(MODELS["z_image"][2]) - odd
+    reasons = {layer.name: layer.dense_reason for layer in state_of(model).plan.layers}
+    assert all("341 entries do not split into groups of 4" in reasons[name] for name in odd)
+    assert bool(torch.isfinite(output(model, z_image_call())).all())
+
+
+def test_skip():
+    model = sparsify(tiny_flux(), Recipe.immediate(skip=("*.proj_out", f"{DOUBLE}.attn.*")))
+    expected = {*names(DOUBLE, "ff.net.0.proj", "ff.net.2"), *FLUX_SINGLE[:4]}
+    assert set(sparse_layers(model)) == expected
+    reasons = {layer.name: layer.dense_reason for layer in state_of(model).plan.layers}
+    assert reasons[f"{SINGLE}.proj_out"] == "skipped by '*.proj_out'"
+
+
+def test_skip_that_matches_nothing_is_refused():
+    model = tiny_flux()
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"'\*\.to_quu' matches no layer"):
+        sparsify(model, Recipe.immediate(skip=("*.to_quu",)))
+    assert_untouched(model, before)
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+def test_sparse_twice_is_refused():
+    model = sparsify(tiny_flux())
+    expected = output(model, flux_call())
+    with pytest.raises(ValueError, match="sparse already"):
+        sparsify(model, Recipe.immediate(n=1))
+    assert torch.equal(output(model, flux_call()), expected)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe.paper(), Recipe.immediate(rank=4)])
+def test_a_recipe_that_needs_calibration_is_refused(recipe):
+    model = tiny_flux()
+    before = weights(model)
+    with pytest.raises(ValueError, match="calibrate"):
+        sparsify(model, recipe)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 1)), nn.Identity()])
+def test_a_model_without_linears_is_refused(model):
+    with pytest.raises(ValueError, match="no linear layers"):
+        sparsify(model)
+
+
+def test_a_lone_linear_is_refused_and_not_half_changed():
+    model = nn.Linear(16, 8)
+    with pytest.raises(ValueError, match="SparseLinear"):
+        sparsify(model)
+    assert not list(model.children())
+    assert state_of(model) is None
+
+
+@pytest.mark.parametrize("thing", [None, "flux", SimpleNamespace(unet=nn.Linear(4, 4))])
+def test_what_is_no_model_is_refused(thing):
+    with pytest.raises(TypeError, match="expected a torch module or a diffusers pipeline"):
+        sparsify(thing)
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "one layer"])
+def test_a_model_with_an_offload_hook_is_refused_and_unchanged(how):
+    from accelerate import cpu_offload
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+
+    model = tiny_flux()
+    before = weights(model)
+    if how == "cpu_offload":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        add_hook_to_module(model.get_submodule(FLUX_SINGLE[3]), AlignDevicesHook())
+    with pytest.raises(TypeError, match=r"proj_mlp|transformer_blocks\.0\.attn\.to_q") as refused:
+        sparsify(model)
+    assert "then enable offloading" in str(refused.value)
+    assert not sparse_layers(model)
+    remove_hook_from_submodules(model)
+    assert_untouched(model, before)
+
+
+def test_offloading_after_sparsifying_works():
+    from accelerate import cpu_offload
+
+    model = sparsify(tiny_flux(), Recipe.immediate(text_rows="dense"))
+    expected = output(model, flux_call())
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(output(model, flux_call()), expected)
+
+
+# -------------------------------------------------------------------------------------------- densify
+
+
+@each_model
+def test_densify_restores_exactly(name):
+    build, call, image, _ = MODELS[name]
+    model = build()
+    parameters = dict(model.named_parameters())
+    before, expected = weights(model), output(model, call())
+    sparsify(model, Recipe.immediate(dense_steps=1, text_rows="dense"))
+    assert not torch.equal(output(model, call(timestep=0.9)), 0 * expected)
+    assert densify(model) is model
+    assert_untouched(model, before)
+    assert all(type(model.get_submodule(n)) is nn.Linear for n in image)
+    assert all(parameter is parameters[n] for n, parameter in model.named_parameters())
+    assert not model._forward_pre_hooks
+    assert torch.equal(output(model, call()), expected)
+    sparsify(model)  # and again
+    assert set(sparse_layers(model)) == set(image)
+
+
+def test_densify_of_a_dense_model_changes_nothing():
+    model = tiny_flux()
+    before = weights(model)
+    densify(model)
+    assert_untouched(model, before)
+
+
+def test_densify_with_a_lost_original_changes_nothing():
+    model = sparsify(tiny_flux())
+    model.get_submodule(FLUX_SINGLE[4]).set_refit(torch.zeros(128, 640))
+    expected = output(model, flux_call())
+    with pytest.raises(RuntimeError, match="refitted without keeping"):
+        densify(model)
+    assert len(sparse_layers(model)) == 11
+    assert torch.equal(output(model, flux_call()), expected)
+
+
+def test_a_pipeline_stands_for_its_transformer():
+    pipeline = SimpleNamespace(transformer=tiny_flux())
+    assert sparsify(pipeline) is pipeline
+    assert len(sparse_layers(pipeline.transformer)) == 11
+    assert densify(pipeline) is pipeline
+    assert not sparse_layers(pipeline.transformer)
+
+
+# ------------------------------------------------------------------------------------- copies and dtypes
+
+
+def test_copies_are_independent():
+    recipe = Recipe.immediate(dense_steps=1, text_rows="dense")
+    model = sparsify(tiny_flux(), recipe)
+    dense = output(tiny_flux(), flux_call())
+    twin = copy.deepcopy(model)
+    assert torch.equal(output(model, flux_call(timestep=0.9)), output(tiny_flux(), flux_call(timestep=0.9)))
+    sparse = output(model, flux_call())  # the second step of the first copy
+    assert not torch.equal(sparse, dense)
+    assert torch.equal(output(twin, flux_call()), dense)  # is the first one of the other
+    assert torch.equal(output(twin, flux_call(timestep=0.4)), output(model, flux_call(timestep=0.4)))
+
+    # Text rows: the other copy is called with another text length in between.
+    longer = flux_call(timestep=0.3)
+    longer["encoder_hidden_states"] = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(3))
+    longer["txt_ids"] = torch.zeros(24, 3)
+    expected = output(model, flux_call(timestep=0.3))
+    output(twin, longer)
+    assert model._rtlynx.context is not twin._rtlynx.context
+    assert {id(layer.context) for layer in sparse_layers(twin).values()} == {id(twin._rtlynx.context)}
+    assert torch.equal(output(model, flux_call(timestep=0.3)), expected)
+
+    densify(twin)
+    assert not twin._forward_pre_hooks
+    assert len(model._forward_pre_hooks) == 1
+    assert torch.equal(output(twin, flux_call()), dense)
+    assert torch.equal(output(model, flux_call(timestep=0.3)), expected)
+
+
+def test_copies_do_not_share_weights_or_memories():
+    model = sparsify(tiny_flux())
+    twin = copy.deepcopy(model)
+    expected = output(model, flux_call())
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(output(model, flux_call()), expected)
+    ours = {id(layer.shared_input) for layer in sparse_layers(model).values()}
+    theirs = {id(layer.shared_input) for layer in sparse_layers(twin).values()}
+    assert not ours & theirs
+    assert len(ours) == len(theirs)  # still one a block
+
+
+def test_half_precision_model_runs():
+    model = sparsify(tiny_flux()).to(torch.bfloat16)
+    call = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in flux_call().items()}
+    expected = output(sparsify(tiny_flux()), flux_call())
+    y = output(model, call)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, expected) < 0.1
+
+
+def test_two_models_of_one_class_do_not_interfere():
+    first = sparsify(tiny_flux(0), Recipe.immediate(dense_steps=1))
+    second = sparsify(tiny_flux(1), Recipe.immediate(dense_steps=1))
+    for timestep in (0.9, 0.5):
+        for model, seed in ((first, 0), (second, 1)):
+            y, dense = (output(m, flux_call(timestep=timestep)) for m in (model, tiny_flux(seed)))
+            assert torch.equal(y, dense) == (timestep == 0.9)
+
+
+def test_training_gradients_reach_every_weight():
+    model = sparsify(tiny_flux(), Recipe.immediate(text_stream="sparse"))
+    model(**flux_call(), return_dict=False)[0].square().mean().backward()
+    # (The last text output and feed-forward feed nothing but the single block here, which reads them.)
+    for name, layer in sparse_layers(model).items():
+        assert layer.weight.grad is not None, name
+        assert bool(layer.weight.grad.any()), name
+
+
+# ----------------------------------------------------------------------------------- the generic rule
+
+
+def test_generic_rule_on_plain_linears():
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 6), nn.Tanh(), nn.Linear(6, 4)).eval()
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    dense = model(x)
+    sparsify(model)
+    assert set(sparse_layers(model)) == {"0", "2"}
+    assert [layer.dense_reason for layer in state_of(model).plan.layers] == [
+        None,
+        None,
+        "6 entries do not split into groups of 4",
+    ]
+    assert 1e-3 < relative_error(model(x), dense) < 1
+    densify(model)
+    assert torch.equal(model(x), dense)
+
+
+def test_generic_rule_takes_the_blocks_and_leaves_what_surrounds_them():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+            self.out_proj = nn.Linear(16, 16)
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(16, 32))
+            self.norm1_linear = nn.Linear(16, 16)
+            self.to_out = nn.ModuleList([nn.Linear(16, 16), nn.Dropout()])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x_embedder = nn.Linear(16, 16)
+            self.blocks = nn.ModuleList([Block(), Block()])
+            self.proj_out = nn.Linear(16, 16)
+
+    model = Model()
+    sparsify(model)
+    assert set(sparse_layers(model)) == {
+        f"blocks.{i}.{name}" for i in range(2) for name in ("qkv", "out_proj", "to_out.0")
+    }
+    assert model.blocks[1].out_proj.pattern.grouping == "strided"
+    assert model.blocks[1].qkv.pattern.grouping == "adjacent"
+
+
+BASIC = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+CROSS = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+
+
+def test_generic_rule_on_dit():
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    ).eval()
+    call = {
+        "hidden_states": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.tensor([500]),
+        "class_labels": torch.tensor([3]),
+    }
+    dense = output(model, call)
+    sparsify(model)
+    assert set(sparse_layers(model)) == {
+        f"transformer_blocks.{i}.{name}" for i, name in itertools.product(range(2), BASIC)
+    }
+    assert 1e-4 < relative_error(output(model, call), dense) < 1
+    densify(model)
+    sparsify(model, Recipe.immediate(n=4, m=4))
+    assert torch.equal(output(model, call), dense)
+
+
+def test_generic_rule_on_pixart():
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=32,
+        caption_channels=24,
+        sample_size=8,
+        patch_size=2,
+        use_additional_conditions=False,
+    ).eval()
+    gen = torch.Generator().manual_seed(0)
+    call = {
+        "hidden_states": torch.randn(1, 4, 8, 8, generator=gen),
+        "encoder_hidden_states": torch.randn(1, 5, 24, generator=gen),
+        "timestep": torch.tensor([500]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    dense = output(model, call)
+    sparsify(model, Recipe.immediate(skip=("*.attn2.to_[kv]",)))
+    expected = {*BASIC, *CROSS} - {"attn2.to_k", "attn2.to_v"}
+    assert set(sparse_layers(model)) == {f"transformer_blocks.0.{name}" for name in expected}
+    assert 1e-4 < relative_error(output(model, call), dense) < 1
