@@ -105,6 +105,16 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
         raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
     folder = Path(folder)
     index = read_index(folder)
+    try:
+        plan, solutions = _read(model, index, folder)
+    except (KeyError, TypeError, AttributeError) as error:  # sound JSON, but not what `save` writes
+        raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from None
+    apply_solutions(model, plan, solutions)
+    return model_or_pipeline
+
+
+def _read(model: nn.Module, index: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Solution]]:
+    """The plan and the solutions of a checkpoint for `model`, all checked."""
     if index["model"] != type(model).__name__:
         raise CheckpointError(f"{folder} was made for {index['model']}, this is {type(model).__name__}")
     _check_layers(model, index["layers"], folder)
@@ -113,11 +123,9 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
     if path.is_file() and sha256_of(path) != index["tensors_sha256"]:
         raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
     tensors, _ = read_tensors(path)
-    solutions = {
+    return plan, {
         name: _stored_solution(name, entry, tensors, path) for name, entry in index["layers"].items()
     }
-    apply_solutions(model, plan, solutions)
-    return model_or_pipeline
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -200,14 +208,21 @@ def _stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
 
 
 def _stored_solution(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Solution:
-    try:
-        return Solution(
-            weight=tensors[f"{name}.weight"] if entry["refitted"] else None,
-            down=tensors[f"{name}.lowrank_down"] if entry["rank"] else None,
-            up=tensors[f"{name}.lowrank_up"] if entry["rank"] else None,
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks the tensor {error}") from None
+    k, n, rank = entry["in_features"], entry["out_features"], entry["rank"]
+
+    def stored(kind: str, shape: tuple[int, int]) -> Tensor:
+        tensor = tensors.get(f"{name}.{kind}")
+        if tensor is None:
+            raise CheckpointError(f"{path} lacks the tensor {name}.{kind}")
+        if tensor.shape != shape:
+            raise CheckpointError(f"{path}: {name}.{kind} is {tuple(tensor.shape)}, should be {shape}")
+        return tensor
+
+    return Solution(
+        weight=stored("weight", (n, k)) if entry["refitted"] else None,
+        down=stored("lowrank_down", (rank, k)) if rank else None,
+        up=stored("lowrank_up", (n, rank)) if rank else None,
+    )
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -43,6 +43,8 @@ PipelineSettings = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+# Two dozen pictures, and as many steps as keep the demo well under five minutes on two cores.
+DEMO_IMAGES, DEMO_STEPS = 24, 12
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -57,6 +59,8 @@ def main() -> None:
         if os.environ.get("RTLYNX_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
         err.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
@@ -74,23 +78,17 @@ def root(
 @app.command(epilog="Example: rtlynx demo --out rtlynx-demo --images 8 --steps 12")
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("rtlynx-demo"),
-    images: Annotated[int | None, typer.Option(help="Pictures a variant.", show_default="24")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.", show_default="12")] = None,
+    images: Annotated[int, typer.Option(help="Pictures a variant.", min=1, max=64)] = DEMO_IMAGES,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = DEMO_STEPS,
     seed: Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")] = 0,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Calibrate live instead of using the shipped solutions.")
     ] = False,
 ) -> None:
     """Draw with a real small diffusion transformer: dense, sparse and compensated; write a report."""
-    from rtlynx.evaluate import demo as evaluation
+    from rtlynx.evaluate.demo import run_demo
 
-    chosen = {"images": images, "steps": steps}
-    results = evaluation.run_demo(
-        folder,
-        seed=seed,
-        calibrate=calibrate,
-        **{key: value for key, value in chosen.items() if value is not None},
-    )
+    results = run_demo(folder, images=images, steps=steps, seed=seed, calibrate=calibrate)
     table = Table("variant", "layer error", "PSNR dB", "SSIM", "KID", "retrieval", "sparse layers", "seconds")
     for row in results["variants"]:
         table.add_row(
@@ -141,15 +139,12 @@ def calibrate(
     from rtlynx.files import check_replaceable
 
     check_replaceable(folder, INDEX)  # before the work, not after it
-    chosen = _recipe(recipe, settings, Recipe())
+    # What can be wrong is looked at before the model is loaded.
+    chosen, texts = _recipe(recipe, settings, Recipe()), _prompts(prompts, model)
+    how = _calibration_options(options, work, _pairs(pipeline))
     with _processes(device) as (local_device, is_first):
         loaded = _load(model, local_device)
-        report = rtlynx.calibrate(
-            loaded,
-            _prompts(prompts, model),
-            chosen,
-            rtlynx.CalibrationOptions(folder=work, pipeline_kwargs=_pairs(pipeline), **_pairs(options)),
-        )
+        report = rtlynx.calibrate(loaded, texts, chosen, how)
         if not is_first:
             return
         rtlynx.save(loaded, folder)
@@ -172,8 +167,9 @@ def convert(
     import rtlynx
     from rtlynx.models import sparse_layers, target_model
 
+    chosen = _recipe(recipe, settings, Recipe.immediate())
     loaded = _load(model, "cpu")
-    rtlynx.sparsify(loaded, _recipe(recipe, settings, Recipe.immediate()))
+    rtlynx.sparsify(loaded, chosen)
     rtlynx.save(loaded, folder)
     count = len(sparse_layers(target_model(loaded)))
     if as_json:
@@ -195,9 +191,11 @@ def evaluate(
 ) -> None:
     """Draw the same prompts and seeds dense and sparse; print layer error, PSNR and SSIM."""
     import rtlynx
+    from rtlynx.checkpoint import read_index
     from rtlynx.evaluate.sampling import compare
 
     chosen = _prompts(prompts, model, held_out=True)[:images]
+    read_index(checkpoint)
     dense, sparse = _load(model, device), _load(model, device)
     rtlynx.load(sparse, checkpoint)
     figures = compare(dense, sparse, chosen, seed=seed, pipeline_kwargs=_pairs(pipeline))
@@ -233,6 +231,7 @@ def inspect(
 
     if checkpoint is not None and (recipe or settings):
         raise typer.BadParameter("--checkpoint holds its own recipe: leave out --recipe and --set")
+    chosen = _recipe(recipe, settings, Recipe())
     loaded = _load(model, DEFAULT_DEVICE if activations else "cpu")
     kept: dict[str, Any] = {}
     if activations:
@@ -241,7 +240,7 @@ def inspect(
         rtlynx.load(loaded, checkpoint)
         overview = describe(loaded)
     else:
-        overview = describe(loaded, _recipe(recipe, settings, Recipe()))
+        overview = describe(loaded, chosen)
     if as_json:
         _print_json({**overview, "activation_energy_kept": kept})
         return
@@ -276,6 +275,19 @@ def _recipe(file: Path | None, settings: list[str] | None, default: Recipe) -> R
     """A recipe from a file, or the default, with single settings changed."""
     base = default.to_dict() if file is None else Recipe.from_json(file.read_text()).to_dict()
     return Recipe.from_dict({**base, **_pairs(settings)})
+
+
+def _calibration_options(options: list[str] | None, work: Path | None, pipeline: dict[str, Any]) -> Any:
+    """CalibrationOptions from KEY=VALUE pairs; unknown keys are refused like those of a recipe."""
+    import dataclasses
+
+    from rtlynx import CalibrationOptions
+    from rtlynx.recipe import refuse_unknown
+
+    pairs = _pairs(options)
+    known = {field.name for field in dataclasses.fields(CalibrationOptions)} - {"folder", "pipeline_kwargs"}
+    refuse_unknown("calibration option", pairs, known)
+    return CalibrationOptions(folder=work, pipeline_kwargs=pipeline, **pairs)
 
 
 def _pairs(items: list[str] | None) -> dict[str, Any]:

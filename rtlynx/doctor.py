@@ -77,7 +77,7 @@ def _reference_check(device: str) -> Check:
         scale = (x.double().norm(dim=-1) / kept.norm(dim=-1)).unsqueeze(-1)
         weight, bias = linear.weight.detach().cpu().double(), linear.bias.detach().cpu().double()
         expected = scale * (kept @ weight.T) + bias
-        error = float((y - expected).norm() / expected.norm())
+        error = float((y.detach() - expected).norm() / expected.norm())
     except RuntimeError as failure:
         return Check(f"reference on {device}", False, str(failure).splitlines()[0])
     tolerance = 1e-3 if device != "cpu" else 1e-5  # tf32 may be on

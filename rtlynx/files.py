@@ -40,7 +40,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` on success and is removed on any failure.
 
-    An existing folder is replaced only if it is empty or holds the file `marker` (an older one of ours).
+    An existing folder is replaced only if nothing of others is lost: see `check_replaceable`.
 
     Raises
     ------
@@ -69,10 +69,11 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, marker: str) -> None:
-    """FileExistsError unless `path` is free, an empty folder, or an older folder of ours (holds `marker`)."""
+    """FileExistsError unless `path` is free, empty, or a folder of nothing but files named like `marker`."""
     if path.is_dir():
-        if any(path.iterdir()) and not (path / marker).is_file():
-            raise FileExistsError(f"{path} exists and holds other files (no {marker}): choose another folder")
+        others = sorted(entry.name for entry in path.iterdir() if entry.stem != Path(marker).stem)
+        if others:
+            raise FileExistsError(f"{path} exists and holds other files ({others[0]}): choose another folder")
     elif path.exists():
         raise FileExistsError(f"{path} exists and is not a folder")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -129,7 +130,7 @@ class Recipe:
             raise ValueError(f"train_steps is a whole number above 0, got {self.train_steps!r}")
         if not _is_whole(self.dense_steps) or self.dense_steps < 0:
             raise ValueError(f"dense_steps is a whole number, 0 or more, got {self.dense_steps!r}")
-        if isinstance(self.skip, str) or not all(isinstance(glob, str) for glob in self.skip):
+        if not isinstance(self.skip, list | tuple) or not all(isinstance(glob, str) for glob in self.skip):
             raise ValueError(f"skip is a list of glob patterns, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
         if self.refit and self.norm in ("scale", "paper"):
@@ -160,15 +161,13 @@ class Recipe:
             For unknown keys, with the nearest known one, and for values that `Recipe` refuses.
         """
         known = {field.name for field in fields(cls)}
-        _refuse_unknown("recipe", settings, known)
+        refuse_unknown("recipe", settings, known)
         values = dict(settings)
         if isinstance(values.get("budget"), Mapping):
-            _refuse_unknown("budget", values["budget"], {field.name for field in fields(Budget)})
+            refuse_unknown("budget", values["budget"], {field.name for field in fields(Budget)})
             values["budget"] = Budget(**values["budget"])
         if values.get("budget") is not None and not isinstance(values["budget"], Budget):
             raise ValueError(f"budget is {{'error': x}} or {{'saving': x}}, got {values['budget']!r}")
-        if "skip" in values and not isinstance(values["skip"], str):
-            values["skip"] = tuple(values["skip"])
         return cls(**values)
 
     @classmethod
@@ -227,9 +226,8 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is one of {', '.join(choices)}; got {value!r}")
 
 
-def _refuse_unknown(what: str, given: Mapping[str, Any], known: set[str]) -> None:
-    import difflib
-
+def refuse_unknown(what: str, given: Mapping[str, Any], known: set[str]) -> None:
+    """ValueError for a key of `given` that is not `known`, with the nearest known one."""
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)

@@ -210,14 +210,18 @@ class TinyPipeline:
                 raise KeyboardInterrupt
             velocity = 0.0
             for weight in (1.0,) if guidance_scale == 1.0 else (guidance_scale, 1.0 - guidance_scale):
-                velocity = velocity + weight * self.transformer(
-                    hidden_states=x,
-                    encoder_hidden_states=text * (weight > 0),
-                    pooled_projections=pooled * (weight > 0),
-                    timestep=torch.full((count,), 1 - step / num_inference_steps),
-                    img_ids=torch.zeros(IMAGE_TOKENS, 3),
-                    txt_ids=torch.zeros(TEXT_TOKENS, 3),
-                    return_dict=False,
-                )[0]
+                velocity = (
+                    velocity
+                    + weight
+                    * self.transformer(
+                        hidden_states=x,
+                        encoder_hidden_states=text * (weight > 0),
+                        pooled_projections=pooled * (weight > 0),
+                        timestep=torch.full((count,), 1 - step / num_inference_steps),
+                        img_ids=torch.zeros(IMAGE_TOKENS, 3),
+                        txt_ids=torch.zeros(TEXT_TOKENS, 3),
+                        return_dict=False,
+                    )[0]
+                )
             x = x - velocity / num_inference_steps
         return x

@@ -115,6 +115,7 @@ def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts)
         (("convert", "zoo:flux-emoji", "--out", "x", "--set", "rank=4"), "calibrate"),
         (("calibrate", "zoo:flux-emoji", "--out", "x", "--set", "rank=0"), "rank"),
         (("calibrate", "zoo:flux-emoji", "--out", "x", "--prompts", "none.txt"), "none.txt"),
+        (("calibrate", "zoo:flux-emoji", "--out", "x", "--option", "sed=1"), "did you mean 'seed'"),
         (("evaluate", "zoo:flux-emoji", "--checkpoint", "none"), "none is not a folder"),
     ],
 )
@@ -139,7 +140,9 @@ def test_an_occupied_output_folder_is_refused_before_any_work(run, tmp_path, pro
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("arguments", [("convert", "zoo:flux-emoji"), ("inspect",), ("calibrate", "--sets", "1")])
+@pytest.mark.parametrize(
+    "arguments", [("convert", "zoo:flux-emoji"), ("inspect",), ("calibrate", "--sets", "1")]
+)
 def test_wrong_usage_exits_with_two(run, arguments):
     code, _, _ = run(*arguments)
     assert code == 2

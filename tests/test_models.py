@@ -135,7 +135,9 @@ def test_layers_that_share_an_input(name, monkeypatch):
     groups = {}
     for layer in plan.layers:
         groups.setdefault(layer.candidate.reads, set()).add(layer.name)
-    assert sorted(map(sorted, (g for g in groups.values() if len(g) > 1))) == sorted(map(sorted, SHARED[name]))
+    assert sorted(map(sorted, (g for g in groups.values() if len(g) > 1))) == sorted(
+        map(sorted, SHARED[name])
+    )
 
     # What the plan says is what happens: the inputs are one tensor, and each is selected once.
     with watched(model, [*image, *text]) as seen:
@@ -180,7 +182,10 @@ def test_attention_outputs_are_strided_and_parts_do_not_mix_attention_with_mlp()
 
 
 def test_strided_attention_outputs_of_the_others():
-    for build, name in ((tiny_qwen, f"{DOUBLE}.attn.to_out.0"), (tiny_z_image, "layers.0.attention.to_out.0")):
+    for build, name in (
+        (tiny_qwen, f"{DOUBLE}.attn.to_out.0"),
+        (tiny_z_image, "layers.0.attention.to_out.0"),
+    ):
         model = sparsify(build())
         assert model.get_submodule(name).pattern.grouping == "strided"
         assert model.get_submodule(name.replace("to_out.0", "to_q")).pattern.grouping == "adjacent"
@@ -234,7 +239,9 @@ def test_a_recipe_that_needs_calibration_is_refused(recipe):
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 1)), nn.Identity()])
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 1)), nn.Identity()]
+)
 def test_a_model_without_linears_is_refused(model):
     with pytest.raises(ValueError, match="no linear layers"):
         sparsify(model)

@@ -127,7 +127,9 @@ def test_permuting_groups_permutes_the_mask(seed, grouping):
     order = torch.randperm(8, generator=gen)
     permutation = torch.empty(32, dtype=torch.long)
     permutation[groups.flatten()] = groups[order].flatten()
-    assert torch.equal(nm_mask(x[:, permutation], grouping=grouping), nm_mask(x, grouping=grouping)[:, permutation])
+    assert torch.equal(
+        nm_mask(x[:, permutation], grouping=grouping), nm_mask(x, grouping=grouping)[:, permutation]
+    )
 
 
 @given(any_bits(), st.integers(-6, 6))
@@ -207,7 +209,9 @@ def test_scale_of_any_token(x):
 
 
 def test_scale_spans_the_whole_range_within_one_token():
-    x = torch.tensor([[1e30, 1e-30, 0.0, 0.0, 1e-30, 1e-30, 1e-30, 0.0], [3e38, 3e38, 3e38, 3e38, 0, 0, 0, 0]])
+    x = torch.tensor(
+        [[1e30, 1e-30, 0.0, 0.0, 1e-30, 1e-30, 1e-30, 0.0], [3e38, 3e38, 3e38, 3e38, 0, 0, 0, 0]]
+    )
     s = norm_scale(x, nm_mask(x))
     assert s.flatten().tolist() == pytest.approx([1.0, math.sqrt(2)])
 
@@ -371,7 +375,9 @@ def test_cuda_selects_and_packs_as_the_cpu_does(n, m, grouping, parts, k, widths
     pattern = Pattern(n, m, grouping, parts)
     mask = pattern_mask(x, pattern)
     assert torch.equal(pattern_mask(x.cuda(), pattern).cpu(), mask)
-    torch.testing.assert_close(norm_scale(x.cuda(), mask.cuda()).cpu(), norm_scale(x, mask), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        norm_scale(x.cuda(), mask.cuda()).cpu(), norm_scale(x, mask), rtol=1e-6, atol=0
+    )
     if (n, m) == (2, 4):
         ours, theirs = pack(x, grouping, parts), pack(x.cuda(), grouping, parts)
         assert torch.equal(bits_of(theirs.values.cpu()), bits_of(ours.values))

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rtlynx.evaluate.layers import HISTOGRAM_BINS, HISTOGRAM_RANGE, Distribution
 
@@ -132,11 +133,12 @@ def energy_plots(
         axes.plot(a, rows, "o", color=ACTIVATIONS, ms=5, mew=0)
         axes.axvline(100 * gaussian, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_xlim(*limits)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("energy kept, %")
         _label_rows(axes, [_shared_name(readers[one]) for one in firsts])
         label = (
-            f"{_title(stack)}: 2:4 keeps {min(w):.0f} to {max(w):.0f} % of the energy of the weights and "
-            f"{min(a):.0f} to {max(a):.0f} % of the activations."
+            f"{_title(stack)}: 2:4 keeps {min(w):.0f} to {max(w):.0f}% of the energy of the weights and "
+            f"{min(a):.0f} to {max(a):.0f}% of the activations."
         )
         plots.append(Plot(_title(stack), _svg(figure, f"energy-{stack}", label)))
     return plots
@@ -160,6 +162,10 @@ def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
+    blocks = [label.partition(" · ")[0] for label in labels]
+    for i in range(1, len(blocks)):
+        if blocks[i] != blocks[i - 1]:
+            axes.axhline(i - 0.5, color=LINE, linewidth=0.6, zorder=0)
 
 
 def _variant_colour(number: int) -> str:

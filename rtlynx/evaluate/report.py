@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 from torch import Tensor
 
 from rtlynx.evaluate import plots
@@ -24,7 +26,7 @@ EXPLAINED = {
     "activation-2:4": "Two of every four neighbouring activations kept in each token, nothing made up for.",
     "activation-2:4+norm": "The same, and each token scaled back to its norm.",
     "activation-2:4+norm+lowrank": (
-        "The paper's recipe: the same, and a low-rank branch on the dense activations (rank 2 % of a layer's "
+        "The paper's recipe: the same, and a low-rank branch on the dense activations (rank 2% of a layer's "
         "inputs, at least 4), here solved in closed form."
     ),
     "activation-2:4+refit+lowrank": (
@@ -72,6 +74,7 @@ def render_report(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["number"] = number
+    environment.filters["marked"] = _marked
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
         rows=rows,
@@ -100,9 +103,11 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     said = []
     judged = [row for name, row in rows.items() if name != "dense" and row["psnr"] is not None]
     if judged:
-        ranked = sorted(judged, key=lambda row: -row["psnr"])
-        order = ", then ".join(f"{row['name']} ({row['psnr']:.1f} dB)" for row in ranked)
-        said.append(f"From closest to the dense pictures to furthest (PSNR): {order}.")
+        first, *_, last = sorted(judged, key=lambda row: -row["psnr"])
+        said.append(
+            f"Closest to the dense pictures is {first['name']}, at a PSNR of {first['psnr']:.1f} dB; "
+            f"furthest is {last['name']}, at {last['psnr']:.1f} dB."
+        )
     paper, ours = rows["activation-2:4+norm+lowrank"], rows["activation-2:4+refit+lowrank"]
     if paper["psnr"] is not None and ours["psnr"] is not None:
         gain = ours["psnr"] - paper["psnr"]
@@ -111,6 +116,15 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         said.append(
             f"At the same rank, refitting the weights {verb} {abs(gain):.1f} dB against the paper's recipe "
             f"({error})."
+        )
+    weight, activation = rows["weight-2:4"], rows["activation-2:4"]
+    if weight["psnr"] is not None and activation["psnr"] is not None:
+        agree = (weight["layer_error"] > activation["layer_error"]) == (weight["psnr"] < activation["psnr"])
+        surprise = "" if agree else ": the smaller layer error is not the closer picture"
+        said.append(
+            f"Without any compensation, weight-2:4 has a layer error of {weight['layer_error']:.4f} and "
+            f"draws at {weight['psnr']:.1f} dB, activation-2:4 of {activation['layer_error']:.4f} at "
+            f"{activation['psnr']:.1f} dB{surprise}."
         )
     image_only, everything = rows["activation-2:4+norm"], rows["activation-2:4+norm:all-layers"]
     if image_only["psnr"] is not None and everything["psnr"] is not None:
@@ -127,6 +141,12 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         f"{max(shares):.0%}."
     )
     return said
+
+
+def _marked(sentence: str) -> Markup:
+    """Escaped text with the names of variants set as such."""
+    names = "|".join(re.escape(name) for name in sorted(EXPLAINED, key=len, reverse=True) if ":" in name)
+    return Markup(re.sub(f"({names})", r'<span class="name">\1</span>', str(escape(sentence))))
 
 
 def number(value: float | None, digits: int) -> str:

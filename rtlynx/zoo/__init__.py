@@ -39,10 +39,13 @@ def load(
         raise ValueError(f"unknown model {name!r}; known: {', '.join(_NAMES)}")
     # diffusers takes seconds to import: only those who load a model pay for it.
     import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     from rtlynx.zoo.pipeline import EmojiPipeline
     from rtlynx.zoo.prompts import ASSETS
 
-    return EmojiPipeline.from_pretrained(ASSETS, dtype=dtype or torch.float32, local_files_only=True).to(
-        device
+    transformer = FluxTransformer2DModel.from_pretrained(
+        ASSETS / "transformer", torch_dtype=dtype or torch.float32, local_files_only=True
     )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(ASSETS / "scheduler", local_files_only=True)
+    return EmojiPipeline(transformer.eval(), scheduler).to(device)

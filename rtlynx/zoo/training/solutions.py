@@ -39,7 +39,7 @@ def main() -> None:
         start = time.perf_counter()
         report = rtlynx.calibrate(pipeline, calibration_prompts(arguments.prompts), recipe, options)
         seconds = time.perf_counter() - start
-        pipeline.transformer.to(torch.bfloat16)  # shipped in bfloat16, like the model
+        torch.nn.Module.to(pipeline.transformer, torch.bfloat16)  # shipped in bfloat16, like the model
         rtlynx.save(pipeline, arguments.out / name)
         before = [one.error_before for one in report.solutions.values()]
         after = [one.error for one in report.solutions.values()]

@@ -1,0 +1,435 @@
+"""Checkpoints: the same outputs after a round trip; anything else refused, with the model as it was."""
+
+import errno
+import hashlib
+import json
+import pickle
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import (
+    flux_call,
+    output,
+    qwen_call,
+    tiny_flux,
+    tiny_qwen,
+    tiny_z_image,
+    z_image_call,
+)
+
+import rtlynx.files
+from rtlynx import (
+    Budget,
+    CalibrationOptions,
+    CheckpointError,
+    Recipe,
+    calibrate,
+    densify,
+    load,
+    save,
+    sparsify,
+)
+from rtlynx.models import sparse_layers, state_of
+
+RIDGE = 0.1
+TIMESTEPS = (1.0, 1.0, 0.8, 0.6)
+RECIPES = {
+    "immediate": Recipe.immediate(),
+    "immediate, all layers": Recipe.immediate(text_stream="sparse", grouping="strided", norm="paper"),
+    "1:4": Recipe.immediate(n=1, norm="none"),
+    "dense steps and rows": Recipe.immediate(dense_steps=2, text_rows="dense"),
+    "skip": Recipe.immediate(skip=("*.proj_out",)),
+    "paper": Recipe.paper(rank=4, ridge=RIDGE),
+    "refit": Recipe(rank=None, ridge=RIDGE),
+    "refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, grouping="strided"),
+    "refit, dense steps and rows": Recipe(ridge=RIDGE, dense_steps=2, text_rows="dense"),
+    "budget": Recipe(rank=4, ridge=RIDGE, budget=Budget(saving=0.5)),
+}
+
+
+def make(recipe, build=tiny_flux, call=flux_call):
+    model = build()
+    if not recipe.needs_calibration:
+        return sparsify(model, recipe)
+    calls = [call(seed, timestep=1 - seed / 4) for seed in range(3)]
+    calibrate(model, calls=calls, recipe=recipe, progress=False, options=CalibrationOptions())
+    return model
+
+
+def outputs(model, call=flux_call):
+    return [output(model, call(9, timestep=timestep)) for timestep in TIMESTEPS]
+
+
+def assert_dense(model, build=tiny_flux):
+    assert state_of(model) is None
+    assert not model._forward_pre_hooks
+    before, after = build().state_dict(), model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with refitted weights and low-rank factors. Copy it before you change it."""
+    folder = tmp_path_factory.mktemp("saved") / "lynx"
+    save(make(RECIPES["refit and low-rank"]), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "lynx")
+
+
+def refused(folder, match="", model=None, build=tiny_flux):
+    """Load into a fresh model, which must be refused in one line and leave the model dense."""
+    model = build() if model is None else model
+    with pytest.raises(CheckpointError, match=match) as error:
+        load(model, folder)
+    assert "\n" not in str(error.value)
+    assert_dense(model, build)
+
+
+def sign(folder, **changes):
+    """Write `changes` into the index, with digests that match: damage that no digest can tell."""
+    path = folder / "rtlynx.json"
+    body = json.loads(path.read_text())
+    body.update(changes)
+    body["tensors_sha256"] = hashlib.sha256((folder / "rtlynx.safetensors").read_bytes()).hexdigest()
+    body.pop("sha256")
+    body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(body))
+
+
+# ----------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_round_trip_gives_identical_outputs(tmp_path, name):
+    model = make(RECIPES[name])
+    save(model, tmp_path / "lynx")
+    other = tiny_flux()
+    assert load(other, tmp_path / "lynx") is other
+    assert list(sparse_layers(other)) == list(sparse_layers(model))
+    for ours, theirs in zip(outputs(other), outputs(model), strict=True):
+        assert torch.equal(ours, theirs)
+    ours, theirs = state_of(other).plan, state_of(model).plan
+    assert ours.recipe == theirs.recipe == RECIPES[name]
+    reasons = [[(layer.name, layer.dense_reason) for layer in plan.layers] for plan in (ours, theirs)]
+    assert reasons[0] == reasons[1]
+    assert {path.name for path in (tmp_path / "lynx").iterdir()} == {"rtlynx.json", "rtlynx.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["lynx"]
+
+
+@pytest.mark.parametrize(
+    ("build", "call"), [(tiny_qwen, qwen_call), (lambda: tiny_z_image(dim=128), z_image_call)]
+)
+def test_round_trip_of_the_other_architectures(tmp_path, build, call):
+    model = make(Recipe(rank=4, ridge=RIDGE), build, call)
+    save(model, tmp_path / "lynx")
+    other = load(build(), tmp_path / "lynx")
+    assert torch.equal(output(other, call(9)), output(model, call(9)))
+
+
+def test_a_loaded_model_can_be_saved_again_and_made_dense(folder, tmp_path):
+    model = load(tiny_flux(), folder)
+    save(model, tmp_path / "again")
+    for name in ("rtlynx.json", "rtlynx.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    kept = make(RECIPES["refit, dense steps and rows"])
+    save(kept, tmp_path / "kept")
+    assert_dense(densify(load(tiny_flux(), tmp_path / "kept")))
+
+
+def test_files_hold_natural_column_order_and_only_what_is_needed(tmp_path):
+    model = make(RECIPES["refit, dense steps and rows"])
+    save(model, tmp_path / "refit")
+    tensors = safetensors.torch.load_file(tmp_path / "refit" / "rtlynx.safetensors")
+    expected = {
+        f"{name}.{kind}" for name in sparse_layers(model) for kind in ("weight", "lowrank_down", "lowrank_up")
+    }
+    assert set(tensors) == expected  # not the original weights: the base model has them
+    name = "single_transformer_blocks.0.proj_out"
+    assert torch.equal(tensors[f"{name}.weight"], model.get_submodule(name).weight)
+    save(make(RECIPES["immediate"]), tmp_path / "immediate")
+    assert safetensors.torch.load_file(tmp_path / "immediate" / "rtlynx.safetensors") == {}
+
+
+def test_a_pipeline_stands_for_its_transformer(folder, tmp_path):
+    class Pipeline:
+        def __init__(self):
+            self.transformer = tiny_flux()
+
+    pipeline = Pipeline()
+    assert load(pipeline, folder) is pipeline
+    assert len(sparse_layers(pipeline.transformer)) == 11
+    save(pipeline, tmp_path / "again")
+    assert (tmp_path / "again" / "rtlynx.json").read_bytes() == (folder / "rtlynx.json").read_bytes()
+
+
+def test_a_cast_base_model_is_the_same_base(folder):
+    model = load(tiny_flux().to(torch.bfloat16), folder)
+    layer = model.get_submodule("transformer_blocks.0.attn.to_q")
+    assert layer.weight.dtype == layer.lowrank_up.dtype == torch.bfloat16
+
+
+# --------------------------------------------------------------------------------- another, or missing
+
+
+def test_a_missing_folder_or_file(folder, tmp_path):
+    refused(tmp_path / "nowhere", "nowhere is not a folder")
+    refused(folder / "rtlynx.json", "is not a folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", r"rtlynx\.json is missing")
+    (folder / "rtlynx.safetensors").unlink()
+    refused(folder, r"rtlynx\.safetensors is missing")
+
+
+def test_another_architecture(folder):
+    refused(folder, "made for FluxTransformer2DModel, this is QwenImageTransformer2DModel", build=tiny_qwen)
+
+
+def test_another_size(folder):
+    def wide():
+        return tiny_flux(num_attention_heads=8)
+
+    refused(
+        folder,
+        r"another size: transformer_blocks\.0\.attn\.to_q maps 128 -> 128 there, 256 -> 256",
+        build=wide,
+    )
+
+    def shallow():
+        return tiny_flux(num_single_layers=0)
+
+    refused(folder, r"another architecture: this model has no linear single_transf", build=shallow)
+
+
+def test_other_base_weights(folder):
+    refused(folder, "made for other weights", build=lambda: tiny_flux(seed=1))
+    layer_name = "single_transformer_blocks.0.proj_out"
+
+    def tuned():
+        model = tiny_flux()
+        with torch.no_grad():
+            model.get_submodule(layer_name).weight.mul_(1.02)
+        return model
+
+    refused(folder, layer_name, build=tuned)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version(folder, version):
+    sign(folder, version=version)
+    refused(folder, f"format version {version}, this rtlynx reads version 1")
+
+
+def test_a_sparse_model_is_refused_and_unchanged(folder):
+    model = make(RECIPES["immediate"])
+    expected = outputs(model)
+    with pytest.raises(ValueError, match="sparse already"):
+        load(model, folder)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), expected, strict=True))
+
+
+# --------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("name", ["rtlynx.json", "rtlynx.safetensors"])
+def test_truncated_files(folder, name):
+    path = folder / name
+    whole = path.read_bytes()
+    for length in (0, 1, 7, 8, 9, len(whole) // 3, len(whole) // 2, len(whole) - 2):
+        path.write_bytes(whole[:length])
+        refused(folder, name)
+    path.write_bytes(whole + b"x")
+    refused(folder, name)
+    path.write_bytes(whole)
+    assert len(sparse_layers(load(tiny_flux(), folder))) == 11
+
+
+@pytest.mark.parametrize("name", ["rtlynx.json", "rtlynx.safetensors"])
+def test_flipped_bits(folder, name):
+    path = folder / name
+    whole = path.read_bytes()
+    spread = [*range(12), *range(12, len(whole), max(1, len(whole) // 60)), len(whole) - 2]
+    for count, position in enumerate(spread):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (count % 8)
+        if name.endswith("json") and whole[position] ^ damaged[position] == 0x20:
+            damaged[position] ^= 0x21  # 1e-5 and 1E-5 are one number: flip another bit
+        path.write_bytes(damaged)
+        refused(folder, name)
+
+
+def test_damage_that_the_digest_cannot_tell(folder):
+    """Each file is well-formed and signed, but they do not belong together."""
+    path = folder / "rtlynx.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = "transformer_blocks.0.attn.to_q"
+    damage = {
+        "missing tensor": {k: v for k, v in tensors.items() if k != f"{name}.weight"},
+        "weight of another shape": {**tensors, f"{name}.weight": torch.zeros(128, 64)},
+        "factor of another shape": {**tensors, f"{name}.lowrank_up": torch.zeros(64, 6)},
+        "factor of another rank": {**tensors, f"{name}.lowrank_down": torch.zeros(2, 128)},
+    }
+    for what, changed in damage.items():
+        safetensors.torch.save_file(changed, path)
+        sign(folder)
+        model = tiny_flux()
+        with pytest.raises(CheckpointError) as error:
+            load(model, folder)
+        assert "\n" not in str(error.value), what
+        assert_dense(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": {"n": 9}},
+        {"recipe": {"rnak": 9}},
+        {"recipe": None},
+        {"layers": []},
+        {"layers": {"transformer_blocks.0.attn.to_q": {}}},
+        {"dense": None},
+        {"model": None},
+    ],
+)
+def test_a_signed_index_that_makes_no_sense(folder, changes):
+    sign(folder, **changes)
+    refused(folder)
+
+
+def test_a_signed_index_that_lacks_a_part(folder):
+    whole = (folder / "rtlynx.json").read_text()
+    for key in ("recipe", "layers", "dense", "model", "version", "format"):
+        (folder / "rtlynx.json").write_text(
+            json.dumps({k: v for k, v in json.loads(whole).items() if k != key})
+        )
+        sign(folder)
+        refused(folder)
+
+
+class Bomb:
+    """Unpickling this leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("form", ["pickle", "torch.save"])
+def test_nothing_is_unpickled(folder, tmp_path, signed, form):
+    bomb = Bomb(tmp_path / "exploded")
+    target = folder / "rtlynx.safetensors"
+    if form == "pickle":
+        target.write_bytes(pickle.dumps(bomb))
+    else:
+        torch.save(bomb, target)
+    if signed:
+        sign(folder)
+    refused(folder, r"rtlynx\.safetensors is damaged")
+    (folder / "rtlynx.json").write_bytes(pickle.dumps(bomb))
+    refused(folder, r"rtlynx\.json is damaged")
+    assert not bomb.path.exists()
+
+
+# ----------------------------------------------------------------------------------------- bad saves
+
+
+def test_a_dense_model_has_nothing_to_save(tmp_path):
+    with pytest.raises(ValueError, match="dense, there is nothing to save"):
+        save(tiny_flux(), tmp_path / "lynx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_files_are_not_replaced(tmp_path):
+    model = make(RECIPES["immediate"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("mine too")
+    for name in ("mine", "file"):
+        with pytest.raises(FileExistsError, match=name):
+            save(model, tmp_path / name)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "mine too"
+    assert {path.name for path in tmp_path.rglob("*")} == {"mine", "thesis.txt", "file"}
+
+
+def test_other_files_beside_an_older_checkpoint_are_not_lost(folder):
+    (folder / "notes.txt").write_text("which prompts I used")
+    model = make(RECIPES["immediate"])
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        save(model, folder)
+    assert len(sparse_layers(load(tiny_flux(), folder))) == 11  # the older one is whole
+    assert (folder / "notes.txt").read_text() == "which prompts I used"
+
+
+def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
+    model = make(RECIPES["immediate"])
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "a" / "b" / "c"):
+        save(model, folder)
+        assert len(sparse_layers(load(tiny_flux(), folder))) == 11
+
+
+def test_an_older_checkpoint_is_replaced_whole(folder):
+    immediate = make(RECIPES["immediate"])
+    save(immediate, folder)
+    other = load(tiny_flux(), folder)
+    assert torch.equal(output(other, flux_call()), output(immediate, flux_call()))
+    assert not any(layer.refitted for layer in sparse_layers(other).values())
+    assert [path.name for path in folder.parent.iterdir()] == ["lynx"]
+
+
+def full_disk(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupted(*_args, **_kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("failure", [full_disk, interrupted])
+@pytest.mark.parametrize("where", ["tensors", "index", "rename"])
+def test_a_failed_save_leaves_nothing_behind_and_the_older_one_whole(folder, monkeypatch, failure, where):
+    model = make(RECIPES["immediate"])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        if where == "tensors":
+            patch.setattr(safetensors.torch, "save_file", failure)
+        elif where == "index":
+            patch.setattr(json, "dumps", failure)
+        else:
+            patch.setattr(rtlynx.files.os, "replace", failure)
+        error = OSError if failure is full_disk else KeyboardInterrupt
+        with pytest.raises(error):
+            save(model, folder)
+        with pytest.raises(error):
+            save(model, folder.parent / "fresh")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["lynx"]
+    assert len(sparse_layers(model)) == 11
+    assert len(sparse_layers(load(tiny_flux(), folder))) == 11
+
+
+def test_half_written_tensors_are_removed(folder, monkeypatch):
+    def half(_tensors, path, **_kwargs):
+        path.write_bytes(b"half of it")
+        full_disk()
+
+    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    with pytest.raises(OSError, match="No space left"):
+        save(make(RECIPES["immediate"]), folder.parent / "fresh")
+    assert [path.name for path in folder.parent.iterdir()] == ["lynx"]
+
+
+def test_saved_files_are_readable_by_others(folder):
+    assert folder.stat().st_mode & 0o055 == 0o055 & ~rtlynx.files._umask()
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o044 == 0o044 & ~rtlynx.files._umask()

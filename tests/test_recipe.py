@@ -1,0 +1,196 @@
+"""What a user can choose: every contradiction refused, every value kept through JSON."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtlynx import Budget, Recipe
+
+EVERYTHING = {
+    "n": 4,
+    "m": 8,
+    "grouping": "strided",
+    "norm": "paper",
+    "rank": 0.05,
+    "refit": False,
+    "lowrank_solver": "trained",
+    "lowrank_sharing": "own",
+    "train_steps": 100,
+    "ridge": 0.3,
+    "balance": "tokens",
+    "text_stream": "sparse",
+    "text_rows": "dense",
+    "dense_steps": 3,
+    "skip": ["*.to_v", "blocks.0.*"],
+    "budget": {"error": 0.01, "saving": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 5}, "n <= m"),
+        ({"n": 0}, "n <= m"),
+        ({"n": "2"}, "whole numbers"),
+        ({"n": 2.0}, "whole numbers"),
+        ({"m": None}, "whole numbers"),
+        ({"grouping": "blocked"}, "grouping is one of auto, adjacent, strided"),
+        ({"norm": "l2"}, "norm is one of"),
+        ({"norm": None}, "norm is one of"),
+        ({"lowrank_solver": "adam"}, "lowrank_solver is one of"),
+        ({"lowrank_sharing": []}, "lowrank_sharing is one of"),
+        ({"balance": "none"}, "balance is one of"),
+        ({"text_stream": True}, "text_stream is one of"),
+        ({"text_rows": "keep"}, "text_rows is one of"),
+        ({"refit": "yes"}, "refit is true or false"),
+        ({"refit": 1}, "refit is true or false"),
+        ({"rank": 0}, "rank"),
+        ({"rank": -1}, "rank"),
+        ({"rank": 0.0}, "rank"),
+        ({"rank": -0.5}, "rank"),
+        ({"rank": 1.0}, "share is below 1"),
+        ({"rank": 64.0}, "share is below 1"),
+        ({"rank": "64"}, "rank"),
+        ({"rank": True}, "rank"),
+        ({"rank": math.nan}, "rank"),
+        ({"ridge": 0}, "ridge"),
+        ({"ridge": -0.1}, "ridge"),
+        ({"ridge": "big"}, "ridge"),
+        ({"ridge": math.inf}, "ridge"),
+        ({"ridge": None}, "ridge"),
+        ({"train_steps": 0}, "train_steps"),
+        ({"train_steps": 1.5}, "train_steps"),
+        ({"dense_steps": -1}, "dense_steps"),
+        ({"dense_steps": 0.5}, "dense_steps"),
+        ({"dense_steps": True}, "dense_steps"),
+        ({"skip": "*.to_v"}, "skip is a list"),
+        ({"skip": [1]}, "skip is a list"),
+        ({"skip": 5}, "skip is a list"),
+        ({"skip": None}, "skip is a list"),
+        ({"budget": 0.5}, "budget"),
+        ({"budget": {}}, "one limit"),
+        ({"budget": {"error": 0.1, "saving": 0.5}}, "one limit"),
+        ({"budget": {"error": 0}}, "error is a number above 0"),
+        ({"budget": {"error": "small"}}, "error is a number above 0"),
+        ({"budget": {"saving": 1.5}}, "saving is a share"),
+        ({"budget": {"saving": 0}}, "saving is a share"),
+        # contradictions
+        ({"refit": True, "norm": "scale"}, "norm compensation stays off"),
+        ({"norm": "paper"}, "norm compensation stays off"),
+        ({"lowrank_solver": "trained"}, "needs a rank and refit=False"),
+        ({"lowrank_solver": "trained", "refit": False, "rank": None}, "needs a rank and refit=False"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        Recipe.from_dict(settings)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rnak": 4}, "unknown recipe key 'rnak'; did you mean 'rank'?"),
+        ({"text_row": "dense"}, "did you mean 'text_rows'?"),
+        ({"Grouping": "auto"}, "did you mean 'grouping'?"),
+        ({"zzz": 1}, "unknown recipe key 'zzz'; known: balance, budget"),
+        ({"budget": {"eror": 0.1}}, "unknown budget key 'eror'; did you mean 'error'?"),
+        ({1: 2}, "unknown recipe key 1"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest_known_one(settings, message):
+    with pytest.raises(ValueError, match=r"unknown") as refused:
+        Recipe.from_dict(settings)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"rank"', '{"rank": 0}', '{"rank": NaN}', "{'n': 2}"]
+)
+def test_json_that_is_no_recipe_is_refused(text):
+    with pytest.raises(ValueError, match=r"recipe|rank"):
+        Recipe.from_json(text)
+
+
+@pytest.mark.parametrize("key", EVERYTHING)
+def test_each_setting_survives_json(key):
+    assert key in Recipe().to_dict()
+    assert EVERYTHING[key] != Recipe().to_dict()[key]
+    recipe = Recipe.from_dict(EVERYTHING)
+    assert json.loads(json.dumps(recipe.to_dict()))[key] == EVERYTHING[key]
+
+
+def test_round_trip():
+    for recipe in (Recipe(), Recipe.immediate(), Recipe.paper(), Recipe.from_dict(EVERYTHING)):
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        assert Recipe.from_json(json.dumps(recipe.to_dict())) == recipe
+        assert hash(recipe) == hash(Recipe.from_dict(recipe.to_dict()))
+    assert set(EVERYTHING) == set(Recipe().to_dict())
+
+
+def test_the_dictionary_is_not_changed_or_kept():
+    settings = {"skip": ["a"], "budget": {"saving": 0.5}}
+    recipe = Recipe.from_dict(settings)
+    settings["skip"].append("b")
+    settings["budget"]["saving"] = 0.1
+    assert recipe.skip == ("a",)
+    assert recipe.budget == Budget(saving=0.5)
+    assert Recipe(skip=["x", "y"]).skip == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("rank", "k", "expected"),
+    [
+        (None, 3072, 0),
+        (64, 3072, 64),
+        (64, 32, 32),  # never above k
+        (64 / 3072, 3072, 64),  # the paper's share
+        (64 / 3072, 12288, 256),
+        (64 / 3072, 15360, 320),
+        (0.02, 256, 5),
+        (0.02, 128, 4),  # a share gives at least four
+        (0.001, 3072, 4),
+        (0.02, 2, 2),
+        (0.5, 100, 50),
+        (1, 100, 1),
+    ],
+)
+def test_rank_of_a_layer(rank, k, expected):
+    assert Recipe(rank=rank).rank_for(k) == expected
+
+
+@given(st.one_of(st.integers(1, 2**20), st.floats(1e-6, 0.999)), st.integers(1, 20000))
+@settings(max_examples=100, deadline=None)
+def test_rank_is_always_possible(rank, k):
+    assert 1 <= Recipe(rank=rank).rank_for(k) <= k
+
+
+def test_default_is_the_one_that_draws_best():
+    recipe = Recipe()
+    assert (recipe.n, recipe.m, recipe.refit, recipe.text_stream) == (2, 4, True, "dense")
+    assert recipe.rank_for(3072) > 0
+    assert recipe.ridge == "auto"
+    assert recipe.layer_norm == "none"
+
+
+def test_what_needs_what():
+    assert not Recipe.immediate().needs_calibration
+    assert Recipe.immediate().layer_norm == "scale"
+    assert Recipe.immediate(norm="none").layer_norm == "none"
+    assert Recipe.immediate(rank=4).needs_calibration
+    assert Recipe.immediate(refit=True).needs_calibration
+    assert Recipe.immediate(budget=Budget(saving=0.5)).needs_calibration
+    paper = Recipe.paper()
+    assert (paper.layer_norm, paper.refit, paper.grouping, paper.lowrank_sharing) == (
+        "scale",
+        False,
+        "adjacent",
+        "own",
+    )
+    assert Recipe(text_rows="dense").keeps_dense_weight
+    assert Recipe(dense_steps=1).keeps_dense_weight
+    assert not Recipe().keeps_dense_weight
+    assert not Recipe.paper(text_rows="dense", dense_steps=3).keeps_dense_weight
