@@ -49,7 +49,7 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     Raises
     ------
     ValueError
-        If the model is not sparse.
+        If the model is not sparse, or an adapter wraps a sparse layer.
     FileExistsError
         If the folder holds other files.
     OSError
@@ -62,6 +62,9 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
             f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
         )
     layers = sparse_layers(model)
+    for name in layers:
+        if name not in state.base:
+            raise ValueError(f"{name} is not where it was made sparse: detach adapters before saving")
     planned = {layer.name: layer for layer in state.plan.layers}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():

@@ -348,6 +348,16 @@ def test_a_dense_model_has_nothing_to_save(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_with_an_adapter_is_not_saved(tmp_path):
+    from peft import LoraConfig
+
+    model = make(RECIPES["immediate"])
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="adapters"):
+        save(model, tmp_path / "lynx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_files_are_not_replaced(tmp_path):
     model = make(RECIPES["immediate"])
     (tmp_path / "mine").mkdir()

@@ -123,6 +123,9 @@ def main() -> None:
             if step % 500 == 0:
                 print(f"step {step}  {progress:.0%}  loss {np.mean(losses[-25:]):.4f}", flush=True)
 
+    if not losses:
+        raise SystemExit(f"no more than {step} steps in this time; at least 20 are needed")
+
     # What ships is float16: measure what ships.
     network.eval().half().float()
     features = embed(network, real)

@@ -223,7 +223,9 @@ def sample(model: FluxTransformer2DModel, prompts: list[str], steps: int, batch:
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        drawn = pipe(part, num_inference_steps=steps, generator=generators, output_type="pt", return_dict=False)
+        drawn = pipe(
+            part, num_inference_steps=steps, generator=generators, output_type="pt", return_dict=False
+        )
         pictures.append(drawn[0].cpu())
     return torch.cat(pictures)
 
