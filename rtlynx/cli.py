@@ -266,7 +266,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def _load(source: str, device: str) -> Any:
-    from rtlynx.loading import load_model
+    from rtlynx.pipelines import load_model
 
     return load_model(source, device=device)
 
@@ -310,7 +310,7 @@ def _prompts(file: Path | None, model: str, *, held_out: bool = False) -> list[s
         if not prompts:
             raise ValueError(f"{file} holds no prompts")
         return prompts
-    from rtlynx.loading import ZOO_PREFIX
+    from rtlynx.pipelines import ZOO_PREFIX
 
     if not model.startswith(ZOO_PREFIX):
         raise typer.BadParameter("give --prompts FILE: only zoo models bring prompts of their own")

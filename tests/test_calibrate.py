@@ -1,9 +1,11 @@
 """Calibration end to end on a tiny FLUX: what it solves, what it survives, what it refuses."""
 
+import errno
 import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.multiprocessing
 from helpers import (
@@ -476,6 +478,21 @@ def test_what_is_in_the_way_of_a_folder_is_an_error_and_leaves_the_model(tmp_pat
         sample(TinyPipeline(model), JOINT, options_in(tmp_path / "file"))
     assert_dense(model)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_half_file_and_is_resumed(tmp_path, monkeypatch):
+    def full_disk(_tensors, path, **_settings):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stopped = TinyPipeline(tiny_flux())
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            sample(stopped, JOINT, options_in(tmp_path))
+    assert_dense(stopped.transformer)
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+    sample(TinyPipeline(tiny_flux()), JOINT, options_in(tmp_path))
 
 
 def test_calls_may_be_kept_in_a_folder_too(tmp_path):

@@ -4,6 +4,8 @@ import json
 import sys
 
 import pytest
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from helpers import tiny_z_image
 
 from rtlynx.cli import main
 
@@ -103,6 +105,35 @@ def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts)
     overview = json.loads(out)
     assert overview["recipe"]["text_rows"] == "dense"
     assert {layer["rank"] for layer in overview["layers"] if not layer["dense_reason"]} == {4}
+
+
+def test_local_folders_of_transformers_and_pipelines(run, tmp_path):
+    tiny_z_image().save_pretrained(tmp_path / "transformer")
+    code, out, _ = run("inspect", tmp_path / "transformer", "--json")
+    assert code == 0
+    assert json.loads(out)["architecture"] == "ZImageTransformer2DModel"
+    code, out, _ = run("convert", tmp_path / "transformer", "--out", tmp_path / "sparse", "--json")
+    assert code == 0
+    assert json.loads(out)["sparse_layers"] == 14
+    code, out, _ = run("inspect", tmp_path / "transformer", "--checkpoint", tmp_path / "sparse", "--json")
+    assert code == 0
+    assert json.loads(out)["sparse_layers"] == 14
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    )
+    DiTPipeline(dit, AutoencoderKL(block_out_channels=(32,)), DDIMScheduler()).save_pretrained(
+        tmp_path / "pipe"
+    )
+    code, out, _ = run("inspect", tmp_path / "pipe", "--json")
+    overview = json.loads(out)
+    assert code == 0
+    assert overview["architecture"] == "generic"
+    assert overview["sparse_layers"] == 2 * 6
 
 
 @pytest.mark.parametrize(

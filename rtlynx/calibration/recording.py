@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from rtlynx.calibration.processes import rank, world
 from rtlynx.files import CheckpointError, read_json, write_json
 from rtlynx.fingerprint import model_fingerprint
 from rtlynx.models.plan import Plan
+from rtlynx.pipelines import quiet, sampling_steps
 from rtlynx.progress import ProgressBar
 
 MANIFEST = "calibration.json"
@@ -59,7 +58,7 @@ class Recording:
         if any(not isinstance(prompt, str) for prompt in prompts):
             raise ValueError("prompts are a list of strings")
         self._claim_folder(hashlib.sha256("\n".join(prompts).encode()).hexdigest())
-        steps = _sampling_steps(pipeline, self.options.pipeline_kwargs)
+        steps = sampling_steps(pipeline, self.options.pipeline_kwargs)
         splits = _split(len(prompts), self.options.heldout)
         with ProgressBar("recording calls", len(prompts), show=show) as advance:
             number = 0
@@ -76,17 +75,13 @@ class Recording:
     def _sample_batch(self, pipeline: Any, batch: dict[int, str], number: int, steps: int) -> list[Call]:
         generators = [torch.Generator().manual_seed(self.options.seed + i) for i in batch]
         settings = {"output_type": "latent", **self.options.pipeline_kwargs, "num_inference_steps": steps}
-        shown = dict(getattr(pipeline, "_progress_bar_config", {}))
-        pipeline.set_progress_bar_config(**{**shown, "disable": True})
-        try:
+        with quiet(pipeline):
             return record_calls(
                 self.model,
                 self.plan.architecture,
                 lambda: pipeline(list(batch.values()), generator=generators, **settings),
                 chosen_steps(number, steps, self.options.steps_per_prompt),
             )
-        finally:
-            pipeline.set_progress_bar_config(**shown)
 
     def _claim_folder(self, data: str) -> None:
         """Refuse a folder that holds another calibration; mark a fresh one as this one's."""
@@ -124,15 +119,6 @@ def _split(count: int, heldout: float) -> dict[str, list[int]]:
         wanted = max(1, wanted)
     held = {int((i + 1) * count / wanted) - 1 for i in range(wanted)}
     return {"fit": [i for i in range(count) if i not in held], "heldout": sorted(held)}
-
-
-def _sampling_steps(pipeline: Any, settings: Mapping[str, Any]) -> int:
-    if "num_inference_steps" in settings:
-        return int(settings["num_inference_steps"])
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
-    if parameter is None or not isinstance(parameter.default, int):
-        raise ValueError("give the number of sampling steps: pipeline_kwargs={'num_inference_steps': ...}")
-    return parameter.default
 
 
 def _digest(value: Any) -> str:

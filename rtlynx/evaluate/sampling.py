@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from rtlynx.evaluate.layers import layer_errors, mean_error
 from rtlynx.evaluate.metrics import psnr, ssim
 from rtlynx.models.plan import architecture_of
 from rtlynx.models.sparsify import sparse_layers, target_model
+from rtlynx.pipelines import quiet, sampling_steps
 from rtlynx.progress import ProgressBar
 
 # Sampling steps of each batch at which layer inputs are compared.
@@ -122,7 +122,8 @@ def compare(
     if sparse_layers(dense) or not layers:
         raise ValueError("compare wants a dense pipeline and a sparse one, in this order")
     settings = dict(pipeline_kwargs or {})
-    steps = steps or settings.pop("num_inference_steps", None) or _default_steps(dense_pipeline)
+    steps = steps or sampling_steps(dense_pipeline, settings)
+    settings.pop("num_inference_steps", None)
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     with ProgressBar("drawing", 2 * len(prompts), show=progress) as advance:
         common["advance"] = advance
@@ -152,25 +153,5 @@ def _draw(
     """One batch; its picture i starts from noise of seed + i."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     settings = {**(pipeline_kwargs or {}), "output_type": "pt"}
-    with _quiet(pipeline):
+    with quiet(pipeline):
         return pipeline(list(prompts), generator=generators, **settings).images.float().cpu()
-
-
-@contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
-    """Hide the pipeline's own progress bar."""
-    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(**{**shown, "disable": True})
-    try:
-        yield
-    finally:
-        pipeline.set_progress_bar_config(**shown)
-
-
-def _default_steps(pipeline: Any) -> int:
-    import inspect
-
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
-    if parameter is None or not isinstance(parameter.default, int):
-        raise ValueError("give the number of sampling steps")
-    return parameter.default

@@ -1,8 +1,11 @@
-"""From what a user types (`zoo:flux-emoji`, a local diffusers folder) to a pipeline or a transformer."""
+"""Diffusers pipelines: from what a user types to a loaded one, and how one is driven here."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,33 @@ def load_model(source: str, *, device: str = "cpu", dtype: torch.dtype | None = 
             f"{source} has no model_index.json and no config.json: not a diffusers folder"
         )
     try:
-        return loader.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
+        return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
     except (OSError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"{source} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Hide the pipeline's own progress bar; ours counts pictures."""
+    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**{**shown, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**shown)
+
+
+def sampling_steps(pipeline: Any, settings: Mapping[str, Any]) -> int:
+    """`num_inference_steps` of `settings`, else the pipeline's own default.
+
+    Raises
+    ------
+    ValueError
+        If neither says how many.
+    """
+    if "num_inference_steps" in settings:
+        return int(settings["num_inference_steps"])
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    if parameter is None or not isinstance(parameter.default, int):
+        raise ValueError("give the number of sampling steps: pipeline_kwargs={'num_inference_steps': ...}")
+    return parameter.default
