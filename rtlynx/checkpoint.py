@@ -62,9 +62,14 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
             f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
         )
     layers = sparse_layers(model)
-    for name in layers:
+    for name, layer in layers.items():
         if name not in state.base:
             raise ValueError(f"{name} is not where it was made sparse: detach adapters before saving")
+        if not layer.refitted and weight_fingerprint(layer.weight) != state.base[name]:
+            raise ValueError(
+                f"the weight of {name} has changed since it was made sparse (a merged adapter?), and a "
+                "checkpoint holds refitted weights only: merge into the dense model, then make it sparse"
+            )
     planned = {layer.name: layer for layer in state.plan.layers}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():

@@ -89,7 +89,11 @@ def demo(
     from rtlynx.evaluate.demo import run_demo
 
     results = run_demo(folder, images=images, steps=steps, seed=seed, calibrate=calibrate)
-    table = Table("variant", "layer error", "PSNR dB", "SSIM", "KID", "retrieval", "sparse layers", "seconds")
+    # Narrow enough for a terminal of 80 columns with the longest variant's name.
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("variant", no_wrap=True)
+    for heading in ("error", "PSNR", "SSIM", "KID", "found", "layers", "sec."):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in results["variants"]:
         table.add_row(
             row["name"],
@@ -102,6 +106,7 @@ def demo(
             _number(row["seconds"], ".1f"),
         )
     out.print(table)
+    out.print("error: of the layers' outputs; found: nearest real picture is the prompted one", style="dim")
     out.print(
         f"Report: {folder / 'report.html'}   grid: {folder / 'grid.png'}   figures: {folder / 'results.json'}"
     )

@@ -82,12 +82,12 @@ class StepTracker:
     def update(self, timestep: Tensor | float) -> int:
         """Index (from 0) of the step that a forward pass at `timestep` belongs to.
 
-        A batch at different timesteps (training) is no sampling step: returns the current index unchanged.
+        A batch at different timesteps (training) is no sampling step: returns -1 and changes nothing.
         """
         if isinstance(timestep, Tensor):
             flat = timestep.detach().flatten()
             if flat.numel() == 0 or bool((flat != flat[0]).any()):
-                return self.step
+                return -1
             value = float(flat[0])
         else:
             value = float(timestep)

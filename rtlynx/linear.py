@@ -159,16 +159,16 @@ class SparseLinear(nn.Linear):
         self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
         self.refitted = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """X (..., K) -> Y (..., N)."""
-        source = x
+        x = input
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
             # Select on what the product will see.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.dense_reason is not None or self.context.dense_step:
             return self._dense(x)
         compressed = self.shared_input.compress(
-            source, (self.pattern, self.norm, x.dtype), lambda: ops.compress(x, self.pattern, self.norm)
+            input, (self.pattern, self.norm, x.dtype), lambda: ops.compress(x, self.pattern, self.norm)
         )
         text_rows = self.context.text_rows if self.text_rows_dense else None
         if text_rows is None:

@@ -443,3 +443,12 @@ def test_saved_files_are_readable_by_others(folder):
     assert folder.stat().st_mode & 0o055 == 0o055 & ~rtlynx.files._umask()
     for path in folder.iterdir():
         assert path.stat().st_mode & 0o044 == 0o044 & ~rtlynx.files._umask()
+
+
+def test_a_merged_change_of_the_weight_is_not_lost_silently(tmp_path):
+    model = sparsify(tiny_flux(), Recipe.immediate())
+    with torch.no_grad():
+        model.transformer_blocks[0].attn.to_q.weight.add_(0.05)
+    with pytest.raises(ValueError, match=r"weight of transformer_blocks.0.attn.to_q has changed"):
+        save(model, tmp_path / "checkpoint")
+    assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ from helpers import (
     watched,
     z_image_call,
 )
+from peft import LoraConfig
 from torch import nn
 
 from rtlynx import Recipe, SparseLinear, densify, sparsify
@@ -510,3 +511,17 @@ def test_generic_rule_on_pixart():
     expected = {*BASIC, *CROSS} - {"attn2.to_k", "attn2.to_v"}
     assert set(sparse_layers(model)) == {f"transformer_blocks.0.{name}" for name in expected}
     assert 1e-4 < relative_error(output(model, call), dense) < 1
+
+
+def test_adapters_must_come_after():
+    model = tiny_flux()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="has adapters attached"):
+        sparsify(model, Recipe.immediate())
+    assert not sparse_layers(model)
+
+
+def test_projections_that_are_read_but_never_called_stay_as_they_are():
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    sparsify(model, Recipe.immediate())
+    assert set(sparse_layers(model)) == {"0.linear1", "0.linear2"}

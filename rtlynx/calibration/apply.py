@@ -11,14 +11,16 @@ from torch import nn
 from rtlynx.calibration.solve import Solution
 from rtlynx.linear import SparseLinear
 from rtlynx.models.plan import LayerPlan, Plan
-from rtlynx.models.sparsify import apply_plan, sparse_layers
+from rtlynx.models.sparsify import apply_plan
 
 
 def apply_solutions(model: nn.Module, plan: Plan, solutions: Mapping[str, Solution]) -> None:
-    """Make `model` sparse by `plan` and give each sparse layer its solution."""
-    apply_plan(model, plan)
-    for name, layer in sparse_layers(model).items():
+    """Make `model` sparse by `plan`, each layer with its solution: all or none, also when memory runs out."""
+
+    def prepare(name: str, layer: SparseLinear) -> None:
         install(layer, solutions[name], keep_dense=plan.recipe.keeps_dense_weight)
+
+    apply_plan(model, plan, prepare)
 
 
 def install(layer: SparseLinear, solution: Solution, *, keep_dense: bool) -> None:

@@ -183,8 +183,8 @@ class Collector:
     def _watch(self, group: InputGroup, position: dict[str, Any]) -> Any:
         layer = group.layers[0]
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
             for kind, tokens in _split_kinds(x, position["rows"], group).items():
                 tokens = tokens.reshape(-1, tokens.shape[-1])
                 if not tokens.shape[0]:
@@ -203,7 +203,7 @@ class Collector:
                     spread = torch.linspace(0, len(tokens) - 1, min(self.tokens_per_call, len(tokens)))
                     group.tokens.append(tokens[spread.long().to(tokens.device)].float().cpu())
 
-        return self.model.get_submodule(layer.name).register_forward_pre_hook(hook)
+        return self.model.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _split_kinds(x: Tensor, rows: tuple[int, int | None] | None, group: InputGroup) -> dict[str, Tensor]:

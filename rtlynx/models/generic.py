@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rtlynx.models.architecture import Architecture, Candidate, Role
 
@@ -24,7 +25,12 @@ _TEXT = re.compile(r"(^|\.)(add_[qkv]_proj|to_add_out|ff_context|txt_\w+|context
 
 def find(model: nn.Module) -> list[Candidate]:
     """Linears inside repeated blocks (children of a `ModuleList`); all linears where there are no blocks."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        # nn.MultiheadAttention reads the weight of such a one without calling it.
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    }
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     blocks = {name: _outermost_block(name, lists) for name in linears}
     repeated = any(block is not None for block in blocks.values())

@@ -81,6 +81,10 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     """
     if isinstance(model, nn.Linear):
         raise ValueError("a single linear layer cannot be replaced in place: use SparseLinear.from_linear")
+    if any(isinstance(getattr(module, "base_layer", None), nn.Linear) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has adapters attached: make it sparse first, then load the adapters"
+        )
     architecture = architecture_of(model)
     candidates = architecture.candidates(model)
     if not candidates:

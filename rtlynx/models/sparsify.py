@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class ModelHook:
                     f"dense_steps needs the model's {architecture.timestep_argument!r} argument, which this "
                     f"call of {type(model).__name__} lacks"
                 )
-            self.context.dense_step = self.steps.update(timestep) < recipe.dense_steps
+            self.context.dense_step = 0 <= self.steps.update(timestep) < recipe.dense_steps
 
 
 @dataclass
@@ -128,8 +129,13 @@ def make_plan_for_dense(model: nn.Module, recipe: Recipe) -> Plan:
     return make_plan(model, recipe)
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Replace the planned layers of `model` by sparse ones, all or none."""
+def apply_plan(
+    model: nn.Module, plan: Plan, prepare: Callable[[str, SparseLinear], None] | None = None
+) -> None:
+    """Replace the planned layers of `model` by sparse ones, all or none.
+
+    `prepare` is called with each new layer before any takes its place, to give it factors and weights.
+    """
     context = SparseContext()
     shared: dict[str, SharedInput] = {}
     modules: dict[str, Any] = dict(model.named_modules())
@@ -143,8 +149,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         sparse.text_rows_dense = layer.text_rows_dense
         # One memory a block is enough: layers that read one tensor run one after the other.
         sparse.shared_input = shared.setdefault(layer.candidate.block, SharedInput())
+        if prepare is not None:
+            prepare(layer.name, sparse)
         replacements[layer.name] = sparse
-        base[layer.name] = weight_fingerprint(sparse.weight)
+        base[layer.name] = weight_fingerprint(modules[layer.name].weight)
     _replace(model, replacements)
     hook = ModelHook(plan, context)
     handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None
