@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rtlynx import __version__
+from rtlynx.evaluate.demo import IMAGES, STEPS, run_demo
 from rtlynx.recipe import Recipe
 
 app = typer.Typer(
@@ -43,8 +44,6 @@ PipelineSettings = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-# Two dozen pictures, and as many steps as keep the demo well under five minutes on two cores.
-DEMO_IMAGES, DEMO_STEPS = 24, 12
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -78,16 +77,14 @@ def root(
 @app.command(epilog="Example: rtlynx demo --out rtlynx-demo --images 8 --steps 12")
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("rtlynx-demo"),
-    images: Annotated[int, typer.Option(help="Pictures a variant.", min=1, max=64)] = DEMO_IMAGES,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = DEMO_STEPS,
+    images: Annotated[int, typer.Option(help="Pictures a variant.", min=1, max=64)] = IMAGES,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = STEPS,
     seed: Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")] = 0,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Calibrate live instead of using the shipped solutions.")
     ] = False,
 ) -> None:
     """Draw with a real small diffusion transformer: dense, sparse and compensated; write a report."""
-    from rtlynx.evaluate.demo import run_demo
-
     results = run_demo(folder, images=images, steps=steps, seed=seed, calibrate=calibrate)
     # Narrow enough for a terminal of 80 columns with the longest variant's name.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")

@@ -132,6 +132,7 @@ def test_kid_of_too_few_samples():
 # --------------------------------------------------------------------------------------------- layer error
 
 
+@torch.no_grad()
 def expected_error(pairs, stand_in):
     """‖Y − Ŷ‖² / ‖Y‖² from recorded inputs and outputs of the dense layer."""
     wrong = sum(float((stand_in(x).double() - y.double()).square().sum()) for x, y in pairs)

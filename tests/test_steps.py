@@ -62,7 +62,7 @@ def test_a_training_batch_is_no_sampling_step():
     tracker = StepTracker()
     assert [tracker.update(t) for t in (1.0, 0.5)] == [0, 1]
     assert tracker.update(torch.tensor([0.9, 0.1])) == -1
-    assert tracker.update(torch.tensor([])) == 1
+    assert tracker.update(torch.tensor([])) == -1
     assert tracker.update(0.25) == 2
 
 

@@ -35,7 +35,8 @@ from rtlynx.zoo.features import real_features
 from rtlynx.zoo.prompts import ASSETS, calibration_prompts, demo_prompts
 
 MODEL = "flux-emoji"
-IMAGES, STEPS = 24, 12
+# Two dozen pictures, and as many steps as keep the demo well under five minutes on two cores.
+IMAGES, STEPS = 24, 10
 GUIDANCE = 3.0
 BATCH = 8
 GRID_COLUMNS = 8

@@ -39,6 +39,8 @@ EXPLAINED = {
     ),
 }
 
+_NBSP = "\N{NO-BREAK SPACE}"
+
 ROLES = {
     "attention-in": "Query, key and value",
     "attention-out": "Attention output",
@@ -105,8 +107,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     if judged:
         first, *_, last = sorted(judged, key=lambda row: -row["psnr"])
         said.append(
-            f"Closest to the dense pictures is {first['name']}, at a PSNR of {first['psnr']:.1f} dB; "
-            f"furthest is {last['name']}, at {last['psnr']:.1f} dB."
+            f"Closest to the dense pictures is {first['name']}, at a PSNR of {first['psnr']:.1f}{_NBSP}dB; "
+            f"furthest is {last['name']}, at {last['psnr']:.1f}{_NBSP}dB."
         )
     paper, ours = rows["activation-2:4+norm+lowrank"], rows["activation-2:4+refit+lowrank"]
     if paper["psnr"] is not None and ours["psnr"] is not None:
@@ -115,7 +117,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         error = f"layer error {paper['layer_error']:.4f} to {ours['layer_error']:.4f}"
         said.append(
             f"At the same rank, refitted weights with strided attention outputs: our recipe {verb} "
-            f"{abs(gain):.1f} dB against the paper's ({error})."
+            f"{abs(gain):.1f}{_NBSP}dB against the paper's ({error})."
         )
     weight, activation = rows["weight-2:4"], rows["activation-2:4"]
     if weight["psnr"] is not None and activation["psnr"] is not None:
@@ -123,16 +125,16 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         surprise = "" if agree else ": the smaller layer error is not the closer picture"
         said.append(
             f"Without any compensation, weight-2:4 has a layer error of {weight['layer_error']:.4f} and "
-            f"draws at {weight['psnr']:.1f} dB, activation-2:4 of {activation['layer_error']:.4f} at "
-            f"{activation['psnr']:.1f} dB{surprise}."
+            f"draws at {weight['psnr']:.1f}{_NBSP}dB, activation-2:4 of {activation['layer_error']:.4f} at "
+            f"{activation['psnr']:.1f}{_NBSP}dB{surprise}."
         )
     image_only, everything = rows["activation-2:4+norm"], rows["activation-2:4+norm:all-layers"]
     if image_only["psnr"] is not None and everything["psnr"] is not None:
         change = everything["psnr"] - image_only["psnr"]
         verb = "costs" if change <= -0.05 else "gains" if change >= 0.05 else "changes"
         said.append(
-            f"Making the text stream sparse as well {verb} {abs(change):.1f} dB, and retrieval goes from "
-            f"{image_only['retrieval']:.0%} to {everything['retrieval']:.0%}."
+            f"Making the text stream sparse as well {verb} {abs(change):.1f}{_NBSP}dB, and retrieval goes "
+            f"from {image_only['retrieval']:.0%} to {everything['retrieval']:.0%}."
         )
     shares = [row["retrieval"] for name, row in rows.items() if name != "dense"]
     said.append(
@@ -140,6 +142,10 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         f"{rows['dense']['retrieval']:.0%} of cases; the sparse variants' in {min(shares):.0%} to "
         f"{max(shares):.0%}."
     )
+    distances = [row["kid"] for row in rows.values() if row["kid"] is not None]
+    errors = [row["kid_stderr"] for row in rows.values() if row["kid_stderr"] is not None]
+    if errors and max(distances) - min(distances) < 2 * max(errors):
+        said.append(f"KID does not tell the variants apart with {results['images']} pictures.")
     return said
 
 
