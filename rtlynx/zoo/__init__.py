@@ -45,7 +45,7 @@ def load(
     from rtlynx.zoo.prompts import ASSETS
 
     transformer = FluxTransformer2DModel.from_pretrained(
-        ASSETS / "transformer", dtype=dtype or torch.float32, local_files_only=True
+        ASSETS / "transformer", dtype=dtype or torch.float32, local_files_only=True, low_cpu_mem_usage=False
     )
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(ASSETS / "scheduler", local_files_only=True)
     return EmojiPipeline(transformer.eval(), scheduler).to(device)
