@@ -1,0 +1,212 @@
+"""Bad input to calibration: one clear error, and the model as it was. And what a budget leaves dense."""
+
+import pytest
+import torch
+import torch.multiprocessing
+from calibration_helpers import (
+    PROMPTS,
+    RIDGE,
+    SINGLE,
+    assert_dense,
+    assert_same,
+    calls,
+    run,
+    sample,
+    solution,
+)
+from helpers import (
+    TinyPipeline,
+    flux_call,
+    output,
+    tiny_flux,
+)
+
+import rtlynx.calibration.run
+from rtlynx import (
+    Budget,
+    CalibrationError,
+    CalibrationOptions,
+    Recipe,
+    calibrate,
+    sparsify,
+)
+from rtlynx.models import sparse_layers, state_of
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+def poisoned(value, where="hidden_states", index=2):
+    data = calls(4)
+    data[index][where][0, 3] = value
+    return data
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_non_finite_data_names_the_layer_and_leaves_a_dense_model(value, sequential):
+    model = tiny_flux()
+    with pytest.raises(
+        CalibrationError, match=r"NaN or Inf: input of transformer_blocks\.0\.attn\.to_q, batch"
+    ):
+        run(model, data=poisoned(value), options=CalibrationOptions(sequential=sequential))
+    assert_dense(model)
+
+
+def test_non_finite_data_leaves_a_sparse_model_as_it_was():
+    recipe = Recipe.immediate(n=1, dense_steps=1)
+    model = sparsify(tiny_flux(), recipe)
+    output(model, flux_call(timestep=1.0))
+    reference = sparsify(tiny_flux(), recipe)
+    output(reference, flux_call(timestep=1.0))
+    with pytest.raises(CalibrationError):
+        run(model, data=poisoned(float("nan")))
+    assert state_of(model).plan.recipe == recipe
+    assert len(sparse_layers(model)) == 11
+    assert {layer.pattern.n for layer in sparse_layers(model).values()} == {1}
+    output(model, flux_call(timestep=1.0))
+    assert torch.equal(output(model, flux_call()), output(reference, flux_call()))
+
+
+@pytest.mark.parametrize("prompts", [[], None, ()])
+def test_no_prompts(prompts):
+    pipeline = TinyPipeline(tiny_flux())
+    with pytest.raises(ValueError, match="no prompts"):
+        sample(pipeline, prompts=prompts)
+    assert_dense(pipeline.transformer)
+
+
+def test_other_bad_input_leaves_the_model():
+    pipeline = TinyPipeline(tiny_flux())
+    for arguments, error, message in (
+        ({"prompts": ["a", 3]}, ValueError, "prompts are a list of strings"),
+        ({"calls": []}, ValueError, "no calls"),
+        ({"prompts": ["one"]}, ValueError, "held-out prompts"),  # ridge="auto" with nothing to choose it on
+    ):
+        with pytest.raises(error, match=message):
+            calibrate(pipeline, progress=False, **arguments)
+        assert_dense(pipeline.transformer)
+    with pytest.raises(TypeError, match="bare module has no prompts"):
+        calibrate(tiny_flux(), PROMPTS, progress=False)
+
+
+def test_one_string_is_no_list_of_prompts():
+    pipeline = TinyPipeline(tiny_flux())
+    with pytest.raises(ValueError, match="list of strings"):
+        sample(pipeline, prompts="a cat")
+    assert pipeline.batches == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_size": 0}, {"steps_per_prompt": 0}, {"heldout": 1.0}, {"heldout": -0.1}, {"memory_gb": 0.0}],
+)
+def test_options_out_of_range(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        CalibrationOptions(**settings)
+
+
+def test_an_immediate_sparse_model_is_calibrated_as_if_it_were_dense():
+    model, _ = run(sparsify(tiny_flux(), Recipe.immediate(n=1, grouping="strided", dense_steps=2)))
+    dense, _ = run()
+    assert_same(solution(model), solution(dense))
+    assert not model._forward_pre_hooks
+    assert torch.equal(output(model, flux_call(5)), output(dense, flux_call(5)))
+
+
+def test_a_calibrated_model_is_refused_and_unchanged():
+    model, _ = run()
+    expected = solution(model)
+    with pytest.raises(ValueError, match="calibrated already"):
+        run(model)
+    assert_same(solution(model), expected)
+
+
+def test_blocks_that_do_not_run_stay_dense_with_a_reason():
+    model = tiny_flux(num_single_layers=2)
+    dead = model.single_transformer_blocks[1]
+    live = list(model.single_transformer_blocks[:1])
+    forward = type(model).forward
+
+    class Skipping(type(model)):
+        def forward(self, *args, **kwargs):
+            every = self.single_transformer_blocks
+            self.single_transformer_blocks = torch.nn.ModuleList(live)
+            try:
+                return forward(self, *args, **kwargs)
+            finally:
+                self.single_transformer_blocks = every
+
+    model.__class__ = Skipping
+    _, report = run(model, data=calls(3))
+    assert not any(isinstance(m, rtlynx.SparseLinear) for m in dead.modules())
+    reasons = {name: r for name, r in report.dense.items() if name.startswith("single_transformer_blocks.1.")}
+    assert len(reasons) == 5
+    assert set(reasons.values()) == {"did not run in calibration"}
+
+
+# ---------------------------------------------------------------------------------------------- budget
+
+
+def measured_error(model, data):
+    """Relative squared error of the model's output against dense."""
+    pairs = [(output(model, call).double(), output(tiny_flux(), call).double()) for call in data]
+    return float(sum((y - r).square().sum() for y, r in pairs) / sum(r.square().sum() for _, r in pairs))
+
+
+def test_budget_by_error():
+    full, _ = run()
+    heldout = [calls()[7]]
+    limit = 0.3 * measured_error(full, heldout)
+    model, report = run(recipe=Recipe(rank=4, ridge=RIDGE, budget=Budget(error=limit)))
+    assert 0 < len(sparse_layers(model)) < 11
+    assert measured_error(model, heldout) <= limit
+    assert report.choice.error == pytest.approx(measured_error(model, heldout), rel=1e-3)
+    assert set(report.choice.sparse) == set(sparse_layers(model)) == set(report.solutions)
+    left = {name: reason for name, reason in report.dense.items() if reason.startswith("budget: ")}
+    assert set(left) == set(sparse_layers(full)) - set(sparse_layers(model))
+    assert len(report.costs) == 11
+    # A layer alone: everything else dense, its own solution in place.
+    cost = report.costs[3]
+    alone = tiny_flux()
+    alone.set_submodule(cost.name, full.get_submodule(cost.name))
+    assert cost.error == pytest.approx(measured_error(alone, heldout), rel=1e-3)
+
+
+def test_a_generous_error_budget_changes_nothing():
+    model, report = run(recipe=Recipe(rank=4, ridge=RIDGE, budget=Budget(error=10.0)))
+    assert_same(solution(model), solution(run()[0]))
+    assert report.choice.saving == pytest.approx(1.0)
+
+
+def flops(layer, tokens, shared_by):
+    """Multiply-adds that 2:4 saves in one call less those of the low-rank branch, times two."""
+    saved = tokens * layer.in_features * layer.out_features / 2
+    return 2 * (saved - tokens * layer.rank * (layer.out_features + layer.in_features / shared_by))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6, 1.0])
+def test_budget_by_saving(share):
+    full, _ = run()
+    savings = {}
+    for name, layer in sparse_layers(full).items():
+        shared_by = 3 if "transformer_blocks.0.attn.to_" in name and "out" not in name else 1
+        if name.startswith(SINGLE) and not name.endswith("proj_out"):
+            shared_by = 4
+        savings[name] = flops(layer, 72 if name.startswith(SINGLE) else 64, shared_by)
+    model, report = run(recipe=Recipe(rank=4, ridge=RIDGE, budget=Budget(saving=share)))
+    for cost in report.costs:
+        assert cost.saving == pytest.approx(savings[cost.name])
+    reached = sum(savings[name] for name in sparse_layers(model)) / sum(savings.values())
+    assert report.choice.saving == pytest.approx(reached)
+    assert reached >= share * (1 - 1e-6)
+    if share < 1:
+        last = report.choice.sparse[-1]
+        assert reached - savings[last] / sum(savings.values()) < share  # the last one was needed
+        assert len(sparse_layers(model)) < 11
+
+
+def test_a_budget_that_leaves_nothing_is_an_error_and_the_model_dense():
+    model = tiny_flux()
+    with pytest.raises(CalibrationError, match="no layer sparse"):
+        run(model, recipe=Recipe(rank=4, ridge=RIDGE, budget=Budget(error=1e-12)))
+    assert_dense(model)
