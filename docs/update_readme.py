@@ -33,8 +33,8 @@ def figures_table(results: dict, more_steps: dict) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     lines.append(
-        f"{results['images']} pictures a variant, seed {results['seed']}, PSNR in dB, {results['model']} on a "
-        f"{results['device']}, torch {results['torch']}; {steps} steps unless said "
+        f"{results['images']} pictures a variant, seed {results['seed']}, PSNR in dB, {results['model']} on "
+        f"a {results['device']}, torch {results['torch']}; {steps} steps unless said "
         "([results.json](docs/demo/results.json), [results-24-steps.json](docs/demo/results-24-steps.json))."
     )
     return "\n".join(lines)
