@@ -1,4 +1,4 @@
-"""Which layers stay dense, by rule: error added to the model's output against time saved."""
+"""Which layers stay dense, by rule: error added to the model's output against FLOPs saved."""
 
 from __future__ import annotations
 
