@@ -81,7 +81,8 @@ def demo(
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = STEPS,
     seed: Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.")] = 0,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Calibrate live, which takes minutes, not with shipped solutions.")
+        bool,
+        typer.Option("--calibrate", help="Calibrate live, which takes minutes, not with shipped solutions."),
     ] = False,
 ) -> None:
     """Draw with a real small diffusion transformer: dense, sparse and compensated; write a report."""
