@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -11,13 +12,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from rtlynx import __version__
+import rtlynx
+from rtlynx import CalibrationOptions, Recipe
+from rtlynx.checkpoint import INDEX, read_index
+from rtlynx.doctor import examine, to_json
+from rtlynx.evaluate import compare
 from rtlynx.evaluate.demo import IMAGES, STEPS, run_demo
-from rtlynx.recipe import Recipe
+from rtlynx.evaluate.layers import activation_energy_kept
+from rtlynx.files import check_replaceable
+from rtlynx.inspection import describe
+from rtlynx.models import sparse_layers, target_model
+from rtlynx.pipelines import ZOO_PREFIX, load_model
+from rtlynx.recipe import refuse_unknown
+from rtlynx.zoo import prompts as zoo_prompts
 
 app = typer.Typer(
     name="rtlynx",
@@ -70,7 +82,7 @@ def root(
 ) -> None:
     """2:4 activation sparsity for diffusion transformers."""
     if version:
-        out.print(__version__)
+        out.print(rtlynx.__version__)
         raise typer.Exit
 
 
@@ -137,16 +149,13 @@ def calibrate(
     Without --prompts, a zoo model uses its own list of calibration prompts. Several processes:
     torchrun --nproc-per-node 2 -m rtlynx calibrate ...
     """
-    import rtlynx
-    from rtlynx.checkpoint import INDEX
-    from rtlynx.files import check_replaceable
 
     check_replaceable(folder, INDEX)  # before the work, not after it
     # What can be wrong is looked at before the model is loaded.
     chosen, texts = _recipe(recipe, settings, Recipe()), _prompts(prompts, model)
     how = _calibration_options(options, work, _pairs(pipeline))
     with _processes(device) as (local_device, is_first):
-        loaded = _load(model, local_device)
+        loaded = load_model(model, device=local_device)
         report = rtlynx.calibrate(loaded, texts, chosen, how)
         if not is_first:
             return
@@ -167,11 +176,9 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Make a model sparse without calibration (2:4 and norm compensation) and save the checkpoint."""
-    import rtlynx
-    from rtlynx.models import sparse_layers, target_model
 
     chosen = _recipe(recipe, settings, Recipe.immediate())
-    loaded = _load(model, "cpu")
+    loaded = load_model(model)
     rtlynx.sparsify(loaded, chosen)
     rtlynx.save(loaded, folder)
     count = len(sparse_layers(target_model(loaded)))
@@ -193,13 +200,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Draw the same prompts and seeds dense and sparse; print layer error, PSNR and SSIM."""
-    import rtlynx
-    from rtlynx.checkpoint import read_index
-    from rtlynx.evaluate.sampling import compare
 
     chosen = _prompts(prompts, model, held_out=True)[:images]
     read_index(checkpoint)
-    dense, sparse = _load(model, device), _load(model, device)
+    dense, sparse = load_model(model, device=device), load_model(model, device=device)
     rtlynx.load(sparse, checkpoint)
     figures = compare(dense, sparse, chosen, seed=seed, pipeline_kwargs=_pairs(pipeline))
     if as_json:
@@ -229,16 +233,14 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """List the layers that can be sparse, what happens to each and why."""
-    import rtlynx
-    from rtlynx.inspection import activation_energy, describe
 
     if checkpoint is not None and (recipe or settings):
         raise typer.BadParameter("--checkpoint holds its own recipe: leave out --recipe and --set")
     chosen = _recipe(recipe, settings, Recipe())
-    loaded = _load(model, DEFAULT_DEVICE if activations else "cpu")
+    loaded = load_model(model, device=DEFAULT_DEVICE if activations else "cpu")
     kept: dict[str, Any] = {}
     if activations:
-        kept = activation_energy(loaded, _prompts(None, model, held_out=True)[:activations])
+        kept = activation_energy_kept(loaded, _prompts(None, model, held_out=True)[:activations])
     if checkpoint is not None:
         rtlynx.load(loaded, checkpoint)
         overview = describe(loaded)
@@ -253,25 +255,19 @@ def inspect(
 @app.command(epilog="Example: rtlynx doctor --json")
 def doctor(as_json: AsJson = False) -> None:
     """What this machine can run, and why not. Exit code 1 where something that should work does not."""
-    from rtlynx.doctor import examine, to_json
 
     checks = examine()
+    report = to_json(checks)
     if as_json:
-        _print_json(to_json(checks))
+        _print_json(report)
     else:
         table = Table("check", "", "finding")
         for check in checks:
             mark = {True: "[green]ok[/green]", False: "[red]fails[/red]", None: ""}[check.ok]
             table.add_row(check.name, mark, check.detail)
         out.print(table)
-    if not to_json(checks)["ok"]:
+    if not report["ok"]:
         raise typer.Exit(1)
-
-
-def _load(source: str, device: str) -> Any:
-    from rtlynx.pipelines import load_model
-
-    return load_model(source, device=device)
 
 
 def _recipe(file: Path | None, settings: list[str] | None, default: Recipe) -> Recipe:
@@ -280,12 +276,10 @@ def _recipe(file: Path | None, settings: list[str] | None, default: Recipe) -> R
     return Recipe.from_dict({**base, **_pairs(settings)})
 
 
-def _calibration_options(options: list[str] | None, work: Path | None, pipeline: dict[str, Any]) -> Any:
+def _calibration_options(
+    options: list[str] | None, work: Path | None, pipeline: dict[str, Any]
+) -> CalibrationOptions:
     """CalibrationOptions from KEY=VALUE pairs; unknown keys are refused like those of a recipe."""
-    import dataclasses
-
-    from rtlynx import CalibrationOptions
-    from rtlynx.recipe import refuse_unknown
 
     pairs = _pairs(options)
     known = {field.name for field in dataclasses.fields(CalibrationOptions)} - {"folder", "pipeline_kwargs"}
@@ -313,11 +307,9 @@ def _prompts(file: Path | None, model: str, *, held_out: bool = False) -> list[s
         if not prompts:
             raise ValueError(f"{file} holds no prompts")
         return prompts
-    from rtlynx.pipelines import ZOO_PREFIX
 
     if not model.startswith(ZOO_PREFIX):
         raise typer.BadParameter("give --prompts FILE: only zoo models bring prompts of their own")
-    from rtlynx.zoo import prompts as zoo_prompts
 
     return zoo_prompts.demo_prompts() if held_out else zoo_prompts.calibration_prompts(512)
 
@@ -328,7 +320,6 @@ def _processes(device: str) -> Iterator[tuple[str, bool]]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device, True
         return
-    import torch.distributed as dist
 
     on_gpu = device.startswith("cuda")
     dist.init_process_group("nccl" if on_gpu else "gloo")

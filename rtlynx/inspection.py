@@ -39,13 +39,6 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     }
 
 
-def activation_energy(pipeline: Any, prompts: list[str]) -> dict[str, float]:
-    """Share of the energy of each candidate layer's input that 2:4 keeps, while drawing `prompts`."""
-    from rtlynx.evaluate.layers import activation_energy_kept
-
-    return activation_energy_kept(pipeline, prompts)
-
-
 def _describe_layer(layer: LayerPlan) -> dict[str, Any]:
     pattern = layer.pattern
     return {

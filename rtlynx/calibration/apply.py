@@ -31,6 +31,14 @@ def install(layer: SparseLinear, solution: Solution, *, keep_dense: bool) -> Non
         layer.set_lowrank(solution.down, solution.up)
 
 
+def solved_layer(model: nn.Module, layer: LayerPlan, solution: Solution, *, keep_dense: bool) -> SparseLinear:
+    """The sparse layer, with its solution, that takes the place of a dense one of `model`."""
+    dense: Any = model.get_submodule(layer.name)
+    sparse = SparseLinear.from_linear(dense, pattern=layer.pattern, norm=layer.norm)
+    install(sparse, solution, keep_dense=keep_dense)
+    return sparse
+
+
 @contextmanager
 def temporarily_sparse(
     model: nn.Module, layers: list[LayerPlan], solutions: Mapping[str, Solution]
@@ -39,8 +47,7 @@ def temporarily_sparse(
     originals: dict[str, Any] = {layer.name: model.get_submodule(layer.name) for layer in layers}
     try:
         for layer in layers:
-            sparse = SparseLinear.from_linear(originals[layer.name], pattern=layer.pattern, norm=layer.norm)
-            install(sparse, solutions[layer.name], keep_dense=False)
+            sparse = solved_layer(model, layer, solutions[layer.name], keep_dense=False)
             model.set_submodule(layer.name, sparse)
         yield
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.calls import CallStore
 from rtlynx.calibration.moments import Moments, balanced
+from rtlynx.calibration.processes import distributed, world
 from rtlynx.kernels.ops import compress
 from rtlynx.models.architecture import Architecture
 from rtlynx.models.plan import LayerPlan
@@ -63,22 +64,21 @@ class InputGroup:
 
     def all_reduce(self, device: torch.device) -> None:
         """Sum the moments, and gather the tokens, over the processes of the default group."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not distributed():
             return
         kinds = ("image", "text") if self.kinds == 2 else ("all",)
         for split in ("fit", "heldout"):
             for kind in kinds:  # every process takes part, also one that saw no such token
                 by_kind = self.moments.setdefault(split, {})
                 by_kind.setdefault(kind, Moments(self.k, device=device)).all_reduce()
-        gathered: list[Any] = [None] * dist.get_world_size()
         sizes = torch.tensor([sum(len(t) for t in self.tokens)], device=device)
-        all_sizes = [torch.zeros_like(sizes) for _ in gathered]
+        all_sizes = [torch.zeros_like(sizes) for _ in range(world())]
         dist.all_gather(all_sizes, sizes)
         longest = max(int(size) for size in all_sizes)
         if longest:
             mine = torch.cat(self.tokens) if self.tokens else torch.zeros(0, self.k)
             padded = torch.nn.functional.pad(mine.float(), (0, 0, 0, longest - len(mine))).to(device)
-            pieces = [torch.zeros_like(padded) for _ in gathered]
+            pieces = [torch.zeros_like(padded) for _ in all_sizes]
             dist.all_gather(pieces, padded)
             self.tokens = [piece[: int(size)].cpu() for piece, size in zip(pieces, all_sizes, strict=True)]
 

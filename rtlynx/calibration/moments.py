@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rtlynx.calibration.processes import distributed
 
 
 class Moments:
@@ -57,7 +59,7 @@ class Moments:
 
     def all_reduce(self) -> None:
         """Sum over the processes of the default group; nothing to do in a single process."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not distributed():
             return
         count = torch.tensor(self.count, device=self.dense.device)
         for total in (count, self.dense, self.cross, self.kept):
@@ -66,13 +68,7 @@ class Moments:
 
     def mean(self) -> Moments:
         """The moments per token, in float64."""
-        result = Moments(0, device=self.dense.device, dtype=torch.float64)
-        scale = 1 / max(self.count, 1)
-        result.count = min(self.count, 1)
-        result.dense = self.dense.double() * scale
-        result.cross = self.cross.double() * scale
-        result.kept = self.kept.double() * scale
-        return result
+        return _weighted([self], [1.0])
 
     def layer_error(
         self,
@@ -116,8 +112,17 @@ def balanced(kinds: Iterable[Moments], balance: str) -> Moments:
         weights = [moments.count / total for moments in seen]
     else:
         weights = [1 / len(seen)] * len(seen)
-    result = seen[0].mean()
+    return _weighted(seen, weights)
+
+
+def _weighted(kinds: Sequence[Moments], weights: Sequence[float]) -> Moments:
+    """Sum of the moments per token of each kind times its weight, in float64."""
+    result = Moments(0, device=kinds[0].dense.device, dtype=torch.float64)
+    result.count = min(1, sum(moments.count for moments in kinds))
     for name in ("dense", "cross", "kept"):
-        parts = (w * getattr(m, name).double() / m.count for w, m in zip(weights, seen, strict=True))
+        parts = (
+            getattr(moments, name).double() * (weight / max(moments.count, 1))
+            for weight, moments in zip(weights, kinds, strict=True)
+        )
         setattr(result, name, sum(parts))
     return result

@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rtlynx.calibration.apply import apply_solutions, install, temporarily_sparse
+from rtlynx.calibration.apply import apply_solutions, solved_layer, temporarily_sparse
 from rtlynx.calibration.budget import Choice, LayerCost, choose, flops_saved
 from rtlynx.calibration.calls import Call
 from rtlynx.calibration.collect import (
@@ -27,9 +26,8 @@ from rtlynx.calibration.options import CalibrationOptions, CalibrationReport
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.solutions import SolutionStore
-from rtlynx.calibration.solve import Solution, solve_layer
+from rtlynx.calibration.solve import Solution, judged, solve_layer
 from rtlynx.calibration.train import train_lowrank
-from rtlynx.linear import SparseLinear
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.sparsify import (
     apply_plan,
@@ -195,13 +193,7 @@ class _Calibration:
         whole = self._solve_one(group, group.layers[0], together, fit, heldout)
         result, start, judge = {}, 0, heldout or fit
         for name, weight in weights.items():
-            part = whole.rows(start, start + len(weight))
-            new = weight if part.weight is None else part.weight
-            result[name] = replace(
-                part,
-                error_before=judge.layer_error(weight, weight),
-                error=judge.layer_error(weight, new, part.down, part.up),
-            )
+            result[name] = judged(judge, weight, whole.rows(start, start + len(weight)))
             start += len(weight)
         return result
 
@@ -222,9 +214,7 @@ class _Calibration:
             steps=recipe.train_steps,
             seed=self.options.seed,
         )
-        judge = heldout or fit
-        before, after = judge.layer_error(weight, weight), judge.layer_error(weight, weight, down, up)
-        return Solution(None, down, up, error_before=before, error=after)
+        return judged(heldout or fit, weight, Solution(down=down, up=up))
 
     def _weight(self, layer: LayerPlan) -> Tensor:
         linear = self.model.get_submodule(layer.name)
@@ -235,9 +225,8 @@ class _Calibration:
         """Sequential mode: the blocks solved so far run sparse from now on."""
         for group in groups:
             for layer in group.layers:
-                dense: Any = self.model.get_submodule(layer.name)
-                sparse = SparseLinear.from_linear(dense, pattern=layer.pattern, norm=layer.norm)
-                install(sparse, self.solutions.by_layer[layer.name], keep_dense=True)
+                solution = self.solutions.by_layer[layer.name]
+                sparse = solved_layer(self.model, layer, solution, keep_dense=True)
                 self.model.set_submodule(layer.name, sparse)
 
     def _choose(self, plan: Plan) -> tuple[tuple[LayerCost, ...], Choice]:

@@ -23,9 +23,7 @@ class SolutionStore:
         self.by_layer: dict[str, Solution] = {}
 
     def has(self, group: InputGroup) -> bool:
-        """Whether `group` is solved already, by this run or by an earlier one (which is then read)."""
-        if all(layer.name in self.by_layer for layer in group.layers):
-            return True
+        """Whether an earlier run solved `group`; its solutions are then read."""
         if self.folder is None or not self._path(group).is_file():
             return False
         self._read(group)

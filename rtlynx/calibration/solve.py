@@ -106,20 +106,26 @@ def solve_layer(
         If ridge is "auto" and there are no held-out moments.
     """
     weight = weight.detach().to(moments.kept)
-    judge = heldout if heldout is not None and heldout.count else moments
-    before = judge.layer_error(weight, weight)
     if ridge != "auto":
-        solution = _solve_at(moments, weight, rank, refit, float(ridge))
-        return replace(solution, error_before=before, error=_error(judge, weight, solution))
+        judge = heldout if heldout is not None and heldout.count else moments
+        return judged(judge, weight, _solve_at(moments, weight, rank, refit, float(ridge)))
     if heldout is None or not heldout.count:
         raise ValueError("ridge='auto' is chosen on held-out prompts, and there are none: give more prompts")
-    tried = [_solve_at(moments, weight, rank, refit, value) for value in RIDGES]
-    errors = [_error(heldout, weight, solution) for solution in tried]
-    if min(errors) >= before:
-        return Solution(error_before=before, error=before)  # nothing carries over to other prompts
-    allowed = min(errors) * (1 + RIDGE_TOLERANCE)
-    chosen = max(i for i, error in enumerate(errors) if error <= allowed)
-    return replace(tried[chosen], error_before=before, error=errors[chosen])
+    tried = [judged(heldout, weight, _solve_at(moments, weight, rank, refit, value)) for value in RIDGES]
+    best = min(solution.error for solution in tried)
+    if best >= tried[0].error_before:
+        return judged(heldout, weight, Solution())  # nothing carries over to other prompts
+    return [solution for solution in tried if solution.error <= best * (1 + RIDGE_TOLERANCE)][-1]
+
+
+def judged(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
+    """`solution` with its errors on the tokens of `moments`, for the original `weight` (N, K)."""
+    new = weight if solution.weight is None else solution.weight
+    return replace(
+        solution,
+        error_before=moments.layer_error(weight, weight),
+        error=moments.layer_error(weight, new, solution.down, solution.up),
+    )
 
 
 def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, ridge: float) -> Solution:
@@ -134,11 +140,6 @@ def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, ridge: f
         down, up = solve_lowrank(moments, weight, rank, mu)
         return Solution(None, down, up, ridge)
     return Solution(ridge=ridge)
-
-
-def _error(moments: Moments, weight: Tensor, solution: Solution) -> float:
-    new = weight if solution.weight is None else solution.weight
-    return moments.layer_error(weight, new, solution.down, solution.up)
 
 
 def _reduced_rank(metric: Tensor, linear: Tensor, rank: int, mu: float) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ def build_variant(
         load(pipeline, solutions / _SOLUTIONS[name])
     else:
         start = time.perf_counter()
-        settings = {"num_inference_steps": LIVE_STEPS, "output_type": "pt"}
+        settings = {"num_inference_steps": LIVE_STEPS}
         options = CalibrationOptions(steps_per_prompt=2, pipeline_kwargs=settings)
         recipe = CALIBRATED[_SOLUTIONS[name]]
         calibrate(pipeline, calibration_prompts, recipe, options, progress=progress)
