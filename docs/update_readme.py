@@ -1,14 +1,22 @@
-"""Write the README's table of demo figures from the results in docs/demo: `python docs/update_readme.py`.
+"""Write the README's generated parts: `python docs/update_readme.py`.
 
-results.json is a plain `rtlynx demo`, results-24-steps.json the same with `--steps 24`.
+The demo's figures come from docs/demo: results.json is a plain `rtlynx demo`, results-24-steps.json the
+same with `--steps 24`. "How fast" comes from what benchmarks/linear.py wrote, with a plot in docs/speed;
+before there are such results the README says nothing there.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+SPEED_BEGIN, SPEED_END = "<!-- speed: begin -->", "<!-- speed: end -->"
+SPEED_RESULTS = Path("benchmarks/results/linear-bf16-h100.json")
+SPEED_PLOT = Path("docs/speed/linear-bf16-h100.png")
 
 
 def figures_table(results: dict, more_steps: dict) -> str:
@@ -40,21 +48,128 @@ def figures_table(results: dict, more_steps: dict) -> str:
     return "\n".join(lines)
 
 
+def speed_section(results: dict) -> str:
+    """ "How fast" in Markdown: plot, table and how it was measured."""
+    lines = [
+        "## How fast",
+        "",
+        f"![Speed relative to cuBLAS, shape by shape]({SPEED_PLOT})",
+        "",
+        "| layer | M, K, N | cuBLAS | cuSPARSELt: compress + GEMM | ours: compress + GEMM "
+        "| GEMM, TFLOP/s | GEMM, speed-up | whole layer | **speed-up** | at the paper's rank |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        gemm, flops = row["ours_gemm_us"], 2 * row["M"] * row["K"] * row["N"]
+        cells = [
+            row["shape"],
+            f"{row['M']}, {row['K']}, {row['N']}",
+            _format(row["cublas_us"], ".0f"),
+            f"{_format(row['cusparselt_compress_us'], '.0f')} + {_format(row['cusparselt_gemm_us'], '.0f')}",
+            f"{_format(row['ours_compress_us'], '.0f')} + {_format(gemm, '.0f')}",
+            _format(gemm and flops / gemm * 1e-6, ",.0f"),
+            _times(_speedup(row, "ours_gemm_us")),
+            _format(row["ours_us"], ".0f"),
+            f"**{_times(_speedup(row, 'ours_us'))}**",
+            f"{_times(_speedup(row, 'ours_paper_rank_us'))} (rank {row['paper_rank']})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    mean = results["geomean"]
+    lines.append(
+        f"| geometric mean | | | | | | {_times(mean['gemm_vs_cublas'])} | | "
+        f"**{_times(mean['linear_vs_cublas'])}** | {_times(mean['linear_paper_rank_vs_cublas'])} |"
+    )
+    power, clock = _format(results["power_w"], ".0f"), _format(results["clock_mhz"], ".0f")
+    lines += [
+        "",
+        "Microseconds, and speed-ups over cuBLAS bf16 (`F.linear` with bias). *GEMM* is the sparse product "
+        f"alone; our *compress* includes the norm scale and T = X A at rank {results['rank']}; *whole layer* "
+        "starts from a dense X and includes the low-rank branch and the bias. Our GEMM runs at "
+        f"{_times(mean['gemm_vs_cusparselt'])} the speed of cuSPARSELt's best algorithm, whose X was masked "
+        "beforehand. TFLOP/s count the operations of the dense product.",
+        "",
+        f"Medians over {results['rounds']} windows of {results['window_s']:g} s a variant, interleaved in "
+        "one process, inputs and weights rotating past the cache, on one "
+        f"{results['device']} (limit {_format(results['power_limit_w'], '.0f')} W; while measuring, "
+        f"{power} W and {clock} MHz in the median), torch {results['torch']}, CUDA {results['cuda']}, "
+        f"commit {str(results['commit'])[:10]} ([{SPEED_RESULTS.name}]({SPEED_RESULTS})).",
+    ]
+    return "\n".join(lines)
+
+
+def draw_speed(results: dict, path: Path, source: str) -> None:
+    """Bars: whole layers' speed relative to cuBLAS; marks: the GEMM alone. `source` goes into the file."""
+    rows = results["rows"]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots()
+    series = (
+        ("cuSPARSELt", "compress + GEMM", "#9aa5b1", -0.2, _cusparselt_whole, "cusparselt_gemm_us"),
+        ("rtlynx", "whole layer", "#2f7d4f", 0.2, lambda row: row["ours_us"], "ours_gemm_us"),
+    )
+    for name, extent, colour, offset, whole, gemm in series:
+        places = [index + offset for index in range(len(rows))]
+        times = [whole(row) for row in rows]
+        bars = [row["cublas_us"] / us if us else 0.0 for row, us in zip(rows, times, strict=True)]
+        marks = [_speedup(row, gemm) or float("nan") for row in rows]
+        axes.bar(places, bars, 0.38, color=colour, label=f"{name}: {extent}")
+        style = {"color": colour, "markeredgecolor": "black", "markersize": 5}
+        axes.plot(places, marks, "D", label=f"{name}: GEMM alone", **style)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.text(1.01, 1, "cuBLAS", va="center", fontsize=8, transform=axes.get_yaxis_transform())
+    axes.set_xticks(range(len(rows)), [row["shape"] for row in rows], rotation=25, ha="right")
+    axes.set_ylabel("speed relative to cuBLAS")
+    axes.set_title(f"One linear layer, bf16, {results['device']}")
+    axes.legend(ncols=2, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Source": source, "Software": None})
+
+
+def speed_source(root: Path = ROOT) -> str:
+    """Digest of the results; the plot carries it, so that a test sees when it is stale."""
+    return hashlib.sha256((root / SPEED_RESULTS).read_bytes()).hexdigest()
+
+
+def _cusparselt_whole(row: dict) -> float | None:
+    parts = row["cusparselt_compress_us"], row["cusparselt_gemm_us"]
+    return None if None in parts else sum(parts)
+
+
+def _speedup(row: dict, name: str) -> float | None:
+    return row["cublas_us"] / row[name] if row["cublas_us"] and row[name] else None
+
+
+def _times(ratio: float | None) -> str:
+    return f"{_format(ratio, '.2f')}x"
+
+
 def _format(value: float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)  # noqa: RUF001
 
 
-def updated(readme: str) -> str:
-    """`readme` with the text between the markers replaced."""
-    results = json.loads((ROOT / "docs/demo/results.json").read_text())
-    more_steps = json.loads((ROOT / "docs/demo/results-24-steps.json").read_text())
-    table = f"{BEGIN}\n{figures_table(results, more_steps)}\n{END}"
-    return re.sub(f"{BEGIN}.*{END}", lambda _: table, readme, flags=re.DOTALL)
+def updated(readme: str, root: Path = ROOT) -> str:
+    """`readme` with the texts between the markers replaced."""
+    results = json.loads((root / "docs/demo/results.json").read_text())
+    more_steps = json.loads((root / "docs/demo/results-24-steps.json").read_text())
+    readme = _between(readme, BEGIN, END, figures_table(results, more_steps))
+    speed = ""
+    if (root / SPEED_RESULTS).exists():
+        speed = speed_section(json.loads((root / SPEED_RESULTS).read_text()))
+    return _between(readme, SPEED_BEGIN, SPEED_END, speed)
+
+
+def _between(readme: str, begin: str, end: str, text: str) -> str:
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise ValueError(f"the README needs one line {begin} and one {end}")
+    middle = f"{text}\n" if text else ""
+    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{middle}{end}", readme, flags=re.DOTALL)
 
 
 def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(updated(readme.read_text()))
+    if (ROOT / SPEED_RESULTS).exists():
+        draw_speed(json.loads((ROOT / SPEED_RESULTS).read_text()), ROOT / SPEED_PLOT, speed_source())
 
 
 if __name__ == "__main__":

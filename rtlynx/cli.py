@@ -26,6 +26,7 @@ from rtlynx.evaluate.demo import IMAGES, STEPS, run_demo
 from rtlynx.evaluate.layers import activation_energy_kept
 from rtlynx.files import check_replaceable
 from rtlynx.inspection import describe
+from rtlynx.kernels import cache, jit
 from rtlynx.models import sparse_layers, target_model
 from rtlynx.pipelines import ZOO_PREFIX, load_model
 from rtlynx.recipe import refuse_unknown
@@ -268,6 +269,19 @@ def doctor(as_json: AsJson = False) -> None:
         out.print(table)
     if not report["ok"]:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: rtlynx precompile")
+def precompile() -> None:
+    """Compile the kernels for Hopper cards into the cache, so that first calls need not. Needs no GPU.
+
+    The cache is $RTLYNX_CACHE_DIR, else rtlynx in $XDG_CACHE_HOME or ~/.cache. With RTLYNX_PRECOMPILE=1 in
+    its environment a process does this by itself when it first needs a kernel.
+    """
+    usage = cache.usage()
+    if usage.trouble:
+        raise OSError(f"compiled kernels cannot be kept: {usage.trouble}; point RTLYNX_CACHE_DIR elsewhere")
+    out.print(f"{jit.precompile()} kernels for {jit.ARCH} in {usage.folder}")
 
 
 def _recipe(file: Path | None, settings: list[str] | None, default: Recipe) -> Recipe:

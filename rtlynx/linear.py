@@ -3,15 +3,70 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rtlynx.context import SharedInput, SparseContext
-from rtlynx.kernels import ops
-from rtlynx.kernels.ops import Compressed, Norm
+from rtlynx.kernels import ops, reference
+from rtlynx.kernels.blocks import compute_order
+from rtlynx.kernels.choice import kernels_serve
+from rtlynx.kernels.reference import Norm
 from rtlynx.pattern import Pattern
+
+Spans = tuple[tuple[int, int], ...]  # half-open ranges of tokens
+
+
+class _OrderedWeight:
+    """A copy of a layer's weight in the kernels' column order, made anew when the weight may have changed."""
+
+    def __init__(self) -> None:
+        self._entry: tuple[weakref.ref[Tensor], int, int, Pattern, Tensor] | None = None
+
+    def get(self, weight: Tensor, pattern: Pattern) -> Tensor:
+        """`weight` in compute order: itself for adjacent groups, which need no other."""
+        if pattern.grouping == "adjacent":
+            return weight
+        if torch.compiler.is_compiling() or weight.is_inference():  # no version that could tell
+            return compute_order(weight.detach(), pattern)
+        entry = self._entry
+        state = (weight._version, weight.data_ptr(), pattern)
+        if entry is not None and entry[0]() is weight and entry[1:4] == state:
+            return entry[4]
+        ordered = compute_order(weight.detach(), pattern)
+        if weight.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return ordered  # filled by replays of that graph alone
+            torch.cuda.current_stream(weight.device).synchronize()  # other streams may be the next to ask
+        self._entry = (weakref.ref(weight), *state, ordered)
+        return ordered
+
+    def drop(self) -> None:
+        self._entry = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OrderedWeight:
+        return _OrderedWeight()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_entry": None}
+
+
+class _WatchedWeight:
+    """`SparseLinear.weight` to everyone but the layer itself: drops the copy in compute order.
+
+    Who asks for the weight may change it behind its version's back; peft merges into `weight.data`.
+    """
+
+    def __get__(self, layer: SparseLinear | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        if "_ordered" in layer.__dict__:
+            layer._ordered.drop()
+        return nn.Module.__getattr__(layer, "weight")
 
 
 class SparseLinear(nn.Linear):
@@ -19,6 +74,13 @@ class SparseLinear(nn.Linear):
 
     A subclass of `nn.Linear` that keeps `weight` and `bias`, so peft, offloading and tensor-parallel styles
     see an ordinary linear layer. All parameters are in natural column order whatever the grouping.
+
+    In bfloat16 on a Hopper card, without gradients, the layer runs on sparse tensor cores
+    (`rtlynx.kernels.choice`). With strided groups it then keeps a copy of the weight in the order of the
+    groups, 2 N K bytes beside the parameter. The copy is private, in no `state_dict`, and made anew when the
+    weight is replaced, moved, changed in place or taken from the layer by name (peft merges into
+    `layer.weight.data`). Not seen is a change through `.data` of a reference taken before: read
+    `layer.weight` after it.
 
     Attributes
     ----------
@@ -47,6 +109,7 @@ class SparseLinear(nn.Linear):
     text_rows_dense: bool
     context: SparseContext
     shared_input: SharedInput
+    _ordered: _OrderedWeight
 
     def __init__(
         self,
@@ -72,6 +135,7 @@ class SparseLinear(nn.Linear):
         self.text_rows_dense = False
         self.context = SparseContext()
         self.shared_input = SharedInput()
+        self._ordered = _OrderedWeight()
         self.register_parameter("lowrank_down", None)
         self.register_parameter("lowrank_up", None)
         self.register_buffer("weight_dense", None)
@@ -129,6 +193,17 @@ class SparseLinear(nn.Linear):
             plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         return plain
 
+    if not TYPE_CHECKING:  # to a type checker it is the attribute of nn.Linear
+        weight = _WatchedWeight()
+
+    def _own_weight(self) -> Tensor:
+        weight = self._parameters.get("weight")
+        return self.weight if weight is None else weight  # (not a parameter where it is parametrised)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        self._ordered.drop()  # or it would stay on a device that the layer leaves
+        return super()._apply(fn, recurse)
+
     @property
     def rank(self) -> int:
         """Rank of the low-rank branch, 0 without one."""
@@ -167,31 +242,89 @@ class SparseLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.dense_reason is not None or self.context.dense_step:
             return self._dense(x)
-        compressed = self.shared_input.compress(
-            input, (self.pattern, self.norm, x.dtype), lambda: ops.compress(x, self.pattern, self.norm)
-        )
         text_rows = self.context.text_rows if self.text_rows_dense else None
         if text_rows is None:
-            return self._sparse(x, compressed)
-        start, stop, _ = slice(*text_rows).indices(x.shape[-2])
-        before, after = slice(0, start), slice(stop, x.shape[-2])
-        pieces = [
-            self._sparse(x[..., before, :], compressed.rows(before)),
-            self._dense(x[..., start:stop, :]),
-            self._sparse(x[..., after, :], compressed.rows(after)),
-        ]
+            return self._sparse(input, x, None)[0]
+        rows = x.shape[-2]
+        start, stop, _ = slice(*text_rows).indices(rows)
+        if start >= stop:
+            return self._sparse(input, x, None)[0]
+        spans = [(first, last) for first, last in ((0, start), (stop, rows)) if first < last]
+        pieces = self._sparse(input, x, tuple(spans)) if spans else []
+        pieces.insert(1 if start > 0 else 0, self._dense(x[..., start:stop, :]))
         return torch.cat(pieces, dim=-2)
 
-    def _sparse(self, x: Tensor, compressed: Compressed) -> Tensor:
-        lowrank = None if self.lowrank_down is None else linear(x, self.lowrank_down)
-        return ops.sparse_linear(compressed, self.weight, self.bias, lowrank, self.lowrank_up)
+    def _sparse(self, input: Tensor, x: Tensor, spans: Spans | None) -> list[Tensor]:
+        """The output for each span of tokens of `x`, or for all of them; `input` is x before a cast."""
+        parameters = self._parameters
+        down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
+        weight = self._own_weight()
+        if kernels_serve(x, self.pattern, self.norm, weight, bias, down, up):
+            return self._by_kernels(input, x, spans, weight)
+        compressed = self.shared_input.compress(
+            input,
+            (self.pattern, self.norm, x.dtype),
+            lambda: reference.compress(x, self.pattern, self.norm),
+        )
+        outputs = []
+        for span in spans or (None,):
+            piece, kept = x, compressed
+            if span is not None:
+                piece, kept = x[..., slice(*span), :], compressed.rows(slice(*span))
+            lowrank = None if down is None else linear(piece, down)
+            outputs.append(reference.sparse_linear(kept, weight, bias, lowrank, up))
+        return outputs
+
+    def _by_kernels(self, input: Tensor, x: Tensor, spans: Spans | None, weight: Tensor) -> list[Tensor]:
+        parameters = self._parameters
+        down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
+        pattern, norm = self.pattern, self.norm == "scale"
+        grouping, parts = pattern.grouping, ops.pattern_parts(pattern, self.in_features)
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        # Blocks cannot be sliced by rows: spans are compressed one by one.
+        pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
+        weight = self._ordered.get(weight, pattern)
+        if self.shared_input.single:
+            return [ops.linear(piece, weight, bias, down, up, grouping, parts, norm) for piece in pieces]
+        # T comes out of the same pass, so a layer with another A compresses again.
+        compressed = self.shared_input.compress(
+            input,
+            ("kernels", pattern, norm, spans),
+            lambda: [ops.compress(piece, down, grouping, parts, norm) for piece in pieces],
+            down,
+        )
+        return [
+            ops.gemm(
+                blocks,
+                scale if norm else None,
+                None if down is None else lowrank,
+                weight,
+                up,
+                bias,
+                piece.numel() // self.in_features,
+                [],
+            ).view(*piece.shape[:-1], self.out_features)
+            for piece, (blocks, scale, lowrank) in zip(pieces, compressed, strict=True)
+        ]
 
     def _dense(self, x: Tensor) -> Tensor:
-        return linear(x, self.original_weight(), self.bias)
+        return linear(x, self._original_weight(), self.bias)
 
     def original_weight(self) -> Tensor:
+        """The weight of the dense layer.
+
+        Raises
+        ------
+        RuntimeError
+            If the weight was refitted and the original was not kept.
+        """
+        self._ordered.drop()  # for the reason given at `weight`
+        return self._original_weight()
+
+    def _original_weight(self) -> Tensor:
         if not self.refitted:
-            return self.weight
+            return self._own_weight()
         if self.weight_dense is None:
             raise RuntimeError(
                 "this layer was refitted without keeping its original weight, which dense rows and steps "

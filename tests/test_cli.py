@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from helpers import tiny_z_image
 
@@ -36,13 +37,14 @@ def test_version_and_help_exit_cleanly(run):
     code, out, _ = run("--version")
     assert code == 0
     assert out.strip()[0].isdigit()
-    for command in ("demo", "calibrate", "convert", "evaluate", "inspect", "doctor"):
+    for command in ("demo", "calibrate", "convert", "evaluate", "inspect", "doctor", "precompile"):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert f"Example: rtlynx {command}" in " ".join(out.split())
 
 
-def test_doctor_runs_a_layer_and_says_what_is_missing(run):
+def test_doctor_runs_a_layer_and_says_what_is_missing(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RTLYNX_CACHE_DIR", str(tmp_path))
     code, out, _ = run("doctor", "--json")
     report = json.loads(out)
     checks = {check["name"]: check for check in report["checks"]}
@@ -50,7 +52,10 @@ def test_doctor_runs_a_layer_and_says_what_is_missing(run):
     assert report["ok"]
     assert checks["reference on cpu"]["ok"] is True
     assert checks["zoo:flux-emoji"]["ok"] is True
-    assert "not in this version" in checks["hopper kernels"]["detail"]
+    assert "NVRTC" in checks["kernel compiler"]["detail"]
+    assert "0 kernels" in checks["kernel cache"]["detail"]
+    if not torch.cuda.is_available():
+        assert "torch sees no CUDA device" in checks["hopper kernels"]["detail"]
 
 
 def test_inspect_lists_every_candidate_with_its_reason(run):

@@ -11,21 +11,21 @@ from linear_helpers import PATTERNS, RANK, K, N, factors, linear, mask_for, toke
 from torch import nn
 
 from rtlynx import Pattern, SparseLinear
-from rtlynx.kernels import ops
+from rtlynx.kernels import reference
 
 
 @pytest.fixture
 def count_compress(monkeypatch):
     """Counts selections: one weak reference to the kept entries for each."""
     kept = []
-    original = ops.compress
+    original = reference.compress
 
     def counted(*args):
         result = original(*args)
         kept.append(weakref.ref(result.kept))
         return result
 
-    monkeypatch.setattr(ops, "compress", counted)
+    monkeypatch.setattr(reference, "compress", counted)
     return kept
 
 

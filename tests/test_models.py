@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import nn
 
 from rtlynx import Recipe, SparseLinear, densify, sparsify
-from rtlynx.kernels import ops
+from rtlynx.kernels import reference
 from rtlynx.models import make_plan, sparse_layers, state_of
 
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
@@ -144,8 +144,8 @@ def test_layers_that_share_an_input(name, monkeypatch):
     for group in SHARED[name]:
         assert all(torch.equal(seen[n][0][0], seen[group[0]][0][0]) for n in group)
     selections = []
-    original = ops.compress
-    monkeypatch.setattr(ops, "compress", lambda *args: selections.append(1) or original(*args))
+    original = reference.compress
+    monkeypatch.setattr(reference, "compress", lambda *args: selections.append(1) or original(*args))
     sparsify(model, Recipe.immediate(text_stream="sparse"))
     output(model, call())
     assert len(selections) == len(groups)

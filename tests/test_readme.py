@@ -3,7 +3,11 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
+
+import pytest
+from PIL import Image
 
 import rtlynx
 
@@ -23,6 +27,94 @@ def test_the_table_is_the_results_file():
     results = json.loads((ROOT / "docs/demo/results.json").read_text())
     ours = next(row for row in results["variants"] if row["name"] == "activation-2:4+refit+lowrank")
     assert f"{ours['psnr']:.1f}" in README
+
+
+def test_the_plot_is_of_the_results_file():
+    updater = load_updater()
+    if not (ROOT / updater.SPEED_RESULTS).exists():
+        pytest.skip("no results yet")
+    with Image.open(ROOT / updater.SPEED_PLOT) as plot:
+        assert plot.text["Source"] == updater.speed_source(), "run python docs/update_readme.py"
+
+
+def invented_speed() -> dict:
+    """Results of two layers in the form of benchmarks/linear.py, one of them without cuSPARSELt."""
+    row = {
+        "shape": "a",
+        "M": 4096,
+        "K": 3072,
+        "N": 4096,
+        "ours_us": 80.0,
+        "ours_gemm_us": 50.0,
+        "ours_compress_us": 20.0,
+        "ours_paper_rank_us": 80.0,
+        "cublas_us": 100.0,
+        "cusparselt_gemm_us": 75.0,
+        "cusparselt_compress_us": 150.0,
+        "paper_rank": 64,
+    }
+    other = row | {"shape": "b", "cusparselt_gemm_us": None, "cusparselt_compress_us": None}
+    return {
+        "device": "a card",
+        "power_limit_w": 700.0,
+        "clock_mhz": None,
+        "power_w": 650.0,
+        "torch": "2.11",
+        "cuda": "13.0",
+        "commit": "0123456789abcdef",
+        "rank": 64,
+        "rounds": 2,
+        "window_s": 1.0,
+        "rows": [row, other],
+        "geomean": {
+            "linear_vs_cublas": 1.25,
+            "linear_paper_rank_vs_cublas": 1.25,
+            "gemm_vs_cublas": 2.0,
+            "gemm_vs_cusparselt": None,
+        },
+    }
+
+
+def test_how_fast_appears_with_its_results(tmp_path):
+    updater = load_updater()
+    shutil.copytree(ROOT / "docs/demo", tmp_path / "docs/demo", ignore=shutil.ignore_patterns("*.png"))
+    readme = f"{updater.BEGIN}{updater.END}\n\n{updater.SPEED_BEGIN}\nold\n{updater.SPEED_END}\n\nrest\n"
+
+    before = updater.updated(readme, tmp_path)
+    assert before.endswith(f"{updater.SPEED_BEGIN}\n{updater.SPEED_END}\n\nrest\n")
+
+    results = tmp_path / updater.SPEED_RESULTS
+    results.parent.mkdir(parents=True)
+    results.write_text(json.dumps(invented_speed()))
+    after = updater.updated(before, tmp_path)
+    assert after == updater.updated(after, tmp_path)
+    lines = after.splitlines()
+    assert "## How fast" in lines
+    first, second, mean = (
+        next(line for line in lines if line.startswith(f"| {x} |")) for x in ("a", "b", "geometric mean")
+    )
+    flops = 2 * 4096 * 3072 * 4096
+    assert first == (
+        f"| a | 4096, 3072, 4096 | 100 | 150 + 75 | 20 + 50 | {flops / 50e6:,.0f} | 2.00x | 80 | **1.25x** "
+        "| 1.25x (rank 64) |"
+    )
+    assert "| – + – |" in second  # noqa: RUF001
+    assert "| 2.00x | | **1.25x** | 1.25x |" in mean
+    assert "a card" in after
+    assert "commit 0123456789 " in after
+
+
+def test_the_plot_shows_layers_that_a_peer_cannot_do(tmp_path):
+    plot = tmp_path / "speed" / "plot.png"
+    load_updater().draw_speed(invented_speed(), plot, "digest")
+    with Image.open(plot) as image:
+        assert image.text["Source"] == "digest"
+        assert image.width > 800
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="speed: begin"):
+        load_updater().updated(README.replace("<!-- speed: begin -->", ""))
 
 
 def test_every_public_name_that_the_readme_uses_exists():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rtlynx.calibration.calls import CallStore
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.processes import distributed, world
-from rtlynx.kernels.ops import compress
+from rtlynx.kernels.reference import compress
 from rtlynx.models.architecture import Architecture
 from rtlynx.models.plan import LayerPlan
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rtlynx.kernels.ops import Norm, compress
+from rtlynx.kernels.reference import Norm, compress
 from rtlynx.pattern import Pattern
 
 LEARNING_RATE = 1e-3

@@ -1,1 +1,8 @@
-"""The operations under `SparseLinear`. Here in plain PyTorch, correct on any device."""
+"""The operations under `SparseLinear`, from plain PyTorch on any device to Hopper's sparse tensor cores.
+
+reference.py : selection and product in plain PyTorch; what the kernels do not serve runs here.
+choice.py : which of the two a call gets.
+ops.py : the torch operators `rtlynx::compress`, `rtlynx::gemm` and `rtlynx::linear`.
+blocks.py : the packed format between the kernels, in plain PyTorch; the truth that they are tested against.
+sm90 : device code and what launches it; jit.py compiles it at first use.
+"""

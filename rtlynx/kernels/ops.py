@@ -1,81 +1,447 @@
-"""The two operations of a sparse linear layer: compress its input, multiply what is left.
+"""The torch operators `rtlynx::compress`, `rtlynx::gemm` and `rtlynx::linear`.
 
-The split is the one the Hopper kernels use: one pass over X yields everything about X (kept entries, norm
-scale), one matrix product consumes it together with the low-rank branch and the bias.
+Inference only, bfloat16, 2:4. On a Hopper card they launch the kernels of `rtlynx.kernels.sm90`. On a CPU and
+on other cards they run in plain PyTorch over the same packed blocks (`rtlynx.kernels.blocks`): slow, and
+there so that everything above can be tested anywhere.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 
-from rtlynx.pattern import Pattern, norm_scale, pattern_mask, select
+from rtlynx.kernels.blocks import (
+    LOWRANK_COLUMNS,
+    blocks_bytes,
+    lowrank_bytes,
+    pack_blocks,
+    pack_lowrank,
+    unpack_blocks,
+    unpack_lowrank,
+)
+from rtlynx.kernels.choice import card_obstacle
+from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 
-Norm = Literal["none", "scale", "paper"]
+_LIBRARY = torch.library.Library("rtlynx", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_BIAS_DTYPES = (torch.bfloat16, torch.float32)
+
+# Library.define and impl: a custom_op costs three times the host time.
+_LIBRARY.define(
+    "compress(Tensor x, Tensor? down, str grouping, int[] parts, bool norm)"
+    " -> (Tensor blocks, Tensor scale, Tensor lowrank)",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "gemm(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? up, Tensor? bias,"
+    " SymInt rows, int[] segments) -> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, str grouping, int[] parts,"
+    " bool norm) -> Tensor",
+    tags=_TAGS,
+)
+
+compress = torch.ops.rtlynx.compress.default
+"""Select 2 of 4 entries of every group of `x`, and what the product needs beside them, in one pass.
+
+Parameters
+----------
+x : Tensor (..., K) bfloat16
+    The last stride is 1, all others are free.
+down : Tensor (r, K) bfloat16 or None
+    A^T of the low-rank branch, in natural column order.
+grouping : "adjacent" | "strided"
+parts : list of int
+    Widths of the parts of strided groups in order (`pattern_parts`); empty for one part.
+norm : bool
+    Whether the product is scaled by s.
+
+Returns
+-------
+blocks : Tensor uint8
+    Kept entries and indices, see `rtlynx.kernels.blocks`.
+scale : Tensor (M,) float32
+    s, or (0,) where `norm` is off.
+lowrank : Tensor uint8
+    Blocks of (X A) / s, or (0,) without `down`.
+"""
+
+gemm = torch.ops.rtlynx.gemm.default
+"""Y = s ⊙ (X~ W^T + T B^T) + b of what `compress` returned.
+
+Parameters
+----------
+blocks, scale, lowrank
+    As from `compress`; `scale` and `lowrank` may be None instead of empty.
+weight : Tensor (N, K) bfloat16
+    In compute order (`rtlynx.kernels.blocks.compute_order`).
+up : Tensor (N, r) bfloat16 or None
+    B.
+bias : Tensor (N,) bfloat16 | float32, or None
+rows : int
+    M.
+segments : list of int
+    Empty, or triples (n_end, first, rank) where `weight` is several layers with factors of their own:
+    outputs from the previous n_end (a multiple of 8) to this one read columns first ... first + rank - 1 of T
+    (`first` a multiple of 32) and the first `rank` columns of `up`. Up to the next multiple of 32, T and `up`
+    are finite and one of them is zero.
+
+Returns
+-------
+Tensor (M, N) bfloat16
+"""
+
+linear = torch.ops.rtlynx.linear.default
+"""`compress` and `gemm` in one call: (..., K) -> (..., N), for an input that no other layer reads."""
 
 
-class Compressed(NamedTuple):
-    """An input after selection.
-
-    kept : (..., K) in the input's dtype, zeros where entries were dropped.
-    scale : (..., 1) float32 norm scale s, or None for s = 1.
-    """
-
-    kept: Tensor
-    scale: Tensor | None
-
-    def rows(self, rows: slice) -> Compressed:
-        """The tokens `rows` of the token axis (-2)."""
-        return Compressed(self.kept[..., rows, :], None if self.scale is None else self.scale[..., rows, :])
+def pattern_parts(pattern: Pattern, k: int) -> list[int]:
+    """The `parts` argument of the operators: widths, or nothing where there is one part."""
+    if pattern.grouping == "adjacent":
+        return []
+    widths = pattern.widths(k)
+    return list(widths) if len(widths) > 1 else []
 
 
-def compress(x: Tensor, pattern: Pattern, norm: Norm) -> Compressed:
-    """Select the entries of `x` (..., K) that `pattern` keeps and, unless `norm` is "none", their scale s."""
-    mask = pattern_mask(x, pattern)
-    if pattern.n == pattern.m:
-        norm = "none"  # nothing was removed
-    scale = None if norm == "none" else norm_scale(x, mask, paper_epsilon=norm == "paper")
-    return Compressed(select(x, mask), scale)
+# ------------------------------------------------------------------------------------------------ checks
 
 
-def sparse_linear(
-    compressed: Compressed,
+def _check_compress(x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int]) -> None:
+    if x.dtype is not torch.bfloat16 or (down is not None and down.dtype is not torch.bfloat16):
+        found = x.dtype if down is None else f"{x.dtype} and {down.dtype}"
+        raise TypeError(f"rtlynx operators take bfloat16 inputs and factors, got {found}")
+    if not x.ndim or x.shape[-1] % 4 or not x.shape[-1]:
+        raise ValueError(f"x is (..., K) with K a multiple of 4, got {tuple(x.shape)}")
+    k = x.shape[-1]
+    if x.stride(-1) != 1:
+        raise ValueError(f"the last stride of x is 1, got strides {x.stride()}: call x.contiguous()")
+    if grouping == "strided":
+        if parts and (sum(parts) != k or any(width % 4 or width < 4 for width in parts)):
+            raise ValueError(f"parts are multiples of 4 that add up to K = {k}, got {list(parts)}")
+    elif grouping != "adjacent" or parts:
+        raise ValueError(
+            f"grouping is 'adjacent' without parts, or 'strided', got {grouping!r}, {list(parts)}"
+        )
+    if down is not None and (
+        down.ndim != 2 or down.shape[1] != k or not down.shape[0] or down.device != x.device
+    ):
+        raise ValueError(
+            f"down is (r, {k}) with r > 0 on {x.device} like x, got {tuple(down.shape)} on {down.device}"
+        )
+    _refuse_gradients(x, down)
+
+
+def _check_gemm(
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    weight: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    segments: Sequence[int],
+) -> None:
+    _check_weights(blocks, weight, up, bias)
+    n, k = weight.shape
+    if blocks.shape != (blocks_bytes(rows, k),):
+        raise ValueError(
+            f"blocks of {rows} rows and {k} columns are {blocks_bytes(rows, k)} bytes, "
+            f"got shape {tuple(blocks.shape)}"
+        )
+    if scale is not None and scale.shape[0] not in (0, rows):
+        raise ValueError(f"scale is (rows,) = ({rows},) or empty, got {tuple(scale.shape)}")
+    if up is None:
+        if segments or (lowrank is not None and lowrank.shape[0]):
+            raise ValueError(
+                "lowrank and segments come with up, the other low-rank factor, and it is missing"
+            )
+    elif rows and segments:
+        columns = 0 if lowrank is None else lowrank.shape[0] // lowrank_bytes(rows, 1) * LOWRANK_COLUMNS
+        _check_segments(segments, n, up.shape[1], columns)
+    elif rows and (lowrank is None or lowrank.shape != (lowrank_bytes(rows, up.shape[1]),)):
+        raise ValueError(
+            f"low-rank blocks of {rows} rows and rank {up.shape[1]} are {lowrank_bytes(rows, up.shape[1])} "
+            f"bytes, got {'none' if lowrank is None else f'shape {tuple(lowrank.shape)}'}"
+        )
+    _refuse_gradients(blocks, scale)
+
+
+def _check_weights(like: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None) -> None:
+    """Weight, factor and bias of one product, on the device of `like`."""
+    if weight.dtype is not torch.bfloat16 or (up is not None and up.dtype is not torch.bfloat16):
+        found = weight.dtype if up is None else f"{weight.dtype} and {up.dtype}"
+        raise TypeError(f"rtlynx operators take bfloat16 weights and factors, got {found}")
+    if weight.ndim != 2 or weight.device != like.device:
+        raise ValueError(
+            f"weight is (N, K) on {like.device} like the input, got {tuple(weight.shape)} on {weight.device}"
+        )
+    n = weight.shape[0]
+    if up is not None and (up.ndim != 2 or up.shape[0] != n or up.device != like.device):
+        raise ValueError(f"up is ({n}, r) on {like.device}, got {tuple(up.shape)} on {up.device}")
+    if bias is not None:
+        if bias.dtype not in _BIAS_DTYPES:
+            raise TypeError(f"bias is bfloat16 or float32, got {bias.dtype}")
+        if bias.shape != (n,) or bias.device != like.device:
+            raise ValueError(f"bias is ({n},) on {like.device}, got {tuple(bias.shape)} on {bias.device}")
+    _refuse_gradients(weight, up, bias)
+
+
+def _check_segments(segments: Sequence[int], n: int, rank: int, columns: int) -> None:
+    ends, firsts, ranks = segments[0::3], segments[1::3], segments[2::3]
+    sound = (
+        len(segments) % 3 == 0
+        and list(ends) == sorted(set(ends))
+        and ends[0] > 0
+        and ends[-1] == n
+        and all(end % 8 == 0 for end in ends[:-1])
+        and all(first >= 0 and first % LOWRANK_COLUMNS == 0 for first in firsts)
+        and all(0 < width <= rank for width in ranks)
+        and all(first + width <= columns for first, width in zip(firsts, ranks, strict=True))
+    )
+    if not sound:
+        raise ValueError(
+            f"segments are triples (n_end, first rank column, rank) with rising ends at multiples of 8 up to "
+            f"N = {n}, first columns at multiples of {LOWRANK_COLUMNS} and ranks up to {rank} inside the "
+            f"{columns} columns of T, got {list(segments)}"
+        )
+
+
+def _check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None
+) -> None:
+    _check_weights(x, weight, up, bias)
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight is (N, {x.shape[-1]}) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if (down is None) is not (up is None):
+        raise ValueError("down and up come together: both or neither")
+    if down is not None and up is not None and down.shape[0] != up.shape[1]:
+        raise ValueError(f"down is (r, K) and up (N, r), got {tuple(down.shape)} and {tuple(up.shape)}")
+
+
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "rtlynx operators have no gradient: call them under torch.no_grad(), or let SparseLinear choose"
+        )
+
+
+# ------------------------------------------------------------------------------------- in plain PyTorch
+
+
+def _pattern(grouping: str, parts: Sequence[int]) -> Pattern:
+    return Pattern(2, 4, grouping, tuple(parts) or 1)  # type: ignore[arg-type]  # checked before
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """X W^T in float32, under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x.float() @ weight.detach().float().T
+
+
+def _compress_reference(
+    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_compress(x, down, grouping, parts)
+    x = x.detach().reshape(-1, x.shape[-1])
+    pattern = _pattern(grouping, parts)
+    scale = x.new_empty(0, dtype=torch.float32)
+    if norm:
+        scale = norm_scale(x, pattern_mask(x, pattern)).squeeze(-1)
+    lowrank = x.new_empty(0, dtype=torch.uint8)
+    if down is not None:
+        t = _product(x, down)
+        lowrank = pack_lowrank((t / scale.unsqueeze(-1) if norm else t).bfloat16())
+    return pack_blocks(x, pattern), scale, lowrank
+
+
+def _gemm_reference(
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    weight: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    segments: Sequence[int],
+) -> Tensor:
+    _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments)
+    n, k = weight.shape
+    y = _product(unpack_blocks(blocks, rows, k), weight)
+    if rows and lowrank is not None and up is not None:
+        triples = list(segments) or [n, 0, up.shape[1]]
+        columns = lowrank.shape[0] // lowrank_bytes(rows, 1) * LOWRANK_COLUMNS
+        t = unpack_lowrank(lowrank, rows, columns)
+        start = 0
+        for end, first, rank in zip(*(iter(triples),) * 3, strict=True):
+            y[:, start:end] += _product(t[:, first : first + rank], up[start:end, :rank])
+            start = end
+    if scale is not None and scale.shape[0]:
+        y = y * scale.unsqueeze(-1)
+    if bias is not None:
+        y = y + bias.detach()
+    return y.bfloat16()
+
+
+def _linear_reference(
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lowrank: Tensor | None = None,
-    up: Tensor | None = None,
+    down: Tensor | None,
+    up: Tensor | None,
+    grouping: str,
+    parts: Sequence[int],
+    norm: bool,
 ) -> Tensor:
-    """Y = s ⊙ (X~ W'^T) + T B^T + b (RT-Lynx, equation of the compensated layer).
+    _check_linear(x, weight, bias, down, up)
+    blocks, scale, lowrank = _compress_reference(x, down, grouping, parts, norm)
+    y = _gemm_reference(blocks, scale, lowrank, weight, up, bias, math.prod(x.shape[:-1]), [])
+    return y.view(*x.shape[:-1], weight.shape[0])
 
-    Parameters
-    ----------
-    compressed : Compressed
-        X~ (..., K) and s (..., 1).
-    weight : Tensor (N, K)
-    bias : Tensor (N,) or None
-    lowrank : Tensor (..., r) or None
-        T = X A, from the *dense* input.
-    up : Tensor (N, r) or None
-        B.
 
-    Returns
-    -------
-    Tensor (..., N) in the dtype of X~; terms are added in float32 where s or T is used.
-    """
-    kept, scale = compressed
-    if scale is None and lowrank is None:
-        return linear(kept, weight, bias)
-    y = linear(kept, weight)
-    out_dtype = y.dtype
-    if out_dtype in (torch.bfloat16, torch.float16):
-        y = y.float()
-    if scale is not None:
-        y = y * scale
-    if lowrank is not None and up is not None:
-        y = y + linear(lowrank, up)
-    if bias is not None:
-        y = y + bias
-    return y.to(out_dtype)
+# ------------------------------------------------------------------------------------------ shapes alone
+
+
+def _compress_fake(
+    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_compress(x, down, grouping, parts)
+    rows = math.prod(x.shape[:-1])
+    return (
+        x.new_empty(blocks_bytes(rows, x.shape[-1]), dtype=torch.uint8),
+        x.new_empty(rows if norm else 0, dtype=torch.float32),
+        x.new_empty(0 if down is None else lowrank_bytes(rows, down.shape[0]), dtype=torch.uint8),
+    )
+
+
+def _gemm_fake(
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    weight: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    segments: Sequence[int],
+) -> Tensor:
+    _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments)
+    return weight.new_empty(rows, weight.shape[0])
+
+
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    grouping: str,
+    parts: Sequence[int],
+    norm: bool,
+) -> Tensor:
+    _check_linear(x, weight, bias, down, up)
+    _check_compress(x, down, grouping, parts)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+# ------------------------------------------------------------------------------------------------ Hopper
+
+
+@functools.cache
+def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    # Here, because the kernels need a compiler that only machines with a card have.
+    from rtlynx.kernels.sm90.compress import launch_compress
+    from rtlynx.kernels.sm90.gemm import launch_gemm
+
+    return launch_compress, launch_gemm
+
+
+def _readable(weight: Tensor) -> Tensor:
+    """`weight`, or a copy where its rows do not start at multiples of 16 bytes, as bulk copies need them."""
+    row, column = weight.stride()
+    if column != 1 or row % 8 or weight.data_ptr() % 16:
+        # (clone: padding by nothing is no copy)
+        return pad(weight, (0, -weight.shape[1] % 8)).clone(memory_format=torch.contiguous_format)
+    return weight
+
+
+def _compress_hopper(
+    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_compress(x, down, grouping, parts)
+    return _launchers()[0](x, down, grouping, parts, norm)
+
+
+def _gemm_hopper(
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    weight: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    segments: Sequence[int],
+) -> Tensor:
+    _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments)
+    return _launchers()[1](blocks, scale, lowrank, _readable(weight), up, bias, rows, segments)
+
+
+def _linear_hopper(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    grouping: str,
+    parts: Sequence[int],
+    norm: bool,
+) -> Tensor:
+    _check_linear(x, weight, bias, down, up)
+    _check_compress(x, down, grouping, parts)
+    launch_compress, launch_gemm = _launchers()
+    blocks, scale, lowrank = launch_compress(x, down, grouping, parts, norm)
+    *leading, k = x.shape
+    y = launch_gemm(
+        blocks,
+        scale if norm else None,
+        lowrank if down is not None else None,
+        _readable(weight),
+        up,
+        bias,
+        x.numel() // k,
+        (),
+    )
+    return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
+
+
+def _on_cuda(hopper: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The CUDA implementation: kernels on a Hopper card, with its device current, else plain PyTorch."""
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        index = first.get_device()
+        if card_obstacle(index) is not None:
+            return reference(first, *rest)
+        if index == torch.cuda.current_device():
+            return hopper(first, *rest)
+        with torch.cuda.device(index):
+            return hopper(first, *rest)
+
+    return run
+
+
+for _name, _hopper, _reference, _fake in (
+    ("compress", _compress_hopper, _compress_reference, _compress_fake),
+    ("gemm", _gemm_hopper, _gemm_reference, _gemm_fake),
+    ("linear", _linear_hopper, _linear_reference, _linear_fake),
+):
+    _LIBRARY.impl(_name, _reference, "CPU")
+    _LIBRARY.impl(_name, _on_cuda(_hopper, _reference), "CUDA")
+    torch.library.register_fake(f"rtlynx::{_name}", _fake, lib=_LIBRARY)

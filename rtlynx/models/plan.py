@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rtlynx.kernels.ops import Norm
+from rtlynx.kernels.reference import Norm
 from rtlynx.models.architecture import STRIDED_ROLES, Architecture, Candidate
 from rtlynx.models.flux import FLUX
 from rtlynx.models.generic import GENERIC

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from rtlynx.context import SharedInput, SparseContext, StepTracker
 from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
-from rtlynx.models.plan import Plan, make_plan
+from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.recipe import Recipe
 
 # Attribute of a sparse model that holds its `SparseState`.
@@ -137,7 +139,12 @@ def apply_plan(
     `prepare` is called with each new layer before any takes its place, to give it factors and weights.
     """
     context = SparseContext()
-    shared: dict[str, SharedInput] = {}
+    # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
+    # enough: they run one after the other.
+    known = plan.architecture.find is None
+    readers = Counter(_memory(layer, known) for layer in plan.sparse)
+    shared = {key: SharedInput(single=count == 1) for key, count in readers.items()}
+    first_down: dict[str, nn.Parameter] = {}
     modules: dict[str, Any] = dict(model.named_modules())
     replacements, base = {}, {}
     for layer in plan.sparse:
@@ -147,16 +154,30 @@ def apply_plan(
             raise TypeError(f"{layer.name}: {error}") from None
         sparse.context = context
         sparse.text_rows_dense = layer.text_rows_dense
-        # One memory a block is enough: layers that read one tensor run one after the other.
-        sparse.shared_input = shared.setdefault(layer.candidate.block, SharedInput())
+        sparse.shared_input = shared[_memory(layer, known)]
         if prepare is not None:
             prepare(layer.name, sparse)
+        if sparse.lowrank_down is not None:
+            # One A for layers that read one tensor, where they have the same: X A is then computed once.
+            first = first_down.setdefault(layer.candidate.reads, sparse.lowrank_down)
+            if _interchangeable(first, sparse.lowrank_down):
+                sparse.lowrank_down = first
         replacements[layer.name] = sparse
         base[layer.name] = weight_fingerprint(modules[layer.name].weight)
     _replace(model, replacements)
     hook = ModelHook(plan, context)
     handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None
     setattr(model, _STATE, SparseState(plan, context, base, handle))
+
+
+def _memory(layer: LayerPlan, known: bool) -> str:
+    """Key of the memory of inputs that a layer uses."""
+    return layer.candidate.reads if known else layer.candidate.block
+
+
+def _interchangeable(one: nn.Parameter, other: nn.Parameter) -> bool:
+    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return alike and not one.is_meta and torch.equal(one, other)
 
 
 def densify(model_or_pipeline: Any) -> Any:

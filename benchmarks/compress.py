@@ -1,0 +1,167 @@
+"""Compression against a plain copy of as many bytes, and fused producers against compiled elementwise chains.
+
+`python benchmarks/compress.py` writes results/compress-<card>.json.
+"""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import results
+import torch
+from card import Card
+from producers import PRODUCERS, Producer, Tail
+from shapes import set_count
+from sustained import Call, Graphs, Sample, Timer, attempt, measure
+from torch import Tensor
+
+import rtlynx.kernels.ops  # noqa: F401  (registers torch.ops.rtlynx)
+from rtlynx.kernels import jit
+
+M, RANK = 4096, 64
+WIDTHS = (3072, 12288)
+GROUPINGS = ("adjacent", "strided")
+COPY_BLOCKS = (64, 128, 256, 512)  # threads
+COPY_MODES = (0, 1, 2)  # copy.cu says which
+
+
+def normal_on(generator: torch.Generator) -> Callable[..., Tensor]:
+    return lambda *size: torch.randn(
+        *size, device=generator.device, generator=generator, dtype=torch.bfloat16
+    )
+
+
+def copy_calls(inputs: list[Tensor], threads: int, mode: int) -> list[Call]:
+    """copy.cu on every input, into outputs of its own."""
+    defines = (("THREADS", threads), ("MODE", mode))
+    folder = Path(__file__).parent
+    kernel = jit.load(
+        "copy.cu", "copy_bytes", defines, threads=threads, shared_bytes=0, pdl=True, folder=folder
+    )
+    blocks, rest = divmod(inputs[0].nbytes, threads * 256)
+    if rest:
+        raise ValueError(f"{inputs[0].nbytes} bytes are not whole blocks of {threads} threads")
+
+    def run(buffers: bytes, out: Tensor) -> Tensor:
+        kernel.launch((blocks, 1, 1), torch.cuda.current_stream().cuda_stream, buffers)
+        return out
+
+    outputs = [torch.empty(x.nbytes * 9 // 16, dtype=torch.uint8, device=x.device) for x in inputs]
+    return [
+        lambda buffers=struct.pack("QQ", x.data_ptr(), out.data_ptr()), out=out: run(buffers, out)
+        for x, out in zip(inputs, outputs, strict=True)
+    ]
+
+
+def fastest_copy(inputs: list[Tensor], graphs: Graphs, sample: Sample) -> tuple[str, Timer]:
+    """The best of copy.cu's variants for these inputs."""
+    timers = {
+        f"{threads} threads, mode {mode}": graphs.timer(copy_calls(inputs, threads, mode))
+        for threads in COPY_BLOCKS
+        for mode in COPY_MODES
+    }
+    taken = measure(timers, 0.2, 2, sample, {}, discard=0.05)
+    name = min(taken, key=lambda name: taken[name].us)
+    return name, timers[name]
+
+
+def make_timers(calls: dict[str, list[Call]], graphs: Graphs, missing: dict[str, str]) -> dict[str, Timer]:
+    """A timer of each variant that runs; the others' reasons go into `missing`."""
+    made = {
+        name: attempt(missing, name, lambda variant=variant: graphs.timer(variant))
+        for name, variant in calls.items()
+    }
+    return {name: timer for name, timer in made.items() if timer is not None}
+
+
+def compress_calls(inputs: list[Tensor], downs: list[Tensor], grouping: str) -> dict[str, list[Call]]:
+    compress = torch.ops.rtlynx.compress
+    return {
+        f"compress_{grouping}": [lambda x=x: compress(x, None, grouping, [], True) for x in inputs],
+        f"compress_{grouping}_lowrank": [
+            lambda x=x, down=down: compress(x, down, grouping, [], True)
+            for x, down in zip(inputs, downs, strict=True)
+        ],
+    }
+
+
+def compress_row(k: int, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int) -> dict:
+    """Compression of (M, k) with and without T, and the copy."""
+    count = set_count(2 * M * k, card.l2_bytes)
+    inputs = [normal(M, k) for _ in range(count)]
+    downs = [normal(RANK, k).mul_(k**-0.5) for _ in range(count)]
+    graphs, timers, missing = Graphs(), {}, {}
+    copy = attempt(missing, "copy", lambda: fastest_copy(inputs, graphs, card.sample))
+    if copy is not None:
+        timers["copy"] = copy[1]
+    for grouping in GROUPINGS:
+        timers |= make_timers(compress_calls(inputs, downs, grouping), graphs, missing)
+    measured = measure(timers, seconds, rounds, card.sample, missing)
+    row: dict = {"M": M, "K": k, "copy_variant": None if copy is None else copy[0]}
+    row |= {f"{name}_us": round(taken.us, 3) for name, taken in measured.items()}
+    if "copy" in measured:
+        row["copy_gb_per_s"] = round(M * k * (2 + 1.125) / measured["copy"].us * 1e-3, 1)
+    row["speed_vs_copy"] = {
+        name: results.ratio(row, "copy_us", f"{name}_us") for name in measured if name != "copy"
+    }
+    return row | {
+        "windows": {name: results.window_details(taken) for name, taken in measured.items()},
+        "missing": missing,
+    }
+
+
+def producer_row(
+    producer: Producer, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int
+) -> dict:
+    """One fused producer, with and without T, and the compiled chain."""
+    name, m, k, make, chain, fused = producer
+    sets = [make(m, k, normal) for _ in range(set_count(2 * m * k, card.l2_bytes))]
+    compiled = torch.compile(chain, dynamic=False)
+    plain: Tail = (None, "adjacent", [], True)
+    with_lowrank: Tail = (normal(RANK, k).mul_(k**-0.5), "adjacent", [], True)
+    calls: dict[str, list[Call]] = {
+        "chain": [lambda given=given: compiled(*given) for given in sets],
+        "producer": [lambda given=given: fused(*given, plain) for given in sets],
+        "producer_lowrank": [lambda given=given: fused(*given, with_lowrank) for given in sets],
+    }
+    missing: dict[str, str] = {}
+    timers = make_timers(calls, Graphs(), missing)
+    measured = measure(timers, seconds, rounds, card.sample, missing)
+    row: dict = {"name": name, "M": m, "K": k}
+    row |= {f"{variant}_us": round(measured[variant].us, 3) for variant in measured}
+    return row | {
+        "ratio": results.ratio(row, "producer_us", "chain_us"),
+        "ratio_lowrank": results.ratio(row, "producer_lowrank_us", "chain_us"),
+        "windows": {variant: results.window_details(taken) for variant, taken in measured.items()},
+        "missing": missing,
+    }
+
+
+def main() -> None:
+    options = results.options_parser(__doc__, seconds=1.0).parse_args()
+    card = Card()
+    generator = torch.Generator("cuda")
+    document = card.describe(options.commit) | {"rank": RANK, "seed": generator.seed()}
+    normal = normal_on(generator)
+    rows = [compress_row(k, card, normal, options.seconds, options.rounds) for k in WIDTHS]
+    for row in rows:
+        print(f"K = {row['K']}, copy {row.get('copy_us')} us, {row.get('copy_gb_per_s')} GB/s")
+        for name, speed in row["speed_vs_copy"].items():
+            relation = "" if speed is None else f", {speed:.1%} of the copy's speed"
+            print(f"  {name:28}{row[f'{name}_us']:9.2f} us{relation}", flush=True)
+    producers = []
+    for producer in PRODUCERS:
+        row = producer_row(producer, card, normal, options.seconds, options.rounds)
+        torch.cuda.empty_cache()
+        producers.append(row)
+        figures = ", ".join(f"{key} {row[key]}" for key in row if key.endswith("_us") or "ratio" in key)
+        print(f"{row['name']:12} {figures}", flush=True)
+    for row in rows + producers:
+        for name, reason in row["missing"].items():
+            print(f"  {row.get('name', row['K'])} {name}: {reason}")
+    document |= results.card_state(rows + producers) | {"rows": rows, "producers": producers}
+    results.write(options.out or results.FOLDER / f"compress-{card.slug}.json", document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Host time of a whole linear layer call, eager and without gradients: `python benchmarks/host.py`.
+
+Everything that the caller waits for: checks, allocations, tensor maps, launches. The card never holds the
+host up: it is synchronised between batches of calls, outside of what is timed.
+Writes results/host-<card>.json.
+"""
+
+import gc
+import sys
+from collections.abc import Callable
+from statistics import median, quantiles
+from time import perf_counter_ns
+
+import results
+import torch
+from card import Card
+from torch.nn.functional import linear
+
+from rtlynx.linear import SparseLinear
+
+CALLS, BATCH = 10_000, 100
+# Small, so that the card keeps up; and enough rows for the kernels to be chosen.
+M, K, N, RANK = 512, 256, 256, 64
+
+
+def host_us(call: Callable[[], object], synchronize: Callable[[], object], calls: int = CALLS) -> list[float]:
+    """Microseconds of each of `calls` calls, after a batch to warm up."""
+    times = []
+    gc.collect()  # collections in between would count for whichever call meets them
+    gc.disable()
+    try:
+        for index in range(calls + BATCH):
+            if index % BATCH == 0:
+                synchronize()
+            start = perf_counter_ns()
+            call()
+            times.append((perf_counter_ns() - start) / 1000)
+    finally:
+        gc.enable()
+    return times[BATCH:]
+
+
+def layer(generator: torch.Generator, rank: int) -> SparseLinear:
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=generator.device, generator=generator, dtype=torch.bfloat16)
+
+    made = SparseLinear(K, N, device=generator.device, dtype=torch.bfloat16)
+    if rank:
+        made.set_lowrank(normal(rank, K), normal(N, rank))
+    return made
+
+
+def main() -> None:
+    options = results.options_parser(__doc__).parse_args()
+    card = Card()
+    generator = torch.Generator("cuda")
+    generator.seed()
+    x = torch.randn(M, K, device="cuda", generator=generator, dtype=torch.bfloat16)
+    plain, lowrank = layer(generator, 0), layer(generator, RANK)
+    weight, bias, down, up = lowrank.weight, lowrank.bias, lowrank.lowrank_down, lowrank.lowrank_up
+    calls: dict[str, Callable[[], object]] = {
+        "F.linear": lambda: linear(x, weight, bias),
+        "torch.ops.rtlynx.linear, rank 64": lambda: torch.ops.rtlynx.linear(
+            x, weight, bias, down, up, "adjacent", [], True
+        ),
+        "SparseLinear": lambda: plain(x),
+        "SparseLinear, rank 64": lambda: lowrank(x),
+    }
+    rows = []
+    with torch.no_grad():
+        for name, call in calls.items():
+            times = host_us(call, torch.cuda.synchronize)
+            tenths = quantiles(times, n=10)
+            rows.append({"call": name, "median_us": round(median(times), 2), "p90_us": round(tenths[-1], 2)})
+            print(f"{name:34}{rows[-1]['median_us']:8.2f} us, 9 of 10 below {rows[-1]['p90_us']:.2f} us")
+    document = card.describe(options.commit) | {
+        "python": sys.version.split()[0],
+        "M": M,
+        "K": K,
+        "N": N,
+        "calls": CALLS,
+        "rows": rows,
+    }
+    results.write(options.out or results.FOLDER / f"host-{card.slug}.json", document)
+
+
+if __name__ == "__main__":
+    main()

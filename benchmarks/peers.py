@@ -1,0 +1,113 @@
+"""What there is besides us: cuBLAS through `F.linear`, and cuSPARSELt through PyTorch.
+
+torchao (0.18) has no 2:4 product for bf16 activations: its activation sparsity is float8 only.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from sustained import REPLAY_MS, Call, Graphs, ProfilerTimer, Timer, close, measure
+from torch import Tensor
+
+from rtlynx.pattern import nm_mask, select
+
+TORCHAO = "no 2:4 product for bf16 activations in torchao 0.18, only for float8"
+SEARCH_SECONDS, SEARCH_REPLAY_MS = 0.06, 8.0
+PROBE_REPLAY_MS = 0.1
+MOST_ALGORITHMS = 40
+
+
+class Algorithm(NamedTuple):
+    """A way in which cuSPARSELt multiplies."""
+
+    alg_id: int
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+def masked(x: Tensor) -> Tensor:
+    """X with 2 of every 4 entries: cuSPARSELt's compression does not select, it wants them zero already."""
+    return select(x, nm_mask(x))
+
+
+def multiply(compressed: Tensor, weight: Tensor, algorithm: Algorithm) -> Tensor:
+    """X W^T for compressed X (M, K) and W (N, K), as PyTorch orients 2:4 activations; (M, N)."""
+    split = {}
+    if algorithm.split_k > 1:
+        split = {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
+    return torch._cslt_sparse_mm(compressed, weight.t(), alg_id=algorithm.alg_id, **split)
+
+
+class CuSparseLt:
+    """cuSPARSELt's products and how to time them: as a graph, or by the profiler where none can be captured.
+
+    Attributes
+    ----------
+    method : "cuda graph" | "profiler"
+    reason : str or None
+        Why not a graph.
+    chosen : Algorithm or None
+        The last one that `best` found.
+    """
+
+    def __init__(self, graphs: Graphs, generator: torch.Generator) -> None:
+        self.method, self.reason = "cuda graph", None
+        self.chosen: Algorithm | None = None
+        x, weight = (
+            torch.randn(256, 256, device=generator.device, generator=generator, dtype=torch.bfloat16)
+            for _ in range(2)
+        )
+        x = masked(x)
+        compressed = torch._cslt_compress(x)  # where this fails there is nothing to time
+        try:
+            graphs.timer([lambda: torch._cslt_compress(x)], PROBE_REPLAY_MS)
+            graphs.timer([lambda: multiply(compressed, weight, Algorithm(0))], PROBE_REPLAY_MS)
+        except Exception as error:
+            self.method, self.reason = "profiler", str(error).strip().splitlines()[0]
+
+    def timer(self, graphs: Graphs, calls: Sequence[Call], replay_ms: float = REPLAY_MS) -> Timer:
+        if self.method == "cuda graph":
+            return graphs.timer(calls, replay_ms)
+        return ProfilerTimer(calls)
+
+    def best(self, graphs: Graphs, pairs: Sequence[tuple[Tensor, Tensor]], wanted: Tensor) -> Algorithm:
+        """The fastest algorithm for these (compressed, weight), of those that give `wanted` on the first."""
+        self.chosen = None
+        timers: dict[Algorithm, Timer] = {}
+        for algorithm in candidates(*pairs[0]):
+            try:
+                if not close(multiply(*pairs[0], algorithm), wanted):
+                    continue
+                calls = product_calls(pairs, algorithm)
+                timers[algorithm] = self.timer(graphs, calls, SEARCH_REPLAY_MS)
+            except RuntimeError:
+                continue  # cuSPARSELt refuses algorithms that do not suit a shape
+        if not timers:
+            raise RuntimeError("no algorithm of cuSPARSELt takes this shape and gives the right product")
+        names = {str(algorithm): algorithm for algorithm in timers}
+        by_name = {name: timers[algorithm] for name, algorithm in names.items()}
+        rounds = 2 if self.method == "cuda graph" else 1  # reading a profile takes far longer than its window
+        taken = measure(by_name, SEARCH_SECONDS, rounds, lambda: (None, None), {}, discard=0.0)
+        self.chosen = names[min(taken, key=lambda name: taken[name].us)]
+        return self.chosen
+
+
+def product_calls(pairs: Sequence[tuple[Tensor, Tensor]], algorithm: Algorithm) -> list[Call]:
+    return [
+        lambda compressed=compressed, weight=weight: multiply(compressed, weight, algorithm)
+        for compressed, weight in pairs
+    ]
+
+
+def candidates(compressed: Tensor, weight: Tensor) -> list[Algorithm]:
+    """All algorithms, and the library's own search's choice, which may split K."""
+    found, count = [], MOST_ALGORITHMS
+    try:
+        search = torch._C._cusparselt.mm_search
+        alg_id, split_k, mode, count = search(compressed, weight.t(), None, None, None, False)
+        found = [Algorithm(alg_id, split_k, mode) if split_k > 1 else Algorithm(alg_id)]
+    except (AttributeError, TypeError, RuntimeError):
+        pass  # older or newer PyTorch: the algorithms one by one, then
+    each = [Algorithm(alg_id) for alg_id in range(min(count, MOST_ALGORITHMS))]
+    return list(dict.fromkeys(each + found))

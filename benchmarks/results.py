@@ -1,0 +1,104 @@
+"""Results files: rows, means, writing."""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import median
+
+from shapes import Shape, paper_rank
+from sustained import Measurement
+
+FOLDER = Path(__file__).resolve().parent / "results"
+
+# The variants of a linear layer; each gives a column `<name>_us`.
+LINEAR_VARIANTS = (
+    "cublas",
+    "ours",
+    "ours_paper_rank",
+    "ours_gemm",
+    "cusparselt_gemm",
+    "ours_gemm_lowrank",
+    "ours_compress",
+    "ours_compress_plain",
+    "cusparselt_compress",
+)
+RATIOS = {
+    "linear_vs_cublas": ("cublas_us", "ours_us"),
+    "linear_paper_rank_vs_cublas": ("cublas_us", "ours_paper_rank_us"),
+    "gemm_vs_cublas": ("cublas_us", "ours_gemm_us"),
+    "gemm_vs_cusparselt": ("cusparselt_gemm_us", "ours_gemm_us"),
+}
+
+
+def linear_row(
+    shape: Shape, measured: Mapping[str, Measurement], rel_err: float | None, missing: Mapping[str, str]
+) -> dict:
+    """One shape of linear-*.json; null for what was not measured, with the reason in `missing`."""
+    row: dict = {"shape": shape.name, "M": shape.m, "K": shape.k, "N": shape.n}
+    for name in LINEAR_VARIANTS:
+        row[f"{name}_us"] = round(measured[name].us, 3) if name in measured else None
+    row["rel_err"] = rel_err
+    row["paper_rank"] = paper_rank(shape.k)
+    row["windows"] = {name: window_details(taken) for name, taken in measured.items()}
+    row["missing"] = dict(missing)
+    return row
+
+
+def window_details(taken: Measurement) -> dict:
+    return {
+        "rounds_us": [round(us, 3) for us in taken.rounds_us],
+        "clock_mhz": taken.clock_mhz,
+        "power_w": taken.power_w,
+    }
+
+
+def ratio(row: Mapping, over: str, under: str) -> float | None:
+    """row[over] / row[under], None where either was not measured."""
+    if row.get(over) is None or row.get(under) is None:
+        return None
+    return row[over] / row[under]
+
+
+def geomean(values: Iterable[float | None]) -> float | None:
+    """Geometric mean; None where a value is missing: a mean over a part would not be the claimed one."""
+    known = list(values)
+    if not known or any(value is None for value in known):
+        return None
+    return math.exp(math.fsum(math.log(value) for value in known) / len(known))
+
+
+def geomeans(rows: Iterable[Mapping]) -> dict[str, float | None]:
+    taken = list(rows)
+    means = {name: geomean(ratio(row, *columns) for row in taken) for name, columns in RATIOS.items()}
+    return {name: None if mean is None else round(mean, 4) for name, mean in means.items()}
+
+
+def card_state(rows: Iterable[Mapping]) -> dict[str, float | None]:
+    """Median clock and power over the windows of all rows."""
+    windows = [window for row in rows for window in row["windows"].values()]
+    state: dict[str, float | None] = {}
+    for field in ("clock_mhz", "power_w"):
+        known = [window[field] for window in windows if window[field] is not None]
+        state[field] = round(median(known), 1) if known else None
+    return state
+
+
+def options_parser(description: str | None, seconds: float | None = None) -> argparse.ArgumentParser:
+    """The options that benchmarks share; those of windows where `seconds` gives their default length."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if seconds is not None:
+        parser.add_argument("--seconds", type=float, default=seconds, help="length of a window")
+        parser.add_argument("--rounds", type=int, default=2, help="windows of each variant")
+    parser.add_argument("--commit", help="what the figures belong to, where the tree has no .git")
+    parser.add_argument("--out", type=Path, help="default: a file in benchmarks/results")
+    return parser
+
+
+def write(path: Path, document: Mapping) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"wrote {path}")

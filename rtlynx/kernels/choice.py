@@ -1,0 +1,118 @@
+"""Whether the Hopper kernels serve a call, decided before it runs, and a word where they do not."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from rtlynx.kernels.reference import Norm
+from rtlynx.pattern import Pattern
+
+HOPPER = (9, 0)
+# Below this many tokens a dense product is faster.
+MIN_ROWS = 64
+MAX_PARTS = 8
+
+_cards: dict[int, str | None] = {}
+_said: set[str] = set()
+
+
+def kernels_serve(
+    x: Tensor,
+    pattern: Pattern,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+) -> bool:
+    """Whether the kernels serve a layer for the input `x` (..., K); on a CUDA device, a no is explained once.
+
+    `down` (r, K) and `up` (N, r) are the layer's low-rank factors.
+    """
+    if not x.is_cuda:
+        return False
+    reason = _obstacle(x, pattern, norm, weight, bias, down, up)
+    if reason is None:
+        return True
+    _say_once(reason)
+    return False
+
+
+def _obstacle(
+    x: Tensor,
+    pattern: Pattern,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+) -> str | None:
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, down, up)
+    ):
+        return "gradients are asked for: call the model under torch.no_grad()"
+    bf16 = torch.bfloat16
+    if not (x.dtype is bf16 and weight.dtype is bf16 and (down is None or down.dtype is bf16)):
+        return "the kernels take bfloat16 inputs, weights and factors"
+    if pattern.n != 2 or pattern.m != 4:
+        return "the kernels keep 2 of every 4 entries, not other patterns"
+    if pattern.grouping == "strided" and _count(pattern.parts) > MAX_PARTS:
+        return f"the kernels take strided groups in at most {MAX_PARTS} parts"
+    if norm == "paper":
+        return "the kernels know the norm scale 'scale', not the paper's printed formula"
+    k = weight.shape[1]
+    if k % 8:
+        return "the kernels take layers whose number of inputs is a multiple of 8"
+    if not weight.is_contiguous() or (not torch.compiler.is_compiling() and weight.data_ptr() % 16):
+        return "the weight of a layer is not contiguous at a multiple of 16 bytes"
+    if bias is not None and bias.dtype is not bf16 and bias.dtype is not torch.float32:
+        return "the kernels take bfloat16 or float32 biases"
+    if x.numel() < MIN_ROWS * k:
+        return f"inputs of fewer than {MIN_ROWS} tokens are faster dense"
+    return card_obstacle(x.get_device())
+
+
+def _count(parts: int | tuple[int, ...]) -> int:
+    return parts if isinstance(parts, int) else len(parts)
+
+
+@torch.compiler.assume_constant_result
+def card_obstacle(index: int) -> str | None:
+    """Why the kernels cannot run on CUDA device `index`, or None where they can."""
+    if index not in _cards:
+        _cards[index] = _examine(index)
+    return _cards[index]
+
+
+def _examine(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability != HOPPER:
+        return (
+            f"{torch.cuda.get_device_name(index)} is not a Hopper card (compute capability "
+            f"{capability[0]}.{capability[1]}, the kernels need 9.0)"
+        )
+    if _missing("cuda.core") or _missing("cuda.bindings"):
+        return "cuda-core and cuda-bindings compile them and are not installed: pip install rtlynx[cuda]"
+    return None
+
+
+def _missing(package: str) -> bool:
+    try:
+        return find_spec(package) is None
+    except ModuleNotFoundError:  # its parent
+        return True
+
+
+@torch.compiler.assume_constant_result
+def _say_once(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(
+            f"rtlynx runs some layers in plain PyTorch, right but not faster: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,178 @@
+"""Host side of gemm.cu: tensor maps, parameters, launch."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rtlynx.kernels import jit, tuning
+from rtlynx.kernels.blocks import BLOCK_K, BLOCK_ROWS, LOWRANK_COLUMNS
+from rtlynx.kernels.driver import call
+from rtlynx.kernels.jit import Defines, Instantiation
+from rtlynx.kernels.tuning import Tile
+
+_THREADS = 384
+_SLABS = tuning.TILE_ROWS // BLOCK_ROWS
+_BLOCK_BYTES, _STAGING_BYTES, _NOTE_BYTES, _CONSUMER_WARPS = 4608, 2048, 32, 8
+_MAX_SEGMENTS = 8
+_ROW_TILES_TOGETHER = 16
+_STORE_COLUMNS = 8  # Y leaves 16 bytes at a time
+_pack = struct.Struct("<128s128s5Q43i44x").pack
+
+
+def _defines(tile: Tile) -> Defines:
+    return (("BN", tile.columns), ("STAGES", tile.stages), ("CLUSTER", tile.cluster), ("SKEW", tile.skew))
+
+
+def _shared_bytes(tile: Tile) -> int:
+    stage = _SLABS * _BLOCK_BYTES + tile.columns * BLOCK_K * 2
+    return tile.stages * (stage + 16) + _CONSUMER_WARPS * (_STAGING_BYTES + _NOTE_BYTES)
+
+
+INSTANTIATIONS = [Instantiation("gemm.cu", "gemm", _defines(tile)) for tile in tuning.CANDIDATES]
+
+_kernels: dict[Tile, jit.Kernel] = {}
+_maps: dict[tuple[int, int, int, int, int, int], bytes] = {}
+_NO_MAP = bytes(128)
+
+
+def _kernel(tile: Tile) -> jit.Kernel:
+    kernel = _kernels.get(tile)
+    if kernel is None:
+        kernel = _kernels[tile] = jit.load(
+            "gemm.cu", "gemm", _defines(tile), threads=_THREADS, shared_bytes=_shared_bytes(tile), pdl=True
+        )
+    return kernel
+
+
+def _tensor_map(matrix: Tensor, box_columns: int, box_rows: int) -> bytes:
+    """Tensor map of a row-major bf16 matrix, read in boxes whose rows are one swizzle span.
+
+    A map holds an address and a shape, no contents, so one made for memory that was freed since is right for
+    whatever of that shape lies there now.
+    """
+    rows, columns = matrix.shape
+    key = (matrix.data_ptr(), rows, columns, matrix.stride(0), box_columns, box_rows)
+    found = _maps.get(key)
+    if found is None:
+        if len(_maps) >= 16384:
+            _maps.clear()
+        found = _maps[key] = _encode(*key)
+    return found
+
+
+def _encode(address: int, rows: int, columns: int, row_stride: int, box_columns: int, box_rows: int) -> bytes:
+    from cuda.bindings import driver as cu
+
+    size, stride = cu.cuuint64_t, row_stride * 2
+    swizzle = cu.CUtensorMapSwizzle
+    (encoded,) = call(
+        cu.cuTensorMapEncodeTiled,
+        cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        2,
+        address,
+        [size(columns), size(rows)],
+        [size(stride)],
+        [cu.cuuint32_t(box_columns), cu.cuuint32_t(box_rows)],
+        [cu.cuuint32_t(1), cu.cuuint32_t(1)],
+        cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle.CU_TENSOR_MAP_SWIZZLE_128B if box_columns == 64 else swizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+        cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return struct.pack("<16Q", *(int(word) for word in encoded.opaque))
+
+
+def launch_gemm(
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    weight: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    segments: Sequence[int],
+) -> Tensor:
+    """Y (rows, N) of `rtlynx::gemm`; see `rtlynx.kernels.ops`. Arguments are checked there."""
+    n, k = weight.shape
+    columns = -(-n // _STORE_COLUMNS) * _STORE_COLUMNS
+    out = torch.empty((rows, columns), dtype=torch.bfloat16, device=blocks.device)
+    if rows == 0 or n == 0:
+        return out[:, :n]
+    if bias is not None and (columns != n or not bias.is_contiguous() or bias.data_ptr() % 8):
+        bias = pad(bias, (0, columns - n)).clone()
+    tile = tuning.choose(rows, n, k)
+    slabs = -(-rows // BLOCK_ROWS)
+    row_tiles = -(-slabs // (_SLABS * tile.cluster))
+    if up is None:
+        rank_blocks, up_map = 0, _NO_MAP
+    else:
+        if up.shape[1] % 8 or up.stride(1) != 1 or up.stride(0) % 8 or up.data_ptr() % 16:
+            up = pad(up, (0, -up.shape[1] % 8)).contiguous()
+        rank_blocks = -(-up.shape[1] // LOWRANK_COLUMNS)
+        up_map = _tensor_map(up, LOWRANK_COLUMNS, tile.columns // tile.cluster)
+    if segments:
+        assert lowrank is not None
+        total_rank_blocks = lowrank.shape[0] // (slabs * BLOCK_ROWS * LOWRANK_COLUMNS * 2)
+        table, column_tiles = _segment_table(segments, columns, tile.columns)
+    else:
+        total_rank_blocks, column_tiles = rank_blocks, -(-n // tile.columns)
+        table = (columns, column_tiles, 0, rank_blocks, *_NO_SEGMENTS)
+    tiles = row_tiles * column_tiles
+    parameters = _pack(
+        _tensor_map(weight, BLOCK_K, tile.columns // tile.cluster),
+        up_map,
+        blocks.data_ptr(),
+        0 if lowrank is None else lowrank.data_ptr(),
+        scale.data_ptr() if scale is not None and scale.shape[0] else 0,
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        columns,
+        -(-k // BLOCK_K),
+        total_rank_blocks,
+        slabs,
+        row_tiles,
+        column_tiles,
+        _ROW_TILES_TOGETHER // tile.cluster,
+        tiles,
+        bias is not None and bias.dtype is torch.float32,
+        max(1, len(segments) // 3),
+        *table,
+    )
+    device = blocks.get_device()
+    sms = _multiprocessors(device)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    _kernel(tile).launch((min(tiles, sms // tile.cluster) * tile.cluster, 1, 1), stream, parameters)
+    return out if columns == n else out[:, :n].contiguous()
+
+
+_NO_SEGMENTS = (0,) * (4 * (_MAX_SEGMENTS - 1))
+_counts: dict[int, int] = {}
+
+
+def _multiprocessors(device: int) -> int:
+    count = _counts.get(device)
+    if count is None:
+        count = _counts[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _segment_table(segments: Sequence[int], columns: int, tile_columns: int) -> tuple[tuple[int, ...], int]:
+    """Segments as the kernel reads them, and the number of column tiles."""
+    if len(segments) > 3 * _MAX_SEGMENTS:
+        raise ValueError(f"one product serves at most {_MAX_SEGMENTS} segments, got {len(segments) // 3}")
+    table: list[int] = []
+    begin = tile_end = 0
+    for end, first, rank in zip(segments[0::3], segments[1::3], segments[2::3], strict=True):
+        if end % _STORE_COLUMNS and end != segments[-3]:
+            raise ValueError(f"segments end at multiples of {_STORE_COLUMNS}, got {list(segments[0::3])}")
+        end = columns if end == segments[-3] else end
+        tile_end += -(-(end - begin) // tile_columns)
+        table += [end, tile_end, first // LOWRANK_COLUMNS, -(-rank // LOWRANK_COLUMNS)]
+        begin = end
+    return (*table, *[0] * (4 * _MAX_SEGMENTS - len(table))), tile_end

@@ -1,0 +1,97 @@
+// The two warpgroup matrix instructions of the GEMM at the tile width BN: m64 nBN, float32 accumulators.
+//
+// PTX: wgmma.mma_async.sp (k32, A sparse in shared memory) and wgmma.mma_async (k16, dense). The accumulator
+// list must be spelled out, so the preprocessor writes it: BN / 2 registers a thread.
+#pragma once
+#include "ptx.cuh"
+
+#define REGS8(a) "%" #a "0, %" #a "1, %" #a "2, %" #a "3, %" #a "4, %" #a "5, %" #a "6, %" #a "7"
+#define REGS10(a) REGS8(a) ", %" #a "8, %" #a "9"
+#define REGS40 REGS10() ", " REGS10(1) ", " REGS10(2) ", " REGS10(3)
+#define REGS80 REGS40 ", " REGS10(4) ", " REGS10(5) ", " REGS10(6) ", " REGS10(7)
+
+#define ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define ACC8(i) ACC4(i), ACC4(i + 4)
+#define ACC32(i) ACC8(i), ACC8(i + 8), ACC8(i + 16), ACC8(i + 24)
+
+#if BN == 128
+#define ACC_LIST REGS40 ", " REGS10(4) ", " REGS10(5) ", %60, %61, %62, %63"
+#define ACC_OPERANDS ACC32(0), ACC32(32)
+#define OP0 "%64"
+#define OP1 "%65"
+#define OP2 "%66"
+#define OP3 "%67"
+#define OP4 "%68"
+#elif BN == 144
+#define ACC_LIST REGS40 ", " REGS10(4) ", " REGS10(5) ", " REGS10(6) ", %70, %71"
+#define ACC_OPERANDS ACC32(0), ACC32(32), ACC8(64)
+#define OP0 "%72"
+#define OP1 "%73"
+#define OP2 "%74"
+#define OP3 "%75"
+#define OP4 "%76"
+#elif BN == 160
+#define ACC_LIST REGS80
+#define ACC_OPERANDS ACC32(0), ACC32(32), ACC8(64), ACC8(72)
+#define OP0 "%80"
+#define OP1 "%81"
+#define OP2 "%82"
+#define OP3 "%83"
+#define OP4 "%84"
+#elif BN == 176
+#define ACC_LIST REGS80 ", " REGS8(8)
+#define ACC_OPERANDS ACC32(0), ACC32(32), ACC8(64), ACC8(72), ACC8(80)
+#define OP0 "%88"
+#define OP1 "%89"
+#define OP2 "%90"
+#define OP3 "%91"
+#define OP4 "%92"
+#elif BN == 192
+#define ACC_LIST REGS80 ", " REGS10(8) ", %90, %91, %92, %93, %94, %95"
+#define ACC_OPERANDS ACC32(0), ACC32(32), ACC32(64)
+#define OP0 "%96"
+#define OP1 "%97"
+#define OP2 "%98"
+#define OP3 "%99"
+#define OP4 "%100"
+#elif BN == 208
+#define ACC_LIST REGS80 ", " REGS10(8) ", " REGS10(9) ", %100, %101, %102, %103"
+#define ACC_OPERANDS ACC32(0), ACC32(32), ACC32(64), ACC8(96)
+#define OP0 "%104"
+#define OP1 "%105"
+#define OP2 "%106"
+#define OP3 "%107"
+#define OP4 "%108"
+#else
+#error "BN is one of 128, 144, 160, 176, 192, 208"
+#endif
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+
+// d (+)= A B^T over 32 logical k. SELECTOR: which lane pairs of a quad supply the metadata `e`.
+template <int SELECTOR>
+DEVICE void wgmma_sparse(float (&d)[BN / 2], uint64_t a, uint64_t b, uint32_t e, uint32_t accumulate) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, " OP3 ", 0;\n"
+        "wgmma.mma_async.sp.sync.aligned.m64n" STRING(BN) "k32.f32.bf16.bf16 {" ACC_LIST "}, " OP0 ", " OP1
+        ", " OP2 ", " OP4 ", p, 1, 1, 0, 0;\n"
+        "}\n"
+        : ACC_OPERANDS
+        : "l"(a), "l"(b), "r"(e), "r"(accumulate), "n"(SELECTOR));
+}
+
+// d (+)= A B^T over 16 k, both dense.
+DEVICE void wgmma_dense(float (&d)[BN / 2], uint64_t a, uint64_t b, uint32_t accumulate) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, " OP2 ", 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n" STRING(BN) "k16.f32.bf16.bf16 {" ACC_LIST "}, " OP0 ", " OP1
+        ", p, 1, 1, 0, 0;\n"
+        "}\n"
+        : ACC_OPERANDS
+        : "l"(a), "l"(b), "r"(accumulate));
+}

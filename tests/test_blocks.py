@@ -1,0 +1,210 @@
+"""The packed blocks against a slow loop written from the description of the format."""
+
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtlynx import Pattern, nm_mask
+from rtlynx.kernels.blocks import (
+    blocks_bytes,
+    compute_order,
+    lowrank_bytes,
+    pack_blocks,
+    pack_lowrank,
+    unpack_blocks,
+    unpack_lowrank,
+)
+
+ADJACENT = Pattern()
+STRIDED = Pattern(grouping="strided")
+
+
+def slow_groups(k, pattern):
+    """Columns of every group, in compute order."""
+    if pattern.grouping == "adjacent":
+        return [[4 * c + i for i in range(4)] for c in range(k // 4)]
+    widths = pattern.parts
+    if isinstance(widths, int):
+        widths = (k // widths,) * widths
+    groups, offset = [], 0
+    for width in widths:
+        groups += [[offset + c + i * (width // 4) for i in range(4)] for c in range(width // 4)]
+        offset += width
+    return groups
+
+
+def magnitude(bits):
+    return min(bits & 0x7FFF, 0x7F81)  # every NaN counts the same
+
+
+def slow_blocks(bits, k, pattern):
+    """Rows of 16-bit patterns -> the bytes of the blocks, one entry at a time."""
+    rows, groups = len(bits), slow_groups(k, pattern)
+    row_blocks, column_blocks = (rows + 63) // 64, (k + 63) // 64
+    out = bytearray()
+    for mt in range(row_blocks):
+        for kb in range(column_blocks):
+            values, words = bytearray(4096), [0] * 128
+            for r in range(64):
+                for c in range(16):
+                    row, group = 64 * mt + r, 16 * kb + c
+                    first, second, nibble = 0, 0, 4
+                    if row < rows and group < len(groups):
+                        entries = [bits[row][column] for column in groups[group]]
+                        best = sorted(range(4), key=lambda i: (-magnitude(entries[i]), i))[:2]
+                        i0, i1 = sorted(best)
+                        first, second, nibble = entries[i0], entries[i1], i0 | i1 << 2
+                    chunk, inside = divmod(c * 4, 16)  # two values of two bytes a group
+                    place = r * 64 + (chunk ^ (r >> 1 & 3)) * 16 + inside
+                    struct.pack_into("<HH", values, place, first, second)
+                    warp, half, g = r // 16, r // 8 % 2, r % 8
+                    step, h, n = c // 8, c // 4 % 2, c % 4
+                    words[warp * 32 + g * 4 + step * 2 + h] |= nibble << (16 * half + 4 * n)
+            out += values + struct.pack("<128I", *words)
+    return list(out)
+
+
+def signed(bits):
+    return [b - 0x10000 if b >= 0x8000 else b for b in bits]
+
+
+def from_bits(rows):
+    return torch.tensor([signed(row) for row in rows], dtype=torch.int16).view(torch.bfloat16)
+
+
+def to_bits(x):
+    return [[b & 0xFFFF for b in row] for row in x.view(torch.int16).tolist()]
+
+
+def random_bits(rows, k, seed=0):
+    """Any bit pattern: subnormals, infinities and NaNs among them; a tenth of the rows all ties."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-0x8000, 0x8000, (rows, k), generator=generator)
+    ties = torch.rand(rows, 1, generator=generator) < 0.1
+    return torch.where(ties, bits[:, :1], bits).to(torch.int16).view(torch.bfloat16)
+
+
+PATTERNS = [ADJACENT, STRIDED, Pattern(grouping="strided", parts=2), "uneven"]
+
+
+def pattern_for(pattern, k):
+    return Pattern(grouping="strided", parts=(4, k - 4)) if pattern == "uneven" else pattern
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["adjacent", "strided", "halves", "uneven"])
+@pytest.mark.parametrize("k", [64, 192, 24, 8])
+@pytest.mark.parametrize("rows", [1, 7, 64, 65, 129])
+def test_format_is_the_description(rows, k, pattern):
+    pattern = pattern_for(pattern, k)
+    x = random_bits(rows, k)
+    blocks = pack_blocks(x, pattern)
+    assert blocks.shape == (blocks_bytes(rows, k),)
+    assert blocks.tolist() == slow_blocks(to_bits(x), k, pattern)
+
+
+@pytest.mark.parametrize("k", [4, 20])
+@pytest.mark.parametrize("pattern", [ADJACENT, STRIDED])
+def test_an_odd_number_of_groups(k, pattern):
+    x = random_bits(65, k)
+    assert pack_blocks(x, pattern).tolist() == slow_blocks(to_bits(x), k, pattern)
+
+
+bit_patterns = st.one_of(
+    st.sampled_from([0, 0x8000, 1, 0x8001, 0x7F80, 0xFF80, 0x7F81, 0xFFC0, 0x7FFF, 0x3F80, 0xBF80]),
+    st.integers(0, 0xFFFF),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_bits_in_any_groups(data):
+    widths = data.draw(st.lists(st.integers(1, 9).map(lambda g: 4 * g), min_size=1, max_size=3))
+    k, rows = sum(widths), data.draw(st.integers(1, 3))
+    pattern = data.draw(st.sampled_from([ADJACENT, Pattern(grouping="strided", parts=tuple(widths))]))
+    bits = [data.draw(st.lists(bit_patterns, min_size=k, max_size=k)) for _ in range(rows)]
+    x = from_bits(bits)
+    blocks = pack_blocks(x, pattern)
+    assert blocks.tolist() == slow_blocks(bits, k, pattern)
+    kept = torch.where(nm_mask(x, 2, 4, pattern.grouping, pattern.parts), x.view(torch.int16), 0)
+    expected = compute_order(kept, pattern)
+    assert torch.equal(unpack_blocks(blocks, rows, k).view(torch.int16), expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["adjacent", "strided", "halves", "uneven"])
+def test_round_trip_at_size(pattern):
+    k = 1000
+    pattern = pattern_for(pattern, k)
+    x = torch.randn(300, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kept = x * nm_mask(x, 2, 4, pattern.grouping, pattern.parts)
+    unpacked = unpack_blocks(pack_blocks(x, pattern), 300, k)
+    assert torch.equal(unpacked, compute_order(kept, pattern))
+    weight = torch.randn(7, k).double()
+    # The product does not see the order.
+    torch.testing.assert_close(unpacked.double() @ compute_order(weight, pattern).T, kept.double() @ weight.T)
+
+
+def test_compute_order_of_a_strided_weight():
+    weight = torch.arange(16).expand(2, 16)
+    order = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15]
+    assert compute_order(weight, STRIDED).tolist() == [order, order]
+    assert compute_order(weight, ADJACENT) is weight
+
+
+def test_rows_of_any_stride():
+    whole = random_bits(40, 3 * 64)
+    part = whole[::2, 64:128]
+    assert torch.equal(pack_blocks(part, ADJACENT), pack_blocks(part.contiguous(), ADJACENT))
+
+
+def test_no_rows():
+    blocks = pack_blocks(torch.empty(0, 64, dtype=torch.bfloat16), ADJACENT)
+    assert blocks.shape == (0,)
+    assert unpack_blocks(blocks, 0, 64).shape == (0, 64)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 32, 33, 64, 320])
+@pytest.mark.parametrize("rows", [1, 64, 65])
+def test_lowrank_blocks_are_the_description(rows, rank):
+    t = random_bits(rows, rank)
+    blocks = pack_lowrank(t)
+    assert blocks.shape == (lowrank_bytes(rows, rank),)
+    bits, expected = to_bits(t), []
+    for mt in range((rows + 63) // 64):
+        for rb in range((rank + 31) // 32):
+            block = bytearray(4096)
+            for r in range(min(64, rows - 64 * mt)):
+                for c in range(min(32, rank - 32 * rb)):
+                    place = r * 64 + (c // 8 ^ (r >> 1 & 3)) * 16 + c % 8 * 2
+                    struct.pack_into("<H", block, place, bits[64 * mt + r][32 * rb + c])
+            expected += block
+    assert blocks.tolist() == expected
+    assert torch.equal(unpack_lowrank(blocks, rows, rank).view(torch.int16), t.view(torch.int16))
+
+
+def test_illegal_indices_are_refused():
+    blocks = pack_blocks(random_bits(3, 64), ADJACENT)
+    for nibble in (0x0, 0x5, 0xA, 0xF, 0x1, 0x6):  # equal, or out of order
+        damaged = blocks.clone()
+        damaged[4096] = damaged[4096] & 0xF0 | nibble
+        with pytest.raises(ValueError, match="illegal index pair"):
+            unpack_blocks(damaged, 3, 64)
+
+
+def test_what_blocks_cannot_hold_is_refused():
+    x = random_bits(3, 64)
+    with pytest.raises(ValueError, match=r"bfloat16 matrix, got torch\.float32"):
+        pack_blocks(x.float(), ADJACENT)
+    with pytest.raises(ValueError, match="bfloat16 matrix"):
+        pack_blocks(x[None], ADJACENT)
+    with pytest.raises(ValueError, match="a pattern 4:8"):
+        pack_blocks(x, Pattern(4, 8))
+    with pytest.raises(ValueError, match="62 entries do not split"):
+        pack_blocks(x[:, :62], ADJACENT)
+    blocks = pack_blocks(x, ADJACENT)
+    with pytest.raises(ValueError, match=r"blocks of X of shape \(65, 64\) are 9216 bytes"):
+        unpack_blocks(blocks, 65, 64)
+    with pytest.raises(ValueError, match=r"low-rank blocks of T of shape \(3, 5\) are 4096 bytes"):
+        unpack_lowrank(blocks, 3, 5)

@@ -1,0 +1,421 @@
+"""`SparseLinear` through the operators that the kernels serve, here in their CPU implementation."""
+
+import copy
+import gc
+import pickle
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import by_hand, flux_call, relative_error, slow_mask, tiny_flux
+from torch import nn
+
+import rtlynx.linear
+from rtlynx import Pattern, Recipe, SparseLinear, sparsify
+from rtlynx.context import SharedInput
+from rtlynx.models import sparse_layers
+from rtlynx.models.sparsify import apply_plan, make_plan
+
+K, N, RANK = 64, 24, 5
+PATTERNS = {
+    "adjacent": (Pattern(), None),
+    "strided": (Pattern(grouping="strided"), (K,)),
+    "parts": (Pattern(grouping="strided", parts=(24, 40)), (24, 40)),
+}
+LIMIT = 4e-3  # one rounding to bfloat16, and another of T
+
+
+@pytest.fixture(autouse=True)
+def _served(monkeypatch):
+    """All bfloat16 calls without gradients are served, on this CPU too."""
+    monkeypatch.setattr(
+        rtlynx.linear,
+        "kernels_serve",
+        lambda x, *_: x.dtype == torch.bfloat16 and not torch.is_grad_enabled(),
+    )
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of each operator."""
+    count = Counter()
+    for name in ("compress", "gemm", "linear"):
+        original = getattr(rtlynx.linear.ops, name)
+
+        def counted(*args, name=name, original=original):
+            count[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(rtlynx.linear.ops, name, counted)
+    return count
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).bfloat16()
+
+
+def sparse(name="adjacent", norm="scale", rank=RANK, seed=0, bias=True, n=N):
+    torch.manual_seed(seed)
+    layer = SparseLinear.from_linear(
+        nn.Linear(K, n, bias=bias).bfloat16(), pattern=PATTERNS[name][0], norm=norm
+    )
+    if rank:
+        layer.set_lowrank(
+            normal(rank, K, seed=seed + 10, scale=K**-0.5), normal(n, rank, seed=seed, scale=0.2)
+        )
+    return layer
+
+
+def formula(layer, x, name="adjacent"):
+    pattern, widths = PATTERNS[name]
+    parameters = {key: value for key, value in layer._parameters.items() if value is not None}
+    return by_hand(
+        x,
+        parameters["weight"],
+        parameters.get("bias"),
+        mask=slow_mask(x, 2, 4, pattern.grouping, widths),
+        norm=layer.norm,
+        down=parameters.get("lowrank_down"),
+        up=parameters.get("lowrank_up"),
+    )
+
+
+# --------------------------------------------------------------------------------------- the formula
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("norm", ["none", "scale"])
+@pytest.mark.parametrize("rank", [0, RANK])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_output_is_the_formula(name, norm, rank, bias, single, calls):
+    layer = sparse(name, norm, rank, bias=bias)
+    layer.shared_input = SharedInput(single=single)
+    x = normal(2, 33, K)
+    y = layer(x)
+    assert y.shape == (2, 33, N)
+    assert relative_error(y, formula(layer, x, name)) < LIMIT
+    assert calls == ({"linear": 1} if single else {"compress": 1, "gemm": 1})
+
+
+def test_an_input_whose_entries_are_not_neighbours():
+    layer = sparse()
+    x = normal(K, 40).T
+    assert relative_error(layer(x), formula(layer, x)) < LIMIT
+
+
+def test_gradients_take_the_differentiable_path(calls):
+    layer = sparse()
+    x = normal(70, K).requires_grad_()
+    with torch.enable_grad():
+        layer(x).sum().backward()
+    assert bool(x.grad.any())
+    assert not calls
+
+
+def test_dense_steps_use_no_kernel(calls):
+    layer = sparse("strided")
+    layer.context.dense_step = True
+    x = normal(70, K)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert not calls
+
+
+def test_autocast_is_served_what_the_product_sees(calls):
+    layer = sparse()
+    x = normal(70, K).float() * 1.001
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert calls["gemm"] == 1
+    assert torch.equal(y, layer(x.bfloat16()))
+
+
+@pytest.mark.parametrize("rows", [(0, 8), (32, None), (10, 20), (0, None), (0, 0), (40, 40)])
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_dense_text_rows(rows, single, kernels, calls, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(rtlynx.linear, "kernels_serve", lambda *_: False)
+    layer = sparse("strided")
+    layer.shared_input = SharedInput(single=single)
+    x = normal(2, 40, K)
+    whole = layer(x)
+    layer.text_rows_dense, layer.context.text_rows = True, rows
+    calls.clear()
+    y = layer(x)
+    start, stop, _ = slice(*rows).indices(40)
+    dense = nn.functional.linear(x, layer.weight, layer.bias)
+    for row in range(40):
+        assert relative_error(y[:, row], (dense if start <= row < stop else whole)[:, row]) < LIMIT
+    if start >= stop:
+        assert calls.total() == kernels  # the product of what is remembered, or both in one
+    else:
+        assert calls.total() == kernels * ((start > 0) + (stop < 40)) * (1 if single else 2)
+
+
+# ------------------------------------------------------------------------------------- shared inputs
+
+
+def readers(*ranks):
+    layers = [sparse(rank=rank, seed=i) for i, rank in enumerate(ranks)]
+    for layer in layers[1:]:
+        layer.shared_input = layers[0].shared_input
+    return layers
+
+
+def alone(layer):
+    return copy.deepcopy(layer)
+
+
+def test_layers_that_read_one_tensor_compress_once(calls):
+    layers = readers(0, 0, 0)
+    x = normal(70, K)
+    outputs = [layer(x) for layer in layers]
+    assert calls == {"compress": 1, "gemm": 3}
+    for layer, y in zip(layers, outputs, strict=True):
+        assert torch.equal(y, alone(layer)(x))
+
+
+def test_one_a_is_applied_once_and_others_are_not_confused(calls):
+    layers = readers(5, 5, 7)
+    layers[1].lowrank_down = layers[0].lowrank_down
+    x = normal(70, K)
+    outputs = [layer(x) for layer in layers]
+    assert calls == {"compress": 2, "gemm": 3}
+    for layer, y in zip(layers, outputs, strict=True):
+        assert torch.equal(y, alone(layer)(x))
+    layers[2](x)
+    layers[2].lowrank_down.mul_(2)
+    assert torch.equal(layers[2](x), alone(layers[2])(x))
+
+
+def test_other_settings_are_not_served_from_memory():
+    layers = readers(0, 0, 0, 0)
+    layers[1].pattern = Pattern(grouping="strided")
+    layers[2].norm = "none"
+    layers[3].text_rows_dense, layers[3].context.text_rows = True, (0, 8)
+    x = normal(70, K)
+    for layer in (*layers, *reversed(layers)):
+        assert torch.equal(layer(x), alone(layer)(x))
+        with torch.enable_grad():
+            assert relative_error(layer(x), alone(layer)(x)) < LIMIT
+
+
+def test_changes_to_the_tensor_between_layers_are_noticed():
+    first, second = readers(0, 0)
+    x = normal(70, K)
+    first(x)
+    x.mul_(torch.linspace(3, -3, K).bfloat16())
+    assert torch.equal(second(x), alone(second)(x))
+
+
+def test_memory_dies_with_the_tensor():
+    layer = sparse()
+    x = normal(70, K)
+    layer(x)
+    blocks = weakref.ref(layer.shared_input._entry[3][0][0])
+    gc.disable()  # no cycle may be needed
+    try:
+        del x
+        assert blocks() is None
+    finally:
+        gc.enable()
+
+
+def test_inference_mode_remembers_nothing():
+    layer = sparse("strided")
+    x = normal(70, K)
+    expected = layer(x)
+    with torch.inference_mode():
+        inside = x * 1
+        assert torch.equal(layer(inside), expected)
+        inside.neg_()
+        assert torch.equal(layer(inside), alone(layer)(-x))
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x), expected)
+
+
+# ---------------------------------------------------------------------- the weight in compute order
+
+
+@pytest.mark.parametrize("name", ["strided", "parts"])
+def test_every_change_of_the_weight_is_noticed(name):
+    layer, x = sparse(name), normal(70, K)
+    other = sparse(name, seed=9)
+
+    def right():
+        return relative_error(layer(x), formula(layer, x, name)) < LIMIT
+
+    assert right()
+    weight = layer._parameters["weight"]  # (reading layer.weight would be noticed by itself)
+    weight.mul_(torch.linspace(-2, 2, K).bfloat16())
+    assert right()
+    layer.weight.data += normal(N, K, seed=3)  # what peft's merge does; no version tells
+    assert right()
+    layer.weight = nn.Parameter(normal(N, K, seed=4))
+    assert right()
+    layer.set_refit(normal(N, K, seed=5), keep_dense=True)
+    assert right()
+    layer.load_state_dict({**layer.state_dict(), **other.state_dict()})
+    assert right()
+    layer.weight.data = normal(N, K, seed=6)
+    assert right()
+    layer.original_weight().data.mul_(3)
+    assert right()
+    layer.float()
+    layer.to(torch.bfloat16)
+    assert right()
+
+
+def test_a_change_of_pattern_is_noticed():
+    layer, x = sparse("strided"), normal(70, K)
+    layer(x)
+    layer.pattern = PATTERNS["parts"][0]
+    assert relative_error(layer(x), formula(layer, x, "parts")) < LIMIT
+
+
+def test_the_weight_is_put_in_order_once(monkeypatch):
+    made = []
+    original = rtlynx.linear.compute_order
+    monkeypatch.setattr(rtlynx.linear, "compute_order", lambda *args: made.append(1) or original(*args))
+    layer, adjacent = sparse("strided"), sparse("adjacent")
+    for seed in range(3):
+        x = normal(70, K, seed=seed)
+        layer(x)
+        adjacent(x)
+    layer.text_rows_dense, layer.context.text_rows = True, (0, 8)
+    layer(x)
+    layer.context.dense_step = True
+    layer(x)
+    layer.context.dense_step = False
+    layer(x)
+    assert len(made) == 1
+
+
+def test_the_copy_is_private():
+    layer, x = sparse("strided"), normal(70, K)
+    before = list(layer.state_dict())
+    expected = layer(x)
+    ordered = weakref.ref(layer._ordered._entry[4])
+    assert list(layer.state_dict()) == before
+    assert "_ordered" not in vars(layer.to_linear())
+    twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    for twin in twins:
+        assert twin._ordered._entry is None
+        assert torch.equal(twin(x), expected)
+    layer.to("cpu")  # a move, if not a far one
+    assert ordered() is None
+
+
+def test_merging_an_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    model = nn.Sequential(sparse("strided"))
+    x = normal(70, K)
+    model(x)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    unmerged = peft(x)
+    peft.merge_adapter()
+    merged = peft(x)
+    layer = peft.base_model.model[0].base_layer
+    assert relative_error(merged, formula(layer, x, "strided")) < LIMIT
+    peft.unmerge_adapter()
+    assert relative_error(peft(x), unmerged) < 1e-2
+
+
+@pytest.mark.parametrize("how", ["parametrize", "weight_norm"])
+def test_a_weight_that_is_computed(how):
+    layer, x = sparse("strided", rank=0), normal(70, K)
+    layer(x)
+    if how == "weight_norm":
+        nn.utils.weight_norm(layer)
+        layer.weight_g.mul_(2)
+    else:
+
+        class Double(nn.Module):
+            def forward(self, weight):
+                return weight * 2
+
+        nn.utils.parametrize.register_parametrization(layer, "weight", Double())
+    y = layer(x)
+    expected = by_hand(x, layer.weight, layer.bias, mask=slow_mask(x, 2, 4, "strided", (K,)), norm="scale")
+    assert relative_error(y, expected) < LIMIT
+
+
+# ------------------------------------------------------------------------------------- compilation
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_compiles_into_one_graph_for_any_number_of_rows(name):
+    layers = nn.ModuleList([sparse(name, seed=0), sparse(name, rank=0, seed=1)])
+    layers[1].shared_input = SharedInput(single=True)
+
+    def both(x):
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(both, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (70, 90, 130):
+        x = normal(2, rows, K, seed=rows)
+        assert torch.equal(compiled(x), both(x))
+    assert counter.frame_count == 1
+    layers[0].weight.data += normal(N, K, seed=3)
+    assert torch.equal(compiled(x), both(x))
+
+
+# ------------------------------------------------------------------------------------- whole models
+
+
+def test_layers_alone_on_their_input_remember_nothing():
+    model = sparsify(tiny_flux())
+    single = {name: layer.shared_input.single for name, layer in sparse_layers(model).items()}
+    assert not single["transformer_blocks.0.attn.to_q"]
+    assert single["transformer_blocks.0.attn.to_out.0"]
+    assert not single["single_transformer_blocks.0.proj_mlp"]
+    assert single["single_transformer_blocks.0.proj_out"]
+
+
+def test_equal_factors_of_one_input_become_one():
+    def model_with(downs):
+        model = tiny_flux()
+        plan = make_plan(model, Recipe.immediate())
+
+        def prepare(name, layer):
+            label = name.rpartition(".")[2]
+            layer.set_lowrank(
+                downs.get(label, downs[None]).clone()[:, : layer.in_features].contiguous(),
+                torch.ones(layer.out_features, 3),
+            )
+
+        apply_plan(model, plan, prepare)
+        return {
+            name.rpartition(".")[2]: layer
+            for name, layer in sparse_layers(model).items()
+            if name.startswith("transformer_blocks.0.attn")
+        }, model
+
+    base = torch.randn(3, 1024)
+    layers, model = model_with({None: base, "to_v": base + 1})
+    assert layers["to_q"].lowrank_down is layers["to_k"].lowrank_down
+    assert layers["to_q"].lowrank_down is not layers["to_v"].lowrank_down
+    assert torch.equal(layers["to_v"].lowrank_down, (base + 1)[:, :128])
+    twin = copy.deepcopy(model).get_submodule("transformer_blocks.0.attn")
+    assert twin.to_q.lowrank_down is twin.to_k.lowrank_down
+    assert twin.to_q.lowrank_down is not layers["to_q"].lowrank_down
+
+
+def test_a_model_runs_through_the_kernels(calls):
+    model = sparsify(tiny_flux().bfloat16(), Recipe.immediate(text_rows="dense"))
+    call = {k: v.bfloat16() if v.is_floating_point() else v for k, v in flux_call().items()}
+    y = model(**call, return_dict=False)[0]
+    assert calls["linear"]
+    # q, k, v of the double block; q, k, v and mlp of the single block
+    assert calls["compress"] == 2
+    assert calls["gemm"] == 7
+    with torch.enable_grad():
+        assert relative_error(y, model(**call, return_dict=False)[0]) < 3e-2

@@ -1,0 +1,347 @@
+"""The operators `rtlynx::compress`, `gemm` and `linear` on the CPU, and who is served by the kernels."""
+
+import warnings
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import by_hand, relative_error, slow_mask
+from torch._subclasses import FakeTensorMode
+
+from rtlynx import Pattern, norm_scale
+from rtlynx.kernels import choice, ops
+from rtlynx.kernels.blocks import compute_order, pack_blocks, unpack_lowrank
+
+K, N = 64, 24
+PATTERNS = {
+    "adjacent": (Pattern(), None),
+    "strided": (Pattern(grouping="strided"), (K,)),
+    "parts": (Pattern(grouping="strided", parts=(24, 40)), (24, 40)),
+}
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).bfloat16()
+
+
+def layer(rank, k=K, n=N, bias=torch.float32):
+    """Weight, bias and factors; the low-rank branch is a correction, not the bulk of the output."""
+    down, up = (normal(rank, k, seed=3, scale=k**-0.5), normal(n, rank, seed=4)) if rank else (None, None)
+    return normal(n, k, seed=1), None if bias is None else normal(n, seed=2).to(bias), down, up
+
+
+def selection(x, name):
+    pattern, widths = PATTERNS[name]
+    return slow_mask(x, 2, 4, pattern.grouping, widths)
+
+
+# ------------------------------------------------------------------------------------------- the values
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rank", [0, 5, 33])
+@pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float32])
+def test_linear_is_the_formula(name, norm, rank, bias):
+    pattern = PATTERNS[name][0]
+    weight, bias, down, up = layer(rank, bias=bias)
+    x = normal(70, K, seed=5)
+    arguments = (pattern.grouping, ops.pattern_parts(pattern, K), norm)
+    y = ops.linear(x, compute_order(weight, pattern), bias, down, up, *arguments)
+    assert y.dtype == torch.bfloat16
+    expected = by_hand(
+        x, weight, bias, mask=selection(x, name), norm="scale" if norm else "none", down=down, up=up
+    )
+    assert relative_error(y, expected) < 2.5e-3
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_compress_is_the_packed_selection_the_scale_and_t(name):
+    pattern = PATTERNS[name][0]
+    down = layer(40)[2]
+    x = normal(3, 30, K) * torch.logspace(-30, 30, 30)[:, None].bfloat16()
+    x[0, 3] = 0.0
+    x[1, 4, 7] = float("nan")
+    blocks, scale, lowrank = ops.compress(x, down, pattern.grouping, ops.pattern_parts(pattern, K), True)
+    flat = x.reshape(-1, K)
+    assert torch.equal(blocks, pack_blocks(flat, pattern))
+    expected = norm_scale(flat, selection(flat, name))[:, 0]
+    assert scale.dtype == torch.float32
+    torch.testing.assert_close(scale, expected, rtol=1e-6, atol=0)
+    assert scale[3] == 1.0
+    assert scale[34] == 1.0
+    t = unpack_lowrank(lowrank, 90, 40)
+    finite = [row for row in range(90) if row != 34]
+    exact = (flat.double() @ down.double().T / expected.double()[:, None])[finite]
+    for row, exact_row in zip(t[finite], exact, strict=True):  # (each, as rows differ by 1e60)
+        assert relative_error(row, exact_row) < 4e-3
+    assert bool(t[34].isnan().all())
+    assert torch.equal(
+        ops.compress(x, None, pattern.grouping, ops.pattern_parts(pattern, K), False)[0], blocks
+    )
+
+
+def test_what_is_not_asked_for_is_empty():
+    x = normal(5, K)
+    _, scale, lowrank = ops.compress(x, None, "adjacent", [], False)
+    assert (scale.shape, scale.dtype) == ((0,), torch.float32)
+    assert (lowrank.shape, lowrank.dtype) == ((0,), torch.uint8)
+
+
+@pytest.mark.parametrize("shape", [(K,), (1, K), (0, K), (2, 0, K), (2, 3, K), (2, 3, 4, K)])
+def test_any_leading_dimensions(shape):
+    weight, bias, down, up = layer(5)
+    x = normal(*shape)
+    y = ops.linear(x, weight, bias, down, up, "adjacent", [], True)
+    assert y.shape == (*shape[:-1], N)
+    blocks, scale, lowrank = ops.compress(x, down, "adjacent", [], True)
+    rows = x.numel() // K
+    assert torch.equal(y.reshape(rows, N), ops.gemm(blocks, scale, lowrank, weight, up, bias, rows, []))
+
+
+def test_rows_of_any_stride():
+    weight, bias, down, up = layer(5)
+    for x in (normal(2, 9, K)[:, 4:], normal(2, 9, K).transpose(0, 1), normal(3, 2 * K)[:, 8 : 8 + K]):
+        assert not x.is_contiguous()
+        expected = ops.linear(x.contiguous(), weight, bias, down, up, "adjacent", [], True)
+        assert torch.equal(ops.linear(x, weight, bias, down, up, "adjacent", [], True), expected)
+
+
+def test_segments_are_layers_with_factors_of_their_own():
+    x = normal(70, K)
+    ranks, sizes = (5, 40, 16), (8, 24, 16)
+    layers = [layer(rank, n=n) for rank, n in zip(ranks, sizes, strict=True)]
+    downs, ups, segments, end, first = [], [], [], 0, 0
+    for (_, _, down, up), rank, n in zip(layers, ranks, sizes, strict=True):
+        pad = -rank % 32
+        downs.append(torch.nn.functional.pad(down, (0, 0, 0, pad)))
+        ups.append(torch.nn.functional.pad(up, (0, 40 - rank)))
+        end += n
+        segments += [end, first, rank]
+        first += rank + pad
+    blocks, scale, lowrank = ops.compress(x, torch.cat(downs), "adjacent", [], True)
+    weight, bias = (torch.cat([one[i] for one in layers]) for i in (0, 1))
+    y = ops.gemm(blocks, scale, lowrank, weight, torch.cat(ups), bias, 70, segments)
+    for (weight, bias, down, up), part in zip(layers, y.split(sizes, dim=1), strict=True):
+        assert torch.equal(part, ops.linear(x, weight, bias, down, up, "adjacent", [], True))
+
+
+# --------------------------------------------------------------------------------- as torch sees them
+
+
+def sample_calls(rank=5, norm=True):
+    weight, bias, down, up = layer(rank)
+    x = normal(2, 35, K)
+    blocks, scale, lowrank = ops.compress(x, down, "strided", [24, 40], norm)
+    return {
+        "compress": (x, down, "strided", [24, 40], norm),
+        "gemm": (blocks, scale if norm else None, lowrank if rank else None, weight, up, bias, 70, []),
+        "linear": (x, weight, bias, down, up, "strided", [24, 40], norm),
+    }
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", ["compress", "gemm", "linear"])
+def test_opcheck(name, norm, rank):
+    torch.library.opcheck(getattr(ops, name), sample_calls(rank, norm)[name])
+
+
+@pytest.mark.parametrize("name", ["compress", "gemm", "linear"])
+@pytest.mark.parametrize("rank", [0, 33])
+def test_shapes_alone_are_those_of_the_values(name, rank):
+    call = sample_calls(rank)[name]
+    real = getattr(ops, name)(*call)
+    with FakeTensorMode() as mode:
+        fake = getattr(ops, name)(
+            *(mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for one in call)
+        )
+    for one, other in zip(*((t if isinstance(t, tuple) else (t,)) for t in (real, fake)), strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+def test_one_compilation_serves_any_number_of_rows():
+    weight, bias, down, up = layer(33)
+
+    def both(x):
+        blocks, scale, lowrank = ops.compress(x, down, "adjacent", [], True)
+        y = ops.gemm(blocks, scale, lowrank, weight, up, bias, x.shape[0], [])
+        return y + ops.linear(x, weight, bias, down, up, "adjacent", [], True)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(both, backend=counter, dynamic=True, fullgraph=True)
+    for rows in (70, 64, 3, 129):
+        x = normal(rows, K, seed=rows)
+        assert torch.equal(compiled(x), both(x))
+    assert counter.frame_count == 1
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"x": normal(3, K).float()}, TypeError, r"bfloat16 inputs and factors, got torch\.float32"),
+        ({"x": normal(3, 2 * K)[:, ::2]}, ValueError, r"last stride of x is 1.*x\.contiguous"),
+        ({"x": normal(3, 62)}, ValueError, "K a multiple of 4"),
+        ({"grouping": "diagonal"}, ValueError, "grouping is 'adjacent' without parts, or 'strided'"),
+        ({"grouping": "adjacent", "parts": [24, 40]}, ValueError, "grouping is 'adjacent' without parts"),
+        ({"parts": [24, 44]}, ValueError, "parts are multiples of 4 that add up to K = 64"),
+        ({"parts": [22, 42]}, ValueError, "parts are multiples of 4"),
+        ({"down": normal(5, 60)}, ValueError, r"down is \(r, 64\)"),
+        ({"down": normal(0, K)}, ValueError, "r > 0"),
+        ({"down": normal(5, K).float()}, TypeError, "inputs and factors"),
+    ],
+)
+def test_compress_says_what_is_wrong(changes, error, match):
+    call = {"x": normal(3, K), "down": None, "grouping": "strided", "parts": [24, 40], "norm": True}
+    with pytest.raises(error, match=match):
+        ops.compress(**{**call, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"rows": 140}, ValueError, "blocks of 140 rows and 64 columns are 13824 bytes"),
+        ({"scale": torch.ones(69)}, ValueError, "scale is .* = .70,. or empty"),
+        ({"up": None}, ValueError, "come with up"),
+        ({"lowrank": None}, ValueError, "low-rank blocks of 70 rows and rank 5 are 8192 bytes, got none"),
+        ({"up": normal(N, 33)}, ValueError, "rank 33 are 16384 bytes"),
+        ({"up": normal(N - 1, 5)}, ValueError, r"up is \(24, r\)"),
+        ({"weight": normal(N, K).float()}, TypeError, r"bfloat16 weights and factors, got torch\.float32"),
+        ({"weight": normal(K)}, ValueError, r"weight is \(N, K\)"),
+        ({"bias": torch.ones(N).double()}, TypeError, "bias is bfloat16 or float32"),
+        ({"bias": torch.ones(N - 1)}, ValueError, r"bias is \(24,\)"),
+        ({"segments": [20, 0, 5]}, ValueError, "segments are triples"),
+        ({"segments": [24, 0, 5, 8]}, ValueError, "segments are triples"),
+        ({"segments": [24, 16, 5]}, ValueError, "segments are triples"),
+        ({"segments": [8, 0, 5, 24, 32, 5]}, ValueError, "inside the 32 columns of T"),
+        ({"segments": [12, 0, 5, 24, 0, 5]}, ValueError, "multiples of 8"),
+        ({"segments": [24, 0, 6]}, ValueError, "ranks up to 5"),
+    ],
+)
+def test_gemm_says_what_is_wrong(changes, error, match):
+    names = ("blocks", "scale", "lowrank", "weight", "up", "bias", "rows", "segments")
+    call = dict(zip(names, sample_calls()["gemm"], strict=True))
+    with pytest.raises(error, match=match):
+        ops.gemm(**{**call, **changes})
+
+
+def test_linear_says_what_is_wrong():
+    x, weight, bias, down, up, *rest = sample_calls()["linear"]
+    with pytest.raises(ValueError, match=r"weight is \(N, 64\) for x of shape"):
+        ops.linear(x, weight[:, :60], bias, down, up, *rest)
+    with pytest.raises(ValueError, match="down and up come together"):
+        ops.linear(x, weight, bias, down, None, *rest)
+    with pytest.raises(ValueError, match=r"down is \(r, K\) and up \(N, r\)"):
+        ops.linear(x, weight, bias, down, up[:, :4], *rest)
+
+
+@pytest.mark.parametrize(("name", "index"), [("compress", 0), ("compress", 1), ("gemm", 3), ("linear", 2)])
+def test_gradients_are_refused_not_lost(name, index):
+    call = list(sample_calls()[name])
+    call[index] = call[index].detach().requires_grad_()
+    with pytest.raises(RuntimeError, match="have no gradient"):
+        getattr(ops, name)(*call)
+    with torch.no_grad():
+        getattr(ops, name)(*call)
+
+
+# ------------------------------------------------------------------------------------ whom they serve
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Fake tensors on a card that is said to be a Hopper; nothing has been said yet."""
+    monkeypatch.setattr(choice, "_cards", {0: None})
+    monkeypatch.setattr(choice, "_said", set())
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer")
+        yield
+
+
+def served(rows=64, k=K, pattern=None, norm="scale", dtype=torch.bfloat16, device="cuda", **changes):
+    tensors = {
+        "x": torch.empty(rows, k, device=device, dtype=dtype),
+        "weight": torch.empty(N, k, device=device, dtype=dtype),
+        "bias": None,
+        "down": None,
+        "up": None,
+        **changes,
+    }
+    return choice.kernels_serve(tensors.pop("x"), pattern or Pattern(), norm, **tensors)
+
+
+def test_a_hopper_card_is_served(hopper):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert served()
+        assert served(norm="none", pattern=Pattern(grouping="strided"), k=72)
+        bias = torch.empty(N, device="cuda", dtype=torch.float32)
+        assert served(bias=bias, x=torch.empty(2, 32, K, device="cuda", dtype=torch.bfloat16))
+        with torch.no_grad():
+            assert served(bias=bias.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"rows": 63}, "fewer than 64 tokens"),
+        ({"k": 68}, "multiple of 8"),
+        ({"pattern": Pattern(4, 8)}, "2 of every 4"),
+        ({"pattern": Pattern(1, 4)}, "2 of every 4"),
+        ({"pattern": Pattern(grouping="strided", parts=9), "k": 72}, "at most 8 parts"),
+        ({"norm": "paper"}, "printed formula"),
+        ({"dtype": torch.float16}, "bfloat16 inputs"),
+    ],
+)
+def test_others_are_told_why_once(hopper, call, reason):
+    with pytest.warns(RuntimeWarning, match=f"plain PyTorch.*{reason}"):
+        assert not served(**call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert not served(**call)  # said before
+        assert served()
+
+
+def test_parameters_that_the_kernels_cannot_read(hopper):
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(*shape, device="cuda", dtype=dtype)
+
+    for changes, reason in (
+        ({"weight": empty(K, N).T}, "not contiguous"),
+        ({"weight": empty(N, K, dtype=torch.float32)}, "bfloat16 inputs, weights and factors"),
+        ({"bias": empty(N, dtype=torch.float64)}, "float32 biases"),
+        ({"down": empty(5, K).requires_grad_(), "up": empty(N, 5)}, "under torch.no_grad"),
+    ):
+        with pytest.warns(RuntimeWarning, match=reason):
+            assert not served(**changes)
+    assert not served(down=empty(5, K, dtype=torch.float32), up=empty(N, 5))
+
+
+def test_a_cpu_is_not_served_and_nothing_is_said(hopper):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert not served(device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "missing", "reason"),
+    [((9, 0), (), None), ((8, 0), (), "Some card is not a Hopper card"), ((10, 0), (), "capability 10.0")]
+    + [((9, 0), (package,), "pip install rtlynx") for package in ("cuda.core", "cuda.bindings", "cuda")],
+)
+def test_what_a_card_lacks(monkeypatch, capability, missing, reason):
+    def find_spec(name):
+        if "cuda" in missing:
+            raise ModuleNotFoundError(name)
+        return None if name in missing else object()
+
+    monkeypatch.setattr(choice, "_cards", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some card")
+    monkeypatch.setattr(choice, "find_spec", find_spec)
+    found = choice.card_obstacle(1)
+    assert found is None if reason is None else reason in found
+    assert choice._cards == {1: found}
