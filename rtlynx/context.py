@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -45,6 +44,8 @@ class SharedInput:
     def __init__(self, *, single: bool = False) -> None:
         self.single = single
         self._entry: tuple[weakref.ref[Tensor], Tensor | None, object, Any] | None = None
+        self._compared: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], object, bool]]
+        self._compared = {}
 
     def compress(self, x: Tensor, key: object, compute: Callable[[], _T], down: Tensor | None = None) -> _T:
         """`compute()` for `x`, or what it gave when last called for this `x`, `key` and low-rank factor."""
@@ -54,13 +55,33 @@ class SharedInput:
         if down is not None and down.is_inference():
             return compute()
         place = _place(x) if x.is_cuda else None
-        state = (x._version, None if down is None else down._version, place, key)
         entry = self._entry
-        if entry is not None and entry[0]() is x and entry[1] is down and entry[2] == state:
-            return entry[3]
+        if entry is not None and entry[0]() is x:
+            remembered = entry[1]
+            state = (x._version, None if remembered is None else remembered._version, place, key)
+            if entry[2] == state and self._same(remembered, down):
+                return entry[3]
         result = compute()
+        state = (x._version, None if down is None else down._version, place, key)
         self._entry = (weakref.ref(x, self._forget), down, state, result)
         return result
+
+    def _same(self, one: Tensor | None, other: Tensor | None) -> bool:
+        """Whether two factors are one or equal (by default they are); compared once for their versions."""
+        if one is other:
+            return True
+        if one is None or other is None:
+            return False
+        if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+            return False
+        versions = (one._version, other._version)
+        known = self._compared.get((id(one), id(other)))
+        if known is None or known[0]() is not one or known[1]() is not other or known[2] != versions:
+            if one.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False  # comparing waits for the card
+            known = (weakref.ref(one), weakref.ref(other), versions, torch.equal(one, other))
+            self._compared[id(one), id(other)] = known
+        return known[3]
 
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
         if self._entry is not None and self._entry[0] is dead:
@@ -71,7 +92,7 @@ class SharedInput:
         return SharedInput(single=self.single)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"single": self.single, "_entry": None}
+        return {"single": self.single, "_entry": None, "_compared": {}}
 
 
 def _place(x: Tensor) -> object:
@@ -86,7 +107,7 @@ def _place(x: Tensor) -> object:
     try:
         from cuda.bindings import driver
     except ImportError:
-        return math.nan  # equal to nothing
+        return object()  # equal to nothing
     return stream, int(driver.cuStreamGetCaptureInfo(stream)[2])
 
 

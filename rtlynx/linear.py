@@ -31,7 +31,8 @@ class _OrderedWeight:
         """`weight` in compute order: itself for adjacent groups, which need no other."""
         if pattern.grouping == "adjacent":
             return weight
-        if torch.compiler.is_compiling() or weight.is_inference():  # no version that could tell
+        if torch.compiler.is_compiling() or weight.is_inference():
+            # No version, or no guard that sees it: in order for this call alone.
             return compute_order(weight.detach(), pattern)
         entry = self._entry
         state = (weight._version, weight.data_ptr(), pattern)

@@ -15,8 +15,8 @@ from torch import nn
 import rtlynx.linear
 from rtlynx import Pattern, Recipe, SparseLinear, sparsify
 from rtlynx.context import SharedInput
+from rtlynx.kernels import choice
 from rtlynx.models import sparse_layers
-from rtlynx.models.sparsify import apply_plan, make_plan
 
 K, N, RANK = 64, 24, 5
 PATTERNS = {
@@ -180,17 +180,27 @@ def test_layers_that_read_one_tensor_compress_once(calls):
         assert torch.equal(y, alone(layer)(x))
 
 
-def test_one_a_is_applied_once_and_others_are_not_confused(calls):
+@pytest.mark.parametrize("how", ["one parameter", "equal parameters"])
+def test_one_a_is_applied_once_and_others_are_not_confused(calls, how):
     layers = readers(5, 5, 7)
-    layers[1].lowrank_down = layers[0].lowrank_down
-    x = normal(70, K)
-    outputs = [layer(x) for layer in layers]
-    assert calls == {"compress": 2, "gemm": 3}
-    for layer, y in zip(layers, outputs, strict=True):
-        assert torch.equal(y, alone(layer)(x))
-    layers[2](x)
+    down = layers[0].lowrank_down
+    layers[1].lowrank_down = down if how == "one parameter" else nn.Parameter(down.clone())
+
+    def right(x, compressions):
+        calls.clear()
+        outputs = [layer(x) for layer in layers]
+        assert calls == {"compress": compressions, "gemm": 3}
+        return all(torch.equal(y, alone(layer)(x)) for layer, y in zip(layers, outputs, strict=True))
+
+    assert right(normal(70, K), 2)
+    x = normal(70, K, seed=1)
+    assert right(x, 2)
     layers[2].lowrank_down.mul_(2)
     assert torch.equal(layers[2](x), alone(layers[2])(x))
+    layers[1].load_state_dict({**layers[1].state_dict(), "lowrank_down": -down})
+    assert right(normal(70, K, seed=2), 2 if how == "one parameter" else 3)
+    layers[0].load_state_dict({**layers[0].state_dict(), "lowrank_down": layers[1].lowrank_down})
+    assert right(normal(70, K, seed=3), 2)
 
 
 def test_other_settings_are_not_served_from_memory():
@@ -349,6 +359,33 @@ def test_a_weight_that_is_computed(how):
 # ------------------------------------------------------------------------------------- compilation
 
 
+@pytest.fixture
+def whole_decision(monkeypatch):
+    """What decides on a card decides here: all of it but the question whether there is one."""
+    monkeypatch.setattr(choice, "_cards", {-1: None})
+    monkeypatch.setattr(choice, "_said", set())
+
+    def decide(x, *others):
+        reason = choice._obstacle(x, *others)
+        if reason is not None:
+            choice._say_once(reason)
+        return reason is None
+
+    monkeypatch.setattr(rtlynx.linear, "kernels_serve", decide)
+
+
+@pytest.mark.usefixtures("whole_decision")
+def test_what_is_not_served_compiles_too_and_says_why():
+    layer = sparse()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: layer(x), backend="aot_eager", fullgraph=True)
+    x = normal(8, K)
+    with pytest.warns(RuntimeWarning, match="fewer than 64 tokens"):
+        y = compiled(x)
+    assert torch.equal(y, layer(x))
+
+
+@pytest.mark.usefixtures("whole_decision")
 @pytest.mark.parametrize("name", PATTERNS)
 def test_compiles_into_one_graph_for_any_number_of_rows(name):
     layers = nn.ModuleList([sparse(name, seed=0), sparse(name, rank=0, seed=1)])
@@ -378,35 +415,6 @@ def test_layers_alone_on_their_input_remember_nothing():
     assert single["transformer_blocks.0.attn.to_out.0"]
     assert not single["single_transformer_blocks.0.proj_mlp"]
     assert single["single_transformer_blocks.0.proj_out"]
-
-
-def test_equal_factors_of_one_input_become_one():
-    def model_with(downs):
-        model = tiny_flux()
-        plan = make_plan(model, Recipe.immediate())
-
-        def prepare(name, layer):
-            label = name.rpartition(".")[2]
-            layer.set_lowrank(
-                downs.get(label, downs[None]).clone()[:, : layer.in_features].contiguous(),
-                torch.ones(layer.out_features, 3),
-            )
-
-        apply_plan(model, plan, prepare)
-        return {
-            name.rpartition(".")[2]: layer
-            for name, layer in sparse_layers(model).items()
-            if name.startswith("transformer_blocks.0.attn")
-        }, model
-
-    base = torch.randn(3, 1024)
-    layers, model = model_with({None: base, "to_v": base + 1})
-    assert layers["to_q"].lowrank_down is layers["to_k"].lowrank_down
-    assert layers["to_q"].lowrank_down is not layers["to_v"].lowrank_down
-    assert torch.equal(layers["to_v"].lowrank_down, (base + 1)[:, :128])
-    twin = copy.deepcopy(model).get_submodule("transformer_blocks.0.attn")
-    assert twin.to_q.lowrank_down is twin.to_k.lowrank_down
-    assert twin.to_q.lowrank_down is not layers["to_q"].lowrank_down
 
 
 def test_a_model_runs_through_the_kernels(calls):

@@ -207,8 +207,8 @@ _lock = threading.RLock()
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 _libraries: dict[tuple[Any, ...], Any] = {}
 _pack_config = struct.Struct("7I4xQQI4x").pack  # CUlaunchConfig
-# A CUlaunchAttribute: number 6, programmatic stream serialization, allowed.
-_PDL = ctypes.create_string_buffer(struct.pack("I4xI60x", 6, 1), 72)
+# CUlaunchAttribute structures: number 6, programmatic stream serialization, and 4, cluster dimensions.
+_ATTRIBUTE = struct.Struct("I4x3I52x")
 
 Parameters = bytes | ctypes.Structure | ctypes.Array[Any]
 
@@ -216,13 +216,20 @@ Parameters = bytes | ctypes.Structure | ctypes.Array[Any]
 class Kernel:
     """A kernel to launch on any Hopper card of this machine; from `load`."""
 
-    def __init__(self, name: str, handle: Any, threads: int, shared_bytes: int, pdl: bool) -> None:
+    def __init__(
+        self, name: str, handle: Any, threads: int, shared_bytes: int, pdl: bool, cluster: int
+    ) -> None:
         self.name = name
         self._handle = handle
         self._threads = threads
         self._shared_bytes = shared_bytes
-        self._attributes = ctypes.addressof(_PDL) if pdl else 0
-        self._attribute_count = int(pdl)
+        attributes = [_ATTRIBUTE.pack(6, 1, 0, 0)] if pdl else []
+        if cluster > 1:
+            attributes.append(_ATTRIBUTE.pack(4, cluster, 1, 1))
+        packed = b"".join(attributes)
+        self._packed_attributes = ctypes.create_string_buffer(packed, max(1, len(packed)))
+        self._attributes = ctypes.addressof(self._packed_attributes)
+        self._attribute_count = len(attributes)
         self._functions: dict[int, int] = {}  # by device
         # Not through cuda-bindings, which takes twice as long and keeps launch attributes in objects.
         self._launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
@@ -289,6 +296,7 @@ def load(
     threads: int,
     shared_bytes: int,
     pdl: bool = False,
+    cluster: int = 1,
     folder: Path = SOURCES,
 ) -> Kernel:
     """The kernel `entry` of `folder`/`source`, compiled with `defines` where it is not cached.
@@ -299,6 +307,7 @@ def load(
     shared_bytes : dynamic shared memory of a block
     pdl : programmatic dependent launch: the kernel may start before the one ahead of it in the stream has
         ended, and waits for its results itself
+    cluster : blocks of a cluster, along x; divides the grid
 
     Raises
     ------
@@ -307,7 +316,7 @@ def load(
     CompileError
         If it does not compile.
     """
-    key = (source, entry, defines, threads, shared_bytes, pdl, folder)
+    key = (source, entry, defines, threads, shared_bytes, pdl, cluster, folder)
     kernel = _kernels.get(key)
     if kernel is not None:
         return kernel
@@ -317,7 +326,7 @@ def load(
             if not _kernels and os.environ.get(PRECOMPILE_SWITCH, "0") not in ("", "0"):
                 precompile()
             handle = _handle(source, entry, defines, folder)
-            _kernels[key] = Kernel(entry, handle, threads, shared_bytes, pdl)
+            _kernels[key] = Kernel(entry, handle, threads, shared_bytes, pdl, cluster)
         return _kernels[key]
 
 

@@ -32,7 +32,7 @@ class Tile:
         return f"{self.columns}x{self.stages}c{self.cluster}s{self.skew}"
 
 
-CANDIDATES = tuple(Tile(columns, 5) for columns in (144, 160, 176, 192)) + (Tile(128, 6),)
+CANDIDATES = (Tile(192, 5), Tile(128, 6))
 # Time of a tile relative to its width: narrower ones fetch more for what they multiply.
 _OVERHEAD_COLUMNS = 24
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from rtlynx.context import SharedInput, SparseContext, StepTracker
@@ -144,7 +143,6 @@ def apply_plan(
     known = plan.architecture.find is None
     readers = Counter(_memory(layer, known) for layer in plan.sparse)
     shared = {key: SharedInput(single=count == 1) for key, count in readers.items()}
-    first_down: dict[str, nn.Parameter] = {}
     modules: dict[str, Any] = dict(model.named_modules())
     replacements, base = {}, {}
     for layer in plan.sparse:
@@ -157,11 +155,6 @@ def apply_plan(
         sparse.shared_input = shared[_memory(layer, known)]
         if prepare is not None:
             prepare(layer.name, sparse)
-        if sparse.lowrank_down is not None:
-            # One A for layers that read one tensor, where they have the same: X A is then computed once.
-            first = first_down.setdefault(layer.candidate.reads, sparse.lowrank_down)
-            if _interchangeable(first, sparse.lowrank_down):
-                sparse.lowrank_down = first
         replacements[layer.name] = sparse
         base[layer.name] = weight_fingerprint(modules[layer.name].weight)
     _replace(model, replacements)
@@ -173,11 +166,6 @@ def apply_plan(
 def _memory(layer: LayerPlan, known: bool) -> str:
     """Key of the memory of inputs that a layer uses."""
     return layer.candidate.reads if known else layer.candidate.block
-
-
-def _interchangeable(one: nn.Parameter, other: nn.Parameter) -> bool:
-    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-    return alike and not one.is_meta and torch.equal(one, other)
 
 
 def densify(model_or_pipeline: Any) -> Any:

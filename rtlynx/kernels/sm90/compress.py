@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,69 +13,73 @@ from rtlynx.kernels import jit
 from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_BYTES, LOWRANK_COLUMNS
 from rtlynx.kernels.jit import Defines, Instantiation
 
+_THREADS = 128
 _ADJACENT, _STRIDED, _GATHER = range(3)
 _MATRIX = 0
 _MAX_PARTS = 8
-_RANK_TILES = (0, 4, 8)
+_RANKS = (0, 32, 64, 128)
+# Units of K in flight, by (whether groups are adjacent, rank), and blocks that a multiprocessor shall hold.
+_STAGES = {(True, 0): 6, (True, 32): 6, (True, 64): 5, (True, 128): 4}
+_STAGES |= {(False, 0): 4, (False, 32): 4, (False, 64): 3, (False, 128): 2}
+# A cluster shares the K of 64 rows; this many blocks fill a card whatever the number of rows.
+_ENOUGH_BLOCKS = 352
 
 
-@dataclass(frozen=True)
-class Shape:
-    """How a CTA is cut: rows in groups of 16, warps that split K, CTAs of a cluster that split K further."""
-
-    row_groups: int
-    k_warps: int
-    cluster: int
-    ctas: int  # that fit a multiprocessor
-
-    @property
-    def threads(self) -> int:
-        return self.row_groups * self.k_warps * 32
+def _stages(mode: int, rank: int) -> int:
+    return _STAGES[mode == _ADJACENT, rank]
 
 
-_PLAIN = Shape(row_groups=1, k_warps=8, cluster=1, ctas=2)
-_WITH_RANK = Shape(row_groups=4, k_warps=2, cluster=4, ctas=2)
+def _blocks_per_sm(mode: int, rank: int) -> int:
+    return 3 if rank < 128 and (mode != _GATHER or rank == 0) else 2
 
 
-def _shape(rank_tiles: int) -> Shape:
-    return _WITH_RANK if rank_tiles else _PLAIN
-
-
-def _defines(source: int, mode: int, rank_tiles: int) -> Defines:
-    shape = _shape(rank_tiles)
+def _defines(source: int, mode: int, rank: int) -> Defines:
     return (
         ("SOURCE", source),
         ("MODE", mode),
-        ("RANK_TILES", rank_tiles),
-        ("ROW_GROUPS", shape.row_groups),
-        ("K_WARPS", shape.k_warps),
-        ("CLUSTER", shape.cluster),
-        ("MIN_CTAS", shape.ctas),
+        ("RANK", rank),
+        ("STAGES", _stages(mode, rank)),
+        ("MIN_CTAS", _blocks_per_sm(mode, rank)),
     )
 
 
+def _shared_bytes(raws: int, mode: int, rank: int) -> int:
+    tiles = 2 if mode == _ADJACENT else 4
+    stages = _stages(mode, rank) * tiles * 64 * (raws * BLOCK_ROWS + rank)
+    return max(stages, BLOCK_ROWS * (rank + 4) * 4 if rank else 0)
+
+
 INSTANTIATIONS = [
-    Instantiation("compress.cu", "compress", _defines(_MATRIX, mode, rank_tiles))
+    Instantiation("compress.cu", "compress", _defines(_MATRIX, mode, rank))
     for mode in (_ADJACENT, _STRIDED, _GATHER)
-    for rank_tiles in _RANK_TILES
+    for rank in _RANKS
 ]
 
-_kernels: dict[tuple[int, int, int], jit.Kernel] = {}
+_kernels: dict[tuple[int, int, int, int], jit.Kernel] = {}
 
 
-def _kernel(source: int, mode: int, rank_tiles: int) -> jit.Kernel:
-    kernel = _kernels.get((source, mode, rank_tiles))
+def _kernel(source: int, mode: int, rank: int, cluster: int) -> jit.Kernel:
+    key = (source, mode, rank, cluster)
+    kernel = _kernels.get(key)
     if kernel is None:
-        threads = _shape(rank_tiles).threads
-        kernel = _kernels[source, mode, rank_tiles] = jit.load(
+        kernel = _kernels[key] = jit.load(
             "compress.cu",
             "compress",
-            _defines(source, mode, rank_tiles),
-            threads=threads,
-            shared_bytes=0,
+            _defines(source, mode, rank),
+            threads=_THREADS,
+            shared_bytes=_shared_bytes(1, mode, rank),
             pdl=True,
+            cluster=cluster,
         )
     return kernel
+
+
+def _cluster(slabs: int, k_blocks: int) -> int:
+    """Blocks that share the K of a slab: as many as the card has room for and as K has work for."""
+    cluster = 8
+    while cluster > 1 and (slabs * cluster > _ENOUGH_BLOCKS or cluster > k_blocks):
+        cluster //= 2
+    return cluster
 
 
 @functools.lru_cache(maxsize=1024)
@@ -87,6 +90,7 @@ def _groups(grouping: str, parts: tuple[int, ...], k: int) -> tuple[int, bool, t
     widths = parts or (k,)
     if len(widths) > _MAX_PARTS:
         raise ValueError(f"the kernels take at most {_MAX_PARTS} parts, got {len(widths)}")
+    # Eight groups that a lane holds lie in one part, at whole 16-byte vectors.
     aligned = all(width % 32 == 0 for width in widths)
     table: list[int] = []
     begin = 0
@@ -113,7 +117,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:
     return x.contiguous(), rows, 0, k, max(rows, 1)
 
 
-_pack = struct.Struct("<Qqqi4x4Q6i17i4x").pack
+_pack = struct.Struct("<Qqqi4x5Q6i17i4x").pack
 
 
 def launch_compress(
@@ -141,8 +145,8 @@ def launch_compress(
         aligned |= down_address
     if aligned % 16:
         mode = _GATHER
-    rank_tiles = 0 if rank == 0 else 4 if rank <= 32 else 8
-    shape = _shape(rank_tiles)
+    tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
+    cluster = _cluster(slabs, k_blocks)
     parameters = _pack(
         address,
         batch_stride,
@@ -152,6 +156,7 @@ def launch_compress(
         blocks.data_ptr(),
         scale.data_ptr() if norm else 0,
         lowrank.data_ptr() if rank else 0,
+        0,
         rows,
         k,
         k_blocks,
@@ -160,11 +165,7 @@ def launch_compress(
         adjacent,
         *table,
     )
-    grid = (
-        slabs * BLOCK_ROWS // (16 * shape.row_groups) * shape.cluster,
-        1 if rank_tiles == 0 else -(-rank // (8 * rank_tiles)),
-        1,
-    )
+    grid = (slabs * cluster, -(-rank // tile_rank) if rank else 1, 1)
     stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-    _kernel(_MATRIX, mode, rank_tiles).launch(grid, stream, parameters)
+    _kernel(_MATRIX, mode, tile_rank, cluster).launch(grid, stream, parameters)
     return blocks, scale, lowrank

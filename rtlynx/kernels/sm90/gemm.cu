@@ -6,6 +6,11 @@
 // rank / 32 more stages of dense k in the same accumulators. The second warpgroup runs SKEW stages behind the
 // first, so that one multiplies at the full rate while the other stores its part of the tile.
 #include "wgmma.cuh"
+#ifndef HINT_A
+#define HINT_A EVICT_NORMAL
+#define HINT_B EVICT_NORMAL
+#define HINT_Y ""
+#endif
 
 constexpr int BLOCK_ROWS = 64;      // rows of a packed block, and of one instruction
 constexpr int BLOCK_K = 64;         // logical k of a stage
@@ -13,16 +18,18 @@ constexpr int BLOCK_BYTES = 4608;   // 64 rows x 64 bytes of kept values, 512 by
 constexpr int METADATA = 4096;      // where the metadata of a block starts
 constexpr int RANK_K = 32;          // low-rank columns of a stage
 constexpr int RANK_BYTES = 4096;    // 64 rows x 32 columns
-constexpr int SLABS = 4;            // 64-row slabs of a tile
+constexpr int GROUPS = 2;           // consumer warpgroups
+constexpr int SLABS_A_GROUP = 2;
+constexpr int SLABS = GROUPS * SLABS_A_GROUP;  // 64-row slabs of a tile
 constexpr int A_BYTES = SLABS * BLOCK_BYTES;
 constexpr int STAGE_BYTES = A_BYTES + BN * BLOCK_K * 2;
 constexpr int STAGING_BYTES = 16 * 64 * 2;  // of one warp: 16 rows x 64 columns on their way out
-constexpr int CONSUMER_WARPS = 8;
+constexpr int CONSUMER_WARPS = GROUPS * 4;
 constexpr int STAGING = STAGES * STAGE_BYTES;
 constexpr int NOTES = STAGING + CONSUMER_WARPS * STAGING_BYTES;  // each consumer warp's Tile, in 32 bytes
 constexpr int BARRIERS = NOTES + CONSUMER_WARPS * 32;
 constexpr int MAX_SEGMENTS = 8;
-constexpr int SKEW_BARRIER = 1;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;  // of 168 at entry
 
 // Columns [previous column_end, column_end) of Y: one layer of several that share an input.
 struct Segment {
@@ -104,11 +111,11 @@ template <int ROW_BYTES>
 DEVICE void fetch_columns(const TensorMap& map, const Cursor& at, int k, int column) {
     const uint32_t to = at.data() + A_BYTES;
     if constexpr (CLUSTER == 1) {
-        copy_box(to, map, k, column, at.full());
+        copy_box(to, map, k, column, at.full(), HINT_B);
     } else {
         constexpr int share = BN / CLUSTER;
         const int first = cluster_rank() * share;
-        copy_box_multicast(to + first * ROW_BYTES, map, k, column + first, at.full(), (1 << CLUSTER) - 1);
+        copy_box_multicast(to + first * ROW_BYTES, map, k, column + first, at.full(), (1 << CLUSTER) - 1, HINT_B);
     }
 }
 
@@ -129,7 +136,7 @@ DEVICE void fetch(Cursor& at, const uint8_t* slab, const TensorMap& map, int cou
         wait_empty(at);
         if (lane == 0) barrier_expect(at.full(), tile.slabs * BYTES + BN * K * 2);
         __syncwarp();
-        if (lane < tile.slabs) copy_bulk(at.data() + lane * BLOCK_BYTES, slab, BYTES, at.full());
+        if (lane < tile.slabs) copy_bulk(at.data() + lane * BLOCK_BYTES, slab, BYTES, at.full(), HINT_A);
         if (lane == 0) fetch_columns<K * 2>(map, at, k, tile.column);
     }
 }
@@ -149,7 +156,12 @@ DEVICE void produce(const Parameters& p, uint32_t shared) {
 
 // ---- consumers -------------------------------------------------------------------------------------------
 
-using Accumulators = float[2][BN / 2];
+using Accumulators = float[SLABS_A_GROUP][BN / 2];
+
+DEVICE void store_streaming(uint16_t* to, const uint4& v) {
+    asm volatile("st.global" HINT_Y ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
 
 DEVICE uint32_t load_shared(uint32_t address) {
     uint32_t value;
@@ -167,34 +179,32 @@ DEVICE void release(uint32_t empty) {
     }
 }
 
-// One tile's product into the accumulators of this warpgroup, which owns slabs `group` and `group + 2`, COUNT
+// One tile's product into the accumulators of this warpgroup, which owns slabs `group` and `group + GROUPS`, COUNT
 // of them in the matrix. One stage's instructions stay in flight while the next is issued; metadata registers
-// alternate, so that none is written under an instruction that reads it.
-template <int COUNT>
-DEVICE void multiply(Accumulators& d, Cursor& at, int group, int k_blocks, int rank_blocks, int signal_at) {
+// alternate, so that none is written under an instruction that reads it. `meanwhile` runs before the last wait.
+template <int COUNT, class Meanwhile>
+DEVICE void multiply(Accumulators& d, Cursor& at, int group, int k_blocks, int rank_blocks, int signal_at,
+                     const Meanwhile& meanwhile) {
     const uint32_t offset = group * BLOCK_BYTES;
     const uint32_t metadata = offset + METADATA + threadIdx.x % 128 * 4;
-    uint32_t e[2][2];
+    constexpr int next_slab = GROUPS * BLOCK_BYTES;
+    uint32_t e[2][COUNT];
 
     auto finish_stage = [&](int k) {
         wgmma_commit();
         wgmma_wait<1>();
         if (k) release(at.previous_empty());
-        if (k == signal_at) named_arrive(SKEW_BARRIER, 256);
+        if (k == signal_at) named_arrive(group + 1, 256);
         at.advance();
     };
-    auto sparse_stage = [&](int k, uint32_t (&meta)[2]) {
+    auto sparse_stage = [&](int k, uint32_t (&meta)[COUNT]) {
         barrier_wait(at.full(), at.phase);
         const uint32_t data = at.data();
-        meta[0] = load_shared(data + metadata);
-        if constexpr (COUNT > 1) meta[1] = load_shared(data + metadata + 2 * BLOCK_BYTES);
+        unroll<COUNT>([&](auto i) { meta[i] = load_shared(data + metadata + i * next_slab); });
         const uint64_t a = matrix_descriptor<64>(data + offset), b = matrix_descriptor<128>(data + A_BYTES);
-        constexpr int second = 2 * BLOCK_BYTES >> 4;
         wgmma_fence();
-        wgmma_sparse<0>(d[0], a, b, meta[0], k);
-        if constexpr (COUNT > 1) wgmma_sparse<0>(d[1], a + second, b, meta[1], k);
-        wgmma_sparse<1>(d[0], a + 2, b + 4, meta[0], 1);
-        if constexpr (COUNT > 1) wgmma_sparse<1>(d[1], a + second + 2, b + 4, meta[1], 1);
+        unroll<COUNT>([&](auto i) { wgmma_sparse<0>(d[i], a + i * (next_slab >> 4), b, meta[i], k); });
+        unroll<COUNT>([&](auto i) { wgmma_sparse<1>(d[i], a + i * (next_slab >> 4) + 2, b + 4, meta[i], 1); });
         finish_stage(k);
     };
     int k = 0;
@@ -210,92 +220,96 @@ DEVICE void multiply(Accumulators& d, Cursor& at, int group, int k_blocks, int r
         barrier_wait(at.full(), at.phase);
         const uint32_t data = at.data();
         const uint64_t a = matrix_descriptor<64>(data + offset), b = matrix_descriptor<64>(data + A_BYTES);
-        constexpr int second = 2 * BLOCK_BYTES >> 4;
         wgmma_fence();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            wgmma_dense(d[0], a + 2 * half, b + 2 * half, 1);
-            if constexpr (COUNT > 1) wgmma_dense(d[1], a + second + 2 * half, b + 2 * half, 1);
-        }
+        unroll<2>([&](auto half) {
+            unroll<COUNT>([&](auto i) { wgmma_dense(d[i], a + i * (next_slab >> 4) + 2 * half, b + 2 * half, 1); });
+        });
         finish_stage(k);
     }
+    meanwhile();
     wgmma_wait<0>();
     release(at.previous_empty());
+    unroll<COUNT>([&](auto slab) {
 #pragma unroll
-    for (int i = 0; i < BN / 2; ++i) {  // nothing may read an accumulator before the wait
-        asm volatile("" : "+f"(d[0][i])::"memory");
-        if constexpr (COUNT > 1) asm volatile("" : "+f"(d[1][i])::"memory");
-    }
+        for (int i = 0; i < BN / 2; ++i)  // nothing may read an accumulator before the wait
+            asm volatile("" : "+f"(d[slab][i])::"memory");
+    });
 }
 
 // A tile in which this warpgroup has no rows.
-DEVICE void skip(Cursor& at, int stages, int signal_at) {
+DEVICE void skip(Cursor& at, int group, int stages, int signal_at) {
 #pragma unroll 1
     for (int k = 0; k < stages; ++k, at.advance()) {
         barrier_wait(at.full(), at.phase);
         release(at.empty());
-        if (k == signal_at) named_arrive(SKEW_BARRIER, 256);
+        if (k == signal_at) named_arrive(group + 1, 256);
     }
 }
 
-struct Pair {
-    float low, high;
+// What the epilogue needs from memory, asked for while the last products are computed: bf16 bias of two columns
+// of each 64 for a lane, s of one of the warp's rows (lane / 16 is the slab); the warp passes both around.
+struct Affine {
+    uint32_t bias[BN / 64];
+    float scale;
 };
 
-// Bias of `column` and the next, both inside or both outside of Y.
-DEVICE Pair load_bias(const Parameters& p, int column) {
-    Pair bias{0.f, 0.f};
-    if (p.bias != nullptr && column < p.columns) {
-        if (p.bias_is_float) {
-            bias = *reinterpret_cast<const Pair*>(static_cast<const float*>(p.bias) + column);
-        } else {
-            const uint32_t both = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.bias) + column);
-            bias = {bf16_low(both), bf16_high(both)};
-        }
-    }
-    return bias;
+DEVICE Affine load_affine(const Parameters& p, const Tile& tile, int group) {
+    Affine affine;
+    const int lane = threadIdx.x % 32;
+    unroll<BN / 64>([&](auto i) {
+        const int column = tile.column + i * 64 + lane * 2;
+        affine.bias[i] = 0;
+        if (p.bias != nullptr && !p.bias_is_float && column < p.columns)
+            affine.bias[i] = static_cast<const uint32_t*>(p.bias)[column / 2];
+    });
+    affine.scale = 1.f;
+    const int row = (tile.first_slab + group + lane / 16 * GROUPS) * BLOCK_ROWS + threadIdx.x / 32 % 4 * 16 + lane % 16;
+    if (p.scale != nullptr) affine.scale = p.scale[min(row, p.rows - 1)];
+    return affine;
 }
 
 // Scale, bias, round and store one slab. Each warp turns 16 rows x 64 columns in its own 2 KB of shared memory
-// (16-byte chunks xor-swizzled by row), so that rows leave as whole 128-byte lines. Each lane loads the bias of
-// two of the 64 columns and the warp passes it around: beside the accumulators there are few registers.
-DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const Tile& tile, int slab, uint32_t staging) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, quad = lane / 4, row = lane / 8, chunk = lane % 8;
-    const int row0 = (tile.first_slab + slab) * BLOCK_ROWS + warp * 16;
-    Pair s{1.f, 1.f};  // of this lane's two rows
-    if (p.scale != nullptr)
-        s = {p.scale[min(row0 + quad, p.rows - 1)], p.scale[min(row0 + quad + 8, p.rows - 1)]};
-    unroll<(BN + 63) / 64>([&](auto wide) {
-        constexpr int first = wide * 64, width = first + 64 <= BN ? 64 : BN - first;
-        const Pair bias = load_bias(p, tile.column + first + lane * 2);
-        unroll<width / 16>([&](auto part) {
+// (16-byte chunks xor-swizzled by row), so that rows leave as whole 128-byte lines.
+DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const Tile& tile, int slab,
+                       const uint32_t (&bias)[BN / 64], float s_low, float s_high, uint32_t staging) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row = lane / 8, chunk = lane % 8;
+    const int row0 = (tile.first_slab + slab) * BLOCK_ROWS + warp * 16 + row;
+    // Xor moves among chunks: staging is aligned. Of the four 8x8 matrices of a stmatrix: rows 0-7, rows 8-15, then
+    // the same of the next 8 columns.
+    const uint32_t to = staging + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+    const uint32_t from = staging + row * 128 + (chunk ^ row) * 16;
+    unroll<BN / 64>([&](auto wide) {
+        float even = bf16_low(bias[wide]), odd = bf16_high(bias[wide]);
+        if (p.bias_is_float && tile.column + wide * 64 + lane * 2 < p.columns) {
+            const float2 both = static_cast<const float2*>(p.bias)[(tile.column + wide * 64) / 2 + lane];
+            even = both.x;
+            odd = both.y;
+        }
+        unroll<4>([&](auto part) {
             uint32_t out[4];
             unroll<2>([&](auto half) {
                 constexpr int block = decltype(part)::value * 2 + decltype(half)::value;
-                const float* c = d + (first / 8 + block) * 4;
-                const float b0 = __shfl_sync(~0u, bias.low, block * 4 + lane % 4);
-                const float b1 = __shfl_sync(~0u, bias.high, block * 4 + lane % 4);
-                out[half * 2] = pack_bf16(fmaf(c[0], s.low, b0), fmaf(c[1], s.low, b1));
-                out[half * 2 + 1] = pack_bf16(fmaf(c[2], s.high, b0), fmaf(c[3], s.high, b1));
+                const float* c = d + (wide * 8 + block) * 4;
+                const float b0 = __shfl_sync(~0u, even, block * 4 + lane % 4);
+                const float b1 = __shfl_sync(~0u, odd, block * 4 + lane % 4);
+                out[half * 2] = pack_bf16(fmaf(c[0], s_low, b0), fmaf(c[1], s_low, b1));
+                out[half * 2 + 1] = pack_bf16(fmaf(c[2], s_high, b0), fmaf(c[3], s_high, b1));
             });
-            // Of the four 8x8 matrices: rows 0-7, rows 8-15, then the same of the next 8 columns.
-            const uint32_t to = staging + lane % 16 * 128 + ((part * 2 + lane / 16) ^ lane % 8) * 16;
-            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(out[0]),
-                         "r"(out[1]), "r"(out[2]), "r"(out[3])
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to ^ part * 32),
+                         "r"(out[0]), "r"(out[1]), "r"(out[2]), "r"(out[3])
                          : "memory");
         });
         __syncwarp();
-        const int column = tile.column + first + chunk * 8;
-        const bool inside = chunk * 8 < width && column < tile.column_end;
-        uint16_t* out = p.out + int64_t(row0 + row) * p.columns + column;
+        const int column = tile.column + wide * 64 + chunk * 8;
+        uint16_t* out = p.out + int64_t(row0) * p.columns + column;
         unroll<4>([&](auto i) {
             uint4 value;
-            const int line = i * 4 + row;
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
                          : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                         : "r"(staging + line * 128 + (chunk ^ (line % 8)) * 16)
+                         : "r"(from ^ i % 2 * 64), "n"(i * 512)
                          : "memory");
-            if (inside && row0 + line < p.rows) *reinterpret_cast<uint4*>(out + int64_t(i * 4) * p.columns) = value;
+            if (column < tile.column_end && row0 + i * 4 < p.rows) store_streaming(out, value);
+            out += int64_t(p.columns) * 4;
         });
         __syncwarp();
     });
@@ -325,31 +339,35 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
     Cursor at{shared};
     Accumulators d;
     wait_for_previous_kernel();
-    if (SKEW > 0 && group == 1) named_sync(SKEW_BARRIER, 256);
+    if (SKEW > 0 && group > 0) named_sync(group, 256);
 #pragma unroll 1
     for (int index = blockIdx.x / CLUSTER; index < p.tiles; index += gridDim.x / CLUSTER) {
         Tile tile = tile_at(p, index);
-        int count = max(0, min(2, (tile.slabs - group + 1) / 2));
+        int count = max(0, min(SLABS_A_GROUP, (tile.slabs - group + GROUPS - 1) / GROUPS));
         write_note(note, tile, count);
-        // After which stage of its first tile the first warpgroup lets the second one start.
-        const int signal_at = group == 0 && index == blockIdx.x / CLUSTER ? min(SKEW, p.k_blocks) - 1 : -1;
-        if (count == 2)
-            multiply<2>(d, at, group, p.k_blocks, tile.rank_blocks, signal_at);
-        else if (count == 1)
-            multiply<1>(d, at, group, p.k_blocks, tile.rank_blocks, signal_at);
+        // After which stage of its first tile a warpgroup lets the next one start.
+        const int signal_at = group + 1 < GROUPS && index == blockIdx.x / CLUSTER ? min(SKEW, p.k_blocks) - 1 : -1;
+        Affine affine;
+        auto meanwhile = [&]() {
+            read_note(note, tile);
+            affine = load_affine(p, tile, group);
+        };
+        if (count == SLABS_A_GROUP)
+            multiply<SLABS_A_GROUP>(d, at, group, p.k_blocks, tile.rank_blocks, signal_at, meanwhile);
+        else if (SLABS_A_GROUP > 1 && count == 1)
+            multiply<1>(d, at, group, p.k_blocks, tile.rank_blocks, signal_at, meanwhile);
         else
-            skip(at, p.k_blocks + tile.rank_blocks, signal_at);
+            skip(at, group, p.k_blocks + tile.rank_blocks, signal_at);
         count = read_note(note, tile);
-        if (count > 0) store_slab(p, d[0], tile, group, staging);
-        count = read_note(note, tile);
-        if (count > 1) store_slab(p, d[1], tile, group + 2, staging);
+        unroll<SLABS_A_GROUP>([&](auto i) {
+            const int row = i * 16 + threadIdx.x % 32 / 4;
+            const float s_low = __shfl_sync(~0u, affine.scale, row), s_high = __shfl_sync(~0u, affine.scale, row + 8);
+            if (i < count) store_slab(p, d[i], tile, group + i * GROUPS, affine.bias, s_low, s_high, staging);
+        });
     }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
-#endif
+extern "C" __global__ void __launch_bounds__(128 + GROUPS * 128, 1)
 gemm(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) uint8_t memory[];
     const uint32_t shared = shared_address(memory);
@@ -369,10 +387,10 @@ gemm(const __grid_constant__ Parameters p) {
         __syncthreads();
 
     if (threadIdx.x < 128) {
-        give_registers<24>();
+        give_registers<PRODUCER_REGISTERS>();
         if (threadIdx.x < 32) produce(p, shared);
     } else {
-        take_registers<240>();
+        take_registers<CONSUMER_REGISTERS>();
         consume(p, shared);
     }
     if constexpr (CLUSTER > 1) cluster_sync();  // no CTA leaves while the other may still signal it

@@ -44,7 +44,13 @@ def _kernel(tile: Tile) -> jit.Kernel:
     kernel = _kernels.get(tile)
     if kernel is None:
         kernel = _kernels[tile] = jit.load(
-            "gemm.cu", "gemm", _defines(tile), threads=_THREADS, shared_bytes=_shared_bytes(tile), pdl=True
+            "gemm.cu",
+            "gemm",
+            _defines(tile),
+            threads=_THREADS,
+            shared_bytes=_shared_bytes(tile),
+            pdl=True,
+            cluster=tile.cluster,
         )
     return kernel
 

@@ -1,4 +1,4 @@
-// The two warpgroup matrix instructions of the GEMM at the tile width BN: m64 nBN, float32 accumulators.
+// The two warpgroup matrix instructions at the tile width BN: m64 nBN, float32 accumulators.
 //
 // PTX: wgmma.mma_async.sp (k32, A sparse in shared memory) and wgmma.mma_async (k16, dense). The accumulator
 // list must be spelled out, so the preprocessor writes it: BN / 2 registers a thread.
@@ -14,7 +14,23 @@
 #define ACC8(i) ACC4(i), ACC4(i + 4)
 #define ACC32(i) ACC8(i), ACC8(i + 8), ACC8(i + 16), ACC8(i + 24)
 
-#if BN == 128
+#if BN == 32
+#define ACC_LIST REGS10() ", %10, %11, %12, %13, %14, %15"
+#define ACC_OPERANDS ACC8(0), ACC8(8)
+#define OP0 "%16"
+#define OP1 "%17"
+#define OP2 "%18"
+#define OP3 "%19"
+#define OP4 "%20"
+#elif BN == 64
+#define ACC_LIST REGS10() ", " REGS10(1) ", " REGS10(2) ", %30, %31"
+#define ACC_OPERANDS ACC32(0)
+#define OP0 "%32"
+#define OP1 "%33"
+#define OP2 "%34"
+#define OP3 "%35"
+#define OP4 "%36"
+#elif BN == 128
 #define ACC_LIST REGS40 ", " REGS10(4) ", " REGS10(5) ", %60, %61, %62, %63"
 #define ACC_OPERANDS ACC32(0), ACC32(32)
 #define OP0 "%64"
@@ -22,30 +38,6 @@
 #define OP2 "%66"
 #define OP3 "%67"
 #define OP4 "%68"
-#elif BN == 144
-#define ACC_LIST REGS40 ", " REGS10(4) ", " REGS10(5) ", " REGS10(6) ", %70, %71"
-#define ACC_OPERANDS ACC32(0), ACC32(32), ACC8(64)
-#define OP0 "%72"
-#define OP1 "%73"
-#define OP2 "%74"
-#define OP3 "%75"
-#define OP4 "%76"
-#elif BN == 160
-#define ACC_LIST REGS80
-#define ACC_OPERANDS ACC32(0), ACC32(32), ACC8(64), ACC8(72)
-#define OP0 "%80"
-#define OP1 "%81"
-#define OP2 "%82"
-#define OP3 "%83"
-#define OP4 "%84"
-#elif BN == 176
-#define ACC_LIST REGS80 ", " REGS8(8)
-#define ACC_OPERANDS ACC32(0), ACC32(32), ACC8(64), ACC8(72), ACC8(80)
-#define OP0 "%88"
-#define OP1 "%89"
-#define OP2 "%90"
-#define OP3 "%91"
-#define OP4 "%92"
 #elif BN == 192
 #define ACC_LIST REGS80 ", " REGS10(8) ", %90, %91, %92, %93, %94, %95"
 #define ACC_OPERANDS ACC32(0), ACC32(32), ACC32(64)
@@ -54,16 +46,8 @@
 #define OP2 "%98"
 #define OP3 "%99"
 #define OP4 "%100"
-#elif BN == 208
-#define ACC_LIST REGS80 ", " REGS10(8) ", " REGS10(9) ", %100, %101, %102, %103"
-#define ACC_OPERANDS ACC32(0), ACC32(32), ACC32(64), ACC8(96)
-#define OP0 "%104"
-#define OP1 "%105"
-#define OP2 "%106"
-#define OP3 "%107"
-#define OP4 "%108"
 #else
-#error "BN is one of 128, 144, 160, 176, 192, 208"
+#error "BN is one of 32, 64, 128, 192"
 #endif
 
 #define STRING_(x) #x

@@ -1,0 +1,294 @@
+"""One call of the kernels as a value: its operands, what must come out in float64, and the comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rtlynx import Pattern
+from rtlynx.kernels import ops
+from rtlynx.kernels.blocks import compute_order, pack_blocks, unpack_lowrank
+from rtlynx.pattern import pattern_mask
+
+LIMIT = 2.5e-3  # of Y; rounding to bfloat16 alone is 1.7e-3
+LIMIT_OF_FEW, FEW = 4e-3, 256  # a few outputs may all be rounded badly, T and Y
+DATA = ("normal", "heavy", "ties", "zeros", "tiny", "huge", "rows", "bits")
+LAYOUTS = ("plain", "wide", "odd", "batched", "swapped", "four")
+BIASES = {"none": None, "bf16": torch.bfloat16, "f32": torch.float32}
+_MAGNITUDE = {"tiny": 1e-30, "huge": 1e30}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Operands of one layer.
+
+    rank : of the low-rank branch; a tuple for several layers with factors of their own, N split among them.
+    parts : widths of strided parts, or empty.
+    data : how X is drawn: "heavy" has a few channels 100 times the others, "rows" tokens from 1e-30 to 1e30,
+        "bits" any bit pattern, for which selection and scale alone are compared.
+    layout : of X in memory: "wide" and "odd" are rows of a wider matrix, the latter at odd addresses.
+    """
+
+    rows: int
+    k: int
+    n: int
+    rank: int | tuple[int, ...] = 0
+    grouping: str = "adjacent"
+    parts: tuple[int, ...] = ()
+    norm: bool = True
+    bias: str = "none"
+    data: str = "normal"
+    layout: str = "plain"
+    seed: int = 0
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern(2, 4, self.grouping, self.parts or 1)
+
+    @property
+    def magnitude(self) -> float:
+        return _MAGNITUDE.get(self.data, 1.0)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Parameters of one layer, in natural column order."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+
+
+def _generator(case: Case) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(case.seed)
+
+
+def make_input(case: Case) -> Tensor:
+    """X (..., K) with `rows` tokens in all."""
+    values = _values(case, _generator(case))
+    rows, k = case.rows, case.k
+    if case.layout == "plain":
+        return values
+    if case.layout in ("wide", "odd"):
+        begin = 8 if case.layout == "wide" else 1
+        whole = values.new_full((rows, begin + k + (8 if case.layout == "wide" else 2)), math.nan)
+        part = whole[:, begin : begin + k]
+        part.copy_(values)
+        return part
+    batch = next(b for b in (3, 2, 1) if rows % b == 0)
+    whole = values.new_full((batch, rows // batch + 5, k), math.nan)
+    if case.layout == "batched":
+        part = whole[:, 5:]
+    elif case.layout == "swapped":
+        part = values.new_full((rows // batch, batch, k), math.nan).transpose(0, 1)
+    else:
+        part = whole.new_full((1, rows // batch, batch, k), math.nan).transpose(1, 2)
+    part.copy_(values.view(part.shape))
+    return part
+
+
+def _values(case: Case, generator: torch.Generator) -> Tensor:
+    shape = (case.rows, case.k)
+    if case.data == "bits":
+        bits = torch.randint(-0x8000, 0x8000, shape, generator=generator, device="cuda")
+        return bits.to(torch.int16).view(torch.bfloat16)
+    if case.data == "ties":
+        return (torch.randint(-2, 3, shape, generator=generator, device="cuda") / 2).bfloat16()
+    x = torch.randn(shape, generator=generator, device="cuda") * case.magnitude
+    if case.data == "heavy":
+        x[:, torch.randperm(case.k, generator=generator, device="cuda")[: max(1, case.k // 200)]] *= 100
+    elif case.data == "zeros":
+        x *= torch.rand(shape, generator=generator, device="cuda") < 0.2
+        x[:: 3 if case.rows > 1 else 2] = 0.0
+    elif case.data == "rows":
+        exponent = torch.rand(case.rows, 1, generator=generator, device="cuda") * 60 - 30
+        x *= 10**exponent
+    return x.bfloat16()
+
+
+def make_layers(case: Case) -> list[Layer]:
+    """One layer, or one for each rank; the low-rank branch is a third of the output at most."""
+    generator = _generator(case)
+    generator.manual_seed(case.seed + 1)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator, device="cuda")).bfloat16()
+
+    ranks = case.rank if isinstance(case.rank, tuple) else (case.rank,)
+    sizes = [case.n // len(ranks) // 8 * 8] * (len(ranks) - 1)
+    layers = []
+    for rank, n in zip(ranks, [*sizes, case.n - sum(sizes)], strict=True):
+        dtype = BIASES[case.bias]
+        layers.append(
+            Layer(
+                normal(n, case.k, scale=case.k**-0.5),
+                None if dtype is None else normal(n, scale=0.5 * case.magnitude).to(dtype),
+                normal(rank, case.k, scale=case.k**-0.5) if rank else None,
+                normal(n, rank, scale=0.3 * rank**-0.5) if rank else None,
+            )
+        )
+    return layers
+
+
+# --------------------------------------------------------------------------------------- in float64
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Rows with an entry that is not finite are in `broken`; what is said of them elsewhere means nothing."""
+
+    broken: Tensor  # (M,)
+    scale: Tensor  # (M,)
+    kept: Tensor  # (M, K), zeros where entries were dropped
+
+
+def expect(x: Tensor, pattern: Pattern) -> Expected:
+    """Selection and norm scale of X (M, K), by `rtlynx.pattern` and in float64."""
+    mask = pattern_mask(x, pattern)
+    wide = x.double()
+    kept = torch.where(mask, wide, 0.0)
+    broken = ~torch.isfinite(wide).all(-1)
+    total, left = wide.square().sum(-1), kept.square().sum(-1)
+    scale = torch.where((total > 0) & ~broken, (total / left).sqrt(), 1.0)
+    return Expected(broken, scale, kept)
+
+
+def product(x: Tensor, layer: Layer, expected: Expected, norm: bool) -> tuple[Tensor, Tensor]:
+    """Y (M, N) of the layer in float64, the mask applied before anything else, and the size of its rows.
+
+    The size (M, 1) is at least the usual one: where terms happen to cancel, their errors do not.
+    """
+    kept = expected.kept * expected.scale.unsqueeze(-1) if norm else expected.kept
+    y, square = _random_product(kept, layer.weight.double())
+    if layer.down is not None and layer.up is not None:
+        low, size = _random_product(x.double() @ layer.down.double().T, layer.up.double())
+        y, square = y + low, square + size
+    if layer.bias is not None:
+        y, square = y + layer.bias.double(), square + layer.bias.double().square().sum()
+    return y, torch.maximum(square.sqrt(), y.norm(dim=-1, keepdim=True))
+
+
+def _random_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """X W^T, and what the squared norm of its rows is on average for a random W of the norm of this one."""
+    return x @ weight.T, x.square().sum(-1, keepdim=True) * weight.square().mean(-1).sum()
+
+
+# -------------------------------------------------------------------------------------- comparison
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Everything that `torch.empty` gives out is full of NaN, or of ones in integers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert bool(torch.empty(4, device="cuda").isnan().all())
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def arguments(case: Case) -> tuple[str, list[int], bool]:
+    """The last three arguments of `compress` and `linear`."""
+    return case.grouping, ops.pattern_parts(case.pattern, case.k), case.norm
+
+
+@torch.no_grad()
+def check(case: Case) -> None:
+    """Run the operators on `case` and compare all that they return; AssertionError where it is not right."""
+    x, layers = make_input(case), make_layers(case)
+    flat = x.reshape(-1, case.k)
+    expected = expect(flat, case.pattern)
+    down, up, segments = joined(layers)
+    with poisoned():
+        blocks, scale, lowrank = ops.compress(x, down, *arguments(case))
+    check_compressed(case, flat, expected, down, (blocks, scale, lowrank))
+    if case.data == "bits":
+        return
+    weight = compute_order(torch.cat([layer.weight for layer in layers]), case.pattern)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    with poisoned():
+        y = ops.gemm(blocks, scale, lowrank, weight, up, bias, case.rows, segments)
+    assert y.shape == (case.rows, case.n)
+    begin = 0
+    for layer in layers:
+        end = begin + layer.weight.shape[0]
+        check_output(case, y[:, begin:end], *product(flat, layer, expected, case.norm))
+        begin = end
+    again = ops.gemm(blocks, scale, lowrank, weight, up, bias, case.rows, segments)
+    assert torch.equal(y, again), "a second product gives other bits"
+    if len(layers) == 1:
+        with poisoned():
+            once = ops.linear(x, weight, bias, down, up, *arguments(case))
+        assert once.shape == (*x.shape[:-1], case.n)
+        assert torch.equal(once.reshape(y.shape), y), "linear gives other bits than compress and gemm"
+
+
+def joined(layers: list[Layer]) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """Factors of all layers as the operators take them: `down`, `up`, `segments`."""
+    if len(layers) == 1:
+        return layers[0].down, layers[0].up, []
+    widest = max(layer.down.shape[0] for layer in layers if layer.down is not None)
+    downs, ups, segments, end, first = [], [], [], 0, 0
+    for layer in layers:
+        assert layer.down is not None
+        assert layer.up is not None
+        rank = layer.down.shape[0]
+        downs.append(pad(layer.down, (0, 0, 0, -rank % 32)))
+        ups.append(pad(layer.up, (0, widest - rank)))
+        end += layer.weight.shape[0]
+        segments += [end, first, rank]
+        first += rank + -rank % 32
+    return torch.cat(downs), torch.cat(ups), segments
+
+
+def check_compressed(
+    case: Case, x: Tensor, expected: Expected, down: Tensor | None, compressed: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Blocks bit for bit, the scale and T against float64."""
+    blocks, scale, lowrank = compressed
+    truth = pack_blocks(x, case.pattern)
+    assert blocks.shape == truth.shape
+    wrong = (blocks != truth).nonzero()
+    assert not len(wrong), f"{len(wrong)} bytes of the blocks differ, the first at {int(wrong[0])}"
+    assert scale.shape == (case.rows if case.norm else 0,)
+    if case.norm:
+        error = (scale.double() / expected.scale - 1).abs()
+        assert float(error.max()) < 1e-5, f"scale of row {int(error.argmax())} is off by {error.max():.1e}"
+    if down is None:
+        assert lowrank.shape == (0,)
+        return
+    rank = down.shape[0]
+    columns = -(-rank // 32) * 32
+    t = unpack_lowrank(lowrank, case.rows, columns)[~expected.broken].double()
+    assert not bool(t[:, rank:].any()), "T is not zero beyond the rank"
+    if case.data == "bits":
+        return  # float32 overflows
+    divisor = expected.scale if case.norm else torch.ones_like(expected.scale)
+    wide = x.double()[~expected.broken] / divisor[~expected.broken].unsqueeze(-1)
+    exact = wide @ down.double().T
+    # One rounding to bfloat16, and sums in float32 whose terms may cancel.
+    size = wide.norm(dim=-1, keepdim=True) * down.double().norm(dim=-1)
+    excess = (t[:, :rank] - exact).abs() - (2**-8 * exact.abs() + 1e-5 * size + 1e-38)
+    assert not excess.numel() or float(excess.max()) <= 0, f"T is off by {float(excess.max()):.1e} too much"
+
+
+def check_output(case: Case, y: Tensor, exact: Tensor, size: Tensor) -> None:
+    """Y (M, N) full, finite and within the limit, row by row where rows differ in size."""
+    assert y.dtype == torch.bfloat16
+    assert bool(torch.isfinite(y).all()), f"{int((~torch.isfinite(y)).sum())} entries of Y are not finite"
+    difference = y.double() - exact
+    if case.data == "rows":
+        error = float((difference / size.clamp_min(1e-300)).norm()) / math.sqrt(case.rows)
+    else:
+        error = float(difference.norm() / size.norm().clamp_min(1e-300))
+    limit = LIMIT if exact.numel() >= FEW else LIMIT_OF_FEW
+    assert error <= limit, f"Y is off by {error:.2e}, more than {limit}"

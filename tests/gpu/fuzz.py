@@ -1,0 +1,114 @@
+"""Random calls of the kernels against float64: `python tests/gpu/fuzz.py --minutes 5`.
+
+Prints the count, or the first case that fails and how to run it alone; the exit code says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+
+import torch
+from cases import BIASES, DATA, LAYOUTS, Case, check
+
+# Above this many products a case takes longer than a hundred small ones.
+MOST_WORK = 4e11
+
+
+def skewed(draw: random.Random, low: int, high: int, step: int = 1) -> int:
+    """A multiple of `step` from `low` to `high`, as often small as large on a logarithmic scale."""
+    value = low * (high / low) ** draw.random()
+    return max(low, min(high, round(value / step) * step))
+
+
+def parts_of(draw: random.Random, k: int) -> tuple[int, ...]:
+    """Up to four widths that add up to `k`, each a multiple of 4, or of 32 where that goes."""
+    step = 32 if k % 32 == 0 and draw.random() < 0.5 else 4
+    count = min(draw.randint(1, 4), k // step)
+    if count == 1:
+        return ()
+    cuts = sorted(draw.sample(range(1, k // step), count - 1))
+    return tuple((end - begin) * step for begin, end in zip([0, *cuts], [*cuts, k // step], strict=True))
+
+
+def random_case(draw: random.Random) -> Case:
+    """Mostly small, now and then of the size of a real layer."""
+    while True:
+        large = draw.random() < 0.03
+        k = skewed(draw, 4, 15360 if large else 1536, draw.choice((4, 8, 16, 64, 64, 64)))
+        k = max(4, k // 4 * 4)
+        rows = skewed(draw, 1, 9000 if large else 600)
+        n = skewed(draw, 1, 12288 if large else 700, draw.choice((1, 8, 8, 64)))
+        if rows * k * n <= MOST_WORK:
+            break
+    strided = draw.random() < 0.4
+    rank: int | tuple[int, ...] = draw.choice((0, 0, 16, 64, draw.randint(1, 64), draw.randint(1, 320)))
+    layers = draw.randint(2, 4)
+    if draw.random() < 0.15 and n >= 8 * layers:
+        rank = tuple(draw.randint(1, 96) for _ in range(layers))
+    data = draw.choice(DATA)
+    return Case(
+        rows=rows,
+        k=k,
+        n=n,
+        rank=rank,
+        grouping="strided" if strided else "adjacent",
+        parts=parts_of(draw, k) if strided else (),
+        norm=draw.random() < 0.7,
+        bias="none" if data == "rows" else draw.choice(list(BIASES)),  # it would hide small rows
+        data=data,
+        layout=draw.choice(LAYOUTS),
+        seed=draw.randrange(2**31),
+    )
+
+
+def from_json(text: str) -> Case:
+    fields = json.loads(text)
+    if isinstance(fields.get("rank"), list):
+        fields["rank"] = tuple(fields["rank"])
+    return Case(**{**fields, "parts": tuple(fields.get("parts", ()))})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, help="of the first case; a new one each time without it")
+    parser.add_argument("--case", help="run this one alone, as printed for a failure")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        print("the kernels need a Hopper card (compute capability 9.0), and torch sees none")
+        return 2
+    if options.case:
+        check(from_json(options.case))
+        print("passes")
+        return 0
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**31)
+    draw = random.Random(seed)
+    print(f"{torch.cuda.get_device_name()}, seed {seed}", flush=True)
+    kinds: Counter[str] = Counter()
+    start = said = time.monotonic()
+    while (now := time.monotonic()) - start < 60 * options.minutes:
+        case = random_case(draw)
+        try:
+            check(case)
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"case {kinds.total()} fails: {type(error).__name__}: {error}")
+            print(f"python tests/gpu/fuzz.py --case '{json.dumps(asdict(case))}'")
+            return 1
+        kinds[case.data] += 1
+        if now - said > 30:
+            said = now
+            print(f"{kinds.total()} cases in {now - start:.0f} s", flush=True)
+    counts = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    print(f"{kinds.total()} cases in {time.monotonic() - start:.0f} s, none fails ({counts})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
