@@ -28,6 +28,7 @@ constexpr int RAW_BYTES = TILES * X_TILE;
 constexpr int STAGE_BYTES = Source::RAWS * RAW_BYTES + TILES * DOWN_TILE;
 constexpr int T_PITCH = RANK + 4;
 constexpr int MAX_PARTS = 8;
+constexpr int MAX_CTAS = 8;  // of a cluster
 
 // Groups [previous group_end, group_end) lie strided in the columns from first_column on.
 struct Part {
@@ -136,6 +137,11 @@ DEVICE float squares(uint32_t pair, float unit, float sum) {
 
 struct Values {
     uint4 v[TILES];
+
+    DEVICE uint32_t word(int i) const {
+        const uint4& four = v[i / 4];
+        return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+    }
 };
 
 struct Selected {
@@ -143,40 +149,50 @@ struct Selected {
     uint32_t nibbles;  // from the lowest on
 };
 
-DEVICE Selected select_row(const Values& x, RowNorm& norm) {
+DEVICE Selected select_row(const Values& x, uint32_t& largest) {
     Selected out;
-    out.nibbles = 0;
-    uint32_t largest = norm.largest;
+    out.nibbles = 0xFFFFFFFFu;
     unroll<GROUPS>([&](auto j) {
         uint32_t e01, e23;
         if constexpr (MODE == ADJACENT) {
-            const uint4& v = x.v[j / 2];
-            e01 = j % 2 ? v.z : v.x;
-            e23 = j % 2 ? v.w : v.y;
+            e01 = x.word(j * 2);
+            e23 = x.word(j * 2 + 1);
         } else {
-            auto word = [&](int i) {
-                const uint4& v = x.v[i];
-                return j / 2 == 0 ? v.x : j / 2 == 1 ? v.y : j / 2 == 2 ? v.z : v.w;
-            };
             constexpr uint32_t both = decltype(j)::value % 2 ? 0x7632 : 0x5410;
-            e01 = permute(word(0), word(1), both);
-            e23 = permute(word(2), word(3), both);
+            e01 = permute(x.word(j / 2), x.word(4 + j / 2), both);
+            e23 = permute(x.word(8 + j / 2), x.word(12 + j / 2), both);
         }
         const Kept kept = keep_two_of_four(e01, e23);
         out.pairs[j] = kept.pair;
-        out.nibbles |= kept.nibble << (j * 4);
+        out.nibbles -= kept.early << (j * 4);
+        out.nibbles -= kept.late << (j * 4 + 2);
         largest = max(largest, kept.largest);
     });
-    norm.raise(largest);
-    const float unit = RowNorm::unit(norm.largest);
-    unroll<TILES>([&](auto i) {
-        norm.total = squares(x.v[i].x, unit, norm.total);
-        norm.total = squares(x.v[i].y, unit, norm.total);
-        norm.total = squares(x.v[i].z, unit, norm.total);
-        norm.total = squares(x.v[i].w, unit, norm.total);
-    });
-    unroll<GROUPS>([&](auto j) { norm.kept = squares(out.pairs[j], unit, norm.kept); });
     return out;
+}
+
+// Sums of squares of a warp's sixteen rows, on the tensor cores: the diagonals of X X^T, from words as they lie in
+// registers. Rows `row` of A are x, rows `row` + 8 are y, two words of one row; with B = x the upper diagonal gathers
+// x^2, with B = y the lower one y^2. Lane 4g + g / 2 ends up with the sums of row g.
+struct Squares {
+    float upper[4], lower[4];
+
+    DEVICE static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(b));
+    }
+    DEVICE void add(uint32_t x, uint32_t y) {
+        mma(upper, x, y, x);
+        mma(lower, x, y, y);
+    }
+    DEVICE float sum(int g) const { return g % 2 ? upper[1] + lower[3] : upper[0] + lower[2]; }
+};
+
+// Squares as they are neither overflow nor vanish beside the largest: magnitudes from 2^-40 to 2^55.
+DEVICE bool plain_squares_do(uint32_t largest) {
+    return largest == 0 || largest >= 0x7F80u || (largest >= (127 - 40) << 7 && largest < (127 + 55) << 7);
 }
 
 // Packed values and metadata of this lane's rows g and g + 8 of its warp's sixteen.
@@ -216,6 +232,41 @@ DEVICE void store_unit(const Parameters& p, int slab, int unit, const Selected (
     }
 }
 
+// The bf16 values of a tile's chunk, zeros outside of X.
+DEVICE uint4 make(const Parameters& p, const Row& row, int column, const uint4 (&raw)[Source::RAWS]) {
+    if constexpr (!Source::TRANSFORMS) return raw[0];
+    return row.inside && column < p.columns ? p.source.make(row, column, raw) : uint4{0, 0, 0, 0};
+}
+
+// This lane's share of a row's norm, for magnitudes whose squares a float does not hold.
+__device__ __noinline__ RowNorm scaled_norm(const Parameters& p, const Row& row, int cta, int ctas) {
+    RowNorm norm = {};
+    const int q = threadIdx.x % 4;
+    for (int unit = cta; unit * UNIT_BLOCKS < p.k_blocks; unit += ctas) {
+        const Columns columns = columns_of(p, unit, q);
+        Values x;
+        unroll<TILES>([&](auto tile) {
+            if constexpr (MODE == GATHER) {
+                x.v[tile] = gather(p, row.inside ? row.raw[0] : nullptr, unit, q, tile);
+            } else {
+                uint4 raw[Source::RAWS] = {};
+                if (row.inside && columns[tile] < p.columns)
+                    unroll<Source::RAWS>([&](auto r) {
+                        raw[r] = *reinterpret_cast<const uint4*>(p.source.at(row, r, columns[tile]));
+                    });
+                x.v[tile] = make(p, row, columns[tile], raw);
+            }
+        });
+        uint32_t largest = norm.largest;
+        const Selected selected = select_row(x, largest);
+        norm.raise(largest);
+        const float in_units = RowNorm::unit(largest);
+        unroll<TILES * 4>([&](auto i) { norm.total = squares(x.word(i), in_units, norm.total); });
+        unroll<GROUPS>([&](auto i) { norm.kept = squares(selected.pairs[i], in_units, norm.kept); });
+    }
+    return norm;
+}
+
 // ---- sums over a row: four lanes, then the CTAs of the cluster, always in the same order -----------------
 
 template <class T>
@@ -243,20 +294,17 @@ DEVICE T combine_quad(T mine) {
     return mine;
 }
 
-template <class T>
-DEVICE T from_cta(const T& object, int rank) {
-    T copy;
-    const uint32_t from = map_to_cta(shared_address(&object), rank);
-    float* words = reinterpret_cast<float*>(&copy);
-#pragma unroll
-    for (int i = 0; i < int(sizeof(T) / 4); ++i) words[i] = load_cluster_f32(from + i * 4);
-    return copy;
-}
-
+// A row's parts from all CTAs of the cluster; sizeof(T) is 16.
 template <class T>
 DEVICE T combine_ctas(const T& part, int ctas) {
-    T sum{};
-    for (int cta = 0; cta < ctas; ++cta) sum.add(from_cta(part, cta));
+    const uint32_t own = shared_address(&part);
+    T parts[MAX_CTAS], sum{};
+#pragma unroll
+    for (int cta = 0; cta < MAX_CTAS; ++cta)  // all are asked for before the first is used
+        if (cta < ctas) reinterpret_cast<float4&>(parts[cta]) = load_cluster(map_to_cta(own, cta));
+#pragma unroll
+    for (int cta = 0; cta < MAX_CTAS; ++cta)
+        if (cta < ctas) sum.add(parts[cta]);
     return sum;
 }
 
@@ -284,9 +332,11 @@ compress(const __grid_constant__ Parameters p) {
         rows[i].inside = row < p.rows;
         p.source.open(rows[i], min(row, p.rows - 1));
     });
+    uint32_t next_stage = shared;
     auto start = [&](int index) {
-        if (index < own_units) fetch(p, shared + index % STAGES * STAGE_BYTES, cta + index * ctas, rows, first_rank);
+        if (index < own_units) fetch(p, next_stage, cta + index * ctas, rows, first_rank);
         copy_async_commit();
+        next_stage = next_stage + STAGE_BYTES == shared + STAGES * STAGE_BYTES ? shared : next_stage + STAGE_BYTES;
     };
     for (int index = 0; index < STAGES - 1; ++index) start(index);
 
@@ -305,36 +355,35 @@ compress(const __grid_constant__ Parameters p) {
             if (q == 0) shared_moments[mine + i * 8] = sum;
         });
         cluster_sync();
-        unroll<2>([&](auto i) { p.source.finish(rows[i], combine_ctas(shared_moments[mine + i * 8], ctas)); });
+        __shared__ RowMoments whole[ROWS];
+        if (threadIdx.x < ROWS) whole[threadIdx.x] = combine_ctas(shared_moments[threadIdx.x], ctas);
+        __syncthreads();
+        unroll<2>([&](auto i) { p.source.finish(rows[i], whole[mine + i * 8]); });
     }
 
-    RowNorm norm[2] = {};
+    uint32_t largest[2] = {0, 0};
+    Squares total[2] = {}, kept[2] = {};
 #if RANK > 0
     float t[RANK / 2];
 #endif
+    uint32_t stage = shared;
 #pragma unroll 1
     for (int index = 0; index < own_units; ++index) {
         const int unit = cta + index * ctas;
-        const uint32_t stage = shared + index % STAGES * STAGE_BYTES;
         copy_async_wait<STAGES - 2>();
-        Values x[2];
         const Columns columns = columns_of(p, unit, q);
+        Values x[2];
         unroll<2>([&](auto i) {
             unroll<TILES>([&](auto tile) {
                 const uint32_t at = stage + tile * X_TILE + swizzled(mine + i * 8, q);
                 uint4 raw[Source::RAWS];
                 unroll<Source::RAWS>([&](auto r) { raw[r] = load_shared_16(at + r * RAW_BYTES); });
+                x[i].v[tile] = make(p, rows[i], columns[tile], raw);
                 if constexpr (Source::TRANSFORMS) {
-                    x[i].v[tile] = uint4{0, 0, 0, 0};
-                    if (rows[i].inside && columns[tile] < p.columns) {
-                        x[i].v[tile] = p.source.make(rows[i], columns[tile], raw);
-                        if (p.dense != nullptr && first_ranks)
-                            *reinterpret_cast<uint4*>(p.dense + int64_t(slab * ROWS + mine + i * 8) * p.columns +
-                                                      columns[tile]) = x[i].v[tile];
-                    }
+                    if (p.dense != nullptr && first_ranks && rows[i].inside && columns[tile] < p.columns)
+                        *reinterpret_cast<uint4*>(p.dense + int64_t(slab * ROWS + mine + i * 8) * p.columns +
+                                                  columns[tile]) = x[i].v[tile];
                     if constexpr (RANK > 0) store_shared_16(at, x[i].v[tile]);
-                } else {
-                    x[i].v[tile] = raw[0];
                 }
             });
         });
@@ -351,8 +400,15 @@ compress(const __grid_constant__ Parameters p) {
         wgmma_commit();
 #endif
         start(index + STAGES - 1);  // over the stage before this one, which everybody has left
-        const Selected selected[2] = {select_row(x[0], norm[0]), select_row(x[1], norm[1])};
+        stage = stage + STAGE_BYTES == shared + STAGES * STAGE_BYTES ? shared : stage + STAGE_BYTES;
+        const Selected selected[2] = {select_row(x[0], largest[0]), select_row(x[1], largest[1])};
         if (first_ranks) store_unit(p, slab, unit, selected);
+        if (p.scale != nullptr) {
+            unroll<2>([&](auto i) {
+                unroll<TILES * 2>([&](auto j) { total[i].add(x[i].word(j * 2), x[i].word(j * 2 + 1)); });
+                unroll<GROUPS / 2>([&](auto j) { kept[i].add(selected[i].pairs[j * 2], selected[i].pairs[j * 2 + 1]); });
+            });
+        }
 #if RANK > 0
         wgmma_wait<0>();
 #endif
@@ -362,9 +418,23 @@ compress(const __grid_constant__ Parameters p) {
         return;
     }
     unroll<2>([&](auto i) {
-        const RowNorm sum = combine_quad(norm[i]);
-        if (q == 0) shared_norm[mine + i * 8] = sum;
+        largest[i] = max(largest[i], __shfl_xor_sync(~0u, largest[i], 1));
+        largest[i] = max(largest[i], __shfl_xor_sync(~0u, largest[i], 2));
     });
+    RowNorm norms[2] = {{largest[0], total[0].sum(g), kept[0].sum(g)}, {largest[1], total[1].sum(g), kept[1].sum(g)}};
+    const bool plain[2] = {plain_squares_do(largest[0]), plain_squares_do(largest[1])};
+    unroll<2>([&](auto i) {
+        const float unit = largest[i] ? RowNorm::unit(largest[i]) : 0.f;
+        norms[i].total *= unit * unit;
+        norms[i].kept *= unit * unit;
+        if (plain[i] && q == g / 2) shared_norm[mine + i * 8] = norms[i];
+    });
+    if (__any_sync(~0u, !plain[0] || !plain[1])) {  // once more, in units of the rows' own magnitude
+        unroll<2>([&](auto i) {
+            const RowNorm sum = combine_quad(scaled_norm(p, rows[i], cta, ctas));
+            if (!plain[i] && q == 0) shared_norm[mine + i * 8] = sum;
+        });
+    }
 #if RANK > 0
     __syncthreads();  // the stages are free
     float* shared_t = reinterpret_cast<float*>(memory);
@@ -376,27 +446,38 @@ compress(const __grid_constant__ Parameters p) {
     }
 #endif
     cluster_sync();
-    // Each CTA finishes every ctas-th row: a thread eight columns of T' of one.
-    constexpr int chunks = RANK > 0 ? RANK / 8 : 1;
-    for (int task = threadIdx.x; task < (ROWS - cta + ctas - 1) / ctas * chunks; task += THREADS) {
-        const int in_slab = cta + task / chunks * ctas, chunk = task % chunks, row = slab * ROWS + in_slab;
+    // Each CTA finishes every ctas-th row: s first, then T', a thread eight columns of a row.
+    const int own_rows = (ROWS - cta + ctas - 1) / ctas;
+    __shared__ float shared_scale[ROWS];
+    if (threadIdx.x < own_rows) {
+        const int in_slab = cta + threadIdx.x * ctas, row = slab * ROWS + in_slab;
         float s = 1.f;
         if (p.scale != nullptr) {
             s = combine_ctas(shared_norm[in_slab], ctas).scale();
-            if (first_ranks && chunk == 0 && row < p.rows) p.scale[row] = s;
+            if (first_ranks && row < p.rows) p.scale[row] = s;
         }
+        shared_scale[threadIdx.x] = s;
+    }
 #if RANK > 0
+    __syncthreads();
+    for (int task = threadIdx.x; task < own_rows * (RANK / 8); task += THREADS) {
+        const int own_row = task / (RANK / 8), chunk = task % (RANK / 8), in_slab = cta + own_row * ctas;
+        const uint32_t own = shared + (in_slab * T_PITCH + chunk * 8) * 4;
         Eight sum{};
+#pragma unroll 4
         for (int other = 0; other < ctas; ++other) {
-            const Eight part = from_cta(*reinterpret_cast<const Eight*>(shared_t + in_slab * T_PITCH + chunk * 8), other);
-            unroll<8>([&](auto i) { sum.v[i] += part.v[i]; });
+            const uint32_t from = map_to_cta(own, other);
+            const float4 low = load_cluster(from), high = load_cluster(from + 16);
+            const float part[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            unroll<8>([&](auto i) { sum.v[i] += part[i]; });
         }
-        unroll<8>([&](auto i) { sum.v[i] /= s; });
+        const float inverse = 1.f / shared_scale[own_row];
+        unroll<8>([&](auto i) { sum.v[i] *= inverse; });
         const int column = first_rank + chunk * 8, rank_block = column / RANK_K;
         if (rank_block < p.rank_blocks)
             *reinterpret_cast<uint4*>(p.lowrank + (int64_t(slab) * p.rank_blocks + rank_block) * RANK_BYTES +
                                       swizzled(in_slab, column % RANK_K / 8)) = pack(sum);
-#endif
     }
+#endif
     cluster_sync();  // no CTA leaves while another reads its shared memory
 }

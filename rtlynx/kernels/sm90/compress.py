@@ -12,25 +12,35 @@ from torch import Tensor
 from rtlynx.kernels import jit
 from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_BYTES, LOWRANK_COLUMNS
 from rtlynx.kernels.jit import Defines, Instantiation
+from rtlynx.kernels.tuning import SMS
 
 _THREADS = 128
 _ADJACENT, _STRIDED, _GATHER = range(3)
 _MATRIX = 0
 _MAX_PARTS = 8
 _RANKS = (0, 32, 64, 128)
-# Units of K in flight, by (whether groups are adjacent, rank), and blocks that a multiprocessor shall hold.
-_STAGES = {(True, 0): 6, (True, 32): 6, (True, 64): 5, (True, 128): 4}
-_STAGES |= {(False, 0): 4, (False, 32): 4, (False, 64): 3, (False, 128): 2}
-# A cluster shares the K of 64 rows; this many blocks fill a card whatever the number of rows.
-_ENOUGH_BLOCKS = 352
+# By whether groups are adjacent, and rank: units of K in shared memory, blocks that a multiprocessor holds.
+_STAGES_AND_BLOCKS = {
+    (True, 0): (5, 5),
+    (True, 32): (4, 4),
+    (True, 64): (3, 4),
+    (True, 128): (3, 3),
+    (False, 0): (3, 4),
+    (False, 32): (2, 4),
+    (False, 64): (2, 3),
+    (False, 128): (2, 2),
+}
+_FITTING = 0.93  # clusters leave some multiprocessors of a card unused
+_MAX_CLUSTER = 8
 
 
 def _stages(mode: int, rank: int) -> int:
-    return _STAGES[mode == _ADJACENT, rank]
+    return _STAGES_AND_BLOCKS[mode == _ADJACENT, rank][0]
 
 
 def _blocks_per_sm(mode: int, rank: int) -> int:
-    return 3 if rank < 128 and (mode != _GATHER or rank == 0) else 2
+    blocks = _STAGES_AND_BLOCKS[mode == _ADJACENT, rank][1]
+    return min(blocks, 2) if mode == _GATHER and rank else blocks
 
 
 def _defines(source: int, mode: int, rank: int) -> Defines:
@@ -74,12 +84,12 @@ def _kernel(source: int, mode: int, rank: int, cluster: int) -> jit.Kernel:
     return kernel
 
 
-def _cluster(slabs: int, k_blocks: int) -> int:
-    """Blocks that share the K of a slab: as many as the card has room for and as K has work for."""
-    cluster = 8
-    while cluster > 1 and (slabs * cluster > _ENOUGH_BLOCKS or cluster > k_blocks):
-        cluster //= 2
-    return cluster
+@functools.lru_cache(maxsize=1024)
+def _cluster(slabs: int, mode: int, rank: int, k_blocks: int) -> int:
+    """Blocks that share the K of a slab: as many as the card holds at once and as K has work for."""
+    room = int(_blocks_per_sm(mode, rank) * SMS * _FITTING)
+    units = k_blocks if mode == _ADJACENT else -(-k_blocks // 2)
+    return max(1, min(_MAX_CLUSTER, room // slabs, units))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -146,7 +156,7 @@ def launch_compress(
     if aligned % 16:
         mode = _GATHER
     tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
-    cluster = _cluster(slabs, k_blocks)
+    cluster = _cluster(slabs, mode, tile_rank, k_blocks)
     parameters = _pack(
         address,
         batch_stride,

@@ -6,11 +6,6 @@
 // rank / 32 more stages of dense k in the same accumulators. The second warpgroup runs SKEW stages behind the
 // first, so that one multiplies at the full rate while the other stores its part of the tile.
 #include "wgmma.cuh"
-#ifndef HINT_A
-#define HINT_A EVICT_NORMAL
-#define HINT_B EVICT_NORMAL
-#define HINT_Y ""
-#endif
 
 constexpr int BLOCK_ROWS = 64;      // rows of a packed block, and of one instruction
 constexpr int BLOCK_K = 64;         // logical k of a stage
@@ -111,19 +106,11 @@ template <int ROW_BYTES>
 DEVICE void fetch_columns(const TensorMap& map, const Cursor& at, int k, int column) {
     const uint32_t to = at.data() + A_BYTES;
     if constexpr (CLUSTER == 1) {
-        copy_box(to, map, k, column, at.full(), HINT_B);
+        copy_box(to, map, k, column, at.full(), EVICT_FIRST);
     } else {
         constexpr int share = BN / CLUSTER;
         const int first = cluster_rank() * share;
-        copy_box_multicast(to + first * ROW_BYTES, map, k, column + first, at.full(), (1 << CLUSTER) - 1, HINT_B);
-    }
-}
-
-DEVICE void wait_empty(const Cursor& at) {
-    if constexpr (CLUSTER == 1) {
-        barrier_wait(at.empty(), at.phase ^ 1);
-    } else {
-        barrier_wait_cluster(at.empty(), at.phase ^ 1);
+        copy_box_multicast(to + first * ROW_BYTES, map, k, column + first, at.full(), (1 << CLUSTER) - 1, EVICT_FIRST);
     }
 }
 
@@ -133,10 +120,10 @@ DEVICE void fetch(Cursor& at, const uint8_t* slab, const TensorMap& map, int cou
     const int lane = threadIdx.x;
 #pragma unroll 1
     for (int k = 0; k < count * K; k += K, at.advance(), slab += BYTES) {
-        wait_empty(at);
+        barrier_wait(at.empty(), at.phase ^ 1);
         if (lane == 0) barrier_expect(at.full(), tile.slabs * BYTES + BN * K * 2);
         __syncwarp();
-        if (lane < tile.slabs) copy_bulk(at.data() + lane * BLOCK_BYTES, slab, BYTES, at.full(), HINT_A);
+        if (lane < tile.slabs) copy_bulk(at.data() + lane * BLOCK_BYTES, slab, BYTES, at.full(), EVICT_LAST);
         if (lane == 0) fetch_columns<K * 2>(map, at, k, tile.column);
     }
 }
@@ -159,7 +146,7 @@ DEVICE void produce(const Parameters& p, uint32_t shared) {
 using Accumulators = float[SLABS_A_GROUP][BN / 2];
 
 DEVICE void store_streaming(uint16_t* to, const uint4& v) {
-    asm volatile("st.global" HINT_Y ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
 

@@ -13,7 +13,7 @@
 #define CONCAT_GELU 5
 
 // Count, mean and sum of squared deviations, merged without cancellation (Chan et al. 1979).
-struct RowMoments {
+struct alignas(16) RowMoments {
     float count, mean, m2;
 
     DEVICE void add(const RowMoments& other) {

@@ -53,10 +53,13 @@ DEVICE void cluster_sync() {
     cluster_wait();
 }
 
-DEVICE float load_cluster_f32(uint32_t address) {
-    float value;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
+DEVICE float4 load_cluster(uint32_t address) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
 }
 
 // ---- barriers -------------------------------------------------------------------------------------------
@@ -72,8 +75,10 @@ DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
 DEVICE void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// Release at CTA scope, as CUTLASS has it: what is handed over was read by the tensor cores, and a release at cluster
+// scope costs a fence of all memory (MEMBAR.ALL.GPU) each time: it halved the GEMM's speed.
 DEVICE void barrier_arrive_cluster(uint32_t mapped) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
 DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -88,20 +93,6 @@ DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
         "r"(parity)
         : "memory");
 }
-DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra finished;\n"
-        "bra again;\n"
-        "finished:\n"
-        "}\n" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
 // Named barriers among some of a CTA's warps.
 DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void named_arrive(int id, int threads) {

@@ -12,9 +12,9 @@ DEVICE uint32_t min_u16x2(uint32_t a, uint32_t b) {
 
 // What is kept of a group, and the magnitude of its largest entry.
 struct Kept {
-    uint32_t pair;     // two bf16, in index order
-    uint32_t nibble;   // i0 | i1 << 2, i0 < i1 (PTX: wgmma.mma_async.sp)
-    uint32_t largest;  // bits & 0x7FFF of the largest entry, 0x7F81 for any NaN
+    uint32_t pair;          // two bf16, in index order
+    uint32_t early, late;   // 3 - i0 and 3 - i1, i0 < i1: the nibble i0 | i1 << 2 is 15 - early - 4 late
+    uint32_t largest;       // bits & 0x7FFF of the largest entry, 0x7F81 for any NaN
 };
 
 // Entries 0, 1 and 2, 3 of a group. Largest magnitudes win, compared as integers; NaN above Inf, all NaN equal;
@@ -28,17 +28,17 @@ DEVICE Kept keep_two_of_four(uint32_t e01, uint32_t e23) {
     const int high0 = max(c0, c1), low0 = min(c0, c1), high1 = max(c2, c3), low1 = min(c2, c3);
     const int first = max(high0, high1), second = max(min(high0, high1), max(low0, low1));
     const uint32_t t1 = first & 3, t2 = second & 3;  // 3 - index
-    const uint32_t early = max(t1, t2), late = min(t1, t2);
     Kept kept;
-    kept.pair = permute(e01, e23, 0x7676u - early * 0x22u - late * 0x2200u);
-    kept.nibble = 15u - early - 4u * late;
+    kept.early = max(t1, t2);
+    kept.late = min(t1, t2);
+    kept.pair = permute(e01, e23, 0x7676u - kept.early * 0x22u - kept.late * 0x2200u);
     kept.largest = first >> 8;
     return kept;
 }
 
 // Sums of squares of a row and of what is kept of it, in units of the row's own magnitude so far, so that they
 // neither overflow nor vanish for any bf16 input.
-struct RowNorm {
+struct alignas(16) RowNorm {
     uint32_t largest;  // bits of the largest magnitude
     float total, kept;
 
