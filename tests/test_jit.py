@@ -212,8 +212,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", FakeDriver)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
-    def make(pdl: bool) -> tuple[jit.Kernel, FakeLaunch]:
-        kernel = jit.Kernel("fill", None, 128, 1000, pdl)
+    def make(pdl: bool, cluster: int = 1) -> tuple[jit.Kernel, FakeLaunch]:
+        kernel = jit.Kernel("fill", None, 128, 1000, pdl, cluster)
         kernel._functions[0] = 77
         return kernel, kernel._launch
 
@@ -228,11 +228,17 @@ def test_what_a_launch_hands_to_the_driver(launches):
     kernel.launch((132, 2, 3), (1 << 63) + 5, structure)
     assert launch.seen == [((132, 2, 3, 128, 1, 1, 1000, (1 << 63) + 5, 0, 0), 77, params, None)] * 2
 
-    kernel, launch = launches(pdl=True)
-    kernel.launch((1, 1, 1), 0, params)
+
+@pytest.mark.parametrize(
+    ("pdl", "cluster", "expected"),
+    [(True, 1, [(6, 1, 0, 0)]), (False, 4, [(4, 4, 1, 1)]), (True, 8, [(6, 1, 0, 0), (4, 8, 1, 1)])],
+)
+def test_attributes_of_a_launch(launches, pdl, cluster, expected):
+    kernel, launch = launches(pdl, cluster)
+    kernel.launch((8, 1, 1), 0, bytes(16))
     ((*_, attributes, count), *_) = launch.seen[0]
-    assert count == 1
-    assert struct.unpack("I4xI60x", ctypes.string_at(attributes, 72)) == (6, 1)
+    assert count == len(expected)
+    assert list(struct.iter_unpack("I4x3I52x", ctypes.string_at(attributes, 72 * count))) == expected
 
 
 def test_a_thread_without_a_context_gets_one_and_other_failures_are_told(launches, monkeypatch):

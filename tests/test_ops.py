@@ -9,7 +9,7 @@ from helpers import by_hand, relative_error, slow_mask
 from torch._subclasses import FakeTensorMode
 
 from rtlynx import Pattern, norm_scale
-from rtlynx.kernels import choice, ops
+from rtlynx.kernels import choice, jit, ops
 from rtlynx.kernels.blocks import compute_order, pack_blocks, unpack_lowrank
 
 K, N = 64, 24
@@ -327,21 +327,11 @@ def test_a_cpu_is_not_served_and_nothing_is_said(hopper):
         assert not served(device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("capability", "missing", "reason"),
-    [((9, 0), (), None), ((8, 0), (), "Some card is not a Hopper card"), ((10, 0), (), "capability 10.0")]
-    + [((9, 0), (package,), "pip install rtlynx") for package in ("cuda.core", "cuda.bindings", "cuda")],
-)
-def test_what_a_card_lacks(monkeypatch, capability, missing, reason):
-    def find_spec(name):
-        if "cuda" in missing:
-            raise ModuleNotFoundError(name)
-        return None if name in missing else object()
-
+@pytest.mark.parametrize("obstacle", ["", "the kernels need a Hopper card"])
+def test_a_card_is_examined_once(monkeypatch, obstacle):
+    asked = []
     monkeypatch.setattr(choice, "_cards", {})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some card")
-    monkeypatch.setattr(choice, "find_spec", find_spec)
-    found = choice.card_obstacle(1)
-    assert found is None if reason is None else reason in found
-    assert choice._cards == {1: found}
+    monkeypatch.setattr(jit, "obstacle", lambda index: asked.append(index) or obstacle)
+    for _ in range(2):
+        assert choice.card_obstacle(1) == (obstacle or None)
+    assert asked == [1]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from rtlynx.kernels import jit
 from rtlynx.kernels.reference import Norm
 from rtlynx.pattern import Pattern
 
-HOPPER = (9, 0)
 # Below this many tokens a dense product is faster.
 MIN_ROWS = 64
 MAX_PARTS = 8
@@ -84,27 +83,8 @@ def _count(parts: int | tuple[int, ...]) -> int:
 def card_obstacle(index: int) -> str | None:
     """Why the kernels cannot run on CUDA device `index`, or None where they can."""
     if index not in _cards:
-        _cards[index] = _examine(index)
+        _cards[index] = jit.obstacle(index) or None
     return _cards[index]
-
-
-def _examine(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if capability != HOPPER:
-        return (
-            f"{torch.cuda.get_device_name(index)} is not a Hopper card (compute capability "
-            f"{capability[0]}.{capability[1]}, the kernels need 9.0)"
-        )
-    if _missing("cuda.core") or _missing("cuda.bindings"):
-        return "cuda-core and cuda-bindings compile them and are not installed: pip install rtlynx[cuda]"
-    return None
-
-
-def _missing(package: str) -> bool:
-    try:
-        return find_spec(package) is None
-    except ModuleNotFoundError:  # its parent
-        return True
 
 
 @torch.compiler.assume_constant_result

@@ -67,7 +67,7 @@ class Report:
     """What the assembler says of a compiled source: the worst of its kernels.
 
     faults : lines that no kernel of this package may have: spills, and matrix instructions that the assembler
-        serialises (C7510 to C7514).
+        serialises (C7510 to C7515).
     warnings : all warnings, of the compiler too.
     """
 
@@ -91,7 +91,7 @@ class Report:
             registers=max(numbers(r"Used (\d+) registers"), default=0),
             spill_bytes=sum(numbers(r"(\d+) bytes spill (?:stores|loads)")),
             stack_bytes=max(numbers(r"(\d+) bytes stack frame"), default=0),
-            faults=tuple(line for line in lines if spills.search(line) or re.search(r"\(C751[0-4]\)", line)),
+            faults=tuple(line for line in lines if spills.search(line) or re.search(r"\(C751[0-5]\)", line)),
             warnings=tuple(line for line in lines if re.search(r"\bwarning\b", line)),
             log=log,
         )
@@ -274,14 +274,19 @@ class Kernel:
             if device in self._functions:
                 return self._functions[device]
             _require_hopper(device)
+            bind_context(device)
             _, size = call(driver.cuKernelGetParamInfo, self._handle, 0)
             given = len(params) if isinstance(params, bytes) else ctypes.sizeof(params)
             if given != size:
                 raise RuntimeError(f"{self.name} takes a structure of {size} bytes and got {given}")
-            bind_context(device)
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             call(
-                driver.cuKernelSetAttribute, limit, self._shared_bytes, self._handle, driver.CUdevice(device)
+                driver.cuKernelSetAttribute,
+                limit,
+                self._shared_bytes,
+                self._handle,
+                driver.CUdevice(device),
+                doing=f"allowing {self.name} {self._shared_bytes} bytes of shared memory",
             )
             (function,) = call(driver.cuKernelGetFunction, self._handle)
             self._functions[device] = int(function)

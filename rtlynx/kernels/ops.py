@@ -25,82 +25,10 @@ from rtlynx.kernels.blocks import (
     unpack_blocks,
     unpack_lowrank,
 )
-from rtlynx.kernels.choice import card_obstacle
+from rtlynx.kernels.library import operator, refuse_gradients
 from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 
-_LIBRARY = torch.library.Library("rtlynx", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _BIAS_DTYPES = (torch.bfloat16, torch.float32)
-
-# Library.define and impl: a custom_op costs three times the host time.
-_LIBRARY.define(
-    "compress(Tensor x, Tensor? down, str grouping, int[] parts, bool norm)"
-    " -> (Tensor blocks, Tensor scale, Tensor lowrank)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "gemm(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? up, Tensor? bias,"
-    " SymInt rows, int[] segments) -> Tensor",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, str grouping, int[] parts,"
-    " bool norm) -> Tensor",
-    tags=_TAGS,
-)
-
-compress = torch.ops.rtlynx.compress.default
-"""Select 2 of 4 entries of every group of `x`, and what the product needs beside them, in one pass.
-
-Parameters
-----------
-x : Tensor (..., K) bfloat16
-    The last stride is 1, all others are free.
-down : Tensor (r, K) bfloat16 or None
-    A^T of the low-rank branch, in natural column order.
-grouping : "adjacent" | "strided"
-parts : list of int
-    Widths of the parts of strided groups in order (`pattern_parts`); empty for one part.
-norm : bool
-    Whether the product is scaled by s.
-
-Returns
--------
-blocks : Tensor uint8
-    Kept entries and indices, see `rtlynx.kernels.blocks`.
-scale : Tensor (M,) float32
-    s, or (0,) where `norm` is off.
-lowrank : Tensor uint8
-    Blocks of (X A) / s, or (0,) without `down`.
-"""
-
-gemm = torch.ops.rtlynx.gemm.default
-"""Y = s ⊙ (X~ W^T + T B^T) + b of what `compress` returned.
-
-Parameters
-----------
-blocks, scale, lowrank
-    As from `compress`; `scale` and `lowrank` may be None instead of empty.
-weight : Tensor (N, K) bfloat16
-    In compute order (`rtlynx.kernels.blocks.compute_order`).
-up : Tensor (N, r) bfloat16 or None
-    B.
-bias : Tensor (N,) bfloat16 | float32, or None
-rows : int
-    M.
-segments : list of int
-    Empty, or triples (n_end, first, rank) where `weight` is several layers with factors of their own:
-    outputs from the previous n_end (a multiple of 8) to this one read columns first ... first + rank - 1 of T
-    (`first` a multiple of 32) and the first `rank` columns of `up`. Up to the next multiple of 32, T and `up`
-    are finite and one of them is zero.
-
-Returns
--------
-Tensor (M, N) bfloat16
-"""
-
-linear = torch.ops.rtlynx.linear.default
-"""`compress` and `gemm` in one call: (..., K) -> (..., N), for an input that no other layer reads."""
 
 
 def pattern_parts(pattern: Pattern, k: int) -> list[int]:
@@ -114,15 +42,25 @@ def pattern_parts(pattern: Pattern, k: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _check_compress(x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int]) -> None:
-    if x.dtype is not torch.bfloat16 or (down is not None and down.dtype is not torch.bfloat16):
-        found = x.dtype if down is None else f"{x.dtype} and {down.dtype}"
-        raise TypeError(f"rtlynx operators take bfloat16 inputs and factors, got {found}")
-    if not x.ndim or x.shape[-1] % 4 or not x.shape[-1]:
-        raise ValueError(f"x is (..., K) with K a multiple of 4, got {tuple(x.shape)}")
-    k = x.shape[-1]
+def check_compress(x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int]) -> None:
+    check_dtype(x, down)
+    check_selection(x, x.shape[-1] if x.ndim else 0, down, grouping, parts)
     if x.stride(-1) != 1:
         raise ValueError(f"the last stride of x is 1, got strides {x.stride()}: call x.contiguous()")
+    refuse_gradients(x, down)
+
+
+def check_dtype(*tensors: Tensor | None) -> None:
+    """Of inputs and low-rank factors."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is not torch.bfloat16:
+            raise TypeError(f"rtlynx operators take bfloat16 inputs and factors, got {tensor.dtype}")
+
+
+def check_selection(like: Tensor, k: int, down: Tensor | None, grouping: str, parts: Sequence[int]) -> None:
+    """Groups over K = `k` columns of something on the device of `like`, and the low-rank factor."""
+    if k % 4 or not k:
+        raise ValueError(f"x is (..., K) with K a multiple of 4, got K = {k}")
     if grouping == "strided":
         if parts and (sum(parts) != k or any(width % 4 or width < 4 for width in parts)):
             raise ValueError(f"parts are multiples of 4 that add up to K = {k}, got {list(parts)}")
@@ -131,12 +69,11 @@ def _check_compress(x: Tensor, down: Tensor | None, grouping: str, parts: Sequen
             f"grouping is 'adjacent' without parts, or 'strided', got {grouping!r}, {list(parts)}"
         )
     if down is not None and (
-        down.ndim != 2 or down.shape[1] != k or not down.shape[0] or down.device != x.device
+        down.ndim != 2 or down.shape[1] != k or not down.shape[0] or down.device != like.device
     ):
         raise ValueError(
-            f"down is (r, {k}) with r > 0 on {x.device} like x, got {tuple(down.shape)} on {down.device}"
+            f"down is (r, {k}) with r > 0 on {like.device} like x, got {tuple(down.shape)} on {down.device}"
         )
-    _refuse_gradients(x, down)
 
 
 def _check_gemm(
@@ -171,7 +108,7 @@ def _check_gemm(
             f"low-rank blocks of {rows} rows and rank {up.shape[1]} are {lowrank_bytes(rows, up.shape[1])} "
             f"bytes, got {'none' if lowrank is None else f'shape {tuple(lowrank.shape)}'}"
         )
-    _refuse_gradients(blocks, scale)
+    refuse_gradients(blocks, scale)
 
 
 def _check_weights(like: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None) -> None:
@@ -191,7 +128,7 @@ def _check_weights(like: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor
             raise TypeError(f"bias is bfloat16 or float32, got {bias.dtype}")
         if bias.shape != (n,) or bias.device != like.device:
             raise ValueError(f"bias is ({n},) on {like.device}, got {tuple(bias.shape)} on {bias.device}")
-    _refuse_gradients(weight, up, bias)
+    refuse_gradients(weight, up, bias)
 
 
 def _check_segments(segments: Sequence[int], n: int, rank: int, columns: int) -> None:
@@ -228,13 +165,6 @@ def _check_linear(
         raise ValueError(f"down is (r, K) and up (N, r), got {tuple(down.shape)} and {tuple(up.shape)}")
 
 
-def _refuse_gradients(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(
-            "rtlynx operators have no gradient: call them under torch.no_grad(), or let SparseLinear choose"
-        )
-
-
 # ------------------------------------------------------------------------------------- in plain PyTorch
 
 
@@ -248,10 +178,10 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
         return x.float() @ weight.detach().float().T
 
 
-def _compress_reference(
+def compress_reference(
     x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_compress(x, down, grouping, parts)
+    check_compress(x, down, grouping, parts)
     x = x.detach().reshape(-1, x.shape[-1])
     pattern = _pattern(grouping, parts)
     scale = x.new_empty(0, dtype=torch.float32)
@@ -303,7 +233,7 @@ def _linear_reference(
     norm: bool,
 ) -> Tensor:
     _check_linear(x, weight, bias, down, up)
-    blocks, scale, lowrank = _compress_reference(x, down, grouping, parts, norm)
+    blocks, scale, lowrank = compress_reference(x, down, grouping, parts, norm)
     y = _gemm_reference(blocks, scale, lowrank, weight, up, bias, math.prod(x.shape[:-1]), [])
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -311,10 +241,10 @@ def _linear_reference(
 # ------------------------------------------------------------------------------------------ shapes alone
 
 
-def _compress_fake(
+def compress_fake(
     x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_compress(x, down, grouping, parts)
+    check_compress(x, down, grouping, parts)
     rows = math.prod(x.shape[:-1])
     return (
         x.new_empty(blocks_bytes(rows, x.shape[-1]), dtype=torch.uint8),
@@ -348,7 +278,7 @@ def _linear_fake(
     norm: bool,
 ) -> Tensor:
     _check_linear(x, weight, bias, down, up)
-    _check_compress(x, down, grouping, parts)
+    check_compress(x, down, grouping, parts)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -356,7 +286,7 @@ def _linear_fake(
 
 
 @functools.cache
-def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     # Here, because the kernels need a compiler that only machines with a card have.
     from rtlynx.kernels.sm90.compress import launch_compress
     from rtlynx.kernels.sm90.gemm import launch_gemm
@@ -364,7 +294,7 @@ def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return launch_compress, launch_gemm
 
 
-def _readable(weight: Tensor) -> Tensor:
+def readable(weight: Tensor) -> Tensor:
     """`weight`, or a copy where its rows do not start at multiples of 16 bytes, as bulk copies need them."""
     row, column = weight.stride()
     if column != 1 or row % 8 or weight.data_ptr() % 16:
@@ -376,8 +306,8 @@ def _readable(weight: Tensor) -> Tensor:
 def _compress_hopper(
     x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_compress(x, down, grouping, parts)
-    return _launchers()[0](x, down, grouping, parts, norm)
+    check_compress(x, down, grouping, parts)
+    return launchers()[0](x, down, grouping, parts, norm)
 
 
 def _gemm_hopper(
@@ -391,7 +321,7 @@ def _gemm_hopper(
     segments: Sequence[int],
 ) -> Tensor:
     _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments)
-    return _launchers()[1](blocks, scale, lowrank, _readable(weight), up, bias, rows, segments)
+    return launchers()[1](blocks, scale, lowrank, readable(weight), up, bias, rows, segments)
 
 
 def _linear_hopper(
@@ -405,15 +335,15 @@ def _linear_hopper(
     norm: bool,
 ) -> Tensor:
     _check_linear(x, weight, bias, down, up)
-    _check_compress(x, down, grouping, parts)
-    launch_compress, launch_gemm = _launchers()
+    check_compress(x, down, grouping, parts)
+    launch_compress, launch_gemm = launchers()
     blocks, scale, lowrank = launch_compress(x, down, grouping, parts, norm)
     *leading, k = x.shape
     y = launch_gemm(
         blocks,
         scale if norm else None,
         lowrank if down is not None else None,
-        _readable(weight),
+        readable(weight),
         up,
         bias,
         x.numel() // k,
@@ -422,26 +352,75 @@ def _linear_hopper(
     return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
 
 
-def _on_cuda(hopper: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The CUDA implementation: kernels on a Hopper card, with its device current, else plain PyTorch."""
+# --------------------------------------------------------------------------------------------- operators
 
-    def run(first: Tensor, *rest: Any) -> Any:
-        index = first.get_device()
-        if card_obstacle(index) is not None:
-            return reference(first, *rest)
-        if index == torch.cuda.current_device():
-            return hopper(first, *rest)
-        with torch.cuda.device(index):
-            return hopper(first, *rest)
+compress = operator(
+    "compress(Tensor x, Tensor? down, str grouping, int[] parts, bool norm)"
+    " -> (Tensor blocks, Tensor scale, Tensor lowrank)",
+    hopper=_compress_hopper,
+    reference=compress_reference,
+    fake=compress_fake,
+)
+"""Select 2 of 4 entries of every group of `x`, and what the product needs beside them, in one pass.
 
-    return run
+Parameters
+----------
+x : Tensor (..., K) bfloat16
+    The last stride is 1, all others are free.
+down : Tensor (r, K) bfloat16 or None
+    A^T of the low-rank branch, in natural column order.
+grouping : "adjacent" | "strided"
+parts : list of int
+    Widths of the parts of strided groups in order (`pattern_parts`); empty for one part.
+norm : bool
+    Whether the product is scaled by s.
 
+Returns
+-------
+blocks : Tensor uint8
+    Kept entries and indices, see `rtlynx.kernels.blocks`.
+scale : Tensor (M,) float32
+    s, or (0,) where `norm` is off.
+lowrank : Tensor uint8
+    Blocks of (X A) / s, or (0,) without `down`.
+"""
 
-for _name, _hopper, _reference, _fake in (
-    ("compress", _compress_hopper, _compress_reference, _compress_fake),
-    ("gemm", _gemm_hopper, _gemm_reference, _gemm_fake),
-    ("linear", _linear_hopper, _linear_reference, _linear_fake),
-):
-    _LIBRARY.impl(_name, _reference, "CPU")
-    _LIBRARY.impl(_name, _on_cuda(_hopper, _reference), "CUDA")
-    torch.library.register_fake(f"rtlynx::{_name}", _fake, lib=_LIBRARY)
+gemm = operator(
+    "gemm(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? up, Tensor? bias,"
+    " SymInt rows, int[] segments) -> Tensor",
+    hopper=_gemm_hopper,
+    reference=_gemm_reference,
+    fake=_gemm_fake,
+)
+"""Y = s ⊙ (X~ W^T + T B^T) + b of what `compress` returned.
+
+Parameters
+----------
+blocks, scale, lowrank
+    As from `compress`; `scale` and `lowrank` may be None instead of empty.
+weight : Tensor (N, K) bfloat16
+    In compute order (`rtlynx.kernels.blocks.compute_order`).
+up : Tensor (N, r) bfloat16 or None
+    B.
+bias : Tensor (N,) bfloat16 | float32, or None
+rows : int
+    M.
+segments : list of int
+    Empty, or triples (n_end, first, rank) where `weight` is several layers with factors of their own:
+    outputs from the previous n_end (a multiple of 8) to this one read columns first ... first + rank - 1 of T
+    (`first` a multiple of 32) and the first `rank` columns of `up`. Up to the next multiple of 32, T and `up`
+    are finite and one of them is zero.
+
+Returns
+-------
+Tensor (M, N) bfloat16
+"""
+
+linear = operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, str grouping, int[] parts,"
+    " bool norm) -> Tensor",
+    hopper=_linear_hopper,
+    reference=_linear_reference,
+    fake=_linear_fake,
+)
+"""`compress` and `gemm` in one call: (..., K) -> (..., N), for an input that no other layer reads."""

@@ -1,10 +1,12 @@
 // X (M, K) bf16, or what a producer makes of its inputs -> packed 2:4 blocks, norm scale s, T' = (X A) / s.
 //
-// A warpgroup takes a slab of 64 rows; the CTAs of a cluster share its K. It works on units of 64 k (adjacent
-// groups) or 128 k (strided): lane 4g + q of warp w owns rows 16w + g and 16w + g + 8 and in each 32-column tile
-// the eight columns from 8q on. Tiles come into shared memory by cp.async, STAGES - 1 units ahead, each thread
-// fetching what it selects from itself, already in the 64-byte swizzle in which wgmma reads X and A^T for the
-// low-rank product (the order of k inside a tile is free there, as both are laid out alike).
+// A warp works on units of 16 rows x 64 k (adjacent groups) or 128 k (strided): lane 4g + q owns rows g and g + 8 and
+// in each 32-column tile the eight columns from 8q on. Tiles come into shared memory by cp.async, STAGES - 1 units
+// ahead, each thread fetching what it selects from itself, already in the 64-byte swizzle in which wgmma reads X and
+// A^T for the low-rank product (the order of k inside a tile is free there, as both are laid out alike).
+//
+// Without a low-rank product the warps of a CTA share K of the same 16 rows. With one they are a warpgroup on 64
+// rows, so that A^T is read once for all, and the CTAs of a cluster share K.
 //
 // Macros: SOURCE (what X is), MODE (how groups lie), RANK (columns of T' of a CTA; more in gridDim.y), STAGES.
 #if RANK > 0
@@ -18,17 +20,23 @@
 #define STRIDED 1
 #define GATHER 2  // any grouping and alignment, an element at a time; SOURCE == MATRIX
 
-constexpr int BLOCK_BYTES = 4608, METADATA = 4096, RANK_BYTES = 4096, RANK_K = 32;
-constexpr int THREADS = 128, ROWS = 64;
+constexpr int BLOCK_BYTES = 4608, METADATA = 4096;
+constexpr bool SLAB = RANK > 0;              // whether the warps of a CTA own rows, or shares of K
+constexpr int WARPS = SLAB ? 4 : 8, THREADS = WARPS * 32;
+constexpr int ROWS = SLAB ? 64 : 16;         // of a CTA
 constexpr int TILES = MODE == ADJACENT ? 2 : 4;  // 32-column tiles of a unit
 constexpr int GROUPS = TILES * 2;                // of a lane's row in a unit
 constexpr int UNIT_BLOCKS = TILES / 2;
 constexpr int X_TILE = ROWS * 64, DOWN_TILE = RANK * 64;
 constexpr int RAW_BYTES = TILES * X_TILE;
 constexpr int STAGE_BYTES = Source::RAWS * RAW_BYTES + TILES * DOWN_TILE;
+#if RANK > 0
+constexpr int RANK_BYTES = 4096, RANK_K = 32;  // of a block of T'
 constexpr int T_PITCH = RANK + 4;
+#endif
 constexpr int MAX_PARTS = 8;
-constexpr int MAX_CTAS = 8;  // of a cluster
+constexpr int MAX_SHARES = 8;  // of K
+constexpr int SHARES_HERE = SLAB ? 1 : WARPS;
 
 // Groups [previous group_end, group_end) lie strided in the columns from first_column on.
 struct Part {
@@ -94,9 +102,12 @@ DEVICE uint4 gather(const Parameters& p, const uint16_t* row, int unit, int q, i
     return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
+// First of this lane's two rows, within the CTA.
+DEVICE int own_row() { return (SLAB ? threadIdx.x / 32 * 16 : 0) + threadIdx.x % 32 / 4; }
+
 // Start a unit's way into a stage: this thread's chunks of X, and its share of A^T.
 DEVICE void fetch(const Parameters& p, uint32_t stage, int unit, const Row (&rows)[2], int first_rank) {
-    const int q = threadIdx.x % 4, mine = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    const int q = threadIdx.x % 4, mine = own_row();
     const Columns columns = columns_of(p, unit, q);
     unroll<2>([&](auto i) {
         unroll<TILES>([&](auto tile) {
@@ -195,11 +206,11 @@ DEVICE bool plain_squares_do(uint32_t largest) {
     return largest == 0 || largest >= 0x7F80u || (largest >= (127 - 40) << 7 && largest < (127 + 55) << 7);
 }
 
-// Packed values and metadata of this lane's rows g and g + 8 of its warp's sixteen.
-DEVICE void store_unit(const Parameters& p, int slab, int unit, const Selected (&selected)[2]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+// Packed values and metadata of this lane's rows g and g + 8, in the slab's `sixteen`-th sixteen rows.
+DEVICE void store_unit(const Parameters& p, int slab, int sixteen, int unit, const Selected (&selected)[2]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     uint8_t* band = p.blocks + int64_t(slab) * p.k_blocks * BLOCK_BYTES;
-    const int first_row = warp * 16 + g;
+    const int first_row = sixteen * 16 + g;
     if constexpr (MODE == ADJACENT) {
         uint8_t* block = band + int64_t(unit) * BLOCK_BYTES;
         uint32_t words[2];
@@ -213,7 +224,7 @@ DEVICE void store_unit(const Parameters& p, int slab, int unit, const Selected (
             words[half] = (low | high << 16) << (q % 2 * 8);
             words[half] |= __shfl_xor_sync(~0u, words[half], 1);
         });
-        uint32_t* metadata = reinterpret_cast<uint32_t*>(block + METADATA + warp * 128);
+        uint32_t* metadata = reinterpret_cast<uint32_t*>(block + METADATA + sixteen * 128);
         metadata[g * 4 + q % 2 * 2 + q / 2] = q % 2 ? words[1] : words[0];
     } else {
         const int k_block = unit * 2 + q / 2, half = q % 2;
@@ -227,7 +238,7 @@ DEVICE void store_unit(const Parameters& p, int slab, int unit, const Selected (
             });
         });
         const uint32_t low = selected[0].nibbles, high = selected[1].nibbles;
-        *reinterpret_cast<uint2*>(block + METADATA + warp * 128 + (g * 4 + half * 2) * 4) =
+        *reinterpret_cast<uint2*>(block + METADATA + sixteen * 128 + (g * 4 + half * 2) * 4) =
             uint2{permute(low, high, 0x5410), permute(low, high, 0x7632)};
     }
 }
@@ -239,10 +250,10 @@ DEVICE uint4 make(const Parameters& p, const Row& row, int column, const uint4 (
 }
 
 // This lane's share of a row's norm, for magnitudes whose squares a float does not hold.
-__device__ __noinline__ RowNorm scaled_norm(const Parameters& p, const Row& row, int cta, int ctas) {
+__device__ __noinline__ RowNorm scaled_norm(const Parameters& p, const Row& row, int share, int shares) {
     RowNorm norm = {};
     const int q = threadIdx.x % 4;
-    for (int unit = cta; unit * UNIT_BLOCKS < p.k_blocks; unit += ctas) {
+    for (int unit = share; unit * UNIT_BLOCKS < p.k_blocks; unit += shares) {
         const Columns columns = columns_of(p, unit, q);
         Values x;
         unroll<TILES>([&](auto tile) {
@@ -267,7 +278,7 @@ __device__ __noinline__ RowNorm scaled_norm(const Parameters& p, const Row& row,
     return norm;
 }
 
-// ---- sums over a row: four lanes, then the CTAs of the cluster, always in the same order -----------------
+// ---- sums over a row: four lanes, then the shares of K, always in the same order --------------------------
 
 template <class T>
 DEVICE T from_lane(const T& mine, int distance) {
@@ -294,32 +305,43 @@ DEVICE T combine_quad(T mine) {
     return mine;
 }
 
-// A row's parts from all CTAs of the cluster; sizeof(T) is 16.
+DEVICE void sync_shares() {
+    if constexpr (SLAB)
+        cluster_sync();
+    else
+        __syncthreads();
+}
+
+// A row's parts from all shares of K; sizeof(T) is 16.
 template <class T>
-DEVICE T combine_ctas(const T& part, int ctas) {
-    const uint32_t own = shared_address(&part);
-    T parts[MAX_CTAS], sum{};
+DEVICE T combine_shares(const T (&parts)[SHARES_HERE][ROWS], int row, int shares) {
+    T part[MAX_SHARES], sum{};
 #pragma unroll
-    for (int cta = 0; cta < MAX_CTAS; ++cta)  // all are asked for before the first is used
-        if (cta < ctas) reinterpret_cast<float4&>(parts[cta]) = load_cluster(map_to_cta(own, cta));
+    for (int i = 0; i < MAX_SHARES; ++i) {  // all are asked for before the first is used
+        if constexpr (!SLAB)
+            part[i] = parts[i][row];
+        else if (i < shares)
+            reinterpret_cast<float4&>(part[i]) = load_cluster(map_to_cta(shared_address(&parts[0][row]), i));
+    }
 #pragma unroll
-    for (int cta = 0; cta < MAX_CTAS; ++cta)
-        if (cta < ctas) sum.add(parts[cta]);
+    for (int i = 0; i < MAX_SHARES; ++i)
+        if (i < shares) sum.add(part[i]);
     return sum;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
 compress(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    __shared__ RowNorm shared_norm[ROWS];
-    __shared__ RowMoments shared_moments[Source::MOMENTS ? ROWS : 1];
-    const uint32_t shared = shared_address(memory);
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const int mine = threadIdx.x / 32 * 16 + g;  // first of this lane's rows
-    const int ctas = cluster_size(), cta = cluster_rank();
-    const int slab = blockIdx.x / ctas;
+    __shared__ RowNorm shared_norm[SHARES_HERE][ROWS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, mine = own_row();
+    const int ctas = SLAB ? cluster_size() : 1, cta = SLAB ? cluster_rank() : 0;
+    const int share = SLAB ? cta : warp, shares = SLAB ? ctas : WARPS, share_here = SLAB ? 0 : warp;
+    const int slab = SLAB ? blockIdx.x / ctas : blockIdx.x / 4, sixteen = SLAB ? warp : blockIdx.x % 4;
+    const int first_row = SLAB ? slab * ROWS : blockIdx.x * ROWS;  // of the CTA
+    const uint32_t memory_address = shared_address(memory);
+    const uint32_t shared = memory_address + (SLAB ? 0 : warp * STAGES * STAGE_BYTES);
     const int units = (p.k_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS;
-    const int own_units = (units - cta + ctas - 1) / ctas;  // cta, cta + ctas, ...
+    const int own_units = (units - share + shares - 1) / shares;  // share, share + shares, ...
     const bool first_ranks = RANK == 0 || blockIdx.y == 0;
     const int first_rank = blockIdx.y * RANK;
 
@@ -328,22 +350,23 @@ compress(const __grid_constant__ Parameters p) {
 
     Row rows[2];
     unroll<2>([&](auto i) {
-        const int row = slab * ROWS + mine + i * 8;
+        const int row = first_row + mine + i * 8;
         rows[i].inside = row < p.rows;
         p.source.open(rows[i], min(row, p.rows - 1));
     });
     uint32_t next_stage = shared;
     auto start = [&](int index) {
-        if (index < own_units) fetch(p, next_stage, cta + index * ctas, rows, first_rank);
+        if (index < own_units) fetch(p, next_stage, share + index * shares, rows, first_rank);
         copy_async_commit();
         next_stage = next_stage + STAGE_BYTES == shared + STAGES * STAGE_BYTES ? shared : next_stage + STAGE_BYTES;
     };
     for (int index = 0; index < STAGES - 1; ++index) start(index);
 
     if constexpr (Source::MOMENTS) {
+        __shared__ RowMoments shared_moments[SHARES_HERE][ROWS], whole[ROWS];
         RowMoments sums[2] = {};
         for (int index = 0; index < own_units; ++index) {
-            const Columns columns = columns_of(p, cta + index * ctas, q);
+            const Columns columns = columns_of(p, share + index * shares, q);
             unroll<2>([&](auto i) {
                 unroll<TILES>([&](auto tile) {
                     if (columns[tile] < p.columns) sums[i].add(moments_of(load_parameters(rows[i].raw[0] + columns[tile])));
@@ -352,11 +375,10 @@ compress(const __grid_constant__ Parameters p) {
         }
         unroll<2>([&](auto i) {
             const RowMoments sum = combine_quad(sums[i]);
-            if (q == 0) shared_moments[mine + i * 8] = sum;
+            if (q == 0) shared_moments[share_here][mine + i * 8] = sum;
         });
-        cluster_sync();
-        __shared__ RowMoments whole[ROWS];
-        if (threadIdx.x < ROWS) whole[threadIdx.x] = combine_ctas(shared_moments[threadIdx.x], ctas);
+        sync_shares();
+        if (threadIdx.x < ROWS) whole[threadIdx.x] = combine_shares(shared_moments, threadIdx.x, shares);
         __syncthreads();
         unroll<2>([&](auto i) { p.source.finish(rows[i], whole[mine + i * 8]); });
     }
@@ -369,7 +391,7 @@ compress(const __grid_constant__ Parameters p) {
     uint32_t stage = shared;
 #pragma unroll 1
     for (int index = 0; index < own_units; ++index) {
-        const int unit = cta + index * ctas;
+        const int unit = share + index * shares;
         copy_async_wait<STAGES - 2>();
         const Columns columns = columns_of(p, unit, q);
         Values x[2];
@@ -381,7 +403,7 @@ compress(const __grid_constant__ Parameters p) {
                 x[i].v[tile] = make(p, rows[i], columns[tile], raw);
                 if constexpr (Source::TRANSFORMS) {
                     if (p.dense != nullptr && first_ranks && rows[i].inside && columns[tile] < p.columns)
-                        *reinterpret_cast<uint4*>(p.dense + int64_t(slab * ROWS + mine + i * 8) * p.columns +
+                        *reinterpret_cast<uint4*>(p.dense + int64_t(first_row + mine + i * 8) * p.columns +
                                                   columns[tile]) = x[i].v[tile];
                     if constexpr (RANK > 0) store_shared_16(at, x[i].v[tile]);
                 }
@@ -402,7 +424,7 @@ compress(const __grid_constant__ Parameters p) {
         start(index + STAGES - 1);  // over the stage before this one, which everybody has left
         stage = stage + STAGE_BYTES == shared + STAGES * STAGE_BYTES ? shared : stage + STAGE_BYTES;
         const Selected selected[2] = {select_row(x[0], largest[0]), select_row(x[1], largest[1])};
-        if (first_ranks) store_unit(p, slab, unit, selected);
+        if (first_ranks) store_unit(p, slab, sixteen, unit, selected);
         if (p.scale != nullptr) {
             unroll<2>([&](auto i) {
                 unroll<TILES * 2>([&](auto j) { total[i].add(x[i].word(j * 2), x[i].word(j * 2 + 1)); });
@@ -413,10 +435,7 @@ compress(const __grid_constant__ Parameters p) {
         wgmma_wait<0>();
 #endif
     }
-    if (RANK == 0 && p.scale == nullptr) {
-        if constexpr (Source::MOMENTS) cluster_sync();  // others may still read this CTA's moments
-        return;
-    }
+    if (!SLAB && p.scale == nullptr) return;
     unroll<2>([&](auto i) {
         largest[i] = max(largest[i], __shfl_xor_sync(~0u, largest[i], 1));
         largest[i] = max(largest[i], __shfl_xor_sync(~0u, largest[i], 2));
@@ -427,12 +446,12 @@ compress(const __grid_constant__ Parameters p) {
         const float unit = largest[i] ? RowNorm::unit(largest[i]) : 0.f;
         norms[i].total *= unit * unit;
         norms[i].kept *= unit * unit;
-        if (plain[i] && q == g / 2) shared_norm[mine + i * 8] = norms[i];
+        if (plain[i] && q == g / 2) shared_norm[share_here][mine + i * 8] = norms[i];
     });
     if (__any_sync(~0u, !plain[0] || !plain[1])) {  // once more, in units of the rows' own magnitude
         unroll<2>([&](auto i) {
-            const RowNorm sum = combine_quad(scaled_norm(p, rows[i], cta, ctas));
-            if (!plain[i] && q == 0) shared_norm[mine + i * 8] = sum;
+            const RowNorm sum = combine_quad(scaled_norm(p, rows[i], share, shares));
+            if (!plain[i] && q == 0) shared_norm[share_here][mine + i * 8] = sum;
         });
     }
 #if RANK > 0
@@ -445,18 +464,22 @@ compress(const __grid_constant__ Parameters p) {
         shared_t[(mine + i / 2 % 2 * 8) * T_PITCH + i / 4 * 8 + q * 2 + i % 2] = own_units ? value : 0.f;
     }
 #endif
-    cluster_sync();
+    sync_shares();
     // Each CTA finishes every ctas-th row: s first, then T', a thread eight columns of a row.
     const int own_rows = (ROWS - cta + ctas - 1) / ctas;
+#if RANK > 0
     __shared__ float shared_scale[ROWS];
+#endif
     if (threadIdx.x < own_rows) {
-        const int in_slab = cta + threadIdx.x * ctas, row = slab * ROWS + in_slab;
+        const int in_cta = cta + threadIdx.x * ctas, row = first_row + in_cta;
         float s = 1.f;
         if (p.scale != nullptr) {
-            s = combine_ctas(shared_norm[in_slab], ctas).scale();
+            s = combine_shares(shared_norm, in_cta, shares).scale();
             if (first_ranks && row < p.rows) p.scale[row] = s;
         }
+#if RANK > 0
         shared_scale[threadIdx.x] = s;
+#endif
     }
 #if RANK > 0
     __syncthreads();
@@ -479,5 +502,5 @@ compress(const __grid_constant__ Parameters p) {
                                       swizzled(in_slab, column % RANK_K / 8)) = pack(sum);
     }
 #endif
-    cluster_sync();  // no CTA leaves while another reads its shared memory
+    if constexpr (SLAB) cluster_sync();  // no CTA leaves while another reads its shared memory
 }

@@ -1,10 +1,11 @@
-"""Host side of compress.cu: configurations, parameters, launch."""
+"""Host side of compress.cu: configurations, parameters, launch. What is compressed comes as an `Input`."""
 
 from __future__ import annotations
 
 import functools
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +15,18 @@ from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_BYTE
 from rtlynx.kernels.jit import Defines, Instantiation
 from rtlynx.kernels.tuning import SMS
 
-_THREADS = 128
+MATRIX, ADALN, RMSNORM, GELU, SILU_GATE, CONCAT_GELU = range(6)
 _ADJACENT, _STRIDED, _GATHER = range(3)
-_MATRIX = 0
+_SLAB_THREADS, _WARPS_SHARING_K = 128, 8
 _MAX_PARTS = 8
-_RANKS = (0, 32, 64, 128)
+_RANKS = (0, 32, 64, 128)  # columns of T that a block computes
 # By whether groups are adjacent, and rank: units of K in shared memory, blocks that a multiprocessor holds.
 _STAGES_AND_BLOCKS = {
-    (True, 0): (5, 5),
+    (True, 0): (4, 2),
     (True, 32): (4, 4),
     (True, 64): (3, 4),
     (True, 128): (3, 3),
-    (False, 0): (3, 4),
+    (False, 0): (3, 2),
     (False, 32): (2, 4),
     (False, 64): (2, 3),
     (False, 128): (2, 2),
@@ -34,61 +35,99 @@ _FITTING = 0.93  # clusters leave some multiprocessors of a card unused
 _MAX_CLUSTER = 8
 
 
-def _stages(mode: int, rank: int) -> int:
-    return _STAGES_AND_BLOCKS[mode == _ADJACENT, rank][0]
+class Input(NamedTuple):
+    """What to compress: the kernel's Source structure and the shape of what it yields.
+
+    source : one of MATRIX ... CONCAT_GELU
+    structure : the Source structure's bytes
+    aligned : whether all rows start at multiples of 16 bytes
+    """
+
+    source: int
+    structure: bytes
+    rows: int
+    columns: int
+    device: torch.device
+    aligned: bool
 
 
-def _blocks_per_sm(mode: int, rank: int) -> int:
-    blocks = _STAGES_AND_BLOCKS[mode == _ADJACENT, rank][1]
-    return min(blocks, 2) if mode == _GATHER and rank else blocks
+class _Configuration(NamedTuple):
+    """An instantiation of compress.cu."""
 
+    source: int
+    mode: int
+    rank: int
 
-def _defines(source: int, mode: int, rank: int) -> Defines:
-    return (
-        ("SOURCE", source),
-        ("MODE", mode),
-        ("RANK", rank),
-        ("STAGES", _stages(mode, rank)),
-        ("MIN_CTAS", _blocks_per_sm(mode, rank)),
-    )
+    @property
+    def stages(self) -> int:
+        stages = _STAGES_AND_BLOCKS[self.mode == _ADJACENT, self.rank][0]
+        return max(2, stages // self._raws) if self.rank == 0 else stages
 
+    @property
+    def blocks_per_sm(self) -> int:
+        blocks = _STAGES_AND_BLOCKS[self.mode == _ADJACENT, self.rank][1]
+        if self.rank and (self.mode == _GATHER or (self.source != MATRIX and self.mode == _STRIDED)):
+            return min(blocks, 2)
+        return blocks if self.source == MATRIX else min(blocks, 3)
 
-def _shared_bytes(raws: int, mode: int, rank: int) -> int:
-    tiles = 2 if mode == _ADJACENT else 4
-    stages = _stages(mode, rank) * tiles * 64 * (raws * BLOCK_ROWS + rank)
-    return max(stages, BLOCK_ROWS * (rank + 4) * 4 if rank else 0)
+    @property
+    def threads(self) -> int:
+        return _SLAB_THREADS if self.rank else _WARPS_SHARING_K * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        row_bytes = (2 if self.mode == _ADJACENT else 4) * 64  # of a unit
+        if self.rank == 0:
+            return _WARPS_SHARING_K * self.stages * row_bytes * self._raws * 16
+        stages = self.stages * row_bytes * (self._raws * BLOCK_ROWS + self.rank)
+        return max(stages, BLOCK_ROWS * (self.rank + 4) * 4)
+
+    @property
+    def _raws(self) -> int:
+        return 2 if self.source == SILU_GATE else 1
+
+    @property
+    def defines(self) -> Defines:
+        return (
+            ("SOURCE", self.source),
+            ("MODE", self.mode),
+            ("RANK", self.rank),
+            ("STAGES", self.stages),
+            ("MIN_CTAS", self.blocks_per_sm),
+        )
 
 
 INSTANTIATIONS = [
-    Instantiation("compress.cu", "compress", _defines(_MATRIX, mode, rank))
-    for mode in (_ADJACENT, _STRIDED, _GATHER)
+    Instantiation("compress.cu", "compress", _Configuration(source, mode, rank).defines)
+    for source in range(6)
+    for mode in ((_ADJACENT, _STRIDED, _GATHER) if source == MATRIX else (_ADJACENT, _STRIDED))
     for rank in _RANKS
 ]
 
-_kernels: dict[tuple[int, int, int, int], jit.Kernel] = {}
 
-
-def _kernel(source: int, mode: int, rank: int, cluster: int) -> jit.Kernel:
-    key = (source, mode, rank, cluster)
-    kernel = _kernels.get(key)
-    if kernel is None:
-        kernel = _kernels[key] = jit.load(
-            "compress.cu",
-            "compress",
-            _defines(source, mode, rank),
-            threads=_THREADS,
-            shared_bytes=_shared_bytes(1, mode, rank),
-            pdl=True,
-            cluster=cluster,
-        )
-    return kernel
+@functools.cache
+def _kernel(configuration: _Configuration, cluster: int) -> jit.Kernel:
+    return jit.load(
+        "compress.cu",
+        "compress",
+        configuration.defines,
+        threads=configuration.threads,
+        shared_bytes=configuration.shared_bytes,
+        pdl=True,
+        cluster=cluster,
+    )
 
 
 @functools.lru_cache(maxsize=1024)
-def _cluster(slabs: int, mode: int, rank: int, k_blocks: int) -> int:
-    """Blocks that share the K of a slab: as many as the card holds at once and as K has work for."""
-    room = int(_blocks_per_sm(mode, rank) * SMS * _FITTING)
-    units = k_blocks if mode == _ADJACENT else -(-k_blocks // 2)
+def _cluster(configuration: _Configuration, slabs: int, k_blocks: int) -> int:
+    """Blocks that share the K of a slab: as many as the card holds at once and as K has work for.
+
+    Without a low-rank product a block takes 16 rows, and its warps share K.
+    """
+    if configuration.rank == 0:
+        return 1
+    room = int(configuration.blocks_per_sm * SMS * _FITTING)
+    units = k_blocks if configuration.mode == _ADJACENT else -(-k_blocks // 2)
     return max(1, min(_MAX_CLUSTER, room // slabs, units))
 
 
@@ -114,59 +153,80 @@ def _groups(grouping: str, parts: tuple[int, ...], k: int) -> tuple[int, bool, t
     )
 
 
-def rows_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:
-    """`x` (..., K) as (tensor, rows, batch stride, row stride, rows of a batch), copied only where it must be."""
-    k = x.shape[-1]
-    rows = x.numel() // k
-    if x.dim() == 2:
-        return x, rows, 0, x.stride(0), max(rows, 1)
-    if x.is_contiguous():
-        return x, rows, 0, k, max(rows, 1)
-    if x.dim() == 3:
-        return x, rows, x.stride(0), x.stride(1), max(x.shape[1], 1)
-    return x.contiguous(), rows, 0, k, max(rows, 1)
+def vectors_fit(grouping: str, parts: Sequence[int], k: int) -> bool:
+    """Whether groups over K = `k` columns can be read 16 bytes at a time, as producers need."""
+    return _groups(grouping, tuple(parts), k)[0] != _GATHER
 
 
-_pack = struct.Struct("<Qqqi4x5Q6i17i4x").pack
+_pack_matrix = struct.Struct("<Qqqi4x").pack
+_pack_rest = struct.Struct("<5Q6i17i4x").pack
+
+
+def pack_matrix(x: Tensor, batches: bool = False) -> tuple[bytes, bool]:
+    """Matrix structure of `x` (..., K), whose strides it must be able to express, and whether it is aligned.
+
+    batches : keep the first axis of a (B, T, K) tensor apart even where it need not be.
+    """
+    address = x.data_ptr()
+    if x.dim() == 3 and (batches or not x.is_contiguous()):
+        batch, row, together = x.stride(0), x.stride(1), x.shape[1]
+    elif x.dim() == 2:
+        batch, row, together = 0, x.stride(0), x.shape[0]
+    else:
+        batch, row, together = 0, x.shape[-1], x.numel() // x.shape[-1]
+    return _pack_matrix(address, batch, row, together or 1), (address | (batch | row) * 2) % 16 == 0
+
+
+def expressible(x: Tensor) -> Tensor:
+    """`x`, or a contiguous copy where two strides do not tell where its rows lie."""
+    return x if x.dim() <= 3 or x.is_contiguous() else x.contiguous()
 
 
 def launch_compress(
     x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks, s and blocks of T of `rtlynx::compress`; see `rtlynx.kernels.ops`. Arguments are checked there."""
+    """`rtlynx::compress` of checked arguments: blocks, s and blocks of T; see `rtlynx.kernels.ops`."""
+    x = expressible(x)
     k = x.shape[-1]
-    x, rows, batch_stride, row_stride, rows_per_batch = rows_of(x)
+    structure, aligned = pack_matrix(x)
+    return launch(Input(MATRIX, structure, x.numel() // k, k, x.device, aligned), down, grouping, parts, norm)
+
+
+def launch(
+    x: Input,
+    down: Tensor | None,
+    grouping: str,
+    parts: Sequence[int],
+    norm: bool,
+    dense: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compress `x`; a producer also writes what it selected from to `dense` (rows, columns), to be tested."""
+    _, _, rows, k, device, aligned = x
     slabs, k_blocks = -(-rows // BLOCK_ROWS), -(-k // BLOCK_K)
     rank = 0 if down is None else down.shape[0]
     rank_blocks = -(-rank // LOWRANK_COLUMNS)
-    device = x.device
     blocks = torch.empty(slabs * k_blocks * BLOCK_BYTES, dtype=torch.uint8, device=device)
     lowrank = torch.empty(slabs * rank_blocks * LOWRANK_BYTES, dtype=torch.uint8, device=device)
     scale = torch.empty(rows if norm else 0, dtype=torch.float32, device=device)
     if rows == 0:
         return blocks, scale, lowrank
     mode, adjacent, table = _groups(grouping, tuple(parts), k)
-    address, down_address = x.data_ptr(), 0
-    aligned = address | (row_stride | batch_stride) * 2
+    down_address = 0
     if down is not None:
         if not down.is_contiguous():
             down = down.contiguous()
         down_address = down.data_ptr()
-        aligned |= down_address
-    if aligned % 16:
+    if not aligned or down_address % 16:
         mode = _GATHER
     tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
-    cluster = _cluster(slabs, mode, tile_rank, k_blocks)
-    parameters = _pack(
-        address,
-        batch_stride,
-        row_stride,
-        rows_per_batch,
+    configuration = _Configuration(x.source, mode, tile_rank)
+    cluster = _cluster(configuration, slabs, k_blocks)
+    parameters = x.structure + _pack_rest(
         down_address,
         blocks.data_ptr(),
         scale.data_ptr() if norm else 0,
         lowrank.data_ptr() if rank else 0,
-        0,
+        0 if dense is None else dense.data_ptr(),
         rows,
         k,
         k_blocks,
@@ -175,7 +235,7 @@ def launch_compress(
         adjacent,
         *table,
     )
-    grid = (slabs * cluster, -(-rank // tile_rank) if rank else 1, 1)
-    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-    _kernel(_MATRIX, mode, tile_rank, cluster).launch(grid, stream, parameters)
+    grid = (slabs * cluster, -(-rank // tile_rank), 1) if rank else (slabs * 4, 1, 1)
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    _kernel(configuration, cluster).launch(grid, stream, parameters)
     return blocks, scale, lowrank

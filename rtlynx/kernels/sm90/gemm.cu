@@ -1,6 +1,10 @@
 // Y = s * (X~ W^T + T' B^T) + b, X~ 2:4-sparse bf16 in packed blocks, W (N, K) and B (N, r) bf16, Y (M, N) bf16.
 //
-// Persistent, one CTA an SM. A producer thread fills a ring of stages by bulk copies: per 64 k, up to four
+// Persistent, one CTA an SM. The tiles of the last, incomplete wave are cut along k into equal shares for all CTAs:
+// each first computes the beginning of some tile and leaves its sums in a workspace, then whole tiles, then the end of
+// another tile, to which it adds what the CTAs before it have left, in order (stream-K, Osama et al. 2023).
+//
+// A producer thread fills a ring of stages by bulk copies: per 64 k, up to four
 // packed blocks of 64 rows (values and metadata together) and BN rows of W. Two consumer warpgroups own two
 // 64-row slabs each of the 256 x BN tile and read both operands from shared memory. The low-rank branch is
 // rank / 32 more stages of dense k in the same accumulators. The second warpgroup runs SKEW stages behind the
@@ -44,9 +48,13 @@ struct Parameters {
     uint16_t* out;           // (M, N), contiguous
     int rows, columns;       // N and every segment's end are multiples of 8: rows of Y are stored 16 bytes at a time
     int k_blocks, total_rank_blocks;
-    int slabs, row_tiles, column_tiles, row_tiles_together, tiles;
-    int bias_is_float;
-    int segments;
+    int slabs, row_tiles, column_tiles, row_tiles_together;
+    int whole_tiles;         // the first of them; the rest are cut into shares
+    int split_tiles, split_ctas, split_stages;  // how many, among how many CTAs, stages of each
+    float4* workspace;       // (split_ctas, CONSUMER_WARPS, SLABS_A_GROUP, BN / 8, 32) sums
+    uint64_t* ready;         // (split_ctas, CONSUMER_WARPS): `nonce` where a warp's sums are there
+    uint64_t nonce;          // a random number of this launch, so that `ready` need not be initialised
+    int bias_is_float, segments;
     Segment segment[MAX_SEGMENTS];
 };
 
@@ -77,6 +85,55 @@ DEVICE Tile tile_at(const Parameters& p, int index) {
     tile.first_rank_block = p.segment[segment].first_rank_block;
     tile.rank_blocks = p.segment[segment].rank_blocks;
     return tile;
+}
+
+// threadIdx.x, read anew: what is derived from it is not kept in registers through the main loop.
+DEVICE int thread_now() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+enum class Part { WHOLE, BEGINNING, END };
+
+// Stages [first, last) of a tile. An END waits for the CTAs from `peer` on to this one.
+struct Work {
+    int tile, first, last, peer;
+    Part part;
+};
+
+DEVICE int share_begin(const Parameters& p, int cta) {
+    return cta * (p.split_tiles * p.split_stages) / p.split_ctas;
+}
+
+// Work number `item` of this CTA, false where there is none: 0 is the beginning of a split tile, the last the end of
+// one. CTAs start in order, so one that waits for those before it cannot wait for ever.
+DEVICE bool work_at(const Parameters& p, int item, int items, Work& work) {
+    const int cta = blockIdx.x / CLUSTER, ctas = gridDim.x / CLUSTER;
+    if (item > 0 && item < items - 1) {
+        work = {cta + (item - 1) * ctas, 0, 1 << 30, 0, Part::WHOLE};
+        return true;
+    }
+    if (cta >= p.split_ctas) return false;
+    const int begin = share_begin(p, cta), end = share_begin(p, cta + 1), stages = p.split_stages;
+    const int tile = begin / stages, tile_begin = tile * stages, tile_end = tile_begin + stages;
+    if (item == 0) {
+        if (end == tile_end) return false;
+        const bool next = end > tile_end;
+        work = {p.whole_tiles + tile + next, next ? 0 : begin - tile_begin, end - (next ? tile_end : tile_begin), 0,
+                Part::BEGINNING};
+        return true;
+    }
+    if (end < tile_end) return false;
+    // The last CTA whose share begins at or before the tile's.
+    const int peer = ((tile_begin + 1) * p.split_ctas - 1) / (p.split_tiles * stages);
+    work = {p.whole_tiles + tile, begin - tile_begin, stages, peer, peer < cta ? Part::END : Part::WHOLE};
+    return true;
+}
+
+DEVICE int work_items(const Parameters& p) {
+    const int cta = blockIdx.x / CLUSTER, ctas = gridDim.x / CLUSTER;
+    return 2 + max(0, (p.whole_tiles - cta + ctas - 1) / ctas);
 }
 
 // A place in the ring of stages; `phase` flips at every turn.
@@ -114,12 +171,13 @@ DEVICE void fetch_columns(const TensorMap& map, const Cursor& at, int k, int col
     }
 }
 
-// `count` stages of K columns: lanes 0 to 3 copy a slab of A each, lane 0 also its rows of the dense operand.
+// Stages [first, last) of K columns: lanes 0 to 3 copy a slab of A each, lane 0 also its rows of the dense operand.
 template <int K, int BYTES>
-DEVICE void fetch(Cursor& at, const uint8_t* slab, const TensorMap& map, int count, const Tile& tile) {
+DEVICE void fetch(Cursor& at, const uint8_t* slab, const TensorMap& map, int first, int last, const Tile& tile) {
     const int lane = threadIdx.x;
+    slab += int64_t(first) * BYTES;
 #pragma unroll 1
-    for (int k = 0; k < count * K; k += K, at.advance(), slab += BYTES) {
+    for (int k = first * K; k < last * K; k += K, at.advance(), slab += BYTES) {
         barrier_wait(at.empty(), at.phase ^ 1);
         if (lane == 0) barrier_expect(at.full(), tile.slabs * BYTES + BN * K * 2);
         __syncwarp();
@@ -131,13 +189,18 @@ DEVICE void fetch(Cursor& at, const uint8_t* slab, const TensorMap& map, int cou
 DEVICE void produce(const Parameters& p, uint32_t shared) {
     wait_for_previous_kernel();
     Cursor at{shared};
+    const int items = work_items(p);
 #pragma unroll 1
-    for (int index = blockIdx.x / CLUSTER; index < p.tiles; index += gridDim.x / CLUSTER) {
-        const Tile tile = tile_at(p, index);
+    for (int item = 0; item < items; ++item) {
+        Work work;
+        if (!work_at(p, item, items, work)) continue;
+        const Tile tile = tile_at(p, work.tile);
         const int64_t slab = tile.first_slab + threadIdx.x;
-        fetch<BLOCK_K, BLOCK_BYTES>(at, p.blocks + slab * p.k_blocks * BLOCK_BYTES, p.weight, p.k_blocks, tile);
+        fetch<BLOCK_K, BLOCK_BYTES>(at, p.blocks + slab * p.k_blocks * BLOCK_BYTES, p.weight, work.first,
+                                    min(work.last, p.k_blocks), tile);
         const uint8_t* lowrank = p.lowrank + (slab * p.total_rank_blocks + tile.first_rank_block) * RANK_BYTES;
-        fetch<RANK_K, RANK_BYTES>(at, lowrank, p.up, tile.rank_blocks, tile);
+        fetch<RANK_K, RANK_BYTES>(at, lowrank, p.up, max(work.first - p.k_blocks, 0),
+                                  min(work.last - p.k_blocks, tile.rank_blocks), tile);
     }
 }
 
@@ -166,11 +229,11 @@ DEVICE void release(uint32_t empty) {
     }
 }
 
-// One tile's product into the accumulators of this warpgroup, which owns slabs `group` and `group + GROUPS`, COUNT
+// Stages [first, last) of a tile, sparse before k_last, into the accumulators of this warpgroup, which owns slabs `group` and `group + GROUPS`, COUNT
 // of them in the matrix. One stage's instructions stay in flight while the next is issued; metadata registers
 // alternate, so that none is written under an instruction that reads it. `meanwhile` runs before the last wait.
 template <int COUNT, class Meanwhile>
-DEVICE void multiply(Accumulators& d, Cursor& at, int group, int k_blocks, int rank_blocks, int signal_at,
+DEVICE void multiply(Accumulators& d, Cursor& at, int group, int first, int k_last, int last, int signal_at,
                      const Meanwhile& meanwhile) {
     const uint32_t offset = group * BLOCK_BYTES;
     const uint32_t metadata = offset + METADATA + threadIdx.x % 128 * 4;
@@ -180,7 +243,7 @@ DEVICE void multiply(Accumulators& d, Cursor& at, int group, int k_blocks, int r
     auto finish_stage = [&](int k) {
         wgmma_commit();
         wgmma_wait<1>();
-        if (k) release(at.previous_empty());
+        if (k > first) release(at.previous_empty());
         if (k == signal_at) named_arrive(group + 1, 256);
         at.advance();
     };
@@ -190,26 +253,28 @@ DEVICE void multiply(Accumulators& d, Cursor& at, int group, int k_blocks, int r
         unroll<COUNT>([&](auto i) { meta[i] = load_shared(data + metadata + i * next_slab); });
         const uint64_t a = matrix_descriptor<64>(data + offset), b = matrix_descriptor<128>(data + A_BYTES);
         wgmma_fence();
-        unroll<COUNT>([&](auto i) { wgmma_sparse<0>(d[i], a + i * (next_slab >> 4), b, meta[i], k); });
+        unroll<COUNT>([&](auto i) { wgmma_sparse<0>(d[i], a + i * (next_slab >> 4), b, meta[i], k > first); });
         unroll<COUNT>([&](auto i) { wgmma_sparse<1>(d[i], a + i * (next_slab >> 4) + 2, b + 4, meta[i], 1); });
         finish_stage(k);
     };
-    int k = 0;
+    int k = first;
 #pragma unroll 1
-    for (; k + 1 < k_blocks; k += 2) {
+    for (; k + 1 < k_last; k += 2) {
         sparse_stage(k, e[0]);
         sparse_stage(k + 1, e[1]);
     }
-    if (k < k_blocks) sparse_stage(k, e[0]);
+    if (k < k_last) sparse_stage(k++, e[0]);
 
 #pragma unroll 1
-    for (k = k_blocks; k < k_blocks + rank_blocks; ++k) {
+    for (; k < last; ++k) {
         barrier_wait(at.full(), at.phase);
         const uint32_t data = at.data();
         const uint64_t a = matrix_descriptor<64>(data + offset), b = matrix_descriptor<64>(data + A_BYTES);
         wgmma_fence();
         unroll<2>([&](auto half) {
-            unroll<COUNT>([&](auto i) { wgmma_dense(d[i], a + i * (next_slab >> 4) + 2 * half, b + 2 * half, 1); });
+            unroll<COUNT>([&](auto i) {
+                wgmma_dense(d[i], a + i * (next_slab >> 4) + 2 * half, b + 2 * half, half > 0 || k > first);
+            });
         });
         finish_stage(k);
     }
@@ -224,63 +289,108 @@ DEVICE void multiply(Accumulators& d, Cursor& at, int group, int k_blocks, int r
 }
 
 // A tile in which this warpgroup has no rows.
-DEVICE void skip(Cursor& at, int group, int stages, int signal_at) {
+DEVICE void skip(Cursor& at, int group, int first, int last, int signal_at) {
 #pragma unroll 1
-    for (int k = 0; k < stages; ++k, at.advance()) {
+    for (int k = first; k < last; ++k, at.advance()) {
         barrier_wait(at.full(), at.phase);
         release(at.empty());
         if (k == signal_at) named_arrive(group + 1, 256);
     }
 }
 
-// What the epilogue needs from memory, asked for while the last products are computed: bf16 bias of two columns
-// of each 64 for a lane, s of one of the warp's rows (lane / 16 is the slab); the warp passes both around.
-struct Affine {
-    uint32_t bias[BN / 64];
-    float scale;
+// What the epilogue must know waits in shared memory, not in registers, while the accumulators are live.
+struct Note {
+    int first_slab, column, column_end, count;
+    int part, peer;
 };
 
-DEVICE Affine load_affine(const Parameters& p, const Tile& tile, int group) {
-    Affine affine;
-    const int lane = threadIdx.x % 32;
-    unroll<BN / 64>([&](auto i) {
-        const int column = tile.column + i * 64 + lane * 2;
-        affine.bias[i] = 0;
-        if (p.bias != nullptr && !p.bias_is_float && column < p.columns)
-            affine.bias[i] = static_cast<const uint32_t*>(p.bias)[column / 2];
-    });
-    affine.scale = 1.f;
-    const int row = (tile.first_slab + group + lane / 16 * GROUPS) * BLOCK_ROWS + threadIdx.x / 32 % 4 * 16 + lane % 16;
-    if (p.scale != nullptr) affine.scale = p.scale[min(row, p.rows - 1)];
-    return affine;
+DEVICE void write_note(uint32_t address, const Note& note) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(note.first_slab), "r"(note.column),
+                     "r"(note.column_end), "r"(note.count)
+                     : "memory");
+        asm volatile("st.shared.v2.u32 [%0 + 16], {%1, %2};" ::"r"(address), "r"(note.part), "r"(note.peer) : "memory");
+    }
+    __syncwarp();
+}
+DEVICE Note read_note(uint32_t address) {
+    Note note;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(note.first_slab), "=r"(note.column), "=r"(note.column_end), "=r"(note.count)
+                 : "r"(address)
+                 : "memory");
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 16];" : "=r"(note.part), "=r"(note.peer) : "r"(address) : "memory");
+    return note;
+}
+
+// The loop's own state, likewise.
+DEVICE void park(uint32_t address, const Cursor& at, int item) {
+    if (thread_now() % 32 == 0)
+        asm volatile("st.shared.v2.u32 [%0 + 24], {%1, %2};" ::"r"(address), "r"(at.stage | at.phase << 16), "r"(item)
+                     : "memory");
+    __syncwarp();
+}
+DEVICE void unpark(uint32_t address, Cursor& at, int& item) {
+    uint32_t place;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 24];" : "=r"(place), "=r"(item) : "r"(address) : "memory");
+    at.stage = place & 0xFFFF;
+    at.phase = place >> 16;
+}
+
+DEVICE void touch(const void* p) {
+    uint32_t value;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+}
+
+// Bring what the epilogue reads into L1 while the last products are computed: bias and s of this warp.
+DEVICE void touch_affine(const Parameters& p, const Note& note, int group) {
+    const int lane = thread_now() % 32;
+    if (p.bias != nullptr && lane * (BN / 32) + note.column < p.columns)
+        touch(static_cast<const uint8_t*>(p.bias) + (note.column + lane * (BN / 32) & ~1) * (2 << p.bias_is_float));
+    const int row = (note.first_slab + group + lane / 16 * GROUPS) * BLOCK_ROWS + thread_now() / 32 % 4 * 16 + lane % 16;
+    if (p.scale != nullptr && row < p.rows) touch(p.scale + row);
+}
+
+struct Pair {
+    float low, high;
+};
+
+// Bias of `column` and the next, both inside or both outside of Y.
+DEVICE Pair load_bias(const Parameters& p, int column) {
+    if (p.bias == nullptr || column >= p.columns) return {0.f, 0.f};
+    if (p.bias_is_float) return static_cast<const Pair*>(p.bias)[column / 2];
+    const uint32_t both = static_cast<const uint32_t*>(p.bias)[column / 2];
+    return {bf16_low(both), bf16_high(both)};
 }
 
 // Scale, bias, round and store one slab. Each warp turns 16 rows x 64 columns in its own 2 KB of shared memory
 // (16-byte chunks xor-swizzled by row), so that rows leave as whole 128-byte lines.
-DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const Tile& tile, int slab,
-                       const uint32_t (&bias)[BN / 64], float s_low, float s_high, uint32_t staging) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row = lane / 8, chunk = lane % 8;
+DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const Note& tile, int slab, uint32_t shared) {
+    const int thread = thread_now(), lane = thread % 32, warp = thread / 32 % 4, row = lane / 8, chunk = lane % 8;
+    const uint32_t staging = shared + STAGING + (thread / 32 - 4) * STAGING_BYTES;
     const int row0 = (tile.first_slab + slab) * BLOCK_ROWS + warp * 16 + row;
+    Pair s{1.f, 1.f};  // of this lane's rows
+    if (p.scale != nullptr) {
+        const int first = row0 - row + lane / 4;
+        s = {p.scale[min(first, p.rows - 1)], p.scale[min(first + 8, p.rows - 1)]};
+    }
     // Xor moves among chunks: staging is aligned. Of the four 8x8 matrices of a stmatrix: rows 0-7, rows 8-15, then
     // the same of the next 8 columns.
     const uint32_t to = staging + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
     const uint32_t from = staging + row * 128 + (chunk ^ row) * 16;
     unroll<BN / 64>([&](auto wide) {
-        float even = bf16_low(bias[wide]), odd = bf16_high(bias[wide]);
-        if (p.bias_is_float && tile.column + wide * 64 + lane * 2 < p.columns) {
-            const float2 both = static_cast<const float2*>(p.bias)[(tile.column + wide * 64) / 2 + lane];
-            even = both.x;
-            odd = both.y;
-        }
+        // Each lane loads the bias of two of the 64 columns, and the warp passes it around.
+        const Pair bias = load_bias(p, tile.column + wide * 64 + lane * 2);
         unroll<4>([&](auto part) {
             uint32_t out[4];
             unroll<2>([&](auto half) {
                 constexpr int block = decltype(part)::value * 2 + decltype(half)::value;
                 const float* c = d + (wide * 8 + block) * 4;
-                const float b0 = __shfl_sync(~0u, even, block * 4 + lane % 4);
-                const float b1 = __shfl_sync(~0u, odd, block * 4 + lane % 4);
-                out[half * 2] = pack_bf16(fmaf(c[0], s_low, b0), fmaf(c[1], s_low, b1));
-                out[half * 2 + 1] = pack_bf16(fmaf(c[2], s_high, b0), fmaf(c[3], s_high, b1));
+                const float b0 = __shfl_sync(~0u, bias.low, block * 4 + lane % 4);
+                const float b1 = __shfl_sync(~0u, bias.high, block * 4 + lane % 4);
+                out[half * 2] = pack_bf16(fmaf(c[0], s.low, b0), fmaf(c[1], s.low, b1));
+                out[half * 2 + 1] = pack_bf16(fmaf(c[2], s.high, b0), fmaf(c[3], s.high, b1));
             });
             asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to ^ part * 32),
                          "r"(out[0]), "r"(out[1]), "r"(out[2]), "r"(out[3])
@@ -302,55 +412,94 @@ DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const Tile
     });
 }
 
-// What the epilogue must know waits in shared memory, not in registers, while the accumulators are live.
-DEVICE void write_note(uint32_t note, const Tile& tile, int count) {
+// ---- shares of a tile -------------------------------------------------------------------------------------
+
+DEVICE float4* sums_of(const Parameters& p, int cta, int slab) {
+    const int warp = thread_now() / 32 - 4;
+    return p.workspace + int64_t((cta * CONSUMER_WARPS + warp) * SLABS_A_GROUP + slab) * (BN / 8 * 32) + thread_now() % 32;
+}
+DEVICE uint64_t* ready_of(const Parameters& p, int cta) { return p.ready + cta * CONSUMER_WARPS + thread_now() / 32 - 4; }
+
+DEVICE void leave_sums(const Parameters& p, const Accumulators& d, int count) {
+    const int cta = blockIdx.x / CLUSTER;
+    unroll<SLABS_A_GROUP>([&](auto i) {
+        if (i >= count) return;
+        float4* to = sums_of(p, cta, i);
+#pragma unroll
+        for (int j = 0; j < BN / 8; ++j)
+            __stcg(to + j * 32, float4{d[i][j * 4], d[i][j * 4 + 1], d[i][j * 4 + 2], d[i][j * 4 + 3]});
+    });
+    __threadfence();
     __syncwarp();
     if (threadIdx.x % 32 == 0)
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(note), "r"(tile.first_slab), "r"(tile.column),
-                     "r"(tile.column_end), "r"(count)
-                     : "memory");
-    __syncwarp();
+        asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(ready_of(p, cta)), "l"(p.nonce) : "memory");
 }
-DEVICE int read_note(uint32_t note, Tile& tile) {
-    int count;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(tile.first_slab), "=r"(tile.column), "=r"(tile.column_end), "=r"(count)
-                 : "r"(note)
-                 : "memory");
-    return count;
+
+// Add what the CTAs from `peer` on have left. Marks are taken back, so that a replayed graph finds none.
+DEVICE void add_sums(const Parameters& p, Accumulators& d, int peer, int count) {
+#pragma unroll 1
+    for (int cta = peer; cta < int(blockIdx.x) / CLUSTER; ++cta) {
+        if (thread_now() % 32 == 0) {
+            uint64_t* ready = ready_of(p, cta);
+            uint64_t mark;
+            do {
+                asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(mark) : "l"(ready) : "memory");
+            } while (mark != p.nonce);
+            *ready = 0;
+        }
+        __syncwarp();
+        unroll<SLABS_A_GROUP>([&](auto i) {
+            if (i >= count) return;
+            const float4* from = sums_of(p, cta, i);
+#pragma unroll
+            for (int j = 0; j < BN / 8; ++j) {
+                const float4 sum = __ldcg(from + j * 32);
+                d[i][j * 4] += sum.x;
+                d[i][j * 4 + 1] += sum.y;
+                d[i][j * 4 + 2] += sum.z;
+                d[i][j * 4 + 3] += sum.w;
+            }
+        });
+    }
 }
 
 DEVICE void consume(const Parameters& p, uint32_t shared) {
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
-    const uint32_t staging = shared + STAGING + warp * STAGING_BYTES, note = shared + NOTES + warp * 32;
+    const uint32_t note_address = shared + NOTES + warp * 32;
     Cursor at{shared};
     Accumulators d;
     wait_for_previous_kernel();
-    if (SKEW > 0 && group > 0) named_sync(group, 256);
 #pragma unroll 1
-    for (int index = blockIdx.x / CLUSTER; index < p.tiles; index += gridDim.x / CLUSTER) {
-        Tile tile = tile_at(p, index);
-        int count = max(0, min(SLABS_A_GROUP, (tile.slabs - group + GROUPS - 1) / GROUPS));
-        write_note(note, tile, count);
-        // After which stage of its first tile a warpgroup lets the next one start.
-        const int signal_at = group + 1 < GROUPS && index == blockIdx.x / CLUSTER ? min(SKEW, p.k_blocks) - 1 : -1;
-        Affine affine;
-        auto meanwhile = [&]() {
-            read_note(note, tile);
-            affine = load_affine(p, tile, group);
-        };
+    for (int item = 0;; ++item) {
+        Work work;
+        const int items = work_items(p);
+        if (item == items) break;
+        if (!work_at(p, item, items, work)) continue;
+        const Tile tile = tile_at(p, work.tile);
+        const int count = max(0, min(SLABS_A_GROUP, (tile.slabs - group + GROUPS - 1) / GROUPS));
+        write_note(note_address, {tile.first_slab, tile.column, tile.column_end, count, int(work.part), work.peer});
+        const int last = min(work.last, p.k_blocks + tile.rank_blocks), k_last = min(last, p.k_blocks);
+        // Each warpgroup lets the next one into a tile when it is SKEW stages ahead.
+        const int signal_at = group + 1 < GROUPS ? min(work.first + SKEW, last) - 1 : -1;
+        if (group > 0) named_sync(group, 256);
+        auto meanwhile = [&]() { touch_affine(p, read_note(note_address), thread_now() / 128 - 1); };
         if (count == SLABS_A_GROUP)
-            multiply<SLABS_A_GROUP>(d, at, group, p.k_blocks, tile.rank_blocks, signal_at, meanwhile);
+            multiply<SLABS_A_GROUP>(d, at, group, work.first, k_last, last, signal_at, meanwhile);
         else if (SLABS_A_GROUP > 1 && count == 1)
-            multiply<1>(d, at, group, p.k_blocks, tile.rank_blocks, signal_at, meanwhile);
+            multiply<1>(d, at, group, work.first, k_last, last, signal_at, meanwhile);
         else
-            skip(at, group, p.k_blocks + tile.rank_blocks, signal_at);
-        count = read_note(note, tile);
+            skip(at, group, work.first, last, signal_at);
+        wgmma_wait<0>();  // also where no product was: what follows writes to accumulators
+        Note note = read_note(note_address);
+        park(note_address, at, item);
+        if (note.part == int(Part::BEGINNING)) leave_sums(p, d, note.count);
+        if (note.part == int(Part::END)) add_sums(p, d, note.peer, note.count);
         unroll<SLABS_A_GROUP>([&](auto i) {
-            const int row = i * 16 + threadIdx.x % 32 / 4;
-            const float s_low = __shfl_sync(~0u, affine.scale, row), s_high = __shfl_sync(~0u, affine.scale, row + 8);
-            if (i < count) store_slab(p, d[i], tile, group + i * GROUPS, affine.bias, s_low, s_high, staging);
+            note = read_note(note_address);
+            if (note.part != int(Part::BEGINNING) && i < note.count)
+                store_slab(p, d[i], note, thread_now() / 128 - 1 + i * GROUPS, shared);
         });
+        unpark(note_address, at, item);
     }
 }
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import secrets
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from rtlynx.kernels import jit, tuning
-from rtlynx.kernels.blocks import BLOCK_K, BLOCK_ROWS, LOWRANK_COLUMNS
+from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_COLUMNS
 from rtlynx.kernels.driver import call
 from rtlynx.kernels.jit import Defines, Instantiation
 from rtlynx.kernels.tuning import Tile
 
 _THREADS = 384
 _SLABS = tuning.TILE_ROWS // BLOCK_ROWS
-_BLOCK_BYTES, _STAGING_BYTES, _NOTE_BYTES, _CONSUMER_WARPS = 4608, 2048, 32, 8
+_STAGING_BYTES, _NOTE_BYTES, _CONSUMER_WARPS = 2048, 32, 8
 _MAX_SEGMENTS = 8
 _ROW_TILES_TOGETHER = 16
 _STORE_COLUMNS = 8  # Y leaves 16 bytes at a time
-_pack = struct.Struct("<128s128s5Q43i44x").pack
+# A share of a split tile has at least so many stages, and splitting must save at least so many.
+_LEAST_SHARE, _LEAST_SAVING = 8, 12
+_pack = struct.Struct("<128s128s5Q12i3Q34i8x").pack
 
 
 def _defines(tile: Tile) -> Defines:
@@ -29,7 +35,7 @@ def _defines(tile: Tile) -> Defines:
 
 
 def _shared_bytes(tile: Tile) -> int:
-    stage = _SLABS * _BLOCK_BYTES + tile.columns * BLOCK_K * 2
+    stage = _SLABS * BLOCK_BYTES + tile.columns * BLOCK_K * 2
     return tile.stages * (stage + 16) + _CONSUMER_WARPS * (_STAGING_BYTES + _NOTE_BYTES)
 
 
@@ -128,7 +134,18 @@ def launch_gemm(
     else:
         total_rank_blocks, column_tiles = rank_blocks, -(-n // tile.columns)
         table = (columns, column_tiles, 0, rank_blocks, *_NO_SEGMENTS)
-    tiles = row_tiles * column_tiles
+    device = blocks.get_device()
+    ctas = _multiprocessors(device) // tile.cluster
+    k_blocks = -(-k // BLOCK_K)
+    split = _split(row_tiles * column_tiles, ctas, k_blocks + rank_blocks if not segments else 0)
+    workspace = ready = 0
+    if split.ctas:
+        floats = split.ctas * _SLABS * BLOCK_ROWS * tile.columns
+        sums = torch.empty(
+            floats + split.ctas * _CONSUMER_WARPS * 2, dtype=torch.float32, device=blocks.device
+        )
+        workspace = sums.data_ptr()
+        ready = workspace + floats * 4
     parameters = _pack(
         _tensor_map(weight, BLOCK_K, tile.columns // tile.cluster),
         up_map,
@@ -139,22 +156,58 @@ def launch_gemm(
         out.data_ptr(),
         rows,
         columns,
-        -(-k // BLOCK_K),
+        k_blocks,
         total_rank_blocks,
         slabs,
         row_tiles,
         column_tiles,
         _ROW_TILES_TOGETHER // tile.cluster,
-        tiles,
+        split.whole_tiles,
+        split.tiles,
+        split.ctas,
+        split.stages,
+        workspace,
+        ready,
+        _nonce() if split.ctas else 0,
         bias is not None and bias.dtype is torch.float32,
         max(1, len(segments) // 3),
         *table,
     )
-    device = blocks.get_device()
-    sms = _multiprocessors(device)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    _kernel(tile).launch((min(tiles, sms // tile.cluster) * tile.cluster, 1, 1), stream, parameters)
+    grid = min(ctas, max(split.whole_tiles, split.ctas)) * tile.cluster
+    _kernel(tile).launch((grid, 1, 1), stream, parameters)
     return out if columns == n else out[:, :n].contiguous()
+
+
+class Split(NamedTuple):
+    """Tiles that are computed whole, and how the rest are cut along k: `tiles` of `stages` among `ctas` CTAs."""
+
+    whole_tiles: int
+    tiles: int
+    ctas: int
+    stages: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _split(tiles: int, ctas: int, stages: int) -> Split:
+    """Cut the tiles of the last, incomplete wave where that saves more than exchanging sums costs.
+
+    stages : of each tile; 0 where they differ, which forbids it.
+    """
+    rest = tiles % ctas
+    sharing = min(ctas, rest * stages // _LEAST_SHARE)
+    if sharing <= rest or stages - rest * stages // sharing < _LEAST_SAVING:
+        return Split(tiles, 0, 0, 1)
+    return Split(tiles - rest, rest, sharing, stages)
+
+
+_launches = itertools.count()
+_seed = secrets.randbits(64)
+
+
+def _nonce() -> int:
+    """A number that memory does not hold by chance, nor from a launch before."""
+    return (_seed + next(_launches) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF | 1
 
 
 _NO_SEGMENTS = (0,) * (4 * (_MAX_SEGMENTS - 1))
