@@ -15,7 +15,7 @@ from shapes import set_count
 from sustained import Call, Graphs, Sample, Timer, attempt, measure
 from torch import Tensor
 
-import rtlynx.kernels.ops  # noqa: F401  (registers torch.ops.rtlynx)
+import rtlynx.kernels.producers  # noqa: F401  (registers torch.ops.rtlynx)
 from rtlynx.kernels import jit
 
 M, RANK = 4096, 64

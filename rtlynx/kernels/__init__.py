@@ -3,6 +3,8 @@
 reference.py : selection and product in plain PyTorch; what the kernels do not serve runs here.
 choice.py : which of the two a call gets.
 ops.py : the torch operators `rtlynx::compress`, `rtlynx::gemm` and `rtlynx::linear`.
+producers.py : operators that compress what an elementwise chain yields: `rtlynx::adaln_compress` and others.
+library.py : how operators are registered.
 blocks.py : the packed format between the kernels, in plain PyTorch; the truth that they are tested against.
 sm90 : device code and what launches it; jit.py compiles it at first use.
 """

@@ -13,11 +13,15 @@ import time
 from collections import Counter
 from dataclasses import asdict
 
+import cases
+import producer_cases
 import torch
-from cases import BIASES, DATA, LAYOUTS, Case, check
+from cases import BIASES, DATA, LAYOUTS, Case
+from producer_cases import ProducerCase
 
 # Above this many products a case takes longer than a hundred small ones.
 MOST_WORK = 4e11
+PRODUCERS = 0.3  # their share of all cases
 
 
 def skewed(draw: random.Random, low: int, high: int, step: int = 1) -> int:
@@ -67,11 +71,40 @@ def random_case(draw: random.Random) -> Case:
     )
 
 
-def from_json(text: str) -> Case:
+def random_producer_case(draw: random.Random) -> ProducerCase:
+    large = draw.random() < 0.03
+    k = max(16, skewed(draw, 16, 15360 if large else 1536, draw.choice((4, 8, 16, 64, 64, 64))) // 4 * 4)
+    batch = draw.choice((1, 1, 2, 3))
+    strided = draw.random() < 0.4
+    return ProducerCase(
+        draw.choice(producer_cases.NAMES),
+        rows=batch * skewed(draw, 1, 4000 if large else 300),
+        k=k,
+        batch=batch,
+        rank=draw.choice((0, 0, 16, 64, draw.randint(1, 320))),
+        grouping="strided" if strided else "adjacent",
+        parts=parts_of(draw, k) if strided else (),
+        norm=draw.random() < 0.7,
+        data=draw.choice(producer_cases.DATA),
+        layout=draw.choice(producer_cases.LAYOUTS),
+        shared=draw.random() < 0.3,
+        seed=draw.randrange(2**31),
+    )
+
+
+def check(case: Case | ProducerCase) -> None:
+    if isinstance(case, Case):
+        cases.check(case)
+    else:
+        producer_cases.check(case)
+
+
+def from_json(text: str) -> Case | ProducerCase:
     fields = json.loads(text)
     if isinstance(fields.get("rank"), list):
         fields["rank"] = tuple(fields["rank"])
-    return Case(**{**fields, "parts": tuple(fields.get("parts", ()))})
+    fields["parts"] = tuple(fields.get("parts", ()))
+    return ProducerCase(**fields) if "name" in fields else Case(**fields)
 
 
 def main() -> int:
@@ -93,7 +126,7 @@ def main() -> int:
     kinds: Counter[str] = Counter()
     start = said = time.monotonic()
     while (now := time.monotonic()) - start < 60 * options.minutes:
-        case = random_case(draw)
+        case = random_producer_case(draw) if draw.random() < PRODUCERS else random_case(draw)
         try:
             check(case)
             torch.cuda.synchronize()
@@ -101,7 +134,7 @@ def main() -> int:
             print(f"case {kinds.total()} fails: {type(error).__name__}: {error}")
             print(f"python tests/gpu/fuzz.py --case '{json.dumps(asdict(case))}'")
             return 1
-        kinds[case.data] += 1
+        kinds[case.data if isinstance(case, Case) else case.name] += 1
         if now - said > 30:
             said = now
             print(f"{kinds.total()} cases in {now - start:.0f} s", flush=True)

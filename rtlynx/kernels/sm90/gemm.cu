@@ -1,7 +1,7 @@
 // Y = s * (X~ W^T + T' B^T) + b, X~ 2:4-sparse bf16 in packed blocks, W (N, K) and B (N, r) bf16, Y (M, N) bf16.
 //
 // Persistent, one CTA an SM. The tiles of the last, incomplete wave are cut along k into equal shares for all CTAs:
-// each first computes the beginning of some tile and leaves its sums in a workspace, then whole tiles, then the end of
+// after its whole tiles each computes the beginning of some tile and leaves its sums in a workspace, then the end of
 // another tile, to which it adds what the CTAs before it have left, in order (stream-K, Osama et al. 2023).
 //
 // A producer thread fills a ring of stages by bulk copies: per 64 k, up to four
@@ -106,18 +106,18 @@ DEVICE int share_begin(const Parameters& p, int cta) {
     return cta * (p.split_tiles * p.split_stages) / p.split_ctas;
 }
 
-// Work number `item` of this CTA, false where there is none: 0 is the beginning of a split tile, the last the end of
-// one. CTAs start in order, so one that waits for those before it cannot wait for ever.
+// Work number `item` of this CTA, false where there is none: the last but one is the beginning of a split tile, the
+// last the end of one. CTAs start in order, so one that waits for those before it cannot wait for ever.
 DEVICE bool work_at(const Parameters& p, int item, int items, Work& work) {
     const int cta = blockIdx.x / CLUSTER, ctas = gridDim.x / CLUSTER;
-    if (item > 0 && item < items - 1) {
-        work = {cta + (item - 1) * ctas, 0, 1 << 30, 0, Part::WHOLE};
+    if (item < items - 2) {
+        work = {cta + item * ctas, 0, 1 << 30, 0, Part::WHOLE};
         return true;
     }
     if (cta >= p.split_ctas) return false;
     const int begin = share_begin(p, cta), end = share_begin(p, cta + 1), stages = p.split_stages;
     const int tile = begin / stages, tile_begin = tile * stages, tile_end = tile_begin + stages;
-    if (item == 0) {
+    if (item == items - 2) {
         if (end == tile_end) return false;
         const bool next = end > tile_end;
         work = {p.whole_tiles + tile + next, next ? 0 : begin - tile_begin, end - (next ? tile_end : tile_begin), 0,

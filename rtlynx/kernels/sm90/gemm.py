@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import secrets
 import struct
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ _STAGING_BYTES, _NOTE_BYTES, _CONSUMER_WARPS = 2048, 32, 8
 _MAX_SEGMENTS = 8
 _ROW_TILES_TOGETHER = 16
 _STORE_COLUMNS = 8  # Y leaves 16 bytes at a time
-# A share of a split tile has at least so many stages, and splitting must save at least so many.
-_LEAST_SHARE, _LEAST_SAVING = 8, 12
+# Of a split tile, in stages: the least share, what handing one over costs, and what splitting must save.
+_LEAST_SHARE, _EXCHANGE, _LEAST_SAVING = 8, 5, 24
 _pack = struct.Struct("<128s128s5Q12i3Q34i8x").pack
 
 
@@ -180,7 +181,7 @@ def launch_gemm(
 
 
 class Split(NamedTuple):
-    """Tiles that are computed whole, and how the rest are cut along k: `tiles` of `stages` among `ctas` CTAs."""
+    """Tiles that are computed whole, and how the rest are cut along k: `tiles` of `stages` among `ctas`."""
 
     whole_tiles: int
     tiles: int
@@ -192,12 +193,25 @@ class Split(NamedTuple):
 def _split(tiles: int, ctas: int, stages: int) -> Split:
     """Cut the tiles of the last, incomplete wave where that saves more than exchanging sums costs.
 
+    Shares are simple fractions of a tile, so that many CTAs walk through the same k at one time and find each
+    other's operands in L2.
+
     stages : of each tile; 0 where they differ, which forbids it.
     """
     rest = tiles % ctas
-    sharing = min(ctas, rest * stages // _LEAST_SHARE)
-    if sharing <= rest or stages - rest * stages // sharing < _LEAST_SAVING:
-        return Split(tiles, 0, 0, 1)
+    whole = Split(tiles, 0, 0, 1)
+    if rest == 0:
+        return whole
+    # Every share of a tile but one is written and read again, at the cost of a few stages.
+    most = max(2, math.isqrt(stages // _EXCHANGE))
+    sharing = next(
+        (n for n in (rest * min(ctas // rest, most), rest * 3 // 2, rest * 4 // 3) if rest < n <= ctas), 0
+    )
+    if sharing == 0:
+        return whole
+    share = rest * stages // sharing
+    if share < _LEAST_SHARE or stages - share < _LEAST_SAVING:
+        return whole
     return Split(tiles - rest, rest, sharing, stages)
 
 

@@ -1,0 +1,186 @@
+"""One call of a producer as a value: its inputs, what must come out, and the comparison.
+
+The dense tensor that the kernel writes in its test mode is compared with the chain in float64; the blocks, s
+and T with that dense tensor, as for `rtlynx::compress`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cases import Case, check_compressed, expect, poisoned
+from torch import Tensor
+
+from rtlynx import Pattern
+from rtlynx.kernels import producers
+
+NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
+MODULATED = ("adaln", "rmsnorm")
+DATA = ("normal", "heavy", "offset")
+LAYOUTS = ("plain", "sliced", "wide", "odd", "swapped")
+LIMIT = 2.5e-3  # of a bf16 rounding the expectation is 1.7e-3; few values scatter
+SMALL = 1e-32  # where a sigmoid leaves the range of float32
+
+Tail = tuple[Tensor | None, str, list[int], bool]  # down, grouping, parts, norm
+
+
+@dataclass(frozen=True)
+class ProducerCase:
+    """Inputs (batch, rows / batch, k) of a producer.
+
+    data : "heavy" has a few channels 100 times the others, "offset" rows far from zero.
+    layout : of inputs in memory: "sliced" tokens begin at the sixth, "wide" and "odd" are columns of a wider
+        tensor, the latter at odd addresses; halves of one tensor where there are two alike.
+    shared : one modulation for all batches.
+    """
+
+    name: str
+    rows: int
+    k: int
+    batch: int = 1
+    rank: int = 0
+    grouping: str = "adjacent"
+    parts: tuple[int, ...] = ()
+    norm: bool = True
+    data: str = "normal"
+    layout: str = "plain"
+    shared: bool = False
+    seed: int = 0
+
+
+def make_inputs(case: ProducerCase) -> tuple[Any, ...]:
+    generator = torch.Generator("cuda").manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    def tokens(k: int) -> Tensor:
+        x = normal(case.batch, case.rows // case.batch, k)
+        if case.data == "heavy":
+            x[..., torch.randperm(k, generator=generator, device="cuda")[: max(1, k // 200)]] *= 100
+        elif case.data == "offset":
+            x += 10 * normal(case.batch, case.rows // case.batch, 1)
+        return _laid_out(x.bfloat16(), case.layout)
+
+    k = case.k
+    modulations = normal(1 if case.shared else case.batch, 3 * k).bfloat16().chunk(3, dim=-1)
+    if case.name == "adaln":
+        return tokens(k), modulations[0], modulations[2], 1e-6
+    if case.name == "rmsnorm":
+        return tokens(k), normal(k).bfloat16(), modulations[1], 1e-5
+    if case.name == "gelu":
+        return (tokens(k),)
+    if case.name == "silu_gate":
+        return tokens(2 * k).chunk(2, dim=-1)
+    first = max(8, k // 40 * 8)  # a fifth, as in FLUX
+    return tokens(first), tokens(k - first)
+
+
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "plain":
+        return x
+    batch, count, k = x.shape
+    if layout == "sliced":
+        part = x.new_full((batch, count + 5, k), math.nan)[:, 5:]
+    elif layout == "swapped":
+        part = x.new_full((count, batch, k), math.nan).transpose(0, 1)
+    else:
+        begin = 8 if layout == "wide" else 1
+        part = x.new_full((batch, count, begin + k + 8), math.nan)[..., begin : begin + k]
+    return part.copy_(x)
+
+
+def make_tail(case: ProducerCase) -> Tail:
+    down = None
+    if case.rank:
+        generator = torch.Generator("cuda").manual_seed(case.seed + 1)
+        down = torch.randn(case.rank, case.k, generator=generator, device="cuda") * case.k**-0.5
+        down = down.bfloat16()
+    return down, case.grouping, list(case.parts), case.norm
+
+
+# --------------------------------------------------------------------------------------- in float64
+
+
+def chain(name: str, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+    """The chain in float64, and the size of terms that may cancel in it, where some may."""
+    wide = [one.double() if isinstance(one, Tensor) else one for one in inputs]
+    x = wide[0]
+    if name in MODULATED:
+        _, second, third, eps = wide
+        along = (-1, 1, x.shape[-1]) if x.ndim == 3 else (-1, x.shape[-1])
+        third = third.reshape(along)
+        if name == "rmsnorm":
+            return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * second * third, None
+        second = second.reshape(along)
+        mean = x.mean(-1, keepdim=True)
+        deviation = ((x - mean).square().mean(-1, keepdim=True) + eps).sqrt()
+        size = (x.abs() + mean.abs()) / deviation * (1 + third).abs() + second.abs()
+        return (x - mean) / deviation * (1 + third) + second, size
+    if name == "silu_gate":
+        return x * x.sigmoid() * wide[1], None
+    last = wide[-1]
+    # As a sigmoid, which loses nothing where the usual form subtracts.
+    activated = last * (2 * math.sqrt(2 / math.pi) * (last + 0.044715 * last**3)).sigmoid()
+    return (activated if name == "gelu" else torch.cat([x, activated], dim=-1)), None
+
+
+# -------------------------------------------------------------------------------------- comparison
+
+
+def check(case: ProducerCase, served: bool | None = None) -> None:
+    """Run `case` and compare all that it gives; AssertionError where it is not right."""
+    compare(case.name, make_inputs(case), make_tail(case), served, case.data)
+
+
+@torch.no_grad()
+def compare(
+    name: str, inputs: Sequence[Any], tail: Tail, served: bool | None = None, data: str = "normal"
+) -> None:
+    """The operator on these inputs.
+
+    served : whether one kernel must do it all, or PyTorch must compute the chain; None where either may be.
+    """
+    down, grouping, parts, norm = tail
+    exact, size = chain(name, *inputs)
+    exact = exact.flatten(0, -2)
+    rows, k = exact.shape
+    with poisoned():
+        dense = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
+        fused = producers.launch(name, inputs, *tail, dense=dense)
+        result = getattr(producers, f"{name}_compress")(*inputs, *tail)
+    assert served is None or served is (fused is not None), "served otherwise than expected"
+    if fused is None:
+        dense = producers._dense(producers._PRODUCERS[name].chain, inputs).view(rows, k)
+        if "gelu" in name:  # PyTorch's form of it subtracts
+            size = exact.abs() + 1
+    else:
+        for one, other in zip(fused, result, strict=True):
+            assert torch.equal(one, other), "the test mode or a second run gives other bits"
+    _check_dense(dense, exact, None if size is None else size.reshape(rows, k))
+    pattern = Pattern(2, 4, grouping, tuple(parts) or 1)
+    rank = 0 if down is None else down.shape[0]
+    as_matrix = Case(rows, k, 8, rank, grouping, tuple(parts), norm, data=data)
+    check_compressed(as_matrix, dense, expect(dense, pattern), down, result)
+
+
+def _check_dense(dense: Tensor, exact: Tensor, size: Tensor | None) -> None:
+    """One rounding to bfloat16, and float32 before it."""
+    error = (dense.double() - exact).abs()
+    allowed = 1.002 * 2**-8 * exact.abs() + SMALL
+    if size is not None:
+        allowed += 1e-6 * size
+    within = error <= allowed  # (false for NaN)
+    if not bool(within.all()):
+        row, column = (~within).nonzero()[0].tolist()
+        raise AssertionError(
+            f"{int((~within).sum())} entries of the dense tensor are wrong, the first at ({row}, {column}): "
+            f"{float(dense[row, column])}, should be {float(exact[row, column])}"
+        )
+    if len(dense) >= 64:
+        relative = float(error.norm() / exact.norm())
+        assert relative <= LIMIT, f"the dense tensor is off by {relative:.2e}"

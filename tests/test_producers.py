@@ -1,0 +1,371 @@
+"""The operators that compress what an elementwise chain yields, on the CPU."""
+
+import ctypes
+import math
+import struct
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import relative_error
+from torch._subclasses import FakeTensorMode
+
+from rtlynx import Pattern
+from rtlynx.kernels import ops, producers
+from rtlynx.kernels.blocks import pack_blocks, unpack_blocks
+from rtlynx.kernels.sm90 import compress as host
+
+K = 64
+NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).bfloat16()
+
+
+def operator(name):
+    return getattr(producers, f"{name}_compress")
+
+
+def make_inputs(name, *leading, k=K, batch=None):
+    """Inputs of `name` for (*leading, k); modulations for each batch."""
+    batch = batch or (leading[0] if len(leading) == 2 else 1)
+    x = normal(*leading, k, seed=1)
+    if name == "adaln":
+        return x, normal(batch, k, seed=2), normal(batch, k, seed=3), 1e-6
+    if name == "rmsnorm":
+        return x, normal(k, seed=2), normal(batch, k, seed=3), 1e-5
+    if name == "gelu":
+        return (x,)
+    if name == "silu_gate":
+        return tuple(normal(*leading, 2 * k, seed=1).chunk(2, dim=-1))
+    return normal(*leading, k // 4, seed=1), normal(*leading, k - k // 4, seed=2)
+
+
+def by_formula(name, *inputs):
+    """The chain in float64."""
+    wide = [one.double() if isinstance(one, torch.Tensor) else one for one in inputs]
+    first = wide[0]
+    if name in ("adaln", "rmsnorm"):
+        _, second, third, eps = wide
+        along = (-1, 1, K) if first.ndim == 3 else (-1, K)
+        if name == "adaln":
+            centred = first - first.mean(-1, keepdim=True)
+            normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+            return normed * (1 + third.view(along)) + second.view(along)
+        return first / (first.square().mean(-1, keepdim=True) + eps).sqrt() * second * third.view(along)
+    if name == "silu_gate":
+        return first / (1 + (-first).exp()) * wide[1]
+    last = wide[-1]
+    activated = 0.5 * last * (1 + (math.sqrt(2 / math.pi) * (last + 0.044715 * last**3)).tanh())
+    return activated if name == "gelu" else torch.cat([first, activated], dim=-1)
+
+
+def dense(result, rows, k=K):
+    """What adjacent groups were selected from, with zeros for what they dropped."""
+    return unpack_blocks(result[0], rows, k)
+
+
+# ------------------------------------------------------------------------------------------- the values
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("leading", [(70,), (3, 11), (1, 7)])
+def test_the_selected_values_are_those_of_the_formula(name, leading):
+    inputs = make_inputs(name, *leading)
+    rows = math.prod(leading)
+    kept = dense(operator(name)(*inputs, None, "adjacent", [], False), rows).double()
+    expected = by_formula(name, *inputs).view(rows, K)
+    chosen = kept != 0
+    assert int(chosen.sum()) == rows * K // 2
+    error = (kept - expected).abs()[chosen]
+    assert bool((error <= 2**-8 * expected.abs()[chosen] + 1e-6).all())
+    assert relative_error(kept[chosen], expected[chosen]) < 2e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rank", [0, 33])
+@pytest.mark.parametrize(("grouping", "parts"), [("adjacent", []), ("strided", []), ("strided", [24, 40])])
+def test_compressed_as_the_rounded_output_of_the_chain(name, norm, rank, grouping, parts):
+    inputs = make_inputs(name, 2, 35)
+    down = normal(rank, K, seed=9, scale=K**-0.5) if rank else None
+    result = operator(name)(*inputs, down, grouping, parts, norm)
+    rounded = producers._PRODUCERS[name].chain(*inputs).bfloat16()
+    for one, other in zip(result, ops.compress(rounded, down, grouping, parts, norm), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(
+        result[0], pack_blocks(rounded.view(70, K), Pattern(2, 4, grouping, tuple(parts) or 1))
+    )
+
+
+@pytest.mark.parametrize("name", ["adaln", "rmsnorm"])
+def test_every_batch_has_a_modulation_of_its_own(name):
+    x, first, second, eps = make_inputs(name, 3, 10)
+    tail = (None, "adjacent", [], True)
+    together = dense(operator(name)(x, first, second, eps, *tail), 30).view(3, 10, K)
+    for batch in range(3):
+        own = first if name == "rmsnorm" else first[batch]
+        alone = dense(operator(name)(x[batch], own, second[batch], eps, *tail), 10)
+        assert torch.equal(together[batch], alone)
+    column = (first if name == "rmsnorm" else first.unsqueeze(1)), second.unsqueeze(1)
+    assert torch.equal(dense(operator(name)(x, *column, eps, *tail), 30).view(3, 10, K), together)
+
+
+@pytest.mark.parametrize("name", ["adaln", "rmsnorm"])
+def test_one_modulation_for_all_batches(name):
+    x, first, second, eps = make_inputs(name, 3, 10, batch=1)
+    tail = (None, "adjacent", [], True)
+    expected = operator(name)(x, first, second, eps, *tail)[0]
+    row = second.expand(3, K)
+    shapes = [(first, second[0]), (first, row), (first, second.unsqueeze(1)), (first, row.float())]
+    shapes += [(first[0], row), (first.expand(3, K), second[0])] if name == "adaln" else []
+    for one, other in shapes:
+        assert torch.equal(operator(name)(x, one, other, eps, *tail)[0], expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_strides(name):
+    inputs = make_inputs(name, 2, 9)
+    expected = operator(name)(*inputs, None, "adjacent", [], True)
+    for change in (
+        lambda x: torch.cat([x[:, :5], x], dim=1)[:, 5:],
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.mT.contiguous().mT,
+    ):
+        moved = [change(one) if getattr(one, "ndim", 0) == 3 else one for one in inputs]
+        assert not moved[0].is_contiguous()
+        for one, other in zip(operator(name)(*moved, None, "adjacent", [], True), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu_gate", "concat_gelu"])
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0), (2, 3, 4)])
+def test_any_leading_dimensions(name, leading):
+    inputs = make_inputs(name, *leading)
+    rows = math.prod(leading)
+    flat = [one.reshape(rows, one.shape[-1]) for one in inputs]
+    tail = (normal(5, K), "adjacent", [], True)
+    for one, other in zip(operator(name)(*inputs, *tail), operator(name)(*flat, *tail), strict=True):
+        assert torch.equal(one, other)
+
+
+# --------------------------------------------------------------------------------- as torch sees them
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("norm", [False, True])
+def test_opcheck(name, rank, norm):
+    down = normal(rank, K) if rank else None
+    torch.library.opcheck(operator(name), (*make_inputs(name, 2, 35), down, "strided", [24, 40], norm))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rank", [0, 33])
+def test_shapes_alone_are_those_of_the_values(name, rank):
+    call = (*make_inputs(name, 2, 35), normal(rank, K) if rank else None, "adjacent", [], True)
+    real = operator(name)(*call)
+    with FakeTensorMode() as mode:
+        fake = operator(name)(
+            *(mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for one in call)
+        )
+    for one, other in zip(real, fake, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_compilation_serves_any_number_of_rows(name):
+    down = normal(5, K)
+
+    def call(*inputs):
+        return operator(name)(*inputs, down, "adjacent", [], True)
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, backend=counter, dynamic=True, fullgraph=True)
+    compilations = set()
+    for rows in (35, 64, 3):
+        inputs = make_inputs(name, 2, rows)
+        for one, other in zip(compiled(*inputs), call(*inputs), strict=True):
+            assert torch.equal(one, other)
+        compilations.add(counter.frame_count)
+    assert len(compilations) == 1  # (torch begins anew once when it meets eps)
+
+
+# --------------------------------------------------------------------------- what the kernel is handed
+
+
+def in_memory(address, count):
+    """A vector, as the kernel finds it."""
+    buffer = (ctypes.c_uint16 * count).from_address(address)
+    return torch.frombuffer(buffer, dtype=torch.bfloat16).clone()
+
+
+def read_matrix(structure, offset, rows, columns):
+    """A Matrix of producers.cuh: its rows, and the batch of each."""
+    address, batch_stride, row_stride, together = struct.unpack_from("<Qqqi", structure, offset)
+    batches = [row // together for row in range(rows)]
+    starts = [b * batch_stride + row % together * row_stride for row, b in enumerate(batches)]
+    return torch.stack([in_memory(address + 2 * start, columns) for start in starts]), batches
+
+
+def read_source(x):
+    """What the kernel makes of a Source structure of producers.cuh, in float32."""
+    if x.source in (host.ADALN, host.RMSNORM):
+        rows, batches = read_matrix(x.structure, 0, x.rows, x.columns)
+        first, second, stride, eps = struct.unpack_from("<QQif", x.structure, 32)
+        name = "adaln" if x.source == host.ADALN else "rmsnorm"
+        made = []
+        for row, batch in zip(rows, batches, strict=True):
+            offset = 2 * batch * stride
+            one = in_memory(first + (offset if name == "adaln" else 0), x.columns)
+            made.append(by_formula(name, row[None], one, in_memory(second + offset, x.columns), eps)[0])
+        return torch.stack(made)
+    if x.source == host.GELU:
+        return by_formula("gelu", read_matrix(x.structure, 0, x.rows, x.columns)[0])
+    if x.source == host.SILU_GATE:
+        return by_formula(
+            "silu_gate", *(read_matrix(x.structure, at, x.rows, x.columns)[0] for at in (0, 32))
+        )
+    (first,) = struct.unpack_from("<i", x.structure, 64)
+    widths = (first, x.columns - first)
+    return by_formula(
+        "concat_gelu",
+        *(read_matrix(x.structure, 32 * i, x.rows, width)[0] for i, width in enumerate(widths)),
+    )
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """Launches end here, with the dense tensor that the kernel would have selected from."""
+
+    def launch(x, down, grouping, parts, norm, dense):
+        if down is not None:
+            assert down.data_ptr() % 16 == 0
+            assert down.stride(-1) == 1
+        dense.copy_(read_source(x))
+        return ops.compress(dense, down, grouping, parts, norm)
+
+    monkeypatch.setattr(host, "launch", launch)
+
+    def run(name, inputs, down=None, grouping="adjacent", parts=()):
+        shape = producers._PRODUCERS[name].shape(*inputs)
+        dense = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=torch.bfloat16)
+        result = producers.launch(name, inputs, down, grouping, list(parts), True, dense)
+        return None if result is None else dense
+
+    return run
+
+
+def misaligned(x):
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("leading", [(7,), (1, 7), (3, 7)])
+def test_the_kernel_finds_its_operands(handed, name, leading):
+    inputs = make_inputs(name, *leading)
+    expected = by_formula(name, *inputs).reshape(-1, K)
+    down = misaligned(normal(5, K))
+    for changed in (
+        inputs,
+        [torch.cat([one, one], -2)[..., 7:, :] if is_tokens(one) else one for one in inputs],
+    ):
+        dense = handed(name, changed, down)
+        assert relative_error(dense, expected) < 3e-3
+
+
+def is_tokens(one):
+    return isinstance(one, torch.Tensor) and one.ndim > 1 and one.shape[-2] == 7
+
+
+@pytest.mark.parametrize("name", ["adaln", "rmsnorm"])
+def test_the_kernel_finds_modulations_of_every_shape(handed, name):
+    x, first, second, eps = make_inputs(name, 3, 7)
+    together = normal(3, 4 * K, seed=8)
+    chunk = together.chunk(4, dim=-1)[2]
+    firsts = [first] if name == "rmsnorm" else [first, first[:1], first[0], first.unsqueeze(1), chunk]
+    seconds = [second, chunk, second[:1], second[0], chunk.unsqueeze(1), second[:1].expand(3, K)]
+    seconds += [misaligned(second), second.T.contiguous().T]
+    for one in firsts:
+        for other in seconds:
+            dense = handed(name, (x, one, other, eps))
+            assert dense is not None
+            expected = producers._PRODUCERS[name].chain(x, one, other, eps).reshape(-1, K)
+            assert relative_error(dense, expected) < 3e-3
+    assert handed(name, (x, first.float(), second, eps)) is None
+    assert handed(name, (x, first, second.float(), eps)) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_kernel_cannot_read_is_left_to_pytorch(handed, name):
+    inputs = make_inputs(name, 2, 7)
+    assert handed(name, inputs, grouping="strided") is not None
+    assert handed(name, inputs, grouping="strided", parts=(32, 32)) is not None
+    assert handed(name, inputs, grouping="strided", parts=(24, 40)) is None
+    assert handed(name, make_inputs(name, 2, 7, k=60)) is None
+    assert handed(name, [misaligned(inputs[0]), *inputs[1:]]) is None
+    assert handed(name, [inputs[0].mT.contiguous().mT, *inputs[1:]]) is None
+    if name in ("silu_gate", "concat_gelu"):
+        assert handed(name, [inputs[0], misaligned(inputs[1])]) is None
+        assert handed(name, [one[..., 12:] for one in inputs]) is None
+    if name in ("gelu", "silu_gate"):
+        deep = [one.unflatten(1, (7, 1)).expand(2, 7, 2, K).transpose(1, 2) for one in inputs]
+        assert handed(name, deep) is None
+        assert handed(name, [one.contiguous() for one in deep]) is not None
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "match"),
+    [
+        *((name, {0: normal(2, 5, K).float()}, TypeError, "take bfloat16 inputs") for name in NAMES),
+        ("adaln", {0: normal(K)}, ValueError, r"x is \(B, T, K\) or \(T, K\), got \(64,\)"),
+        ("adaln", {0: normal(1, 2, 5, K)}, ValueError, r"x is \(B, T, K\)"),
+        ("adaln", {1: normal(3, K)}, ValueError, r"shift is .*, B 1 or 2, for x .*, got \(3, 64\)"),
+        ("adaln", {2: normal(2, 2, K)}, ValueError, r"scale is \(B, 64\), \(B, 1, 64\) or \(64,\)"),
+        ("adaln", {2: normal(K - 1)}, ValueError, r"scale is .*, got \(63,\)"),
+        ("adaln", {1: normal(2, K).half()}, TypeError, r"shift is bfloat16 or float32, got torch\.float16"),
+        ("adaln", {0: normal(5, K)}, ValueError, r"shift is .*, B 1 or 1, .*got \(2, 64\)"),
+        ("adaln", {1: normal(2, K).to("meta")}, ValueError, "shift is on cpu like the first input, got meta"),
+        ("rmsnorm", {1: normal(2, K)}, ValueError, r"weight is \(64,\) for x"),
+        ("rmsnorm", {1: normal(K).double()}, TypeError, "weight is bfloat16 or float32"),
+        ("rmsnorm", {2: normal(3, K)}, ValueError, "scale is"),
+        ("gelu", {0: normal(2, 62)}, ValueError, "K a multiple of 4, got K = 62"),
+        ("gelu", {0: torch.tensor(1.0).bfloat16()}, ValueError, "K a multiple of 4"),
+        ("silu_gate", {1: normal(2, 5, 60)}, ValueError, r"one shape, got \(2, 5, 64\) and \(2, 5, 60\)"),
+        ("silu_gate", {1: normal(2, 5, K).float()}, TypeError, "take bfloat16 inputs"),
+        ("concat_gelu", {0: normal(2, 6, 16)}, ValueError, "differ in columns alone"),
+        ("concat_gelu", {0: normal(10, 16)}, ValueError, r"got \(10, 16\) and \(2, 5, 48\)"),
+        ("concat_gelu", {0: normal(2, 5, 0)}, ValueError, "differ in columns alone"),
+        ("concat_gelu", {-4: normal(5, 60)}, ValueError, r"down is \(r, 64\)"),
+        *((name, {-4: normal(5, K).float()}, TypeError, "inputs and factors") for name in NAMES),
+        *((name, {-3: "diagonal", -2: []}, ValueError, "grouping is 'adjacent'") for name in NAMES),
+        *((name, {-2: [24, 44]}, ValueError, "parts are multiples of 4") for name in NAMES),
+    ],
+)
+def test_what_is_wrong_is_said(name, changes, error, match):
+    call = [*make_inputs(name, 2, 5), None, "strided", [24, 40], True]
+    for index, value in changes.items():
+        call[index] = value
+    with pytest.raises(error, match=match):
+        operator(name)(*call)
+    if any(getattr(one, "is_meta", False) for one in call):
+        return
+    with FakeTensorMode() as mode, pytest.raises(error, match=match):
+        operator(name)(*(mode.from_tensor(one) if isinstance(one, torch.Tensor) else one for one in call))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_refused_not_lost(name):
+    call = [*make_inputs(name, 2, 5), normal(5, K), "adjacent", [], True]
+    for index, value in enumerate(call):
+        if isinstance(value, torch.Tensor):
+            asked = [*call[:index], value.detach().requires_grad_(), *call[index + 1 :]]
+            with pytest.raises(RuntimeError, match="have no gradient"):
+                operator(name)(*asked)
+            with torch.no_grad():
+                operator(name)(*asked)
