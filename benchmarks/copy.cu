@@ -7,30 +7,33 @@ __device__ uint4 load(const uint4* p) { return MODE == 0 ? __ldg(p) : __ldcs(p);
 __device__ uint4 mixed(uint4 a, uint4 b) { return make_uint4(a.x ^ b.x, a.y ^ b.y, a.z ^ b.z, a.w ^ b.w); }
 
 struct Buffers {
-  const uint4* in;
-  uint4* out;
+    const uint4* in;
+    uint4* out;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) copy_bytes(const __grid_constant__ Buffers buffers) {
-  const uint4* __restrict__ in = buffers.in + size_t(blockIdx.x) * THREADS * 16 + threadIdx.x;
-  uint4* __restrict__ out = buffers.out + size_t(blockIdx.x) * THREADS * 9 + threadIdx.x;
-  // Back to back as compression does it: the next copy is on the card before this one ends.
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  uint4 v[16];
+    const uint4* __restrict__ in = buffers.in + size_t(blockIdx.x) * THREADS * 16 + threadIdx.x;
+    uint4* __restrict__ out = buffers.out + size_t(blockIdx.x) * THREADS * 9 + threadIdx.x;
+    // Back to back as compression does it: the next copy is on the card before this one ends.
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    uint4 v[16];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) v[i] = load(in + i * THREADS);
-  if (MODE == 2) {
-    // NOTE: stores that need every load are what keeps the compiler from issuing them in between.
-    uint4 all = v[0];
+    for (int i = 0; i < 16; ++i) v[i] = load(in + i * THREADS);
+    if (MODE == 2) {
+        // NOTE: stores that need every load are what keeps the compiler from issuing them in between.
+        uint4 all = v[0];
 #pragma unroll
-    for (int i = 1; i < 16; ++i) all = mixed(all, v[i]);
+        for (int i = 1; i < 16; ++i) all = mixed(all, v[i]);
 #pragma unroll
-    for (int i = 0; i < 9; ++i) v[i] = mixed(v[i], all);
-  }
+        for (int i = 0; i < 9; ++i) v[i] = mixed(v[i], all);
+    }
 #pragma unroll
-  for (int i = 0; i < 9; ++i) {
-    const uint4 stored = i < 7 ? mixed(v[i], v[i + 9]) : v[i];
-    if (MODE == 0) out[i * THREADS] = stored; else __stcs(out + i * THREADS, stored);
-  }
+    for (int i = 0; i < 9; ++i) {
+        const uint4 stored = i < 7 ? mixed(v[i], v[i + 9]) : v[i];
+        if (MODE == 0)
+            out[i * THREADS] = stored;
+        else
+            __stcs(out + i * THREADS, stored);
+    }
 }

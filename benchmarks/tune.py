@@ -86,7 +86,7 @@ def main() -> None:
         times, missing = time_tiles(shape, options.rank, generator, card, options.seconds, options.rounds)
         torch.cuda.empty_cache()
         order = sorted(times, key=times.__getitem__)
-        modelled = min(tuning.CANDIDATES, key=lambda tile: tuning.modelled_cost(shape.m, shape.n, tile)).name
+        modelled = min(tuning.CANDIDATES, key=lambda tile: tuning.modelled_cost(shape.m, shape.n, shape.k, tile)).name
         if order:
             best[shape.m, shape.n, shape.k] = order[0]
         rows.append(

@@ -1,13 +1,15 @@
-"""Which tile the GEMM uses for a shape: what was measured (tiles.json), else a model of waves."""
+"""How the GEMM cuts a shape: the tile, from what was measured (tiles.json) or a model, and the last wave."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 TABLE = Path(__file__).parent / "tiles.json"
 TILE_ROWS = 256
@@ -18,23 +20,24 @@ SMS = 132
 class Tile:
     """A GEMM instantiation: 256 x `columns` of Y a CTA, `stages` of 64 k in shared memory.
 
-    cluster : CTAs that fetch a share of W each and multicast it.
     skew : stages by which the second warpgroup runs behind the first.
     """
 
     columns: int
     stages: int
-    cluster: int = 1
     skew: int = 2
 
     @property
     def name(self) -> str:
-        return f"{self.columns}x{self.stages}c{self.cluster}s{self.skew}"
+        return f"{self.columns}x{self.stages}s{self.skew}"
 
 
 CANDIDATES = (Tile(192, 5), Tile(128, 6))
 # Time of a tile relative to its width: narrower ones fetch more for what they multiply.
-_OVERHEAD_COLUMNS = 24
+_OVERHEAD_COLUMNS = 48
+
+# Of a split tile, in stages: the least share, what handing one over costs, and what splitting must save.
+_LEAST_SHARE, _EXCHANGE, _LEAST_SAVING = 8, 5, 24
 
 _forced: Tile | None = None
 
@@ -59,10 +62,47 @@ def _table() -> dict[tuple[int, int, int], str]:
     return {(row["m"], row["n"], row["k"]): row["tile"] for row in json.loads(TABLE.read_text())["tiles"]}
 
 
-def modelled_cost(m: int, n: int, tile: Tile) -> float:
+class Split(NamedTuple):
+    """Tiles that are computed whole, and how the rest are cut along k: `tiles` of `stages` among `ctas`."""
+
+    whole_tiles: int
+    tiles: int
+    ctas: int
+    stages: int
+
+
+@functools.lru_cache(maxsize=4096)
+def split(tiles: int, ctas: int, stages: int) -> Split:
+    """Cut the tiles of the last, incomplete wave where that saves more than exchanging sums costs.
+
+    Shares are simple fractions of a tile, so that many CTAs walk through the same k at one time and find each
+    other's operands in L2.
+
+    stages : of each tile; 0 where they differ, which forbids it.
+    """
+    rest = tiles % ctas
+    whole = Split(tiles, 0, 0, 1)
+    if rest == 0:
+        return whole
+    # Every share of a tile but one is written and read again, at the cost of a few stages.
+    most = max(2, math.isqrt(stages // _EXCHANGE))
+    sharing = next(
+        (n for n in (rest * min(ctas // rest, most), rest * 3 // 2, rest * 4 // 3) if rest < n <= ctas), 0
+    )
+    if sharing == 0:
+        return whole
+    share = rest * stages // sharing
+    if share < _LEAST_SHARE or stages - share < _LEAST_SAVING:
+        return whole
+    return Split(tiles - rest, rest, sharing, stages)
+
+
+def modelled_cost(m: int, n: int, k: int, tile: Tile) -> float:
     """Columns of tile that the busiest CTA computes, with an allowance for what a tile costs beside."""
     tiles = -(-m // TILE_ROWS) * -(-n // tile.columns)
-    return -(-tiles // SMS) * (tile.columns + _OVERHEAD_COLUMNS)
+    cut = split(tiles, SMS, -(-k // 64))
+    waves = -(-cut.whole_tiles // SMS) + (cut.tiles / cut.ctas if cut.ctas else 0)
+    return waves * (tile.columns + _OVERHEAD_COLUMNS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,4 +114,4 @@ def choose(m: int, n: int, k: int) -> Tile:
     for tile in CANDIDATES:
         if tile.name == measured:
             return tile
-    return min(CANDIDATES, key=lambda tile: (modelled_cost(m, n, tile), -tile.columns))
+    return min(CANDIDATES, key=lambda tile: (modelled_cost(m, n, k, tile), -tile.columns))

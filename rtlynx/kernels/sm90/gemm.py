@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 import secrets
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +23,11 @@ _STAGING_BYTES, _NOTE_BYTES, _CONSUMER_WARPS = 2048, 32, 8
 _MAX_SEGMENTS = 8
 _ROW_TILES_TOGETHER = 16
 _STORE_COLUMNS = 8  # Y leaves 16 bytes at a time
-# Of a split tile, in stages: the least share, what handing one over costs, and what splitting must save.
-_LEAST_SHARE, _EXCHANGE, _LEAST_SAVING = 8, 5, 24
 _pack = struct.Struct("<128s128s5Q12i3Q34i8x").pack
 
 
 def _defines(tile: Tile) -> Defines:
-    return (("BN", tile.columns), ("STAGES", tile.stages), ("CLUSTER", tile.cluster), ("SKEW", tile.skew))
+    return (("BN", tile.columns), ("STAGES", tile.stages), ("SKEW", tile.skew))
 
 
 def _shared_bytes(tile: Tile) -> int:
@@ -57,7 +52,6 @@ def _kernel(tile: Tile) -> jit.Kernel:
             threads=_THREADS,
             shared_bytes=_shared_bytes(tile),
             pdl=True,
-            cluster=tile.cluster,
         )
     return kernel
 
@@ -120,14 +114,14 @@ def launch_gemm(
         bias = pad(bias, (0, columns - n)).clone()
     tile = tuning.choose(rows, n, k)
     slabs = -(-rows // BLOCK_ROWS)
-    row_tiles = -(-slabs // (_SLABS * tile.cluster))
+    row_tiles = -(-slabs // (_SLABS))
     if up is None:
         rank_blocks, up_map = 0, _NO_MAP
     else:
         if up.shape[1] % 8 or up.stride(1) != 1 or up.stride(0) % 8 or up.data_ptr() % 16:
             up = pad(up, (0, -up.shape[1] % 8)).contiguous()
         rank_blocks = -(-up.shape[1] // LOWRANK_COLUMNS)
-        up_map = _tensor_map(up, LOWRANK_COLUMNS, tile.columns // tile.cluster)
+        up_map = _tensor_map(up, LOWRANK_COLUMNS, tile.columns)
     if segments:
         assert lowrank is not None
         total_rank_blocks = lowrank.shape[0] // (slabs * BLOCK_ROWS * LOWRANK_COLUMNS * 2)
@@ -136,9 +130,9 @@ def launch_gemm(
         total_rank_blocks, column_tiles = rank_blocks, -(-n // tile.columns)
         table = (columns, column_tiles, 0, rank_blocks, *_NO_SEGMENTS)
     device = blocks.get_device()
-    ctas = _multiprocessors(device) // tile.cluster
+    ctas = _multiprocessors(device)
     k_blocks = -(-k // BLOCK_K)
-    split = _split(row_tiles * column_tiles, ctas, k_blocks + rank_blocks if not segments else 0)
+    split = tuning.split(row_tiles * column_tiles, ctas, k_blocks + rank_blocks if not segments else 0)
     workspace = ready = 0
     if split.ctas:
         floats = split.ctas * _SLABS * BLOCK_ROWS * tile.columns
@@ -148,7 +142,7 @@ def launch_gemm(
         workspace = sums.data_ptr()
         ready = workspace + floats * 4
     parameters = _pack(
-        _tensor_map(weight, BLOCK_K, tile.columns // tile.cluster),
+        _tensor_map(weight, BLOCK_K, tile.columns),
         up_map,
         blocks.data_ptr(),
         0 if lowrank is None else lowrank.data_ptr(),
@@ -162,7 +156,7 @@ def launch_gemm(
         slabs,
         row_tiles,
         column_tiles,
-        _ROW_TILES_TOGETHER // tile.cluster,
+        _ROW_TILES_TOGETHER,
         split.whole_tiles,
         split.tiles,
         split.ctas,
@@ -175,44 +169,9 @@ def launch_gemm(
         *table,
     )
     stream = torch._C._cuda_getCurrentRawStream(device)
-    grid = min(ctas, max(split.whole_tiles, split.ctas)) * tile.cluster
+    grid = min(ctas, max(split.whole_tiles, split.ctas))
     _kernel(tile).launch((grid, 1, 1), stream, parameters)
     return out if columns == n else out[:, :n].contiguous()
-
-
-class Split(NamedTuple):
-    """Tiles that are computed whole, and how the rest are cut along k: `tiles` of `stages` among `ctas`."""
-
-    whole_tiles: int
-    tiles: int
-    ctas: int
-    stages: int
-
-
-@functools.lru_cache(maxsize=4096)
-def _split(tiles: int, ctas: int, stages: int) -> Split:
-    """Cut the tiles of the last, incomplete wave where that saves more than exchanging sums costs.
-
-    Shares are simple fractions of a tile, so that many CTAs walk through the same k at one time and find each
-    other's operands in L2.
-
-    stages : of each tile; 0 where they differ, which forbids it.
-    """
-    rest = tiles % ctas
-    whole = Split(tiles, 0, 0, 1)
-    if rest == 0:
-        return whole
-    # Every share of a tile but one is written and read again, at the cost of a few stages.
-    most = max(2, math.isqrt(stages // _EXCHANGE))
-    sharing = next(
-        (n for n in (rest * min(ctas // rest, most), rest * 3 // 2, rest * 4 // 3) if rest < n <= ctas), 0
-    )
-    if sharing == 0:
-        return whole
-    share = rest * stages // sharing
-    if share < _LEAST_SHARE or stages - share < _LEAST_SAVING:
-        return whole
-    return Split(tiles - rest, rest, sharing, stages)
 
 
 _launches = itertools.count()

@@ -113,8 +113,7 @@ struct Source : Elementwise {
         const Eight a = load_parameters(scale + row.parameters + column);
         const Eight b = load_parameters(shift + row.parameters + column);
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            e.v[i] = fmaf((e.v[i] - row.mean) * row.inverse_deviation, 1.f + a.v[i], b.v[i]);
+        for (int i = 0; i < 8; ++i) e.v[i] = fmaf((e.v[i] - row.mean) * row.inverse_deviation, 1.f + a.v[i], b.v[i]);
         return pack(e);
     }
 };

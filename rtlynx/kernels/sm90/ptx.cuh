@@ -75,11 +75,6 @@ DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
 DEVICE void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Release at CTA scope, as CUTLASS has it: what is handed over was read by the tensor cores, and a release at cluster
-// scope costs a fence of all memory (MEMBAR.ALL.GPU) each time: it halved the GEMM's speed.
-DEVICE void barrier_arrive_cluster(uint32_t mapped) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
-}
 DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n"
@@ -95,9 +90,7 @@ DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
 }
 // Named barriers among some of a CTA's warps.
 DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-DEVICE void named_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
+DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- bulk copies into shared memory ---------------------------------------------------------------------
 
@@ -117,9 +110,7 @@ struct alignas(64) TensorMap {
     uint64_t opaque[16];
 };
 
-DEVICE void prefetch_map(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
+DEVICE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
 // Box at (column, row) of a matrix.
 DEVICE void copy_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier, uint64_t policy) {
@@ -127,15 +118,6 @@ DEVICE void copy_box(uint32_t to, const TensorMap& map, int column, int row, uin
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
         "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-        : "memory");
-}
-
-DEVICE void copy_box_multicast(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier,
-                               uint16_t ctas, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(ctas), "l"(policy)
         : "memory");
 }
 
@@ -193,8 +175,7 @@ DEVICE void give_registers() {
 template <int SWIZZLE_BYTES>
 DEVICE uint64_t matrix_descriptor(uint32_t address) {
     constexpr uint64_t layout = SWIZZLE_BYTES == 128 ? 1 : 2;
-    return (layout << 62) | (uint64_t(SWIZZLE_BYTES * 8 / 16) << 32) | (uint64_t(1) << 16) |
-           ((address & 0x3FFFF) >> 4);
+    return (layout << 62) | (uint64_t(SWIZZLE_BYTES * 8 / 16) << 32) | (uint64_t(1) << 16) | ((address & 0x3FFFF) >> 4);
 }
 
 // ---- bfloat16 --------------------------------------------------------------------------------------------

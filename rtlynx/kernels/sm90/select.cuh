@@ -12,9 +12,9 @@ DEVICE uint32_t min_u16x2(uint32_t a, uint32_t b) {
 
 // What is kept of a group, and the magnitude of its largest entry.
 struct Kept {
-    uint32_t pair;          // two bf16, in index order
-    uint32_t early, late;   // 3 - i0 and 3 - i1, i0 < i1: the nibble i0 | i1 << 2 is 15 - early - 4 late
-    uint32_t largest;       // bits & 0x7FFF of the largest entry, 0x7F81 for any NaN
+    uint32_t pair;         // two bf16, in index order
+    uint32_t early, late;  // 3 - i0 and 3 - i1, i0 < i1: the nibble i0 | i1 << 2 is 15 - early - 4 late
+    uint32_t largest;      // bits & 0x7FFF of the largest entry, 0x7F81 for any NaN
 };
 
 // Entries 0, 1 and 2, 3 of a group. Largest magnitudes win, compared as integers; NaN above Inf, all NaN equal;
@@ -62,7 +62,5 @@ struct alignas(16) RowNorm {
         kept += o.kept;
     }
     // s of the row; 1 where the row is zero or not finite.
-    DEVICE float scale() const {
-        return largest == 0 || largest >= 0x7F80u ? 1.f : sqrtf(total / kept);
-    }
+    DEVICE float scale() const { return largest == 0 || largest >= 0x7F80u ? 1.f : sqrtf(total / kept); }
 };

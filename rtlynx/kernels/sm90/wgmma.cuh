@@ -59,10 +59,12 @@ DEVICE void wgmma_sparse(float (&d)[BN / 2], uint64_t a, uint64_t b, uint32_t e,
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
-        "setp.ne.b32 p, " OP3 ", 0;\n"
-        "wgmma.mma_async.sp.sync.aligned.m64n" STRING(BN) "k32.f32.bf16.bf16 {" ACC_LIST "}, " OP0 ", " OP1
-        ", " OP2 ", " OP4 ", p, 1, 1, 0, 0;\n"
-        "}\n"
+        "setp.ne.b32 p, " OP3
+        ", 0;\n"
+        "wgmma.mma_async.sp.sync.aligned.m64n" STRING(BN) "k32.f32.bf16.bf16 {" ACC_LIST "}, " OP0 ", " OP1 ", " OP2
+                                                          ", " OP4
+                                                          ", p, 1, 1, 0, 0;\n"
+                                                          "}\n"
         : ACC_OPERANDS
         : "l"(a), "l"(b), "r"(e), "r"(accumulate), "n"(SELECTOR));
 }
@@ -72,10 +74,11 @@ DEVICE void wgmma_dense(float (&d)[BN / 2], uint64_t a, uint64_t b, uint32_t acc
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
-        "setp.ne.b32 p, " OP2 ", 0;\n"
+        "setp.ne.b32 p, " OP2
+        ", 0;\n"
         "wgmma.mma_async.sync.aligned.m64n" STRING(BN) "k16.f32.bf16.bf16 {" ACC_LIST "}, " OP0 ", " OP1
-        ", p, 1, 1, 0, 0;\n"
-        "}\n"
+                                                       ", p, 1, 1, 0, 0;\n"
+                                                       "}\n"
         : ACC_OPERANDS
         : "l"(a), "l"(b), "r"(accumulate));
 }

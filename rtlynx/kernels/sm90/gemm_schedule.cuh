@@ -1,0 +1,145 @@
+// What the GEMM's roles agree on: parameters, shared memory, the order of tiles and the shares of split ones.
+#pragma once
+#include "wgmma.cuh"
+
+constexpr int BLOCK_ROWS = 64;     // rows of a packed block, and of one instruction
+constexpr int BLOCK_K = 64;        // logical k of a stage
+constexpr int BLOCK_BYTES = 4608;  // 64 rows x 64 bytes of kept values, 512 bytes of metadata
+constexpr int METADATA = 4096;     // where the metadata of a block starts
+constexpr int RANK_K = 32;         // low-rank columns of a stage
+constexpr int RANK_BYTES = 4096;   // 64 rows x 32 columns
+constexpr int GROUPS = 2;          // consumer warpgroups
+constexpr int SLABS_A_GROUP = 2;
+constexpr int SLABS = GROUPS * SLABS_A_GROUP;  // 64-row slabs of a tile
+constexpr int A_BYTES = SLABS * BLOCK_BYTES;
+constexpr int STAGE_BYTES = A_BYTES + BN * BLOCK_K * 2;
+constexpr int STAGING_BYTES = 16 * 64 * 2;  // of one warp: 16 rows x 64 columns on their way out
+constexpr int CONSUMER_WARPS = GROUPS * 4;
+constexpr int STAGING = STAGES * STAGE_BYTES;
+constexpr int NOTES = STAGING + CONSUMER_WARPS * STAGING_BYTES;  // each consumer warp's Tile, in 32 bytes
+constexpr int BARRIERS = NOTES + CONSUMER_WARPS * 32;
+constexpr int MAX_SEGMENTS = 8;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;  // of 168 at entry
+
+// Columns [previous column_end, column_end) of Y: one layer of several that share an input.
+struct Segment {
+    int column_end;
+    int tile_end;          // column tiles up to here
+    int first_rank_block;  // its columns of T', in units of RANK_K
+    int rank_blocks;
+};
+
+struct Parameters {
+    TensorMap weight;        // box (64 k, BN rows), 128-byte swizzle
+    TensorMap up;            // box (32 columns, BN rows), 64-byte swizzle
+    const uint8_t* blocks;   // (slabs, k_blocks) packed blocks
+    const uint8_t* lowrank;  // (slabs, total_rank_blocks) blocks of T'
+    const float* scale;      // (M), or null for s = 1
+    const void* bias;        // (N) bf16 or float32, or null
+    uint16_t* out;           // (M, N), contiguous
+    int rows, columns;       // N and every segment's end are multiples of 8: rows of Y are stored 16 bytes at a time
+    int k_blocks, total_rank_blocks;
+    int slabs, row_tiles, column_tiles, row_tiles_together;
+    int whole_tiles;                            // the first of them; the rest are cut into shares
+    int split_tiles, split_ctas, split_stages;  // how many, among how many CTAs, stages of each
+    float4* workspace;                          // (split_ctas, CONSUMER_WARPS, SLABS_A_GROUP, BN / 8, 32) sums
+    uint64_t* ready;                            // (split_ctas, CONSUMER_WARPS): `nonce` where a warp's sums are there
+    uint64_t nonce;  // a random number of this launch, so that `ready` need not be initialised
+    int bias_is_float, segments;
+    Segment segment[MAX_SEGMENTS];
+};
+
+struct Tile {
+    int first_slab, slabs;
+    int column, column_end;
+    int first_rank_block, rank_blocks;
+};
+
+// Row tiles run fastest inside bands of `row_tiles_together`, so that what runs at one time shares operands.
+DEVICE Tile tile_at(const Parameters& p, int index) {
+    const int band = index / (p.row_tiles_together * p.column_tiles);
+    const int first_row_tile = band * p.row_tiles_together;
+    const int band_rows = min(p.row_tiles_together, p.row_tiles - first_row_tile);
+    const int within = index - first_row_tile * p.column_tiles;
+    const int column_tile = within / band_rows;
+    const int row_tile = first_row_tile + within - column_tile * band_rows;
+    int segment = 0;
+    while (column_tile >= p.segment[segment].tile_end) ++segment;
+    const int first_tile = segment ? p.segment[segment - 1].tile_end : 0;
+    const int first_column = segment ? p.segment[segment - 1].column_end : 0;
+    Tile tile;
+    tile.first_slab = row_tile * SLABS;
+    tile.slabs = min(SLABS, p.slabs - tile.first_slab);
+    tile.column = first_column + (column_tile - first_tile) * BN;
+    tile.column_end = p.segment[segment].column_end;
+    tile.first_rank_block = p.segment[segment].first_rank_block;
+    tile.rank_blocks = p.segment[segment].rank_blocks;
+    return tile;
+}
+
+// threadIdx.x, read anew: what is derived from it is not kept in registers through the main loop.
+DEVICE int thread_now() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+enum class Part { WHOLE, BEGINNING, END };
+
+// Stages [first, last) of a tile. An END waits for the CTAs from `peer` on to this one.
+struct Work {
+    int tile, first, last, peer;
+    Part part;
+};
+
+DEVICE int share_begin(const Parameters& p, int cta) { return cta * (p.split_tiles * p.split_stages) / p.split_ctas; }
+
+// Work number `item` of this CTA, false where there is none: the last but one is the beginning of a split tile, the
+// last the end of one. CTAs start in order, so one that waits for those before it cannot wait for ever.
+DEVICE bool work_at(const Parameters& p, int item, int items, Work& work) {
+    const int cta = blockIdx.x, ctas = gridDim.x;
+    if (item < items - 2) {
+        work = {cta + item * ctas, 0, 1 << 30, 0, Part::WHOLE};
+        return true;
+    }
+    if (cta >= p.split_ctas) return false;
+    const int begin = share_begin(p, cta), end = share_begin(p, cta + 1), stages = p.split_stages;
+    const int tile = begin / stages, tile_begin = tile * stages, tile_end = tile_begin + stages;
+    if (item == items - 2) {
+        if (end == tile_end) return false;
+        const bool next = end > tile_end;
+        work = {p.whole_tiles + tile + next, next ? 0 : begin - tile_begin, end - (next ? tile_end : tile_begin), 0,
+                Part::BEGINNING};
+        return true;
+    }
+    if (end < tile_end) return false;
+    // The last CTA whose share begins at or before the tile's.
+    const int peer = ((tile_begin + 1) * p.split_ctas - 1) / (p.split_tiles * stages);
+    work = {p.whole_tiles + tile, begin - tile_begin, stages, peer, peer < cta ? Part::END : Part::WHOLE};
+    return true;
+}
+
+DEVICE int work_items(const Parameters& p) {
+    const int cta = blockIdx.x, ctas = gridDim.x;
+    return 2 + max(0, (p.whole_tiles - cta + ctas - 1) / ctas);
+}
+
+// A place in the ring of stages; `phase` flips at every turn.
+struct Cursor {
+    uint32_t shared;
+    int stage = 0;
+    uint32_t phase = 0;
+
+    DEVICE uint32_t data() const { return shared + stage * STAGE_BYTES; }
+    DEVICE uint32_t full() const { return shared + BARRIERS + stage * 8; }
+    DEVICE uint32_t empty() const { return shared + BARRIERS + (STAGES + stage) * 8; }
+    DEVICE uint32_t previous_empty() const {
+        return shared + BARRIERS + (STAGES + (stage == 0 ? STAGES : stage) - 1) * 8;
+    }
+    DEVICE void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
