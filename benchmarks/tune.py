@@ -86,7 +86,10 @@ def main() -> None:
         times, missing = time_tiles(shape, options.rank, generator, card, options.seconds, options.rounds)
         torch.cuda.empty_cache()
         order = sorted(times, key=times.__getitem__)
-        modelled = min(tuning.CANDIDATES, key=lambda tile: tuning.modelled_cost(shape.m, shape.n, shape.k, tile)).name
+        costs = {
+            tile.name: tuning.modelled_cost(shape.m, shape.n, shape.k, tile) for tile in tuning.CANDIDATES
+        }
+        modelled = min(costs, key=costs.__getitem__)
         if order:
             best[shape.m, shape.n, shape.k] = order[0]
         rows.append(
