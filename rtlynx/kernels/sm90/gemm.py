@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import secrets
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from rtlynx.kernels import jit, tuning
-from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_COLUMNS
+from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_BYTES, LOWRANK_COLUMNS
 from rtlynx.kernels.driver import call
 from rtlynx.kernels.jit import Defines, Instantiation
 from rtlynx.kernels.tuning import Tile
@@ -23,7 +25,11 @@ _STAGING_BYTES, _NOTE_BYTES, _CONSUMER_WARPS = 2048, 32, 8
 _MAX_SEGMENTS = 8
 _ROW_TILES_TOGETHER = 16
 _STORE_COLUMNS = 8  # Y leaves 16 bytes at a time
-_pack = struct.Struct("<128s128s5Q12i3Q34i8x").pack
+# The kernel's Parameters in four pieces, of which a plan holds two.
+_pack_operands = struct.Struct("<128s128s5Q").pack
+_pack_shape = struct.Struct("<12i").pack
+_pack_workspace = struct.Struct("<3Q2i").pack
+_pack_segments = struct.Struct("<32i8x").pack
 
 
 def _defines(tile: Tile) -> Defines:
@@ -112,43 +118,80 @@ def launch_gemm(
         return out[:, :n]
     if bias is not None and (columns != n or not bias.is_contiguous() or bias.data_ptr() % 8):
         bias = pad(bias, (0, columns - n)).clone()
-    tile = tuning.choose(rows, n, k)
-    slabs = -(-rows // BLOCK_ROWS)
-    row_tiles = -(-slabs // (_SLABS))
     if up is None:
-        rank_blocks, up_map = 0, _NO_MAP
+        rank = 0
     else:
         if up.shape[1] % 8 or up.stride(1) != 1 or up.stride(0) % 8 or up.data_ptr() % 16:
             up = pad(up, (0, -up.shape[1] % 8)).contiguous()
-        rank_blocks = -(-up.shape[1] // LOWRANK_COLUMNS)
-        up_map = _tensor_map(up, LOWRANK_COLUMNS, tile.columns)
-    if segments:
-        assert lowrank is not None
-        total_rank_blocks = lowrank.shape[0] // (slabs * BLOCK_ROWS * LOWRANK_COLUMNS * 2)
-        table, column_tiles = _segment_table(segments, columns, tile.columns)
-    else:
-        total_rank_blocks, column_tiles = rank_blocks, -(-n // tile.columns)
-        table = (columns, column_tiles, 0, rank_blocks, *_NO_SEGMENTS)
+        rank = up.shape[1]
     device = blocks.get_device()
-    ctas = _multiprocessors(device)
-    k_blocks = -(-k // BLOCK_K)
-    split = tuning.split(row_tiles * column_tiles, ctas, k_blocks + rank_blocks if not segments else 0)
-    workspace = ready = 0
-    if split.ctas:
-        floats = split.ctas * _SLABS * BLOCK_ROWS * tile.columns
-        sums = torch.empty(
-            floats + split.ctas * _CONSUMER_WARPS * 2, dtype=torch.float32, device=blocks.device
-        )
+    tile = tuning.choose(rows, n, k)
+    lowrank_bytes = lowrank.shape[0] if lowrank is not None and segments else 0
+    plan = _plan(tile, _multiprocessors(device), rows, n, k, rank, tuple(segments), lowrank_bytes)
+    workspace = ready = nonce = 0
+    if plan.sums:
+        sums = torch.empty(plan.sums + plan.marks, dtype=torch.float32, device=blocks.device)
         workspace = sums.data_ptr()
-        ready = workspace + floats * 4
-    parameters = _pack(
+        ready = workspace + plan.sums * 4
+        nonce = _nonce()
+    operands = _pack_operands(
         _tensor_map(weight, BLOCK_K, tile.columns),
-        up_map,
+        _NO_MAP if up is None else _tensor_map(up, LOWRANK_COLUMNS, tile.columns),
         blocks.data_ptr(),
         0 if lowrank is None else lowrank.data_ptr(),
         scale.data_ptr() if scale is not None and scale.shape[0] else 0,
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
+    )
+    is_float = bias is not None and bias.dtype is torch.float32
+    workspaces = _pack_workspace(workspace, ready, nonce, is_float, max(1, len(segments) // 3))
+    parameters = b"".join((operands, plan.shape, workspaces, plan.segments))
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    _kernel(tile).launch((plan.ctas, 1, 1), stream, parameters)
+    return out if columns == n else out[:, :n].contiguous()
+
+
+class _Plan(NamedTuple):
+    """What a launch needs that depends on shapes alone.
+
+    shape, segments : pieces of the kernel's Parameters
+    sums, marks : floats of the workspace in which CTAs leave sums of split tiles, and of their marks
+    """
+
+    ctas: int
+    shape: bytes
+    segments: bytes
+    sums: int
+    marks: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    tile: Tile,
+    multiprocessors: int,
+    rows: int,
+    n: int,
+    k: int,
+    rank: int,
+    segments: tuple[int, ...],
+    lowrank_bytes: int,
+) -> _Plan:
+    slabs, k_blocks, rank_blocks = (
+        -(-rows // BLOCK_ROWS),
+        -(-k // BLOCK_K),
+        -(-rank // LOWRANK_COLUMNS),
+    )
+    columns = -(-n // _STORE_COLUMNS) * _STORE_COLUMNS
+    row_tiles = -(-slabs // _SLABS)
+    if segments:
+        total_rank_blocks = lowrank_bytes // (slabs * LOWRANK_BYTES)
+        table, column_tiles = _segment_table(segments, columns, tile.columns)
+    else:
+        total_rank_blocks, column_tiles = rank_blocks, -(-n // tile.columns)
+        table = (columns, column_tiles, 0, rank_blocks, *_NO_SEGMENTS)
+    stages = 0 if segments else k_blocks + rank_blocks
+    split = tuning.split(row_tiles * column_tiles, multiprocessors, stages)
+    shape = _pack_shape(
         rows,
         columns,
         k_blocks,
@@ -161,17 +204,14 @@ def launch_gemm(
         split.tiles,
         split.ctas,
         split.stages,
-        workspace,
-        ready,
-        _nonce() if split.ctas else 0,
-        bias is not None and bias.dtype is torch.float32,
-        max(1, len(segments) // 3),
-        *table,
     )
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    grid = min(ctas, max(split.whole_tiles, split.ctas))
-    _kernel(tile).launch((grid, 1, 1), stream, parameters)
-    return out if columns == n else out[:, :n].contiguous()
+    return _Plan(
+        ctas=min(multiprocessors, max(split.whole_tiles, split.ctas)),
+        shape=shape,
+        segments=_pack_segments(*table),
+        sums=split.ctas * _SLABS * BLOCK_ROWS * tile.columns,
+        marks=split.ctas * _CONSUMER_WARPS * 2,
+    )
 
 
 _launches = itertools.count()
