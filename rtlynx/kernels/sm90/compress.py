@@ -118,7 +118,6 @@ def _kernel(configuration: _Configuration, cluster: int) -> jit.Kernel:
     )
 
 
-@functools.lru_cache(maxsize=1024)
 def _cluster(configuration: _Configuration, slabs: int, k_blocks: int) -> int:
     """Blocks that share the K of a slab: as many as the card holds at once and as K has work for.
 
@@ -159,7 +158,9 @@ def vectors_fit(grouping: str, parts: Sequence[int], k: int) -> bool:
 
 
 _pack_matrix = struct.Struct("<Qqqi4x").pack
-_pack_rest = struct.Struct("<5Q6i17i4x").pack
+# What follows the Source in the kernel's Parameters: addresses, and what a plan holds.
+_pack_addresses = struct.Struct("<5Q").pack
+_pack_shape = struct.Struct("<23i4x").pack
 
 
 def pack_matrix(x: Tensor, batches: bool = False) -> tuple[bytes, bool]:
@@ -201,41 +202,61 @@ def launch(
     dense: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compress `x`; a producer also writes what it selected from to `dense` (rows, columns), to be tested."""
-    _, _, rows, k, device, aligned = x
-    slabs, k_blocks = -(-rows // BLOCK_ROWS), -(-k // BLOCK_K)
-    rank = 0 if down is None else down.shape[0]
-    rank_blocks = -(-rank // LOWRANK_COLUMNS)
-    blocks = torch.empty(slabs * k_blocks * BLOCK_BYTES, dtype=torch.uint8, device=device)
-    lowrank = torch.empty(slabs * rank_blocks * LOWRANK_BYTES, dtype=torch.uint8, device=device)
-    scale = torch.empty(rows if norm else 0, dtype=torch.float32, device=device)
-    if rows == 0:
-        return blocks, scale, lowrank
-    mode, adjacent, table = _groups(grouping, tuple(parts), k)
+    _, structure, rows, k, device, aligned = x
     down_address = 0
     if down is not None:
         if not down.is_contiguous():
             down = down.contiguous()
         down_address = down.data_ptr()
-    if not aligned or down_address % 16:
-        mode = _GATHER
-    tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
-    configuration = _Configuration(x.source, mode, tile_rank)
-    cluster = _cluster(configuration, slabs, k_blocks)
-    parameters = x.structure + _pack_rest(
+    rank = 0 if down is None else down.shape[0]
+    plan = _plan(x.source, rows, k, rank, grouping, tuple(parts), aligned and down_address % 16 == 0)
+    blocks = torch.empty(plan.blocks_bytes, dtype=torch.uint8, device=device)
+    lowrank = torch.empty(plan.lowrank_bytes, dtype=torch.uint8, device=device)
+    scale = torch.empty(rows if norm else 0, dtype=torch.float32, device=device)
+    if rows == 0:
+        return blocks, scale, lowrank
+    addresses = _pack_addresses(
         down_address,
         blocks.data_ptr(),
         scale.data_ptr() if norm else 0,
         lowrank.data_ptr() if rank else 0,
         0 if dense is None else dense.data_ptr(),
-        rows,
-        k,
-        k_blocks,
-        rank,
-        rank_blocks,
-        adjacent,
-        *table,
     )
-    grid = (slabs * cluster, -(-rank // tile_rank), 1) if rank else (slabs * 4, 1, 1)
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    _kernel(configuration, cluster).launch(grid, stream, parameters)
+    kernel = _kernel(plan.configuration, plan.cluster)
+    kernel.launch(plan.grid, stream, b"".join((structure, addresses, plan.shape)))
     return blocks, scale, lowrank
+
+
+class _Plan(NamedTuple):
+    """What a launch needs that depends on shapes and alignment alone."""
+
+    configuration: _Configuration
+    cluster: int
+    grid: tuple[int, int, int]
+    blocks_bytes: int
+    lowrank_bytes: int
+    shape: bytes
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    source: int, rows: int, k: int, rank: int, grouping: str, parts: tuple[int, ...], aligned: bool
+) -> _Plan:
+    slabs, k_blocks, rank_blocks = (
+        -(-rows // BLOCK_ROWS),
+        -(-k // BLOCK_K),
+        -(-rank // LOWRANK_COLUMNS),
+    )
+    mode, adjacent, table = _groups(grouping, parts, k)
+    tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
+    configuration = _Configuration(source, mode if aligned else _GATHER, tile_rank)
+    cluster = _cluster(configuration, max(slabs, 1), k_blocks)
+    return _Plan(
+        configuration,
+        cluster,
+        (slabs * cluster, -(-rank // tile_rank), 1) if rank else (slabs * 4, 1, 1),
+        slabs * k_blocks * BLOCK_BYTES,
+        slabs * rank_blocks * LOWRANK_BYTES,
+        _pack_shape(rows, k, k_blocks, rank, rank_blocks, adjacent, *table),
+    )
