@@ -11,7 +11,7 @@ from rtlynx.kernels import jit
 from rtlynx.kernels.reference import Norm
 from rtlynx.pattern import Pattern
 
-# Below this many tokens a dense product is faster.
+# Fewer tokens run densely. One block of rows, until benchmarks/threshold.py has been run.
 MIN_ROWS = 64
 MAX_PARTS = 8
 
@@ -71,7 +71,7 @@ def _obstacle(
     if bias is not None and bias.dtype is not bf16 and bias.dtype is not torch.float32:
         return "the kernels take bfloat16 or float32 biases"
     if x.numel() < MIN_ROWS * k:
-        return f"inputs of fewer than {MIN_ROWS} tokens are faster dense"
+        return f"inputs of fewer than {MIN_ROWS} tokens run densely"
     return card_obstacle(x.get_device())
 
 
