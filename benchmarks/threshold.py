@@ -1,8 +1,8 @@
 """From how many tokens on the kernels beat plain PyTorch: `python benchmarks/threshold.py`.
 
 The whole layer (compress, norm, rank 64, bias) by the kernels, and the same function densely: select, mask
-and multiply in PyTorch; and the dense layer that it replaces, for scale. Writes results/threshold-<card>.json;
-`rtlynx.kernels.choice.MIN_ROWS` is what comes out of it.
+and multiply in PyTorch; and the dense layer that it replaces, for scale.
+Writes results/threshold-<card>.json, from which `rtlynx.kernels.choice.MIN_ROWS` is set.
 """
 
 import results
