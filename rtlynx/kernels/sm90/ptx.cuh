@@ -182,7 +182,6 @@ DEVICE uint64_t matrix_descriptor(uint32_t address) {
 
 DEVICE float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 DEVICE float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-DEVICE float bf16_to_float(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 // Round to nearest even; `low` in the lower half.
 DEVICE uint32_t pack_bf16(float low, float high) {
     uint32_t pair;
