@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rtlynx.kernels import jit
 from rtlynx.kernels.reference import Norm
+from rtlynx.kernels.sm90.compress import MAX_PARTS
 from rtlynx.pattern import Pattern
 
 # Fewer tokens run densely. One block of rows, until benchmarks/threshold.py has been run.
 MIN_ROWS = 64
-MAX_PARTS = 8
 
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()

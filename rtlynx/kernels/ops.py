@@ -25,7 +25,7 @@ from rtlynx.kernels.blocks import (
     unpack_blocks,
     unpack_lowrank,
 )
-from rtlynx.kernels.library import operator, refuse_gradients
+from rtlynx.kernels.operators import operator, refuse_gradients
 from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 
 _BIAS_DTYPES = (torch.bfloat16, torch.float32)
@@ -294,13 +294,13 @@ def launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return launch_compress, launch_gemm
 
 
-def readable(weight: Tensor) -> Tensor:
-    """`weight`, or a copy where its rows do not start at multiples of 16 bytes, as bulk copies need them."""
-    row, column = weight.stride()
-    if column != 1 or row % 8 or weight.data_ptr() % 16:
+def readable(matrix: Tensor) -> Tensor:
+    """`matrix`, or a copy where its rows do not start at multiples of 16 bytes, as bulk copies need them."""
+    row, column = matrix.stride()
+    if column != 1 or row % 8 or matrix.data_ptr() % 16:
         # (clone: padding by nothing is no copy)
-        return pad(weight, (0, -weight.shape[1] % 8)).clone(memory_format=torch.contiguous_format)
-    return weight
+        return pad(matrix, (0, -matrix.shape[1] % 8)).clone(memory_format=torch.contiguous_format)
+    return matrix
 
 
 def _compress_hopper(
@@ -321,6 +321,7 @@ def _gemm_hopper(
     segments: Sequence[int],
 ) -> Tensor:
     _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments)
+    up = None if up is None else readable(up)
     return launchers()[1](blocks, scale, lowrank, readable(weight), up, bias, rows, segments)
 
 
@@ -344,7 +345,7 @@ def _linear_hopper(
         scale if norm else None,
         lowrank if down is not None else None,
         readable(weight),
-        up,
+        None if up is None else readable(up),
         bias,
         x.numel() // k,
         (),

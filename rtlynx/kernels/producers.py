@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
-from rtlynx.kernels.library import operator, refuse_gradients
+from rtlynx.kernels.operators import operator, refuse_gradients
 from rtlynx.kernels.ops import (
     check_dtype,
     check_selection,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from rtlynx.kernels.blocks import BLOCK_K
+
 TABLE = Path(__file__).parent / "tiles.json"
 TILE_ROWS = 256
 SMS = 132
@@ -100,7 +102,7 @@ def split(tiles: int, ctas: int, stages: int) -> Split:
 def modelled_cost(m: int, n: int, k: int, tile: Tile) -> float:
     """Columns of tile that the busiest CTA computes, with an allowance for what a tile costs beside."""
     tiles = -(-m // TILE_ROWS) * -(-n // tile.columns)
-    cut = split(tiles, SMS, -(-k // 64))
+    cut = split(tiles, SMS, -(-k // BLOCK_K))
     waves = -(-cut.whole_tiles // SMS) + (cut.tiles / cut.ctas if cut.ctas else 0)
     return waves * (tile.columns + _OVERHEAD_COLUMNS)
 

@@ -18,7 +18,7 @@ from rtlynx.kernels.tuning import SMS
 MATRIX, ADALN, RMSNORM, GELU, SILU_GATE, CONCAT_GELU = range(6)
 _ADJACENT, _STRIDED, _GATHER = range(3)
 _SLAB_THREADS, _WARPS_SHARING_K = 128, 8
-_MAX_PARTS = 8
+MAX_PARTS = 8  # of strided groups
 _RANKS = (0, 32, 64, 128)  # columns of T that a block computes
 # By whether groups are adjacent, and rank: units of K in shared memory, blocks that a multiprocessor holds.
 _STAGES_AND_BLOCKS = {
@@ -134,10 +134,10 @@ def _cluster(configuration: _Configuration, slabs: int, k_blocks: int) -> int:
 def _groups(grouping: str, parts: tuple[int, ...], k: int) -> tuple[int, bool, tuple[int, ...]]:
     """Mode where everything is aligned, whether groups are adjacent, and the kernel's table of parts."""
     if grouping == "adjacent":
-        return (_ADJACENT if k % 8 == 0 else _GATHER), True, (1, k // 4, *[0] * (2 * _MAX_PARTS - 1))
+        return (_ADJACENT if k % 8 == 0 else _GATHER), True, (1, k // 4, *[0] * (2 * MAX_PARTS - 1))
     widths = parts or (k,)
-    if len(widths) > _MAX_PARTS:
-        raise ValueError(f"the kernels take at most {_MAX_PARTS} parts, got {len(widths)}")
+    if len(widths) > MAX_PARTS:
+        raise ValueError(f"the kernels take at most {MAX_PARTS} parts, got {len(widths)}")
     # Eight groups that a lane holds lie in one part, at whole 16-byte vectors.
     aligned = all(width % 32 == 0 for width in widths)
     table: list[int] = []
@@ -148,7 +148,7 @@ def _groups(grouping: str, parts: tuple[int, ...], k: int) -> tuple[int, bool, t
     return (
         (_STRIDED if aligned else _GATHER),
         False,
-        (len(widths), *table, *[0] * (2 * _MAX_PARTS - len(table))),
+        (len(widths), *table, *[0] * (2 * MAX_PARTS - len(table))),
     )
 
 

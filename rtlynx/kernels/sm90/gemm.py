@@ -43,23 +43,20 @@ def _shared_bytes(tile: Tile) -> int:
 
 INSTANTIATIONS = [Instantiation("gemm.cu", "gemm", _defines(tile)) for tile in tuning.CANDIDATES]
 
-_kernels: dict[Tile, jit.Kernel] = {}
 _maps: dict[tuple[int, int, int, int, int, int], bytes] = {}
 _NO_MAP = bytes(128)
 
 
+@functools.cache
 def _kernel(tile: Tile) -> jit.Kernel:
-    kernel = _kernels.get(tile)
-    if kernel is None:
-        kernel = _kernels[tile] = jit.load(
-            "gemm.cu",
-            "gemm",
-            _defines(tile),
-            threads=_THREADS,
-            shared_bytes=_shared_bytes(tile),
-            pdl=True,
-        )
-    return kernel
+    return jit.load(
+        "gemm.cu",
+        "gemm",
+        _defines(tile),
+        threads=_THREADS,
+        shared_bytes=_shared_bytes(tile),
+        pdl=True,
+    )
 
 
 def _tensor_map(matrix: Tensor, box_columns: int, box_rows: int) -> bytes:
@@ -110,7 +107,7 @@ def launch_gemm(
     rows: int,
     segments: Sequence[int],
 ) -> Tensor:
-    """Y (rows, N) of `rtlynx::gemm`; see `rtlynx.kernels.ops`. Arguments are checked there."""
+    """Y (rows, N) of `rtlynx::gemm`; see `rtlynx.kernels.ops`, which checks and makes weights `readable`."""
     n, k = weight.shape
     columns = -(-n // _STORE_COLUMNS) * _STORE_COLUMNS
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=blocks.device)
@@ -118,12 +115,7 @@ def launch_gemm(
         return out[:, :n]
     if bias is not None and (columns != n or not bias.is_contiguous() or bias.data_ptr() % 8):
         bias = pad(bias, (0, columns - n)).clone()
-    if up is None:
-        rank = 0
-    else:
-        if up.shape[1] % 8 or up.stride(1) != 1 or up.stride(0) % 8 or up.data_ptr() % 16:
-            up = pad(up, (0, -up.shape[1] % 8)).contiguous()
-        rank = up.shape[1]
+    rank = 0 if up is None else up.shape[1]
     device = blocks.get_device()
     tile = tuning.choose(rows, n, k)
     lowrank_bytes = lowrank.shape[0] if lowrank is not None and segments else 0
@@ -224,14 +216,11 @@ def _nonce() -> int:
 
 
 _NO_SEGMENTS = (0,) * (4 * (_MAX_SEGMENTS - 1))
-_counts: dict[int, int] = {}
 
 
+@functools.cache
 def _multiprocessors(device: int) -> int:
-    count = _counts.get(device)
-    if count is None:
-        count = _counts[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _segment_table(segments: Sequence[int], columns: int, tile_columns: int) -> tuple[tuple[int, ...], int]:
