@@ -11,8 +11,8 @@ from card import Card
 from sustained import Graphs, attempt, measure
 from torch.nn.functional import linear
 
-from rtlynx import Pattern
 from rtlynx.kernels import ops, reference
+from rtlynx.pattern import Pattern
 
 TOKENS = (1, 8, 32, 64, 128, 256, 512)
 K, N, RANK = 3072, 3072, 64

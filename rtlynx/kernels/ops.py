@@ -7,10 +7,8 @@ there so that everything above can be tested anywhere.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +24,9 @@ from rtlynx.kernels.blocks import (
     unpack_lowrank,
 )
 from rtlynx.kernels.operators import operator, refuse_gradients
+from rtlynx.kernels.sm90.compress import launch_compress
+from rtlynx.kernels.sm90.gemm import Weights, launch_gemm
+from rtlynx.kernels.sm90.linear import launch_linear
 from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 
 _BIAS_DTYPES = (torch.bfloat16, torch.float32)
@@ -285,15 +286,6 @@ def _linear_fake(
 # ------------------------------------------------------------------------------------------------ Hopper
 
 
-@functools.cache
-def launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    # Here, because the kernels need a compiler that only machines with a card have.
-    from rtlynx.kernels.sm90.compress import launch_compress
-    from rtlynx.kernels.sm90.gemm import launch_gemm
-
-    return launch_compress, launch_gemm
-
-
 def readable(matrix: Tensor) -> Tensor:
     """`matrix`, or a copy where its rows do not start at multiples of 16 bytes, as bulk copies need them."""
     row, column = matrix.stride()
@@ -307,7 +299,7 @@ def _compress_hopper(
     x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_compress(x, down, grouping, parts)
-    return launchers()[0](x, down, grouping, parts, norm)
+    return launch_compress(x, down, grouping, parts, norm)
 
 
 def _gemm_hopper(
@@ -322,7 +314,7 @@ def _gemm_hopper(
 ) -> Tensor:
     _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments)
     up = None if up is None else readable(up)
-    return launchers()[1](blocks, scale, lowrank, readable(weight), up, bias, rows, segments)
+    return launch_gemm(blocks, scale, lowrank, readable(weight), up, bias, rows, segments)
 
 
 def _linear_hopper(
@@ -337,20 +329,9 @@ def _linear_hopper(
 ) -> Tensor:
     _check_linear(x, weight, bias, down, up)
     check_compress(x, down, grouping, parts)
-    launch_compress, launch_gemm = launchers()
-    blocks, scale, lowrank = launch_compress(x, down, grouping, parts, norm)
-    *leading, k = x.shape
-    y = launch_gemm(
-        blocks,
-        scale if norm else None,
-        lowrank if down is not None else None,
-        readable(weight),
-        None if up is None else readable(up),
-        bias,
-        x.numel() // k,
-        (),
-    )
-    return y if len(leading) == 1 else y.view(*leading, weight.shape[0])
+    of = Weights(readable(weight), None if up is None else readable(up), bias)
+    y = launch_linear(x, of, down, grouping, parts, norm)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 # --------------------------------------------------------------------------------------------- operators

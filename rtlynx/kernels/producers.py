@@ -10,9 +10,7 @@ strided parts of 32, rows lie at multiples of 16 bytes. Elsewhere the chain runs
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +23,10 @@ from rtlynx.kernels.ops import (
     check_selection,
     compress_fake,
     compress_reference,
-    launchers,
     readable,
 )
+from rtlynx.kernels.sm90 import compress
+from rtlynx.kernels.sm90 import producers as sources
 
 Compressed = tuple[Tensor, Tensor, Tensor]
 _PARAMETER_DTYPES = (torch.bfloat16, torch.float32)
@@ -208,13 +207,6 @@ _PRODUCERS = {
 }
 
 
-@functools.cache
-def _kernels() -> tuple[ModuleType, ModuleType]:
-    from rtlynx.kernels.sm90 import compress, producers  # as in `rtlynx.kernels.ops.launchers`
-
-    return compress, producers
-
-
 def launch(
     name: str,
     inputs: Sequence[Any],
@@ -229,13 +221,12 @@ def launch(
     This is what the operators run, with the test mode that they lack: `dense` (M, K) bfloat16, contiguous,
     receives what the kernel selects from. Arguments are not checked.
     """
-    compress, producers = _kernels()
     producer = _PRODUCERS[name]
     # Kept until the launch: what is copied here is known to the kernel by its address alone.
     operands = producer.operands(*inputs)
     if operands is None:
         return None
-    source = getattr(producers, name)(*operands)
+    source = getattr(sources, name)(*operands)
     if not source.aligned or source.columns % 8 or not compress.vectors_fit(grouping, parts, source.columns):
         return None
     return compress.launch(source, None if down is None else readable(down), grouping, parts, norm, dense)
@@ -259,7 +250,7 @@ def _register(name: str) -> Any:
 
     def hopper(*arguments: Any) -> Compressed:
         _, inputs, tail = checked(arguments)
-        return launch(name, inputs, *tail) or launchers()[0](_dense(chain, inputs), *tail)
+        return launch(name, inputs, *tail) or compress.launch_compress(_dense(chain, inputs), *tail)
 
     def reference(*arguments: Any) -> Compressed:
         _, inputs, tail = checked(arguments)

@@ -115,38 +115,59 @@ DEVICE void store_unit(const Parameters& p, int slab, int sixteen, int unit, con
     }
 }
 
-// The bf16 values of a tile's chunk, zeros outside of X.
-DEVICE uint4 make(const Parameters& p, const Row& row, int column, const uint4 (&raw)[Source::RAWS]) {
-    if constexpr (!Source::TRANSFORMS) return raw[0];
-    return row.inside && column < p.columns ? p.source.make(row, column, raw) : uint4{0, 0, 0, 0};
+// The bf16 values of a tile's chunk in a lane's two rows, zeros outside of X.
+DEVICE void make(const Parameters& p, const Row (&rows)[2], int column, const uint4 (&raw)[2][Source::RAWS],
+                 uint4 (&made)[2]) {
+    const int inside = min(column, p.columns - 8);
+    Source::Modulation modulation = p.source.modulation(rows[0], inside);
+    unroll<2>([&](auto i) {
+        // (In strided mode registers do not hold the first row's until the second's turn.)
+        if (i == 1 && Source::MOMENTS && (MODE == STRIDED || rows[1].parameters != rows[0].parameters))
+            modulation = p.source.modulation(rows[1], inside);
+        made[i] = p.source.make(rows[i], modulation, column, raw[i]);
+        if constexpr (Source::MOMENTS)
+            made[i] = choose(rows[i].inside && column < p.columns, made[i], uint4{0, 0, 0, 0});
+    });
 }
 
-// This lane's share of a row's norm, for magnitudes whose squares a float does not hold.
-__device__ __noinline__ RowNorm scaled_norm(const Parameters& p, const Row& row, int share, int shares) {
-    RowNorm norm = {};
+// This lane's share of its rows' norms, for magnitudes whose squares a float does not hold.
+struct TwoNorms {
+    RowNorm of[2];
+};
+__device__ __noinline__ TwoNorms scaled_norms(const Parameters& p, const Row (&rows)[2], int share, int shares) {
+    TwoNorms norms = {};
     const int q = threadIdx.x % 4;
     for (int unit = share; unit * UNIT_BLOCKS < p.k_blocks; unit += shares) {
         const Columns columns = columns_of(p, unit, q);
-        Values x;
+        Values x[2];
         unroll<TILES>([&](auto tile) {
             if constexpr (MODE == GATHER) {
-                x.v[tile] = gather(p, row.inside ? row.raw[0] : nullptr, unit, q, tile);
+                unroll<2>([&](auto i) {
+                    x[i].v[tile] = gather(p, rows[i].inside ? rows[i].raw[0] : nullptr, unit, q, tile);
+                });
             } else {
-                uint4 raw[Source::RAWS] = {};
-                if (row.inside && columns[tile] < p.columns)
-                    unroll<Source::RAWS>(
-                        [&](auto r) { raw[r] = *reinterpret_cast<const uint4*>(p.source.at(row, r, columns[tile])); });
-                x.v[tile] = make(p, row, columns[tile], raw);
+                uint4 raw[2][Source::RAWS] = {}, made[2];
+                unroll<2>([&](auto i) {
+                    if (rows[i].inside && columns[tile] < p.columns)
+                        unroll<Source::RAWS>([&](auto r) {
+                            raw[i][r] = *reinterpret_cast<const uint4*>(p.source.at(rows[i], r, columns[tile]));
+                        });
+                });
+                make(p, rows, columns[tile], raw, made);
+                unroll<2>([&](auto i) { x[i].v[tile] = made[i]; });
             }
         });
-        uint32_t largest = norm.largest;
-        const Selected selected = select_row(x, largest);
-        norm.raise(largest);
-        const float in_units = RowNorm::unit(largest);
-        unroll<TILES * 4>([&](auto i) { norm.total = squares(x.word(i), in_units, norm.total); });
-        unroll<GROUPS>([&](auto i) { norm.kept = squares(selected.pairs[i], in_units, norm.kept); });
+        unroll<2>([&](auto i) {
+            RowNorm& norm = norms.of[i];
+            uint32_t largest = norm.largest;
+            const Selected selected = select_row(x[i], largest);
+            norm.raise(largest);
+            const float in_units = RowNorm::unit(largest);
+            unroll<TILES * 4>([&](auto j) { norm.total = squares(x[i].word(j), in_units, norm.total); });
+            unroll<GROUPS>([&](auto j) { norm.kept = squares(selected.pairs[j], in_units, norm.kept); });
+        });
     }
-    return norm;
+    return norms;
 }
 
 // ---- sums over a row: four lanes, then the shares of K, always in the same order --------------------------
@@ -235,14 +256,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
     if constexpr (Source::MOMENTS) {
         __shared__ RowMoments shared_moments[SHARES_HERE][ROWS], whole[ROWS];
         RowMoments sums[2] = {};
-        for (int index = 0; index < own_units; ++index) {
-            const Columns columns = columns_of(p, share + index * shares, q);
-            unroll<2>([&](auto i) {
-                unroll<TILES>([&](auto tile) {
-                    if (columns[tile] < p.columns)
-                        sums[i].add(moments_of(load_parameters(rows[i].raw[0] + columns[tile])));
+        auto load = [&](const Row& row, int column) {
+            return __ldg(reinterpret_cast<const uint4*>(row.raw[0] + column));
+        };
+        auto add = [&](auto& values) { unroll<2>([&](auto i) { sums[i].add(Source::moments(values[i])); }); };
+        // Units that lie in the matrix as a whole: those that are on their way into shared memory already, then the
+        // others, several at a time; and last what is left, chunk by chunk.
+        const int own_whole = (p.columns / (64 * UNIT_BLOCKS) - share + shares - 1) / shares;
+        unroll<STAGES - 1>([&](auto u) {
+            copy_async_wait<STAGES - 2 - decltype(u)::value>();
+            if (u >= own_whole) return;
+            uint4 values[2][TILES];
+            unroll<TILES>([&](auto tile) {
+                unroll<2>([&](auto i) {
+                    values[i][tile] =
+                        load_shared_16(shared + u * STAGE_BYTES + tile * X_TILE + swizzled(mine + i * 8, q));
                 });
             });
+            add(values);
+        });
+        int index = min(STAGES - 1, own_whole);
+        unroll<2>([&](auto halvings) {
+            constexpr int together = decltype(halvings)::value == 0 ? 4 / TILES : 1;
+            for (; index + together <= own_whole; index += together) {
+                uint4 values[2][together * TILES];
+                unroll<together>([&](auto u) {
+                    const Columns columns = columns_of(p, share + (index + u) * shares, q);
+                    unroll<TILES>([&](auto tile) {
+                        unroll<2>([&](auto i) { values[i][u * TILES + tile] = load(rows[i], columns[tile]); });
+                    });
+                });
+                add(values);
+            }
+        });
+#pragma unroll 1
+        for (; index < own_units; ++index) {
+            const Columns columns = columns_of(p, share + index * shares, q);
+#pragma unroll 1
+            for (int tile = 0; tile < TILES; ++tile) {
+                if (columns[tile] >= p.columns) continue;
+                unroll<2>([&](auto i) {
+                    const uint4 value[1] = {load(rows[i], columns[tile])};
+                    sums[i].add(Source::moments(value));
+                });
+            }
         }
         unroll<2>([&](auto i) {
             const RowMoments sum = combine_quad(sums[i]);
@@ -266,17 +323,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
         copy_async_wait<STAGES - 2>();
         const Columns columns = columns_of(p, unit, q);
         Values x[2];
-        unroll<2>([&](auto i) {
-            unroll<TILES>([&](auto tile) {
-                const uint32_t at = stage + tile * X_TILE + swizzled(mine + i * 8, q);
-                uint4 raw[Source::RAWS];
-                unroll<Source::RAWS>([&](auto r) { raw[r] = load_shared_16(at + r * RAW_BYTES); });
-                x[i].v[tile] = make(p, rows[i], columns[tile], raw);
+        unroll<TILES>([&](auto tile) {
+            const uint32_t at = stage + tile * X_TILE + swizzled(mine, q), next_row = 8 * 64;
+            uint4 raw[2][Source::RAWS], made[2];
+            unroll<2>([&](auto i) {
+                unroll<Source::RAWS>([&](auto r) { raw[i][r] = load_shared_16(at + i * next_row + r * RAW_BYTES); });
+            });
+            make(p, rows, columns[tile], raw, made);
+            unroll<2>([&](auto i) {
+                x[i].v[tile] = made[i];
                 if constexpr (Source::TRANSFORMS) {
                     if (p.dense != nullptr && first_ranks && rows[i].inside && columns[tile] < p.columns)
                         *reinterpret_cast<uint4*>(p.dense + int64_t(first_row + mine + i * 8) * p.columns +
-                                                  columns[tile]) = x[i].v[tile];
-                    if constexpr (RANK > 0) store_shared_16(at, x[i].v[tile]);
+                                                  columns[tile]) = made[i];
+                    if constexpr (RANK > 0) store_shared_16(at + i * next_row, made[i]);
                 }
             });
         });
@@ -321,8 +381,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
         if (plain[i] && q == g / 2) shared_norm[share_here][mine + i * 8] = norms[i];
     });
     if (__any_sync(~0u, !plain[0] || !plain[1])) {  // once more, in units of the rows' own magnitude
+        const Row copies[2] = {rows[0], rows[1]};   // so that the loop above may keep its own in registers
+        const TwoNorms scaled = scaled_norms(p, copies, share, shares);
         unroll<2>([&](auto i) {
-            const RowNorm sum = combine_quad(scaled_norm(p, rows[i], share, shares));
+            const RowNorm sum = combine_quad(scaled.of[i]);
             if (!plain[i] && q == 0) shared_norm[share_here][mine + i * 8] = sum;
         });
     }

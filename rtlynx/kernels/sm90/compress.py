@@ -66,9 +66,9 @@ class _Configuration(NamedTuple):
     @property
     def blocks_per_sm(self) -> int:
         blocks = _STAGES_AND_BLOCKS[self.mode == _ADJACENT, self.rank][1]
-        if self.rank and (self.mode == _GATHER or (self.source != MATRIX and self.mode == _STRIDED)):
-            return min(blocks, 2)
-        return blocks if self.source == MATRIX else min(blocks, 3)
+        if self.source == MATRIX:
+            return min(blocks, 2) if self.rank and self.mode == _GATHER else blocks
+        return min(blocks, 3 if self.mode == _ADJACENT and self.rank < 128 else 2)
 
     @property
     def threads(self) -> int:
@@ -188,9 +188,14 @@ def launch_compress(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rtlynx::compress` of checked arguments: blocks, s and blocks of T; see `rtlynx.kernels.ops`."""
     x = expressible(x)
+    return launch(matrix_input(x), down, grouping, parts, norm)
+
+
+def matrix_input(x: Tensor) -> Input:
+    """X (..., K) itself. What it holds does not keep memory alive: `x` must outlive the launch."""
     k = x.shape[-1]
     structure, aligned = pack_matrix(x)
-    return launch(Input(MATRIX, structure, x.numel() // k, k, x.device, aligned), down, grouping, parts, norm)
+    return Input(MATRIX, structure, x.numel() // k, k, x.device, aligned)
 
 
 def launch(
@@ -202,33 +207,52 @@ def launch(
     dense: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compress `x`; a producer also writes what it selected from to `dense` (rows, columns), to be tested."""
-    _, structure, rows, k, device, aligned = x
-    down_address = 0
-    if down is not None:
-        if not down.is_contiguous():
-            down = down.contiguous()
-        down_address = down.data_ptr()
-    rank = 0 if down is None else down.shape[0]
-    plan = _plan(x.source, rows, k, rank, grouping, tuple(parts), aligned and down_address % 16 == 0)
-    blocks = torch.empty(plan.blocks_bytes, dtype=torch.uint8, device=device)
-    lowrank = torch.empty(plan.lowrank_bytes, dtype=torch.uint8, device=device)
-    scale = torch.empty(rows if norm else 0, dtype=torch.float32, device=device)
-    if rows == 0:
-        return blocks, scale, lowrank
-    addresses = _pack_addresses(
-        down_address,
-        blocks.data_ptr(),
-        scale.data_ptr() if norm else 0,
-        lowrank.data_ptr() if rank else 0,
-        0 if dense is None else dense.data_ptr(),
+    if down is not None and not down.is_contiguous():
+        down = down.contiguous()
+    plan = plan_compress(x, down, grouping, parts)
+    blocks = torch.empty(plan.blocks_bytes, dtype=torch.uint8, device=x.device)
+    lowrank = torch.empty(plan.lowrank_bytes, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(x.rows if norm else 0, dtype=torch.float32, device=x.device)
+    start_compress(
+        plan,
+        x,
+        _address(down),
+        Compressed(blocks.data_ptr(), scale.data_ptr() if norm else 0, lowrank.data_ptr()),
+        _address(dense),
     )
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    kernel = _kernel(plan.configuration, plan.cluster)
-    kernel.launch(plan.grid, stream, b"".join((structure, addresses, plan.shape)))
     return blocks, scale, lowrank
 
 
-class _Plan(NamedTuple):
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Compressed(NamedTuple):
+    """Addresses of what the kernel writes; of `scale` 0 where s = 1, of `lowrank` any without a factor."""
+
+    blocks: int
+    scale: int
+    lowrank: int
+
+
+def plan_compress(x: Input, down: Tensor | None, grouping: str, parts: Sequence[int]) -> CompressPlan:
+    """How to compress `x`, with `down` contiguous."""
+    rank, aligned = (
+        (0, x.aligned) if down is None else (down.shape[0], x.aligned and down.data_ptr() % 16 == 0)
+    )
+    return _plan(x.source, x.rows, x.columns, rank, grouping, tuple(parts), aligned)
+
+
+def start_compress(plan: CompressPlan, x: Input, down: int, to: Compressed, dense: int = 0) -> None:
+    """Launch on the current stream; `down` and `dense` are addresses or 0."""
+    if x.rows:
+        addresses = _pack_addresses(down, to.blocks, to.scale, to.lowrank, dense)
+        stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+        kernel = _kernel(plan.configuration, plan.cluster)
+        kernel.launch(plan.grid, stream, b"".join((x.structure, addresses, plan.shape)))
+
+
+class CompressPlan(NamedTuple):
     """What a launch needs that depends on shapes and alignment alone."""
 
     configuration: _Configuration
@@ -242,7 +266,7 @@ class _Plan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _plan(
     source: int, rows: int, k: int, rank: int, grouping: str, parts: tuple[int, ...], aligned: bool
-) -> _Plan:
+) -> CompressPlan:
     slabs, k_blocks, rank_blocks = (
         -(-rows // BLOCK_ROWS),
         -(-k // BLOCK_K),
@@ -252,7 +276,7 @@ def _plan(
     tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
     configuration = _Configuration(source, mode if aligned else _GATHER, tile_rank)
     cluster = _cluster(configuration, max(slabs, 1), k_blocks)
-    return _Plan(
+    return CompressPlan(
         configuration,
         cluster,
         (slabs * cluster, -(-rank // tile_rank), 1) if rank else (slabs * 4, 1, 1),

@@ -17,6 +17,7 @@ from rtlynx.kernels import jit, tuning
 from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_BYTES, LOWRANK_COLUMNS
 from rtlynx.kernels.driver import call
 from rtlynx.kernels.jit import Defines, Instantiation
+from rtlynx.kernels.sm90.compress import Compressed
 from rtlynx.kernels.tuning import Tile
 
 _THREADS = 384
@@ -108,53 +109,94 @@ def launch_gemm(
     segments: Sequence[int],
 ) -> Tensor:
     """Y (rows, N) of `rtlynx::gemm`; see `rtlynx.kernels.ops`, which checks and makes weights `readable`."""
-    n, k = weight.shape
-    columns = -(-n // _STORE_COLUMNS) * _STORE_COLUMNS
+    n = weight.shape[0]
+    columns = stored_columns(n)
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=blocks.device)
     if rows == 0 or n == 0:
         return out[:, :n]
-    if bias is not None and (columns != n or not bias.is_contiguous() or bias.data_ptr() % 8):
-        bias = pad(bias, (0, columns - n)).clone()
-    rank = 0 if up is None else up.shape[1]
-    device = blocks.get_device()
-    tile = tuning.choose(rows, n, k)
     lowrank_bytes = lowrank.shape[0] if lowrank is not None and segments else 0
-    plan = _plan(tile, _multiprocessors(device), rows, n, k, rank, tuple(segments), lowrank_bytes)
-    workspace = ready = nonce = 0
-    if plan.sums:
-        sums = torch.empty(plan.sums + plan.marks, dtype=torch.float32, device=blocks.device)
+    plan = plan_gemm(weight, up, rows, segments, lowrank_bytes)
+    workspace = 0
+    if plan.workspace_bytes:
+        sums = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=blocks.device)
         workspace = sums.data_ptr()
-        ready = workspace + plan.sums * 4
-        nonce = _nonce()
-    operands = _pack_operands(
-        _tensor_map(weight, BLOCK_K, tile.columns),
-        _NO_MAP if up is None else _tensor_map(up, LOWRANK_COLUMNS, tile.columns),
+    given = Compressed(
         blocks.data_ptr(),
-        0 if lowrank is None else lowrank.data_ptr(),
         scale.data_ptr() if scale is not None and scale.shape[0] else 0,
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
+        0 if lowrank is None else lowrank.data_ptr(),
     )
-    is_float = bias is not None and bias.dtype is torch.float32
-    workspaces = _pack_workspace(workspace, ready, nonce, is_float, max(1, len(segments) // 3))
-    parameters = b"".join((operands, plan.shape, workspaces, plan.segments))
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    _kernel(tile).launch((plan.ctas, 1, 1), stream, parameters)
+    start_gemm(plan, given, Weights(weight, up, readable_bias(bias)), out.data_ptr(), workspace)
     return out if columns == n else out[:, :n].contiguous()
 
 
-class _Plan(NamedTuple):
+class Weights(NamedTuple):
+    """Weight (N, K), B (N, r) and bias (N,) of a product, as `readable` and `readable_bias` leave them."""
+
+    weight: Tensor
+    up: Tensor | None
+    bias: Tensor | None
+
+
+def stored_columns(n: int) -> int:
+    """Columns of Y in memory: rows start at multiples of 16 bytes."""
+    return -(-n // _STORE_COLUMNS) * _STORE_COLUMNS
+
+
+def readable_bias(bias: Tensor | None) -> Tensor | None:
+    """`bias`, or a copy that can be read in aligned pairs as far as Y is stored."""
+    if bias is None:
+        return None
+    n = bias.shape[0]
+    if n % _STORE_COLUMNS or not bias.is_contiguous() or bias.data_ptr() % 8:
+        return pad(bias, (0, stored_columns(n) - n)).clone()
+    return bias
+
+
+def plan_gemm(
+    weight: Tensor, up: Tensor | None, rows: int, segments: Sequence[int] = (), lowrank_bytes: int = 0
+) -> GemmPlan:
+    """How to compute Y of `rows` rows; `lowrank_bytes` are those of all blocks of T, needed with segments."""
+    n, k = weight.shape
+    rank = 0 if up is None else up.shape[1]
+    tile, multiprocessors = tuning.choose(rows, n, k), _multiprocessors(weight.get_device())
+    return _plan(tile, multiprocessors, rows, n, k, rank, tuple(segments), lowrank_bytes)
+
+
+def start_gemm(plan: GemmPlan, given: Compressed, of: Weights, out: int, workspace: int) -> None:
+    """Launch on the current stream. `out` and `workspace` are addresses."""
+    weight, up, bias = of
+    columns = plan.tile.columns
+    operands = _pack_operands(
+        _tensor_map(weight, BLOCK_K, columns),
+        _NO_MAP if up is None else _tensor_map(up, LOWRANK_COLUMNS, columns),
+        given.blocks,
+        given.lowrank,
+        given.scale,
+        0 if bias is None else bias.data_ptr(),
+        out,
+    )
+    is_float = bias is not None and bias.dtype is torch.float32
+    split = (workspace, workspace + plan.sum_bytes, _nonce()) if workspace else (0, 0, 0)
+    workspaces = _pack_workspace(*split, is_float, plan.segment_count)
+    parameters = b"".join((operands, plan.shape, workspaces, plan.segments))
+    stream = torch._C._cuda_getCurrentRawStream(weight.get_device())
+    _kernel(plan.tile).launch((plan.ctas, 1, 1), stream, parameters)
+
+
+class GemmPlan(NamedTuple):
     """What a launch needs that depends on shapes alone.
 
     shape, segments : pieces of the kernel's Parameters
-    sums, marks : floats of the workspace in which CTAs leave sums of split tiles, and of their marks
+    sum_bytes, workspace_bytes : of sums that CTAs leave of split tiles, and with their marks
     """
 
+    tile: Tile
     ctas: int
     shape: bytes
     segments: bytes
-    sums: int
-    marks: int
+    segment_count: int
+    sum_bytes: int
+    workspace_bytes: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -167,13 +209,13 @@ def _plan(
     rank: int,
     segments: tuple[int, ...],
     lowrank_bytes: int,
-) -> _Plan:
+) -> GemmPlan:
     slabs, k_blocks, rank_blocks = (
         -(-rows // BLOCK_ROWS),
         -(-k // BLOCK_K),
         -(-rank // LOWRANK_COLUMNS),
     )
-    columns = -(-n // _STORE_COLUMNS) * _STORE_COLUMNS
+    columns = stored_columns(n)
     row_tiles = -(-slabs // _SLABS)
     if segments:
         total_rank_blocks = lowrank_bytes // (slabs * LOWRANK_BYTES)
@@ -197,12 +239,15 @@ def _plan(
         split.ctas,
         split.stages,
     )
-    return _Plan(
+    sum_bytes = split.ctas * _SLABS * BLOCK_ROWS * tile.columns * 4
+    return GemmPlan(
+        tile=tile,
         ctas=min(multiprocessors, max(split.whole_tiles, split.ctas)),
         shape=shape,
         segments=_pack_segments(*table),
-        sums=split.ctas * _SLABS * BLOCK_ROWS * tile.columns,
-        marks=split.ctas * _CONSUMER_WARPS * 2,
+        segment_count=max(1, len(segments) // 3),
+        sum_bytes=sum_bytes,
+        workspace_bytes=sum_bytes + split.ctas * _CONSUMER_WARPS * 8,
     )
 
 
