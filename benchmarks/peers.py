@@ -51,7 +51,7 @@ class CuSparseLt:
         The last one that `best` found.
     """
 
-    def __init__(self, graphs: Graphs, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator) -> None:
         self.method, self.reason = "cuda graph", None
         self.chosen: Algorithm | None = None
         x, weight = (
@@ -61,8 +61,9 @@ class CuSparseLt:
         x = masked(x)
         compressed = torch._cslt_compress(x)  # where this fails there is nothing to time
         try:
-            graphs.timer([lambda: torch._cslt_compress(x)], PROBE_REPLAY_MS)
-            graphs.timer([lambda: multiply(compressed, weight, Algorithm(0))], PROBE_REPLAY_MS)
+            # A pool of memory each: PyTorch trips over one whose graphs are all gone.
+            Graphs().timer([lambda: torch._cslt_compress(x)], PROBE_REPLAY_MS)
+            Graphs().timer([lambda: multiply(compressed, weight, Algorithm(0))], PROBE_REPLAY_MS)
         except Exception as error:
             self.method, self.reason = "profiler", str(error).strip().splitlines()[0]
 

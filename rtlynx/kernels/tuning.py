@@ -7,7 +7,6 @@ import functools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +17,7 @@ TILE_ROWS = 256
 SMS = 132
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """A GEMM instantiation: 256 x `columns` of Y a CTA, `stages` of 64 k in shared memory.
 
     skew : stages by which the second warpgroup runs behind the first.

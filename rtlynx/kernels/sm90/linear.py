@@ -34,7 +34,7 @@ def launch_linear(
     columns = stored_columns(n)
     given = matrix_input(x)
     rows = given.rows
-    out = torch.empty((rows, columns), dtype=torch.bfloat16, device=given.device)
+    out = x.new_empty(rows, columns)
     if rows == 0 or n == 0:
         return out[:, :n]
     if down is not None and not down.is_contiguous():
@@ -46,7 +46,7 @@ def launch_linear(
     to_lowrank = compression.blocks_bytes
     to_scale = to_lowrank + compression.lowrank_bytes
     to_sums = to_scale + scale_bytes
-    workspace = torch.empty(to_sums + product.workspace_bytes, dtype=torch.uint8, device=given.device)
+    workspace = x.new_empty(to_sums + product.workspace_bytes, dtype=torch.uint8)
     start = workspace.data_ptr()
     compressed = Compressed(start, start + to_scale if norm else 0, start + to_lowrank)
     start_compress(compression, given, 0 if down is None else down.data_ptr(), compressed)
