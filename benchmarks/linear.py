@@ -215,7 +215,7 @@ def main() -> None:
         "torchao": {"us": None, "reason": TORCHAO},
     }
     missing: dict[str, str] = {}
-    cusparselt = attempt(missing, "cusparselt", lambda: CuSparseLt(generator))
+    cusparselt = attempt(missing, "cusparselt", lambda: CuSparseLt(Graphs, generator))
     document["cusparselt"]["reason"] = missing.get("cusparselt")
     if cusparselt is not None:
         document["cusparselt"] |= {"method": cusparselt.method, "reason": cusparselt.reason}

@@ -3,7 +3,7 @@
 torchao (0.18) has no 2:4 product for bf16 activations: its activation sparsity is float8 only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class CuSparseLt:
         The last one that `best` found.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, new_graphs: Callable[[], Graphs], generator: torch.Generator) -> None:
         self.method, self.reason = "cuda graph", None
         self.chosen: Algorithm | None = None
         x, weight = (
@@ -62,8 +62,8 @@ class CuSparseLt:
         compressed = torch._cslt_compress(x)  # where this fails there is nothing to time
         try:
             # A pool of memory each: PyTorch trips over one whose graphs are all gone.
-            Graphs().timer([lambda: torch._cslt_compress(x)], PROBE_REPLAY_MS)
-            Graphs().timer([lambda: multiply(compressed, weight, Algorithm(0))], PROBE_REPLAY_MS)
+            new_graphs().timer([lambda: torch._cslt_compress(x)], PROBE_REPLAY_MS)
+            new_graphs().timer([lambda: multiply(compressed, weight, Algorithm(0))], PROBE_REPLAY_MS)
         except Exception as error:
             self.method, self.reason = "profiler", str(error).strip().splitlines()[0]
 

@@ -168,7 +168,7 @@ def test_the_peer_is_its_fastest_algorithm_with_the_right_product(monkeypatch):
 
     monkeypatch.setattr(torch, "_cslt_compress", lambda x: x.clone())
     monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
-    cusparselt = peers.CuSparseLt(FakeGraphs(), torch.Generator().manual_seed(0))
+    cusparselt = peers.CuSparseLt(FakeGraphs, torch.Generator().manual_seed(0))
     assert cusparselt.method == "cuda graph"
     row = tiny_row(cusparselt)
     assert row["missing"] == {}
@@ -182,7 +182,7 @@ def test_a_peer_that_no_graph_can_hold_is_profiled(monkeypatch):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch, "_cslt_compress", lambda x: x.clone())
-    cusparselt = peers.CuSparseLt(NoGraphs(), torch.Generator().manual_seed(0))
+    cusparselt = peers.CuSparseLt(NoGraphs, torch.Generator().manual_seed(0))
     assert (cusparselt.method, cusparselt.reason) == (
         "profiler",
         "operation not permitted when stream is capturing",
