@@ -2,7 +2,7 @@
 
 The whole layer (compress, norm, rank 64, bias) by the kernels, and the same function densely: select, mask
 and multiply in PyTorch; and the dense layer that it replaces, for scale.
-Writes results/threshold-<card>.json, from which `rtlynx.kernels.choice.MIN_ROWS` is set.
+Writes results/threshold-<card>.json, on which `rtlynx.kernels.choice` relies.
 """
 
 import results

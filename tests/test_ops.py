@@ -288,7 +288,6 @@ def test_a_hopper_card_is_served(hopper):
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        ({"rows": 63}, "fewer than 64 tokens"),
         ({"k": 68}, "multiple of 8"),
         ({"pattern": Pattern(4, 8)}, "2 of every 4"),
         ({"pattern": Pattern(1, 4)}, "2 of every 4"),

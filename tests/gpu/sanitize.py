@@ -1,8 +1,10 @@
 """Small calls that reach every path of the kernels, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --kernel-name regex:'gemm|compress' python tests/gpu/sanitize.py
+    compute-sanitizer --tool memcheck --report-api-errors no --kernel-name 'regex=gemm|compress' \
+        python tests/gpu/sanitize.py
 
-and likewise racecheck, initcheck and synccheck. Compares each result, too.
+and likewise racecheck, initcheck and synccheck. (API errors are of cuda-bindings, which asks the driver for
+functions that it does not have.) Compares each result, too.
 """
 
 from __future__ import annotations
@@ -14,10 +16,19 @@ import torch
 from cases import Case, check
 from producer_cases import ProducerCase
 
+from rtlynx.kernels import tuning
+from rtlynx.kernels.sm90 import gemm
+
+# Of products. As few as it takes to wait for each other, so that small shapes are several tiles each.
+CTAS = 6
 PRODUCERS = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
+# With each tile width.
+PRODUCTS = [
+    Case(600, 64, 1000, rank=5, bias="f32"),  # several tiles a CTA, ragged in both directions
+    Case(700, 4096, 300, rank=16, bias="bf16"),  # 9 narrow tiles: one each, and three that two CTAs share
+    Case(700, 4096, 500, rank=16, bias="bf16"),  # 9 wide ones
+]
 CASES = [
-    Case(3000, 64, 2304, rank=5, bias="f32"),  # more tiles than CTAs, ragged in both directions
-    Case(700, 4096, 400, rank=16, bias="bf16"),  # tiles cut along k among three
     Case(65, 192, 100, rank=64),  # the narrow tile; 64 + 1 rows
     Case(1, 128, 8, norm=False),
     Case(130, 256, 200, rank=(5, 40), norm=False),  # two layers with factors of their own
@@ -32,10 +43,15 @@ CASES = [
 
 
 def main() -> int:
+    gemm._multiprocessors = lambda device: CTAS
     torch.zeros(
         1 << 28, device="cuda"
     )  # memory that is written once, so that what torch hands out counts as such
     with torch.no_grad():
+        for tile in tuning.CANDIDATES:
+            with tuning.forced(tile):
+                for case in PRODUCTS:
+                    check(case)
         for case in CASES:
             check(case)
         for name in PRODUCERS:
@@ -44,7 +60,8 @@ def main() -> int:
                     ProducerCase(name, 130, 512, batch=2, rank=rank, grouping=grouping), served=True
                 )
     torch.cuda.synchronize()
-    print(f"{len(CASES) + 2 * len(PRODUCERS)} calls, all right")
+    calls = len(tuning.CANDIDATES) * len(PRODUCTS) + len(CASES) + 2 * len(PRODUCERS)
+    print(f"{calls} calls, all right")
     return 0
 
 

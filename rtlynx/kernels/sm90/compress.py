@@ -24,14 +24,14 @@ _RANKS = (0, 32, 64, 128)  # columns of T that a block computes
 _STAGES_AND_BLOCKS = {
     (True, 0): (4, 2),
     (True, 32): (4, 4),
-    (True, 64): (3, 4),
+    (True, 64): (3, 3),
     (True, 128): (3, 3),
     (False, 0): (3, 2),
     (False, 32): (2, 4),
     (False, 64): (2, 3),
     (False, 128): (2, 2),
 }
-_FITTING = 0.93  # clusters leave some multiprocessors of a card unused
+_FITTING = 0.9  # clusters leave some multiprocessors of a card unused
 _MAX_CLUSTER = 8
 
 

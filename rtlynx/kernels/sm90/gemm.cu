@@ -150,7 +150,12 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
         // Each warpgroup lets the next one into a tile when it is SKEW stages ahead.
         const int signal_at = group + 1 < GROUPS ? min(work.first + SKEW, last) - 1 : -1;
         if (group > 0) named_sync(group, 256);
-        auto meanwhile = [&]() { touch_affine(p, read_note(note_address), thread_now() / 128 - 1); };
+        TileBias bias;  // asked for while the last products are computed
+        auto meanwhile = [&]() {
+            const Note note = read_note(note_address);
+            touch_scale(p, note, thread_now() / 128 - 1);
+            bias = load_tile_bias(p, note.column);
+        };
         if (count == SLABS_A_GROUP)
             multiply<SLABS_A_GROUP>(d, at, group, work.first, k_last, last, signal_at, meanwhile);
         else if (SLABS_A_GROUP > 1 && count == 1)
@@ -165,7 +170,7 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
         unroll<SLABS_A_GROUP>([&](auto i) {
             note = read_note(note_address);
             if (note.part != int(Part::BEGINNING) && i < note.count)
-                store_slab(p, d[i], note, thread_now() / 128 - 1 + i * GROUPS, shared);
+                store_slab(p, d[i], bias, note, thread_now() / 128 - 1 + i * GROUPS, shared);
         });
         unpark(note_address, at, item);
     }

@@ -49,11 +49,9 @@ DEVICE void touch(const void* p) {
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
 }
 
-// Bring what the epilogue reads into L1 while the last products are computed: bias and s of this warp.
-DEVICE void touch_affine(const Parameters& p, const Note& note, int group) {
+// Bring this warp's s into L1 while the last products are computed.
+DEVICE void touch_scale(const Parameters& p, const Note& note, int group) {
     const int lane = thread_now() % 32;
-    if (p.bias != nullptr && lane * (BN / 32) + note.column < p.columns)
-        touch(static_cast<const uint8_t*>(p.bias) + ((note.column + lane * (BN / 32)) & ~1) * (2 << p.bias_is_float));
     const int row =
         (note.first_slab + group + lane / 16 * GROUPS) * BLOCK_ROWS + thread_now() / 32 % 4 * 16 + lane % 16;
     if (p.scale != nullptr && row < p.rows) touch(p.scale + row);
@@ -71,6 +69,17 @@ DEVICE Pair load_bias(const Parameters& p, int column) {
     return {bf16_low(both), bf16_high(both)};
 }
 
+// Each lane's two of every 64 columns of a tile.
+struct TileBias {
+    Pair of[BN / 64];
+};
+
+DEVICE TileBias load_tile_bias(const Parameters& p, int column) {
+    TileBias bias;
+    unroll<BN / 64>([&](auto wide) { bias.of[wide] = load_bias(p, column + wide * 64 + thread_now() % 32 * 2); });
+    return bias;
+}
+
 DEVICE void store_streaming(uint16_t* to, const uint4& v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
@@ -78,7 +87,8 @@ DEVICE void store_streaming(uint16_t* to, const uint4& v) {
 
 // Scale, bias, round and store one slab. Each warp turns 16 rows x 64 columns in its own 2 KB of shared memory
 // (16-byte chunks xor-swizzled by row), so that rows leave as whole 128-byte lines.
-DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const Note& tile, int slab, uint32_t shared) {
+DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const TileBias& tile_bias, const Note& tile,
+                       int slab, uint32_t shared) {
     const int thread = thread_now(), lane = thread % 32, warp = thread / 32 % 4, row = lane / 8, chunk = lane % 8;
     const uint32_t staging = shared + STAGING + (thread / 32 - 4) * STAGING_BYTES;
     const int row0 = (tile.first_slab + slab) * BLOCK_ROWS + warp * 16 + row;
@@ -92,8 +102,7 @@ DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const Note
     const uint32_t to = staging + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
     const uint32_t from = staging + row * 128 + (chunk ^ row) * 16;
     unroll<BN / 64>([&](auto wide) {
-        // Each lane loads the bias of two of the 64 columns, and the warp passes it around.
-        const Pair bias = load_bias(p, tile.column + wide * 64 + lane * 2);
+        const Pair bias = tile_bias.of[wide];  // of two of the 64 columns; the warp passes it around
         unroll<4>([&](auto part) {
             uint32_t out[4];
             unroll<2>([&](auto half) {
