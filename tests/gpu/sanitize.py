@@ -19,7 +19,7 @@ from producer_cases import ProducerCase
 from rtlynx.kernels import tuning
 from rtlynx.kernels.sm90 import gemm
 
-# Of products. As few as it takes to wait for each other, so that small shapes are several tiles each.
+# Of products: fewer than a card runs, so that small shapes are several tiles each and share some.
 CTAS = 6
 PRODUCERS = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
 # With each tile width.

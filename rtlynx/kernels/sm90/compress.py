@@ -216,19 +216,20 @@ def launch(
     start_compress(
         plan,
         x,
-        _address(down),
-        Compressed(blocks.data_ptr(), scale.data_ptr() if norm else 0, lowrank.data_ptr()),
-        _address(dense),
+        address_of(down),
+        Addresses(blocks.data_ptr(), scale.data_ptr() if norm else 0, lowrank.data_ptr()),
+        address_of(dense),
     )
     return blocks, scale, lowrank
 
 
-def _address(tensor: Tensor | None) -> int:
+def address_of(tensor: Tensor | None) -> int:
+    """0 without a tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class Compressed(NamedTuple):
-    """Addresses of what the kernel writes; of `scale` 0 where s = 1, of `lowrank` any without a factor."""
+class Addresses(NamedTuple):
+    """Where a compressed matrix lies: `scale` is 0 where s = 1, `lowrank` of no meaning without a factor."""
 
     blocks: int
     scale: int
@@ -237,13 +238,12 @@ class Compressed(NamedTuple):
 
 def plan_compress(x: Input, down: Tensor | None, grouping: str, parts: Sequence[int]) -> CompressPlan:
     """How to compress `x`, with `down` contiguous."""
-    rank, aligned = (
-        (0, x.aligned) if down is None else (down.shape[0], x.aligned and down.data_ptr() % 16 == 0)
-    )
+    rank = 0 if down is None else down.shape[0]
+    aligned = x.aligned and address_of(down) % 16 == 0
     return _plan(x.source, x.rows, x.columns, rank, grouping, tuple(parts), aligned)
 
 
-def start_compress(plan: CompressPlan, x: Input, down: int, to: Compressed, dense: int = 0) -> None:
+def start_compress(plan: CompressPlan, x: Input, down: int, to: Addresses, dense: int = 0) -> None:
     """Launch on the current stream; `down` and `dense` are addresses or 0."""
     if x.rows:
         addresses = _pack_addresses(down, to.blocks, to.scale, to.lowrank, dense)

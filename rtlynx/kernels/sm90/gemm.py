@@ -17,7 +17,7 @@ from rtlynx.kernels import jit, tuning
 from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_BYTES, LOWRANK_COLUMNS
 from rtlynx.kernels.driver import call
 from rtlynx.kernels.jit import Defines, Instantiation
-from rtlynx.kernels.sm90.compress import Compressed
+from rtlynx.kernels.sm90.compress import Addresses, address_of
 from rtlynx.kernels.tuning import Tile
 
 _THREADS = 384
@@ -120,10 +120,10 @@ def launch_gemm(
     if plan.workspace_bytes:
         sums = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=blocks.device)
         workspace = sums.data_ptr()
-    given = Compressed(
+    given = Addresses(
         blocks.data_ptr(),
         scale.data_ptr() if scale is not None and scale.shape[0] else 0,
-        0 if lowrank is None else lowrank.data_ptr(),
+        address_of(lowrank),
     )
     start_gemm(plan, given, Weights(weight, up, readable_bias(bias)), out.data_ptr(), workspace)
     return out if columns == n else out[:, :n].contiguous()
@@ -162,7 +162,7 @@ def plan_gemm(
     return _plan(tile, multiprocessors, rows, n, k, rank, tuple(segments), lowrank_bytes)
 
 
-def start_gemm(plan: GemmPlan, given: Compressed, of: Weights, out: int, workspace: int) -> None:
+def start_gemm(plan: GemmPlan, given: Addresses, of: Weights, out: int, workspace: int) -> None:
     """Launch on the current stream. `out` and `workspace` are addresses."""
     weight, up, bias = of
     columns = plan.tile.columns
@@ -172,7 +172,7 @@ def start_gemm(plan: GemmPlan, given: Compressed, of: Weights, out: int, workspa
         given.blocks,
         given.lowrank,
         given.scale,
-        0 if bias is None else bias.data_ptr(),
+        address_of(bias),
         out,
     )
     is_float = bias is not None and bias.dtype is torch.float32

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rtlynx.kernels.sm90.compress import (
-    Compressed,
+    Addresses,
+    address_of,
     expressible,
     matrix_input,
     plan_compress,
@@ -48,8 +49,8 @@ def launch_linear(
     to_sums = to_scale + scale_bytes
     workspace = x.new_empty(to_sums + product.workspace_bytes, dtype=torch.uint8)
     start = workspace.data_ptr()
-    compressed = Compressed(start, start + to_scale if norm else 0, start + to_lowrank)
-    start_compress(compression, given, 0 if down is None else down.data_ptr(), compressed)
+    compressed = Addresses(start, start + to_scale if norm else 0, start + to_lowrank)
+    start_compress(compression, given, address_of(down), compressed)
     sums = start + to_sums if product.workspace_bytes else 0
     start_gemm(product, compressed, of._replace(bias=readable_bias(of.bias)), out.data_ptr(), sums)
     return out if columns == n else out[:, :n].contiguous()
