@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case, check_compressed, expect, poisoned
+from cases import FEW, Case, check_compressed, expect, poisoned
 from torch import Tensor
 
 from rtlynx import Pattern
@@ -181,6 +181,8 @@ def _check_dense(dense: Tensor, exact: Tensor, size: Tensor | None) -> None:
             f"{int((~within).sum())} entries of the dense tensor are wrong, the first at ({row}, {column}): "
             f"{float(dense[row, column])}, should be {float(exact[row, column])}"
         )
-    if len(dense) >= 64:
+    # Where a few entries make up the norm, their roundings do not average out.
+    squares = exact.square()
+    if squares.sum().square() >= FEW * squares.square().sum():
         relative = float(error.norm() / exact.norm())
         assert relative <= LIMIT, f"the dense tensor is off by {relative:.2e}"
