@@ -24,21 +24,25 @@ CALLS, BATCH = 10_000, 100
 M, K, N, RANK = 512, 256, 256, 64
 
 
-def host_us(call: Callable[[], object], synchronize: Callable[[], object], calls: int = CALLS) -> list[float]:
-    """Microseconds of each of `calls` calls, after a batch to warm up."""
-    times = []
+def host_us(
+    calls: dict[str, Callable[[], object]], synchronize: Callable[[], object], count: int = CALLS
+) -> dict[str, list[float]]:
+    """Microseconds of `count` calls of each, in batches that take turns, after one batch to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()  # collections in between would count for whichever call meets them
     gc.disable()
     try:
-        for index in range(calls + BATCH):
-            if index % BATCH == 0:
+        for batch in range(-1, -(-count // BATCH)):
+            for name, call in calls.items():
                 synchronize()
-            start = perf_counter_ns()
-            call()
-            times.append((perf_counter_ns() - start) / 1000)
+                for _ in range(BATCH):
+                    start = perf_counter_ns()
+                    call()
+                    if batch >= 0:
+                        times[name].append((perf_counter_ns() - start) / 1000)
     finally:
         gc.enable()
-    return times[BATCH:]
+    return times
 
 
 def layer(generator: torch.Generator, rank: int) -> SparseLinear:
@@ -56,7 +60,6 @@ def main() -> None:
     card = Card()
     generator = torch.Generator("cuda")
     generator.seed()
-    # In turns, as a layer remembers what the last tensor that it saw compresses to.
     inputs = cycle(
         [torch.randn(M, K, device="cuda", generator=generator, dtype=torch.bfloat16) for _ in range(2)]
     )
@@ -72,11 +75,11 @@ def main() -> None:
     }
     rows = []
     with torch.no_grad():
-        for name, call in calls.items():
-            times = host_us(call, torch.cuda.synchronize)
-            tenths = quantiles(times, n=10)
-            rows.append({"call": name, "median_us": round(median(times), 2), "p90_us": round(tenths[-1], 2)})
-            print(f"{name:34}{rows[-1]['median_us']:8.2f} us, 9 of 10 below {rows[-1]['p90_us']:.2f} us")
+        times = host_us(calls, torch.cuda.synchronize)
+    for name, of_call in times.items():
+        tenths = quantiles(of_call, n=10)
+        rows.append({"call": name, "median_us": round(median(of_call), 2), "p90_us": round(tenths[-1], 2)})
+        print(f"{name:34}{rows[-1]['median_us']:8.2f} us, 9 of 10 below {rows[-1]['p90_us']:.2f} us")
     document = card.describe(options.commit) | {
         "python": sys.version.split()[0],
         "M": M,

@@ -135,7 +135,7 @@ class SparseLinear(nn.Linear):
         self.dense_reason = pattern.misfit(self.in_features)
         self.text_rows_dense = False
         self.context = SparseContext()
-        self.shared_input = SharedInput()
+        self.shared_input = SharedInput(single=True)
         self._ordered = _OrderedWeight()
         self.register_parameter("lowrank_down", None)
         self.register_parameter("lowrank_up", None)

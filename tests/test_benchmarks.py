@@ -207,10 +207,11 @@ def test_chains_end_with_what_a_layer_reads(producer):
 
 def test_host_time_leaves_out_warming_up_and_waiting():
     order = []
-    times = host.host_us(lambda: order.append("call"), lambda: order.append("wait"), calls=200)
-    assert len(times) == 200
-    assert order.count("wait") == 3
-    assert order.count("call") == 300
+    calls = {"one": lambda: order.append("one"), "other": lambda: order.append("other")}
+    times = host.host_us(calls, lambda: order.append("wait"), count=200)
+    assert {name: len(of_call) for name, of_call in times.items()} == {"one": 200, "other": 200}
+    turn = ["wait", *["one"] * 100, "wait", *["other"] * 100]
+    assert order == 3 * turn
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])

@@ -11,6 +11,7 @@ from linear_helpers import PATTERNS, RANK, K, N, factors, linear, mask_for, toke
 from torch import nn
 
 from rtlynx import Pattern, SparseLinear
+from rtlynx.context import SharedInput
 from rtlynx.kernels import reference
 
 
@@ -103,8 +104,9 @@ def test_training_a_peft_adapter():
 
 def readers(count=3):
     layers = [SparseLinear.from_linear(linear(seed=i)) for i in range(count)]
-    for layer in layers[1:]:
-        layer.shared_input = layers[0].shared_input
+    shared = SharedInput()
+    for layer in layers:
+        layer.shared_input = shared
     return layers
 
 

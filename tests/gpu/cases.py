@@ -262,7 +262,7 @@ def check_compressed(
     assert scale.shape == (case.rows if case.norm else 0,)
     if case.norm:
         error = (scale.double() / expected.scale - 1).abs()
-        # Tensor cores truncate where they add: each of K / 64 steps may lose 2^-23 of the sums, s half of that.
+        # Tensor cores truncate where they add: each of K / 64 steps may lose 2^-23 of a sum, s half of that.
         limit = 1e-5 + case.k / 64 * 2**-24
         assert float(error.max()) < limit, f"scale of row {int(error.argmax())} is off by {error.max():.1e}"
     if down is None:

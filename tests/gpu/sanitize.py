@@ -3,8 +3,9 @@
     compute-sanitizer --tool memcheck --report-api-errors no --kernel-name 'regex=gemm|compress' \
         python tests/gpu/sanitize.py
 
-and likewise racecheck and synccheck; initcheck without the filter, as it must see PyTorch write the inputs. (API
-errors are of cuda-bindings, which asks the driver for functions that it does not have.) Compares each result, too.
+and likewise racecheck and synccheck; initcheck without the filter, as it must see PyTorch write the inputs.
+(API errors are of cuda-bindings, which asks the driver for functions that it does not have.) Compares each
+result, too.
 """
 
 from __future__ import annotations

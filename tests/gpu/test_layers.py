@@ -116,8 +116,9 @@ def test_changes_of_a_strided_weight_are_noticed():
 def readers():
     layers = [sparse(seed=0), sparse(seed=1), sparse("strided", seed=2)]
     layers[1].lowrank_down = nn.Parameter(layers[0].lowrank_down.clone(), requires_grad=False)
-    for layer in layers[1:]:
-        layer.shared_input = layers[0].shared_input
+    shared = SharedInput()
+    for layer in layers:
+        layer.shared_input = shared
     return nn.ModuleList(layers)
 
 
