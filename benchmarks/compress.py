@@ -13,6 +13,7 @@ from card import Card
 from producers import PRODUCERS, Producer, Tail
 from shapes import set_count
 from sustained import Call, Graphs, Sample, Timer, attempt, measure
+from targets import compress_targets
 from torch import Tensor
 
 import rtlynx.kernels.producers  # noqa: F401  (registers torch.ops.rtlynx)
@@ -160,6 +161,7 @@ def main() -> None:
         for name, reason in row["missing"].items():
             print(f"  {row.get('name', row['K'])} {name}: {reason}")
     document |= results.card_state(rows + producers) | {"rows": rows, "producers": producers}
+    document["targets"] = compress_targets(document)
     results.write(options.out or results.FOLDER / f"compress-{card.slug}.json", document)
 
 

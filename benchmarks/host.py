@@ -15,6 +15,7 @@ from time import perf_counter_ns
 import results
 import torch
 from card import Card
+from targets import host_targets
 from torch.nn.functional import linear
 
 from rtlynx.linear import SparseLinear
@@ -88,6 +89,7 @@ def main() -> None:
         "calls": CALLS,
         "rows": rows,
     }
+    document["targets"] = host_targets(document)
     results.write(options.out or results.FOLDER / f"host-{card.slug}.json", document)
 
 

@@ -14,6 +14,7 @@ from card import Card
 from peers import TORCHAO, CuSparseLt, masked, product_calls
 from shapes import Shape, chosen, paper_rank, set_count
 from sustained import Call, Graphs, Sample, Timer, attempt, measure
+from targets import linear_targets
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -233,6 +234,7 @@ def main() -> None:
             print(f"  {name}: {reason}", flush=True)
     document |= results.card_state(rows)
     document |= {"rows": rows, "geomean": results.geomeans(rows)}
+    document["targets"] = linear_targets(document)
     print(table(rows))
     print("geomean", document["geomean"])
     if options.out or options.shapes is None:

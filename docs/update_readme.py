@@ -1,8 +1,8 @@
 """Write the README's generated parts: `python docs/update_readme.py`.
 
 The demo's figures come from docs/demo: results.json is a plain `rtlynx demo`, results-24-steps.json the
-same with `--steps 24`. "How fast" comes from what benchmarks/linear.py wrote, with a plot in docs/speed;
-before there are such results the README says nothing there.
+same with `--steps 24`. "How fast" comes from what benchmarks/linear.py wrote, with a plot in docs/speed, and
+ends with the targets of all results there are; before there are such results the README says nothing there.
 """
 
 import hashlib
@@ -16,6 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed: begin -->", "<!-- speed: end -->"
 SPEED_RESULTS = Path("benchmarks/results/linear-bf16-h100.json")
+TARGET_RESULTS = (
+    SPEED_RESULTS,
+    Path("benchmarks/results/compress-h100.json"),
+    Path("benchmarks/results/host-h100.json"),
+)
 SPEED_PLOT = Path("docs/speed/linear-bf16-h100.png")
 
 
@@ -97,6 +102,30 @@ def speed_section(results: dict) -> str:
     return "\n".join(lines)
 
 
+def targets_section(root: Path = ROOT) -> str:
+    """Every target of every results file, met or missed."""
+    lines = [
+        "| target | wanted | measured | |",
+        "|---|---|---|---|",
+    ]
+    for path in TARGET_RESULTS:
+        if not (root / path).exists():
+            continue
+        for target in json.loads((root / path).read_text())["targets"]:
+            wanted = f"{target['bound']} {_figure(target['wanted'], target['unit'])}"
+            verdict = "met" if target["met"] else "**missed**"
+            lines.append(
+                f"| {target['what']} | {wanted} | {_figure(target['measured'], target['unit'])} | {verdict} |"
+            )
+    return "\n".join(lines)
+
+
+def _figure(value: float | None, unit: str) -> str:
+    if unit == "x":
+        return _times(value)
+    return f"{_format(value, ',.0f')} {unit.replace('us', 'µs')}"
+
+
 def draw_speed(results: dict, path: Path, source: str) -> None:
     """Bars: whole layers' speed relative to cuBLAS; marks: the GEMM alone. `source` goes into the file."""
     rows = results["rows"]
@@ -155,6 +184,7 @@ def updated(readme: str, root: Path = ROOT) -> str:
     speed = ""
     if (root / SPEED_RESULTS).exists():
         speed = speed_section(json.loads((root / SPEED_RESULTS).read_text()))
+        speed += f"\n\n### What we set out to reach\n\n{targets_section(root)}"
     return _between(readme, SPEED_BEGIN, SPEED_END, speed)
 
 

@@ -72,6 +72,18 @@ def invented_speed() -> dict:
             "gemm_vs_cublas": 2.0,
             "gemm_vs_cusparselt": None,
         },
+        "targets": [
+            {
+                "what": "speed",
+                "bound": "at least",
+                "wanted": 1.5,
+                "measured": 1.25,
+                "unit": "x",
+                "met": False,
+            },
+            {"what": "host", "bound": "at most", "wanted": 30.0, "measured": 29.0, "unit": "us", "met": True},
+            {"what": "rest", "bound": "at least", "wanted": 2.0, "measured": None, "unit": "x", "met": False},
+        ],
     }
 
 
@@ -101,6 +113,9 @@ def test_how_fast_appears_with_its_results(tmp_path):
     assert "| – + – |" in second  # noqa: RUF001
     assert "| 2.00x | | **1.25x** | 1.25x |" in mean
     assert "a card" in after
+    assert "| speed | at least 1.50x | 1.25x | **missed** |" in lines
+    assert "| host | at most 30 µs | 29 µs | met |" in lines
+    assert "| rest | at least 2.00x | –x | **missed** |" in lines  # noqa: RUF001
     assert "commit 0123456789 " in after
 
 

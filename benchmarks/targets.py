@@ -1,0 +1,79 @@
+"""What the kernels are to reach, beside what was measured: `targets` of a results file, met or missed.
+
+The counters that say why one is missed, and the next ideas, are in NOTES.md, in the section that `why` names.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from results import ratio
+from shapes import Shape
+
+PRODUCT, LAYER, COMPRESSION = "What bounds the GEMM", "Where it stands", "Compression, version by version"
+PRODUCERS, HOST = "Producers, version by version", "Host time"
+
+
+def _target(
+    what: str, wanted: float, measured: float | None, unit: str, why: str, *, at_most: bool = False
+) -> dict:
+    met = measured is not None and (measured <= wanted if at_most else measured >= wanted)
+    return {
+        "what": what,
+        "bound": "at most" if at_most else "at least",
+        "wanted": wanted,
+        "measured": None if measured is None else round(measured, 4),
+        "unit": unit,
+        "met": met,
+        "why": None if met else f"benchmarks/NOTES.md, {why}",
+    }
+
+
+def linear_targets(document: Mapping) -> list[dict]:
+    """Of linear-bf16-*.json."""
+    rows, means = document["rows"], document["geomean"]
+    targets = [
+        _target("GEMM, speed over cuBLAS, mean", 1.70, means["gemm_vs_cublas"], "x", PRODUCT),
+        _target("GEMM, speed over cuSPARSELt's, mean", 1.05, means["gemm_vs_cusparselt"], "x", GEMM),
+        _target("whole layer, speed over cuBLAS, mean", 1.45, means["linear_vs_cublas"], "x", LAYER),
+        _target(
+            "whole layer, speed over cuBLAS, slowest shape",
+            1.25,
+            _least(ratio(row, "cublas_us", "ours_us") for row in rows),
+            "x",
+            LAYER,
+        ),
+    ]
+    for row in rows:
+        if row["shape"] in ("flux-up", "paper-b"):
+            us, shape = row["ours_gemm_us"], Shape(row["shape"], row["M"], row["K"], row["N"])
+            speed = None if us is None else shape.teraflops(us)
+            targets.append(_target(f"GEMM, {row['shape']}", 1150.0, speed, "TFLOP/s", PRODUCT))
+    return targets
+
+
+def compress_targets(document: Mapping) -> list[dict]:
+    """Of compress-*.json."""
+    targets = []
+    for row in document["rows"]:
+        for name, label, wanted in (
+            ("compress_adjacent", "without T", 0.85),
+            ("compress_adjacent_lowrank", f"with T at rank {document['rank']}", 0.70),
+        ):
+            what = f"compression {label}, speed over a plain copy, K = {row['K']}"
+            targets.append(_target(what, wanted, row["speed_vs_copy"].get(name), "x", COMPRESSION))
+    for row in document["producers"]:
+        what = f"fused {row['name']}, time over the compiled chain"
+        targets.append(_target(what, 1.0, row["ratio"], "x", PRODUCERS, at_most=True))
+    return targets
+
+
+def host_targets(document: Mapping) -> list[dict]:
+    """Of host-*.json."""
+    of_call = {row["call"]: row["median_us"] for row in document["rows"]}
+    measured = of_call["SparseLinear, rank 64"]
+    return [_target("host time of a layer's call, rank 64", 30.0, measured, "us", HOST, at_most=True)]
+
+
+def _least(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    present = [value for value in known if value is not None]
+    return min(present) if present and len(present) == len(known) else None
