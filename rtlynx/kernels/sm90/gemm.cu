@@ -1,29 +1,30 @@
 // Y = s * (X~ W^T + T' B^T) + b, X~ 2:4-sparse bf16 in packed blocks, W (N, K) and B (N, r) bf16, Y (M, N) bf16.
+// With FP8 X~ and W are e4m3, and columns have a scale too: Y = s * (X~ W^T + T' B'^T) * c + b, T' and B' bf16 still.
 //
 // Persistent, one CTA an SM. The tiles of the last, incomplete wave are cut along k into equal shares for all CTAs:
 // after its whole tiles each computes the beginning of some tile and leaves its sums in a workspace, then the end of
 // another tile, to which it adds what the CTAs before it have left, in order (stream-K, Osama et al. 2023).
 //
-// A producer warp fills a ring of stages by bulk copies: per 64 k, up to four packed blocks of 64 rows (values and
+// A producer warp fills a ring of stages by bulk copies: per BLOCK_K, up to four packed blocks of 64 rows (values and
 // metadata together) and BN rows of W. Two consumer warpgroups own two 64-row slabs each of the 256 x BN tile and read
 // both operands from shared memory. The low-rank branch is rank / 32 more stages of dense k in the same accumulators.
 // The second warpgroup runs SKEW stages behind the first, so that one multiplies at the full rate while the other
 // stores its part of the tile.
 //
-// Macros: BN, STAGES, SKEW.
+// Macros: FP8 (0 or 1), BN, STAGES, SKEW.
 #include "gemm_epilogue.cuh"
 
 // ---- producer --------------------------------------------------------------------------------------------
 
 // Stages [first, last) of K columns: lanes 0 to 3 copy a slab of A each, lane 0 also its rows of the dense operand.
-template <int K, int BYTES>
+template <int K, int BYTES, int BOX_BYTES>
 DEVICE void fetch(Cursor& at, const uint8_t* slab, const TensorMap& map, int first, int last, const Tile& tile) {
     const int lane = threadIdx.x;
     slab += int64_t(first) * BYTES;
 #pragma unroll 1
     for (int k = first * K; k < last * K; k += K, at.advance(), slab += BYTES) {
         barrier_wait(at.empty(), at.phase ^ 1);
-        if (lane == 0) barrier_expect(at.full(), tile.slabs * BYTES + BN * K * 2);
+        if (lane == 0) barrier_expect(at.full(), tile.slabs * BYTES + BOX_BYTES);
         __syncwarp();
         if (lane < tile.slabs) copy_bulk(at.data() + lane * BLOCK_BYTES, slab, BYTES, at.full(), EVICT_LAST);
         if (lane == 0) copy_box(at.data() + A_BYTES, map, k, tile.column, at.full(), EVICT_FIRST);
@@ -40,20 +41,22 @@ DEVICE void produce(const Parameters& p, uint32_t shared) {
         if (!work_at(p, item, items, work)) continue;
         const Tile tile = tile_at(p, work.tile);
         const int64_t slab = tile.first_slab + threadIdx.x;
-        fetch<BLOCK_K, BLOCK_BYTES>(at, p.blocks + slab * p.k_blocks * BLOCK_BYTES, p.weight, work.first,
+        fetch<BLOCK_K, BLOCK_BYTES, WEIGHT_BYTES>(at, p.blocks + slab * p.k_blocks * BLOCK_BYTES, p.weight, work.first,
                                     min(work.last, p.k_blocks), tile);
         const uint8_t* lowrank = p.lowrank + (slab * p.total_rank_blocks + tile.first_rank_block) * RANK_BYTES;
-        fetch<RANK_K, RANK_BYTES>(at, lowrank, p.up, max(work.first - p.k_blocks, 0),
+        fetch<RANK_K, RANK_BYTES, UP_BYTES>(at, lowrank, p.up, max(work.first - p.k_blocks, 0),
                                   min(work.last - p.k_blocks, tile.rank_blocks), tile);
     }
 }
 
 // ---- consumers -------------------------------------------------------------------------------------------
 
-DEVICE uint32_t load_shared(uint32_t address) {
-    uint32_t value;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-    return value;
+// A thread's metadata of a block: a word for both instructions of a stage, or one for each.
+DEVICE void load_metadata(uint32_t address, uint32_t (&words)[METADATA_WORDS]) {
+    if constexpr (FP8)
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
+    else
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
 }
 
 // This warp no longer reads the stage.
@@ -69,9 +72,9 @@ template <int COUNT, class Meanwhile>
 DEVICE void multiply(Accumulators& d, Cursor& at, int group, int first, int k_last, int last, int signal_at,
                      const Meanwhile& meanwhile) {
     const uint32_t offset = group * BLOCK_BYTES;
-    const uint32_t metadata = offset + METADATA + threadIdx.x % 128 * 4;
+    const uint32_t metadata = offset + METADATA + threadIdx.x % 128 * (METADATA_WORDS * 4);
     constexpr int next_slab = GROUPS * BLOCK_BYTES;
-    uint32_t e[2][COUNT];
+    uint32_t e[2][COUNT][METADATA_WORDS];
 
     auto finish_stage = [&](int k) {
         wgmma_commit();
@@ -80,14 +83,19 @@ DEVICE void multiply(Accumulators& d, Cursor& at, int group, int first, int k_la
         if (k == signal_at) named_arrive(group + 1, 256);
         at.advance();
     };
-    auto sparse_stage = [&](int k, uint32_t (&meta)[COUNT]) {
+    auto sparse_stage = [&](int k, uint32_t (&meta)[COUNT][METADATA_WORDS]) {
         barrier_wait(at.full(), at.phase);
         const uint32_t data = at.data();
-        unroll<COUNT>([&](auto i) { meta[i] = load_shared(data + metadata + i * next_slab); });
+        unroll<COUNT>([&](auto i) { load_metadata(data + metadata + i * next_slab, meta[i]); });
         const uint64_t a = matrix_descriptor<64>(data + offset), b = matrix_descriptor<128>(data + A_BYTES);
         wgmma_fence();
-        unroll<COUNT>([&](auto i) { wgmma_sparse<0>(d[i], a + i * (next_slab >> 4), b, meta[i], k > first); });
-        unroll<COUNT>([&](auto i) { wgmma_sparse<1>(d[i], a + i * (next_slab >> 4) + 2, b + 4, meta[i], 1); });
+        unroll<2>([&](auto half) {
+            unroll<COUNT>([&](auto i) {
+                constexpr int h = decltype(half)::value;
+                wgmma_sparse<h>(d[i], a + i * (next_slab >> 4) + 2 * h, b + 4 * h, meta[i][FP8 ? h : 0],
+                                h > 0 || k > first);
+            });
+        });
         finish_stage(k);
     };
     int k = first;
@@ -150,11 +158,11 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
         // Each warpgroup lets the next one into a tile when it is SKEW stages ahead.
         const int signal_at = group + 1 < GROUPS ? min(work.first + SKEW, last) - 1 : -1;
         if (group > 0) named_sync(group, 256);
-        TileBias bias;  // asked for while the last products are computed
+        TileAffine affine;  // asked for while the last products are computed
         auto meanwhile = [&]() {
             const Note note = read_note(note_address);
             touch_scale(p, note, thread_now() / 128 - 1);
-            bias = load_tile_bias(p, note.column);
+            affine.load(p, note.column, shared);
         };
         if (count == SLABS_A_GROUP)
             multiply<SLABS_A_GROUP>(d, at, group, work.first, k_last, last, signal_at, meanwhile);
@@ -170,7 +178,7 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
         unroll<SLABS_A_GROUP>([&](auto i) {
             note = read_note(note_address);
             if (note.part != int(Part::BEGINNING) && i < note.count)
-                store_slab(p, d[i], bias, note, thread_now() / 128 - 1 + i * GROUPS, shared);
+                store_slab(p, d[i], affine, note, thread_now() / 128 - 1 + i * GROUPS, shared);
         });
         unpark(note_address, at, item);
     }

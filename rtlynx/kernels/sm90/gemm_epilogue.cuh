@@ -69,15 +69,64 @@ DEVICE Pair load_bias(const Parameters& p, int column) {
     return {bf16_low(both), bf16_high(both)};
 }
 
-// Each lane's two of every 64 columns of a tile.
-struct TileBias {
-    Pair of[BN / 64];
+// What an accumulator of the columns 2i, 2i + 1 of a tile is multiplied by, and what is added after the row's scale.
+struct Affine {
+    Pair scale, bias;
 };
 
-DEVICE TileBias load_tile_bias(const Parameters& p, int column) {
-    TileBias bias;
-    unroll<BN / 64>([&](auto wide) { bias.of[wide] = load_bias(p, column + wide * 64 + thread_now() % 32 * 2); });
-    return bias;
+#if FP8
+// A tile's, in this warp's shared memory.
+struct TileAffine {
+    DEVICE static uint32_t base(uint32_t shared, int thread) {
+        return shared + AFFINE + (thread / 32 - 4) * AFFINE_BYTES;
+    }
+    DEVICE void load(const Parameters& p, int column, uint32_t shared) {
+        const int lane = thread_now() % 32;
+        const uint32_t to = base(shared, thread_now());
+        unroll<BN / 64>([&](auto wide) {
+            const int at = column + wide * 64 + lane * 2;
+            const Pair bias = load_bias(p, at);
+            Pair scale{1.f, 1.f};
+            if (at < p.columns) scale = reinterpret_cast<const Pair*>(p.column_scale)[at / 2];
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + (wide * 32 + lane) * 16),
+                         "f"(scale.low), "f"(scale.high), "f"(bias.low), "f"(bias.high)
+                         : "memory");
+        });
+        __syncwarp();
+    }
+    // Where a lane finds its two of every eight columns.
+    DEVICE static uint32_t place(uint32_t shared, int thread) { return base(shared, thread) + thread % 4 * 16; }
+    template <int EIGHT>
+    DEVICE Affine of(uint32_t place) const {
+        Affine a;
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4 + %5];"
+                     : "=f"(a.scale.low), "=f"(a.scale.high), "=f"(a.bias.low), "=f"(a.bias.high)
+                     : "r"(place), "n"(EIGHT * 64)
+                     : "memory");
+        return a;
+    }
+};
+#else
+// A tile's, each lane's two of every 64 columns; the warp passes them around.
+struct TileAffine {
+    Pair bias[BN / 64];
+
+    DEVICE void load(const Parameters& p, int column, uint32_t) {
+        unroll<BN / 64>([&](auto wide) { bias[wide] = load_bias(p, column + wide * 64 + thread_now() % 32 * 2); });
+    }
+    DEVICE static int place(uint32_t, int thread) { return thread % 4; }
+    template <int EIGHT>
+    DEVICE Affine of(int place) const {
+        const Pair mine = bias[EIGHT / 8];
+        const int from = EIGHT % 8 * 4 + place;
+        return {{1.f, 1.f}, {__shfl_sync(~0u, mine.low, from), __shfl_sync(~0u, mine.high, from)}};
+    }
+};
+#endif
+
+// An accumulator on its way out; a scale of 1 is no multiplication.
+DEVICE float finished(float sum, float column_scale, float row_scale, float bias) {
+    return fmaf(FP8 ? sum * column_scale : sum, row_scale, bias);
 }
 
 DEVICE void store_streaming(uint16_t* to, const uint4& v) {
@@ -87,7 +136,7 @@ DEVICE void store_streaming(uint16_t* to, const uint4& v) {
 
 // Scale, bias, round and store one slab. Each warp turns 16 rows x 64 columns in its own 2 KB of shared memory
 // (16-byte chunks xor-swizzled by row), so that rows leave as whole 128-byte lines.
-DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const TileBias& tile_bias, const Note& tile,
+DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const TileAffine& affine, const Note& tile,
                        int slab, uint32_t shared) {
     const int thread = thread_now(), lane = thread % 32, warp = thread / 32 % 4, row = lane / 8, chunk = lane % 8;
     const uint32_t staging = shared + STAGING + (thread / 32 - 4) * STAGING_BYTES;
@@ -101,17 +150,18 @@ DEVICE void store_slab(const Parameters& p, const float (&d)[BN / 2], const Tile
     // the same of the next 8 columns.
     const uint32_t to = staging + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
     const uint32_t from = staging + row * 128 + (chunk ^ row) * 16;
+    const auto place = affine.place(shared, thread);
     unroll<BN / 64>([&](auto wide) {
-        const Pair bias = tile_bias.of[wide];  // of two of the 64 columns; the warp passes it around
         unroll<4>([&](auto part) {
             uint32_t out[4];
             unroll<2>([&](auto half) {
-                constexpr int block = decltype(part)::value * 2 + decltype(half)::value;
-                const float* c = d + (wide * 8 + block) * 4;
-                const float b0 = __shfl_sync(~0u, bias.low, block * 4 + lane % 4);
-                const float b1 = __shfl_sync(~0u, bias.high, block * 4 + lane % 4);
-                out[half * 2] = pack_bf16(fmaf(c[0], s.low, b0), fmaf(c[1], s.low, b1));
-                out[half * 2 + 1] = pack_bf16(fmaf(c[2], s.high, b0), fmaf(c[3], s.high, b1));
+                constexpr int block = decltype(wide)::value * 8 + decltype(part)::value * 2 + decltype(half)::value;
+                const float* c = d + block * 4;
+                const Affine a = affine.template of<block>(place);
+                out[half * 2] = pack_bf16(finished(c[0], a.scale.low, s.low, a.bias.low),
+                                          finished(c[1], a.scale.high, s.low, a.bias.high));
+                out[half * 2 + 1] = pack_bf16(finished(c[2], a.scale.low, s.high, a.bias.low),
+                                              finished(c[3], a.scale.high, s.high, a.bias.high));
             });
             asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to ^ part * 32),
                          "r"(out[0]), "r"(out[1]), "r"(out[2]), "r"(out[3])

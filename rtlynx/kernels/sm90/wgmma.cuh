@@ -1,6 +1,6 @@
 // The two warpgroup matrix instructions at the tile width BN: m64 nBN, float32 accumulators.
 //
-// PTX: wgmma.mma_async.sp (k32, A sparse in shared memory) and wgmma.mma_async (k16, dense). The accumulator
+// PTX: wgmma.mma_async.sp (k32 bf16 or k64 e4m3, A sparse in shared memory) and wgmma.mma_async (k16, dense, bf16). The accumulator
 // list must be spelled out, so the preprocessor writes it: BN / 2 registers a thread.
 #pragma once
 #include "ptx.cuh"
@@ -53,20 +53,28 @@
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 
-// d (+)= A B^T over 32 logical k. SELECTOR: which lane pairs of a quad supply the metadata `e`.
-template <int SELECTOR>
+#if FP8
+#define SPARSE_SHAPE "k64.f32.e4m3.e4m3 {"
+#define SPARSE_END ", p, 1, 1;\n"
+#else
+#define SPARSE_SHAPE "k32.f32.bf16.bf16 {"
+#define SPARSE_END ", p, 1, 1, 0, 0;\n"
+#endif
+
+// d (+)= A B^T over 32 logical k (e4m3: 64), the HALF-th instruction of a stage. Which lanes of a quad supply the
+// metadata `e`: with bf16 one pair for either half, with e4m3 all.
+template <int HALF>
 DEVICE void wgmma_sparse(float (&d)[BN / 2], uint64_t a, uint64_t b, uint32_t e, uint32_t accumulate) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.b32 p, " OP3
         ", 0;\n"
-        "wgmma.mma_async.sp.sync.aligned.m64n" STRING(BN) "k32.f32.bf16.bf16 {" ACC_LIST "}, " OP0 ", " OP1 ", " OP2
-                                                          ", " OP4
-                                                          ", p, 1, 1, 0, 0;\n"
+        "wgmma.mma_async.sp.sync.aligned.m64n" STRING(BN) SPARSE_SHAPE ACC_LIST "}, " OP0 ", " OP1 ", " OP2
+                                                          ", " OP4 SPARSE_END
                                                           "}\n"
         : ACC_OPERANDS
-        : "l"(a), "l"(b), "r"(e), "r"(accumulate), "n"(SELECTOR));
+        : "l"(a), "l"(b), "r"(e), "r"(accumulate), "n"(FP8 ? 0 : HALF));
 }
 
 // d (+)= A B^T over 16 k, both dense.
