@@ -42,10 +42,10 @@ DEVICE void produce(const Parameters& p, uint32_t shared) {
         const Tile tile = tile_at(p, work.tile);
         const int64_t slab = tile.first_slab + threadIdx.x;
         fetch<BLOCK_K, BLOCK_BYTES, WEIGHT_BYTES>(at, p.blocks + slab * p.k_blocks * BLOCK_BYTES, p.weight, work.first,
-                                    min(work.last, p.k_blocks), tile);
+                                                  min(work.last, p.k_blocks), tile);
         const uint8_t* lowrank = p.lowrank + (slab * p.total_rank_blocks + tile.first_rank_block) * RANK_BYTES;
         fetch<RANK_K, RANK_BYTES, UP_BYTES>(at, lowrank, p.up, max(work.first - p.k_blocks, 0),
-                                  min(work.last - p.k_blocks, tile.rank_blocks), tile);
+                                            min(work.last - p.k_blocks, tile.rank_blocks), tile);
     }
 }
 

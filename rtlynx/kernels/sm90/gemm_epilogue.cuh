@@ -88,8 +88,8 @@ struct TileAffine {
             const Pair bias = load_bias(p, at);
             Pair scale{1.f, 1.f};
             if (at < p.columns) scale = reinterpret_cast<const Pair*>(p.column_scale)[at / 2];
-            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + (wide * 32 + lane) * 16),
-                         "f"(scale.low), "f"(scale.high), "f"(bias.low), "f"(bias.high)
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + (wide * 32 + lane) * 16), "f"(scale.low),
+                         "f"(scale.high), "f"(bias.low), "f"(bias.high)
                          : "memory");
         });
         __syncwarp();

@@ -2,15 +2,15 @@
 #pragma once
 #include "wgmma.cuh"
 
-constexpr int BLOCK_ROWS = 64;                   // rows of a packed block, and of one instruction
-constexpr int BLOCK_K = FP8 ? 128 : 64;          // logical k of a stage
-constexpr int METADATA = 4096;                   // where the metadata of a block starts: 64 rows x 64 bytes are kept
-constexpr int METADATA_WORDS = FP8 ? 2 : 1;      // of a thread
+constexpr int BLOCK_ROWS = 64;               // rows of a packed block, and of one instruction
+constexpr int BLOCK_K = FP8 ? 128 : 64;      // logical k of a stage
+constexpr int METADATA = 4096;               // where the metadata of a block starts: 64 rows x 64 bytes are kept
+constexpr int METADATA_WORDS = FP8 ? 2 : 1;  // of a thread
 constexpr int BLOCK_BYTES = METADATA + 512 * METADATA_WORDS;
-constexpr int WEIGHT_BYTES = BN * 128;           // BN rows of W, BLOCK_K columns
-constexpr int RANK_K = 32;                       // low-rank columns of a stage
+constexpr int WEIGHT_BYTES = BN * 128;                // BN rows of W, BLOCK_K columns
+constexpr int RANK_K = 32;                            // low-rank columns of a stage
 constexpr int RANK_BYTES = 4096, UP_BYTES = BN * 64;  // 64 rows of T', BN rows of B
-constexpr int GROUPS = 2;                        // consumer warpgroups
+constexpr int GROUPS = 2;                             // consumer warpgroups
 constexpr int SLABS_A_GROUP = 2;
 constexpr int SLABS = GROUPS * SLABS_A_GROUP;  // 64-row slabs of a tile
 constexpr int A_BYTES = SLABS * BLOCK_BYTES;
@@ -19,7 +19,7 @@ constexpr int STAGING_BYTES = 16 * 64 * 2;  // of one warp: 16 rows x 64 columns
 constexpr int CONSUMER_WARPS = GROUPS * 4;
 constexpr int STAGING = STAGES * STAGE_BYTES;
 constexpr int AFFINE = STAGING + CONSUMER_WARPS * STAGING_BYTES;
-constexpr int AFFINE_BYTES = FP8 ? BN * 8 : 0;  // of one warp: scale and bias of a tile's columns
+constexpr int AFFINE_BYTES = FP8 ? BN * 8 : 0;                 // of one warp: scale and bias of a tile's columns
 constexpr int NOTES = AFFINE + CONSUMER_WARPS * AFFINE_BYTES;  // each consumer warp's Tile, in 32 bytes
 constexpr int BARRIERS = NOTES + CONSUMER_WARPS * 32;
 constexpr int MAX_SEGMENTS = 8;
@@ -34,15 +34,15 @@ struct Segment {
 };
 
 struct Parameters {
-    TensorMap weight;        // box (BLOCK_K, BN rows), 128-byte swizzle
-    TensorMap up;            // box (32 columns, BN rows), 64-byte swizzle
-    const uint8_t* blocks;   // (slabs, k_blocks) packed blocks
-    const uint8_t* lowrank;  // (slabs, total_rank_blocks) blocks of T'
-    const float* scale;      // (M), or null for s = 1
-    const void* bias;        // (N) bf16 or float32, or null
+    TensorMap weight;           // box (BLOCK_K, BN rows), 128-byte swizzle
+    TensorMap up;               // box (32 columns, BN rows), 64-byte swizzle
+    const uint8_t* blocks;      // (slabs, k_blocks) packed blocks
+    const uint8_t* lowrank;     // (slabs, total_rank_blocks) blocks of T'
+    const float* scale;         // (M), or null for s = 1
+    const void* bias;           // (N) bf16 or float32, or null
     const float* column_scale;  // (N) with FP8, else null
-    uint16_t* out;           // (M, N), contiguous
-    int rows, columns;       // N and every segment's end are multiples of 8: rows of Y are stored 16 bytes at a time
+    uint16_t* out;              // (M, N), contiguous
+    int rows, columns;          // N and every segment's end are multiples of 8: rows of Y are stored 16 bytes at a time
     int k_blocks, total_rank_blocks;
     int slabs, row_tiles, column_tiles, row_tiles_together;
     int whole_tiles;                            // the first of them; the rest are cut into shares

@@ -1,7 +1,7 @@
 // The two warpgroup matrix instructions at the tile width BN: m64 nBN, float32 accumulators.
 //
-// PTX: wgmma.mma_async.sp (k32 bf16 or k64 e4m3, A sparse in shared memory) and wgmma.mma_async (k16, dense, bf16). The accumulator
-// list must be spelled out, so the preprocessor writes it: BN / 2 registers a thread.
+// PTX: wgmma.mma_async.sp (k32 bf16 or k64 e4m3, A sparse in shared memory) and wgmma.mma_async (k16, dense, bf16). The
+// accumulator list must be spelled out, so the preprocessor writes it: BN / 2 registers a thread.
 #pragma once
 #include "ptx.cuh"
 
@@ -71,8 +71,7 @@ DEVICE void wgmma_sparse(float (&d)[BN / 2], uint64_t a, uint64_t b, uint32_t e,
         "setp.ne.b32 p, " OP3
         ", 0;\n"
         "wgmma.mma_async.sp.sync.aligned.m64n" STRING(BN) SPARSE_SHAPE ACC_LIST "}, " OP0 ", " OP1 ", " OP2
-                                                          ", " OP4 SPARSE_END
-                                                          "}\n"
+                                                                                ", " OP4 SPARSE_END "}\n"
         : ACC_OPERANDS
         : "l"(a), "l"(b), "r"(e), "r"(accumulate), "n"(FP8 ? 0 : HALF));
 }
