@@ -1,4 +1,5 @@
 // X (M, K) bf16, or what a producer makes of its inputs -> packed 2:4 blocks, norm scale s, T' = (X A) / s.
+// With FP8 kept values are quantised to e4m3 by a scale t of their row, and s t takes the place of s.
 //
 // A warp works on units of 16 rows x 64 k (adjacent groups) or 128 k (strided): lane 4g + q owns rows g and g + 8 and
 // in each 32-column tile the eight columns from 8q on. Tiles come into shared memory by cp.async, STAGES - 1 units
@@ -6,52 +7,18 @@
 // A^T for the low-rank product (the order of k inside a tile is free there, as both are laid out alike).
 //
 // Without a low-rank product the warps of a CTA share K of the same 16 rows. With one they are a warpgroup on 64
-// rows, so that A^T is read once for all, and the CTAs of a cluster share K.
+// rows, so that A^T is read once for all, and the CTAs of a cluster share K. With FP8 they are that in any case: kept
+// values wait in shared memory until the whole row's largest is known, which one CTA's does not hold of a long row.
 //
-// Macros: SOURCE (what X is), MODE (how groups lie), RANK (columns of T' of a CTA; more in gridDim.y), STAGES.
+// Macros: FP8 (0 or 1), SOURCE (what X is), MODE (how groups lie), RANK (columns of T' of a CTA; more in gridDim.y),
+// STAGES.
 #include "compress_tiles.cuh"
-#include "select.cuh"
+#include "quantize.cuh"
 
 // Both bf16 of a pair in units of the row's magnitude, squared and summed.
 DEVICE float squares(uint32_t pair, float unit, float sum) {
     const float a = bf16_low(pair) * unit, b = bf16_high(pair) * unit;
     return fmaf(a, a, fmaf(b, b, sum));
-}
-
-struct Values {
-    uint4 v[TILES];
-
-    DEVICE uint32_t word(int i) const {
-        const uint4& four = v[i / 4];
-        return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
-    }
-};
-
-struct Selected {
-    uint32_t pairs[GROUPS];
-    uint32_t nibbles;  // from the lowest on
-};
-
-DEVICE Selected select_row(const Values& x, uint32_t& largest) {
-    Selected out;
-    out.nibbles = 0xFFFFFFFFu;
-    unroll<GROUPS>([&](auto j) {
-        uint32_t e01, e23;
-        if constexpr (MODE == ADJACENT) {
-            e01 = x.word(j * 2);
-            e23 = x.word(j * 2 + 1);
-        } else {
-            constexpr uint32_t both = decltype(j)::value % 2 ? 0x7632 : 0x5410;
-            e01 = permute(x.word(j / 2), x.word(4 + j / 2), both);
-            e23 = permute(x.word(8 + j / 2), x.word(12 + j / 2), both);
-        }
-        const Kept kept = keep_two_of_four(e01, e23);
-        out.pairs[j] = kept.pair;
-        out.nibbles -= kept.early << (j * 4);
-        out.nibbles -= kept.late << (j * 4 + 2);
-        largest = max(largest, kept.largest);
-    });
-    return out;
 }
 
 // Sums of squares of a warp's sixteen rows, on the tensor cores: the diagonals of X X^T, from words as they lie in
@@ -78,43 +45,6 @@ DEVICE bool plain_squares_do(uint32_t largest) {
     return largest == 0 || largest >= 0x7F80u || (largest >= (127 - 40) << 7 && largest < (127 + 55) << 7);
 }
 
-// Packed values and metadata of this lane's rows g and g + 8, in the slab's `sixteen`-th sixteen rows.
-DEVICE void store_unit(const Parameters& p, int slab, int sixteen, int unit, const Selected (&selected)[2]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    uint8_t* band = p.blocks + int64_t(slab) * p.k_blocks * BLOCK_BYTES;
-    const int first_row = sixteen * 16 + g;
-    if constexpr (MODE == ADJACENT) {
-        uint8_t* block = band + int64_t(unit) * BLOCK_BYTES;
-        uint32_t words[2];
-        unroll<2>([&](auto half) {
-            unroll<2>([&](auto i) {
-                *reinterpret_cast<uint2*>(block + swizzled(first_row + i * 8, half * 2 + q / 2) + q % 2 * 8) =
-                    uint2{selected[i].pairs[half * 2], selected[i].pairs[half * 2 + 1]};
-            });
-            const uint32_t low = (selected[0].nibbles >> (half * 8)) & 0xFF;
-            const uint32_t high = (selected[1].nibbles >> (half * 8)) & 0xFF;
-            words[half] = (low | high << 16) << (q % 2 * 8);
-            words[half] |= __shfl_xor_sync(~0u, words[half], 1);
-        });
-        uint32_t* metadata = reinterpret_cast<uint32_t*>(block + METADATA + sixteen * 128);
-        metadata[g * 4 + q % 2 * 2 + q / 2] = q % 2 ? words[1] : words[0];
-    } else {
-        const int k_block = unit * 2 + q / 2, half = q % 2;
-        if (k_block >= p.k_blocks) return;
-        uint8_t* block = band + int64_t(k_block) * BLOCK_BYTES;
-        unroll<2>([&](auto i) {
-            unroll<2>([&](auto part) {
-                const uint32_t* pairs = selected[i].pairs + part * 4;
-                *reinterpret_cast<uint4*>(block + swizzled(first_row + i * 8, half * 2 + part)) =
-                    uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-            });
-        });
-        const uint32_t low = selected[0].nibbles, high = selected[1].nibbles;
-        *reinterpret_cast<uint2*>(block + METADATA + sixteen * 128 + (g * 4 + half * 2) * 4) =
-            uint2{permute(low, high, 0x5410), permute(low, high, 0x7632)};
-    }
-}
-
 // The bf16 values of a tile's chunk in a lane's two rows, zeros outside of X.
 DEVICE void make(const Parameters& p, const Row (&rows)[2], int column, const uint4 (&raw)[2][Source::RAWS],
                  uint4 (&made)[2]) {
@@ -134,10 +64,11 @@ DEVICE void make(const Parameters& p, const Row (&rows)[2], int column, const ui
 struct TwoNorms {
     RowNorm of[2];
 };
-__device__ __noinline__ TwoNorms scaled_norms(const Parameters& p, const Row (&rows)[2], int share, int shares) {
+__device__ __noinline__ TwoNorms scaled_norms(const Parameters& p, const Row (&rows)[2], const Share& own) {
     TwoNorms norms = {};
     const int q = threadIdx.x % 4;
-    for (int unit = share; unit * UNIT_BLOCKS < p.k_blocks; unit += shares) {
+    for (int index = 0; index < own.units; ++index) {
+        const int unit = own.unit(index);
         const Columns columns = columns_of(p, unit, q);
         Values x[2];
         unroll<TILES>([&](auto tile) {
@@ -231,8 +162,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
     const int first_row = SLAB ? slab * ROWS : blockIdx.x * ROWS;  // of the CTA
     const uint32_t memory_address = shared_address(memory);
     const uint32_t shared = memory_address + (SLAB ? 0 : warp * STAGES * STAGE_BYTES);
-    const int units = (p.k_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS;
-    const int own_units = (units - share + shares - 1) / shares;  // share, share + shares, ...
+    const Share own(p, share, shares);
+#if FP8
+    const uint32_t waiting_blocks = shared + STAGES * STAGE_BYTES + warp * (own.units / PORTION_UNITS) * WAITING_BYTES;
+#endif
     const bool first_ranks = RANK == 0 || blockIdx.y == 0;
     const int first_rank = blockIdx.y * RANK;
 
@@ -247,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
     });
     uint32_t next_stage = shared;
     auto start = [&](int index) {
-        if (index < own_units) fetch(p, next_stage, share + index * shares, rows, first_rank);
+        if (index < own.units) fetch(p, next_stage, own.unit(index), rows, first_rank);
         copy_async_commit();
         next_stage = next_stage + STAGE_BYTES == shared + STAGES * STAGE_BYTES ? shared : next_stage + STAGE_BYTES;
     };
@@ -262,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
         auto add = [&](auto& values) { unroll<2>([&](auto i) { sums[i].add(Source::moments(values[i])); }); };
         // Units that lie in the matrix as a whole: those that are on their way into shared memory already, then the
         // others, several at a time; and last what is left, chunk by chunk.
-        const int own_whole = (p.columns / (64 * UNIT_BLOCKS) - share + shares - 1) / shares;
+        const int own_whole = own.whole_units(p.columns);
         unroll<STAGES - 1>([&](auto u) {
             copy_async_wait<STAGES - 2 - decltype(u)::value>();
             if (u >= own_whole) return;
@@ -281,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
             for (; index + together <= own_whole; index += together) {
                 uint4 values[2][together * TILES];
                 unroll<together>([&](auto u) {
-                    const Columns columns = columns_of(p, share + (index + u) * shares, q);
+                    const Columns columns = columns_of(p, own.unit(index + u), q);
                     unroll<TILES>([&](auto tile) {
                         unroll<2>([&](auto i) { values[i][u * TILES + tile] = load(rows[i], columns[tile]); });
                     });
@@ -290,8 +223,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
             }
         });
 #pragma unroll 1
-        for (; index < own_units; ++index) {
-            const Columns columns = columns_of(p, share + index * shares, q);
+        for (; index < own.units; ++index) {
+            const Columns columns = columns_of(p, own.unit(index), q);
 #pragma unroll 1
             for (int tile = 0; tile < TILES; ++tile) {
                 if (columns[tile] >= p.columns) continue;
@@ -318,8 +251,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
 #endif
     uint32_t stage = shared;
 #pragma unroll 1
-    for (int index = 0; index < own_units; ++index) {
-        const int unit = share + index * shares;
+    for (int index = 0; index < own.units; ++index) {
+        const int unit = own.unit(index);
         copy_async_wait<STAGES - 2>();
         const Columns columns = columns_of(p, unit, q);
         Values x[2];
@@ -355,8 +288,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
         start(index + STAGES - 1);  // over the stage before this one, which everybody has left
         stage = stage + STAGE_BYTES == shared + STAGES * STAGE_BYTES ? shared : stage + STAGE_BYTES;
         const Selected selected[2] = {select_row(x[0], largest[0]), select_row(x[1], largest[1])};
-        if (first_ranks) store_unit(p, slab, sixteen, unit, selected);
-        if (p.scale != nullptr) {
+        if (first_ranks) {
+#if FP8
+            keep_waiting(waiting_blocks + index / PORTION_UNITS * WAITING_BYTES, unit, selected);
+            store_metadata(p, slab, sixteen, unit, selected);
+#else
+            store_unit(p, slab, sixteen, unit, selected);
+#endif
+        }
+        if (p.norm) {
             unroll<2>([&](auto i) {
                 unroll<TILES * 2>([&](auto j) { total[i].add(x[i].word(j * 2), x[i].word(j * 2 + 1)); });
                 unroll<GROUPS / 2>(
@@ -367,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
         wgmma_wait<0>();
 #endif
     }
-    if (!SLAB && p.scale == nullptr) return;
+    if (!SLAB && !p.norm) return;
     unroll<2>([&](auto i) {
         largest[i] = max(largest[i], __shfl_xor_sync(~0u, largest[i], 1));
         largest[i] = max(largest[i], __shfl_xor_sync(~0u, largest[i], 2));
@@ -382,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
     });
     if (__any_sync(~0u, !plain[0] || !plain[1])) {  // once more, in units of the rows' own magnitude
         const Row copies[2] = {rows[0], rows[1]};   // so that the loop above may keep its own in registers
-        const TwoNorms scaled = scaled_norms(p, copies, share, shares);
+        const TwoNorms scaled = scaled_norms(p, copies, own);
         unroll<2>([&](auto i) {
             const RowNorm sum = combine_quad(scaled.of[i]);
             if (!plain[i] && q == 0) shared_norm[share_here][mine + i * 8] = sum;
@@ -395,26 +335,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
     for (int i = 0; i < RANK / 2; ++i) {
         float value = t[i];
         asm volatile("" : "+f"(value)::"memory");
-        shared_t[(mine + i / 2 % 2 * 8) * T_PITCH + i / 4 * 8 + q * 2 + i % 2] = own_units ? value : 0.f;
+        shared_t[(mine + i / 2 % 2 * 8) * T_PITCH + i / 4 * 8 + q * 2 + i % 2] = own.units ? value : 0.f;
     }
 #endif
     sync_shares();
-    // Each CTA finishes every ctas-th row: s first, then T', a thread eight columns of a row.
+    // Each CTA finishes every ctas-th row: its scale first, then T', a thread eight columns of a row. With FP8 it needs
+    // the scales of all rows, of which it holds a share of K.
     const int own_rows = (ROWS - cta + ctas - 1) / ctas;
-#if RANK > 0
     __shared__ float shared_scale[ROWS];
+#if FP8
+    __shared__ float shared_inverse[ROWS];
 #endif
-    if (threadIdx.x < own_rows) {
-        const int in_cta = cta + threadIdx.x * ctas, row = first_row + in_cta;
-        float s = 1.f;
-        if (p.scale != nullptr) {
-            s = combine_shares(shared_norm, in_cta, shares).scale();
-            if (first_ranks && row < p.rows) p.scale[row] = s;
+    if (threadIdx.x < (FP8 ? ROWS : own_rows)) {
+        const int in_cta = FP8 ? threadIdx.x : cta + threadIdx.x * ctas, row = first_row + in_cta;
+        float scale = 1.f;
+        if (FP8 || p.norm) {
+            const RowNorm norm = combine_shares(shared_norm, in_cta, shares);
+            if (p.norm) scale = norm.scale();
+#if FP8
+            const float t = token_scale(norm.largest);
+            shared_inverse[in_cta] = __frcp_rn(t);
+            scale *= t;
+#endif
+            if (first_ranks && row < p.rows && (!FP8 || in_cta % ctas == cta)) p.scale[row] = scale;
         }
-#if RANK > 0
-        shared_scale[threadIdx.x] = s;
-#endif
+        shared_scale[in_cta] = scale;
     }
+#if FP8
+    __syncthreads();
+    if (first_ranks) {
+        const float inverse[2] = {shared_inverse[mine], shared_inverse[mine + 8]};
+#pragma unroll 1
+        for (int block = 0; block < own.units / PORTION_UNITS; ++block)
+            store_quantized(p, slab, sixteen, share + block * shares, waiting_blocks + block * WAITING_BYTES, inverse);
+    }
+#endif
 #if RANK > 0
     __syncthreads();
     for (int task = threadIdx.x; task < own_rows * (RANK / 8); task += THREADS) {
@@ -428,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
             const float part[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
             unroll<8>([&](auto i) { sum.v[i] += part[i]; });
         }
-        const float inverse = 1.f / shared_scale[own_row];
+        const float inverse = 1.f / shared_scale[in_slab];
         unroll<8>([&](auto i) { sum.v[i] *= inverse; });
         const int column = first_rank + chunk * 8, rank_block = column / RANK_K;
         if (rank_block < p.rank_blocks)

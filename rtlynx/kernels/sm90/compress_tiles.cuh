@@ -10,13 +10,17 @@
 #define STRIDED 1
 #define GATHER 2  // any grouping and alignment, an element at a time; SOURCE == MATRIX
 
-constexpr int BLOCK_BYTES = 4608, METADATA = 4096;
-constexpr bool SLAB = RANK > 0;  // whether the warps of a CTA own rows, or shares of K
+constexpr int BLOCK_K = FP8 ? 128 : 64;  // logical k of a block, whose 64 rows keep 64 bytes each
+constexpr int METADATA = 4096, BLOCK_BYTES = METADATA + BLOCK_K * 8;
+constexpr bool SLAB = RANK > 0 || FP8;  // whether the warps of a CTA own rows, or shares of K
 constexpr int WARPS = SLAB ? 4 : 8, THREADS = WARPS * 32;
 constexpr int ROWS = SLAB ? 64 : 16;             // of a CTA
 constexpr int TILES = MODE == ADJACENT ? 2 : 4;  // 32-column tiles of a unit
 constexpr int GROUPS = TILES * 2;                // of a lane's row in a unit
-constexpr int UNIT_BLOCKS = TILES / 2;
+constexpr int UNIT_K = TILES * 32;
+// CTAs or warps that share K take turns at portions: whole units and whole blocks.
+constexpr int PORTION_K = UNIT_K > BLOCK_K ? UNIT_K : BLOCK_K;
+constexpr int PORTION_UNITS = PORTION_K / UNIT_K, PORTION_BLOCKS = PORTION_K / BLOCK_K;
 constexpr int X_TILE = ROWS * 64, DOWN_TILE = RANK * 64;
 constexpr int RAW_BYTES = TILES * X_TILE;
 constexpr int STAGE_BYTES = Source::RAWS * RAW_BYTES + TILES * DOWN_TILE;
@@ -25,7 +29,7 @@ constexpr int RANK_BYTES = 4096, RANK_K = 32;  // of a block of T'
 constexpr int T_PITCH = RANK + 4;
 #endif
 constexpr int MAX_PARTS = 8;
-constexpr int MAX_SHARES = 8;  // of K
+constexpr int MAX_SHARES = FP8 ? 16 : 8;  // of K
 constexpr int SHARES_HERE = SLAB ? 1 : WARPS;
 
 // Groups [previous group_end, group_end) lie strided in the columns from first_column on.
@@ -38,12 +42,13 @@ struct Parameters {
     Source source;
     const uint16_t* down;  // A^T (rank, K), contiguous
     uint8_t* blocks;
-    float* scale;  // (M), or null for s = 1
+    float* scale;  // (M), what rows of the product are multiplied by; null where that is 1
     uint8_t* lowrank;
     uint16_t* dense;  // (M, K), or null: what was selected from, to test producers
     int rows, columns;
     int k_blocks, rank, rank_blocks;
     int adjacent;  // for GATHER
+    int norm;      // whether `scale` includes s
     int parts;
     Part part[MAX_PARTS];
 };
@@ -68,7 +73,7 @@ struct Columns {
 
 DEVICE Columns columns_of(const Parameters& p, int unit, int q) {
     if constexpr (MODE == ADJACENT) {
-        return {unit * 64 + q * 8, 32};
+        return {unit * UNIT_K + q * 8, 32};
     } else {
         const int group = unit * 32 + q * 8;
         if (group * 4 >= p.columns) return {p.columns, 0};
@@ -91,6 +96,22 @@ DEVICE uint4 gather(const Parameters& p, const uint16_t* row, int unit, int q, i
     }
     return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
+
+// Which units of K a CTA or warp works on: every `shares`-th portion.
+struct Share {
+    int share, shares, units;
+
+    DEVICE Share(const Parameters& p, int share, int shares) : share(share), shares(shares) {
+        const int portions = (p.k_blocks + PORTION_BLOCKS - 1) / PORTION_BLOCKS;
+        units = of(portions) * PORTION_UNITS;
+    }
+    // Units of its portions among the first `portions`.
+    DEVICE int of(int portions) const { return (portions - share + shares - 1) / shares; }
+    DEVICE int whole_units(int columns) const { return of(columns / PORTION_K) * PORTION_UNITS; }
+    DEVICE int unit(int index) const {
+        return (share + index / PORTION_UNITS * shares) * PORTION_UNITS + index % PORTION_UNITS;
+    }
+};
 
 // First of this lane's two rows, within the CTA.
 DEVICE int own_row() { return (SLAB ? threadIdx.x / 32 * 16 : 0) + threadIdx.x % 32 / 4; }

@@ -1,0 +1,77 @@
+// A unit of compression: what a lane holds of it, what is kept of that, and how it is stored.
+#pragma once
+#include "compress_tiles.cuh"
+#include "select.cuh"
+
+struct Values {
+    uint4 v[TILES];
+
+    DEVICE uint32_t word(int i) const {
+        const uint4& four = v[i / 4];
+        return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+    }
+};
+
+struct Selected {
+    uint32_t pairs[GROUPS];
+    uint32_t nibbles;  // from the lowest on
+};
+
+DEVICE Selected select_row(const Values& x, uint32_t& largest) {
+    Selected out;
+    out.nibbles = 0xFFFFFFFFu;
+    unroll<GROUPS>([&](auto j) {
+        uint32_t e01, e23;
+        if constexpr (MODE == ADJACENT) {
+            e01 = x.word(j * 2);
+            e23 = x.word(j * 2 + 1);
+        } else {
+            constexpr uint32_t both = decltype(j)::value % 2 ? 0x7632 : 0x5410;
+            e01 = permute(x.word(j / 2), x.word(4 + j / 2), both);
+            e23 = permute(x.word(8 + j / 2), x.word(12 + j / 2), both);
+        }
+        const Kept kept = keep_two_of_four(e01, e23);
+        out.pairs[j] = kept.pair;
+        out.nibbles -= kept.early << (j * 4);
+        out.nibbles -= kept.late << (j * 4 + 2);
+        largest = max(largest, kept.largest);
+    });
+    return out;
+}
+
+// Packed values and metadata of this lane's rows g and g + 8, in the slab's `sixteen`-th sixteen rows.
+DEVICE void store_unit(const Parameters& p, int slab, int sixteen, int unit, const Selected (&selected)[2]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    uint8_t* band = p.blocks + int64_t(slab) * p.k_blocks * BLOCK_BYTES;
+    const int first_row = sixteen * 16 + g;
+    if constexpr (MODE == ADJACENT) {
+        uint8_t* block = band + int64_t(unit) * BLOCK_BYTES;
+        uint32_t words[2];
+        unroll<2>([&](auto half) {
+            unroll<2>([&](auto i) {
+                *reinterpret_cast<uint2*>(block + swizzled(first_row + i * 8, half * 2 + q / 2) + q % 2 * 8) =
+                    uint2{selected[i].pairs[half * 2], selected[i].pairs[half * 2 + 1]};
+            });
+            const uint32_t low = (selected[0].nibbles >> (half * 8)) & 0xFF;
+            const uint32_t high = (selected[1].nibbles >> (half * 8)) & 0xFF;
+            words[half] = (low | high << 16) << (q % 2 * 8);
+            words[half] |= __shfl_xor_sync(~0u, words[half], 1);
+        });
+        uint32_t* metadata = reinterpret_cast<uint32_t*>(block + METADATA + sixteen * 128);
+        metadata[g * 4 + q % 2 * 2 + q / 2] = q % 2 ? words[1] : words[0];
+    } else {
+        const int k_block = unit * 2 + q / 2, half = q % 2;
+        if (k_block >= p.k_blocks) return;
+        uint8_t* block = band + int64_t(k_block) * BLOCK_BYTES;
+        unroll<2>([&](auto i) {
+            unroll<2>([&](auto part) {
+                const uint32_t* pairs = selected[i].pairs + part * 4;
+                *reinterpret_cast<uint4*>(block + swizzled(first_row + i * 8, half * 2 + part)) =
+                    uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+            });
+        });
+        const uint32_t low = selected[0].nibbles, high = selected[1].nibbles;
+        *reinterpret_cast<uint2*>(block + METADATA + sixteen * 128 + (g * 4 + half * 2) * 4) =
+            uint2{permute(low, high, 0x5410), permute(low, high, 0x7632)};
+    }
+}
