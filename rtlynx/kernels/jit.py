@@ -209,6 +209,8 @@ _libraries: dict[tuple[Any, ...], Any] = {}
 _pack_config = struct.Struct("7I4xQQI4x").pack  # CUlaunchConfig
 # CUlaunchAttribute structures: number 6, programmatic stream serialization, and 4, cluster dimensions.
 _ATTRIBUTE = struct.Struct("I4x3I52x")
+_PORTABLE_CLUSTER = 8  # more blocks than this must be allowed
+_allowed: dict[tuple[int, int], int] = {}  # shared memory, by code and device
 
 Parameters = bytes | ctypes.Structure | ctypes.Array[Any]
 
@@ -223,6 +225,7 @@ class Kernel:
         self._handle = handle
         self._threads = threads
         self._shared_bytes = shared_bytes
+        self._cluster = cluster
         attributes = [_ATTRIBUTE.pack(6, 1, 0, 0)] if pdl else []
         if cluster > 1:
             attributes.append(_ATTRIBUTE.pack(4, cluster, 1, 1))
@@ -279,15 +282,25 @@ class Kernel:
             given = len(params) if isinstance(params, bytes) else ctypes.sizeof(params)
             if given != size:
                 raise RuntimeError(f"{self.name} takes a structure of {size} bytes and got {given}")
-            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            call(
-                driver.cuKernelSetAttribute,
-                limit,
-                self._shared_bytes,
-                self._handle,
-                driver.CUdevice(device),
-                doing=f"allowing {self.name} {self._shared_bytes} bytes of shared memory",
-            )
+            attribute = driver.CUfunction_attribute
+            # Another launch of the same code may have been allowed more.
+            allowed = max(self._shared_bytes, _allowed.get((int(self._handle), device), 0))
+            _allowed[int(self._handle), device] = allowed
+            wanted = [
+                (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, allowed, "bytes of shared memory")
+            ]
+            if self._cluster > _PORTABLE_CLUSTER:
+                non_portable = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+                wanted.append((non_portable, 1, f"clusters of {self._cluster}"))
+            for which, value, what in wanted:
+                call(
+                    driver.cuKernelSetAttribute,
+                    which,
+                    value,
+                    self._handle,
+                    driver.CUdevice(device),
+                    doing=f"allowing {self.name} {value} {what}",
+                )
             (function,) = call(driver.cuKernelGetFunction, self._handle)
             self._functions[device] = int(function)
             return self._functions[device]

@@ -1,8 +1,8 @@
 """The torch operators `rtlynx::compress`, `rtlynx::gemm` and `rtlynx::linear`.
 
-Inference only, bfloat16, 2:4. On a Hopper card they launch the kernels of `rtlynx.kernels.sm90`. On a CPU and
-on other cards they run in plain PyTorch over the same packed blocks (`rtlynx.kernels.blocks`): slow, and
-there so that everything above can be tested anywhere.
+Inference only, 2:4, bfloat16 in and out; in between bfloat16 or e4m3. On a Hopper card they launch the
+kernels of `rtlynx.kernels.sm90`. On a CPU and on other cards they run in plain PyTorch over the same packed
+blocks (`rtlynx.kernels.blocks`): slow, and there so that everything above can be tested anywhere.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rtlynx.kernels.blocks import (
+    BF16,
+    FP8,
     LOWRANK_COLUMNS,
+    Format,
     blocks_bytes,
     lowrank_bytes,
     pack_blocks,
+    pack_blocks_fp8,
     pack_lowrank,
     unpack_blocks,
     unpack_lowrank,
 )
 from rtlynx.kernels.operators import operator, refuse_gradients
-from rtlynx.kernels.sm90.compress import launch_compress
-from rtlynx.kernels.sm90.gemm import Weights, launch_gemm
+from rtlynx.kernels.sm90.compress import Form, launch_compress
+from rtlynx.kernels.sm90.gemm import launch_gemm
 from rtlynx.kernels.sm90.linear import launch_linear
+from rtlynx.kernels.sm90.weights import Weights
 from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 
 _BIAS_DTYPES = (torch.bfloat16, torch.float32)
@@ -86,15 +90,19 @@ def _check_gemm(
     bias: Tensor | None,
     rows: int,
     segments: Sequence[int],
+    weight_scale: Tensor | None,
 ) -> None:
-    _check_weights(blocks, weight, up, bias)
+    _check_weights(blocks, weight, up, bias, weight_scale)
     n, k = weight.shape
-    if blocks.shape != (blocks_bytes(rows, k),):
+    held = _held(weight_scale is not None)
+    if blocks.shape != (blocks_bytes(rows, k, held),):
         raise ValueError(
-            f"blocks of {rows} rows and {k} columns are {blocks_bytes(rows, k)} bytes, "
+            f"blocks of {rows} rows and {k} columns of {held.dtype} are {blocks_bytes(rows, k, held)} bytes, "
             f"got shape {tuple(blocks.shape)}"
         )
-    if scale is not None and scale.shape[0] not in (0, rows):
+    if scale is None and held is FP8:
+        raise ValueError("blocks of float8 values come with a scale, and it is missing")
+    if scale is not None and scale.shape[0] not in ((rows,) if held is FP8 else (0, rows)):
         raise ValueError(f"scale is (rows,) = ({rows},) or empty, got {tuple(scale.shape)}")
     if up is None:
         if segments or (lowrank is not None and lowrank.shape[0]):
@@ -112,11 +120,21 @@ def _check_gemm(
     refuse_gradients(blocks, scale)
 
 
-def _check_weights(like: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None) -> None:
-    """Weight, factor and bias of one product, on the device of `like`."""
-    if weight.dtype is not torch.bfloat16 or (up is not None and up.dtype is not torch.bfloat16):
+def _held(fp8: bool) -> Format:
+    return FP8 if fp8 else BF16
+
+
+def _check_weights(
+    like: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None, weight_scale: Tensor | None
+) -> None:
+    """Weight, factor, bias and scale of one product, on the device of `like`."""
+    held = _held(weight_scale is not None)
+    if weight.dtype is not held.dtype or (up is not None and up.dtype is not torch.bfloat16):
         found = weight.dtype if up is None else f"{weight.dtype} and {up.dtype}"
-        raise TypeError(f"rtlynx operators take bfloat16 weights and factors, got {found}")
+        raise TypeError(
+            "rtlynx operators take weights of bfloat16, or of float8_e4m3fn with weight_scale, and bfloat16 "
+            f"factors; got {found} {'without' if weight_scale is None else 'with'} weight_scale"
+        )
     if weight.ndim != 2 or weight.device != like.device:
         raise ValueError(
             f"weight is (N, K) on {like.device} like the input, got {tuple(weight.shape)} on {weight.device}"
@@ -124,6 +142,15 @@ def _check_weights(like: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor
     n = weight.shape[0]
     if up is not None and (up.ndim != 2 or up.shape[0] != n or up.device != like.device):
         raise ValueError(f"up is ({n}, r) on {like.device}, got {tuple(up.shape)} on {up.device}")
+    if weight_scale is not None and (
+        weight_scale.dtype is not torch.float32
+        or weight_scale.shape != (n,)
+        or weight_scale.device != like.device
+    ):
+        raise ValueError(
+            f"weight_scale is float32 ({n},) on {like.device}, got {weight_scale.dtype} "
+            f"{tuple(weight_scale.shape)} on {weight_scale.device}"
+        )
     if bias is not None:
         if bias.dtype not in _BIAS_DTYPES:
             raise TypeError(f"bias is bfloat16 or float32, got {bias.dtype}")
@@ -153,9 +180,14 @@ def _check_segments(segments: Sequence[int], n: int, rank: int, columns: int) ->
 
 
 def _check_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    weight_scale: Tensor | None,
 ) -> None:
-    _check_weights(x, weight, up, bias)
+    _check_weights(x, weight, up, bias, weight_scale)
     if weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight is (N, {x.shape[-1]}) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
@@ -180,7 +212,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def compress_reference(
-    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
+    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_compress(x, down, grouping, parts)
     x = x.detach().reshape(-1, x.shape[-1])
@@ -188,11 +220,16 @@ def compress_reference(
     scale = x.new_empty(0, dtype=torch.float32)
     if norm:
         scale = norm_scale(x, pattern_mask(x, pattern)).squeeze(-1)
+    if fp8:
+        blocks, t = pack_blocks_fp8(x, pattern)
+        scale = scale * t if norm else t
+    else:
+        blocks = pack_blocks(x, pattern)
     lowrank = x.new_empty(0, dtype=torch.uint8)
     if down is not None:
-        t = _product(x, down)
-        lowrank = pack_lowrank((t / scale.unsqueeze(-1) if norm else t).bfloat16())
-    return pack_blocks(x, pattern), scale, lowrank
+        product = _product(x, down)
+        lowrank = pack_lowrank((product / scale.unsqueeze(-1) if norm or fp8 else product).bfloat16())
+    return blocks, scale, lowrank
 
 
 def _gemm_reference(
@@ -204,10 +241,11 @@ def _gemm_reference(
     bias: Tensor | None,
     rows: int,
     segments: Sequence[int],
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments)
+    _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments, weight_scale)
     n, k = weight.shape
-    y = _product(unpack_blocks(blocks, rows, k), weight)
+    y = _product(unpack_blocks(blocks, rows, k, _held(weight_scale is not None)), weight)
     if rows and lowrank is not None and up is not None:
         triples = list(segments) or [n, 0, up.shape[1]]
         columns = lowrank.shape[0] // lowrank_bytes(rows, 1) * LOWRANK_COLUMNS
@@ -216,6 +254,8 @@ def _gemm_reference(
         for end, first, rank in zip(*(iter(triples),) * 3, strict=True):
             y[:, start:end] += _product(t[:, first : first + rank], up[start:end, :rank])
             start = end
+    if weight_scale is not None:
+        y = y * weight_scale
     if scale is not None and scale.shape[0]:
         y = y * scale.unsqueeze(-1)
     if bias is not None:
@@ -232,10 +272,12 @@ def _linear_reference(
     grouping: str,
     parts: Sequence[int],
     norm: bool,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    _check_linear(x, weight, bias, down, up)
-    blocks, scale, lowrank = compress_reference(x, down, grouping, parts, norm)
-    y = _gemm_reference(blocks, scale, lowrank, weight, up, bias, math.prod(x.shape[:-1]), [])
+    _check_linear(x, weight, bias, down, up, weight_scale)
+    blocks, scale, lowrank = compress_reference(x, down, grouping, parts, norm, weight_scale is not None)
+    rows = math.prod(x.shape[:-1])
+    y = _gemm_reference(blocks, scale, lowrank, weight, up, bias, rows, [], weight_scale)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -243,13 +285,13 @@ def _linear_reference(
 
 
 def compress_fake(
-    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
+    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_compress(x, down, grouping, parts)
     rows = math.prod(x.shape[:-1])
     return (
-        x.new_empty(blocks_bytes(rows, x.shape[-1]), dtype=torch.uint8),
-        x.new_empty(rows if norm else 0, dtype=torch.float32),
+        x.new_empty(blocks_bytes(rows, x.shape[-1], _held(fp8)), dtype=torch.uint8),
+        x.new_empty(rows if norm or fp8 else 0, dtype=torch.float32),
         x.new_empty(0 if down is None else lowrank_bytes(rows, down.shape[0]), dtype=torch.uint8),
     )
 
@@ -263,9 +305,10 @@ def _gemm_fake(
     bias: Tensor | None,
     rows: int,
     segments: Sequence[int],
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments)
-    return weight.new_empty(rows, weight.shape[0])
+    _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments, weight_scale)
+    return weight.new_empty((rows, weight.shape[0]), dtype=torch.bfloat16)
 
 
 def _linear_fake(
@@ -277,8 +320,9 @@ def _linear_fake(
     grouping: str,
     parts: Sequence[int],
     norm: bool,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    _check_linear(x, weight, bias, down, up)
+    _check_linear(x, weight, bias, down, up, weight_scale)
     check_compress(x, down, grouping, parts)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -286,20 +330,11 @@ def _linear_fake(
 # ------------------------------------------------------------------------------------------------ Hopper
 
 
-def readable(matrix: Tensor) -> Tensor:
-    """`matrix`, or a copy where its rows do not start at multiples of 16 bytes, as bulk copies need them."""
-    row, column = matrix.stride()
-    if column != 1 or row % 8 or matrix.data_ptr() % 16:
-        # (clone: padding by nothing is no copy)
-        return pad(matrix, (0, -matrix.shape[1] % 8)).clone(memory_format=torch.contiguous_format)
-    return matrix
-
-
 def _compress_hopper(
-    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
+    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_compress(x, down, grouping, parts)
-    return launch_compress(x, down, grouping, parts, norm)
+    return launch_compress(x, down, Form(grouping, tuple(parts), norm, _held(fp8)))
 
 
 def _gemm_hopper(
@@ -311,10 +346,10 @@ def _gemm_hopper(
     bias: Tensor | None,
     rows: int,
     segments: Sequence[int],
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments)
-    up = None if up is None else readable(up)
-    return launch_gemm(blocks, scale, lowrank, readable(weight), up, bias, rows, segments)
+    _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments, weight_scale)
+    return launch_gemm(blocks, scale, lowrank, Weights(weight, up, bias, weight_scale), rows, segments)
 
 
 def _linear_hopper(
@@ -326,18 +361,19 @@ def _linear_hopper(
     grouping: str,
     parts: Sequence[int],
     norm: bool,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    _check_linear(x, weight, bias, down, up)
+    _check_linear(x, weight, bias, down, up, weight_scale)
     check_compress(x, down, grouping, parts)
-    of = Weights(readable(weight), None if up is None else readable(up), bias)
-    y = launch_linear(x, of, down, grouping, parts, norm)
+    of = Weights(weight, up, bias, weight_scale)
+    y = launch_linear(x, of, down, Form(grouping, tuple(parts), norm, of.held))
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 # --------------------------------------------------------------------------------------------- operators
 
 compress = operator(
-    "compress(Tensor x, Tensor? down, str grouping, int[] parts, bool norm)"
+    "compress(Tensor x, Tensor? down, str grouping, int[] parts, bool norm, bool fp8=False)"
     " -> (Tensor blocks, Tensor scale, Tensor lowrank)",
     hopper=_compress_hopper,
     reference=compress_reference,
@@ -356,34 +392,37 @@ parts : list of int
     Widths of the parts of strided groups in order (`pattern_parts`); empty for one part.
 norm : bool
     Whether the product is scaled by s.
+fp8 : bool
+    Quantise what is kept to e4m3, each token by its own scale t (`rtlynx.quantization.quantize_tokens`).
 
 Returns
 -------
 blocks : Tensor uint8
     Kept entries and indices, see `rtlynx.kernels.blocks`.
 scale : Tensor (M,) float32
-    s, or (0,) where `norm` is off.
+    s, in fp8 s t, by which rows of the product are multiplied; (0,) in bfloat16 without `norm`. In fp8 NaN
+    for a token that is not finite, and t = 1 for a token of zeros.
 lowrank : Tensor uint8
-    Blocks of (X A) / s, or (0,) without `down`.
+    Blocks of (X A) / scale, or (0,) without `down`.
 """
 
 gemm = operator(
     "gemm(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? up, Tensor? bias,"
-    " SymInt rows, int[] segments) -> Tensor",
+    " SymInt rows, int[] segments, Tensor? weight_scale=None) -> Tensor",
     hopper=_gemm_hopper,
     reference=_gemm_reference,
     fake=_gemm_fake,
 )
-"""Y = s ⊙ (X~ W^T + T B^T) + b of what `compress` returned.
+"""Y = s ⊙ (X~ W^T + T B^T) ⊙ c + b of what `compress` returned; c = 1 in bfloat16.
 
 Parameters
 ----------
 blocks, scale, lowrank
     As from `compress`; `scale` and `lowrank` may be None instead of empty.
-weight : Tensor (N, K) bfloat16
+weight : Tensor (N, K) bfloat16, or float8_e4m3fn where `weight_scale` is given
     In compute order (`rtlynx.kernels.blocks.compute_order`).
 up : Tensor (N, r) bfloat16 or None
-    B.
+    B; in fp8 B / c, each output channel's divided beforehand.
 bias : Tensor (N,) bfloat16 | float32, or None
 rows : int
     M.
@@ -392,6 +431,8 @@ segments : list of int
     outputs from the previous n_end (a multiple of 8) to this one read columns first ... first + rank - 1 of T
     (`first` a multiple of 32) and the first `rank` columns of `up`. Up to the next multiple of 32, T and `up`
     are finite and one of them is zero.
+weight_scale : Tensor (N,) float32, or None
+    c, the scale of each output channel of a weight in e4m3; `blocks` then are of `compress(..., fp8=True)`.
 
 Returns
 -------
@@ -400,9 +441,12 @@ Tensor (M, N) bfloat16
 
 linear = operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, str grouping, int[] parts,"
-    " bool norm) -> Tensor",
+    " bool norm, Tensor? weight_scale=None) -> Tensor",
     hopper=_linear_hopper,
     reference=_linear_reference,
     fake=_linear_fake,
 )
-"""`compress` and `gemm` in one call: (..., K) -> (..., N), for an input that no other layer reads."""
+"""`compress` and `gemm` in one call: (..., K) -> (..., N), for an input that no other layer reads.
+
+In fp8 where `weight_scale` is given.
+"""

@@ -1,8 +1,8 @@
 """Torch operators that compress the output of an elementwise chain without storing it.
 
 Each computes its chain in float32, rounds it once to bfloat16 and goes on like `rtlynx::compress`. They all
-end with its arguments `down`, `grouping`, `parts` and `norm` and return what it does (`rtlynx.kernels.ops`).
-The strides of their inputs are free.
+end with its arguments `down`, `grouping`, `parts`, `norm` and `fp8` and return what it does
+(`rtlynx.kernels.ops`). The strides of their inputs are free.
 
 On a Hopper card one kernel does it all where it can read 16 bytes at a time: widths are multiples of 8,
 strided parts of 32, rows lie at multiples of 16 bytes. Elsewhere the chain runs in plain PyTorch first.
@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
+from rtlynx.kernels.blocks import BF16, FP8
 from rtlynx.kernels.operators import operator, refuse_gradients
 from rtlynx.kernels.ops import (
     check_dtype,
     check_selection,
     compress_fake,
     compress_reference,
-    readable,
 )
 from rtlynx.kernels.sm90 import compress
 from rtlynx.kernels.sm90 import producers as sources
+from rtlynx.kernels.sm90.compress import Form
+from rtlynx.kernels.sm90.weights import readable
 
 Compressed = tuple[Tensor, Tensor, Tensor]
 _PARAMETER_DTYPES = (torch.bfloat16, torch.float32)
@@ -208,13 +210,7 @@ _PRODUCERS = {
 
 
 def launch(
-    name: str,
-    inputs: Sequence[Any],
-    down: Tensor | None,
-    grouping: str,
-    parts: Sequence[int],
-    norm: bool,
-    dense: Tensor | None = None,
+    name: str, inputs: Sequence[Any], down: Tensor | None, form: Form, dense: Tensor | None = None
 ) -> Compressed | None:
     """One kernel of the producer `name` on the current Hopper card, or None where it cannot read the inputs.
 
@@ -227,9 +223,11 @@ def launch(
     if operands is None:
         return None
     source = getattr(sources, name)(*operands)
-    if not source.aligned or source.columns % 8 or not compress.vectors_fit(grouping, parts, source.columns):
+    if not source.aligned or source.columns % 8:
         return None
-    return compress.launch(source, None if down is None else readable(down), grouping, parts, norm, dense)
+    if not compress.vectors_fit(form.grouping, form.parts, source.columns):
+        return None
+    return compress.launch(source, None if down is None else readable(down), form, dense)
 
 
 # --------------------------------------------------------------------------------------------- operators
@@ -237,11 +235,12 @@ def launch(
 
 def _register(name: str) -> Any:
     inputs_schema, shape, chain, _ = _PRODUCERS[name]
+    count = inputs_schema.count(",") + 1
 
     def checked(arguments: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]:
         """Shape of the dense tensor, inputs of the chain, and how it is compressed."""
-        inputs, tail = arguments[:-4], arguments[-4:]
-        down, grouping, parts, _ = tail
+        inputs, tail = arguments[:count], arguments[count:]
+        down, grouping, parts, *_ = tail
         found = shape(*inputs)
         check_dtype(down)
         refuse_gradients(down)
@@ -249,8 +248,9 @@ def _register(name: str) -> Any:
         return found, inputs, tail
 
     def hopper(*arguments: Any) -> Compressed:
-        _, inputs, tail = checked(arguments)
-        return launch(name, inputs, *tail) or compress.launch_compress(_dense(chain, inputs), *tail)
+        _, inputs, (down, grouping, parts, norm, *fp8) = checked(arguments)
+        form = Form(grouping, tuple(parts), norm, FP8 if any(fp8) else BF16)
+        return launch(name, inputs, down, form) or compress.launch_compress(_dense(chain, inputs), down, form)
 
     def reference(*arguments: Any) -> Compressed:
         _, inputs, tail = checked(arguments)
@@ -261,8 +261,8 @@ def _register(name: str) -> Any:
         return compress_fake(inputs[0].new_empty(found), *tail)
 
     return operator(
-        f"{name}_compress({inputs_schema}, Tensor? down, str grouping, int[] parts, bool norm)"
-        " -> (Tensor blocks, Tensor s, Tensor lowrank)",
+        f"{name}_compress({inputs_schema}, Tensor? down, str grouping, int[] parts, bool norm,"
+        " bool fp8=False) -> (Tensor blocks, Tensor s, Tensor lowrank)",
         hopper=hopper,
         reference=reference,
         fake=fake,
@@ -278,7 +278,7 @@ x : Tensor (B, T, K) or (T, K) bfloat16
 shift, scale : Tensor (B, K), (B, 1, K) or (K,), B also 1 for all, bfloat16 or (slower) float32
 eps : float
     Added to the variance.
-down, grouping, parts, norm
+down, grouping, parts, norm, fp8
     As of `rtlynx.kernels.ops.compress`.
 
 Returns
@@ -306,7 +306,7 @@ weight : Tensor (K,) bfloat16 or (slower) float32
 scale : Tensor (B, K), (B, 1, K) or (K,), B also 1 for all, bfloat16 or (slower) float32
 eps : float
     Added to the mean square.
-down, grouping, parts, norm
+down, grouping, parts, norm, fp8
     As of `rtlynx.kernels.ops.compress`.
 
 Returns
@@ -326,7 +326,7 @@ gelu_compress = _register("gelu")
 Parameters
 ----------
 x : Tensor (..., K) bfloat16
-down, grouping, parts, norm
+down, grouping, parts, norm, fp8
     As of `rtlynx.kernels.ops.compress`.
 
 Returns
@@ -351,7 +351,7 @@ Parameters
 ----------
 a, b : Tensor (..., K) bfloat16
     Of one shape; halves of one product's output are read where they are.
-down, grouping, parts, norm
+down, grouping, parts, norm, fp8
     As of `rtlynx.kernels.ops.compress`.
 
 Returns
@@ -373,7 +373,7 @@ Parameters
 a : Tensor (..., K1) bfloat16
 b : Tensor (..., K2) bfloat16
     K = K1 + K2.
-down, grouping, parts, norm
+down, grouping, parts, norm, fp8
     As of `rtlynx.kernels.ops.compress`.
 
 Returns

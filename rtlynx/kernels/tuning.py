@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rtlynx.kernels.blocks import BLOCK_K
+from rtlynx.kernels.blocks import BF16, FP8, Format
 
 TABLE = Path(__file__).parent / "tiles.json"
 TILE_ROWS = 256
@@ -18,14 +18,16 @@ SMS = 132
 
 
 class Tile(NamedTuple):
-    """A GEMM instantiation: 256 x `columns` of Y a CTA, `stages` of 64 k in shared memory.
+    """A GEMM instantiation: 256 x `columns` of Y a CTA, `stages` of a block's k in shared memory.
 
     skew : stages by which the second warpgroup runs behind the first.
+    held : what blocks of X, and the weight, hold.
     """
 
     columns: int
     stages: int
     skew: int = 2
+    held: Format = BF16
 
     @property
     def name(self) -> str:
@@ -33,6 +35,7 @@ class Tile(NamedTuple):
 
 
 CANDIDATES = (Tile(192, 5), Tile(128, 6))
+CANDIDATES_FP8 = (Tile(192, 4, held=FP8), Tile(128, 5, held=FP8))
 # Time of a tile relative to its width: narrower ones fetch more for what they multiply.
 _OVERHEAD_COLUMNS = 48
 
@@ -44,7 +47,7 @@ _forced: Tile | None = None
 
 @contextlib.contextmanager
 def forced(tile: Tile) -> Iterator[None]:
-    """Use `tile` for every shape, to measure it."""
+    """Use `tile` for every shape of its format, to measure it."""
     global _forced
     before, _forced = _forced, tile
     choose.cache_clear()
@@ -100,18 +103,19 @@ def split(tiles: int, ctas: int, stages: int) -> Split:
 def modelled_cost(m: int, n: int, k: int, tile: Tile) -> float:
     """Columns of tile that the busiest CTA computes, with an allowance for what a tile costs beside."""
     tiles = -(-m // TILE_ROWS) * -(-n // tile.columns)
-    cut = split(tiles, SMS, -(-k // BLOCK_K))
+    cut = split(tiles, SMS, -(-k // tile.held.block_k))
     waves = -(-cut.whole_tiles // SMS) + (cut.tiles / cut.ctas if cut.ctas else 0)
     return waves * (tile.columns + _OVERHEAD_COLUMNS)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(m: int, n: int, k: int) -> Tile:
+def choose(m: int, n: int, k: int, held: Format = BF16) -> Tile:
     """The tile for Y (m, n) from X (m, k)."""
-    if _forced is not None:
+    if _forced is not None and _forced.held is held:
         return _forced
-    measured = _table().get((m, n, k))
-    for tile in CANDIDATES:
+    measured = _table().get((m, n, k)) if held is BF16 else None
+    candidates = CANDIDATES if held is BF16 else CANDIDATES_FP8
+    for tile in candidates:
         if tile.name == measured:
             return tile
-    return min(CANDIDATES, key=lambda tile: (modelled_cost(m, n, k, tile), -tile.columns))
+    return min(candidates, key=lambda tile: (modelled_cost(m, n, k, tile), -tile.columns))

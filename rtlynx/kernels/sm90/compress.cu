@@ -342,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const _
     // Each CTA finishes every ctas-th row: its scale first, then T', a thread eight columns of a row. With FP8 it needs
     // the scales of all rows, of which it holds a share of K.
     const int own_rows = (ROWS - cta + ctas - 1) / ctas;
-    __shared__ float shared_scale[ROWS];
+    [[maybe_unused]] __shared__ float shared_scale[ROWS];
 #if FP8
     __shared__ float shared_inverse[ROWS];
 #endif

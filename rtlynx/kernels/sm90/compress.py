@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.kernels import jit
-from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_BYTES, LOWRANK_COLUMNS
+from rtlynx.kernels.blocks import BF16, BLOCK_ROWS, FP8, LOWRANK_BYTES, LOWRANK_COLUMNS, Format
 from rtlynx.kernels.jit import Defines, Instantiation
 from rtlynx.kernels.tuning import SMS
 
@@ -20,19 +20,42 @@ _ADJACENT, _STRIDED, _GATHER = range(3)
 _SLAB_THREADS, _WARPS_SHARING_K = 128, 8
 MAX_PARTS = 8  # of strided groups
 _RANKS = (0, 32, 64, 128)  # columns of T that a block computes
-# By whether groups are adjacent, and rank: units of K in shared memory, blocks that a multiprocessor holds.
+# By format, adjacent groups or not, rank: units of K in shared memory, blocks that a multiprocessor holds.
 _STAGES_AND_BLOCKS = {
-    (True, 0): (4, 2),
-    (True, 32): (4, 4),
-    (True, 64): (3, 3),
-    (True, 128): (3, 3),
-    (False, 0): (3, 2),
-    (False, 32): (2, 4),
-    (False, 64): (2, 3),
-    (False, 128): (2, 2),
+    (BF16, True, 0): (4, 2),
+    (BF16, True, 32): (4, 4),
+    (BF16, True, 64): (3, 3),
+    (BF16, True, 128): (3, 3),
+    (BF16, False, 0): (3, 2),
+    (BF16, False, 32): (2, 4),
+    (BF16, False, 64): (2, 3),
+    (BF16, False, 128): (2, 2),
+    (FP8, True, 0): (4, 3),
+    (FP8, True, 32): (3, 3),
+    (FP8, True, 64): (2, 3),
+    (FP8, True, 128): (2, 2),
+    (FP8, False, 0): (2, 2),
+    (FP8, False, 32): (2, 2),
+    (FP8, False, 64): (2, 2),
+    (FP8, False, 128): (2, 1),
 }
 _FITTING = 0.9  # clusters leave some multiprocessors of a card unused
 _MAX_CLUSTER = 8
+# In fp8 kept values wait in shared memory: 2 KB for each of a CTA's four warps and blocks of K.
+_MAX_CLUSTER_FP8, _WAITING_BYTES = 16, 4 * 2048
+_SHARED_PER_SM, _SHARED_PER_BLOCK, _SHARED_RESERVED = 228 * 1024, 227 * 1024, 1024
+_GPCS, _SMS_PER_GPC = 8, 16  # a cluster lies in one of them
+_FIXED_BLOCKS = 2  # what a CTA costs beside its blocks of K, in such
+_STATIC_BYTES = 4096  # at most, of a block's other shared memory
+
+
+class Form(NamedTuple):
+    """How X is compressed: arguments of the operators, and what blocks hold."""
+
+    grouping: str
+    parts: tuple[int, ...]
+    norm: bool
+    held: Format = BF16
 
 
 class Input(NamedTuple):
@@ -54,33 +77,39 @@ class Input(NamedTuple):
 class _Configuration(NamedTuple):
     """An instantiation of compress.cu."""
 
+    held: Format
     source: int
     mode: int
     rank: int
 
     @property
     def stages(self) -> int:
-        stages = _STAGES_AND_BLOCKS[self.mode == _ADJACENT, self.rank][0]
-        return max(2, stages // self._raws) if self.rank == 0 else stages
+        stages = _STAGES_AND_BLOCKS[self.held, self.mode == _ADJACENT, self.rank][0]
+        return stages if self.rank else max(2, stages // self._raws)
 
     @property
     def blocks_per_sm(self) -> int:
-        blocks = _STAGES_AND_BLOCKS[self.mode == _ADJACENT, self.rank][1]
+        blocks = _STAGES_AND_BLOCKS[self.held, self.mode == _ADJACENT, self.rank][1]
         if self.source == MATRIX:
             return min(blocks, 2) if self.rank and self.mode == _GATHER else blocks
         return min(blocks, 3 if self.mode == _ADJACENT and self.rank < 128 else 2)
 
     @property
-    def threads(self) -> int:
-        return _SLAB_THREADS if self.rank else _WARPS_SHARING_K * 32
+    def slab(self) -> bool:
+        """Whether a block takes 64 rows and a cluster shares K; else its warps share the K of 16 rows."""
+        return self.rank > 0 or self.held is FP8
 
     @property
-    def shared_bytes(self) -> int:
+    def threads(self) -> int:
+        return _SLAB_THREADS if self.slab else _WARPS_SHARING_K * 32
+
+    def shared_bytes(self, waiting_blocks: int = 0) -> int:
+        """Shared memory of a block, in which `waiting_blocks` of K wait."""
         row_bytes = (2 if self.mode == _ADJACENT else 4) * 64  # of a unit
-        if self.rank == 0:
+        if not self.slab:
             return _WARPS_SHARING_K * self.stages * row_bytes * self._raws * 16
         stages = self.stages * row_bytes * (self._raws * BLOCK_ROWS + self.rank)
-        return max(stages, BLOCK_ROWS * (self.rank + 4) * 4)
+        return max(stages, BLOCK_ROWS * (self.rank + 4) * 4) + waiting_blocks * _WAITING_BYTES
 
     @property
     def _raws(self) -> int:
@@ -89,6 +118,7 @@ class _Configuration(NamedTuple):
     @property
     def defines(self) -> Defines:
         return (
+            ("FP8", int(self.held is FP8)),
             ("SOURCE", self.source),
             ("MODE", self.mode),
             ("RANK", self.rank),
@@ -98,7 +128,8 @@ class _Configuration(NamedTuple):
 
 
 INSTANTIATIONS = [
-    Instantiation("compress.cu", "compress", _Configuration(source, mode, rank).defines)
+    Instantiation("compress.cu", "compress", _Configuration(held, source, mode, rank).defines)
+    for held in (BF16, FP8)
     for source in range(6)
     for mode in ((_ADJACENT, _STRIDED, _GATHER) if source == MATRIX else (_ADJACENT, _STRIDED))
     for rank in _RANKS
@@ -106,13 +137,13 @@ INSTANTIATIONS = [
 
 
 @functools.cache
-def _kernel(configuration: _Configuration, cluster: int) -> jit.Kernel:
+def _kernel(configuration: _Configuration, cluster: int, shared_bytes: int) -> jit.Kernel:
     return jit.load(
         "compress.cu",
         "compress",
         configuration.defines,
         threads=configuration.threads,
-        shared_bytes=configuration.shared_bytes,
+        shared_bytes=shared_bytes,
         pdl=True,
         cluster=cluster,
     )
@@ -123,11 +154,36 @@ def _cluster(configuration: _Configuration, slabs: int, k_blocks: int) -> int:
 
     Without a low-rank product a block takes 16 rows, and its warps share K.
     """
-    if configuration.rank == 0:
+    if configuration.held is FP8:
+        return _cluster_fp8(configuration, slabs, k_blocks)
+    if not configuration.slab:
         return 1
     room = int(configuration.blocks_per_sm * SMS * _FITTING)
     units = k_blocks if configuration.mode == _ADJACENT else -(-k_blocks // 2)
     return max(1, min(_MAX_CLUSTER, room // slabs, units))
+
+
+def _cluster_fp8(configuration: _Configuration, slabs: int, k_blocks: int) -> int:
+    """The cluster of least time, modelled, among those whose blocks have room for what waits.
+
+    Raises
+    ------
+    ValueError
+        If none has: K is too large.
+    """
+    times = {}
+    for cluster in range(1, min(_MAX_CLUSTER_FP8, k_blocks) + 1):
+        own = -(-k_blocks // cluster)
+        shared = configuration.shared_bytes(own)
+        if shared > _SHARED_PER_BLOCK - _STATIC_BYTES:
+            continue
+        fitting = _SHARED_PER_SM // (shared + _STATIC_BYTES + _SHARED_RESERVED)
+        blocks = min(configuration.blocks_per_sm, fitting)
+        together = max(1, _GPCS * (_SMS_PER_GPC * blocks // cluster))
+        times[cluster] = -(-slabs // together) * (own + _FIXED_BLOCKS)
+    if not times:
+        raise ValueError(f"the fp8 kernels take no inputs of {k_blocks * FP8.block_k} features: too many")
+    return min(times, key=lambda cluster: times[cluster])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -160,7 +216,7 @@ def vectors_fit(grouping: str, parts: Sequence[int], k: int) -> bool:
 _pack_matrix = struct.Struct("<Qqqi4x").pack
 # What follows the Source in the kernel's Parameters: addresses, and what a plan holds.
 _pack_addresses = struct.Struct("<5Q").pack
-_pack_shape = struct.Struct("<23i4x").pack
+_pack_shape = struct.Struct("<24i").pack
 
 
 def pack_matrix(x: Tensor, batches: bool = False) -> tuple[bytes, bool]:
@@ -183,12 +239,10 @@ def expressible(x: Tensor) -> Tensor:
     return x if x.dim() <= 3 or x.is_contiguous() else x.contiguous()
 
 
-def launch_compress(
-    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`rtlynx::compress` of checked arguments: blocks, s and blocks of T; see `rtlynx.kernels.ops`."""
+def launch_compress(x: Tensor, down: Tensor | None, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    """`rtlynx::compress` of checked arguments: blocks, scale and blocks of T; see `rtlynx.kernels.ops`."""
     x = expressible(x)
-    return launch(matrix_input(x), down, grouping, parts, norm)
+    return launch(matrix_input(x), down, form)
 
 
 def matrix_input(x: Tensor) -> Input:
@@ -199,25 +253,20 @@ def matrix_input(x: Tensor) -> Input:
 
 
 def launch(
-    x: Input,
-    down: Tensor | None,
-    grouping: str,
-    parts: Sequence[int],
-    norm: bool,
-    dense: Tensor | None = None,
+    x: Input, down: Tensor | None, form: Form, dense: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compress `x`; a producer also writes what it selected from to `dense` (rows, columns), to be tested."""
     if down is not None and not down.is_contiguous():
         down = down.contiguous()
-    plan = plan_compress(x, down, grouping, parts)
+    plan = plan_compress(x, down, form)
     blocks = torch.empty(plan.blocks_bytes, dtype=torch.uint8, device=x.device)
     lowrank = torch.empty(plan.lowrank_bytes, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(x.rows if norm else 0, dtype=torch.float32, device=x.device)
+    scale = torch.empty(plan.scales, dtype=torch.float32, device=x.device)
     start_compress(
         plan,
         x,
         address_of(down),
-        Addresses(blocks.data_ptr(), scale.data_ptr() if norm else 0, lowrank.data_ptr()),
+        Addresses(blocks.data_ptr(), scale.data_ptr() if plan.scales else 0, lowrank.data_ptr()),
         address_of(dense),
     )
     return blocks, scale, lowrank
@@ -236,11 +285,11 @@ class Addresses(NamedTuple):
     lowrank: int
 
 
-def plan_compress(x: Input, down: Tensor | None, grouping: str, parts: Sequence[int]) -> CompressPlan:
+def plan_compress(x: Input, down: Tensor | None, form: Form) -> CompressPlan:
     """How to compress `x`, with `down` contiguous."""
     rank = 0 if down is None else down.shape[0]
     aligned = x.aligned and address_of(down) % 16 == 0
-    return _plan(x.source, x.rows, x.columns, rank, grouping, tuple(parts), aligned)
+    return _plan(x.source, x.rows, x.columns, rank, form, aligned)
 
 
 def start_compress(plan: CompressPlan, x: Input, down: int, to: Addresses, dense: int = 0) -> None:
@@ -248,39 +297,48 @@ def start_compress(plan: CompressPlan, x: Input, down: int, to: Addresses, dense
     if x.rows:
         addresses = _pack_addresses(down, to.blocks, to.scale, to.lowrank, dense)
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)
-        kernel = _kernel(plan.configuration, plan.cluster)
+        kernel = _kernel(plan.configuration, plan.cluster, plan.shared_bytes)
         kernel.launch(plan.grid, stream, b"".join((x.structure, addresses, plan.shape)))
 
 
 class CompressPlan(NamedTuple):
-    """What a launch needs that depends on shapes and alignment alone."""
+    """What a launch needs that depends on shapes and alignment alone.
+
+    scales : how many the kernel writes, one a row or none
+    """
 
     configuration: _Configuration
     cluster: int
+    shared_bytes: int
     grid: tuple[int, int, int]
     blocks_bytes: int
     lowrank_bytes: int
+    scales: int
     shape: bytes
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
-    source: int, rows: int, k: int, rank: int, grouping: str, parts: tuple[int, ...], aligned: bool
-) -> CompressPlan:
+def _plan(source: int, rows: int, k: int, rank: int, form: Form, aligned: bool) -> CompressPlan:
+    held = form.held
     slabs, k_blocks, rank_blocks = (
         -(-rows // BLOCK_ROWS),
-        -(-k // BLOCK_K),
+        -(-k // held.block_k),
         -(-rank // LOWRANK_COLUMNS),
     )
-    mode, adjacent, table = _groups(grouping, parts, k)
+    mode, adjacent, table = _groups(form.grouping, form.parts, k)
     tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
-    configuration = _Configuration(source, mode if aligned else _GATHER, tile_rank)
+    configuration = _Configuration(held, source, mode if aligned else _GATHER, tile_rank)
     cluster = _cluster(configuration, max(slabs, 1), k_blocks)
+    waiting = -(-k_blocks // cluster) if held is FP8 else 0
     return CompressPlan(
         configuration,
         cluster,
-        (slabs * cluster, -(-rank // tile_rank), 1) if rank else (slabs * 4, 1, 1),
-        slabs * k_blocks * BLOCK_BYTES,
+        configuration.shared_bytes(waiting),
+        (slabs * cluster, -(-rank // tile_rank) if rank else 1, 1)
+        if configuration.slab
+        else (slabs * 4, 1, 1),
+        slabs * k_blocks * held.block_bytes,
         slabs * rank_blocks * LOWRANK_BYTES,
-        _pack_shape(rows, k, k_blocks, rank, rank_blocks, adjacent, *table),
+        rows if form.norm or held is FP8 else 0,
+        _pack_shape(rows, k, k_blocks, rank, rank_blocks, adjacent, form.norm, *table),
     )

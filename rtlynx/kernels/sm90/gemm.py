@@ -11,40 +11,48 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rtlynx.kernels import jit, tuning
-from rtlynx.kernels.blocks import BLOCK_BYTES, BLOCK_K, BLOCK_ROWS, LOWRANK_BYTES, LOWRANK_COLUMNS
+from rtlynx.kernels.blocks import BLOCK_ROWS, FP8, LOWRANK_BYTES, LOWRANK_COLUMNS
 from rtlynx.kernels.driver import call
 from rtlynx.kernels.jit import Defines, Instantiation
 from rtlynx.kernels.sm90.compress import Addresses, address_of
+from rtlynx.kernels.sm90.weights import STORE_COLUMNS, Weights, readable_weights, stored_columns
 from rtlynx.kernels.tuning import Tile
 
 _THREADS = 384
 _SLABS = tuning.TILE_ROWS // BLOCK_ROWS
 _STAGING_BYTES, _NOTE_BYTES, _CONSUMER_WARPS = 2048, 32, 8
+_WEIGHT_ROW_BYTES = 128  # of a stage
 _MAX_SEGMENTS = 8
 _ROW_TILES_TOGETHER = 16
-_STORE_COLUMNS = 8  # Y leaves 16 bytes at a time
 # The kernel's Parameters in four pieces, of which a plan holds two.
-_pack_operands = struct.Struct("<128s128s5Q").pack
+_pack_operands = struct.Struct("<128s128s6Q").pack
 _pack_shape = struct.Struct("<12i").pack
 _pack_workspace = struct.Struct("<3Q2i").pack
 _pack_segments = struct.Struct("<32i8x").pack
 
 
 def _defines(tile: Tile) -> Defines:
-    return (("BN", tile.columns), ("STAGES", tile.stages), ("SKEW", tile.skew))
+    return (
+        ("FP8", int(tile.held is FP8)),
+        ("BN", tile.columns),
+        ("STAGES", tile.stages),
+        ("SKEW", tile.skew),
+    )
 
 
 def _shared_bytes(tile: Tile) -> int:
-    stage = _SLABS * BLOCK_BYTES + tile.columns * BLOCK_K * 2
-    return tile.stages * (stage + 16) + _CONSUMER_WARPS * (_STAGING_BYTES + _NOTE_BYTES)
+    stage = _SLABS * tile.held.block_bytes + tile.columns * _WEIGHT_ROW_BYTES
+    affine = tile.columns * 8 if tile.held is FP8 else 0
+    return tile.stages * (stage + 16) + _CONSUMER_WARPS * (_STAGING_BYTES + _NOTE_BYTES + affine)
 
 
-INSTANTIATIONS = [Instantiation("gemm.cu", "gemm", _defines(tile)) for tile in tuning.CANDIDATES]
+INSTANTIATIONS = [
+    Instantiation("gemm.cu", "gemm", _defines(tile)) for tile in (*tuning.CANDIDATES, *tuning.CANDIDATES_FP8)
+]
 
-_maps: dict[tuple[int, int, int, int, int, int], bytes] = {}
+_maps: dict[tuple[int, ...], bytes] = {}
 _NO_MAP = bytes(128)
 
 
@@ -61,13 +69,13 @@ def _kernel(tile: Tile) -> jit.Kernel:
 
 
 def _tensor_map(matrix: Tensor, box_columns: int, box_rows: int) -> bytes:
-    """Tensor map of a row-major bf16 matrix, read in boxes whose rows are one swizzle span.
+    """Tensor map of a row-major matrix, read in boxes whose rows are one swizzle span.
 
     A map holds an address and a shape, no contents, so one made for memory that was freed since is right for
     whatever of that shape lies there now.
     """
     rows, columns = matrix.shape
-    key = (matrix.data_ptr(), rows, columns, matrix.stride(0), box_columns, box_rows)
+    key = (matrix.data_ptr(), matrix.element_size(), rows, columns, matrix.stride(0), box_columns, box_rows)
     found = _maps.get(key)
     if found is None:
         if len(_maps) >= 16384:
@@ -76,22 +84,27 @@ def _tensor_map(matrix: Tensor, box_columns: int, box_rows: int) -> bytes:
     return found
 
 
-def _encode(address: int, rows: int, columns: int, row_stride: int, box_columns: int, box_rows: int) -> bytes:
+def _encode(
+    address: int, element: int, rows: int, columns: int, row_stride: int, box_columns: int, box_rows: int
+) -> bytes:
     from cuda.bindings import driver as cu
 
-    size, stride = cu.cuuint64_t, row_stride * 2
-    swizzle = cu.CUtensorMapSwizzle
+    size, swizzle, data_type = cu.cuuint64_t, cu.CUtensorMapSwizzle, cu.CUtensorMapDataType
     (encoded,) = call(
         cu.cuTensorMapEncodeTiled,
-        cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        data_type.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+        if element == 2
+        else data_type.CU_TENSOR_MAP_DATA_TYPE_UINT8,
         2,
         address,
         [size(columns), size(rows)],
-        [size(stride)],
+        [size(row_stride * element)],
         [cu.cuuint32_t(box_columns), cu.cuuint32_t(box_rows)],
         [cu.cuuint32_t(1), cu.cuuint32_t(1)],
         cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzle.CU_TENSOR_MAP_SWIZZLE_128B if box_columns == 64 else swizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+        swizzle.CU_TENSOR_MAP_SWIZZLE_128B
+        if box_columns * element == 128
+        else swizzle.CU_TENSOR_MAP_SWIZZLE_64B,
         cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
@@ -102,20 +115,19 @@ def launch_gemm(
     blocks: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
-    weight: Tensor,
-    up: Tensor | None,
-    bias: Tensor | None,
+    of: Weights,
     rows: int,
     segments: Sequence[int],
 ) -> Tensor:
-    """Y (rows, N) of `rtlynx::gemm`; see `rtlynx.kernels.ops`, which checks and makes weights `readable`."""
-    n = weight.shape[0]
+    """Y (rows, N) of `rtlynx::gemm`; see `rtlynx.kernels.ops`, which checks."""
+    n = of.weight.shape[0]
     columns = stored_columns(n)
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=blocks.device)
     if rows == 0 or n == 0:
         return out[:, :n]
+    of = readable_weights(of)
     lowrank_bytes = lowrank.shape[0] if lowrank is not None and segments else 0
-    plan = plan_gemm(weight, up, rows, segments, lowrank_bytes)
+    plan = plan_gemm(of, rows, segments, lowrank_bytes)
     workspace = 0
     if plan.workspace_bytes:
         sums = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=blocks.device)
@@ -125,54 +137,34 @@ def launch_gemm(
         scale.data_ptr() if scale is not None and scale.shape[0] else 0,
         address_of(lowrank),
     )
-    start_gemm(plan, given, Weights(weight, up, readable_bias(bias)), out.data_ptr(), workspace)
+    start_gemm(plan, given, of, out.data_ptr(), workspace)
     return out if columns == n else out[:, :n].contiguous()
 
 
-class Weights(NamedTuple):
-    """Weight (N, K), B (N, r) and bias (N,) of a product, as `readable` and `readable_bias` leave them."""
+def plan_gemm(of: Weights, rows: int, segments: Sequence[int] = (), lowrank_bytes: int = 0) -> GemmPlan:
+    """How to compute Y of `rows` rows; `lowrank_bytes` are those of all blocks of T, needed with segments.
 
-    weight: Tensor
-    up: Tensor | None
-    bias: Tensor | None
-
-
-def stored_columns(n: int) -> int:
-    """Columns of Y in memory: rows start at multiples of 16 bytes."""
-    return -(-n // _STORE_COLUMNS) * _STORE_COLUMNS
-
-
-def readable_bias(bias: Tensor | None) -> Tensor | None:
-    """`bias`, or a copy that can be read in aligned pairs as far as Y is stored."""
-    if bias is None:
-        return None
-    n = bias.shape[0]
-    if n % _STORE_COLUMNS or not bias.is_contiguous() or bias.data_ptr() % 8:
-        return pad(bias, (0, stored_columns(n) - n)).clone()
-    return bias
-
-
-def plan_gemm(
-    weight: Tensor, up: Tensor | None, rows: int, segments: Sequence[int] = (), lowrank_bytes: int = 0
-) -> GemmPlan:
-    """How to compute Y of `rows` rows; `lowrank_bytes` are those of all blocks of T, needed with segments."""
-    n, k = weight.shape
-    rank = 0 if up is None else up.shape[1]
-    tile, multiprocessors = tuning.choose(rows, n, k), _multiprocessors(weight.get_device())
+    Of the shapes of `of`, whose weight and factor may have been padded along their rows.
+    """
+    n, k = of.weight.shape
+    rank = 0 if of.up is None else of.up.shape[1]
+    tile = tuning.choose(rows, n, k, of.held)
+    multiprocessors = _multiprocessors(of.weight.get_device())
     return _plan(tile, multiprocessors, rows, n, k, rank, tuple(segments), lowrank_bytes)
 
 
 def start_gemm(plan: GemmPlan, given: Addresses, of: Weights, out: int, workspace: int) -> None:
     """Launch on the current stream. `out` and `workspace` are addresses."""
-    weight, up, bias = of
+    weight, up, bias, column_scale = of
     columns = plan.tile.columns
     operands = _pack_operands(
-        _tensor_map(weight, BLOCK_K, columns),
+        _tensor_map(weight, plan.tile.held.block_k, columns),
         _NO_MAP if up is None else _tensor_map(up, LOWRANK_COLUMNS, columns),
         given.blocks,
         given.lowrank,
         given.scale,
         address_of(bias),
+        address_of(column_scale),
         out,
     )
     is_float = bias is not None and bias.dtype is torch.float32
@@ -212,7 +204,7 @@ def _plan(
 ) -> GemmPlan:
     slabs, k_blocks, rank_blocks = (
         -(-rows // BLOCK_ROWS),
-        -(-k // BLOCK_K),
+        -(-k // tile.held.block_k),
         -(-rank // LOWRANK_COLUMNS),
     )
     columns = stored_columns(n)
@@ -275,8 +267,8 @@ def _segment_table(segments: Sequence[int], columns: int, tile_columns: int) -> 
     table: list[int] = []
     begin = tile_end = 0
     for end, first, rank in zip(segments[0::3], segments[1::3], segments[2::3], strict=True):
-        if end % _STORE_COLUMNS and end != segments[-3]:
-            raise ValueError(f"segments end at multiples of {_STORE_COLUMNS}, got {list(segments[0::3])}")
+        if end % STORE_COLUMNS and end != segments[-3]:
+            raise ValueError(f"segments end at multiples of {STORE_COLUMNS}, got {list(segments[0::3])}")
         end = columns if end == segments[-3] else end
         tile_end += -(-(end - begin) // tile_columns)
         table += [end, tile_end, first // LOWRANK_COLUMNS, -(-rank // LOWRANK_COLUMNS)]

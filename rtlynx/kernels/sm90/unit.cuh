@@ -39,6 +39,7 @@ DEVICE Selected select_row(const Values& x, uint32_t& largest) {
     return out;
 }
 
+#if !FP8
 // Packed values and metadata of this lane's rows g and g + 8, in the slab's `sixteen`-th sixteen rows.
 DEVICE void store_unit(const Parameters& p, int slab, int sixteen, int unit, const Selected (&selected)[2]) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -75,3 +76,4 @@ DEVICE void store_unit(const Parameters& p, int slab, int sixteen, int unit, con
             uint2{permute(low, high, 0x5410), permute(low, high, 0x7632)};
     }
 }
+#endif
