@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 
 from rtlynx import Pattern, nm_mask
 from rtlynx.kernels.blocks import (
+    FP8,
     blocks_bytes,
     compute_order,
     lowrank_bytes,
     pack_blocks,
+    pack_blocks_fp8,
     pack_lowrank,
     unpack_blocks,
     unpack_lowrank,
 )
+from rtlynx.quantization import quantize_tokens
 
 ADJACENT = Pattern()
 STRIDED = Pattern(grouping="strided")
@@ -40,6 +43,13 @@ def magnitude(bits):
     return min(bits & 0x7FFF, 0x7F81)  # every NaN counts the same
 
 
+def slow_selection(row, columns):
+    """Of a group, the two entries that are kept, by index, and its nibble."""
+    entries = [row[column] for column in columns]
+    i0, i1 = sorted(sorted(range(4), key=lambda i: (-magnitude(entries[i]), i))[:2])
+    return entries[i0], entries[i1], i0 | i1 << 2
+
+
 def slow_blocks(bits, k, pattern):
     """Rows of 16-bit patterns -> the bytes of the blocks, one entry at a time."""
     rows, groups = len(bits), slow_groups(k, pattern)
@@ -53,10 +63,7 @@ def slow_blocks(bits, k, pattern):
                     row, group = 64 * mt + r, 16 * kb + c
                     first, second, nibble = 0, 0, 4
                     if row < rows and group < len(groups):
-                        entries = [bits[row][column] for column in groups[group]]
-                        best = sorted(range(4), key=lambda i: (-magnitude(entries[i]), i))[:2]
-                        i0, i1 = sorted(best)
-                        first, second, nibble = entries[i0], entries[i1], i0 | i1 << 2
+                        first, second, nibble = slow_selection(bits[row], groups[group])
                     chunk, inside = divmod(c * 4, 16)  # two values of two bytes a group
                     place = r * 64 + (chunk ^ (r >> 1 & 3)) * 16 + inside
                     struct.pack_into("<HH", values, place, first, second)
@@ -64,6 +71,43 @@ def slow_blocks(bits, k, pattern):
                     step, h, n = c // 8, c // 4 % 2, c % 4
                     words[warp * 32 + g * 4 + step * 2 + h] |= nibble << (16 * half + 4 * n)
             out += values + struct.pack("<128I", *words)
+    return list(out)
+
+
+def slow_e4m3(value):
+    """The nearest e4m3 number's bits, ties to even, by trying all of them."""
+
+    def number(code):
+        exponent, mantissa = code >> 3, code & 7
+        return (mantissa / 8 if exponent == 0 else 1 + mantissa / 8) * 2.0 ** (max(exponent, 1) - 7)
+
+    sign = 0x80 if struct.pack("<f", value)[3] & 0x80 else 0
+    return sign | min(range(0x7F), key=lambda code: (abs(number(code) - abs(value)), code & 1))
+
+
+def slow_blocks_fp8(bits, k, pattern, scales):
+    """The same in fp8, values quantised by the `scales` of rows."""
+    rows, groups = len(bits), slow_groups(k, pattern)
+    out = bytearray()
+    for mt in range((rows + 63) // 64):
+        for kb in range((k + 127) // 128):
+            values, words = bytearray(4096), [0] * 256
+            for r in range(64):
+                for c in range(32):
+                    row, group = 64 * mt + r, 32 * kb + c
+                    pair, nibble = (0, 0), 4
+                    if row < rows and group < len(groups):
+                        *kept, nibble = slow_selection(bits[row], groups[group])
+                        inverse = torch.tensor(1.0) / scales[row]
+                        floats = from_bits([kept])[0].float() * inverse
+                        pair = [slow_e4m3(float(value)) for value in floats]
+                    chunk, inside = divmod(c * 2, 16)  # two values of a byte a group
+                    place = r * 64 + (chunk ^ (r >> 1 & 3)) * 16 + inside
+                    values[place : place + 2] = bytes(pair)
+                    step, b, n = c // 16, c // 8 % 2, c % 8
+                    thread = r // 16 * 32 + r % 8 * 4 + 2 * b + r // 8 % 2
+                    words[thread * 2 + step] |= nibble << (4 * n)
+            out += values + struct.pack("<256I", *words)
     return list(out)
 
 
@@ -103,6 +147,32 @@ def test_format_is_the_description(rows, k, pattern):
     blocks = pack_blocks(x, pattern)
     assert blocks.shape == (blocks_bytes(rows, k),)
     assert blocks.tolist() == slow_blocks(to_bits(x), k, pattern)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["adjacent", "strided", "halves", "uneven"])
+@pytest.mark.parametrize(("rows", "k"), [(1, 128), (65, 192), (7, 24), (64, 8), (20, 256)])
+def test_fp8_format_is_the_description(rows, k, pattern):
+    pattern = pattern_for(pattern, k)
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0, :4] = 0.0
+    blocks, scale = pack_blocks_fp8(x, pattern)
+    assert blocks.shape == (blocks_bytes(rows, k, FP8),)
+    torch.testing.assert_close(scale, x.float().abs().amax(-1) / 448)
+    assert blocks.tolist() == slow_blocks_fp8(to_bits(x), k, pattern, scale)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["adjacent", "strided", "halves", "uneven"])
+def test_fp8_round_trip_at_size(pattern):
+    k = 1000
+    pattern = pattern_for(pattern, k)
+    x = torch.randn(300, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = nm_mask(x, 2, 4, pattern.grouping, pattern.parts)
+    blocks, scale = pack_blocks_fp8(x, pattern)
+    expected = quantize_tokens(x, mask)
+    unpacked = unpack_blocks(blocks, 300, k, FP8)
+    assert unpacked.dtype == torch.float8_e4m3fn
+    assert torch.equal(unpacked.float(), compute_order(expected.values.float(), pattern))
+    assert torch.equal(scale, expected.scale[:, 0])
 
 
 @pytest.mark.parametrize("k", [4, 20])

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from rtlynx import Pattern, norm_scale
 from rtlynx.kernels import choice, jit, ops
 from rtlynx.kernels.blocks import compute_order, pack_blocks, unpack_lowrank
+from rtlynx.quantization import quantize_weight
 
 K, N = 64, 24
 PATTERNS = {
@@ -81,6 +82,50 @@ def test_compress_is_the_packed_selection_the_scale_and_t(name):
     )
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rank", [0, 33])
+def test_fp8_linear_is_the_formula_on_quantised_operands(name, norm, rank):
+    pattern = PATTERNS[name][0]
+    weight, bias, down, up = layer(rank)
+    quantized = quantize_weight(weight)
+    divided = None if up is None else (up / quantized.scale[:, None]).bfloat16()
+    x = normal(70, K, seed=5) * torch.logspace(-3, 3, 70)[:, None].bfloat16()
+    values = compute_order(quantized.values.view(torch.uint8), pattern).view(torch.float8_e4m3fn)
+    arguments = (pattern.grouping, ops.pattern_parts(pattern, K), norm)
+    y = ops.linear(x, values, bias, down, divided, *arguments, quantized.scale)
+    mask = selection(x, name)
+    kept = x.double() * mask
+    t = kept.float().abs().amax(-1, keepdim=True) * torch.tensor(
+        1 / 448
+    )  # ties are common: float32 as documented
+    kept_fp8 = (kept.float() * (1 / t)).clamp(-448, 448).to(torch.float8_e4m3fn).double() * t.double()
+    s = (x.double().norm(dim=-1) / kept.norm(dim=-1))[:, None] if norm else 1.0
+    expected = s * (kept_fp8 @ quantized.dequantize().double().T) + bias.double()
+    if rank:
+        expected += x.double() @ down.double().T @ up.double().T
+    for row, expected_row in zip(y, expected, strict=True):
+        assert relative_error(row, expected_row) < 4e-3
+    blocks, scale, lowrank = ops.compress(x, down, *arguments, True)
+    assert scale.shape == (70,)
+    operands = (blocks, scale, lowrank if rank else None, values, divided, bias, 70, [])
+    assert torch.equal(ops.gemm(*operands, quantized.scale), y)
+
+
+def test_fp8_tokens_of_zeros_and_of_nan_touch_no_other():
+    weight, bias, down, up = layer(5)
+    quantized = quantize_weight(weight)
+    arguments = (bias, down, (up / quantized.scale[:, None]).bfloat16(), "adjacent", [], True)
+    x = normal(70, K)
+    clean = ops.linear(x, quantized.values, *arguments, quantized.scale)
+    x[3], x[7, 5], x[9, 1] = 0.0, float("nan"), float("inf")
+    y = ops.linear(x, quantized.values, *arguments, quantized.scale)
+    assert torch.equal(y[3], bias.bfloat16())
+    assert bool(y[[7, 9]].isnan().all())
+    others = [row for row in range(70) if row not in (3, 7, 9)]
+    assert torch.equal(y[others], clean[others])
+
+
 def test_what_is_not_asked_for_is_empty():
     x = normal(5, K)
     _, scale, lowrank = ops.compress(x, None, "adjacent", [], False)
@@ -140,6 +185,22 @@ def sample_calls(rank=5, norm=True):
     }
 
 
+def sample_calls_fp8(rank=5, norm=True):
+    weight, bias, down, up = layer(rank)
+    values, scale_of_weight = quantize_weight(weight)
+    x = normal(2, 35, K)
+    blocks, scale, lowrank = ops.compress(x, down, "strided", [24, 40], norm, True)
+    lowrank = lowrank if rank else None
+    return {
+        "compress": (x, down, "strided", [24, 40], norm, True),
+        "gemm": (blocks, scale, lowrank, values, up, bias, 70, [], scale_of_weight),
+        "linear": (x, values, bias, down, up, "strided", [24, 40], norm, scale_of_weight),
+    }
+
+
+CALLS = {"bf16": sample_calls, "fp8": sample_calls_fp8}
+
+
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("name", ["compress", "gemm", "linear"])
@@ -147,10 +208,22 @@ def test_opcheck(name, norm, rank):
     torch.library.opcheck(getattr(ops, name), sample_calls(rank, norm)[name])
 
 
+# (test_schema compares arguments before and after by arithmetic that PyTorch lacks for float8.)
+CHECKS_OF_FLOAT8 = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", ["compress", "gemm", "linear"])
+def test_opcheck_fp8(name, norm, rank):
+    torch.library.opcheck(getattr(ops, name), sample_calls_fp8(rank, norm)[name], test_utils=CHECKS_OF_FLOAT8)
+
+
 @pytest.mark.parametrize("name", ["compress", "gemm", "linear"])
 @pytest.mark.parametrize("rank", [0, 33])
-def test_shapes_alone_are_those_of_the_values(name, rank):
-    call = sample_calls(rank)[name]
+@pytest.mark.parametrize("precision", CALLS)
+def test_shapes_alone_are_those_of_the_values(precision, name, rank):
+    call = CALLS[precision](rank)[name]
     real = getattr(ops, name)(*call)
     with FakeTensorMode() as mode:
         fake = getattr(ops, name)(
@@ -204,13 +277,13 @@ def test_compress_says_what_is_wrong(changes, error, match):
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"rows": 140}, ValueError, "blocks of 140 rows and 64 columns are 13824 bytes"),
+        ({"rows": 140}, ValueError, "blocks of 140 rows and 64 columns of torch.bfloat16 are 13824 bytes"),
         ({"scale": torch.ones(69)}, ValueError, "scale is .* = .70,. or empty"),
         ({"up": None}, ValueError, "come with up"),
         ({"lowrank": None}, ValueError, "low-rank blocks of 70 rows and rank 5 are 8192 bytes, got none"),
         ({"up": normal(N, 33)}, ValueError, "rank 33 are 16384 bytes"),
         ({"up": normal(N - 1, 5)}, ValueError, r"up is \(24, r\)"),
-        ({"weight": normal(N, K).float()}, TypeError, r"bfloat16 weights and factors, got torch\.float32"),
+        ({"weight": normal(N, K).float()}, TypeError, r"weights of bfloat16, .* got torch\.float32"),
         ({"weight": normal(K)}, ValueError, r"weight is \(N, K\)"),
         ({"bias": torch.ones(N).double()}, TypeError, "bias is bfloat16 or float32"),
         ({"bias": torch.ones(N - 1)}, ValueError, r"bias is \(24,\)"),
@@ -225,6 +298,29 @@ def test_compress_says_what_is_wrong(changes, error, match):
 def test_gemm_says_what_is_wrong(changes, error, match):
     names = ("blocks", "scale", "lowrank", "weight", "up", "bias", "rows", "segments")
     call = dict(zip(names, sample_calls()["gemm"], strict=True))
+    with pytest.raises(error, match=match):
+        ops.gemm(**{**call, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        (
+            {"weight_scale": None},
+            TypeError,
+            "got torch.float8_e4m3fn and torch.bfloat16 without weight_scale",
+        ),
+        ({"weight": normal(N, K)}, TypeError, "got torch.bfloat16 and torch.bfloat16 with weight_scale"),
+        ({"weight_scale": torch.ones(N - 1)}, ValueError, r"weight_scale is float32 \(24,\)"),
+        ({"weight_scale": torch.ones(N).double()}, ValueError, "weight_scale is float32"),
+        ({"scale": None}, ValueError, "come with a scale"),
+        ({"scale": torch.ones(0)}, ValueError, "scale is .* = .70,"),
+        ({"rows": 140}, ValueError, "columns of torch.float8_e4m3fn are 15360 bytes"),
+    ],
+)
+def test_fp8_gemm_says_what_is_wrong(changes, error, match):
+    names = ("blocks", "scale", "lowrank", "weight", "up", "bias", "rows", "segments", "weight_scale")
+    call = dict(zip(names, sample_calls_fp8()["gemm"], strict=True))
     with pytest.raises(error, match=match):
         ops.gemm(**{**call, **changes})
 

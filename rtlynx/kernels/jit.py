@@ -115,11 +115,7 @@ def report(source: str, defines: Defines = (), folder: Path = SOURCES) -> Report
 
 def _nvrtc(source: str, defines: Defines, folder: Path) -> tuple[bytes, str]:
     """Cubin and log."""
-    try:
-        from cuda.core import Program, ProgramOptions  # a third of a second, for nothing on a cache hit
-    except ImportError as error:
-        raise CompileError(f"cuda-core is missing ({error}): pip install cuda-core cuda-bindings") from None
-
+    Program, ProgramOptions = _compiler()
     log = _Log()
     options = ProgramOptions(
         name=source,
@@ -137,6 +133,15 @@ def _nvrtc(source: str, defines: Defines, folder: Path) -> tuple[bytes, str]:
         given = " ".join(f"{name}={value}" for name, value in defines) or "no definitions"
         raise CompileError(f"{source} ({given}) does not compile for {ARCH}:\n{error}") from None
     return cubin, log.text
+
+
+def _compiler() -> tuple[Any, Any]:
+    """`Program` and `ProgramOptions` of cuda-core: a third of a second, for nothing on a cache hit."""
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise CompileError(f"cuda-core is missing ({error}): pip install cuda-core cuda-bindings") from None
+    return Program, ProgramOptions
 
 
 class _Log:
@@ -197,6 +202,7 @@ def _key(source: str, defines: Defines, folder: Path) -> str:
 def precompile(folder: Path = SOURCES) -> int:
     """Compile every kernel that the cache lacks, on all cores; return how many there are. Needs no GPU."""
     units = list(dict.fromkeys((one.source, one.defines) for one in instantiations()))
+    _compiler()  # imported by one thread: cuda-core does not bear two
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda unit: cubin(unit[0], unit[1], folder), units):
             pass

@@ -13,10 +13,12 @@ from torch.nn.functional import pad
 
 from rtlynx import Pattern
 from rtlynx.kernels import ops
-from rtlynx.kernels.blocks import compute_order, pack_blocks, unpack_lowrank
+from rtlynx.kernels.blocks import compute_order, pack_blocks, pack_blocks_fp8, unpack_lowrank
 from rtlynx.pattern import pattern_mask
+from rtlynx.quantization import quantize_tokens, quantize_weight
 
 LIMIT = 2.5e-3  # of Y; rounding to bfloat16 alone is 1.7e-3
+LIMIT_FP8 = 3e-3  # on the same quantised operands: tensor cores add e4m3 products to fewer bits
 LIMIT_OF_FEW, FEW = 2**-7, 256  # a few outputs may all be rounded badly, by 2^-8 in T and once more in Y
 DATA = ("normal", "heavy", "ties", "zeros", "tiny", "huge", "rows", "bits")
 LAYOUTS = ("plain", "wide", "odd", "batched", "swapped", "four")
@@ -33,6 +35,7 @@ class Case:
     data : how X is drawn: "heavy" has a few channels 100 times the others, "rows" tokens from 1e-30 to 1e30,
         "bits" any bit pattern, for which selection and scale alone are compared.
     layout : of X in memory: "wide" and "odd" are rows of a wider matrix, the latter at odd addresses.
+    fp8 : whether operands of the sparse product are quantised to e4m3.
     """
 
     rows: int
@@ -45,6 +48,7 @@ class Case:
     bias: str = "none"
     data: str = "normal"
     layout: str = "plain"
+    fp8: bool = False
     seed: int = 0
 
     @property
@@ -58,12 +62,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Layer:
-    """Parameters of one layer, in natural column order."""
+    """Parameters of one layer, in natural column order.
+
+    With `weight_scale` c the weight is e4m3 and `up` B / c.
+    """
 
     weight: Tensor
     bias: Tensor | None
     down: Tensor | None
     up: Tensor | None
+    weight_scale: Tensor | None = None
+
+    def quantized(self) -> Layer:
+        values, scale = quantize_weight(self.weight)
+        up = None if self.up is None else (self.up / scale.unsqueeze(-1)).bfloat16()
+        return Layer(values, self.bias, self.down, up, scale)
+
+    def in_float64(self) -> tuple[Tensor, Tensor | None]:
+        """W and B, scales multiplied in."""
+        scale = 1.0 if self.weight_scale is None else self.weight_scale.double().unsqueeze(-1)
+        return self.weight.float().double() * scale, None if self.up is None else self.up.double() * scale
 
 
 def _generator(case: Case) -> torch.Generator:
@@ -134,7 +152,7 @@ def make_layers(case: Case) -> list[Layer]:
                 normal(n, rank, scale=0.3 * rank**-0.5) if rank else None,
             )
         )
-    return layers
+    return [layer.quantized() for layer in layers] if case.fp8 else layers
 
 
 # --------------------------------------------------------------------------------------- in float64
@@ -146,10 +164,10 @@ class Expected:
 
     broken: Tensor  # (M,)
     scale: Tensor  # (M,)
-    kept: Tensor  # (M, K), zeros where entries were dropped
+    kept: Tensor  # (M, K), zeros where entries were dropped; quantised values times t in fp8
 
 
-def expect(x: Tensor, pattern: Pattern) -> Expected:
+def expect(x: Tensor, pattern: Pattern, fp8: bool = False) -> Expected:
     """Selection and norm scale of X (M, K), by `rtlynx.pattern` and in float64."""
     mask = pattern_mask(x, pattern)
     wide = x.double()
@@ -157,6 +175,9 @@ def expect(x: Tensor, pattern: Pattern) -> Expected:
     broken = ~torch.isfinite(wide).all(-1)
     total, left = wide.square().sum(-1), kept.square().sum(-1)
     scale = torch.where((total > 0) & ~broken, (total / left).sqrt(), 1.0)
+    if fp8:
+        values, t = quantize_tokens(x, mask)
+        kept = values.float().double() * t.double()
     return Expected(broken, scale, kept)
 
 
@@ -166,9 +187,10 @@ def product(x: Tensor, layer: Layer, expected: Expected, norm: bool) -> tuple[Te
     The size (M, 1) is at least the usual one: where terms happen to cancel, their errors do not.
     """
     kept = expected.kept * expected.scale.unsqueeze(-1) if norm else expected.kept
-    y, square = _random_product(kept, layer.weight.double())
-    if layer.down is not None and layer.up is not None:
-        low, size = _random_product(x.double() @ layer.down.double().T, layer.up.double())
+    weight, up = layer.in_float64()
+    y, square = _random_product(kept, weight)
+    if layer.down is not None and up is not None:
+        low, size = _random_product(x.double() @ layer.down.double().T, up)
         y, square = y + low, square + size
     if layer.bias is not None:
         y, square = y + layer.bias.double(), square + layer.bias.double().square().sum()
@@ -205,31 +227,43 @@ def check(case: Case) -> None:
     """Run the operators on `case` and compare all that they return; AssertionError where it is not right."""
     x, layers = make_input(case), make_layers(case)
     flat = x.reshape(-1, case.k)
-    expected = expect(flat, case.pattern)
+    expected = expect(flat, case.pattern, case.fp8)
     down, up, segments = joined(layers)
     with poisoned():
-        blocks, scale, lowrank = ops.compress(x, down, *arguments(case))
+        blocks, scale, lowrank = ops.compress(x, down, *arguments(case), case.fp8)
     check_compressed(case, flat, expected, down, (blocks, scale, lowrank))
     if case.data == "bits":
         return
-    weight = compute_order(torch.cat([layer.weight for layer in layers]), case.pattern)
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = torch.cat(biases) if biases else None
+    weight = in_compute_order(layers, case.pattern)
+    bias, weight_scale = (
+        torch.cat(vectors) if vectors else None
+        for vectors in (
+            [layer.bias for layer in layers if layer.bias is not None],
+            [layer.weight_scale for layer in layers if layer.weight_scale is not None],
+        )
+    )
+    product_operands = (blocks, scale, lowrank, weight, up, bias, case.rows, segments, weight_scale)
     with poisoned():
-        y = ops.gemm(blocks, scale, lowrank, weight, up, bias, case.rows, segments)
+        y = ops.gemm(*product_operands)
     assert y.shape == (case.rows, case.n)
     begin = 0
     for layer in layers:
         end = begin + layer.weight.shape[0]
         check_output(case, y[:, begin:end], *product(flat, layer, expected, case.norm))
         begin = end
-    again = ops.gemm(blocks, scale, lowrank, weight, up, bias, case.rows, segments)
-    assert torch.equal(y, again), "a second product gives other bits"
+    assert torch.equal(y, ops.gemm(*product_operands)), "a second product gives other bits"
     if len(layers) == 1:
         with poisoned():
-            once = ops.linear(x, weight, bias, down, up, *arguments(case))
+            once = ops.linear(x, weight, bias, down, up, *arguments(case), weight_scale)
         assert once.shape == (*x.shape[:-1], case.n)
         assert torch.equal(once.reshape(y.shape), y), "linear gives other bits than compress and gemm"
+
+
+def in_compute_order(layers: list[Layer], pattern: Pattern) -> Tensor:
+    """All weights, one above the other; as bytes where they are, which everything can move."""
+    dtype = layers[0].weight.dtype
+    movable = torch.uint8 if dtype.itemsize == 1 else dtype
+    return compute_order(torch.cat([layer.weight.view(movable) for layer in layers]), pattern).view(dtype)
 
 
 def joined(layers: list[Layer]) -> tuple[Tensor | None, Tensor | None, list[int]]:
@@ -255,16 +289,26 @@ def check_compressed(
 ) -> None:
     """Blocks bit for bit, the scale and T against float64."""
     blocks, scale, lowrank = compressed
-    truth = pack_blocks(x, case.pattern)
+    token_scale = torch.ones(case.rows, device=x.device)
+    if case.fp8:
+        truth, token_scale = pack_blocks_fp8(x, case.pattern)
+    else:
+        truth = pack_blocks(x, case.pattern)
     assert blocks.shape == truth.shape
     wrong = (blocks != truth).nonzero()
     assert not len(wrong), f"{len(wrong)} bytes of the blocks differ, the first at {int(wrong[0])}"
-    assert scale.shape == (case.rows if case.norm else 0,)
+    assert scale.shape == (case.rows if case.norm or case.fp8 else 0,)
     if case.norm:
-        error = (scale.double() / expected.scale - 1).abs()
+        finite = torch.isfinite(token_scale)
+        assert torch.equal(torch.isfinite(scale), finite)
+        error = (scale.double() / token_scale.double() / expected.scale - 1).abs()[finite]
         # Tensor cores truncate where they add: each of K / 64 steps may lose 2^-23 of a sum, s half of that.
         limit = 1e-5 + case.k / 64 * 2**-24
-        assert float(error.max()) < limit, f"scale of row {int(error.argmax())} is off by {error.max():.1e}"
+        assert not len(error) or float(error.max()) < limit, (
+            f"scale of row {int(error.argmax())} is off by {error.max():.1e}"
+        )
+    elif case.fp8:
+        assert torch.equal(scale.nan_to_num(nan=-1.0), token_scale.nan_to_num(nan=-1.0)), "another scale t"
     if down is None:
         assert lowrank.shape == (0,)
         return
@@ -274,7 +318,7 @@ def check_compressed(
     assert not bool(t[:, rank:].any()), "T is not zero beyond the rank"
     if case.data == "bits":
         return  # float32 overflows
-    divisor = expected.scale if case.norm else torch.ones_like(expected.scale)
+    divisor = token_scale.double() * (expected.scale if case.norm else 1.0)
     wide = x.double()[~expected.broken] / divisor[~expected.broken].unsqueeze(-1)
     exact = wide @ down.double().T
     # One rounding to bfloat16, and sums in float32 whose terms may cancel.
@@ -292,5 +336,5 @@ def check_output(case: Case, y: Tensor, exact: Tensor, size: Tensor) -> None:
         error = float((difference / size.clamp_min(1e-300)).norm()) / math.sqrt(case.rows)
     else:
         error = float(difference.norm() / size.norm().clamp_min(1e-300))
-    limit = LIMIT if exact.numel() >= FEW else LIMIT_OF_FEW
+    limit = (LIMIT_FP8 if case.fp8 else LIMIT) if exact.numel() >= FEW else LIMIT_OF_FEW
     assert error <= limit, f"Y is off by {error:.2e}, more than {limit}"

@@ -21,7 +21,7 @@ from producer_cases import ProducerCase
 
 # Above this many products a case takes longer than a hundred small ones.
 MOST_WORK = 4e11
-PRODUCERS = 0.3  # their share of all cases
+PRODUCERS, FP8 = 0.3, 0.4  # their shares of all cases
 
 
 def skewed(draw: random.Random, low: int, high: int, step: int = 1) -> int:
@@ -67,6 +67,7 @@ def random_case(draw: random.Random) -> Case:
         bias="none" if data == "rows" else draw.choice(list(BIASES)),  # it would hide small rows
         data=data,
         layout=draw.choice(LAYOUTS),
+        fp8=draw.random() < FP8,
         seed=draw.randrange(2**31),
     )
 
@@ -88,6 +89,7 @@ def random_producer_case(draw: random.Random) -> ProducerCase:
         data=draw.choice(producer_cases.DATA),
         layout=draw.choice(producer_cases.LAYOUTS),
         shared=draw.random() < 0.3,
+        fp8=draw.random() < FP8,
         seed=draw.randrange(2**31),
     )
 
@@ -134,7 +136,8 @@ def main() -> int:
             print(f"case {kinds.total()} fails: {type(error).__name__}: {error}")
             print(f"python tests/gpu/fuzz.py --case '{json.dumps(asdict(case))}'")
             return 1
-        kinds[case.data if isinstance(case, Case) else case.name] += 1
+        kind = case.data if isinstance(case, Case) else case.name
+        kinds[f"{kind} fp8" if case.fp8 else kind] += 1
         if now - said > 30:
             said = now
             print(f"{kinds.total()} cases in {now - start:.0f} s", flush=True)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from rtlynx import Pattern
 from rtlynx.kernels import producers
+from rtlynx.kernels.blocks import BF16, FP8
+from rtlynx.kernels.sm90.compress import Form
 
 NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
 MODULATED = ("adaln", "rmsnorm")
@@ -25,7 +27,7 @@ LAYOUTS = ("plain", "sliced", "wide", "odd", "swapped")
 LIMIT = 2.5e-3  # of a bf16 rounding the expectation is 1.7e-3; few values scatter
 SMALL = 1e-32  # where a sigmoid leaves the range of float32
 
-Tail = tuple[Tensor | None, str, list[int], bool]  # down, grouping, parts, norm
+Tail = tuple[Tensor | None, str, list[int], bool, bool]  # down, grouping, parts, norm, fp8
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ProducerCase:
     layout : of inputs in memory: "sliced" tokens begin at the sixth, "wide" and "odd" are columns of a wider
         tensor, the latter at odd addresses; halves of one tensor where there are two alike.
     shared : one modulation for all batches.
+    fp8 : whether what is kept is quantised to e4m3.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ProducerCase:
     data: str = "normal"
     layout: str = "plain"
     shared: bool = False
+    fp8: bool = False
     seed: int = 0
 
 
@@ -100,7 +104,7 @@ def make_tail(case: ProducerCase) -> Tail:
         generator = torch.Generator("cuda").manual_seed(case.seed + 1)
         down = torch.randn(case.rank, case.k, generator=generator, device="cuda") * case.k**-0.5
         down = down.bfloat16()
-    return down, case.grouping, list(case.parts), case.norm
+    return down, case.grouping, list(case.parts), case.norm, case.fp8
 
 
 # --------------------------------------------------------------------------------------- in float64
@@ -145,13 +149,14 @@ def compare(
 
     served : whether one kernel must do it all, or PyTorch must compute the chain; None where either may be.
     """
-    down, grouping, parts, norm = tail
+    down, grouping, parts, norm, fp8 = tail
+    form = Form(grouping, tuple(parts), norm, FP8 if fp8 else BF16)
     exact, size = chain(name, *inputs)
     exact = exact.flatten(0, -2)
     rows, k = exact.shape
     with poisoned():
         dense = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
-        fused = producers.launch(name, inputs, *tail, dense=dense)
+        fused = producers.launch(name, inputs, down, form, dense)
         result = getattr(producers, f"{name}_compress")(*inputs, *tail)
     assert served is None or served is (fused is not None), "served otherwise than expected"
     if fused is None:
@@ -160,12 +165,13 @@ def compare(
             size = exact.abs() + 1
     else:
         for one, other in zip(fused, result, strict=True):
-            assert torch.equal(one, other), "the test mode or a second run gives other bits"
+            same = torch.equal(*(part.view(torch.uint8) for part in (one, other)))  # NaN too
+            assert same, "the test mode or a second run gives other bits"
     _check_dense(dense, exact, None if size is None else size.reshape(rows, k))
     pattern = Pattern(2, 4, grouping, tuple(parts) or 1)
     rank = 0 if down is None else down.shape[0]
-    as_matrix = Case(rows, k, 8, rank, grouping, tuple(parts), norm, data=data)
-    check_compressed(as_matrix, dense, expect(dense, pattern), down, result)
+    as_matrix = Case(rows, k, 8, rank, grouping, tuple(parts), norm, data=data, fp8=fp8)
+    check_compressed(as_matrix, dense, expect(dense, pattern, fp8), down, result)
 
 
 def _check_dense(dense: Tensor, exact: Tensor, size: Tensor | None) -> None:

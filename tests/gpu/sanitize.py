@@ -11,6 +11,7 @@ result, too.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import producer_cases
 import torch
@@ -18,12 +19,14 @@ from cases import Case, check
 from producer_cases import ProducerCase
 
 from rtlynx.kernels import tuning
+from rtlynx.kernels.blocks import FP8
 from rtlynx.kernels.sm90 import gemm
 
 # Of products: fewer than a card runs, so that small shapes are several tiles each and share some.
 CTAS = 6
 PRODUCERS = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
-# With each tile width.
+TILES = (*tuning.CANDIDATES, *tuning.CANDIDATES_FP8)
+# With each tile, in its format.
 PRODUCTS = [
     Case(600, 64, 1000, rank=5, bias="f32"),  # several tiles a CTA, ragged in both directions
     Case(700, 4096, 300, rank=16, bias="bf16"),  # 9 narrow tiles: one each, and three that two CTAs share
@@ -49,19 +52,19 @@ def main() -> int:
         1 << 28, device="cuda"
     )  # memory that is written once, so that what torch hands out counts as such
     with torch.no_grad():
-        for tile in tuning.CANDIDATES:
+        for tile in TILES:
             with tuning.forced(tile):
                 for case in PRODUCTS:
-                    check(case)
-        for case in CASES:
-            check(case)
-        for name in PRODUCERS:
-            for rank, grouping in ((0, "adjacent"), (33, "strided")):
-                producer_cases.check(
-                    ProducerCase(name, 130, 512, batch=2, rank=rank, grouping=grouping), served=True
-                )
+                    check(replace(case, fp8=tile.held is FP8))
+        for fp8 in (False, True):
+            for case in CASES:
+                check(replace(case, fp8=fp8))
+            for name in PRODUCERS:
+                for rank, grouping in ((0, "adjacent"), (33, "strided")):
+                    of = ProducerCase(name, 130, 512, batch=2, rank=rank, grouping=grouping, fp8=fp8)
+                    producer_cases.check(of, served=True)
     torch.cuda.synchronize()
-    calls = len(tuning.CANDIDATES) * len(PRODUCTS) + len(CASES) + 2 * len(PRODUCERS)
+    calls = len(TILES) * len(PRODUCTS) + 2 * (len(CASES) + 2 * len(PRODUCERS))
     print(f"{calls} calls, all right")
     return 0
 

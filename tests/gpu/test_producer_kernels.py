@@ -48,10 +48,11 @@ def grouped(name, grouping, **case):
     return ProducerCase(name, k=WIDTHS[name], grouping=grouping, parts=parts, **case)
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(("rows", "rank"), list(itertools.product(ROWS, RANKS)))
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_size_at_real_widths(name, grouping, rows, rank):
+def test_every_size_at_real_widths(name, grouping, rows, rank, fp8):
     index = ROWS.index(rows) + RANKS.index(rank)
     batch = 2 if rows % 2 == 0 else 1
     case = grouped(
@@ -63,17 +64,20 @@ def test_every_size_at_real_widths(name, grouping, rows, rank):
         norm=index % 3 > 0,
         data=DATA[index % 2],
         layout="sliced" if batch == 2 else "plain",
+        fp8=fp8,
         seed=index,
     )
     check(case, served=True)
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_rank_with_and_without_norm(name, grouping, rank, norm):
-    check(ProducerCase(name, 258, 512, batch=2, rank=rank, grouping=grouping, norm=norm), served=True)
+def test_every_rank_with_and_without_norm(name, grouping, rank, norm, fp8):
+    case = ProducerCase(name, 258, 512, batch=2, rank=rank, grouping=grouping, norm=norm, fp8=fp8)
+    check(case, served=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,27 +90,29 @@ def test_every_layout(name, batch, shared, layout):
         check(case, served=layout != "odd")
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("rank", [0, 64])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_kind_of_data(name, rank, data):
-    check(ProducerCase(name, 500, 1024, 2, rank, "strided", data=data), served=True)
+def test_every_kind_of_data(name, rank, data, fp8):
+    check(ProducerCase(name, 500, 1024, 2, rank, "strided", data=data, fp8=fp8), served=True)
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("k", [16, 24, 40, 64, 72, 200, 1000])
 @pytest.mark.parametrize("name", NAMES)
-def test_widths_that_no_tile_divides(name, k):
+def test_widths_that_no_tile_divides(name, k, fp8):
     for rank in (0, 40):
-        check(ProducerCase(name, 70, k, rank=rank), served=True)
+        check(ProducerCase(name, 70, k, rank=rank, fp8=fp8), served=True)
         if k % 32 == 0:
-            check(ProducerCase(name, 70, k, rank=rank, grouping="strided"), served=True)
+            check(ProducerCase(name, 70, k, rank=rank, grouping="strided", fp8=fp8), served=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_alone_without_a_batch(name):
     for inputs in (make_inputs(ProducerCase(name, 129, 512)), make_inputs(ProducerCase(name, 7, 512))):
         flat = [one[0] if getattr(one, "ndim", 0) == 3 else one for one in inputs]
-        compare(name, flat, (None, "strided", [128, 384], True), served=True)
+        compare(name, flat, (None, "strided", [128, 384], True, False), served=True)
 
 
 # ----------------------------------------------------------------------------------- awkward inputs
@@ -141,7 +147,7 @@ def test_parts_that_no_vector_divides_are_left_to_pytorch(name, parts):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_that_the_kernel_cannot_read_are_left_to_pytorch(name):
-    tail = (None, "adjacent", [], True)
+    tail = (None, "adjacent", [], True, False)
     compare(name, changed(name, x=misaligned), tail, served=False)
     compare(name, changed(name, x=lambda x: x.mT.contiguous().mT), tail, served=False)
     if name in ("silu_gate", "concat_gelu"):
@@ -181,7 +187,7 @@ def test_modulations_of_every_shape(name, change, served):
 
 @pytest.mark.parametrize("first", [lambda p: p[0], lambda p: p[:1], lambda p: p.contiguous()])
 def test_shifts_and_scales_that_lie_differently(first):
-    compare("adaln", changed("adaln", first=first), (None, "adjacent", [], True), served=True)
+    compare("adaln", changed("adaln", first=first), (None, "adjacent", [], True, False), served=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
