@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rtlynx.context import SharedInput, SparseContext
-from rtlynx.kernels import ops, reference
+from rtlynx.kernels import fp8, ops, reference
 from rtlynx.kernels.blocks import compute_order
 from rtlynx.kernels.choice import kernels_serve
 from rtlynx.kernels.reference import Norm
 from rtlynx.pattern import Pattern
+from rtlynx.quantization import E4M3, Quantized, quantize_weight
 
+Precision = Literal["bf16", "fp8"]
 Spans = tuple[tuple[int, int], ...]  # half-open ranges of tokens
 
 
@@ -83,17 +85,26 @@ class SparseLinear(nn.Linear):
     `layer.weight.data`). Not seen is a change through `.data` of a reference taken before: read
     `layer.weight` after it.
 
+    A quantised layer (`quantize`) multiplies eight-bit values: Y = (s t) ⊙ (Xq Wq^T) ⊙ c + (X A) B^T + b, a
+    scale t for each token and c for each output channel (`rtlynx.quantization`). Pattern 1:1 makes it dense
+    fp8, which runs on PyTorch's own kernel on cards with fp8. It is for inference: its weight takes no
+    gradient and its input gets none. Casts (`layer.to(dtype)`) leave the weight and its scale alone.
+
     Attributes
     ----------
     weight : Parameter (N, K)
-        W, or the refitted W' where `refitted`.
+        W, or the refitted W' where `refitted`; in a quantised layer its float8_e4m3fn values.
+    weight_scale : buffer (N,) float32 or None
+        c of a quantised layer.
     lowrank_down : Parameter (r, K) or None
         A^T of the low-rank branch, which reads the dense input.
     lowrank_up : Parameter (N, r) or None
         B.
     weight_dense : buffer (N, K) or None
-        The original W beside a refitted one, kept only where some rows or steps run dense.
+        The original W beside a refitted or quantised one, kept only where some rows or steps run dense.
     pattern : Pattern
+    precision : "bf16" | "fp8"
+        "fp8" where the weight is quantised; else the layer computes in the dtype of its input.
     norm : "none" | "scale" | "paper"
         Whether the norm scale s is applied ("paper": with the paper's printed epsilon).
     dense_reason : str or None
@@ -102,11 +113,13 @@ class SparseLinear(nn.Linear):
 
     pattern: Pattern
     norm: Norm
+    precision: Precision
     refitted: bool
     dense_reason: str | None
     lowrank_down: nn.Parameter | None
     lowrank_up: nn.Parameter | None
     weight_dense: Tensor | None
+    weight_scale: Tensor | None
     text_rows_dense: bool
     context: SparseContext
     shared_input: SharedInput
@@ -131,6 +144,7 @@ class SparseLinear(nn.Linear):
             raise ValueError(f"norm is 'none', 'scale' or 'paper', got {norm!r}")
         self.pattern = pattern
         self.norm = norm
+        self.precision = "bf16"
         self.refitted = False
         self.dense_reason = pattern.misfit(self.in_features)
         self.text_rows_dense = False
@@ -140,6 +154,7 @@ class SparseLinear(nn.Linear):
         self.register_parameter("lowrank_down", None)
         self.register_parameter("lowrank_up", None)
         self.register_buffer("weight_dense", None)
+        self.register_buffer("weight_scale", None)
 
     @classmethod
     def from_linear(
@@ -180,7 +195,7 @@ class SparseLinear(nn.Linear):
         Raises
         ------
         RuntimeError
-            If the weight was refitted and the original was not kept.
+            If the weight was refitted or quantised and the original was not kept.
         """
         weight = self.original_weight()
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -189,7 +204,8 @@ class SparseLinear(nn.Linear):
                 plain.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
         for name in ("lowrank_down", "lowrank_up"):
             plain._parameters.pop(name, None)
-        plain._buffers.pop("weight_dense", None)
+        for name in ("weight_dense", "weight_scale"):
+            plain._buffers.pop(name, None)
         if weight is not self.weight:
             plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         return plain
@@ -203,7 +219,32 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         self._ordered.drop()  # or it would stay on a device that the layer leaves
-        return super()._apply(fn, recurse)
+        if self.precision != "fp8":
+            return super()._apply(fn, recurse)
+        scale = self.weight_scale
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype is tensor.dtype or (tensor.dtype is not E4M3 and tensor is not scale):
+                return moved
+            return tensor.to(moved.device)  # a cast of the model is none of eight-bit values and their scale
+
+        return super()._apply(move, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        *_, error_messages = lists
+        weight = state_dict.get(f"{prefix}weight")
+        # PyTorch would cast one into the other, values without their scale.
+        if weight is not None and (weight.dtype is E4M3) is not (self.precision == "fp8"):
+            error_messages.append(
+                f"{prefix}weight is {weight.dtype}, and the layer is "
+                f"{'quantised to' if self.precision == 'fp8' else 'not quantised to'} {E4M3}: "
+                "load a quantised weight with its scale into a layer that is quantised"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     @property
     def rank(self) -> int:
@@ -211,7 +252,10 @@ class SparseLinear(nn.Linear):
         return 0 if self.lowrank_down is None else self.lowrank_down.shape[0]
 
     def set_lowrank(self, down: Tensor, up: Tensor) -> None:
-        """Set the low-rank branch: `down` A^T (r, K), `up` B (N, r), cast like the weight."""
+        """Set the low-rank branch: `down` A^T (r, K), `up` B (N, r), cast like the weight.
+
+        Beside a quantised weight they are cast like the factors or the bias that the layer has, if any.
+        """
         rank = down.shape[0]
         if rank < 1 or down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
             raise ValueError(
@@ -219,12 +263,26 @@ class SparseLinear(nn.Linear):
                 f"(r, {self.in_features}) and ({self.out_features}, r), "
                 f"got {tuple(down.shape)} and {tuple(up.shape)}"
             )
-        train = self.weight.requires_grad
-        self.lowrank_down = nn.Parameter(down.detach().to(self.weight).contiguous(), requires_grad=train)
-        self.lowrank_up = nn.Parameter(up.detach().to(self.weight).contiguous(), requires_grad=train)
+        train, device, dtype = self.weight.requires_grad, self.weight.device, self.weight.dtype
+        if self.precision == "fp8":
+            like = next((t for t in (self.lowrank_down, self.bias) if t is not None), down)
+            dtype = like.dtype
+        for name, factor in (("lowrank_down", down), ("lowrank_up", up)):
+            new = factor.detach().to(device, dtype).contiguous()
+            setattr(self, name, nn.Parameter(new, requires_grad=train))
 
     def set_refit(self, weight: Tensor, *, keep_dense: bool = False) -> None:
-        """Replace W by the refitted W' (N, K); `keep_dense` keeps W beside it for dense rows and steps."""
+        """Replace W by the refitted W' (N, K); `keep_dense` keeps W beside it for dense rows and steps.
+
+        Raises
+        ------
+        ValueError
+            If the weight is of another shape.
+        RuntimeError
+            If the layer is quantised: refit first.
+        """
+        if self.precision == "fp8":
+            raise RuntimeError("the layer is quantised: refit its weight first, then quantise it")
         if weight.shape != self.weight.shape:
             raise ValueError(
                 f"a refitted weight here is {tuple(self.weight.shape)}, got {tuple(weight.shape)}"
@@ -234,6 +292,53 @@ class SparseLinear(nn.Linear):
         new = weight.detach().to(self.weight).contiguous()  # safetensors saves nothing else
         self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
         self.refitted = True
+
+    def quantize(self, gram: Tensor | None = None, *, keep_dense: bool = False) -> None:
+        """Quantise the weight to e4m3, in place: from now on the layer is fp8.
+
+        Parameters
+        ----------
+        gram : Tensor (K, K) or None
+            Second moments of what the weight multiplies, S^T S, to choose the scales on
+            (`rtlynx.quantization.quantize_weight`); None takes the plain ones.
+        keep_dense : bool
+            Keep the original W (N, K) beside it, for dense rows and steps.
+
+        Raises
+        ------
+        ValueError
+            If the weight is not finite, or `norm` is "paper", which fp8 layers do not know.
+        RuntimeError
+            If the layer is quantised already, does not run sparse, or `keep_dense` comes after a refit that
+            did not keep the original.
+        """
+        if self.precision == "fp8":
+            raise RuntimeError("the layer is quantised already")
+        self.set_quantized(quantize_weight(self._own_weight(), gram), keep_dense=keep_dense)
+
+    def set_quantized(self, weight: Quantized, *, keep_dense: bool = False, refitted: bool = False) -> None:
+        """Take a weight that was quantised elsewhere: values (N, K) and scale (N,); see `quantize`.
+
+        `refitted` says that it is a refitted weight W' that was quantised.
+        """
+        values, scale = weight
+        shape = (self.out_features, self.in_features)
+        if values.dtype is not E4M3 or values.shape != shape or scale.shape != shape[:1]:
+            raise ValueError(
+                f"a quantised weight here is {shape} of {E4M3} with a scale of {shape[:1]}, got "
+                f"{tuple(values.shape)} of {values.dtype} with a scale of {tuple(scale.shape)}"
+            )
+        if self.norm == "paper":
+            raise ValueError("fp8 layers know the norm scale 'scale', not the paper's printed formula")
+        if self.dense_reason is not None:
+            raise RuntimeError(f"the layer runs dense and is not quantised: {self.dense_reason}")
+        if keep_dense and self.weight_dense is None:
+            self.weight_dense = self.original_weight().detach()
+        device = self.weight.device
+        self.weight = nn.Parameter(values.detach().to(device).contiguous(), requires_grad=False)
+        self.weight_scale = scale.detach().to(device, torch.float32).contiguous()
+        self.precision = "fp8"
+        self.refitted = self.refitted or refitted
 
     def forward(self, input: Tensor) -> Tensor:
         """X (..., K) -> Y (..., N)."""
@@ -260,8 +365,13 @@ class SparseLinear(nn.Linear):
         parameters = self._parameters
         down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
         weight = self._own_weight()
+        keeps_all = self.pattern.n == self.pattern.m
+        if self.precision == "fp8" and keeps_all:
+            return self._by_fp8(input, x, spans, fp8.dense_linear_fp8)
         if kernels_serve(x, self.pattern, self.norm, weight, bias, down, up):
             return self._by_kernels(input, x, spans, weight)
+        if self.precision == "fp8":
+            return self._by_fp8(input, x, spans, fp8.linear_fp8)
         compressed = self.shared_input.compress(
             input,
             (self.pattern, self.norm, x.dtype),
@@ -275,6 +385,29 @@ class SparseLinear(nn.Linear):
             lowrank = None if down is None else linear(piece, down)
             outputs.append(reference.sparse_linear(kept, weight, bias, lowrank, up))
         return outputs
+
+    def _by_fp8(
+        self, input: Tensor, x: Tensor, spans: Spans | None, product: Callable[..., Tensor]
+    ) -> list[Tensor]:
+        """`_sparse` of a quantised layer by a product of `rtlynx.kernels.fp8`."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "a quantised layer passes no gradient to its input: call the model under torch.no_grad()"
+            )
+        parameters, scale = self._parameters, self.weight_scale
+        assert scale is not None
+        of = fp8.Fp8Parameters(
+            self._own_weight(), scale, *(parameters[name] for name in ("bias", "lowrank_down", "lowrank_up"))
+        )
+        compressed = self.shared_input.compress(
+            input,
+            ("fp8", self.pattern, self.norm, x.dtype),
+            lambda: fp8.compress_fp8(x, self.pattern, self.norm),
+        )
+        if spans is None:
+            return [product(x, compressed, of)]
+        slices = [slice(*span) for span in spans]
+        return [product(x[..., rows, :], compressed.rows(rows), of) for rows in slices]
 
     def _by_kernels(self, input: Tensor, x: Tensor, spans: Spans | None, weight: Tensor) -> list[Tensor]:
         parameters = self._parameters
@@ -318,23 +451,26 @@ class SparseLinear(nn.Linear):
         Raises
         ------
         RuntimeError
-            If the weight was refitted and the original was not kept.
+            If the weight was refitted or quantised and the original was not kept.
         """
         self._ordered.drop()  # for the reason given at `weight`
         return self._original_weight()
 
     def _original_weight(self) -> Tensor:
-        if not self.refitted:
-            return self._own_weight()
-        if self.weight_dense is None:
+        if self.weight_dense is not None:
+            return self.weight_dense
+        if self.refitted or self.precision == "fp8":
             raise RuntimeError(
-                "this layer was refitted without keeping its original weight, which dense rows and steps "
-                "need: calibrate with text_rows='dense' or dense_steps > 0 to keep both"
+                f"this layer was {'refitted' if self.refitted else 'quantised'} without keeping its original "
+                "weight, which dense rows and steps need: calibrate with text_rows='dense' or "
+                "dense_steps > 0 to keep both"
             )
-        return self.weight_dense
+        return self._own_weight()
 
     def extra_repr(self) -> str:
         pattern = f"{self.pattern.n}:{self.pattern.m} {self.pattern.grouping}"
+        if self.precision == "fp8":
+            pattern = f"fp8, {pattern}"
         state = f"dense: {self.dense_reason}" if self.dense_reason else f"{pattern}, norm={self.norm}"
         rank = f", rank={self.rank}" if self.rank else ""
         return f"{super().extra_repr()}, {state}{rank}{', refitted' if self.refitted else ''}"

@@ -1,6 +1,7 @@
 """The operations under `SparseLinear`, from plain PyTorch on any device to Hopper's sparse tensor cores.
 
 reference.py : selection and product in plain PyTorch; what the kernels do not serve runs here.
+fp8.py : the same two operations in eight bits, and dense fp8 products by PyTorch's own kernel.
 choice.py : which of the two a call gets.
 ops.py : the torch operators `rtlynx::compress`, `rtlynx::gemm` and `rtlynx::linear`.
 producers.py : operators that compress what an elementwise chain yields: `rtlynx::adaln_compress` and others.

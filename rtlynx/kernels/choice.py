@@ -11,6 +11,7 @@ from rtlynx.kernels import jit
 from rtlynx.kernels.reference import Norm
 from rtlynx.kernels.sm90.compress import MAX_PARTS
 from rtlynx.pattern import Pattern
+from rtlynx.quantization import E4M3
 
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()
@@ -52,6 +53,8 @@ def _obstacle(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, down, up)
     ):
         return "gradients are asked for: call the model under torch.no_grad()"
+    if weight.dtype is E4M3:
+        return "there are no kernels for fp8 weights and sparse inputs"
     bf16 = torch.bfloat16
     if not (x.dtype is bf16 and weight.dtype is bf16 and (down is None or down.dtype is bf16)):
         return "the kernels take bfloat16 inputs, weights and factors"

@@ -1,0 +1,158 @@
+"""The two operations of an fp8 layer in plain PyTorch, and dense fp8 products by PyTorch's own kernel.
+
+As in `reference`: one pass over X yields everything about X, one product consumes it. Selection sees the
+unquantised X. The low-rank step is folded into the accumulators of the eight-bit product, so its factors are
+divided by the scales and rounded there; the plain PyTorch below rounds at the same places.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rtlynx.kernels.reference import Norm
+from rtlynx.pattern import Pattern, norm_scale, pattern_mask
+from rtlynx.quantization import dequantize, quantize_tokens
+
+
+class CompressedFp8(NamedTuple):
+    """An input after selection and quantisation.
+
+    values : (..., K) float8_e4m3fn, +0 where entries were dropped.
+    scale : (..., 1) float32, s t: the norm scale times that of the quantisation, one rounding.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    def rows(self, rows: slice) -> CompressedFp8:
+        """The tokens `rows` of the token axis (-2)."""
+        return CompressedFp8(self.values[..., rows, :], self.scale[..., rows, :])
+
+    def dequantize(self) -> Tensor:
+        """What the product sees of X, (..., K) float32."""
+        return dequantize(self.values, self.scale)
+
+
+class Fp8Parameters(NamedTuple):
+    """What a quantised layer multiplies with.
+
+    weight : (N, K) float8_e4m3fn, in natural column order.
+    scale : (N,) float32, c of each output channel.
+    bias : (N,) or None.
+    down, up : (r, K) and (N, r), A^T and B of the low-rank branch, unscaled; or None.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+
+
+def compress_fp8(x: Tensor, pattern: Pattern, norm: Norm) -> CompressedFp8:
+    """Select from `x` (..., K) and quantise what is kept; n = m keeps all: dense fp8.
+
+    Raises
+    ------
+    ValueError
+        For the norm scale as printed in the paper: it is 0 for a token of zeros, and T is divided by it.
+    """
+    if norm == "paper":
+        raise ValueError("fp8 layers know the norm scale 'scale', not the paper's printed formula")
+    if pattern.n == pattern.m:
+        pattern.widths(x.shape[-1])
+        return CompressedFp8(*quantize_tokens(x))
+    mask = pattern_mask(x, pattern)
+    values, scale = quantize_tokens(x, mask)
+    return CompressedFp8(values, scale if norm == "none" else norm_scale(x.detach(), mask) * scale)
+
+
+def fold_lowrank(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
+    """T' = (X A) / (s t) (..., r): from the dense X, summed in float32, rounded once.
+
+    bfloat16 for half-precision X (float16 would overflow), else in the dtype of X.
+    """
+    return (_product(x, down) / scale).to(_folded_dtype(x.dtype))
+
+
+def fold_up(up: Tensor, scale: Tensor) -> Tensor:
+    """B' = B / c (N, r), in float32 and rounded once, as `fold_lowrank`; can be made offline."""
+    return (up.float() / scale.unsqueeze(-1)).to(_folded_dtype(up.dtype))
+
+
+def linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
+    """Y = (s t) ⊙ (Xq Wq^T + T' B'^T) ⊙ c + b, rows by s t, columns by c.
+
+    In float32: acc = Xq Wq^T + T' B'^T, then (acc * c) * (s t) + b, then rounded to the dtype of `x`.
+
+    Parameters
+    ----------
+    x : Tensor (..., K)
+        The dense input, for the low-rank branch and the dtype.
+    compressed : CompressedFp8
+        Of `x`.
+    of : Fp8Parameters
+
+    Returns
+    -------
+    Tensor (..., N) in the dtype of `x`.
+    """
+    weight, channel, bias, down, up = of
+    acc = _product(compressed.values, weight)
+    if down is not None and up is not None:
+        acc = acc + _product(fold_lowrank(x, down, compressed.scale), fold_up(up, channel))
+    y = acc * channel * compressed.scale
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
+    """`linear_fp8` of a `compressed` that keeps everything, by `torch._scaled_mm` where that serves."""
+    if not scaled_mm_serves(x, of):
+        return linear_fp8(x, compressed, of)
+    n, k = of.weight.shape
+    lowrank = of.down is not None
+    y = torch._scaled_mm(
+        compressed.values.reshape(-1, k),
+        of.weight.T,
+        scale_a=compressed.scale.reshape(-1, 1),
+        scale_b=of.scale.unsqueeze(0),
+        bias=None if lowrank else of.bias,
+        out_dtype=torch.bfloat16,
+    ).view(*x.shape[:-1], n)
+    if of.down is None or of.up is None:
+        return y
+    rest = _product(linear(x, of.down), of.up)
+    return (y.float() + (rest if of.bias is None else rest + of.bias)).bfloat16()
+
+
+def scaled_mm_serves(x: Tensor, of: Fp8Parameters) -> bool:
+    """Whether PyTorch's row-wise scaled product takes `x`: bfloat16 on a card with fp8, multiples of 16."""
+    if not x.is_cuda or x.dtype is not torch.bfloat16 or not x.numel():
+        return False
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (of.bias, of.down, of.up)
+    ):
+        return False
+    n, k = of.weight.shape
+    factors = (of.bias, of.down, of.up)
+    return (
+        n % 16 == 0
+        and k % 16 == 0
+        and all(tensor is None or tensor.dtype is torch.bfloat16 for tensor in factors)
+        and of.weight.is_contiguous()
+        and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """X W^T in float32, under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x.float(), weight.float())
+
+
+def _folded_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype is torch.float16 else dtype

@@ -1,0 +1,189 @@
+"""fp8 layers in plain PyTorch against their formula in float64, and against what eight bits can do."""
+
+import pytest
+import torch
+from helpers import relative_error, slow_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linear_helpers import PATTERNS, K, N, factors, mask_for, tokens
+
+from rtlynx import Pattern, norm_scale
+from rtlynx.kernels.fp8 import (
+    Fp8Parameters,
+    compress_fp8,
+    dense_linear_fp8,
+    fold_lowrank,
+    fold_up,
+    linear_fp8,
+)
+from rtlynx.quantization import quantize_tokens, quantize_weight
+
+EVERYTHING = Pattern(1, 1)
+
+
+def parameters(bias=True, lowrank=False, dtype=torch.float32, seed=5):
+    weight = tokens(N, K, seed=seed) / 6
+    down, up = factors() if lowrank else (None, None)
+    cast = (
+        None if t is None else t.to(dtype) for t in (tokens(N, seed=seed + 1) if bias else None, down, up)
+    )
+    return weight, Fp8Parameters(*quantize_weight(weight), *cast)
+
+
+def eight_bits(compressed, of, x):
+    """The product in float64 from the eight-bit values, with unrounded factors."""
+    seen = compressed.values.double() * compressed.scale.double()
+    y = seen @ (of.weight.double() * of.scale.double().unsqueeze(-1)).T
+    if of.down is not None:
+        y = y + x.double() @ of.down.double().T @ of.up.double().T
+    return y if of.bias is None else y + of.bias.double()
+
+
+# ------------------------------------------------------------------------------------------- compression
+
+
+@pytest.mark.parametrize("grouping", PATTERNS)
+@pytest.mark.parametrize("norm", ["none", "scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_is_selected_before_it_is_quantised(grouping, norm, dtype):
+    pattern, _ = PATTERNS[grouping]
+    x = (tokens(7, K) * torch.linspace(0.01, 50, 7).unsqueeze(-1)).to(dtype)
+    mask = mask_for(x, grouping)
+    values, scale = compress_fp8(x, pattern, norm)
+    expected, t = quantize_tokens(torch.where(mask, x, 0))
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+    s = (
+        (x.double().square().sum(-1) / (x.double() * mask).square().sum(-1)).sqrt()
+        if norm == "scale"
+        else 1.0
+    )
+    torch.testing.assert_close(
+        scale.double(), t.double() * torch.as_tensor(s).unsqueeze(-1), rtol=1e-6, atol=0
+    )
+
+
+def test_selection_sees_entries_that_eight_bits_cannot_tell_apart():
+    x = torch.tensor([[1.0, 1.01, 1.02, 1.03]])  # all are 1 in e4m3
+    values, _ = compress_fp8(x, Pattern(), "none")
+    assert (values.float() != 0).tolist() == [[False, False, True, True]]
+
+
+def test_dense_fp8_keeps_everything_and_has_no_norm_scale():
+    x = tokens(2, 5, K)
+    for norm in ("none", "scale"):
+        values, scale = compress_fp8(x, EVERYTHING, norm)
+        plain = quantize_tokens(x)
+        assert torch.equal(scale, plain.scale)
+        assert torch.equal(values.view(torch.uint8), plain.values.view(torch.uint8))
+    with pytest.raises(ValueError, match="do not split"):
+        compress_fp8(tokens(2, 6), Pattern(4, 4), "none")
+
+
+def test_the_papers_formula_has_no_fp8_form():
+    with pytest.raises(ValueError, match="paper's printed formula"):
+        compress_fp8(tokens(), Pattern(), "paper")
+
+
+def test_rows_and_dequantize():
+    x = tokens(2, 9, K)
+    whole = compress_fp8(x, Pattern(), "scale")
+    part = compress_fp8(x[:, 2:5], Pattern(), "scale")
+    assert torch.equal(whole.rows(slice(2, 5)).dequantize(), part.dequantize())
+    torch.testing.assert_close(whole.dequantize(), whole.values.float() * whole.scale, rtol=0, atol=0)
+    s = norm_scale(x, slow_mask(x))
+    assert relative_error(whole.dequantize(), torch.where(slow_mask(x), x, 0) * s) < 0.04
+
+
+# --------------------------------------------------------------------------------------------- product
+
+
+@pytest.mark.parametrize("grouping", [*PATTERNS, "everything"])
+@pytest.mark.parametrize("norm", ["none", "scale"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lowrank", [False, True])
+def test_product_of_the_eight_bit_values(grouping, norm, bias, lowrank):
+    pattern = EVERYTHING if grouping == "everything" else PATTERNS[grouping][0]
+    _, of = parameters(bias, lowrank)
+    x = tokens(2, 5, K)
+    compressed = compress_fp8(x, pattern, norm)
+    y = linear_fp8(x, compressed, of)
+    assert y.dtype == torch.float32
+    assert relative_error(y, eight_bits(compressed, of, x)) < 1e-6
+    assert torch.equal(y, dense_linear_fp8(x, compressed, of))  # no card here: the same
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lowrank", [False, True])
+def test_half_precision_rounds_the_folded_factors_and_the_result(dtype, lowrank):
+    _, of = parameters(True, lowrank, dtype)
+    x = (tokens(40, K) * torch.logspace(-4, 2, 40).unsqueeze(-1)).to(dtype)
+    compressed = compress_fp8(x, Pattern(), "scale")
+    y = linear_fp8(x, compressed, of)
+    assert y.dtype == dtype
+    # by hand: T' and B' in bfloat16 (float16 would overflow: c is about 1e-3), sums in float64
+    acc = compressed.values.double() @ of.weight.double().T
+    if lowrank:
+        t = (x.double() @ of.down.double().T / compressed.scale).bfloat16()
+        up = (of.up.double() / of.scale.unsqueeze(-1)).bfloat16()
+        assert relative_error(fold_lowrank(x, of.down, compressed.scale), t) < 1e-4
+        assert relative_error(fold_up(of.up, of.scale), up) < 1e-4
+        acc = acc + t.double() @ up.double().T
+    expected = acc * of.scale * compressed.scale + of.bias.double()
+    half_step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    torch.testing.assert_close(y.double(), expected, rtol=1.01 * half_step, atol=1e-6)
+
+
+def test_error_is_that_of_eight_bits():
+    weight, of = parameters(bias=False)
+    x = tokens(200, K)
+    y = dense_linear_fp8(x, compress_fp8(x, EVERYTHING, "none"), of)
+    # each of two factors is rounded by at most 2^-4, uniformly in each octave: about 2.5 % in the mean square
+    assert 0.01 < relative_error(y, x @ weight.T) < 0.05
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(-20, 20), st.integers(-20, 20))
+def test_powers_of_two_go_through(power_x, power_w):
+    weight, of = parameters(bias=False)
+    x = tokens()
+    plain = linear_fp8(x, compress_fp8(x, Pattern(), "scale"), of)
+    moved_of = Fp8Parameters(*quantize_weight(weight * 2.0**power_w), None, None, None)
+    moved_x = x * 2.0**power_x
+    moved = linear_fp8(moved_x, compress_fp8(moved_x, Pattern(), "scale"), moved_of)
+    assert torch.equal(moved, plain * 2.0 ** (power_x + power_w))
+
+
+def test_a_token_of_zeros_gives_the_bias():
+    _, of = parameters(lowrank=True)
+    x = torch.zeros(2, K)
+    y = linear_fp8(x, compress_fp8(x, Pattern(), "scale"), of)
+    assert torch.equal(y, of.bias.expand(2, N))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("pattern", [Pattern(), EVERYTHING])
+def test_a_token_that_is_not_finite_ruins_itself_alone(bad, pattern):
+    _, of = parameters(lowrank=True)
+    x = tokens(6, K)
+    expected = linear_fp8(x, compress_fp8(x, pattern, "scale"), of)
+    x[2, 5] = bad
+    y = linear_fp8(x, compress_fp8(x, pattern, "scale"), of)
+    assert bool(torch.isnan(y[2]).all())
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(y[others], expected[others])
+
+
+def test_no_rows_at_all():
+    _, of = parameters(lowrank=True)
+    x = tokens(0, K)
+    compressed = compress_fp8(x, Pattern(), "scale")
+    assert linear_fp8(x, compressed, of).shape == (0, N)
+
+
+def test_autocast_does_not_reach_into_the_product():
+    _, of = parameters(lowrank=True)
+    x = tokens()
+    compressed = compress_fp8(x, Pattern(), "scale")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = linear_fp8(x, compressed, of)
+    assert torch.equal(inside, linear_fp8(x, compressed, of))
