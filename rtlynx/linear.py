@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,36 +24,33 @@ Precision = Literal["bf16", "fp8"]
 Spans = tuple[tuple[int, int], ...]  # half-open ranges of tokens
 
 
-class _OrderedWeight:
-    """A copy of a layer's weight in the kernels' column order, made anew when the weight may have changed."""
+class _Derived:
+    """What kernels read in place of parameters, made anew when one of those may have changed."""
 
     def __init__(self) -> None:
-        self._entry: tuple[weakref.ref[Tensor], int, int, Pattern, Tensor] | None = None
+        self._entry: tuple[list[weakref.ref[Tensor]], object, Tensor] | None = None
 
-    def get(self, weight: Tensor, pattern: Pattern) -> Tensor:
-        """`weight` in compute order: itself for adjacent groups, which need no other."""
-        if pattern.grouping == "adjacent":
-            return weight
-        if torch.compiler.is_compiling() or weight.is_inference():
-            # No version, or no guard that sees it: in order for this call alone.
-            return compute_order(weight.detach(), pattern)
+    def get(self, sources: tuple[Tensor, ...], key: object, make: Callable[[], Tensor]) -> Tensor:
+        """`make()` of `sources` and whatever `key` says."""
+        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+            return make()  # no version, or no guard that sees it: for this call alone
         entry = self._entry
-        state = (weight._version, weight.data_ptr(), pattern)
-        if entry is not None and entry[0]() is weight and entry[1:4] == state:
-            return entry[4]
-        ordered = compute_order(weight.detach(), pattern)
-        if weight.is_cuda:
+        state = (key, *((source._version, source.data_ptr()) for source in sources))
+        if entry is not None and entry[1] == state and all(r() is s for r, s in zip(entry[0], sources)):  # noqa: B905
+            return entry[2]
+        made = make()
+        if made.is_cuda:
             if torch.cuda.is_current_stream_capturing():
-                return ordered  # filled by replays of that graph alone
-            torch.cuda.current_stream(weight.device).synchronize()  # other streams may be the next to ask
-        self._entry = (weakref.ref(weight), *state, ordered)
-        return ordered
+                return made  # filled by replays of that graph alone
+            torch.cuda.current_stream(made.device).synchronize()  # other streams may be the next to ask
+        self._entry = ([weakref.ref(source) for source in sources], state, made)
+        return made
 
     def drop(self) -> None:
         self._entry = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _OrderedWeight:
-        return _OrderedWeight()
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Derived:
+        return _Derived()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_entry": None}
@@ -78,9 +76,9 @@ class SparseLinear(nn.Linear):
     A subclass of `nn.Linear` that keeps `weight` and `bias`, so peft, offloading and tensor-parallel styles
     see an ordinary linear layer. All parameters are in natural column order whatever the grouping.
 
-    In bfloat16 on a Hopper card, without gradients, the layer runs on sparse tensor cores
+    In bfloat16 or fp8 on a Hopper card, without gradients, the layer runs on sparse tensor cores
     (`rtlynx.kernels.choice`). With strided groups it then keeps a copy of the weight in the order of the
-    groups, 2 N K bytes beside the parameter. The copy is private, in no `state_dict`, and made anew when the
+    groups, as large as the parameter. The copy is private, in no `state_dict`, and made anew when the
     weight is replaced, moved, changed in place or taken from the layer by name (peft merges into
     `layer.weight.data`). Not seen is a change through `.data` of a reference taken before: read
     `layer.weight` after it.
@@ -123,7 +121,8 @@ class SparseLinear(nn.Linear):
     text_rows_dense: bool
     context: SparseContext
     shared_input: SharedInput
-    _ordered: _OrderedWeight
+    _ordered: _Derived
+    _folded: _Derived
 
     def __init__(
         self,
@@ -150,7 +149,8 @@ class SparseLinear(nn.Linear):
         self.text_rows_dense = False
         self.context = SparseContext()
         self.shared_input = SharedInput(single=True)
-        self._ordered = _OrderedWeight()
+        self._ordered = _Derived()
+        self._folded = _Derived()
         self.register_parameter("lowrank_down", None)
         self.register_parameter("lowrank_up", None)
         self.register_buffer("weight_dense", None)
@@ -219,6 +219,7 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         self._ordered.drop()  # or it would stay on a device that the layer leaves
+        self._folded.drop()
         if self.precision != "fp8":
             return super()._apply(fn, recurse)
         scale = self.weight_scale
@@ -411,33 +412,42 @@ class SparseLinear(nn.Linear):
 
     def _by_kernels(self, input: Tensor, x: Tensor, spans: Spans | None, weight: Tensor) -> list[Tensor]:
         parameters = self._parameters
-        down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
-        pattern, norm = self.pattern, self.norm == "scale"
+        down, bias = parameters["lowrank_down"], parameters["bias"]
+        up: Tensor | None = parameters["lowrank_up"]
+        pattern, norm, weight_scale = self.pattern, self.norm == "scale", self.weight_scale
+        quantized = weight_scale is not None
         grouping, parts = pattern.grouping, ops.pattern_parts(pattern, self.in_features)
         if x.stride(-1) != 1:
             x = x.contiguous()
         # Blocks cannot be sliced by rows: spans are compressed one by one.
         pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
-        weight = self._ordered.get(weight, pattern)
+        if grouping != "adjacent":
+            weight = self._ordered.get((weight,), pattern, partial(compute_order, weight.detach(), pattern))
+        if up is not None and weight_scale is not None:
+            up = self._folded.get((up, weight_scale), None, partial(fp8.fold_up, up.detach(), weight_scale))
         if self.shared_input.single:
-            return [ops.linear(piece, weight, bias, down, up, grouping, parts, norm) for piece in pieces]
+            return [
+                ops.linear(piece, weight, bias, down, up, grouping, parts, norm, weight_scale)
+                for piece in pieces
+            ]
         # T comes out of the same pass, so a layer with another A compresses again.
         compressed = self.shared_input.compress(
             input,
-            ("kernels", pattern, norm, spans),
-            lambda: [ops.compress(piece, down, grouping, parts, norm) for piece in pieces],
+            ("kernels", pattern, norm, quantized, spans),
+            lambda: [ops.compress(piece, down, grouping, parts, norm, quantized) for piece in pieces],
             down,
         )
         return [
             ops.gemm(
                 blocks,
-                scale if norm else None,
+                scale if norm or quantized else None,
                 None if down is None else lowrank,
                 weight,
                 up,
                 bias,
                 piece.numel() // self.in_features,
                 [],
+                weight_scale,
             ).view(*piece.shape[:-1], self.out_features)
             for piece, (blocks, scale, lowrank) in zip(pieces, compressed, strict=True)
         ]

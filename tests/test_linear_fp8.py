@@ -2,7 +2,6 @@
 
 import copy
 import io
-import warnings
 
 import pytest
 import safetensors.torch
@@ -13,7 +12,6 @@ from torch import nn
 
 from rtlynx import Pattern, SparseLinear
 from rtlynx.context import SharedInput
-from rtlynx.kernels import choice
 from rtlynx.quantization import dequantize, quantize_tokens, quantize_weight
 
 EVERYTHING = Pattern(1, 1)
@@ -322,16 +320,3 @@ def test_quantised_weights_of_another_kind_are_refused(bad):
     with pytest.raises(ValueError, match="a quantised weight here is"):
         layer.set_quantized(weight)
     assert layer.precision == "bf16"
-
-
-def test_the_kernels_refuse_eight_bit_weights_with_a_reason(monkeypatch):
-    class OnCuda:  # what is asked of a tensor before any card is
-        is_cuda, requires_grad, dtype = True, False, torch.bfloat16
-
-    monkeypatch.setattr(choice, "_said", set())
-    weight = quantize_weight(linear().weight).values
-    with pytest.warns(RuntimeWarning, match="no kernels for fp8 weights"):
-        assert not choice.kernels_serve(OnCuda(), Pattern(), "none", weight, None, None, None)
-    with warnings.catch_warnings():  # and once only
-        warnings.simplefilter("error")
-        assert not choice.kernels_serve(OnCuda(), Pattern(), "none", weight, None, None, None)

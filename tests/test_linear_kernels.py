@@ -125,6 +125,36 @@ def test_dense_steps_use_no_kernel(calls):
     assert not calls
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("norm", ["none", "scale"])
+@pytest.mark.parametrize("rank", [0, RANK])
+@pytest.mark.parametrize("single", [False, True])
+def test_a_quantised_layer_gives_what_plain_pytorch_gives(name, norm, rank, single, calls, monkeypatch):
+    layer = sparse(name, norm, rank)
+    layer.quantize()
+    layer.shared_input = SharedInput(single=single)
+    x = normal(2, 35, K)
+    y = layer(x)
+    assert calls == ({"linear": 1} if single else {"compress": 1, "gemm": 1})
+    monkeypatch.setattr(rtlynx.linear, "kernels_serve", lambda *_: False)
+    assert relative_error(y, layer(x)) < 1e-3
+    assert calls.total() <= 2
+
+
+def test_changes_of_a_quantised_layers_factors_are_noticed(calls, monkeypatch):
+    layer = sparse("strided")
+    layer.quantize()
+    x = normal(70, K)
+    layer(x)
+    folded = layer._folded._entry[2]
+    layer(x)
+    assert layer._folded._entry[2] is folded
+    layer.lowrank_up.mul_(-3)
+    by_kernels = layer(x)
+    monkeypatch.setattr(rtlynx.linear, "kernels_serve", lambda *_: False)
+    assert relative_error(by_kernels, layer(x)) < 1e-3
+
+
 def test_autocast_is_served_what_the_product_sees(calls):
     layer = sparse()
     x = normal(70, K).float() * 1.001
@@ -311,7 +341,7 @@ def test_the_copy_is_private():
     layer, x = sparse("strided"), normal(70, K)
     before = list(layer.state_dict())
     expected = layer(x)
-    ordered = weakref.ref(layer._ordered._entry[4])
+    ordered = weakref.ref(layer._ordered._entry[2])
     assert list(layer.state_dict()) == before
     assert "_ordered" not in vars(layer.to_linear())
     twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))

@@ -407,13 +407,26 @@ def test_parameters_that_the_kernels_cannot_read(hopper):
 
     for changes, reason in (
         ({"weight": empty(K, N).T}, "not contiguous"),
-        ({"weight": empty(N, K, dtype=torch.float32)}, "bfloat16 inputs, weights and factors"),
+        ({"weight": empty(N, K, dtype=torch.float32)}, "bfloat16 inputs and factors, and weights of"),
         ({"bias": empty(N, dtype=torch.float64)}, "float32 biases"),
         ({"down": empty(5, K).requires_grad_(), "up": empty(N, 5)}, "under torch.no_grad"),
     ):
         with pytest.warns(RuntimeWarning, match=reason):
             assert not served(**changes)
     assert not served(down=empty(5, K, dtype=torch.float32), up=empty(N, 5))
+
+
+def test_quantised_weights_are_served(hopper):
+    def weight(k):
+        return torch.empty(N, k, device="cuda", dtype=torch.float8_e4m3fn)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert served(weight=weight(K))
+        assert served(k=20480, weight=weight(20480))
+    for k, reason in ((72, "in fp8 of 16"), (20544, "at most 20480 inputs")):
+        with pytest.warns(RuntimeWarning, match=reason):
+            assert not served(k=k, weight=weight(k))
 
 
 def test_a_cpu_is_not_served_and_nothing_is_said(hopper):

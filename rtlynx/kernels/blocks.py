@@ -50,8 +50,8 @@ class Format(NamedTuple):
 
 
 BF16, FP8 = Format(torch.bfloat16, 64), Format(E4M3, 128)
-# How the groups of a block's columns split: (step, h, byte, nibble of the byte), in fp8 b instead of h. And the
-# order of indices in memory, of axes (row block, warp, half or i, g, column block) and those.
+# How the groups of a block's columns split: (step, h, byte, nibble of the byte), in fp8 b instead of h. And
+# the order of indices in memory, of axes (row block, warp, half or i, g, column block) and those.
 _COLUMNS = {BF16: (2, 2, 2, 2), FP8: (2, 2, 4, 2)}
 _ORDER = {BF16: (0, 4, 1, 3, 5, 6, 2, 7, 8), FP8: (0, 4, 1, 3, 6, 2, 5, 7, 8)}
 LOWRANK_COLUMNS = 32

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtlynx.kernels import jit
 from rtlynx.kernels.reference import Norm
-from rtlynx.kernels.sm90.compress import MAX_PARTS
+from rtlynx.kernels.sm90.compress import MAX_COLUMNS_FP8, MAX_PARTS
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3
 
@@ -53,11 +53,9 @@ def _obstacle(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, down, up)
     ):
         return "gradients are asked for: call the model under torch.no_grad()"
-    if weight.dtype is E4M3:
-        return "there are no kernels for fp8 weights and sparse inputs"
-    bf16 = torch.bfloat16
-    if not (x.dtype is bf16 and weight.dtype is bf16 and (down is None or down.dtype is bf16)):
-        return "the kernels take bfloat16 inputs, weights and factors"
+    bf16, fp8 = torch.bfloat16, weight.dtype is E4M3
+    if not (x.dtype is bf16 and (fp8 or weight.dtype is bf16) and (down is None or down.dtype is bf16)):
+        return "the kernels take bfloat16 inputs and factors, and weights of bfloat16 or quantised to fp8"
     if pattern.n != 2 or pattern.m != 4:
         return "the kernels keep 2 of every 4 entries, not other patterns"
     if pattern.grouping == "strided" and _count(pattern.parts) > MAX_PARTS:
@@ -65,8 +63,10 @@ def _obstacle(
     if norm == "paper":
         return "the kernels know the norm scale 'scale', not the paper's printed formula"
     k = weight.shape[1]
-    if k % 8:
-        return "the kernels take layers whose number of inputs is a multiple of 8"
+    if k % (16 if fp8 else 8):
+        return "the kernels take layers whose number of inputs is a multiple of 8, in fp8 of 16"
+    if fp8 and k > MAX_COLUMNS_FP8:
+        return f"the fp8 kernels take layers of at most {MAX_COLUMNS_FP8} inputs"
     if not weight.is_contiguous() or (not torch.compiler.is_compiling() and weight.data_ptr() % 16):
         return "the weight of a layer is not contiguous at a multiple of 16 bytes"
     if bias is not None and bias.dtype is not bf16 and bias.dtype is not torch.float32:

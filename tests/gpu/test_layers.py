@@ -34,12 +34,14 @@ def _quiet():
         yield
 
 
-def sparse(name="adjacent", rank=16, seed=0, single=False, n=N):
+def sparse(name="adjacent", rank=16, seed=0, single=False, n=N, precision="bf16"):
     torch.manual_seed(seed)
     layer = SparseLinear.from_linear(nn.Linear(K, n, device="cuda").bfloat16(), pattern=PATTERNS[name])
     if rank:
         layer.set_lowrank(torch.randn(rank, K) / 30, torch.randn(n, rank) / 20)
     layer.shared_input = SharedInput(single=single)
+    if precision == "fp8":
+        layer.quantize()
     return layer.requires_grad_(False)
 
 
@@ -67,8 +69,9 @@ def difference(actual, expected):
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("single", [False, True])
-def test_kernels_and_plain_pytorch_agree(name, rank, single):
-    layer, x = sparse(name, rank, single=single), tokens(2, ROWS, K)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_kernels_and_plain_pytorch_agree(name, rank, single, precision):
+    layer, x = sparse(name, rank, single=single, precision=precision), tokens(2, ROWS, K)
     assert kernels_serve(
         x, layer.pattern, layer.norm, layer.weight, layer.bias, layer.lowrank_down, layer.lowrank_up
     )

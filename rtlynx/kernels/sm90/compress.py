@@ -19,6 +19,7 @@ MATRIX, ADALN, RMSNORM, GELU, SILU_GATE, CONCAT_GELU = range(6)
 _ADJACENT, _STRIDED, _GATHER = range(3)
 _SLAB_THREADS, _WARPS_SHARING_K = 128, 8
 MAX_PARTS = 8  # of strided groups
+MAX_COLUMNS_FP8 = 20480  # whose kept values a cluster has room for, in every configuration
 _RANKS = (0, 32, 64, 128)  # columns of T that a block computes
 # By format, adjacent groups or not, rank: units of K in shared memory, blocks that a multiprocessor holds.
 _STAGES_AND_BLOCKS = {
@@ -182,7 +183,9 @@ def _cluster_fp8(configuration: _Configuration, slabs: int, k_blocks: int) -> in
         together = max(1, _GPCS * (_SMS_PER_GPC * blocks // cluster))
         times[cluster] = -(-slabs // together) * (own + _FIXED_BLOCKS)
     if not times:
-        raise ValueError(f"the fp8 kernels take no inputs of {k_blocks * FP8.block_k} features: too many")
+        raise ValueError(
+            f"the fp8 kernels take inputs of up to {MAX_COLUMNS_FP8} features, got {k_blocks * FP8.block_k}"
+        )
     return min(times, key=lambda cluster: times[cluster])
 
 
