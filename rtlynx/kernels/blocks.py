@@ -14,7 +14,7 @@ In fp8 a block has 64 rows and 128 columns, 5,120 bytes: 64 kept e4m3 values a r
 two words for each lane. Word `step` of lane 4g + 2b + i of warp w holds the eight groups of row 16w + g + 8i
 from column 64 step + 32 b on.
 
-What is beyond M or K is value +0 with nibble 4. T (M, r) of the low-rank branch is cut into blocks of 64 rows
+What is beyond M or K is value +0 with nibble 4; in fp8 a token that is not finite has no value but NaN. T (M, r) of the low-rank branch is cut into blocks of 64 rows
 and 32 columns in the same swizzle, zeros beyond r.
 """
 
@@ -99,7 +99,7 @@ def pack_blocks_fp8(x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
         As `pack_blocks`.
     """
     kept, nibbles = _select(x, pattern)
-    quantized = quantize_tokens(kept)
+    quantized = quantize_tokens(pad(kept, (0, -kept.shape[1] % 64)))
     return _packed(quantized.values.view(torch.uint8), nibbles, FP8), quantized.scale.squeeze(-1)
 
 

@@ -1,5 +1,7 @@
 """Random calls of the kernels against float64: `python tests/gpu/fuzz.py --minutes 5`.
 
+`--precision` restricts them to one.
+
 Prints the count, or the first case that fails and how to run it alone; the exit code says which.
 """
 
@@ -21,7 +23,8 @@ from producer_cases import ProducerCase
 
 # Above this many products a case takes longer than a hundred small ones.
 MOST_WORK = 4e11
-PRODUCERS, FP8 = 0.3, 0.4  # their shares of all cases
+PRODUCERS = 0.3  # their share of all cases
+FP8_SHARES = {"both": 0.4, "bf16": 0.0, "fp8": 1.0}
 
 
 def skewed(draw: random.Random, low: int, high: int, step: int = 1) -> int:
@@ -40,8 +43,11 @@ def parts_of(draw: random.Random, k: int) -> tuple[int, ...]:
     return tuple((end - begin) * step for begin, end in zip([0, *cuts], [*cuts, k // step], strict=True))
 
 
-def random_case(draw: random.Random) -> Case:
-    """Mostly small, now and then of the size of a real layer."""
+def random_case(draw: random.Random, fp8: float) -> Case:
+    """Mostly small, now and then of the size of a real layer.
+
+    fp8 : the share of cases that are quantised.
+    """
     while True:
         large = draw.random() < 0.03
         k = skewed(draw, 4, 15360 if large else 1536, draw.choice((4, 8, 16, 64, 64, 64)))
@@ -67,12 +73,12 @@ def random_case(draw: random.Random) -> Case:
         bias="none" if data == "rows" else draw.choice(list(BIASES)),  # it would hide small rows
         data=data,
         layout=draw.choice(LAYOUTS),
-        fp8=draw.random() < FP8,
+        fp8=draw.random() < fp8,
         seed=draw.randrange(2**31),
     )
 
 
-def random_producer_case(draw: random.Random) -> ProducerCase:
+def random_producer_case(draw: random.Random, fp8: float) -> ProducerCase:
     large = draw.random() < 0.03
     k = max(16, skewed(draw, 16, 15360 if large else 1536, draw.choice((4, 8, 16, 64, 64, 64))) // 4 * 4)
     batch = draw.choice((1, 1, 2, 3))
@@ -89,7 +95,7 @@ def random_producer_case(draw: random.Random) -> ProducerCase:
         data=draw.choice(producer_cases.DATA),
         layout=draw.choice(producer_cases.LAYOUTS),
         shared=draw.random() < 0.3,
-        fp8=draw.random() < FP8,
+        fp8=draw.random() < fp8,
         seed=draw.randrange(2**31),
     )
 
@@ -112,6 +118,7 @@ def from_json(text: str) -> Case | ProducerCase:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--precision", choices=list(FP8_SHARES), default="both")
     parser.add_argument("--seed", type=int, help="of the first case; a new one each time without it")
     parser.add_argument("--case", help="run this one alone, as printed for a failure")
     options = parser.parse_args()
@@ -128,7 +135,8 @@ def main() -> int:
     kinds: Counter[str] = Counter()
     start = said = time.monotonic()
     while (now := time.monotonic()) - start < 60 * options.minutes:
-        case = random_producer_case(draw) if draw.random() < PRODUCERS else random_case(draw)
+        random_one = random_producer_case if draw.random() < PRODUCERS else random_case
+        case = random_one(draw, FP8_SHARES[options.precision])
         try:
             check(case)
             torch.cuda.synchronize()

@@ -11,7 +11,7 @@
 // The second warpgroup runs SKEW stages behind the first, so that one multiplies at the full rate while the other
 // stores its part of the tile.
 //
-// Macros: FP8 (0 or 1), BN, STAGES, SKEW.
+// Macros: FP8 (0 or 1), BN, STAGES, SKEW, PARAMETER_BYTES (as the host packs them).
 #include "gemm_epilogue.cuh"
 
 // ---- producer --------------------------------------------------------------------------------------------

@@ -27,10 +27,8 @@ _WEIGHT_ROW_BYTES = 128  # of a stage
 _MAX_SEGMENTS = 8
 _ROW_TILES_TOGETHER = 16
 # The kernel's Parameters in four pieces, of which a plan holds two.
-_pack_operands = struct.Struct("<128s128s6Q").pack
-_pack_shape = struct.Struct("<12i").pack
-_pack_workspace = struct.Struct("<3Q2i").pack
-_pack_segments = struct.Struct("<32i8x").pack
+_PIECES = [struct.Struct(layout) for layout in ("<128s128s6Q", "<12i", "<3Q2i", "<32i")]
+_pack_operands, _pack_shape, _pack_workspace, _pack_segments = (piece.pack for piece in _PIECES)
 
 
 def _defines(tile: Tile) -> Defines:
@@ -39,6 +37,7 @@ def _defines(tile: Tile) -> Defines:
         ("BN", tile.columns),
         ("STAGES", tile.stages),
         ("SKEW", tile.skew),
+        ("PARAMETER_BYTES", sum(piece.size for piece in _PIECES)),
     )
 
 

@@ -53,6 +53,7 @@ struct Parameters {
     int bias_is_float, segments;
     Segment segment[MAX_SEGMENTS];
 };
+static_assert(sizeof(Parameters) == PARAMETER_BYTES, "the host packs them");
 
 struct Tile {
     int first_slab, slabs;
