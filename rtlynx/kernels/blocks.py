@@ -14,7 +14,8 @@ In fp8 a block has 64 rows and 128 columns, 5,120 bytes: 64 kept e4m3 values a r
 two words for each lane. Word `step` of lane 4g + 2b + i of warp w holds the eight groups of row 16w + g + 8i
 from column 64 step + 32 b on.
 
-What is beyond M or K is value +0 with nibble 4; in fp8 a token that is not finite has no value but NaN. T (M, r) of the low-rank branch is cut into blocks of 64 rows
+What is beyond M or K is value +0 with nibble 4; in fp8 a token that is not finite has no value but NaN.
+T (M, r) of the low-rank branch is cut into blocks of 64 rows
 and 32 columns in the same swizzle, zeros beyond r.
 """
 
