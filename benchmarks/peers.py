@@ -1,18 +1,20 @@
-"""What there is besides us: cuBLAS through `F.linear`, and cuSPARSELt through PyTorch.
-
-torchao (0.18) has no 2:4 product for bf16 activations: its activation sparsity is float8 only.
-"""
+"""What there is besides us: cuBLAS through `F.linear`, cuSPARSELt and dense fp8 products through PyTorch."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from operands import Operands
 from sustained import REPLAY_MS, Call, Graphs, ProfilerTimer, Timer, close, measure
 from torch import Tensor
 
 from rtlynx.pattern import nm_mask, select
+from rtlynx.quantization import E4M3, E4M3_MAX, quantize_tokens
 
-TORCHAO = "no 2:4 product for bf16 activations in torchao 0.18, only for float8"
+TORCHAO = {
+    "bf16": "no 2:4 product for bf16 activations in torchao 0.18, only for float8",
+    "fp8": "its float8 2:4 product is a CUDA extension of torchao 0.18, which was not installed",
+}
 SEARCH_SECONDS, SEARCH_REPLAY_MS = 0.06, 8.0
 PROBE_REPLAY_MS = 0.1
 MOST_ALGORITHMS = 40
@@ -31,12 +33,50 @@ def masked(x: Tensor) -> Tensor:
     return select(x, nm_mask(x))
 
 
+def selected(of: Operands) -> Tensor:
+    """What cuSPARSELt compresses of a layer's input, quantised where the layer is."""
+    return masked(of.x) if of.quantized is None else quantize_tokens(of.x, nm_mask(of.x)).values
+
+
 def multiply(compressed: Tensor, weight: Tensor, algorithm: Algorithm) -> Tensor:
-    """X W^T for compressed X (M, K) and W (N, K), as PyTorch orients 2:4 activations; (M, N)."""
-    split = {}
+    """X W^T for compressed X (M, K) and W (N, K), as PyTorch orients 2:4 activations; (M, N) bf16."""
+    options: dict = {}
     if algorithm.split_k > 1:
-        split = {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
-    return torch._cslt_sparse_mm(compressed, weight.t(), alg_id=algorithm.alg_id, **split)
+        options = {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
+    if weight.dtype is E4M3:
+        options["out_dtype"] = torch.bfloat16
+    return torch._cslt_sparse_mm(compressed, weight.t(), alg_id=algorithm.alg_id, **options)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic quantisation as users compile it: (M, K) bf16 -> e4m3 values and scales (M, 1)."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / E4M3_MAX
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+
+
+def dense_fp8_calls(sets: Sequence[Operands]) -> dict[str, Callable[[], list[Call]]]:
+    """A dense fp8 linear in its two parts: PyTorch's row-wise scaled product, and compiled quantisation."""
+    quantize = torch.compile(quantize_rows, dynamic=False)
+
+    def products() -> list[Call]:
+        inputs = [quantize_rows(of.x) for of in sets]
+        return [
+            lambda of=of, values=values, scale=scale: torch._scaled_mm(
+                values,
+                of.held.t(),
+                scale_a=scale,
+                scale_b=of.weight_scale.unsqueeze(0),
+                bias=of.bias,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+            for of, (values, scale) in zip(sets, inputs, strict=True)
+        ]
+
+    return {
+        "cublas_fp8": products,
+        "cublas_fp8_quant": lambda: [lambda of=of: quantize(of.x) for of in sets],
+    }
 
 
 class CuSparseLt:
@@ -51,7 +91,9 @@ class CuSparseLt:
         The last one that `best` found.
     """
 
-    def __init__(self, new_graphs: Callable[[], Graphs], generator: torch.Generator) -> None:
+    def __init__(
+        self, new_graphs: Callable[[], Graphs], generator: torch.Generator, dtype: str = "bf16"
+    ) -> None:
         self.method, self.reason = "cuda graph", None
         self.chosen: Algorithm | None = None
         x, weight = (
@@ -59,6 +101,8 @@ class CuSparseLt:
             for _ in range(2)
         )
         x = masked(x)
+        if dtype == "fp8":
+            x, weight = x.to(E4M3), weight.to(E4M3)
         compressed = torch._cslt_compress(x)  # where this fails there is nothing to time
         try:
             # A pool of memory each: PyTorch trips over one whose graphs are all gone.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 
+from operands import Errors
 from shapes import Shape, paper_rank
 from sustained import Measurement
 
@@ -24,22 +25,40 @@ LINEAR_VARIANTS = (
     "ours_compress_plain",
     "cusparselt_compress",
 )
+# Those that there are in fp8 besides: PyTorch's dense product, its dynamic quantisation.
+FP8_VARIANTS = ("cublas_fp8", "cublas_fp8_quant")
 RATIOS = {
     "linear_vs_cublas": ("cublas_us", "ours_us"),
     "linear_paper_rank_vs_cublas": ("cublas_us", "ours_paper_rank_us"),
     "gemm_vs_cublas": ("cublas_us", "ours_gemm_us"),
     "gemm_vs_cusparselt": ("cusparselt_gemm_us", "ours_gemm_us"),
 }
+FP8_RATIOS = {
+    "linear_vs_cublas_bf16": ("cublas_us", "ours_us"),
+    "linear_paper_rank_vs_cublas_bf16": ("cublas_us", "ours_paper_rank_us"),
+    "linear_vs_fp8_linear": ("fp8_linear_us", "ours_us"),
+    "gemm_vs_cublas_bf16": ("cublas_us", "ours_gemm_us"),
+    "gemm_vs_cublas_fp8": ("cublas_fp8_us", "ours_gemm_us"),
+    "gemm_vs_cusparselt": ("cusparselt_gemm_us", "ours_gemm_us"),
+}
 
 
 def linear_row(
-    shape: Shape, measured: Mapping[str, Measurement], rel_err: float | None, missing: Mapping[str, str]
+    shape: Shape,
+    variants: Iterable[str],
+    measured: Mapping[str, Measurement],
+    errors: Errors | None,
+    missing: Mapping[str, str],
 ) -> dict:
     """One shape of linear-*.json; null for what was not measured, with the reason in `missing`."""
     row: dict = {"shape": shape.name, "M": shape.m, "K": shape.k, "N": shape.n}
-    for name in LINEAR_VARIANTS:
+    for name in variants:
         row[f"{name}_us"] = round(measured[name].us, 3) if name in measured else None
-    row["rel_err"] = rel_err
+    if "cublas_fp8_us" in row:
+        parts = row["cublas_fp8_us"], row["cublas_fp8_quant_us"]
+        row["fp8_linear_us"] = None if None in parts else round(sum(parts), 3)
+        row["quantization_err"] = errors and errors.of_quantization
+    row["rel_err"] = errors and errors.of_kernels
     row["paper_rank"] = paper_rank(shape.k)
     row["windows"] = {name: window_details(taken) for name, taken in measured.items()}
     row["missing"] = dict(missing)
@@ -69,9 +88,9 @@ def geomean(values: Iterable[float | None]) -> float | None:
     return math.exp(math.fsum(math.log(value) for value in known) / len(known))
 
 
-def geomeans(rows: Iterable[Mapping]) -> dict[str, float | None]:
-    taken = list(rows)
-    means = {name: geomean(ratio(row, *columns) for row in taken) for name, columns in RATIOS.items()}
+def geomeans(rows: Iterable[Mapping], dtype: str = "bf16") -> dict[str, float | None]:
+    taken, ratios = list(rows), FP8_RATIOS if dtype == "fp8" else RATIOS
+    means = {name: geomean(ratio(row, *columns) for row in taken) for name, columns in ratios.items()}
     return {name: None if mean is None else round(mean, 4) for name, mean in means.items()}
 
 

@@ -9,7 +9,7 @@ from results import ratio
 from shapes import Shape
 
 PRODUCT, LAYER, COMPRESSION = "What bounds the GEMM", "Where it stands", "Compression, version by version"
-PRODUCERS, HOST = "Producers, version by version", "Host time"
+PRODUCERS, HOST, FP8 = "Producers, version by version", "Host time", "fp8"
 
 
 def _target(
@@ -28,7 +28,22 @@ def _target(
 
 
 def linear_targets(document: Mapping) -> list[dict]:
-    """Of linear-bf16-*.json."""
+    """Of linear-*.json."""
+    return (_fp8_targets if document["dtype"] == "fp8" else _bf16_targets)(document)
+
+
+def _fp8_targets(document: Mapping) -> list[dict]:
+    means = document["geomean"]
+    wanted = (
+        ("fp8 layer, speed over cuBLAS bf16, mean", 2.4, "linear_vs_cublas_bf16"),
+        ("fp8 layer, speed over the dense fp8 layer, mean", 1.4, "linear_vs_fp8_linear"),
+        ("fp8 GEMM, speed over cuBLAS fp8, mean", 1.5, "gemm_vs_cublas_fp8"),
+    )
+    targets = [_target(what, least, means[name], "x", FP8) for what, least, name in wanted]
+    return targets + _teraflops(document["rows"], "fp8 GEMM", 2000.0, FP8)
+
+
+def _bf16_targets(document: Mapping) -> list[dict]:
     rows, means = document["rows"], document["geomean"]
     targets = [
         _target("GEMM, speed over cuBLAS, mean", 1.70, means["gemm_vs_cublas"], "x", PRODUCT),
@@ -42,11 +57,16 @@ def linear_targets(document: Mapping) -> list[dict]:
             LAYER,
         ),
     ]
+    return targets + _teraflops(rows, "GEMM", 1150.0, PRODUCT)
+
+
+def _teraflops(rows: Iterable[Mapping], what: str, least: float, why: str) -> list[dict]:
+    targets = []
     for row in rows:
         if row["shape"] in ("flux-up", "paper-b"):
             us, shape = row["ours_gemm_us"], Shape(row["shape"], row["M"], row["K"], row["N"])
             speed = None if us is None else shape.teraflops(us)
-            targets.append(_target(f"GEMM, {row['shape']}", 1150.0, speed, "TFLOP/s", PRODUCT))
+            targets.append(_target(f"{what}, {row['shape']}", least, speed, "TFLOP/s", why))
     return targets
 
 

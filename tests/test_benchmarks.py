@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import card
 import host
 import linear
+import operands
 import peers
 import producers
 import results
@@ -22,6 +23,7 @@ import targets
 import tune
 
 from rtlynx.kernels import jit, tuning
+from rtlynx.quantization import quantize_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the results of benchmarks/linear.py have at least.
@@ -136,10 +138,10 @@ def test_a_mean_over_a_part_is_no_mean():
     assert results.geomean([]) is None
 
 
-def tiny_row(cusparselt=None):
+def tiny_row(cusparselt=None, dtype="bf16"):
     shape = shapes.Shape("tiny", 96, 128, 64)
     generator = torch.Generator().manual_seed(0)
-    sets = [linear.random_operands(shape, generator) for _ in range(2)]
+    sets = [operands.random_operands(shape, generator, dtype) for _ in range(2)]
     # A rank for the column of the paper's rank that differs from 64, as at wide layers.
     sets = [of._replace(paper_down=of.down[:16], paper_up=of.up[:, :16].contiguous()) for of in sets]
     return linear.measure_shape(shape, sets, FakeGraphs(), cusparselt, no_sample, 0.0, 2)
@@ -159,6 +161,33 @@ def test_a_shape_runs_every_variant_and_fills_its_row():
     assert means["gemm_vs_cusparselt"] is None
     json.dumps(row)
     assert row["shape"] in linear.table([row])
+
+
+def test_fp8_has_its_peers_too(monkeypatch):
+    def scaled_mm(x, weight, scale_a, scale_b, bias, out_dtype, use_fast_accum):
+        assert x.dtype is weight.dtype is torch.float8_e4m3fn
+        product = x.float() @ weight.float() * scale_a * scale_b + bias
+        return product.to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    row = tiny_row(dtype="fp8")
+    assert row["cublas_fp8_us"] == row["cublas_fp8_quant_us"] == 10.0
+    assert row["fp8_linear_us"] == 20.0
+    assert row["rel_err"] < 3e-3
+    assert 0.01 < row["quantization_err"] < 0.1
+    means = results.geomeans([row], "fp8")
+    assert means["linear_vs_fp8_linear"] == 2.0
+    assert set(means) >= {"linear_vs_cublas_bf16", "linear_vs_fp8_linear", "gemm_vs_cublas_fp8"}
+    found = targets.linear_targets({"dtype": "fp8", "rows": [row | {"shape": "flux-up"}], "geomean": means})
+    assert [target["met"] for target in found] == [False, True, False, False]
+    assert row["shape"] in linear.table([row])
+
+
+def test_quantised_rows_are_ours():
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, scale = peers.quantize_rows(x)
+    torch.testing.assert_close(values.float() * scale, quantize_tokens(x).dequantize(), rtol=0.13, atol=0.01)
 
 
 def test_the_peer_is_its_fastest_algorithm_with_the_right_product(monkeypatch):
@@ -259,13 +288,13 @@ def verdicts(document):
 
 def test_targets_are_met_missed_or_not_measured():
     means = {"gemm_vs_cublas": 1.8, "gemm_vs_cusparselt": None, "linear_vs_cublas": 1.3}
-    found = verdicts({"rows": speed_rows(), "geomean": means})
+    found = verdicts({"dtype": "bf16", "rows": speed_rows(), "geomean": means})
     assert found["GEMM, speed over cuBLAS, mean"] == (1.8, True)
     assert found["GEMM, speed over cuSPARSELt's, mean"] == (None, False)
     assert found["whole layer, speed over cuBLAS, mean"] == (1.3, False)
     assert found["whole layer, speed over cuBLAS, slowest shape"] == (1.125, False)
     assert found["GEMM, flux-up"] == (round(2 * 4096 * 3072 * 12288 / 250e6, 4), True)
-    found = verdicts({"rows": speed_rows(ours_us=None), "geomean": means})
+    found = verdicts({"dtype": "bf16", "rows": speed_rows(ours_us=None), "geomean": means})
     assert found["whole layer, speed over cuBLAS, slowest shape"] == (None, False)
 
 
