@@ -16,8 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed: begin -->", "<!-- speed: end -->"
 SPEED_RESULTS = Path("benchmarks/results/linear-bf16-h100.json")
+FP8_RESULTS = Path("benchmarks/results/linear-fp8-h100.json")
 TARGET_RESULTS = (
     SPEED_RESULTS,
+    FP8_RESULTS,
     Path("benchmarks/results/compress-h100.json"),
     Path("benchmarks/results/host-h100.json"),
 )
@@ -102,6 +104,50 @@ def speed_section(results: dict) -> str:
     return "\n".join(lines)
 
 
+def fp8_section(results: dict) -> str:
+    """Layers quantised to fp8, in Markdown."""
+    lines = [
+        "### In fp8",
+        "",
+        "| layer | M, K, N | cuBLAS bf16 | dense fp8: quantise + GEMM | ours: compress + GEMM "
+        "| GEMM, TFLOP/s | GEMM, speed-up over dense fp8 | whole layer | **speed-up over bf16** "
+        "| **over dense fp8** |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        gemm, flops = row["ours_gemm_us"], 2 * row["M"] * row["K"] * row["N"]
+        cells = [
+            row["shape"],
+            f"{row['M']}, {row['K']}, {row['N']}",
+            _format(row["cublas_us"], ".0f"),
+            f"{_format(row['cublas_fp8_quant_us'], '.0f')} + {_format(row['cublas_fp8_us'], '.0f')}",
+            f"{_format(row['ours_compress_us'], '.0f')} + {_format(gemm, '.0f')}",
+            _format(gemm and flops / gemm * 1e-6, ",.0f"),
+            _times(_speedup(row, "ours_gemm_us", "cublas_fp8_us")),
+            _format(row["ours_us"], ".0f"),
+            f"**{_times(_speedup(row, 'ours_us'))}**",
+            f"**{_times(_speedup(row, 'ours_us', 'fp8_linear_us'))}**",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    mean = results["geomean"]
+    lines += [
+        f"| geometric mean | | | | | | {_times(mean['gemm_vs_cublas_fp8'])} | | "
+        f"**{_times(mean['linear_vs_cublas_bf16'])}** | **{_times(mean['linear_vs_fp8_linear'])}** |",
+        "",
+        "As above; *dense fp8* is PyTorch's row-wise scaled product after a compiled dynamic quantisation. "
+        "Quantisation alone moves these layers' outputs by "
+        f"{_range(results['rows'], 'quantization_err')}; the kernels differ from float64 on the same "
+        f"quantised operands by {_range(results['rows'], 'rel_err')}. Commit {str(results['commit'])[:10]} "
+        f"([{FP8_RESULTS.name}]({FP8_RESULTS})).",
+    ]
+    return "\n".join(lines)
+
+
+def _range(rows: list[dict], name: str) -> str:
+    values = [row[name] for row in rows if row[name] is not None]
+    return f"{min(values):.1e} to {max(values):.1e}" if values else "–"  # noqa: RUF001
+
+
 def targets_section(root: Path = ROOT) -> str:
     """Every target of every results file, met or missed."""
     lines = [
@@ -164,8 +210,8 @@ def _cusparselt_whole(row: dict) -> float | None:
     return None if None in parts else sum(parts)
 
 
-def _speedup(row: dict, name: str) -> float | None:
-    return row["cublas_us"] / row[name] if row["cublas_us"] and row[name] else None
+def _speedup(row: dict, name: str, over: str = "cublas_us") -> float | None:
+    return row[over] / row[name] if row[over] and row[name] else None
 
 
 def _times(ratio: float | None) -> str:
@@ -184,6 +230,8 @@ def updated(readme: str, root: Path = ROOT) -> str:
     speed = ""
     if (root / SPEED_RESULTS).exists():
         speed = speed_section(json.loads((root / SPEED_RESULTS).read_text()))
+        if (root / FP8_RESULTS).exists():
+            speed += f"\n\n{fp8_section(json.loads((root / FP8_RESULTS).read_text()))}"
         speed += f"\n\n### What we set out to reach\n\n{targets_section(root)}"
     return _between(readme, SPEED_BEGIN, SPEED_END, speed)
 

@@ -119,6 +119,27 @@ def test_how_fast_appears_with_its_results(tmp_path):
     assert "commit 0123456789 " in after
 
 
+def test_fp8_appears_with_its_results(tmp_path):
+    updater = load_updater()
+    row = invented_speed()["rows"][0] | {
+        "cublas_fp8_us": 60.0,
+        "cublas_fp8_quant_us": 20.0,
+        "fp8_linear_us": 80.0,
+        "ours_gemm_us": 30.0,
+        "ours_us": 50.0,
+        "rel_err": 2e-3,
+        "quantization_err": 3e-2,
+    }
+    unmeasured = row | dict.fromkeys(("cublas_fp8_us", "fp8_linear_us", "quantization_err"))
+    means = {"gemm_vs_cublas_fp8": 2.0, "linear_vs_cublas_bf16": 2.0, "linear_vs_fp8_linear": None}
+    section = updater.fp8_section({"rows": [row, unmeasured], "geomean": means, "commit": "0123456789ab"})
+    first, second = (line for line in section.splitlines() if line.startswith("| a |"))
+    assert first.startswith("| a | 4096, 3072, 4096 | 100 | 20 + 60 | 20 + 30 |")
+    assert first.endswith("| 2.00x | 50 | **2.00x** | **1.60x** |")
+    assert second.endswith("| –x | 50 | **2.00x** | **–x** |")  # noqa: RUF001
+    assert "outputs by 3.0e-02 to 3.0e-02;" in section
+
+
 def test_the_plot_shows_layers_that_a_peer_cannot_do(tmp_path):
     plot = tmp_path / "speed" / "plot.png"
     load_updater().draw_speed(invented_speed(), plot, "digest")

@@ -8,7 +8,7 @@ from torch import nn
 
 from rtlynx import Pattern, SparseLinear
 from rtlynx.context import SharedInput
-from rtlynx.kernels import choice
+from rtlynx.kernels import choice, fp8
 from rtlynx.kernels.choice import kernels_serve
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -76,6 +76,24 @@ def test_kernels_and_plain_pytorch_agree(name, rank, single, precision):
         x, layer.pattern, layer.norm, layer.weight, layer.bias, layer.lowrank_down, layer.lowrank_up
     )
     assert difference(layer(x), plainly(layer, x)) < LIMIT
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dense_fp8_runs_on_pytorchs_product(rank, bias):
+    torch.manual_seed(0)
+    plain = nn.Linear(K, 272, bias=bias, device="cuda").bfloat16()
+    layer = SparseLinear.from_linear(plain, pattern=Pattern(1, 1), norm="none")
+    if rank:
+        layer.set_lowrank(torch.randn(rank, K) / 30, torch.randn(272, rank) / 20)
+    layer.quantize()
+    layer.requires_grad_(False)
+    x = tokens(2, ROWS, K)
+    of = fp8.Fp8Parameters(layer.weight, layer.weight_scale, layer.bias, layer.lowrank_down, layer.lowrank_up)
+    assert fp8.scaled_mm_serves(x, of)
+    expected = fp8.linear_fp8(x, fp8.compress_fp8(x, layer.pattern, layer.norm), of)
+    assert difference(layer(x), expected) < LIMIT
+    assert bool(torch.isfinite(layer(torch.zeros_like(x))).all())
 
 
 def test_few_tokens():
