@@ -407,7 +407,7 @@ def _print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
             layer["stream"],
             layer["pattern"],
             str(layer["rank"] or "-"),
-            f"dense: {layer['dense_reason']}" if layer["dense_reason"] else "sparse",
+            f"dense: {layer['dense_reason']}" if layer["dense_reason"] else layer["form"],
         ]
         if kept:
             row.append(_number(kept.get(layer["name"]), ".3f"))

@@ -12,7 +12,7 @@ from rtlynx.calibration.collect import InputGroup
 from rtlynx.calibration.solve import Solution
 from rtlynx.files import CheckpointError, read_tensors, write_tensors
 
-_TENSORS = ("weight", "down", "up")
+_TENSORS = ("weight", "down", "up", "scale")
 
 
 class SolutionStore:
@@ -41,7 +41,7 @@ class SolutionStore:
                 tensor = getattr(solution, kind)
                 if tensor is not None:
                     tensors[f"{name}.{kind}"] = tensor
-            numbers[name] = [solution.ridge, solution.error_before, solution.error]
+            numbers[name] = [solution.ridge, solution.error_before, solution.error, solution.refitted]
         write_tensors(self._path(group), tensors, {"numbers": json.dumps(numbers)})
 
     def _read(self, group: InputGroup) -> None:
@@ -50,9 +50,11 @@ class SolutionStore:
         try:
             numbers = json.loads(metadata["numbers"])
             for layer in group.layers:
-                ridge, before, error = numbers[layer.name]
-                parts = {kind: tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS}
-                self.by_layer[layer.name] = Solution(**parts, ridge=ridge, error_before=before, error=error)
+                ridge, before, error, refitted = numbers[layer.name]
+                weight, down, up, scale = (tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS)
+                self.by_layer[layer.name] = Solution(
+                    weight, down, up, ridge, before, error, scale, bool(refitted)
+                )
         except (KeyError, ValueError, TypeError):
             raise CheckpointError(f"{path} is damaged: delete it and run again") from None
 

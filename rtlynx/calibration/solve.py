@@ -22,11 +22,13 @@ RIDGE_TOLERANCE = 0.01
 class Solution:
     """What calibration found for one layer.
 
-    weight : (N, K) refitted W', or None where W stays.
+    weight : (N, K) refitted W', or None where W stays; e4m3 values of W' or W for an fp8 layer.
     down, up : (r, K) and (N, r) low-rank factors A^T and B, or None.
     ridge : relative regularisation used, None where none was (trained factors).
     error_before, error : relative squared layer error without and with the solution, on held-out tokens
         where there are any.
+    scale : (N,) of a quantised `weight`, or None.
+    refitted : whether a quantised `weight` is W'.
     """
 
     weight: Tensor | None = None
@@ -35,6 +37,8 @@ class Solution:
     ridge: float | None = None
     error_before: float = float("nan")
     error: float = float("nan")
+    scale: Tensor | None = None
+    refitted: bool = False
 
     def rows(self, start: int, stop: int) -> Solution:
         """The part of a solution over concatenated outputs that belongs to outputs `start` ... `stop` - 1."""
@@ -42,6 +46,7 @@ class Solution:
             self,
             weight=None if self.weight is None else self.weight[start:stop],
             up=None if self.up is None else self.up[start:stop],
+            scale=None if self.scale is None else self.scale[start:stop],
         )
 
 
