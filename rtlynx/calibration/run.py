@@ -203,7 +203,13 @@ class _Calibration:
         recipe = self.recipe
         if recipe.lowrank_solver == "closed-form":
             return solve_layer(
-                fit, weight, rank=layer.rank, refit=recipe.refit, ridge=recipe.ridge, heldout=heldout
+                fit,
+                weight,
+                rank=layer.rank,
+                refit=recipe.refit and layer.form != "fp8-dense",
+                ridge=recipe.ridge,
+                heldout=heldout,
+                quantised=layer.precision == "fp8",
             )
         down, up = train_lowrank(
             torch.cat(group.tokens),

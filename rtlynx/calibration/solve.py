@@ -1,7 +1,10 @@
 """Closed forms for the low-rank branch and the refitted weight, from second moments alone.
 
-Notation: X the dense input, S the selected one (with its norm scale where the recipe has one), W the
-original weight (N, K); C = X^T X, F = S^T X, G = S^T S.
+Notation: X the dense input, S what the sparse product sees of it (selected, in an fp8 layer quantised, with
+its norm scale where the recipe has one), W the original weight (N, K); C = X^T X, F = S^T X, G = S^T S.
+
+In an fp8 layer the refitted weight is quantised, and the low-rank branch solved last, against what the
+quantised product leaves: so it repairs the quantisation of weight and input too.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.calibration.moments import Moments
+from rtlynx.quantization import dequantize, quantize_weight
 
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # Of ridges whose held-out errors are this close to the best, the strongest is taken: pictures prefer it.
@@ -57,10 +61,16 @@ def solve_refit(moments: Moments, weight: Tensor, lam: float) -> Tensor:
     return (target + torch.cholesky_solve((moments.cross - moments.kept) @ target, gain)).T
 
 
-def solve_lowrank(moments: Moments, weight: Tensor, rank: int, mu: float) -> tuple[Tensor, Tensor]:
-    """A^T (r, K), B (N, r) = argmin ||S W^T + X A B^T - X W^T||² + mu ||A B^T||²: reduced-rank regression."""
+def solve_lowrank(
+    moments: Moments, weight: Tensor, rank: int, mu: float, sparse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A^T (r, K), B (N, r) = argmin ||S V^T + X A B^T - X W^T||² + mu ||A B^T||²: reduced-rank regression.
+
+    V is `sparse` (N, K), a weight already settled (quantised, say), or W itself.
+    """
     target = weight.to(moments.dense).T
-    return _reduced_rank(moments.dense, (moments.dense - moments.cross.T) @ target, rank, mu)
+    product = target if sparse is None else sparse.to(moments.dense).T
+    return _reduced_rank(moments.dense, moments.dense @ target - moments.cross.T @ product, rank, mu)
 
 
 def solve_joint(
@@ -89,6 +99,7 @@ def solve_layer(
     refit: bool,
     ridge: float | str,
     heldout: Moments | None = None,
+    quantised: bool = False,
 ) -> Solution:
     """Solve one layer (or several that share an input, outputs concatenated).
 
@@ -104,6 +115,9 @@ def solve_layer(
         Relative to the mean diagonal of the moments it regularises. Auto: of `RIDGES`, the strongest whose
         error on `heldout` is within `RIDGE_TOLERANCE` of the best; an empty solution where none does better
         than leaving the layer alone.
+    quantised : bool
+        Whether the layer is fp8: the moments are then of quantised inputs, and the solution holds an e4m3
+        weight and its scale, chosen on them.
 
     Raises
     ------
@@ -111,24 +125,35 @@ def solve_layer(
         If ridge is "auto" and there are no held-out moments.
     """
     weight = weight.detach().to(moments.kept)
+    alone = _quantised(moments, weight, Solution()) if quantised else Solution()
+
+    def solve(value: float) -> Solution:
+        solution = _solve_at(moments, weight, rank, refit, value)
+        return _quantised(moments, weight, solution) if quantised else solution
+
+    judge = heldout if heldout is not None and heldout.count else moments
     if ridge != "auto":
-        judge = heldout if heldout is not None and heldout.count else moments
-        return judged(judge, weight, _solve_at(moments, weight, rank, refit, float(ridge)))
+        return judged(judge, weight, solve(float(ridge)))
+    if not rank and not refit:
+        return judged(judge, weight, alone)
     if heldout is None or not heldout.count:
         raise ValueError("ridge='auto' is chosen on held-out prompts, and there are none: give more prompts")
-    tried = [judged(heldout, weight, _solve_at(moments, weight, rank, refit, value)) for value in RIDGES]
+    tried = [judged(heldout, weight, solve(value)) for value in RIDGES]
     best = min(solution.error for solution in tried)
-    if best >= tried[0].error_before:
-        return judged(heldout, weight, Solution())  # nothing carries over to other prompts
+    alone = judged(heldout, weight, alone)
+    if best >= alone.error:
+        return alone  # nothing carries over to other prompts
     return [solution for solution in tried if solution.error <= best * (1 + RIDGE_TOLERANCE)][-1]
 
 
 def judged(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
     """`solution` with its errors on the tokens of `moments`, for the original `weight` (N, K)."""
-    new = weight if solution.weight is None else solution.weight
+    before, new = weight, weight if solution.weight is None else solution.weight
+    if solution.scale is not None:
+        before, new = quantize_weight(weight).dequantize(), dequantize(new, solution.scale)
     return replace(
         solution,
-        error_before=moments.layer_error(weight, weight),
+        error_before=moments.layer_error(weight, before),
         error=moments.layer_error(weight, new, solution.down, solution.up),
     )
 
@@ -145,6 +170,17 @@ def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, ridge: f
         down, up = solve_lowrank(moments, weight, rank, mu)
         return Solution(None, down, up, ridge)
     return Solution(ridge=ridge)
+
+
+def _quantised(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
+    """`solution` for an fp8 layer: its weight quantised, and its low-rank branch solved again for that."""
+    values, scale = quantize_weight(weight if solution.weight is None else solution.weight, moments.kept)
+    result = replace(solution, weight=values, scale=scale, refitted=solution.weight is not None)
+    if solution.down is None or solution.ridge is None:
+        return result
+    mu = solution.ridge * _mean_diagonal(moments.dense)
+    down, up = solve_lowrank(moments, weight, len(solution.down), mu, dequantize(values, scale))
+    return replace(result, down=down, up=up)
 
 
 def _reduced_rank(metric: Tensor, linear: Tensor, rank: int, mu: float) -> tuple[Tensor, Tensor]:
