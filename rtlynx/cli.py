@@ -368,9 +368,16 @@ def _report_json(report: Any, folder: Path) -> dict[str, Any]:
         else {
             "output_error": report.choice.error,
             "share_of_saving": report.choice.saving,
-            "layers": {
-                cost.name: {"output_error": cost.error, "flops_saved": cost.saving} for cost in report.costs
-            },
+            "forms": report.choice.forms,
+            "costs": [
+                {
+                    "layer": cost.name,
+                    "form": cost.form,
+                    "output_error": cost.error,
+                    "flops_saved": cost.saving,
+                }
+                for cost in report.costs
+            ],
         },
         "extra_bytes": report.extra_bytes,
     }
@@ -382,10 +389,11 @@ def _print_report(report: Any) -> None:
         table.add_row(name, f"{one.error_before:.4f}", f"{one.error:.4f}", _number(one.ridge, "g"))
     out.print(table)
     if report.choice is not None:
-        budget = Table("layer", "error at the output", "GFLOP saved", "decision", title="Budget")
+        budget = Table("layer", "form", "error at the output", "GFLOP saved", "decision", title="Budget")
         for cost in sorted(report.costs, key=lambda one: one.error / max(one.saving, 1e-9)):
-            decision = report.dense.get(cost.name, "sparse")
-            budget.add_row(cost.name, f"{cost.error:.2e}", f"{cost.saving / 1e9:.3f}", decision)
+            decision = report.dense.get(cost.name) or report.choice.forms[cost.name]
+            numbers = f"{cost.error:.2e}", f"{cost.saving / 1e9:.3f}"
+            budget.add_row(cost.name, cost.form, *numbers, decision)
         out.print(budget)
         out.print(
             f"{len(report.choice.sparse)} layers sparse: measured error at the output "

@@ -21,7 +21,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 @dataclass(frozen=True)
 class Budget:
-    """Which layers stay dense, by rule. Give one of the two limits.
+    """Which layers stay dense, by rule, and with precision "auto" which form the others take. Give one limit.
 
     Parameters
     ----------

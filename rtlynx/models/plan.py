@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from rtlynx.models.generic import GENERIC
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.pattern import Pattern
-from rtlynx.recipe import Form, Recipe
+from rtlynx.recipe import FORMS, Form, Recipe
 
 ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, QWEN_IMAGE, Z_IMAGE)}
 
@@ -87,6 +88,25 @@ class Plan:
             layer.dense(reasons[layer.name]) if layer.name in reasons else layer for layer in self.layers
         )
         return replace(self, layers=tuple(layers))
+
+    def in_forms(self, forms: Mapping[str, Form]) -> Plan:
+        """The same plan with sparse layers in other forms (name -> form)."""
+        layers = (layer.in_form(forms[layer.name]) if layer.name in forms else layer for layer in self.layers)
+        return replace(self, layers=tuple(layers))
+
+    def alternatives(self) -> list[LayerPlan]:
+        """Each sparse layer in every form that it may take: several where the budget is to choose."""
+        if self.recipe.precision != "auto":
+            return list(self.sparse)
+        return [
+            one
+            for layer in self.sparse
+            for one in (
+                [layer]
+                if self.recipe.fixed_form(layer.name)
+                else [layer.in_form(form) for form in FORMS if form != "dense"]
+            )
+        ]
 
 
 def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
