@@ -56,7 +56,7 @@ def test_the_refit_is_least_squares_on_quantised_tokens():
     eye = torch.eye(len(w), dtype=torch.float64) * lam.sqrt()
     refit = torch.linalg.lstsq(torch.cat((s, eye)), torch.cat((x @ w.T, eye @ w.T))).solution.T
     expected = quantize_weight(refit, s.T @ s)
-    # Moments are summed in float32: a few entries round otherwise, and two scales may be as good as each other.
+    # Moments are summed in float32: a few entries round otherwise, and two scales may be equally good.
     alike = torch.isclose(layer.weight_scale, expected.scale, rtol=1e-3, atol=0)
     same = layer.weight.view(torch.uint8) == expected.values.view(torch.uint8)
     assert float(alike.double().mean()) > 0.97
