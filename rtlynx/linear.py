@@ -252,8 +252,11 @@ class SparseLinear(nn.Linear):
         return 0 if self.lowrank_down is None else self.lowrank_down.shape[0]
 
     @property
-    def full_dtype(self) -> torch.dtype | None:
-        """Dtype of what is not quantised; None where a quantised layer has no bias, factors or original."""
+    def compute_dtype(self) -> torch.dtype | None:
+        """Dtype of what is not quantised; None where a quantised layer has no bias, factors or original.
+
+        By this name peft finds the dtype that an adapter beside the layer gets.
+        """
         if self.precision == "bf16":
             return self._own_weight().dtype
         full = (self.lowrank_down, self.bias, self.weight_dense)
@@ -262,7 +265,7 @@ class SparseLinear(nn.Linear):
     def set_lowrank(self, down: Tensor, up: Tensor) -> None:
         """Set the low-rank branch: `down` A^T (r, K), `up` B (N, r), cast like the weight.
 
-        Beside a quantised weight they are cast to `full_dtype`.
+        Beside a quantised weight they are cast to `compute_dtype`.
         """
         rank = down.shape[0]
         if rank < 1 or down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
@@ -273,7 +276,7 @@ class SparseLinear(nn.Linear):
             )
         train, device, dtype = self.weight.requires_grad, self.weight.device, self.weight.dtype
         if self.precision == "fp8":
-            dtype = self.full_dtype or down.dtype
+            dtype = self.compute_dtype or down.dtype
         for name, factor in (("lowrank_down", down), ("lowrank_up", up)):
             new = factor.detach().to(device, dtype).contiguous()
             setattr(self, name, nn.Parameter(new, requires_grad=train))

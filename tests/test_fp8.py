@@ -133,6 +133,26 @@ def test_half_precision_rounds_the_folded_factors_and_the_result(dtype, lowrank)
     torch.testing.assert_close(y.double(), expected, rtol=1.01 * half_step, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lowrank", [False, True])
+def test_pytorchs_scaled_product_is_called_for_the_same_function(monkeypatch, bias, lowrank):
+    """On a CPU, where PyTorch has that product too: scales, transposes and shapes are right."""
+    monkeypatch.setattr("rtlynx.kernels.fp8.scaled_mm_serves", lambda *_: True)
+    wide = torch.cat((tokens(N, K), tokens(N, K, seed=8))) / 6  # 48 outputs
+    down, up = factors()
+    cast = (
+        t.bfloat16() if wanted else None
+        for t, wanted in ((tokens(2 * N), bias), (down, lowrank), (torch.cat((up, -up)), lowrank))
+    )
+    of = Fp8Parameters(*quantize_weight(wide), *cast)
+    for shape in ((5, K), (2, 3, K), (1, K), (K,)):
+        x = tokens(*shape).bfloat16() * 30
+        compressed = compress_fp8(x, EVERYTHING, "none")
+        y = dense_linear_fp8(x, compressed, of)
+        assert (y.dtype, y.shape) == (torch.bfloat16, (*shape[:-1], 2 * N))
+        assert relative_error(y, eight_bits(compressed, of, x)) < 5e-3
+
+
 def test_error_is_that_of_eight_bits():
     weight, of = parameters(bias=False)
     x = tokens(200, K)

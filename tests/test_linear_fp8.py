@@ -7,11 +7,12 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
-from helpers import by_hand, relative_error
+from helpers import by_hand, relative_error, tiny_flux
 from linear_helpers import PATTERNS, RANK, K, N, factors, linear, mask_for, tokens
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rtlynx import Pattern, SparseLinear
+from rtlynx import Pattern, Recipe, SparseLinear, sparsify
 from rtlynx.context import SharedInput
 from rtlynx.kernels import choice
 from rtlynx.quantization import dequantize, quantize_tokens, quantize_weight
@@ -264,6 +265,36 @@ def test_factors_given_after_quantising_are_not_cast_to_eight_bits():
     bare = quantised(bias=False)
     bare.set_lowrank(*(t.half() for t in factors()))
     assert bare.lowrank_up.dtype == torch.float16
+
+
+def test_adapters_go_on_top_and_are_not_merged_into_eight_bits():
+    model = nn.Sequential(quantised(norm="scale"))
+    x = tokens()
+    before, plain = bits(model[0].weight).clone(), model(x)
+    get_peft_model(model, LoraConfig(target_modules=["0"], r=4, init_lora_weights=False))
+    adapter = model[0]
+    delta = adapter.get_delta_weight("default")
+    with torch.no_grad():
+        torch.testing.assert_close(adapter(x), plain + x @ delta.T, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match="Float8"):
+            adapter.merge()
+    assert torch.equal(bits(adapter.base_layer.weight), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_loaded_by_diffusers_is_not_cast_to_eight_bits(dtype):
+    name = "transformer_blocks.0.attn.to_q"
+    down, up = tokens(4, 128) / 30, tokens(128, 4)
+    state = {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+    model = sparsify(tiny_flux().to(dtype), Recipe.immediate(precision="fp8"))
+    model.load_lora_adapter(state, prefix="transformer")
+    adapter = model.get_submodule(name)
+    assert adapter.base_layer.precision == "fp8"
+    assert {p.dtype for p in [*adapter.lora_A.parameters(), *adapter.lora_B.parameters()]} == {dtype}
+    x = tokens(3, 128).to(dtype)
+    with torch.no_grad():
+        delta = adapter(x) - adapter.base_layer(x)
+    assert relative_error(delta, x.float() @ down.T @ up.T) < (1e-4 if dtype == torch.float32 else 3e-2)
 
 
 def test_repr_says_fp8():

@@ -203,7 +203,7 @@ def extra_bytes(model: nn.Module) -> int:
         for tensor in (layer.lowrank_down, layer.lowrank_up, layer.weight_dense, layer.weight_scale):
             total += 0 if tensor is None else tensor.numel() * tensor.element_size()
         if layer.precision == "fp8":
-            full = layer.full_dtype or torch.bfloat16
+            full = layer.compute_dtype or torch.bfloat16
             total -= layer.weight.numel() * (full.itemsize - layer.weight.element_size())
     return total
 
