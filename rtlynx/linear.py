@@ -375,8 +375,7 @@ class SparseLinear(nn.Linear):
         parameters = self._parameters
         down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
         weight = self._own_weight()
-        keeps_all = self.pattern.n == self.pattern.m
-        if self.precision == "fp8" and keeps_all:
+        if self.precision == "fp8" and self.pattern.n == self.pattern.m:
             return self._by_fp8(input, x, spans, fp8.dense_linear_fp8)
         if kernels_serve(x, self.pattern, self.norm, weight, bias, down, up):
             return self._by_kernels(input, x, spans, weight)

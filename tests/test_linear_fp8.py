@@ -355,6 +355,39 @@ def test_quantised_weights_of_another_kind_are_refused(bad):
     assert layer.precision == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"capability": (8, 0)}, "compute capability 8.9"),
+        ({"dtype": torch.float16}, "bfloat16 inputs"),
+        ({"bias": torch.zeros(N)}, "bfloat16 inputs, biases"),
+        ({"n": N}, "multiples of 16"),
+        ({"bias": torch.zeros(N, dtype=torch.bfloat16, requires_grad=True)}, "gradients are asked for"),
+        ({}, None),
+    ],
+)
+def test_what_pytorchs_scaled_product_serves(monkeypatch, changes, message):
+    class OnCuda:
+        is_cuda, dtype = True, changes.get("dtype", torch.bfloat16)
+
+        def numel(self):
+            return K
+
+        def get_device(self):
+            return 0
+
+    capability = changes.get("capability", (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(choice, "_said", set())
+    weight = quantize_weight(tokens(changes.get("n", 2 * N), K)).values
+    ask = (OnCuda(), weight, changes.get("bias"), None, None)
+    with warnings.catch_warnings(record=True) as said:
+        assert choice.scaled_mm_serves(*ask) == (message is None)
+        assert choice.scaled_mm_serves(*ask) == (message is None)
+    assert [message in str(one.message) for one in said] == ([] if message is None else [True])
+    assert not choice.scaled_mm_serves(tokens().bfloat16(), weight, None, None, None)  # on no card
+
+
 def test_the_kernels_refuse_eight_bit_weights_with_a_reason(monkeypatch):
     class OnCuda:  # what is asked of a tensor before any card is
         is_cuda, requires_grad, dtype = True, False, torch.bfloat16
