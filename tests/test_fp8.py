@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from linear_helpers import PATTERNS, K, N, factors, mask_for, tokens
 
 from rtlynx import Pattern, norm_scale
+from rtlynx.kernels.choice import scaled_mm_serves
 from rtlynx.kernels.fp8 import (
     Fp8Parameters,
     compress_fp8,
@@ -207,3 +208,47 @@ def test_autocast_does_not_reach_into_the_product():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = linear_fp8(x, compressed, of)
     assert torch.equal(inside, linear_fp8(x, compressed, of))
+
+
+# ------------------------------------------------------------------------------------------- on a card
+
+CARD = "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_card_quantises_to_the_same_bits(dtype):
+    gen = torch.Generator().manual_seed(0)
+    x = (torch.randn(512, 256, generator=gen) * torch.logspace(-42, 37, 512).unsqueeze(-1)).to(dtype)
+    x[3] = 0
+    x[4, 7], x[5, 8] = float("nan"), -float("inf")
+    for pattern in (Pattern(), EVERYTHING):
+        ours = compress_fp8(x.to(CARD), pattern, "none")
+        theirs = compress_fp8(x, pattern, "none")
+        assert torch.equal(ours.values.cpu().view(torch.uint8), theirs.values.view(torch.uint8))
+        assert torch.equal(ours.scale.cpu().view(torch.int32), theirs.scale.view(torch.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lowrank", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_dense_fp8_on_a_card(bias, lowrank):
+    """Row-wise scaled products, at token counts that are no multiples of anything."""
+    gen = torch.Generator().manual_seed(1)
+    n, k, r = 192, 512, 8
+    weight = torch.randn(n, k, generator=gen) / k**0.5
+    cast = (
+        torch.randn(*shape, generator=gen).to(CARD, torch.bfloat16) if wanted else None
+        for shape, wanted in (((n,), bias), ((r, k), lowrank), ((n, r), lowrank))
+    )
+    of = Fp8Parameters(*(t.to(CARD) for t in quantize_weight(weight)), *cast)
+    for shape in ((1, k), (3, 77, k), (1000, k)):
+        x = torch.randn(*shape, generator=gen).to(CARD, torch.bfloat16)
+        compressed = compress_fp8(x, EVERYTHING, "none")
+        if CARD == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+            assert scaled_mm_serves(x, of.weight, of.bias, of.down, of.up)
+        y = dense_linear_fp8(x, compressed, of)
+        assert (y.shape, y.dtype) == ((*shape[:-1], n), torch.bfloat16)
+        # tensor cores sum e4m3 products in some 14 bits
+        assert relative_error(y.cpu(), eight_bits(compressed, of, x).cpu()) < 8e-3
