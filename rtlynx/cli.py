@@ -355,6 +355,10 @@ def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
+def _memory(extra_bytes: int) -> str:
+    return f"{abs(extra_bytes) / 1e6:.1f} MB {'less' if extra_bytes < 0 else 'more'} memory"
+
+
 def _report_json(report: Any, folder: Path) -> dict[str, Any]:
     return {
         "checkpoint": str(folder),
@@ -401,7 +405,7 @@ def _print_report(report: Any) -> None:
         )
     out.print(
         f"{len(report.solutions)} sparse layers, {len(report.dense)} left dense, "
-        f"{report.extra_bytes / 1e6:.1f} MB more memory"
+        + _memory(report.extra_bytes)
     )
 
 
@@ -424,5 +428,5 @@ def _print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
     out.print(
         f"{overview['sparse_layers']} of {len(overview['layers'])} candidates sparse, "
         f"{overview['sparse_share']:.1%} of the weights of all linear layers; "
-        f"{overview['extra_bytes'] / 1e6:.1f} MB more memory"
+        + _memory(overview["extra_bytes"])
     )
