@@ -117,6 +117,13 @@ def test_half_precision(dtype):
     assert relative_error(y, exact) < 6e-3  # three roundings to bfloat16
 
 
+@pytest.mark.parametrize("pattern", [Pattern(), EVERYTHING])
+def test_compiles_into_one_graph(pattern):
+    layer, x = quantised(pattern, norm="scale", lowrank=True), tokens()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
 def test_autocast_selects_on_what_the_product_sees():
     layer = quantised(norm="scale", lowrank=True)
     x = tokens()
