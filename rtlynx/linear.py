@@ -471,7 +471,7 @@ class SparseLinear(nn.Linear):
         if self.refitted or self.precision == "fp8":
             raise RuntimeError(
                 f"this layer was {'refitted' if self.refitted else 'quantised'} without keeping its original "
-                "weight, which dense rows and steps need: calibrate with text_rows='dense' or "
+                "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "
                 "dense_steps > 0 to keep both"
             )
         return self._own_weight()
