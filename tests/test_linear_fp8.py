@@ -15,6 +15,7 @@ from torch import nn
 from rtlynx import Pattern, Recipe, SparseLinear, sparsify
 from rtlynx.context import SharedInput
 from rtlynx.kernels import choice
+from rtlynx.kernels.fp8 import Fp8Parameters
 from rtlynx.quantization import dequantize, quantize_tokens, quantize_weight
 
 EVERYTHING = Pattern(1, 1)
@@ -386,13 +387,13 @@ def test_what_pytorchs_scaled_product_serves(monkeypatch, changes, message):
     capability = changes.get("capability", (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(choice, "_said", set())
-    weight = quantize_weight(tokens(changes.get("n", 2 * N), K)).values
-    ask = (OnCuda(), weight, changes.get("bias"), None, None)
+    weight = quantize_weight(tokens(changes.get("n", 2 * N), K))
+    of = Fp8Parameters(*weight, changes.get("bias"), None, None)
     with warnings.catch_warnings(record=True) as said:
-        assert choice.scaled_mm_serves(*ask) == (message is None)
-        assert choice.scaled_mm_serves(*ask) == (message is None)
+        assert choice.scaled_mm_serves(OnCuda(), of) == (message is None)
+        assert choice.scaled_mm_serves(OnCuda(), of) == (message is None)
     assert [message in str(one.message) for one in said] == ([] if message is None else [True])
-    assert not choice.scaled_mm_serves(tokens().bfloat16(), weight, None, None, None)  # on no card
+    assert not choice.scaled_mm_serves(tokens().bfloat16(), of)  # on no card
 
 
 def test_the_kernels_refuse_eight_bit_weights_with_a_reason(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from rtlynx.kernels.reference import Norm
 from rtlynx.kernels.sm90.compress import MAX_PARTS
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3
+
+if TYPE_CHECKING:
+    from rtlynx.kernels.fp8 import Fp8Parameters
 
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()
@@ -74,26 +78,23 @@ def _obstacle(
     return card_obstacle(x.get_device())
 
 
-def scaled_mm_serves(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None
-) -> bool:
+def scaled_mm_serves(x: Tensor, of: Fp8Parameters) -> bool:
     """Whether PyTorch's row-wise scaled product serves a dense fp8 layer for the input `x` (..., K).
 
-    Its `weight` is (N, K) float8_e4m3fn. On a CUDA device, a no is explained once.
+    On a CUDA device, a no is explained once.
     """
     if not x.is_cuda or not x.numel():
         return False
-    reason = _scaled_mm_obstacle(x, weight, bias, down, up)
+    reason = _scaled_mm_obstacle(x, of)
     if reason is None:
         return True
     _say_once(reason)
     return False
 
 
-def _scaled_mm_obstacle(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None
-) -> str | None:
-    beside = [tensor for tensor in (bias, down, up) if tensor is not None]
+def _scaled_mm_obstacle(x: Tensor, of: Fp8Parameters) -> str | None:
+    weight = of.weight
+    beside = [tensor for tensor in (of.bias, of.down, of.up) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in beside):
         return "gradients are asked for: call the model under torch.no_grad()"
     if any(tensor.dtype is not torch.bfloat16 for tensor in (x, *beside)):

@@ -112,7 +112,7 @@ def linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tenso
 
 def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
     """`linear_fp8` of a `compressed` that keeps everything, by `torch._scaled_mm` where that serves."""
-    if not scaled_mm_serves(x, of.weight, of.bias, of.down, of.up):
+    if not scaled_mm_serves(x, of):
         return linear_fp8(x, compressed, of)
     n, k = of.weight.shape
     lowrank = of.down is not None
