@@ -1,7 +1,8 @@
 """Save what rtlynx did to a model, and do it to the same base model again.
 
-A checkpoint is a folder: `rtlynx.json` (recipe, layers, digests) and `rtlynx.safetensors` (low-rank factors
-and refitted weights, in natural column order). It goes onto the base model that it was made from.
+A checkpoint is a folder: `rtlynx.json` (recipe, layers, digests) and `rtlynx.safetensors` (low-rank factors,
+refitted weights, quantised weights and their scales, in natural column order). It goes onto the base model
+that it was made from.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -31,15 +32,17 @@ from rtlynx.linear import SparseLinear
 from rtlynx.models.plan import Plan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
 from rtlynx.pattern import Pattern
+from rtlynx.quantization import E4M3
 from rtlynx.recipe import Recipe
 
-FORMAT_VERSION = 1
+# Version 2 knows fp8 layers.
+FORMAT_VERSION = 2
 INDEX = "rtlynx.json"
 TENSORS = "rtlynx.safetensors"
 
 
 def save(model_or_pipeline: Any, folder: str | Path) -> None:
-    """Save what makes a model sparse: recipe, low-rank factors, refitted weights.
+    """Save what makes a model sparse: recipe, low-rank factors, refitted and quantised weights.
 
     Parameters
     ----------
@@ -65,7 +68,8 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     for name, layer in layers.items():
         if name not in state.base:
             raise ValueError(f"{name} is not where it was made sparse: detach adapters before saving")
-        if not layer.refitted and weight_fingerprint(layer.weight) != state.base[name]:
+        unchanged = not layer.refitted and layer.precision == "bf16"
+        if unchanged and weight_fingerprint(layer.weight) != state.base[name]:
             raise ValueError(
                 f"the weight of {name} has changed since it was made sparse (a merged adapter?), and a "
                 "checkpoint holds refitted weights only: merge into the dense model, then make it sparse"
@@ -73,7 +77,9 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     planned = {layer.name: layer for layer in state.plan.layers}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        if layer.refitted:
+        if layer.weight_scale is not None:
+            tensors[f"{name}.weight_scale"] = layer.weight_scale
+        if layer.refitted or layer.precision == "fp8":
             tensors[f"{name}.weight"] = layer.weight
         if layer.lowrank_down is not None and layer.lowrank_up is not None:
             tensors[f"{name}.lowrank_down"] = layer.lowrank_down
@@ -150,9 +156,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != "rtlynx":
         raise CheckpointError(f"{path} is not an rtlynx checkpoint")
-    if index.get("version") != FORMAT_VERSION:
+    if index.get("version") not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"{path} is of format version {index.get('version')}, this rtlynx reads version {FORMAT_VERSION}"
+            f"{path} is of format version {index.get('version')}, this rtlynx reads versions 1 to "
+            f"{FORMAT_VERSION}"
         )
     body = {key: value for key, value in index.items() if key != "sha256"}
     if index.get("sha256") != _digest(body):
@@ -166,6 +173,7 @@ def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
         "out_features": layer.out_features,
         "pattern": asdict(layer.pattern),
         "norm": layer.norm,
+        "precision": layer.precision,
         "rank": layer.rank,
         "refitted": layer.refitted,
         "base": base,
@@ -210,27 +218,48 @@ def _stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
         parts = tuple(stored["parts"]) if isinstance(stored["parts"], list) else stored["parts"]
         pattern = Pattern(stored["n"], stored["m"], stored["grouping"], parts)
         layers.append(
-            replace(layer, pattern=pattern, norm=entry["norm"], rank=entry["rank"], dense_reason=None)
+            replace(
+                layer,
+                pattern=pattern,
+                norm=entry["norm"],
+                rank=entry["rank"],
+                precision=_stored_precision(entry),
+                dense_reason=None,
+            )
         )
     return replace(plan, layers=tuple(layers))
 
 
 def _stored_solution(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Solution:
     k, n, rank = entry["in_features"], entry["out_features"], entry["rank"]
+    quantised = _stored_precision(entry) == "fp8"
 
-    def stored(kind: str, shape: tuple[int, int]) -> Tensor:
+    def stored(kind: str, shape: tuple[int, ...]) -> Tensor:
         tensor = tensors.get(f"{name}.{kind}")
         if tensor is None:
             raise CheckpointError(f"{path} lacks the tensor {name}.{kind}")
         if tensor.shape != shape:
             raise CheckpointError(f"{path}: {name}.{kind} is {tuple(tensor.shape)}, should be {shape}")
+        if (tensor.dtype is E4M3) is not (quantised and kind == "weight"):
+            raise CheckpointError(
+                f"{path}: {name}.{kind} is {tensor.dtype} in a layer of precision {_stored_precision(entry)}"
+            )
         return tensor
 
     return Solution(
-        weight=stored("weight", (n, k)) if entry["refitted"] else None,
+        weight=stored("weight", (n, k)) if entry["refitted"] or quantised else None,
+        scale=stored("weight_scale", (n,)) if quantised else None,
+        refitted=bool(entry["refitted"]),
         down=stored("lowrank_down", (rank, k)) if rank else None,
         up=stored("lowrank_up", (n, rank)) if rank else None,
     )
+
+
+def _stored_precision(entry: dict[str, Any]) -> Literal["bf16", "fp8"]:
+    precision = entry.get("precision", "bf16")  # version 1 knew no other
+    if precision not in ("bf16", "fp8"):
+        raise TypeError(f"unknown precision {precision!r}")
+    return precision
 
 
 def _digest(body: dict[str, Any]) -> str:

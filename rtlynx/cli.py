@@ -355,6 +355,10 @@ def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
+def _memory(extra_bytes: int) -> str:
+    return f"{abs(extra_bytes) / 1e6:.1f} MB {'less' if extra_bytes < 0 else 'more'} memory"
+
+
 def _report_json(report: Any, folder: Path) -> dict[str, Any]:
     return {
         "checkpoint": str(folder),
@@ -368,9 +372,16 @@ def _report_json(report: Any, folder: Path) -> dict[str, Any]:
         else {
             "output_error": report.choice.error,
             "share_of_saving": report.choice.saving,
-            "layers": {
-                cost.name: {"output_error": cost.error, "flops_saved": cost.saving} for cost in report.costs
-            },
+            "forms": report.choice.forms,
+            "costs": [
+                {
+                    "layer": cost.name,
+                    "form": cost.form,
+                    "output_error": cost.error,
+                    "flops_saved": cost.saving,
+                }
+                for cost in report.costs
+            ],
         },
         "extra_bytes": report.extra_bytes,
     }
@@ -382,10 +393,11 @@ def _print_report(report: Any) -> None:
         table.add_row(name, f"{one.error_before:.4f}", f"{one.error:.4f}", _number(one.ridge, "g"))
     out.print(table)
     if report.choice is not None:
-        budget = Table("layer", "error at the output", "GFLOP saved", "decision", title="Budget")
+        budget = Table("layer", "form", "error at the output", "GFLOP saved", "decision", title="Budget")
         for cost in sorted(report.costs, key=lambda one: one.error / max(one.saving, 1e-9)):
-            decision = report.dense.get(cost.name, "sparse")
-            budget.add_row(cost.name, f"{cost.error:.2e}", f"{cost.saving / 1e9:.3f}", decision)
+            decision = report.dense.get(cost.name) or report.choice.forms[cost.name]
+            numbers = f"{cost.error:.2e}", f"{cost.saving / 1e9:.3f}"
+            budget.add_row(cost.name, cost.form, *numbers, decision)
         out.print(budget)
         out.print(
             f"{len(report.choice.sparse)} layers sparse: measured error at the output "
@@ -393,7 +405,7 @@ def _print_report(report: Any) -> None:
         )
     out.print(
         f"{len(report.solutions)} sparse layers, {len(report.dense)} left dense, "
-        f"{report.extra_bytes / 1e6:.1f} MB more memory"
+        + _memory(report.extra_bytes)
     )
 
 
@@ -407,7 +419,7 @@ def _print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
             layer["stream"],
             layer["pattern"],
             str(layer["rank"] or "-"),
-            f"dense: {layer['dense_reason']}" if layer["dense_reason"] else "sparse",
+            f"dense: {layer['dense_reason']}" if layer["dense_reason"] else layer["form"],
         ]
         if kept:
             row.append(_number(kept.get(layer["name"]), ".3f"))
@@ -416,5 +428,5 @@ def _print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
     out.print(
         f"{overview['sparse_layers']} of {len(overview['layers'])} candidates sparse, "
         f"{overview['sparse_share']:.1%} of the weights of all linear layers; "
-        f"{overview['extra_bytes'] / 1e6:.1f} MB more memory"
+        + _memory(overview["extra_bytes"])
     )

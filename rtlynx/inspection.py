@@ -17,8 +17,8 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     Returns
     -------
     dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, pattern,
-    rank, dense_reason), `sparse_layers`, `sparse_share` (of the weights of all linears) and `extra_bytes`
-    (memory beyond the dense model's).
+    rank, form, dense_reason), `sparse_layers`, `sparse_share` (of the weights of all linears) and
+    `extra_bytes` (memory beyond the dense model's, negative where quantised weights save more).
     """
     model = target_model(model_or_pipeline)
     state = state_of(model)
@@ -27,7 +27,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     sparse = sum(layer.in_features * layer.out_features for layer in plan.sparse)
     bytes_each = next(model.parameters()).element_size()
-    planned = sum(_planned_extra(layer, plan.recipe) for layer in plan.sparse) * bytes_each
+    planned = sum(_planned_extra(layer, plan.recipe, bytes_each) for layer in plan.sparse)
     return {
         "model": type(model).__name__,
         "architecture": plan.architecture.class_name if plan.architecture.rules else "generic",
@@ -51,11 +51,17 @@ def _describe_layer(layer: LayerPlan) -> dict[str, Any]:
         "pattern": f"{pattern.n}:{pattern.m} {pattern.grouping}",
         "norm": layer.norm,
         "rank": layer.rank,
+        "form": layer.form,
         "dense_reason": layer.dense_reason,
     }
 
 
-def _planned_extra(layer: LayerPlan, recipe: Recipe) -> int:
-    """Entries that the layer will hold beyond its weight: factors, and W beside a refitted W'."""
-    factors = layer.rank * (layer.in_features + layer.out_features)
-    return factors + (layer.in_features * layer.out_features if recipe.keeps_dense_weight else 0)
+def _planned_extra(layer: LayerPlan, recipe: Recipe, bytes_each: int) -> int:
+    """Bytes that the layer will hold beyond its weight: factors, scales, W beside a W' or eight-bit one."""
+    weight = layer.in_features * layer.out_features
+    extra = layer.rank * (layer.in_features + layer.out_features) * bytes_each
+    if recipe.keeps_dense_weight and (recipe.refit or layer.precision == "fp8"):
+        extra += weight * bytes_each
+    if layer.precision == "fp8":
+        extra += 4 * layer.out_features - weight * (bytes_each - 1)
+    return extra

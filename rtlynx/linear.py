@@ -252,10 +252,21 @@ class SparseLinear(nn.Linear):
         """Rank of the low-rank branch, 0 without one."""
         return 0 if self.lowrank_down is None else self.lowrank_down.shape[0]
 
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Dtype of what is not quantised; None where a quantised layer has no bias, factors or original.
+
+        By this name peft finds the dtype that an adapter beside the layer gets.
+        """
+        if self.precision == "bf16":
+            return self._own_weight().dtype
+        full = (self.lowrank_down, self.bias, self.weight_dense)
+        return next((tensor.dtype for tensor in full if tensor is not None), None)
+
     def set_lowrank(self, down: Tensor, up: Tensor) -> None:
         """Set the low-rank branch: `down` A^T (r, K), `up` B (N, r), cast like the weight.
 
-        Beside a quantised weight they are cast like the factors or the bias that the layer has, if any.
+        Beside a quantised weight they are cast to `compute_dtype`.
         """
         rank = down.shape[0]
         if rank < 1 or down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
@@ -266,8 +277,7 @@ class SparseLinear(nn.Linear):
             )
         train, device, dtype = self.weight.requires_grad, self.weight.device, self.weight.dtype
         if self.precision == "fp8":
-            like = next((t for t in (self.lowrank_down, self.bias) if t is not None), down)
-            dtype = like.dtype
+            dtype = self.compute_dtype or down.dtype
         for name, factor in (("lowrank_down", down), ("lowrank_up", up)):
             new = factor.detach().to(device, dtype).contiguous()
             setattr(self, name, nn.Parameter(new, requires_grad=train))
@@ -366,8 +376,7 @@ class SparseLinear(nn.Linear):
         parameters = self._parameters
         down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
         weight = self._own_weight()
-        keeps_all = self.pattern.n == self.pattern.m
-        if self.precision == "fp8" and keeps_all:
+        if self.precision == "fp8" and self.pattern.n == self.pattern.m:
             return self._by_fp8(input, x, spans, fp8.dense_linear_fp8)
         if kernels_serve(x, self.pattern, self.norm, weight, bias, down, up):
             return self._by_kernels(input, x, spans, weight)
@@ -472,7 +481,7 @@ class SparseLinear(nn.Linear):
         if self.refitted or self.precision == "fp8":
             raise RuntimeError(
                 f"this layer was {'refitted' if self.refitted else 'quantised'} without keeping its original "
-                "weight, which dense rows and steps need: calibrate with text_rows='dense' or "
+                "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "
                 "dense_steps > 0 to keep both"
             )
         return self._own_weight()

@@ -25,7 +25,7 @@ CHANNEL_SCALE_FLOOR = 2.0**-96
 
 # Scales tried for a channel, times amax / 448. An octave upwards covers every way in which the grid of a
 # float can lie; below 1 the largest entries are clipped, which soon costs more than rounding does.
-MULTIPLIERS = tuple(2.0 ** (i / 16) for i in range(-4, 16))
+MULTIPLIERS = tuple(2.0 ** (i / 12) for i in range(-2, 12))
 # Channels judged at one time, in float64.
 _CHANNELS = 2048
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from rtlynx.pattern import Pattern
 
 # A rank given as a share of K is never less than this: a handful of directions at toy widths.
 MIN_SHARE_RANK = 4
 
+# What a layer can be: selected inputs or all of them, weights in the model's dtype or in e4m3.
+Form = Literal["bf16-sparse", "fp8-sparse", "fp8-dense", "dense"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
 
 @dataclass(frozen=True)
 class Budget:
-    """Which layers stay dense, by rule. Give one of the two limits.
+    """Which layers stay dense, by rule, and with precision "auto" which form the others take. Give one limit.
 
     Parameters
     ----------
@@ -79,6 +84,13 @@ class Recipe:
         Glob patterns of layer names that stay dense.
     budget : Budget or None
         Leave further layers dense by measured error and modelled time.
+    precision : "bf16" | "fp8" | "auto"
+        Of the sparse layers' products: the model's own dtype, or e4m3 weights and inputs with a scale for
+        each output channel and token. Auto: the budget chooses for each layer among all of `FORMS`.
+    forms : mapping
+        Glob pattern of layer names -> what these layers are, whatever else the recipe says but `skip`:
+        "bf16-sparse" | "fp8-sparse" | "fp8-dense" (quantised, nothing dropped, not compensated) | "dense".
+        The first pattern that matches counts.
 
     Raises
     ------
@@ -102,6 +114,8 @@ class Recipe:
     dense_steps: int = 0
     skip: tuple[str, ...] = ()
     budget: Budget | None = None
+    precision: Literal["bf16", "fp8", "auto"] = "bf16"
+    forms: Mapping[str, Form] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         Pattern(self.n, self.m)
@@ -133,6 +147,21 @@ class Recipe:
         if not isinstance(self.skip, list | tuple) or not all(isinstance(glob, str) for glob in self.skip):
             raise ValueError(f"skip is a list of glob patterns, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
+        _check_choice("precision", self.precision, ("bf16", "fp8", "auto"))
+        if not isinstance(self.forms, Mapping) or not all(isinstance(glob, str) for glob in self.forms):
+            raise ValueError(f"forms is a mapping from glob patterns to forms, got {self.forms!r}")
+        for glob, form in self.forms.items():
+            _check_choice(f"the form of {glob!r}", form, FORMS)
+        object.__setattr__(self, "forms", dict(self.forms))
+        if self.precision == "auto" and self.budget is None:
+            raise ValueError(
+                "precision 'auto' lets the budget choose: give a budget, or precision fp8 or bf16"
+            )
+        if self.uses_fp8 and (self.norm == "paper" or self.lowrank_solver == "trained"):
+            raise ValueError(
+                "fp8 layers know neither the paper's printed norm formula nor its trained low-rank branch: "
+                "use norm='scale' and lowrank_solver='closed-form'"
+            )
         if self.refit and self.norm in ("scale", "paper"):
             raise ValueError(
                 "a refitted weight already restores the output: norm compensation stays off with it"
@@ -185,6 +214,7 @@ class Recipe:
         """Plain JSON values; inverse of `from_dict`."""
         values = asdict(self)
         values["skip"] = list(self.skip)
+        values["forms"] = dict(self.forms)
         return values
 
     @property
@@ -193,9 +223,18 @@ class Recipe:
         return self.refit or self.rank is not None or self.budget is not None
 
     @property
+    def uses_fp8(self) -> bool:
+        """Whether any layer may be quantised."""
+        return self.precision != "bf16" or any(form.startswith("fp8") for form in self.forms.values())
+
+    @property
     def keeps_dense_weight(self) -> bool:
-        """Whether refitted layers need their original weight too (some rows or steps run dense)."""
-        return self.refit and (self.dense_steps > 0 or self.text_rows == "dense")
+        """Whether refitted and quantised layers need their original weight too (for dense rows or steps)."""
+        return (self.refit or self.uses_fp8) and (self.dense_steps > 0 or self.text_rows == "dense")
+
+    def fixed_form(self, name: str) -> Form | None:
+        """The form that `forms` gives the layer `name`, or None."""
+        return next((form for glob, form in self.forms.items() if fnmatch.fnmatchcase(name, glob)), None)
 
     @property
     def layer_norm(self) -> Literal["none", "scale", "paper"]:

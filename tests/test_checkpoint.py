@@ -46,6 +46,12 @@ RECIPES = {
     "refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, grouping="strided"),
     "refit, dense steps and rows": Recipe(ridge=RIDGE, dense_steps=2, text_rows="dense"),
     "budget": Recipe(rank=4, ridge=RIDGE, budget=Budget(saving=0.5)),
+    "fp8, immediate": Recipe.immediate(precision="fp8"),
+    "fp8, dense steps and rows": Recipe.immediate(precision="fp8", dense_steps=2, text_rows="dense"),
+    "fp8, refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, precision="fp8"),
+    "every form": Recipe(
+        rank=4, ridge=RIDGE, forms={"*.to_q": "fp8-sparse", "*.to_k": "fp8-dense", "*.to_v": "dense"}
+    ),
 }
 
 
@@ -75,6 +81,14 @@ def saved(tmp_path_factory):
     """A folder with refitted weights and low-rank factors. Copy it before you change it."""
     folder = tmp_path_factory.mktemp("saved") / "lynx"
     save(make(RECIPES["refit and low-rank"]), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved_fp8(tmp_path_factory):
+    """A folder with quantised weights."""
+    folder = tmp_path_factory.mktemp("saved") / "lynx"
+    save(make(RECIPES["fp8, refit and low-rank"]), folder)
     return folder
 
 
@@ -157,6 +171,41 @@ def test_files_hold_natural_column_order_and_only_what_is_needed(tmp_path):
     assert safetensors.torch.load_file(tmp_path / "immediate" / "rtlynx.safetensors") == {}
 
 
+def test_quantised_weights_are_stored_in_eight_bits(saved_fp8):
+    tensors = safetensors.torch.load_file(saved_fp8 / "rtlynx.safetensors")
+    model = load(tiny_flux(), saved_fp8)
+    for name, layer in sparse_layers(model).items():
+        stored = tensors[f"{name}.weight"]
+        assert stored.dtype == torch.float8_e4m3fn
+        assert torch.equal(stored.view(torch.uint8), layer.weight.view(torch.uint8))
+        assert torch.equal(tensors[f"{name}.weight_scale"], layer.weight_scale)
+        assert tensors[f"{name}.weight_scale"].dtype == torch.float32
+        assert layer.refitted
+    with pytest.raises(RuntimeError, match="refitted without keeping"):
+        densify(model)
+
+
+def test_quantised_weights_survive_a_cast_base_model(saved_fp8):
+    model = load(tiny_flux().to(torch.bfloat16), saved_fp8)
+    layer = model.get_submodule("transformer_blocks.0.attn.to_q")
+    assert (layer.weight.dtype, layer.weight_scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert layer.lowrank_up.dtype == layer.bias.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_of_the_first_version_still_loads(folder):
+    path = folder / "rtlynx.json"
+    body = json.loads(path.read_text())
+    expected = outputs(load(tiny_flux(), folder))
+    layers = {
+        name: {key: value for key, value in entry.items() if key != "precision"}
+        for name, entry in body["layers"].items()
+    }
+    recipe = {key: value for key, value in body["recipe"].items() if key not in ("precision", "forms")}
+    sign(folder, version=1, layers=layers, recipe=recipe)
+    model = load(tiny_flux(), folder)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), expected, strict=True))
+
+
 def test_a_pipeline_stands_for_its_transformer(folder, tmp_path):
     class Pipeline:
         def __init__(self):
@@ -220,10 +269,10 @@ def test_other_base_weights(folder):
     refused(folder, layer_name, build=tuned)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_format_version(folder, version):
     sign(folder, version=version)
-    refused(folder, f"format version {version}, this rtlynx reads version 1")
+    refused(folder, f"format version {version}, this rtlynx reads versions 1 to 2")
 
 
 def test_a_sparse_model_is_refused_and_unchanged(folder):
@@ -283,6 +332,31 @@ def test_damage_that_the_digest_cannot_tell(folder):
             load(model, folder)
         assert "\n" not in str(error.value), what
         assert_dense(model)
+
+
+def test_quantised_damage_that_the_digest_cannot_tell(saved_fp8, tmp_path):
+    folder = shutil.copytree(saved_fp8, tmp_path / "lynx")
+    path = folder / "rtlynx.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = "transformer_blocks.0.attn.to_q"
+    weight, scale = f"{name}.weight", f"{name}.weight_scale"
+    damage = {
+        "lacks the tensor": {k: v for k, v in tensors.items() if k != scale},
+        r"weight_scale is \(3,\)": {**tensors, scale: torch.ones(3)},
+        r"weight is torch.float32 in a layer of precision fp8": {**tensors, weight: tensors[weight].float()},
+    }
+    for match, changed in damage.items():
+        safetensors.torch.save_file(changed, path)
+        sign(folder)
+        refused(folder, match)
+    safetensors.torch.save_file(tensors, path)
+    index = json.loads((folder / "rtlynx.json").read_text())
+    index["layers"][name]["precision"] = "bf16"
+    sign(folder, layers=index["layers"])
+    refused(folder, "weight is torch.float8_e4m3fn in a layer of precision bf16")
+    index["layers"][name]["precision"] = "fp4"
+    sign(folder, layers=index["layers"])
+    refused(folder, "unknown precision")
 
 
 @pytest.mark.parametrize(

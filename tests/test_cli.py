@@ -95,6 +95,41 @@ def test_convert_then_evaluate(run, tmp_path, prompts):
     assert 0 < figures["ssim"] < 1
 
 
+def test_convert_to_fp8(run, tmp_path):
+    folder, forms = tmp_path / "fp8", json.dumps({"*.ff.net.2": "fp8-dense"})
+    settings = ("--set", "precision=fp8", "--set", f"forms={forms}")
+    assert run("convert", "zoo:flux-emoji", "--out", folder, *settings)[0] == 0
+    code, out, _ = run("inspect", "zoo:flux-emoji", "--checkpoint", folder, "--json")
+    assert code == 0
+    overview = json.loads(out)
+    found = [layer["form"] for layer in overview["layers"]]
+    assert {form: found.count(form) for form in found} == {"fp8-sparse": 45, "fp8-dense": 3, "dense": 18}
+    assert overview["extra_bytes"] < -2e7
+    code, out, _ = run("inspect", "zoo:flux-emoji", *settings)
+    assert code == 0
+    assert "MB less memory" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_calibrate_tells_which_forms_the_budget_chose(run, tmp_path, prompts, as_json):
+    others = json.dumps(["transformer_blocks.[012].*", "single_transformer_blocks.[1-5].*", "*.proj_out"])
+    code, out, _ = run(
+        "calibrate", "zoo:flux-emoji", "--out", tmp_path / "auto", "--prompts", prompts, *QUICK,
+        "--set", "rank=4", "--set", "precision=auto", "--set", 'budget={"saving": 0.8}',
+        "--set", f"skip={others}", *(["--json"] if as_json else []),
+    )  # fmt: skip
+    assert code == 0
+    if not as_json:
+        text = " ".join(out.split())
+        assert "fp8-dense" in text
+        assert "of the possible saving" in text
+        return
+    report = json.loads(out)
+    assert len(report["budget"]["costs"]) == 3 * 4
+    assert {cost["form"] for cost in report["budget"]["costs"]} == {"bf16-sparse", "fp8-sparse", "fp8-dense"}
+    assert set(report["budget"]["forms"]) == set(report["layers"])
+
+
 def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts):
     folder = tmp_path / "calibrated"
     code, out, _ = run(

@@ -18,6 +18,7 @@ from rtlynx.evaluate.layers import activation_energy_kept
 from rtlynx.evaluate.report import findings
 from rtlynx.evaluate.variants import NAMES, build_variant, prune_weights
 from rtlynx.pattern import nm_mask
+from rtlynx.quantization import quantize_weight
 from rtlynx.zoo.prompts import ASSETS, calibration_prompts, demo_prompts
 
 SMALL = {"images": 2, "steps": 2, "progress": False}
@@ -82,6 +83,13 @@ def test_compensation_lowers_the_layer_error(written):
     error = {row["name"]: row["layer_error"] for row in written[1]["variants"]}
     assert error["activation-2:4+refit+lowrank"] < error["activation-2:4+norm+lowrank"]
     assert error["activation-2:4+norm+lowrank"] < error["activation-2:4+norm"]
+
+
+def test_eight_bits_cost_little(written):
+    error = {row["name"]: row["layer_error"] for row in written[1]["variants"]}
+    ours, both = error["activation-2:4+refit+lowrank"], error["fp8+activation-2:4+refit+lowrank"]
+    assert 1e-4 < error["fp8"] < 0.1 * ours
+    assert ours < both < ours + 1.5 * error["fp8"]  # two independent errors add up
 
 
 def test_the_three_files_and_no_other(written):
@@ -156,9 +164,11 @@ def test_findings_hold_whatever_the_numbers_are(written):
     rows = {row["name"]: row for row in results["variants"]}
     rows["activation-2:4+refit+lowrank"]["psnr"] = rows["activation-2:4+norm+lowrank"]["psnr"] - 2
     rows["activation-2:4+norm:all-layers"]["psnr"] = rows["activation-2:4+norm"]["psnr"] + 1
+    rows["fp8+activation-2:4+refit+lowrank"]["psnr"] = rows["activation-2:4+refit+lowrank"]["psnr"] - 0.5
     said = " ".join(findings(results))
     assert "loses 2.0\N{NO-BREAK SPACE}dB" in said
     assert "gains 1.0\N{NO-BREAK SPACE}dB" in said
+    assert "quantising costs 0.5\N{NO-BREAK SPACE}dB" in said
     for row in rows.values():
         row["psnr"] = None
     assert all("dB" not in sentence for sentence in findings(results))
@@ -177,6 +187,36 @@ def test_every_variant_leaves_the_dense_model_alone(pipeline):
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(ValueError, match="unknown variant"):
         build_variant("best", pipeline, solutions=None)
+
+
+def test_fp8_variants_are_the_same_layers_in_eight_bits(pipeline):
+    names = ("activation-2:4+refit+lowrank", "fp8", "fp8+activation-2:4+refit+lowrank")
+    plain, dense, both = (
+        build_variant(name, pipeline, solutions=ASSETS / "solutions").layers for name in names
+    )
+    assert list(plain) == list(dense) == list(both)
+    for name, layer in both.items():
+        quantised = quantize_weight(plain[name].weight)
+        assert torch.equal(layer.weight.view(torch.uint8), quantised.values.view(torch.uint8))
+        assert torch.equal(layer.weight_scale, quantised.scale)
+        assert torch.equal(layer.lowrank_up, plain[name].lowrank_up)
+        assert (layer.pattern, layer.norm) == (plain[name].pattern, plain[name].norm)
+        original = quantize_weight(pipeline.transformer.get_submodule(name).weight)
+        assert torch.equal(dense[name].weight.view(torch.uint8), original.values.view(torch.uint8))
+        assert (dense[name].pattern.n, dense[name].rank) == (dense[name].pattern.m, 0)
+
+
+def test_live_calibration_of_fp8_sees_the_eight_bits(pipeline, monkeypatch):
+    recipes = {}  # the real thing takes a minute, and `tests/test_calibrate_fp8.py` has it on a smaller model
+    for name in ("activation-2:4+refit+lowrank", "fp8+activation-2:4+refit+lowrank"):
+        monkeypatch.setattr(
+            "rtlynx.evaluate.variants.calibrate",
+            lambda _pipeline, _prompts, recipe, *_, name=name, **__: recipes.update({name: recipe}),
+        )
+        build_variant(name, pipeline, solutions=None, calibration_prompts=calibration_prompts(2))
+    plain, fp8 = recipes.values()
+    assert (plain.precision, fp8.precision) == ("bf16", "fp8")
+    assert {**plain.to_dict(), "precision": "fp8"} == fp8.to_dict()
 
 
 def test_pruned_weights_keep_two_of_four(pipeline):

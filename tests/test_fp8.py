@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from linear_helpers import PATTERNS, K, N, factors, mask_for, tokens
 
 from rtlynx import Pattern, norm_scale
+from rtlynx.kernels.choice import scaled_mm_serves
 from rtlynx.kernels.fp8 import (
     Fp8Parameters,
     compress_fp8,
@@ -133,6 +134,26 @@ def test_half_precision_rounds_the_folded_factors_and_the_result(dtype, lowrank)
     torch.testing.assert_close(y.double(), expected, rtol=1.01 * half_step, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lowrank", [False, True])
+def test_pytorchs_scaled_product_is_called_for_the_same_function(monkeypatch, bias, lowrank):
+    """On a CPU, where PyTorch has that product too: scales, transposes and shapes are right."""
+    monkeypatch.setattr("rtlynx.kernels.fp8.scaled_mm_serves", lambda *_: True)
+    wide = torch.cat((tokens(N, K), tokens(N, K, seed=8))) / 6  # 48 outputs
+    down, up = factors()
+    cast = (
+        t.bfloat16() if wanted else None
+        for t, wanted in ((tokens(2 * N), bias), (down, lowrank), (torch.cat((up, -up)), lowrank))
+    )
+    of = Fp8Parameters(*quantize_weight(wide), *cast)
+    for shape in ((5, K), (2, 3, K), (1, K), (K,)):
+        x = tokens(*shape).bfloat16() * 30
+        compressed = compress_fp8(x, EVERYTHING, "none")
+        y = dense_linear_fp8(x, compressed, of)
+        assert (y.dtype, y.shape) == (torch.bfloat16, (*shape[:-1], 2 * N))
+        assert relative_error(y, eight_bits(compressed, of, x)) < 5e-3
+
+
 def test_error_is_that_of_eight_bits():
     weight, of = parameters(bias=False)
     x = tokens(200, K)
@@ -187,3 +208,47 @@ def test_autocast_does_not_reach_into_the_product():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = linear_fp8(x, compressed, of)
     assert torch.equal(inside, linear_fp8(x, compressed, of))
+
+
+# ------------------------------------------------------------------------------------------- on a card
+
+CARD = "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_card_quantises_to_the_same_bits(dtype):
+    gen = torch.Generator().manual_seed(0)
+    x = (torch.randn(512, 256, generator=gen) * torch.logspace(-42, 37, 512).unsqueeze(-1)).to(dtype)
+    x[3] = 0
+    x[4, 7], x[5, 8] = float("nan"), -float("inf")
+    for pattern in (Pattern(), EVERYTHING):
+        ours = compress_fp8(x.to(CARD), pattern, "none")
+        theirs = compress_fp8(x, pattern, "none")
+        assert torch.equal(ours.values.cpu().view(torch.uint8), theirs.values.view(torch.uint8))
+        assert torch.equal(ours.scale.cpu().view(torch.int32), theirs.scale.view(torch.int32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lowrank", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_dense_fp8_on_a_card(bias, lowrank):
+    """Row-wise scaled products, at token counts that are no multiples of anything."""
+    gen = torch.Generator().manual_seed(1)
+    n, k, r = 192, 512, 8
+    weight = torch.randn(n, k, generator=gen) / k**0.5
+    cast = (
+        torch.randn(*shape, generator=gen).to(CARD, torch.bfloat16) if wanted else None
+        for shape, wanted in (((n,), bias), ((r, k), lowrank), ((n, r), lowrank))
+    )
+    of = Fp8Parameters(*(t.to(CARD) for t in quantize_weight(weight)), *cast)
+    for shape in ((1, k), (3, 77, k), (1000, k)):
+        x = torch.randn(*shape, generator=gen).to(CARD, torch.bfloat16)
+        compressed = compress_fp8(x, EVERYTHING, "none")
+        if CARD == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+            assert scaled_mm_serves(x, of)
+        y = dense_linear_fp8(x, compressed, of)
+        assert (y.shape, y.dtype) == ((*shape[:-1], n), torch.bfloat16)
+        # tensor cores sum e4m3 products in some 14 bits
+        assert relative_error(y.cpu(), eight_bits(compressed, of, x).cpu()) < 8e-3

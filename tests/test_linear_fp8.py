@@ -2,16 +2,20 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import safetensors.torch
 import torch
-from helpers import by_hand, relative_error
+from helpers import by_hand, relative_error, tiny_flux
 from linear_helpers import PATTERNS, RANK, K, N, factors, linear, mask_for, tokens
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rtlynx import Pattern, SparseLinear
+from rtlynx import Pattern, Recipe, SparseLinear, sparsify
 from rtlynx.context import SharedInput
+from rtlynx.kernels import choice
+from rtlynx.kernels.fp8 import Fp8Parameters
 from rtlynx.quantization import dequantize, quantize_tokens, quantize_weight
 
 EVERYTHING = Pattern(1, 1)
@@ -112,6 +116,13 @@ def test_half_precision(dtype):
     y = layer(x)
     assert y.dtype == dtype
     assert relative_error(y, exact) < 6e-3  # three roundings to bfloat16
+
+
+@pytest.mark.parametrize("pattern", [Pattern(), EVERYTHING])
+def test_compiles_into_one_graph(pattern):
+    layer, x = quantised(pattern, norm="scale", lowrank=True), tokens()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
 
 
 def test_autocast_selects_on_what_the_product_sees():
@@ -264,6 +275,36 @@ def test_factors_given_after_quantising_are_not_cast_to_eight_bits():
     assert bare.lowrank_up.dtype == torch.float16
 
 
+def test_adapters_go_on_top_and_are_not_merged_into_eight_bits():
+    model = nn.Sequential(quantised(norm="scale"))
+    x = tokens()
+    before, plain = bits(model[0].weight).clone(), model(x)
+    get_peft_model(model, LoraConfig(target_modules=["0"], r=4, init_lora_weights=False))
+    adapter = model[0]
+    delta = adapter.get_delta_weight("default")
+    with torch.no_grad():
+        torch.testing.assert_close(adapter(x), plain + x @ delta.T, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match="Float8"):
+            adapter.merge()
+    assert torch.equal(bits(adapter.base_layer.weight), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_loaded_by_diffusers_is_not_cast_to_eight_bits(dtype):
+    name = "transformer_blocks.0.attn.to_q"
+    down, up = tokens(4, 128) / 30, tokens(128, 4)
+    state = {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+    model = sparsify(tiny_flux().to(dtype), Recipe.immediate(precision="fp8"))
+    model.load_lora_adapter(state, prefix="transformer")
+    adapter = model.get_submodule(name)
+    assert adapter.base_layer.precision == "fp8"
+    assert {p.dtype for p in [*adapter.lora_A.parameters(), *adapter.lora_B.parameters()]} == {dtype}
+    x = tokens(3, 128).to(dtype)
+    with torch.no_grad():
+        delta = adapter(x) - adapter.base_layer(x)
+    assert relative_error(delta, x.float() @ down.T @ up.T) < (1e-4 if dtype == torch.float32 else 3e-2)
+
+
 def test_repr_says_fp8():
     assert "fp8, 2:4 adjacent" in repr(quantised())
     assert "fp8" not in repr(SparseLinear.from_linear(linear()))
@@ -320,3 +361,36 @@ def test_quantised_weights_of_another_kind_are_refused(bad):
     with pytest.raises(ValueError, match="a quantised weight here is"):
         layer.set_quantized(weight)
     assert layer.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"capability": (8, 0)}, "compute capability 8.9"),
+        ({"dtype": torch.float16}, "bfloat16 inputs"),
+        ({"bias": torch.zeros(N)}, "bfloat16 inputs, biases"),
+        ({"n": N}, "multiples of 16"),
+        ({"bias": torch.zeros(N, dtype=torch.bfloat16, requires_grad=True)}, "gradients are asked for"),
+        ({}, None),
+    ],
+)
+def test_what_pytorchs_scaled_product_serves(monkeypatch, changes, message):
+    class OnCuda:
+        is_cuda, dtype = True, changes.get("dtype", torch.bfloat16)
+
+        def numel(self):
+            return K
+
+        def get_device(self):
+            return 0
+
+    capability = changes.get("capability", (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(choice, "_said", set())
+    weight = quantize_weight(tokens(changes.get("n", 2 * N), K))
+    of = Fp8Parameters(*weight, changes.get("bias"), None, None)
+    with warnings.catch_warnings(record=True) as said:
+        assert choice.scaled_mm_serves(OnCuda(), of) == (message is None)
+        assert choice.scaled_mm_serves(OnCuda(), of) == (message is None)
+    assert [message in str(one.message) for one in said] == ([] if message is None else [True])
+    assert not choice.scaled_mm_serves(tokens().bfloat16(), of)  # on no card

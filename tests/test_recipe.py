@@ -26,6 +26,15 @@ EVERYTHING = {
     "dense_steps": 3,
     "skip": ["*.to_v", "blocks.0.*"],
     "budget": {"error": 0.01, "saving": None},
+    "precision": "bf16",
+    "forms": {},
+}
+# What does not go together with the paper's formula and training.
+IN_FP8 = {
+    "norm": "scale",
+    "lowrank_solver": "closed-form",
+    "precision": "auto",
+    "forms": {"*.to_v": "fp8-dense", "*.to_out.0": "dense", "*": "bf16-sparse"},
 }
 
 
@@ -77,7 +86,21 @@ EVERYTHING = {
         ({"budget": {"error": "small"}}, "error is a number above 0"),
         ({"budget": {"saving": 1.5}}, "saving is a share"),
         ({"budget": {"saving": 0}}, "saving is a share"),
+        ({"precision": "int8"}, "precision is one of bf16, fp8, auto"),
+        ({"precision": None}, "precision is one of"),
+        ({"forms": ["*"]}, "forms is a mapping"),
+        ({"forms": {1: "dense"}}, "forms is a mapping"),
+        (
+            {"forms": {"*.to_v": "fp8"}},
+            r"the form of '\*.to_v' is one of bf16-sparse, fp8-sparse, fp8-dense, d",
+        ),
         # contradictions
+        ({"precision": "auto"}, "give a budget"),
+        ({"precision": "fp8", "norm": "paper", "refit": False}, "fp8 layers know neither"),
+        (
+            {"forms": {"*": "fp8-dense"}, "lowrank_solver": "trained", "refit": False},
+            "fp8 layers know neither",
+        ),
         ({"refit": True, "norm": "scale"}, "norm compensation stays off"),
         ({"norm": "paper"}, "norm compensation stays off"),
         ({"lowrank_solver": "trained"}, "needs a rank and refit=False"),
@@ -118,13 +141,15 @@ def test_json_that_is_no_recipe_is_refused(text):
 @pytest.mark.parametrize("key", EVERYTHING)
 def test_each_setting_survives_json(key):
     assert key in Recipe().to_dict()
-    assert EVERYTHING[key] != Recipe().to_dict()[key]
-    recipe = Recipe.from_dict(EVERYTHING)
-    assert json.loads(json.dumps(recipe.to_dict()))[key] == EVERYTHING[key]
+    settings = {**EVERYTHING, **IN_FP8} if key in ("precision", "forms") else EVERYTHING
+    assert settings[key] != Recipe().to_dict()[key]
+    recipe = Recipe.from_dict(settings)
+    assert json.loads(json.dumps(recipe.to_dict()))[key] == settings[key]
 
 
 def test_round_trip():
-    for recipe in (Recipe(), Recipe.immediate(), Recipe.paper(), Recipe.from_dict(EVERYTHING)):
+    fp8 = Recipe.from_dict({**EVERYTHING, **IN_FP8})
+    for recipe in (Recipe(), Recipe.immediate(), Recipe.paper(), Recipe.from_dict(EVERYTHING), fp8):
         assert Recipe.from_dict(recipe.to_dict()) == recipe
         assert Recipe.from_json(json.dumps(recipe.to_dict())) == recipe
         assert hash(recipe) == hash(Recipe.from_dict(recipe.to_dict()))
@@ -132,8 +157,10 @@ def test_round_trip():
 
 
 def test_the_dictionary_is_not_changed_or_kept():
-    settings = {"skip": ["a"], "budget": {"saving": 0.5}}
+    settings = {"skip": ["a"], "budget": {"saving": 0.5}, "forms": {"a": "dense"}}
     recipe = Recipe.from_dict(settings)
+    settings["forms"]["b"] = "dense"
+    assert recipe.forms == {"a": "dense"}
     settings["skip"].append("b")
     settings["budget"]["saving"] = 0.1
     assert recipe.skip == ("a",)
@@ -194,3 +221,14 @@ def test_what_needs_what():
     assert Recipe(dense_steps=1).keeps_dense_weight
     assert not Recipe().keeps_dense_weight
     assert not Recipe.paper(text_rows="dense", dense_steps=3).keeps_dense_weight
+    for fp8 in ({"precision": "fp8"}, {"forms": {"*": "fp8-dense"}}):
+        assert not Recipe.immediate(**fp8).needs_calibration
+        assert Recipe.immediate(dense_steps=3, **fp8).keeps_dense_weight  # no eight-bit weight is exact
+        assert not Recipe.immediate(**fp8).keeps_dense_weight
+
+
+def test_the_first_form_that_matches_counts():
+    recipe = Recipe(forms={"blocks.0.*": "dense", "*.to_v": "fp8-dense"})
+    assert recipe.fixed_form("blocks.0.to_v") == "dense"
+    assert recipe.fixed_form("blocks.1.to_v") == "fp8-dense"
+    assert recipe.fixed_form("blocks.1.to_q") is None

@@ -8,6 +8,7 @@ import torch
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.solve import RIDGES, solve_joint, solve_layer, solve_lowrank, solve_refit
 from rtlynx.pattern import nm_mask, norm_scale, select
+from rtlynx.quantization import dequantize, quantize_tokens, quantize_weight
 
 M, K, N, RANK = 300, 16, 12, 3
 
@@ -231,3 +232,110 @@ def test_moments_refuse_non_finite_tokens_and_stay_as_they_were():
         moments.add(x, s)
     assert torch.equal(moments.dense, before)
     assert moments.count == M
+
+
+# --------------------------------------------------------------------------------------------- fp8 layers
+
+
+def fp8_problem(seed):
+    """`problem` in which S is quantised."""
+    x, _, w, _ = problem(seed)
+    s = quantize_tokens(x.float(), nm_mask(x)).dequantize().double()
+    moments = Moments(K, dtype=torch.float64)
+    moments.add(x, s)
+    return x, s, w, moments
+
+
+def output_error(x, s, w, solution):
+    new = dequantize(solution.weight, solution.scale).double()
+    error = s @ new.T - x @ w.T
+    if solution.down is not None:
+        error = error + x @ solution.down.T @ solution.up.T
+    return float(error.square().sum() / (x @ w.T).square().sum())
+
+
+@pytest.mark.parametrize("mu", [1e-3, 2000.0])
+def test_lowrank_beside_a_settled_weight_reaches_what_descent_reaches(mu):
+    x, s, w, moments = fp8_problem(20)
+    settled = quantize_weight(w).dequantize().double()
+    down, up = solve_lowrank(moments, w, RANK, mu, settled)
+    closed = float(objective(x, s, w, settled, (up @ down).T, 0.0, mu))
+    # descent sees the same problem as one without a sparse product: what is left of Y is the target
+    rest = x @ w.T - s @ settled.T
+    found = []
+    for seed in range(3):
+        gen = torch.Generator().manual_seed(seed)
+        a = torch.randn(K, RANK, generator=gen, dtype=torch.float64).mul_(0.3).requires_grad_()
+        b = torch.randn(N, RANK, generator=gen, dtype=torch.float64).mul_(0.3).requires_grad_()
+        optimiser = torch.optim.LBFGS((a, b), max_iter=3000, line_search_fn="strong_wolfe")
+
+        def loss(a=a, b=b):
+            return (x @ a @ b.T - rest).square().sum() + mu * (a @ b.T).square().sum()
+
+        def closure(a=a, b=b, optimiser=optimiser, loss=loss):
+            optimiser.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        optimiser.step(closure)
+        found.append(float(loss().detach()))
+    assert closed <= min(found) * (1 + 1e-6)
+    assert closed == pytest.approx(min(found), rel=1e-3)
+
+
+@pytest.mark.parametrize(("rank", "refit"), [(0, False), (RANK, False), (0, True), (RANK, True)])
+def test_a_quantised_solution_reports_its_own_error(rank, refit):
+    x, s, w, moments = fp8_problem(21)
+    solution = solve_layer(moments.mean(), w, rank=rank, refit=refit, ridge=1e-2, quantised=True)
+    assert solution.weight.dtype == torch.float8_e4m3fn
+    assert solution.refitted == refit
+    assert (solution.down is None) == (rank == 0)
+    assert solution.error == pytest.approx(output_error(x, s, w, solution), rel=1e-5)
+    plain = quantize_weight(w).dequantize().double()
+    before = (s @ plain.T - x @ w.T).square().sum() / (x @ w.T).square().sum()
+    assert solution.error_before == pytest.approx(float(before), rel=1e-5)
+    assert solution.error <= solution.error_before
+
+
+def test_lowrank_solved_last_is_better_than_lowrank_solved_before_quantising():
+    x, s, w, moments = fp8_problem(22)
+    ridge = 1e-2
+    last = solve_layer(moments.mean(), w, rank=RANK, refit=True, ridge=ridge, quantised=True)
+    first = solve_layer(moments.mean(), w, rank=RANK, refit=True, ridge=ridge)
+    searched = quantize_weight(first.weight, moments.kept)
+    assert torch.equal(last.scale, searched.scale)  # the refit is the same, its scales chosen on G
+    before = s @ searched.dequantize().double().T + x @ first.down.T @ first.up.T - x @ w.T
+    assert output_error(x, s, w, last) < float(before.square().sum() / (x @ w.T).square().sum())
+
+
+def test_lowrank_repairs_quantisation_on_tokens_that_it_has_not_seen():
+    """Nothing is dropped here: what is left to repair are the eight bits of weights that few channels use."""
+    gen = torch.Generator().manual_seed(25)
+    x = torch.randn(2000, K, generator=gen, dtype=torch.float64)
+    x[:, :RANK] *= 10
+    s = quantize_tokens(x.float()).dequantize().double()
+    w = torch.randn(N, K, generator=gen, dtype=torch.float64)
+    moments = Moments(K, dtype=torch.float64)
+    moments.add(x[:1000], s[:1000])
+    alone, repaired = (
+        solve_layer(moments.mean(), w, rank=rank, refit=False, ridge=1e-3, quantised=True)
+        for rank in (0, RANK)
+    )
+    errors = [output_error(x[1000:], s[1000:], w, solution) for solution in (alone, repaired)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_an_auto_ridge_leaves_a_quantised_layer_quantised_where_nothing_carries_over():
+    x, s, w, _ = fp8_problem(23)
+    few, other = Moments(K, dtype=torch.float64), Moments(K, dtype=torch.float64)
+    few.add(x[:6], s[:6])
+    y, t, _, _ = fp8_problem(24)
+    other.add(y, t)
+    settings = {"rank": 0, "refit": True, "ridge": "auto", "quantised": True}
+    unlike = solve_layer(few.mean(), w, heldout=other.mean(), **settings)
+    assert (unlike.ridge, unlike.refitted) == (None, False)
+    assert unlike.error == pytest.approx(output_error(y, t, w, unlike), rel=1e-5)
+    alike = solve_layer(other.mean(), w, heldout=other.mean(), **settings)
+    assert alike.refitted
+    assert alike.error < alike.error_before

@@ -12,6 +12,7 @@ from rtlynx.calibration.solve import Solution
 from rtlynx.linear import SparseLinear
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.sparsify import apply_plan
+from rtlynx.quantization import Quantized
 
 
 def apply_solutions(model: nn.Module, plan: Plan, solutions: Mapping[str, Solution]) -> None:
@@ -24,11 +25,16 @@ def apply_solutions(model: nn.Module, plan: Plan, solutions: Mapping[str, Soluti
 
 
 def install(layer: SparseLinear, solution: Solution, *, keep_dense: bool) -> None:
-    """Give one sparse layer its refitted weight and low-rank factors."""
-    if solution.weight is not None:
-        layer.set_refit(solution.weight, keep_dense=keep_dense)
+    """Give one sparse layer its refitted or quantised weight and its low-rank factors."""
     if solution.down is not None and solution.up is not None:
         layer.set_lowrank(solution.down, solution.up)
+    if solution.weight is None:
+        return
+    if solution.scale is None:
+        layer.set_refit(solution.weight, keep_dense=keep_dense)
+    else:
+        quantised = Quantized(solution.weight, solution.scale)
+        layer.set_quantized(quantised, keep_dense=keep_dense, refitted=solution.refitted)
 
 
 def solved_layer(model: nn.Module, layer: LayerPlan, solution: Solution, *, keep_dense: bool) -> SparseLinear:

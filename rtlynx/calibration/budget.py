@@ -1,89 +1,161 @@
-"""Which layers stay dense, by rule: error added to the model's output against FLOPs saved."""
+"""Which form each layer gets, by rule: error added to the model's output against time saved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rtlynx.models.plan import LayerPlan
-from rtlynx.recipe import Budget
+from rtlynx.recipe import Budget, Form
+
+# Time of a multiplication relative to bfloat16. Modelled from peak rates (tensor cores run e4m3 at twice the
+# rate of bfloat16), until there is a table of measured times.
+RELATIVE_TIME = {"bf16": 1.0, "fp8": 0.5}
 
 
 def flops_saved(layer: LayerPlan, tokens: int, readers: int = 1) -> float:
-    """Dense-rate FLOPs that a sparse layer saves in one forward pass; negative where it loses.
+    """Dense bfloat16 FLOPs whose time a layer saves in one forward pass; negative where it loses.
 
-    A model, not a measurement: the sparse product runs n of every m multiplications, the low-rank branch is
-    extra; its down-projection is shared by the `readers` layers that read one tensor with one A. Selecting
-    is counted as free.
+    A model, not a measurement: the sparse product runs n of every m multiplications, each in the
+    `RELATIVE_TIME` of its precision. The low-rank branch is extra, in bfloat16; its down-projection is shared
+    by the `readers` layers that read one tensor with one A. Selecting and quantising are counted as free.
     """
     k, n, pattern = layer.in_features, layer.out_features, layer.pattern
-    saved = 2 * tokens * k * n * (1 - pattern.n / pattern.m)
+    saved = 2 * tokens * k * n * (1 - RELATIVE_TIME[layer.precision] * pattern.n / pattern.m)
     return saved - 2 * tokens * layer.rank * (n + k / readers)
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer in the balance.
+    """One layer in one form in the balance.
 
     error : relative squared error that it alone adds to the model's output.
-    saving : FLOPs that it saves in one forward pass.
+    saving : dense bfloat16 FLOPs whose time it saves in one forward pass.
     """
 
     name: str
     error: float
     saving: float
+    form: Form = "bf16-sparse"
 
 
 @dataclass(frozen=True)
 class Choice:
     """What the budget decided.
 
-    sparse : names that turn sparse, best first.
+    sparse : names that do not stay dense, best first.
     dense : name -> reason.
-    error : relative squared error of the model's output with exactly these layers sparse, measured.
+    error : relative squared error of the model's output with exactly these layers changed, measured.
     saving : share of the possible saving that they reach.
+    forms : form of each layer in `sparse`.
     """
 
     sparse: tuple[str, ...]
     dense: dict[str, str]
     error: float
     saving: float
+    forms: dict[str, Form]
 
 
-def choose(costs: Sequence[LayerCost], budget: Budget, measure: Callable[[Sequence[str]], float]) -> Choice:
-    """Pick layers by saving per error until the budget is spent, then check on the model's real output.
+@dataclass(frozen=True)
+class _Step:
+    """From one form of a layer (None: dense) to the next on its convex hull."""
+
+    start: LayerCost | None
+    end: LayerCost
+
+    @property
+    def error(self) -> float:
+        return self.end.error - (self.start.error if self.start else 0.0)
+
+    @property
+    def saving(self) -> float:
+        return self.end.saving - (self.start.saving if self.start else 0.0)
+
+
+def choose(
+    costs: Sequence[LayerCost],
+    budget: Budget,
+    measure: Callable[[Mapping[str, Form]], float],
+    fixed: Mapping[str, Form] | None = None,
+) -> Choice:
+    """Pick forms by saving per error until the budget is spent, then check on the model's real output.
+
+    Greedy over steps: each layer starts dense and climbs the convex hull of its forms (error over saving),
+    whose steps save less and less per error, so that they come in order.
 
     Parameters
     ----------
-    costs : what each layer costs and saves alone.
+    costs : what each layer costs and saves alone, in each form that it may take.
     budget : Budget
-    measure : relative squared error of the model's output with the named layers sparse together.
+    measure : relative squared error of the model's output with layers in these forms together (name -> form).
+    fixed : forms that are not up for choice. Their error counts, their saving does not.
 
     Returns
     -------
     Choice
-        Under an error limit the measured error of all chosen layers together is within it: while it is not,
-        the worst chosen layer is left dense.
+        Under an error limit the measured error of all layers together is within it, as far as `fixed` leaves
+        room: while it is not, the worst step is taken back.
     """
-    possible = sum(max(cost.saving, 0.0) for cost in costs)
-    dense = {cost.name: "saves nothing" for cost in costs if cost.saving <= 0}
-    ranked = sorted((cost for cost in costs if cost.saving > 0), key=lambda c: c.error / c.saving)
-    chosen: list[LayerCost] = []
-    error = saving = 0.0
-    for cost in ranked:
-        if budget.error is not None and error + cost.error > budget.error:
-            dense[cost.name] = f"budget: adds {cost.error:.2e} to the output's error"
+    fixed = dict(fixed or {})
+    by_name: dict[str, list[LayerCost]] = {}
+    for cost in costs:
+        by_name.setdefault(cost.name, []).append(cost)
+    priced: list[tuple[float, _Step]] = []
+    for options in by_name.values():
+        price = 0.0
+        for step in _hull(options):
+            price = max(price, step.error / step.saving)  # rounding must not turn the steps of a layer round
+            priced.append((price, step))
+    steps = [step for _, step in sorted(priced, key=lambda pair: pair[0])]
+    possible = sum(step.saving for step in steps)
+    dense = {name: "saves nothing" for name in by_name}
+    stopped: set[str] = set()
+    chosen: list[_Step] = []
+    error = measure(fixed) if fixed and budget.error is not None else 0.0
+    saving = 0.0
+    for step in steps:
+        name = step.end.name
+        if name in stopped:
+            continue  # a step further up the hull of a layer that did not get this far
+        if budget.error is not None and error + step.error > budget.error:
+            dense[name] = f"budget: adds {step.error:.2e} to the output's error"
+            stopped.add(name)
             continue
         if budget.saving is not None and saving >= budget.saving * possible * (1 - 1e-9):
-            dense[cost.name] = "budget: enough saved without it"
+            dense[name] = "budget: enough saved without it"
+            stopped.add(name)
             continue
-        chosen.append(cost)
-        error += cost.error
-        saving += cost.saving
-    together = measure([cost.name for cost in chosen]) if chosen else 0.0
+        chosen.append(step)
+        error += step.error
+        saving += step.saving
+
+    def forms() -> dict[str, Form]:
+        return {step.end.name: step.end.form for step in chosen}
+
+    together = measure({**fixed, **forms()}) if chosen or fixed else 0.0
     while budget.error is not None and chosen and together > budget.error:
         worst = chosen.pop()
-        dense[worst.name] = "budget: errors together exceed it"
-        together = measure([cost.name for cost in chosen]) if chosen else 0.0
-    reached = sum(cost.saving for cost in chosen) / possible if possible else 0.0
-    return Choice(tuple(cost.name for cost in chosen), dense, together, reached)
+        dense[worst.end.name] = "budget: errors together exceed it"
+        together = measure({**fixed, **forms()}) if chosen or fixed else 0.0
+    reached = sum(step.saving for step in chosen) / possible if possible else 0.0
+    found = forms()
+    left = {name: reason for name, reason in dense.items() if name not in found}
+    return Choice(tuple(found), left, together, reached, found)
+
+
+def _hull(options: Sequence[LayerCost]) -> list[_Step]:
+    """Steps from dense along the lower convex hull of (saving, error), as far as saving grows."""
+    path: list[LayerCost] = []
+    for option in sorted(options, key=lambda cost: (cost.saving, -cost.error)):
+        if option.saving <= 0:
+            continue
+        while path:
+            start = path[-2] if len(path) > 1 else None
+            before, after = _Step(start, path[-1]), _Step(path[-1], option)
+            if after.saving > 0 and before.error * after.saving <= after.error * before.saving:
+                break
+            path.pop()  # above the line from the point before it to `option`
+        path.append(option)
+    starts = [None, *path]
+    return [_Step(starts[i], end) for i, end in enumerate(path)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rtlynx.calibration.calls import CallStore
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.processes import distributed, world
+from rtlynx.kernels.fp8 import compress_fp8
 from rtlynx.kernels.reference import compress
 from rtlynx.models.architecture import Architecture
 from rtlynx.models.plan import LayerPlan
@@ -24,7 +25,7 @@ class CalibrationError(ValueError):
 
 @dataclass
 class InputGroup:
-    """Sparse layers that read one tensor, and what was gathered of it.
+    """Sparse layers that see the same of one tensor, and what was gathered of it.
 
     moments : split ("fit" or "heldout") -> kind of token -> moments.
     tokens : dense input tokens (M, K) on the CPU, where a solver trains on them.
@@ -40,7 +41,9 @@ class InputGroup:
 
     @property
     def key(self) -> str:
-        return self.layers[0].candidate.reads
+        layer = self.layers[0]
+        reads = layer.candidate.reads
+        return reads if layer.precision == "bf16" else f"{reads}.{layer.form}"
 
     @property
     def k(self) -> int:
@@ -84,10 +87,11 @@ class InputGroup:
 
 
 def input_groups(layers: Sequence[LayerPlan]) -> list[InputGroup]:
-    """Group layers by the tensor they read, in the order given."""
-    groups: dict[str, list[LayerPlan]] = {}
+    """Group layers by the tensor they read and what they see of it, in the order given."""
+    groups: dict[object, list[LayerPlan]] = {}
     for layer in layers:
-        groups.setdefault(layer.candidate.reads, []).append(layer)
+        key = (layer.candidate.reads, layer.pattern, layer.norm, layer.precision)
+        groups.setdefault(key, []).append(layer)
     return [InputGroup(tuple(members)) for members in groups.values()]
 
 
@@ -189,8 +193,7 @@ class Collector:
                 tokens = tokens.reshape(-1, tokens.shape[-1])
                 if not tokens.shape[0]:
                     continue
-                kept, scale = compress(tokens, layer.pattern, layer.norm)
-                seen = kept.float() if scale is None else kept.float() * scale
+                seen = _seen(tokens, layer)
                 by_kind = group.moments.setdefault(position["split"], {})
                 moments = by_kind.setdefault(kind, Moments(group.k, device=x.device))
                 try:
@@ -204,6 +207,14 @@ class Collector:
                     group.tokens.append(tokens[spread.long().to(tokens.device)].float().cpu())
 
         return self.model.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _seen(tokens: Tensor, layer: LayerPlan) -> Tensor:
+    """What the layer's sparse product sees of `tokens` (M, K), in float32."""
+    if layer.precision == "fp8":
+        return compress_fp8(tokens, layer.pattern, layer.norm).dequantize()
+    kept, scale = compress(tokens, layer.pattern, layer.norm)
+    return kept.float() if scale is None else kept.float() * scale
 
 
 def _split_kinds(x: Tensor, rows: tuple[int, int | None] | None, group: InputGroup) -> dict[str, Tensor]:

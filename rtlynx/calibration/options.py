@@ -63,9 +63,10 @@ class CalibrationReport:
 
     solutions : per layer: ridge, error before and after (relative, squared, on held-out prompts).
     dense : candidates that stayed dense, with the reason.
-    costs : per layer, where the recipe has a budget: error at the model's output and modelled saving.
+    costs : per layer and form, where the recipe has a budget: error at the output and modelled saving.
     choice : what the budget decided, or None.
-    extra_bytes : memory added to the model (factors, and original weights kept beside refitted ones).
+    extra_bytes : memory added to the model (factors, scales, and original weights that are kept), less what
+        eight-bit weights save.
     """
 
     solutions: dict[str, Solution]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from rtlynx.models.sparsify import (
     target_model,
 )
 from rtlynx.progress import ProgressBar
-from rtlynx.recipe import Recipe
+from rtlynx.recipe import Form, Recipe
 
 TRAINING_TOKENS = 16384
 BUDGET_CALLS = 4
@@ -84,6 +84,11 @@ def calibrate(
     recipe, options = recipe or Recipe(), options or CalibrationOptions()
     if isinstance(prompts, str):
         raise ValueError("prompts are a list of strings, got one string")
+    if recipe.precision == "auto" and options.sequential:
+        raise ValueError(
+            "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
+            "chooses their forms at the end: calibrate one-shot, or with precision fp8 or bf16"
+        )
     model = target_model(model_or_pipeline)
     before = state_of(model)
     if before is not None and before.plan.recipe.needs_calibration:
@@ -117,7 +122,7 @@ class _Calibration:
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
-        groups = input_groups(self.plan.sparse)
+        groups = input_groups(self.plan.alternatives())
         order = self._block_order(groups)
         silent = {
             layer.name: "did not run in calibration"
@@ -132,12 +137,13 @@ class _Calibration:
         choice = None
         if self.recipe.budget is not None:
             costs, choice = self._choose(plan)
-            plan = plan.leave_dense(choice.dense)
+            plan = plan.in_forms(choice.forms).leave_dense(choice.dense)
             if not plan.sparse:
                 raise CalibrationError(f"{self.recipe.budget} leaves no layer sparse: allow more")
-        apply_solutions(self.model, plan, self.solutions.by_layer)
+        solutions = self.solutions.of(plan.sparse)
+        apply_solutions(self.model, plan, solutions)
         return CalibrationReport(
-            {layer.name: self.solutions.by_layer[layer.name] for layer in plan.sparse},
+            solutions,
             {layer.name: layer.dense_reason for layer in plan.layers if layer.dense_reason is not None},
             costs,
             choice,
@@ -203,7 +209,13 @@ class _Calibration:
         recipe = self.recipe
         if recipe.lowrank_solver == "closed-form":
             return solve_layer(
-                fit, weight, rank=layer.rank, refit=recipe.refit, ridge=recipe.ridge, heldout=heldout
+                fit,
+                weight,
+                rank=layer.rank,
+                refit=recipe.refit and layer.form != "fp8-dense",
+                ridge=recipe.ridge,
+                heldout=heldout,
+                quantised=layer.precision == "fp8",
             )
         down, up = train_lowrank(
             torch.cat(group.tokens),
@@ -225,37 +237,40 @@ class _Calibration:
         """Sequential mode: the blocks solved so far run sparse from now on."""
         for group in groups:
             for layer in group.layers:
-                solution = self.solutions.by_layer[layer.name]
+                solution = self.solutions.of([layer])[layer.name]
                 sparse = solved_layer(self.model, layer, solution, keep_dense=True)
                 self.model.set_submodule(layer.name, sparse)
 
     def _choose(self, plan: Plan) -> tuple[tuple[LayerCost, ...], Choice]:
-        """Measure each solved layer alone on a few calls, and let the budget decide."""
+        """Measure each solved layer alone, in each form, on a few calls, and let the budget decide."""
         assert self.recipe.budget is not None
         store = self.recording.store
         numbers = agree(self.recording.batches["heldout"] or self.recording.batches["fit"])
         if not all(store.has(number) for number in numbers):
             raise CalibrationError("a budget under torchrun needs a folder that all processes share")
         calls = list(itertools.islice(store.replay(numbers, self.device), BUDGET_CALLS))
-        layers = {layer.name: layer for layer in plan.sparse}
-        tokens = _tokens_per_layer(self.model, list(layers), calls[0])
+        layers = {(layer.name, layer.form): layer for layer in plan.alternatives()}
+        fixed = {layer.name: layer.form for layer in plan.sparse if self.recipe.fixed_form(layer.name)}
+        tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.sparse], calls[0])
         shared = self.recipe.lowrank_sharing == "shared"
-        readers = Counter(layer.candidate.reads for layer in layers.values()) if shared else {}
+        readers = Counter(layer.candidate.reads for layer in plan.sparse) if shared else {}
         references = [_output(self.model, call) for call in calls]
 
-        def measure(names: Sequence[str]) -> float:
-            with temporarily_sparse(self.model, [layers[name] for name in names], self.solutions.by_layer):
+        def measure(forms: Mapping[str, Form]) -> float:
+            chosen = [layers[item] for item in forms.items()]
+            with temporarily_sparse(self.model, chosen, self.solutions.of(chosen)):
                 outputs = [_output(self.model, call) for call in calls]
             error = sum(float((y - ref).square().sum()) for y, ref in zip(outputs, references, strict=True))
             return error / sum(float(ref.square().sum()) for ref in references)
 
         costs = []
         with ProgressBar("measuring layers", len(layers), show=self.show) as advance:
-            for name, layer in layers.items():
-                saving = flops_saved(layer, tokens[name], readers.get(layer.candidate.reads, 1))
-                costs.append(LayerCost(name, measure([name]), saving))
+            for (name, form), layer in layers.items():
+                if name not in fixed:
+                    saving = flops_saved(layer, tokens[name], readers.get(layer.candidate.reads, 1))
+                    costs.append(LayerCost(name, measure({name: form}), saving, form))
                 advance(1)
-        return tuple(costs), choose(costs, self.recipe.budget, measure)
+        return tuple(costs), choose(costs, self.recipe.budget, measure, fixed)
 
 
 def _output(model: nn.Module, call: Call) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -11,16 +12,22 @@ from torch import Tensor
 from rtlynx.calibration.collect import InputGroup
 from rtlynx.calibration.solve import Solution
 from rtlynx.files import CheckpointError, read_tensors, write_tensors
+from rtlynx.models.plan import LayerPlan
+from rtlynx.recipe import Form
 
-_TENSORS = ("weight", "down", "up")
+_TENSORS = ("weight", "down", "up", "scale")
 
 
 class SolutionStore:
-    """Solutions by layer name; one file for each group of layers that read one tensor."""
+    """Solutions by name and form of a layer; one file for each group of layers that see the same."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.by_layer: dict[str, Solution] = {}
+        self._solutions: dict[tuple[str, Form], Solution] = {}
+
+    def of(self, layers: Iterable[LayerPlan]) -> dict[str, Solution]:
+        """Name -> solution of `layers` in the forms that they are planned in."""
+        return {layer.name: self._solutions[layer.name, layer.form] for layer in layers}
 
     def has(self, group: InputGroup) -> bool:
         """Whether an earlier run solved `group`; its solutions are then read."""
@@ -31,7 +38,8 @@ class SolutionStore:
 
     def put(self, group: InputGroup, solutions: dict[str, Solution], *, write: bool) -> None:
         """Keep the solutions of `group`; `write` also puts them into the folder."""
-        self.by_layer.update(solutions)
+        for layer in group.layers:
+            self._solutions[layer.name, layer.form] = solutions[layer.name]
         if self.folder is None or not write:
             return
         tensors: dict[str, Tensor] = {}
@@ -41,7 +49,7 @@ class SolutionStore:
                 tensor = getattr(solution, kind)
                 if tensor is not None:
                     tensors[f"{name}.{kind}"] = tensor
-            numbers[name] = [solution.ridge, solution.error_before, solution.error]
+            numbers[name] = [solution.ridge, solution.error_before, solution.error, solution.refitted]
         write_tensors(self._path(group), tensors, {"numbers": json.dumps(numbers)})
 
     def _read(self, group: InputGroup) -> None:
@@ -50,9 +58,11 @@ class SolutionStore:
         try:
             numbers = json.loads(metadata["numbers"])
             for layer in group.layers:
-                ridge, before, error = numbers[layer.name]
-                parts = {kind: tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS}
-                self.by_layer[layer.name] = Solution(**parts, ridge=ridge, error_before=before, error=error)
+                ridge, before, error, refitted = numbers[layer.name]
+                weight, down, up, scale = (tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS)
+                self._solutions[layer.name, layer.form] = Solution(
+                    weight, down, up, ridge, before, error, scale, bool(refitted)
+                )
         except (KeyError, ValueError, TypeError):
             raise CheckpointError(f"{path} is damaged: delete it and run again") from None
 

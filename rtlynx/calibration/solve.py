@@ -1,7 +1,10 @@
 """Closed forms for the low-rank branch and the refitted weight, from second moments alone.
 
-Notation: X the dense input, S the selected one (with its norm scale where the recipe has one), W the
-original weight (N, K); C = X^T X, F = S^T X, G = S^T S.
+Notation: X the dense input, S what the sparse product sees of it (selected, in an fp8 layer quantised, with
+its norm scale where the recipe has one), W the original weight (N, K); C = X^T X, F = S^T X, G = S^T S.
+
+In an fp8 layer the refitted weight is quantised, and the low-rank branch solved last, against what the
+quantised product leaves: so it repairs the quantisation of weight and input too.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.calibration.moments import Moments
+from rtlynx.quantization import dequantize, quantize_weight
 
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # Of ridges whose held-out errors are this close to the best, the strongest is taken: pictures prefer it.
@@ -22,11 +26,13 @@ RIDGE_TOLERANCE = 0.01
 class Solution:
     """What calibration found for one layer.
 
-    weight : (N, K) refitted W', or None where W stays.
+    weight : (N, K) refitted W', or None where W stays; e4m3 values of W' or W for an fp8 layer.
     down, up : (r, K) and (N, r) low-rank factors A^T and B, or None.
     ridge : relative regularisation used, None where none was (trained factors).
     error_before, error : relative squared layer error without and with the solution, on held-out tokens
         where there are any.
+    scale : (N,) of a quantised `weight`, or None.
+    refitted : whether a quantised `weight` is W'.
     """
 
     weight: Tensor | None = None
@@ -35,6 +41,8 @@ class Solution:
     ridge: float | None = None
     error_before: float = float("nan")
     error: float = float("nan")
+    scale: Tensor | None = None
+    refitted: bool = False
 
     def rows(self, start: int, stop: int) -> Solution:
         """The part of a solution over concatenated outputs that belongs to outputs `start` ... `stop` - 1."""
@@ -42,6 +50,7 @@ class Solution:
             self,
             weight=None if self.weight is None else self.weight[start:stop],
             up=None if self.up is None else self.up[start:stop],
+            scale=None if self.scale is None else self.scale[start:stop],
         )
 
 
@@ -52,10 +61,16 @@ def solve_refit(moments: Moments, weight: Tensor, lam: float) -> Tensor:
     return (target + torch.cholesky_solve((moments.cross - moments.kept) @ target, gain)).T
 
 
-def solve_lowrank(moments: Moments, weight: Tensor, rank: int, mu: float) -> tuple[Tensor, Tensor]:
-    """A^T (r, K), B (N, r) = argmin ||S W^T + X A B^T - X W^T||² + mu ||A B^T||²: reduced-rank regression."""
+def solve_lowrank(
+    moments: Moments, weight: Tensor, rank: int, mu: float, sparse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A^T (r, K), B (N, r) = argmin ||S V^T + X A B^T - X W^T||² + mu ||A B^T||²: reduced-rank regression.
+
+    V is `sparse` (N, K), a weight already settled (quantised, say), or W itself.
+    """
     target = weight.to(moments.dense).T
-    return _reduced_rank(moments.dense, (moments.dense - moments.cross.T) @ target, rank, mu)
+    product = target if sparse is None else sparse.to(moments.dense).T
+    return _reduced_rank(moments.dense, moments.dense @ target - moments.cross.T @ product, rank, mu)
 
 
 def solve_joint(
@@ -84,6 +99,7 @@ def solve_layer(
     refit: bool,
     ridge: float | str,
     heldout: Moments | None = None,
+    quantised: bool = False,
 ) -> Solution:
     """Solve one layer (or several that share an input, outputs concatenated).
 
@@ -99,6 +115,9 @@ def solve_layer(
         Relative to the mean diagonal of the moments it regularises. Auto: of `RIDGES`, the strongest whose
         error on `heldout` is within `RIDGE_TOLERANCE` of the best; an empty solution where none does better
         than leaving the layer alone.
+    quantised : bool
+        Whether the layer is fp8: the moments are then of quantised inputs, and the solution holds an e4m3
+        weight and its scale, chosen on them. The ridge is chosen before the weight is quantised.
 
     Raises
     ------
@@ -106,24 +125,31 @@ def solve_layer(
         If ridge is "auto" and there are no held-out moments.
     """
     weight = weight.detach().to(moments.kept)
+    judge = heldout if heldout is not None and heldout.count else moments
     if ridge != "auto":
-        judge = heldout if heldout is not None and heldout.count else moments
-        return judged(judge, weight, _solve_at(moments, weight, rank, refit, float(ridge)))
-    if heldout is None or not heldout.count:
+        solution = _solve_at(moments, weight, rank, refit, float(ridge))
+    elif not rank and not refit:
+        solution = Solution()
+    elif heldout is None or not heldout.count:
         raise ValueError("ridge='auto' is chosen on held-out prompts, and there are none: give more prompts")
-    tried = [judged(heldout, weight, _solve_at(moments, weight, rank, refit, value)) for value in RIDGES]
-    best = min(solution.error for solution in tried)
-    if best >= tried[0].error_before:
-        return judged(heldout, weight, Solution())  # nothing carries over to other prompts
-    return [solution for solution in tried if solution.error <= best * (1 + RIDGE_TOLERANCE)][-1]
+    else:
+        tried = [judged(heldout, weight, _solve_at(moments, weight, rank, refit, value)) for value in RIDGES]
+        best = min(one.error for one in tried)
+        good = [one for one in tried if one.error <= best * (1 + RIDGE_TOLERANCE)]
+        solution = good[-1] if best < tried[0].error_before else Solution()  # nothing carries over
+    if quantised:
+        solution = _quantised(moments, weight, solution)
+    return judged(judge, weight, solution)
 
 
 def judged(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
     """`solution` with its errors on the tokens of `moments`, for the original `weight` (N, K)."""
-    new = weight if solution.weight is None else solution.weight
+    before, new = weight, weight if solution.weight is None else solution.weight
+    if solution.scale is not None:
+        before, new = quantize_weight(weight).dequantize(), dequantize(new, solution.scale)
     return replace(
         solution,
-        error_before=moments.layer_error(weight, weight),
+        error_before=moments.layer_error(weight, before),
         error=moments.layer_error(weight, new, solution.down, solution.up),
     )
 
@@ -140,6 +166,17 @@ def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, ridge: f
         down, up = solve_lowrank(moments, weight, rank, mu)
         return Solution(None, down, up, ridge)
     return Solution(ridge=ridge)
+
+
+def _quantised(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
+    """`solution` for an fp8 layer: its weight quantised, and its low-rank branch solved again for that."""
+    values, scale = quantize_weight(weight if solution.weight is None else solution.weight, moments.kept)
+    result = replace(solution, weight=values, scale=scale, refitted=solution.weight is not None)
+    if solution.down is None or solution.ridge is None:
+        return result
+    mu = solution.ridge * _mean_diagonal(moments.dense)
+    down, up = solve_lowrank(moments, weight, len(solution.down), mu, dequantize(values, scale))
+    return replace(result, down=down, up=up)
 
 
 def _reduced_rank(metric: Tensor, linear: Tensor, rank: int, mu: float) -> tuple[Tensor, Tensor]:

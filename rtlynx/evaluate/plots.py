@@ -25,8 +25,8 @@ _CSS = {
     ACTIVATIONS: "var(--activations)",
 }
 # One marker a sparse variant, in the order of the variants; the page's legend shows the same signs.
-MARKERS = ("s", "o", "D", "^", "P", "v")
-SIGNS = ("■", "●", "◆", "▲", "✚", "▼")
+MARKERS = ("s", "o", "D", "^", "P", "v", "X", "*")
+SIGNS = ("■", "●", "◆", "▲", "✚", "▼", "✖", "★")
 _STACKS = {"transformer_blocks": "Double blocks", "single_transformer_blocks": "Single blocks"}
 ROW_HEIGHT = 0.165  # inches
 PANEL_WIDTH = 4.4  # inches: text stays readable when the panel fills a phone

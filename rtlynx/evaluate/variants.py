@@ -1,11 +1,11 @@
-"""The variants that `rtlynx demo` compares: one dense model, made sparse in seven ways."""
+"""The variants that `rtlynx demo` compares: one dense model, made sparse or quantised in eight ways."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ NAMES = (
     "activation-2:4+norm",
     "activation-2:4+norm+lowrank",
     "activation-2:4+refit+lowrank",
+    "fp8",
+    "fp8+activation-2:4+refit+lowrank",
     "activation-2:4+norm:all-layers",
 )
 
@@ -33,13 +35,19 @@ NAMES = (
 RANK = 0.02
 # Folder under the model's `solutions` -> recipe of what is calibrated.
 CALIBRATED = {"paper": Recipe.paper(rank=RANK), "refit": Recipe(rank=RANK)}
+_FP8 = "fp8+activation-2:4+refit+lowrank"
 
 _IMMEDIATE = {
     "activation-2:4": Recipe.immediate(grouping="adjacent", norm="none"),
     "activation-2:4+norm": Recipe.immediate(grouping="adjacent"),
+    "fp8": Recipe.immediate(n=1, m=1, grouping="adjacent", norm="none", precision="fp8"),
     "activation-2:4+norm:all-layers": Recipe.immediate(grouping="adjacent", text_stream="sparse"),
 }
-_SOLUTIONS = {"activation-2:4+norm+lowrank": "paper", "activation-2:4+refit+lowrank": "refit"}
+_SOLUTIONS = {
+    "activation-2:4+norm+lowrank": "paper",
+    "activation-2:4+refit+lowrank": "refit",
+    _FP8: "refit",
+}
 
 # Live calibration is for trying it out: fewer prompts than the shipped solutions were made from.
 LIVE_PROMPTS = 64
@@ -74,7 +82,8 @@ def build_variant(
     Parameters
     ----------
     solutions : Path or None
-        Folder with the calibrated checkpoints `paper` and `refit`; None calibrates live.
+        Folder with the calibrated checkpoints `paper` and `refit`; None calibrates live. The fp8 variant
+        quantises the weights of `refit` by plain scales.
     calibration_prompts : sequence of str
         What live calibration draws.
 
@@ -98,11 +107,16 @@ def build_variant(
         sparsify(pipeline, _IMMEDIATE[name])
     elif solutions is not None:
         load(pipeline, solutions / _SOLUTIONS[name])
+        if name == _FP8:  # the refitted weights of the row above; only live calibration sees the eight bits
+            for layer in sparse_layers(model).values():
+                layer.quantize()
     else:
         start = time.perf_counter()
         settings = {"num_inference_steps": LIVE_STEPS}
         options = CalibrationOptions(steps_per_prompt=2, pipeline_kwargs=settings)
         recipe = CALIBRATED[_SOLUTIONS[name]]
+        if name == _FP8:
+            recipe = replace(recipe, precision="fp8")
         calibrate(pipeline, calibration_prompts, recipe, options, progress=progress)
         seconds = time.perf_counter() - start
     return Variant(name, pipeline, dict(sparse_layers(model)), seconds)

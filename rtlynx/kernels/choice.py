@@ -1,8 +1,9 @@
-"""Whether the Hopper kernels serve a call, decided before it runs, and a word where they do not."""
+"""Whether fast kernels serve a call, decided before it runs, and a word where they do not."""
 
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from rtlynx.kernels.reference import Norm
 from rtlynx.kernels.sm90.compress import MAX_COLUMNS_FP8, MAX_PARTS
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3
+
+if TYPE_CHECKING:
+    from rtlynx.kernels.fp8 import Fp8Parameters
 
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()
@@ -72,6 +76,39 @@ def _obstacle(
     if bias is not None and bias.dtype is not bf16 and bias.dtype is not torch.float32:
         return "the kernels take bfloat16 or float32 biases"
     return card_obstacle(x.get_device())
+
+
+def scaled_mm_serves(x: Tensor, of: Fp8Parameters) -> bool:
+    """Whether PyTorch's row-wise scaled product serves a dense fp8 layer for the input `x` (..., K).
+
+    On a CUDA device, a no is explained once.
+    """
+    if not x.is_cuda or not x.numel():
+        return False
+    reason = _scaled_mm_obstacle(x, of)
+    if reason is None:
+        return True
+    _say_once(reason)
+    return False
+
+
+def _scaled_mm_obstacle(x: Tensor, of: Fp8Parameters) -> str | None:
+    weight = of.weight
+    beside = [tensor for tensor in (of.bias, of.down, of.up) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in beside):
+        return "gradients are asked for: call the model under torch.no_grad()"
+    if any(tensor.dtype is not torch.bfloat16 for tensor in (x, *beside)):
+        return "dense fp8 products take bfloat16 inputs, biases and factors"
+    if weight.shape[0] % 16 or weight.shape[1] % 16 or not weight.is_contiguous():
+        return "dense fp8 products take layers whose numbers of inputs and outputs are multiples of 16"
+    if not _has_fp8(x.get_device()):
+        return "dense fp8 products need compute capability 8.9 or more"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_fp8(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 9)
 
 
 def _count(parts: int | tuple[int, ...]) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from rtlynx.kernels.choice import scaled_mm_serves
 from rtlynx.kernels.reference import Norm
 from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 from rtlynx.quantization import dequantize, quantize_tokens
@@ -127,25 +128,6 @@ def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) ->
         return y
     rest = _product(linear(x, of.down), of.up)
     return (y.float() + (rest if of.bias is None else rest + of.bias)).bfloat16()
-
-
-def scaled_mm_serves(x: Tensor, of: Fp8Parameters) -> bool:
-    """Whether PyTorch's row-wise scaled product takes `x`: bfloat16 on a card with fp8, multiples of 16."""
-    if not x.is_cuda or x.dtype is not torch.bfloat16 or not x.numel():
-        return False
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (of.bias, of.down, of.up)
-    ):
-        return False
-    n, k = of.weight.shape
-    factors = (of.bias, of.down, of.up)
-    return (
-        n % 16 == 0
-        and k % 16 == 0
-        and all(tensor is None or tensor.dtype is torch.bfloat16 for tensor in factors)
-        and of.weight.is_contiguous()
-        and torch.cuda.get_device_capability(x.device) >= (8, 9)
-    )
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from rtlynx.models.generic import GENERIC
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.pattern import Pattern
-from rtlynx.recipe import Recipe
+from rtlynx.recipe import FORMS, Form, Recipe
 
 ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, QWEN_IMAGE, Z_IMAGE)}
 
@@ -30,7 +31,7 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one candidate. `dense_reason` is None where it turns sparse."""
+    """What happens to one candidate. `dense_reason` is None where a `SparseLinear` takes its place."""
 
     candidate: Candidate
     in_features: int
@@ -40,10 +41,28 @@ class LayerPlan:
     rank: int
     text_rows_dense: bool
     dense_reason: str | None
+    precision: Literal["bf16", "fp8"] = "bf16"
 
     @property
     def name(self) -> str:
         return self.candidate.name
+
+    @property
+    def form(self) -> Form:
+        """What the layer becomes."""
+        if self.dense_reason is not None:
+            return "dense"
+        if self.precision == "bf16":
+            return "bf16-sparse"
+        return "fp8-dense" if self.pattern.n == self.pattern.m else "fp8-sparse"
+
+    def in_form(self, form: Form, reason: str = "") -> LayerPlan:
+        """A layer that is planned sparse, in another form; `reason` says why where that is dense."""
+        if form == "dense":
+            return self.dense(reason)
+        if form == "fp8-dense":
+            return replace(self, pattern=Pattern(1, 1), norm="none", rank=0, precision="fp8")
+        return replace(self, precision="fp8" if form == "fp8-sparse" else "bf16")
 
     def dense(self, reason: str) -> LayerPlan:
         """The same layer, left dense."""
@@ -60,7 +79,7 @@ class Plan:
 
     @property
     def sparse(self) -> tuple[LayerPlan, ...]:
-        """The layers that turn sparse, in model order."""
+        """The layers that a `SparseLinear` takes the place of, in model order."""
         return tuple(layer for layer in self.layers if layer.dense_reason is None)
 
     def leave_dense(self, reasons: dict[str, str]) -> Plan:
@@ -70,6 +89,25 @@ class Plan:
         )
         return replace(self, layers=tuple(layers))
 
+    def in_forms(self, forms: Mapping[str, Form]) -> Plan:
+        """The same plan with sparse layers in other forms (name -> form)."""
+        layers = (layer.in_form(forms[layer.name]) if layer.name in forms else layer for layer in self.layers)
+        return replace(self, layers=tuple(layers))
+
+    def alternatives(self) -> list[LayerPlan]:
+        """Each sparse layer in every form that it may take: several where the budget is to choose."""
+        if self.recipe.precision != "auto":
+            return list(self.sparse)
+        return [
+            one
+            for layer in self.sparse
+            for one in (
+                [layer]
+                if self.recipe.fixed_form(layer.name)
+                else [layer.in_form(form) for form in FORMS if form != "dense"]
+            )
+        ]
+
 
 def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     """Decide for every candidate layer of `model`.
@@ -77,7 +115,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     Raises
     ------
     ValueError
-        If the model has no linear layer that could be sparse, or a `skip` pattern matches none.
+        If the model has no linear layer that could be sparse, or a `skip` or `forms` pattern matches none.
     """
     if isinstance(model, nn.Linear):
         raise ValueError("a single linear layer cannot be replaced in place: use SparseLinear.from_linear")
@@ -92,6 +130,9 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     for glob in recipe.skip:
         if not fnmatch.filter([candidate.name for candidate in candidates], glob):
             raise ValueError(f"skip pattern {glob!r} matches no layer of {type(model).__name__}")
+    for glob in recipe.forms:
+        if not fnmatch.filter([candidate.name for candidate in candidates], glob):
+            raise ValueError(f"forms pattern {glob!r} matches no layer of {type(model).__name__}")
     if recipe.text_rows == "dense" and architecture.text_rows is None and _has_joint(candidates):
         raise ValueError(f"where the text rows of {type(model).__name__} are is not known")
     modules: dict[str, Any] = dict(model.named_modules())
@@ -100,23 +141,24 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
 
 
 def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> LayerPlan:
-    pattern = _pattern_for(candidate, recipe)
-    reason = pattern.misfit(linear.in_features)
-    if reason is None and candidate.stream == "text" and recipe.text_stream == "dense":
+    fixed = recipe.fixed_form(candidate.name)
+    layer = LayerPlan(
+        candidate,
+        linear.in_features,
+        linear.out_features,
+        _pattern_for(candidate, recipe),
+        recipe.layer_norm,
+        recipe.rank_for(linear.in_features),
+        recipe.text_rows == "dense" and candidate.stream == "joint",
+        None,
+    ).in_form(fixed or ("bf16-sparse" if recipe.precision == "bf16" else "fp8-sparse"), "dense by 'forms'")
+    reason = layer.dense_reason or layer.pattern.misfit(linear.in_features)
+    if reason is None and fixed is None and candidate.stream == "text" and recipe.text_stream == "dense":
         reason = "text stream"
     if reason is None:
         glob = next((glob for glob in recipe.skip if fnmatch.fnmatchcase(candidate.name, glob)), None)
         reason = f"skipped by {glob!r}" if glob else None
-    return LayerPlan(
-        candidate,
-        linear.in_features,
-        linear.out_features,
-        pattern,
-        recipe.layer_norm,
-        recipe.rank_for(linear.in_features),
-        recipe.text_rows == "dense" and candidate.stream == "joint",
-        reason,
-    )
+    return layer if reason is None else layer.dense(reason)
 
 
 def _pattern_for(candidate: Candidate, recipe: Recipe) -> Pattern:

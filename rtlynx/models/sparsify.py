@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from rtlynx.context import SharedInput, SparseContext, StepTracker
@@ -155,6 +156,11 @@ def apply_plan(
         sparse.shared_input = shared[_memory(layer, known)]
         if prepare is not None:
             prepare(layer.name, sparse)
+        if layer.precision == "fp8" and sparse.precision == "bf16":  # nothing was calibrated: plain scales
+            try:
+                sparse.quantize(keep_dense=plan.recipe.keeps_dense_weight)
+            except ValueError as error:
+                raise ValueError(f"{layer.name}: {error}") from None
         replacements[layer.name] = sparse
         base[layer.name] = weight_fingerprint(modules[layer.name].weight)
     _replace(model, replacements)
@@ -174,7 +180,7 @@ def densify(model_or_pipeline: Any) -> Any:
     Raises
     ------
     RuntimeError
-        If a weight was refitted and the original was not kept; the model is then unchanged.
+        If a weight was refitted or quantised and the original was not kept; the model is then unchanged.
     """
     model = target_model(model_or_pipeline)
     _replace(model, {name: layer.to_linear() for name, layer in sparse_layers(model).items()})
@@ -187,11 +193,18 @@ def densify(model_or_pipeline: Any) -> Any:
 
 
 def extra_bytes(model: nn.Module) -> int:
-    """Bytes that sparse layers hold beyond the dense model: factors and kept original weights."""
+    """Bytes that sparse layers hold beyond the dense model: factors, scales and kept original weights.
+
+    Negative where quantised weights save more than that. They are compared with weights of the dtype of the
+    layer's bias and factors, or of bfloat16 where it has none.
+    """
     total = 0
     for layer in sparse_layers(model).values():
-        for tensor in (layer.lowrank_down, layer.lowrank_up, layer.weight_dense):
+        for tensor in (layer.lowrank_down, layer.lowrank_up, layer.weight_dense, layer.weight_scale):
             total += 0 if tensor is None else tensor.numel() * tensor.element_size()
+        if layer.precision == "fp8":
+            full = layer.compute_dtype or torch.bfloat16
+            total -= layer.weight.numel() * (full.itemsize - layer.weight.element_size())
     return total
 
 
