@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rtlynx.context import SharedInput, SparseContext
+from rtlynx.derived import Derived
 from rtlynx.kernels import fp8, ops, reference
 from rtlynx.kernels.blocks import compute_order
 from rtlynx.kernels.choice import kernels_serve
@@ -22,38 +22,6 @@ from rtlynx.quantization import E4M3, Quantized, quantize_weight
 
 Precision = Literal["bf16", "fp8"]
 Spans = tuple[tuple[int, int], ...]  # half-open ranges of tokens
-
-
-class _Derived:
-    """What kernels read in place of parameters, made anew when one of those may have changed."""
-
-    def __init__(self) -> None:
-        self._entry: tuple[list[weakref.ref[Tensor]], object, Tensor] | None = None
-
-    def get(self, sources: tuple[Tensor, ...], key: object, make: Callable[[], Tensor]) -> Tensor:
-        """`make()` of `sources` and whatever `key` says."""
-        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
-            return make()  # no version, or no guard that sees it: for this call alone
-        entry = self._entry
-        state = (key, *((source._version, source.data_ptr()) for source in sources))
-        if entry is not None and entry[1] == state and all(r() is s for r, s in zip(entry[0], sources)):  # noqa: B905
-            return entry[2]
-        made = make()
-        if made.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return made  # filled by replays of that graph alone
-            torch.cuda.current_stream(made.device).synchronize()  # other streams may be the next to ask
-        self._entry = ([weakref.ref(source) for source in sources], state, made)
-        return made
-
-    def drop(self) -> None:
-        self._entry = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Derived:
-        return _Derived()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_entry": None}
 
 
 class _WatchedWeight:
@@ -121,8 +89,8 @@ class SparseLinear(nn.Linear):
     text_rows_dense: bool
     context: SparseContext
     shared_input: SharedInput
-    _ordered: _Derived
-    _folded: _Derived
+    _ordered: Derived
+    _folded: Derived
 
     def __init__(
         self,
@@ -149,8 +117,8 @@ class SparseLinear(nn.Linear):
         self.text_rows_dense = False
         self.context = SparseContext()
         self.shared_input = SharedInput(single=True)
-        self._ordered = _Derived()
-        self._folded = _Derived()
+        self._ordered = Derived()
+        self._folded = Derived()
         self.register_parameter("lowrank_down", None)
         self.register_parameter("lowrank_up", None)
         self.register_buffer("weight_dense", None)

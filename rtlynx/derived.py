@@ -1,0 +1,44 @@
+"""What kernels read in place of a layer's parameters: a weight in their order, a factor divided by scales."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Derived:
+    """One tensor made of parameters, kept, and made anew when one of those may have changed."""
+
+    def __init__(self) -> None:
+        self._entry: tuple[list[weakref.ref[Tensor]], object, Tensor] | None = None
+
+    def get(self, sources: tuple[Tensor, ...], key: object, make: Callable[[], Tensor]) -> Tensor:
+        """`make()` of `sources` and whatever `key` says."""
+        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+            return make()  # no version, or no guard that sees it: for this call alone
+        entry = self._entry
+        state = (key, *((source._version, source.data_ptr()) for source in sources))
+        if entry is not None and entry[1] == state:
+            refs, _, kept = entry
+            if all(ref() is source for ref, source in zip(refs, sources, strict=True)):
+                return kept
+        made = make()
+        if made.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return made  # filled by replays of that graph alone
+            torch.cuda.current_stream(made.device).synchronize()  # other streams may be the next to ask
+        self._entry = ([weakref.ref(source) for source in sources], state, made)
+        return made
+
+    def drop(self) -> None:
+        self._entry = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Derived:
+        return Derived()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_entry": None}
