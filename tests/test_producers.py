@@ -244,6 +244,7 @@ def handed(monkeypatch):
         if down is not None:
             assert down.data_ptr() % 16 == 0
             assert down.stride(-1) == 1
+        assert len(x.structure) == host.SOURCE_BYTES[x.source]
         dense.copy_(read_source(x))
         return ops.compress(dense, down, form.grouping, list(form.parts), form.norm)
 

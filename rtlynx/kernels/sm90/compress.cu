@@ -11,7 +11,7 @@
 // values wait in shared memory until the whole row's largest is known, which one CTA's does not hold of a long row.
 //
 // Macros: FP8 (0 or 1), SOURCE (what X is), MODE (how groups lie), RANK (columns of T' of a CTA; more in gridDim.y),
-// STAGES.
+// STAGES, MIN_CTAS (that an SM is to hold), PARAMETER_BYTES (as the host packs them).
 #include "compress_tiles.cuh"
 #include "quantize.cuh"
 

@@ -16,6 +16,9 @@ from rtlynx.kernels.jit import Defines, Instantiation
 from rtlynx.kernels.tuning import SMS
 
 MATRIX, ADALN, RMSNORM, GELU, SILU_GATE, CONCAT_GELU = range(6)
+# The kernel's Parameters: its Source, addresses, and what a plan holds.
+SOURCE_BYTES = {MATRIX: 32, ADALN: 56, RMSNORM: 56, GELU: 32, SILU_GATE: 64, CONCAT_GELU: 72}
+_ADDRESSES, _SHAPE = struct.Struct("<5Q"), struct.Struct("<24i")
 _ADJACENT, _STRIDED, _GATHER = range(3)
 _SLAB_THREADS, _WARPS_SHARING_K = 128, 8
 MAX_PARTS = 8  # of strided groups
@@ -125,6 +128,7 @@ class _Configuration(NamedTuple):
             ("RANK", self.rank),
             ("STAGES", self.stages),
             ("MIN_CTAS", self.blocks_per_sm),
+            ("PARAMETER_BYTES", SOURCE_BYTES[self.source] + _ADDRESSES.size + _SHAPE.size),
         )
 
 
@@ -217,9 +221,7 @@ def vectors_fit(grouping: str, parts: Sequence[int], k: int) -> bool:
 
 
 _pack_matrix = struct.Struct("<Qqqi4x").pack
-# What follows the Source in the kernel's Parameters: addresses, and what a plan holds.
-_pack_addresses = struct.Struct("<5Q").pack
-_pack_shape = struct.Struct("<24i").pack
+_pack_addresses, _pack_shape = _ADDRESSES.pack, _SHAPE.pack
 
 
 def pack_matrix(x: Tensor, batches: bool = False) -> tuple[bytes, bool]:

@@ -52,6 +52,7 @@ struct Parameters {
     int parts;
     Part part[MAX_PARTS];
 };
+static_assert(sizeof(Parameters) == PARAMETER_BYTES, "the host packs them");
 
 // Entry i of the group is column base + i * stride.
 struct Run {
