@@ -67,14 +67,8 @@ def speed_section(results: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        gemm, flops = row["ours_gemm_us"], 2 * row["M"] * row["K"] * row["N"]
         cells = [
-            row["shape"],
-            f"{row['M']}, {row['K']}, {row['N']}",
-            _format(row["cublas_us"], ".0f"),
-            f"{_format(row['cusparselt_compress_us'], '.0f')} + {_format(row['cusparselt_gemm_us'], '.0f')}",
-            f"{_format(row['ours_compress_us'], '.0f')} + {_format(gemm, '.0f')}",
-            _format(gemm and flops / gemm * 1e-6, ",.0f"),
+            *_times_of(row, "cusparselt_compress_us", "cusparselt_gemm_us"),
             _times(_speedup(row, "ours_gemm_us")),
             _format(row["ours_us"], ".0f"),
             f"**{_times(_speedup(row, 'ours_us'))}**",
@@ -115,14 +109,8 @@ def fp8_section(results: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        gemm, flops = row["ours_gemm_us"], 2 * row["M"] * row["K"] * row["N"]
         cells = [
-            row["shape"],
-            f"{row['M']}, {row['K']}, {row['N']}",
-            _format(row["cublas_us"], ".0f"),
-            f"{_format(row['cublas_fp8_quant_us'], '.0f')} + {_format(row['cublas_fp8_us'], '.0f')}",
-            f"{_format(row['ours_compress_us'], '.0f')} + {_format(gemm, '.0f')}",
-            _format(gemm and flops / gemm * 1e-6, ",.0f"),
+            *_times_of(row, "cublas_fp8_quant_us", "cublas_fp8_us"),
             _times(_speedup(row, "ours_gemm_us", "cublas_fp8_us")),
             _format(row["ours_us"], ".0f"),
             f"**{_times(_speedup(row, 'ours_us'))}**",
@@ -141,6 +129,19 @@ def fp8_section(results: dict) -> str:
         f"([{FP8_RESULTS.name}]({FP8_RESULTS})).",
     ]
     return "\n".join(lines)
+
+
+def _times_of(row: dict, peer_first: str, peer_gemm: str) -> list[str]:
+    """The cells that both tables begin with: the layer, cuBLAS bf16, a peer in two parts, ours, TFLOP/s."""
+    gemm, flops = row["ours_gemm_us"], 2 * row["M"] * row["K"] * row["N"]
+    return [
+        row["shape"],
+        f"{row['M']}, {row['K']}, {row['N']}",
+        _format(row["cublas_us"], ".0f"),
+        f"{_format(row[peer_first], '.0f')} + {_format(row[peer_gemm], '.0f')}",
+        f"{_format(row['ours_compress_us'], '.0f')} + {_format(gemm, '.0f')}",
+        _format(gemm and flops / gemm * 1e-6, ",.0f"),
+    ]
 
 
 def _range(rows: list[dict], name: str) -> str:

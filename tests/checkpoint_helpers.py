@@ -1,0 +1,34 @@
+"""Sparse models of many recipes, to be saved."""
+
+from helpers import flux_call, tiny_flux
+
+from rtlynx import Budget, CalibrationOptions, Recipe, calibrate, sparsify
+
+RIDGE = 0.1
+RECIPES = {
+    "immediate": Recipe.immediate(),
+    "immediate, all layers": Recipe.immediate(text_stream="sparse", grouping="strided", norm="paper"),
+    "1:4": Recipe.immediate(n=1, norm="none"),
+    "dense steps and rows": Recipe.immediate(dense_steps=2, text_rows="dense"),
+    "skip": Recipe.immediate(skip=("*.proj_out",)),
+    "paper": Recipe.paper(rank=4, ridge=RIDGE),
+    "refit": Recipe(rank=None, ridge=RIDGE),
+    "refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, grouping="strided"),
+    "refit, dense steps and rows": Recipe(ridge=RIDGE, dense_steps=2, text_rows="dense"),
+    "budget": Recipe(rank=4, ridge=RIDGE, budget=Budget(saving=0.5)),
+    "fp8, immediate": Recipe.immediate(precision="fp8"),
+    "fp8, dense steps and rows": Recipe.immediate(precision="fp8", dense_steps=2, text_rows="dense"),
+    "fp8, refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, precision="fp8"),
+    "every form": Recipe(
+        rank=4, ridge=RIDGE, forms={"*.to_q": "fp8-sparse", "*.to_k": "fp8-dense", "*.to_v": "dense"}
+    ),
+}
+
+
+def make(recipe, build=tiny_flux, call=flux_call):
+    model = build()
+    if not recipe.needs_calibration:
+        return sparsify(model, recipe)
+    calls = [call(seed, timestep=1 - seed / 4) for seed in range(3)]
+    calibrate(model, calls=calls, recipe=recipe, progress=False, options=CalibrationOptions())
+    return model
