@@ -240,20 +240,22 @@ def read_source(x):
 def handed(monkeypatch):
     """Launches end here, with the dense tensor that the kernel would have selected from."""
 
-    def launch(x, down, form, dense):
+    def launch(x, down, options, dense):
         if down is not None:
             assert down.data_ptr() % 16 == 0
             assert down.stride(-1) == 1
         assert len(x.structure) == host.SOURCE_BYTES[x.source]
         dense.copy_(read_source(x))
-        return ops.compress(dense, down, form.grouping, list(form.parts), form.norm)
+        return ops.compress(dense, down, options.grouping, list(options.parts), options.norm)
 
     monkeypatch.setattr(host, "launch", launch)
 
     def run(name, inputs, down=None, grouping="adjacent", parts=()):
         shape = producers._PRODUCERS[name].shape(*inputs)
         dense = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=torch.bfloat16)
-        result = producers.launch(name, inputs, down, host.Form(grouping, tuple(parts), True), dense)
+        result = producers.launch(
+            name, inputs, down, host.CompressOptions(grouping, tuple(parts), True), dense
+        )
         return None if result is None else dense
 
     return run

@@ -27,7 +27,7 @@ from rtlynx.kernels.blocks import (
     unpack_lowrank,
 )
 from rtlynx.kernels.operators import operator, refuse_gradients
-from rtlynx.kernels.sm90.compress import Form, launch_compress
+from rtlynx.kernels.sm90.compress import CompressOptions, launch_compress
 from rtlynx.kernels.sm90.gemm import launch_gemm
 from rtlynx.kernels.sm90.linear import launch_linear
 from rtlynx.kernels.sm90.weights import Weights
@@ -334,7 +334,7 @@ def _compress_hopper(
     x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_compress(x, down, grouping, parts)
-    return launch_compress(x, down, Form(grouping, tuple(parts), norm, _held(fp8)))
+    return launch_compress(x, down, CompressOptions(grouping, tuple(parts), norm, _held(fp8)))
 
 
 def _gemm_hopper(
@@ -366,7 +366,7 @@ def _linear_hopper(
     _check_linear(x, weight, bias, down, up, weight_scale)
     check_compress(x, down, grouping, parts)
     of = Weights(weight, up, bias, weight_scale)
-    y = launch_linear(x, of, down, Form(grouping, tuple(parts), norm, of.held))
+    y = launch_linear(x, of, down, CompressOptions(grouping, tuple(parts), norm, of.held))
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -27,7 +27,7 @@ from rtlynx.kernels.ops import (
 )
 from rtlynx.kernels.sm90 import compress
 from rtlynx.kernels.sm90 import producers as sources
-from rtlynx.kernels.sm90.compress import Form
+from rtlynx.kernels.sm90.compress import CompressOptions
 from rtlynx.kernels.sm90.weights import readable
 
 Compressed = tuple[Tensor, Tensor, Tensor]
@@ -210,7 +210,11 @@ _PRODUCERS = {
 
 
 def launch(
-    name: str, inputs: Sequence[Any], down: Tensor | None, form: Form, dense: Tensor | None = None
+    name: str,
+    inputs: Sequence[Any],
+    down: Tensor | None,
+    options: CompressOptions,
+    dense: Tensor | None = None,
 ) -> Compressed | None:
     """One kernel of the producer `name` on the current Hopper card, or None where it cannot read the inputs.
 
@@ -225,9 +229,9 @@ def launch(
     source = getattr(sources, name)(*operands)
     if not source.aligned or source.columns % 8:
         return None
-    if not compress.vectors_fit(form.grouping, form.parts, source.columns):
+    if not compress.vectors_fit(options.grouping, options.parts, source.columns):
         return None
-    return compress.launch(source, None if down is None else readable(down), form, dense)
+    return compress.launch(source, None if down is None else readable(down), options, dense)
 
 
 # --------------------------------------------------------------------------------------------- operators
@@ -249,8 +253,10 @@ def _register(name: str) -> Any:
 
     def hopper(*arguments: Any) -> Compressed:
         _, inputs, (down, grouping, parts, norm, *fp8) = checked(arguments)
-        form = Form(grouping, tuple(parts), norm, FP8 if any(fp8) else BF16)
-        return launch(name, inputs, down, form) or compress.launch_compress(_dense(chain, inputs), down, form)
+        options = CompressOptions(grouping, tuple(parts), norm, FP8 if any(fp8) else BF16)
+        return launch(name, inputs, down, options) or compress.launch_compress(
+            _dense(chain, inputs), down, options
+        )
 
     def reference(*arguments: Any) -> Compressed:
         _, inputs, tail = checked(arguments)

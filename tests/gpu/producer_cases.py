@@ -18,7 +18,7 @@ from torch import Tensor
 from rtlynx import Pattern
 from rtlynx.kernels import producers
 from rtlynx.kernels.blocks import BF16, FP8
-from rtlynx.kernels.sm90.compress import Form
+from rtlynx.kernels.sm90.compress import CompressOptions
 
 NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
 MODULATED = ("adaln", "rmsnorm")
@@ -150,13 +150,13 @@ def compare(
     served : whether one kernel must do it all, or PyTorch must compute the chain; None where either may be.
     """
     down, grouping, parts, norm, fp8 = tail
-    form = Form(grouping, tuple(parts), norm, FP8 if fp8 else BF16)
+    options = CompressOptions(grouping, tuple(parts), norm, FP8 if fp8 else BF16)
     exact, size = chain(name, *inputs)
     exact = exact.flatten(0, -2)
     rows, k = exact.shape
     with poisoned():
         dense = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
-        fused = producers.launch(name, inputs, down, form, dense)
+        fused = producers.launch(name, inputs, down, options, dense)
         result = getattr(producers, f"{name}_compress")(*inputs, *tail)
     assert served is None or served is (fused is not None), "served otherwise than expected"
     if fused is None:

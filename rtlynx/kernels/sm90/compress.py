@@ -53,7 +53,7 @@ _FIXED_BLOCKS = 2  # what a CTA costs beside its blocks of K, in such
 _STATIC_BYTES = 4096  # at most, of a block's other shared memory
 
 
-class Form(NamedTuple):
+class CompressOptions(NamedTuple):
     """How X is compressed: arguments of the operators, and what blocks hold."""
 
     grouping: str
@@ -244,10 +244,12 @@ def expressible(x: Tensor) -> Tensor:
     return x if x.dim() <= 3 or x.is_contiguous() else x.contiguous()
 
 
-def launch_compress(x: Tensor, down: Tensor | None, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+def launch_compress(
+    x: Tensor, down: Tensor | None, options: CompressOptions
+) -> tuple[Tensor, Tensor, Tensor]:
     """`rtlynx::compress` of checked arguments: blocks, scale and blocks of T; see `rtlynx.kernels.ops`."""
     x = expressible(x)
-    return launch(matrix_input(x), down, form)
+    return launch(matrix_input(x), down, options)
 
 
 def matrix_input(x: Tensor) -> Input:
@@ -258,12 +260,12 @@ def matrix_input(x: Tensor) -> Input:
 
 
 def launch(
-    x: Input, down: Tensor | None, form: Form, dense: Tensor | None = None
+    x: Input, down: Tensor | None, options: CompressOptions, dense: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compress `x`; a producer also writes what it selected from to `dense` (rows, columns), to be tested."""
     if down is not None and not down.is_contiguous():
         down = down.contiguous()
-    plan = plan_compress(x, down, form)
+    plan = plan_compress(x, down, options)
     blocks = torch.empty(plan.blocks_bytes, dtype=torch.uint8, device=x.device)
     lowrank = torch.empty(plan.lowrank_bytes, dtype=torch.uint8, device=x.device)
     scale = torch.empty(plan.scales, dtype=torch.float32, device=x.device)
@@ -290,11 +292,11 @@ class Addresses(NamedTuple):
     lowrank: int
 
 
-def plan_compress(x: Input, down: Tensor | None, form: Form) -> CompressPlan:
+def plan_compress(x: Input, down: Tensor | None, options: CompressOptions) -> CompressPlan:
     """How to compress `x`, with `down` contiguous."""
     rank = 0 if down is None else down.shape[0]
     aligned = x.aligned and address_of(down) % 16 == 0
-    return _plan(x.source, x.rows, x.columns, rank, form, aligned)
+    return _plan(x.source, x.rows, x.columns, rank, options, aligned)
 
 
 def start_compress(plan: CompressPlan, x: Input, down: int, to: Addresses, dense: int = 0) -> None:
@@ -323,14 +325,14 @@ class CompressPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(source: int, rows: int, k: int, rank: int, form: Form, aligned: bool) -> CompressPlan:
-    held = form.held
+def _plan(source: int, rows: int, k: int, rank: int, options: CompressOptions, aligned: bool) -> CompressPlan:
+    held = options.held
     slabs, k_blocks, rank_blocks = (
         -(-rows // BLOCK_ROWS),
         -(-k // held.block_k),
         -(-rank // LOWRANK_COLUMNS),
     )
-    mode, adjacent, table = _groups(form.grouping, form.parts, k)
+    mode, adjacent, table = _groups(options.grouping, options.parts, k)
     tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
     configuration = _Configuration(held, source, mode if aligned else _GATHER, tile_rank)
     cluster = _cluster(configuration, max(slabs, 1), k_blocks)
@@ -344,6 +346,6 @@ def _plan(source: int, rows: int, k: int, rank: int, form: Form, aligned: bool) 
         else (slabs * 4, 1, 1),
         slabs * k_blocks * held.block_bytes,
         slabs * rank_blocks * LOWRANK_BYTES,
-        rows if form.norm or held is FP8 else 0,
-        _pack_shape(rows, k, k_blocks, rank, rank_blocks, adjacent, form.norm, *table),
+        rows if options.norm or held is FP8 else 0,
+        _pack_shape(rows, k, k_blocks, rank, rank_blocks, adjacent, options.norm, *table),
     )

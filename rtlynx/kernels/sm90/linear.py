@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rtlynx.kernels.sm90.compress import (
     Addresses,
-    Form,
+    CompressOptions,
     address_of,
     expressible,
     matrix_input,
@@ -21,7 +21,7 @@ from rtlynx.kernels.sm90.weights import Weights, readable_weights, stored_column
 _ALIGNMENT = 16
 
 
-def launch_linear(x: Tensor, of: Weights, down: Tensor | None, form: Form) -> Tensor:
+def launch_linear(x: Tensor, of: Weights, down: Tensor | None, options: CompressOptions) -> Tensor:
     """Y (rows, N) of `rtlynx::linear`; see `rtlynx.kernels.ops`, which checks."""
     x = expressible(x)
     n = of.weight.shape[0]
@@ -34,7 +34,7 @@ def launch_linear(x: Tensor, of: Weights, down: Tensor | None, form: Form) -> Te
     of = readable_weights(of)
     if down is not None and not down.is_contiguous():
         down = down.contiguous()
-    compression = plan_compress(given, down, form)
+    compression = plan_compress(given, down, options)
     product = plan_gemm(of, rows)
 
     scale_bytes = -(-compression.scales * 4 // _ALIGNMENT) * _ALIGNMENT
