@@ -4,6 +4,9 @@
 
 #if FP8
 constexpr int WAITING_BYTES = 16 * 128;  // of a warp's 16 rows in a block: 64 kept values each
+#if RANK > 0
+static_assert(ROWS * T_PITCH * 4 <= STAGES * STAGE_BYTES, "T, gathered where stages were, spares what waits");
+#endif
 
 // 16 of the 32 bytes in which kept values 16 `chunk` ... + 15 of a row of the warp wait, without bank conflicts.
 DEVICE uint32_t waiting(uint32_t block, int row, int chunk, int half) {
