@@ -399,9 +399,9 @@ class SparseLinear(nn.Linear):
         # Blocks cannot be sliced by rows: spans are compressed one by one.
         pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
         if grouping != "adjacent":
-            weight = self._ordered.get((weight,), pattern, partial(compute_order, weight.detach(), pattern))
+            weight = self._ordered.get((weight,), pattern, partial(compute_order, weight, pattern))
         if up is not None and weight_scale is not None:
-            up = self._folded.get((up, weight_scale), None, partial(fp8.fold_up, up.detach(), weight_scale))
+            up = self._folded.get((up, weight_scale), None, partial(fp8.fold_up, up, weight_scale))
         if self.shared_input.single:
             return [
                 ops.linear(piece, weight, bias, down, up, grouping, parts, norm, weight_scale)
