@@ -1,5 +1,6 @@
 """What the tests of `SparseLinear` share: a small layer, tokens, factors, an independent mask."""
 
+import pytest
 import torch
 from helpers import slow_mask
 from torch import nn
@@ -32,3 +33,13 @@ def factors(seed=2):
 def mask_for(x, name):
     pattern, widths = PATTERNS[name]
     return slow_mask(x, pattern.n, pattern.m, pattern.grouping, widths)
+
+
+def assert_original_is_missed(layer, how):
+    """Who needs the original weight of a layer, `how` (refitted, quantised), is told that it was not kept."""
+    for ask in (layer.to_linear, layer.original_weight):
+        with pytest.raises(RuntimeError, match=f"{how} without keeping its original weight"):
+            ask()
+    layer.context.dense_step = True
+    with pytest.raises(RuntimeError, match=f"{how} without keeping its original weight.*dense_steps > 0"):
+        layer(tokens())

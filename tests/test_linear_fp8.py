@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import by_hand, relative_error, tiny_flux
-from linear_helpers import PATTERNS, RANK, K, N, factors, linear, mask_for, tokens
+from linear_helpers import PATTERNS, RANK, K, N, assert_original_is_missed, factors, linear, mask_for, tokens
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -178,13 +178,7 @@ def test_text_rows_and_dense_steps_use_the_original_weight():
 
 
 def test_without_its_original_weight_it_says_so():
-    layer = quantised()
-    for ask in (layer.to_linear, layer.original_weight):
-        with pytest.raises(RuntimeError, match="quantised without keeping its original weight"):
-            ask()
-    layer.context.dense_step = True
-    with pytest.raises(RuntimeError, match="dense_steps > 0"):
-        layer(tokens())
+    assert_original_is_missed(quantised(), "quantised")
 
 
 # ------------------------------------------------------------------------------------ a module's fates

@@ -15,8 +15,8 @@ two words for each lane. Word `step` of lane 4g + 2b + i of warp w holds the eig
 from column 64 step + 32 b on.
 
 What is beyond M or K is value +0 with nibble 4; in fp8 a token that is not finite has no value but NaN.
-T (M, r) of the low-rank branch is cut into blocks of 64 rows
-and 32 columns in the same swizzle, zeros beyond r.
+T (M, r) of the low-rank branch is cut into blocks of 64 rows and 32 columns in the same swizzle, zeros
+beyond r.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ LOWRANK_BYTES = BLOCK_ROWS * LOWRANK_COLUMNS * 2
 
 _FILLER = 0x4  # indices 0 and 1: legal, for groups that are not there
 _LEGAL = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
+
+
+def format_of(fp8: bool) -> Format:
+    return FP8 if fp8 else BF16
 
 
 def blocks_bytes(rows: int, k: int, held: Format = BF16) -> int:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()
+_GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a result of `tensors` would be differentiated."""
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
 
 def kernels_serve(
@@ -53,10 +59,8 @@ def _obstacle(
     down: Tensor | None,
     up: Tensor | None,
 ) -> str | None:
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, down, up)
-    ):
-        return "gradients are asked for: call the model under torch.no_grad()"
+    if wants_gradient(x, weight, bias, down, up):
+        return _GRADIENTS
     bf16, fp8 = torch.bfloat16, weight.dtype is E4M3
     if not (x.dtype is bf16 and (fp8 or weight.dtype is bf16) and (down is None or down.dtype is bf16)):
         return "the kernels take bfloat16 inputs and factors, and weights of bfloat16 or quantised to fp8"
@@ -95,8 +99,8 @@ def scaled_mm_serves(x: Tensor, of: Fp8Parameters) -> bool:
 def _scaled_mm_obstacle(x: Tensor, of: Fp8Parameters) -> str | None:
     weight = of.weight
     beside = [tensor for tensor in (of.bias, of.down, of.up) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in beside):
-        return "gradients are asked for: call the model under torch.no_grad()"
+    if wants_gradient(*beside):
+        return _GRADIENTS
     if any(tensor.dtype is not torch.bfloat16 for tensor in (x, *beside)):
         return "dense fp8 products take bfloat16 inputs, biases and factors"
     if weight.shape[0] % 16 or weight.shape[1] % 16 or not weight.is_contiguous():

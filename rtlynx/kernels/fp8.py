@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rtlynx.kernels.choice import scaled_mm_serves
-from rtlynx.kernels.reference import Norm
+from rtlynx.kernels.reference import Norm, product_in_float32
 from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 from rtlynx.quantization import dequantize, quantize_tokens
 
@@ -77,7 +77,7 @@ def fold_lowrank(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
 
     bfloat16 for half-precision X (float16 would overflow), else in the dtype of X.
     """
-    return (_product(x, down) / scale).to(_folded_dtype(x.dtype))
+    return (product_in_float32(x, down) / scale).to(_folded_dtype(x.dtype))
 
 
 def fold_up(up: Tensor, scale: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ def linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tenso
     Tensor (..., N) in the dtype of `x`.
     """
     weight, channel, bias, down, up = of
-    acc = _product(compressed.values, weight)
+    acc = product_in_float32(compressed.values, weight)
     if down is not None and up is not None:
-        acc = acc + _product(fold_lowrank(x, down, compressed.scale), fold_up(up, channel))
+        acc = acc + product_in_float32(fold_lowrank(x, down, compressed.scale), fold_up(up, channel))
     y = acc * channel * compressed.scale
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -126,14 +126,8 @@ def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) ->
     ).view(*x.shape[:-1], n)
     if of.down is None or of.up is None:
         return y
-    rest = _product(linear(x, of.down), of.up)
+    rest = product_in_float32(linear(x, of.down), of.up)
     return (y.float() + (rest if of.bias is None else rest + of.bias)).bfloat16()
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """X W^T in float32, under autocast too."""
-    with torch.autocast(x.device.type, enabled=False):
-        return linear(x.float(), weight.float())
 
 
 def _folded_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.kernels.choice import card_obstacle
+from rtlynx.kernels.choice import card_obstacle, wants_gradient
 
 _LIBRARY = torch.library.Library("rtlynx", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -49,7 +49,7 @@ def _on_cuda(hopper: Callable[..., Any], reference: Callable[..., Any]) -> Calla
 
 def refuse_gradients(*tensors: Tensor | None) -> None:
     """RuntimeError where a gradient would be lost."""
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if wants_gradient(*tensors):
         raise RuntimeError(
             "rtlynx operators have no gradient: call them under torch.no_grad(), or let SparseLinear choose"
         )

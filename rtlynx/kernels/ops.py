@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from rtlynx.kernels.blocks import (
-    BF16,
     FP8,
     LOWRANK_COLUMNS,
-    Format,
     blocks_bytes,
+    format_of,
     lowrank_bytes,
     pack_blocks,
     pack_blocks_fp8,
@@ -27,6 +26,7 @@ from rtlynx.kernels.blocks import (
     unpack_lowrank,
 )
 from rtlynx.kernels.operators import operator, refuse_gradients
+from rtlynx.kernels.reference import product_in_float32
 from rtlynx.kernels.sm90.compress import CompressOptions, launch_compress
 from rtlynx.kernels.sm90.gemm import launch_gemm
 from rtlynx.kernels.sm90.linear import launch_linear
@@ -94,7 +94,7 @@ def _check_gemm(
 ) -> None:
     _check_weights(blocks, weight, up, bias, weight_scale)
     n, k = weight.shape
-    held = _held(weight_scale is not None)
+    held = format_of(weight_scale is not None)
     if blocks.shape != (blocks_bytes(rows, k, held),):
         raise ValueError(
             f"blocks of {rows} rows and {k} columns of {held.dtype} are {blocks_bytes(rows, k, held)} bytes, "
@@ -120,15 +120,11 @@ def _check_gemm(
     refuse_gradients(blocks, scale)
 
 
-def _held(fp8: bool) -> Format:
-    return FP8 if fp8 else BF16
-
-
 def _check_weights(
     like: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None, weight_scale: Tensor | None
 ) -> None:
     """Weight, factor, bias and scale of one product, on the device of `like`."""
-    held = _held(weight_scale is not None)
+    held = format_of(weight_scale is not None)
     if weight.dtype is not held.dtype or (up is not None and up.dtype is not torch.bfloat16):
         found = weight.dtype if up is None else f"{weight.dtype} and {up.dtype}"
         raise TypeError(
@@ -205,12 +201,6 @@ def _pattern(grouping: str, parts: Sequence[int]) -> Pattern:
     return Pattern(2, 4, grouping, tuple(parts) or 1)  # type: ignore[arg-type]  # checked before
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """X W^T in float32, under autocast too."""
-    with torch.autocast(x.device.type, enabled=False):
-        return x.float() @ weight.detach().float().T
-
-
 def compress_reference(
     x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +217,7 @@ def compress_reference(
         blocks = pack_blocks(x, pattern)
     lowrank = x.new_empty(0, dtype=torch.uint8)
     if down is not None:
-        product = _product(x, down)
+        product = product_in_float32(x, down.detach())
         lowrank = pack_lowrank((product / scale.unsqueeze(-1) if norm or fp8 else product).bfloat16())
     return blocks, scale, lowrank
 
@@ -245,14 +235,16 @@ def _gemm_reference(
 ) -> Tensor:
     _check_gemm(blocks, scale, lowrank, weight, up, bias, rows, segments, weight_scale)
     n, k = weight.shape
-    y = _product(unpack_blocks(blocks, rows, k, _held(weight_scale is not None)), weight)
+    y = product_in_float32(
+        unpack_blocks(blocks, rows, k, format_of(weight_scale is not None)), weight.detach()
+    )
     if rows and lowrank is not None and up is not None:
         triples = list(segments) or [n, 0, up.shape[1]]
         columns = lowrank.shape[0] // lowrank_bytes(rows, 1) * LOWRANK_COLUMNS
         t = unpack_lowrank(lowrank, rows, columns)
         start = 0
         for end, first, rank in zip(*(iter(triples),) * 3, strict=True):
-            y[:, start:end] += _product(t[:, first : first + rank], up[start:end, :rank])
+            y[:, start:end] += product_in_float32(t[:, first : first + rank], up[start:end, :rank].detach())
             start = end
     if weight_scale is not None:
         y = y * weight_scale
@@ -290,7 +282,7 @@ def compress_fake(
     check_compress(x, down, grouping, parts)
     rows = math.prod(x.shape[:-1])
     return (
-        x.new_empty(blocks_bytes(rows, x.shape[-1], _held(fp8)), dtype=torch.uint8),
+        x.new_empty(blocks_bytes(rows, x.shape[-1], format_of(fp8)), dtype=torch.uint8),
         x.new_empty(rows if norm or fp8 else 0, dtype=torch.float32),
         x.new_empty(0 if down is None else lowrank_bytes(rows, down.shape[0]), dtype=torch.uint8),
     )
@@ -334,7 +326,7 @@ def _compress_hopper(
     x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_compress(x, down, grouping, parts)
-    return launch_compress(x, down, CompressOptions(grouping, tuple(parts), norm, _held(fp8)))
+    return launch_compress(x, down, CompressOptions(grouping, tuple(parts), norm, format_of(fp8)))
 
 
 def _gemm_hopper(

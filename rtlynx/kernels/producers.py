@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
-from rtlynx.kernels.blocks import BF16, FP8
+from rtlynx.kernels.blocks import format_of
 from rtlynx.kernels.operators import operator, refuse_gradients
 from rtlynx.kernels.ops import (
     check_dtype,
@@ -253,7 +253,7 @@ def _register(name: str) -> Any:
 
     def hopper(*arguments: Any) -> Compressed:
         _, inputs, (down, grouping, parts, norm, *fp8) = checked(arguments)
-        options = CompressOptions(grouping, tuple(parts), norm, FP8 if any(fp8) else BF16)
+        options = CompressOptions(grouping, tuple(parts), norm, format_of(any(fp8)))
         return launch(name, inputs, down, options) or compress.launch_compress(
             _dense(chain, inputs), down, options
         )

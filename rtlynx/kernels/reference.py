@@ -79,3 +79,9 @@ def sparse_linear(
     if bias is not None:
         y = y + bias
     return y.to(out_dtype)
+
+
+def product_in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """X W^T (..., N) in float32, under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return linear(x.float(), weight.float())

@@ -127,12 +127,11 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     candidates = architecture.candidates(model)
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no linear layers that can be made sparse")
-    for glob in recipe.skip:
-        if not fnmatch.filter([candidate.name for candidate in candidates], glob):
-            raise ValueError(f"skip pattern {glob!r} matches no layer of {type(model).__name__}")
-    for glob in recipe.forms:
-        if not fnmatch.filter([candidate.name for candidate in candidates], glob):
-            raise ValueError(f"forms pattern {glob!r} matches no layer of {type(model).__name__}")
+    names = [candidate.name for candidate in candidates]
+    for setting, globs in (("skip", recipe.skip), ("forms", recipe.forms)):
+        for glob in globs:
+            if not fnmatch.filter(names, glob):
+                raise ValueError(f"{setting} pattern {glob!r} matches no layer of {type(model).__name__}")
     if recipe.text_rows == "dense" and architecture.text_rows is None and _has_joint(candidates):
         raise ValueError(f"where the text rows of {type(model).__name__} are is not known")
     modules: dict[str, Any] = dict(model.named_modules())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rtlynx import Pattern
 from rtlynx.kernels import producers
-from rtlynx.kernels.blocks import BF16, FP8
+from rtlynx.kernels.blocks import format_of
 from rtlynx.kernels.sm90.compress import CompressOptions
 
 NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
@@ -150,7 +150,7 @@ def compare(
     served : whether one kernel must do it all, or PyTorch must compute the chain; None where either may be.
     """
     down, grouping, parts, norm, fp8 = tail
-    options = CompressOptions(grouping, tuple(parts), norm, FP8 if fp8 else BF16)
+    options = CompressOptions(grouping, tuple(parts), norm, format_of(fp8))
     exact, size = chain(name, *inputs)
     exact = exact.flatten(0, -2)
     rows, k = exact.shape

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rtlynx.kernels.blocks import BF16, FP8, Format
+from rtlynx.kernels.blocks import Format, format_of
 
 STORE_COLUMNS = 8  # Y leaves 16 bytes at a time
 
@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 
     @property
     def held(self) -> Format:
-        return BF16 if self.column_scale is None else FP8
+        return format_of(self.column_scale is not None)
 
 
 def stored_columns(n: int) -> int:
