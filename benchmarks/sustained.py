@@ -58,6 +58,7 @@ class Graphs:
 
     def timer(self, calls: Sequence[Call], replay_ms: float = REPLAY_MS) -> "GraphTimer":
         """A timer of `calls`; RuntimeError if their graph does not write what the calls return."""
+        torch.cuda.synchronize()  # what the calls read was made on another stream
         with torch.cuda.stream(self._stream):
             for call in calls:  # kernels compile and libraries choose before the capture
                 call()

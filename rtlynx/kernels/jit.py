@@ -275,8 +275,24 @@ class Kernel:
         if status:
             fail(status, f"launch of {self.name} with grid {grid} on cuda:{device}")
 
-    def _prepare(self, device: int, params: Parameters) -> int:
-        """First launch on `device`: check, load the code there, allow the shared memory."""
+    def most_clusters(self) -> int:
+        """How many clusters the current device holds at one time; 0 where one does not fit."""
+        from cuda.bindings import driver
+
+        config, cluster = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+        config.gridDimX, config.gridDimY, config.gridDimZ = self._cluster, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = cluster.value.clusterDim
+        size.x, size.y, size.z = self._cluster, 1, 1
+        config.attrs, config.numAttrs = [cluster], 1
+        function = driver.CUfunction(self._prepare(torch.cuda.current_device()))
+        (count,) = call(driver.cuOccupancyMaxActiveClusters, function, config)
+        return int(count)
+
+    def _prepare(self, device: int, params: Parameters | None = None) -> int:
+        """First use on `device`: check, load the code there, allow the shared memory."""
         from cuda.bindings import driver
 
         with _lock, allowed_during_capture():
@@ -284,10 +300,11 @@ class Kernel:
                 return self._functions[device]
             _require_hopper(device)
             bind_context(device)
-            _, size = call(driver.cuKernelGetParamInfo, self._handle, 0)
-            given = len(params) if isinstance(params, bytes) else ctypes.sizeof(params)
-            if given != size:
-                raise RuntimeError(f"{self.name} takes a structure of {size} bytes and got {given}")
+            if params is not None:
+                _, size = call(driver.cuKernelGetParamInfo, self._handle, 0)
+                given = len(params) if isinstance(params, bytes) else ctypes.sizeof(params)
+                if given != size:
+                    raise RuntimeError(f"{self.name} takes a structure of {size} bytes and got {given}")
             attribute = driver.CUfunction_attribute
             # Another launch of the same code may have been allowed more.
             allowed = max(self._shared_bytes, _allowed.get((int(self._handle), device), 0))

@@ -195,7 +195,7 @@ def test_factors_at_any_address(name):
     inputs = changed(name)
     down = make_tail(ProducerCase(name, 150, 384, rank=16))[0]
     for factor in (misaligned(down), down.T.contiguous().T, torch.cat([down, down], 1)[:, :384]):
-        compare(name, inputs, (factor, "adjacent", [], True), served=True)
+        compare(name, inputs, (factor, "adjacent", [], True, False), served=True)
 
 
 # -------------------------------------------------------------------------------------- how it runs

@@ -25,32 +25,48 @@ MAX_PARTS = 8  # of strided groups
 MAX_COLUMNS_FP8 = 20480  # whose kept values a cluster has room for, in every configuration
 _RANKS = (0, 32, 64, 128)  # columns of T that a block computes
 # By format, adjacent groups or not, rank: units of K in shared memory, blocks that a multiprocessor holds.
+# Where there are several the plan takes the faster for its shape.
 _STAGES_AND_BLOCKS = {
-    (BF16, True, 0): (4, 2),
-    (BF16, True, 32): (4, 4),
-    (BF16, True, 64): (3, 3),
-    (BF16, True, 128): (3, 3),
-    (BF16, False, 0): (3, 2),
-    (BF16, False, 32): (2, 4),
-    (BF16, False, 64): (2, 3),
-    (BF16, False, 128): (2, 2),
-    (FP8, True, 0): (4, 3),
-    (FP8, True, 32): (3, 3),
-    (FP8, True, 64): (2, 3),
-    (FP8, True, 128): (2, 2),
-    (FP8, False, 0): (2, 2),
-    (FP8, False, 32): (2, 2),
-    (FP8, False, 64): (2, 2),
-    (FP8, False, 128): (2, 1),
+    (BF16, True, 0): ((4, 2),),
+    (BF16, True, 32): ((4, 4),),
+    (BF16, True, 64): ((3, 3),),
+    (BF16, True, 128): ((3, 3),),
+    (BF16, False, 0): ((3, 2),),
+    (BF16, False, 32): ((2, 4),),
+    (BF16, False, 64): ((2, 3),),
+    (BF16, False, 128): ((2, 2),),
+    (FP8, True, 0): ((4, 3),),
+    (FP8, True, 32): ((3, 3),),
+    (FP8, True, 64): ((3, 3), (2, 3)),
+    (FP8, True, 128): ((2, 2),),
+    (FP8, False, 0): ((2, 2),),
+    (FP8, False, 32): ((2, 2),),
+    (FP8, False, 64): ((2, 2),),
+    (FP8, False, 128): ((2, 1),),
 }
 _FITTING = 0.9  # clusters leave some multiprocessors of a card unused
 _MAX_CLUSTER = 8
 # In fp8 kept values wait in shared memory: 2 KB for each of a CTA's four warps and blocks of K.
 _MAX_CLUSTER_FP8, _WAITING_BYTES = 16, 4 * 2048
-_SHARED_PER_SM, _SHARED_PER_BLOCK, _SHARED_RESERVED = 228 * 1024, 227 * 1024, 1024
-_GPCS, _SMS_PER_GPC = 8, 16  # a cluster lies in one of them
-_FIXED_BLOCKS = 2  # what a CTA costs beside its blocks of K, in such
+_SHARED_PER_BLOCK = 227 * 1024
 _STATIC_BYTES = 4096  # at most, of a block's other shared memory
+
+
+class _Times(NamedTuple):
+    """What a round of clusters takes in fp8, in us; fitted to benchmarks/NOTES.md, "Which cluster".
+
+    fixed : its start and end
+    busy : a block of K of a CTA, for each CTA that shares the multiprocessor
+    alone : at least that, by stages, as what is on its way hides less
+    """
+
+    fixed: float
+    busy: float
+    alone: dict[int, float]
+
+
+_TIMES_PLAIN = _Times(5.0, 0.8, {2: 1.9, 3: 1.1, 4: 0.95})
+_TIMES_LOWRANK = _Times(6.8, 1.3, {2: 1.9, 3: 1.5, 4: 1.3})
 
 
 class CompressOptions(NamedTuple):
@@ -79,21 +95,26 @@ class Input(NamedTuple):
 
 
 class _Configuration(NamedTuple):
-    """An instantiation of compress.cu."""
+    """An instantiation of compress.cu; `variant` counts what _STAGES_AND_BLOCKS offers."""
 
     held: Format
     source: int
     mode: int
     rank: int
+    variant: int = 0
+
+    @property
+    def variants(self) -> list[_Configuration]:
+        return [self._replace(variant=variant) for variant in range(len(self._offers))]
 
     @property
     def stages(self) -> int:
-        stages = _STAGES_AND_BLOCKS[self.held, self.mode == _ADJACENT, self.rank][0]
+        stages = self._offers[self.variant][0]
         return stages if self.rank else max(2, stages // self._raws)
 
     @property
     def blocks_per_sm(self) -> int:
-        blocks = _STAGES_AND_BLOCKS[self.held, self.mode == _ADJACENT, self.rank][1]
+        blocks = self._offers[self.variant][1]
         if self.source == MATRIX:
             return min(blocks, 2) if self.rank and self.mode == _GATHER else blocks
         return min(blocks, 3 if self.mode == _ADJACENT and self.rank < 128 else 2)
@@ -116,6 +137,10 @@ class _Configuration(NamedTuple):
         return max(stages, BLOCK_ROWS * (self.rank + 4) * 4) + waiting_blocks * _WAITING_BYTES
 
     @property
+    def _offers(self) -> tuple[tuple[int, int], ...]:
+        return _STAGES_AND_BLOCKS[self.held, self.mode == _ADJACENT, self.rank]
+
+    @property
     def _raws(self) -> int:
         return 2 if self.source == SILU_GATE else 1
 
@@ -133,11 +158,12 @@ class _Configuration(NamedTuple):
 
 
 INSTANTIATIONS = [
-    Instantiation("compress.cu", "compress", _Configuration(held, source, mode, rank).defines)
+    Instantiation("compress.cu", "compress", variant.defines)
     for held in (BF16, FP8)
     for source in range(6)
     for mode in ((_ADJACENT, _STRIDED, _GATHER) if source == MATRIX else (_ADJACENT, _STRIDED))
     for rank in _RANKS
+    for variant in _Configuration(held, source, mode, rank).variants
 ]
 
 
@@ -154,22 +180,23 @@ def _kernel(configuration: _Configuration, cluster: int, shared_bytes: int) -> j
     )
 
 
-def _cluster(configuration: _Configuration, slabs: int, k_blocks: int) -> int:
-    """Blocks that share the K of a slab: as many as the card holds at once and as K has work for.
+def _cut(configuration: _Configuration, slabs: int, k_blocks: int) -> tuple[_Configuration, int]:
+    """The variant, and how many CTAs share the K of a slab.
 
-    Without a low-rank product a block takes 16 rows, and its warps share K.
+    As many as the card holds at once and K has work for. Without a low-rank product a CTA takes 16 rows, and
+    its warps share their K.
     """
     if configuration.held is FP8:
-        return _cluster_fp8(configuration, slabs, k_blocks)
+        return _cut_fp8(configuration, slabs, k_blocks)
     if not configuration.slab:
-        return 1
+        return configuration, 1
     room = int(configuration.blocks_per_sm * SMS * _FITTING)
     units = k_blocks if configuration.mode == _ADJACENT else -(-k_blocks // 2)
-    return max(1, min(_MAX_CLUSTER, room // slabs, units))
+    return configuration, max(1, min(_MAX_CLUSTER, room // slabs, units))
 
 
-def _cluster_fp8(configuration: _Configuration, slabs: int, k_blocks: int) -> int:
-    """The cluster of least time, modelled, among those whose blocks have room for what waits.
+def _cut_fp8(configuration: _Configuration, slabs: int, k_blocks: int) -> tuple[_Configuration, int]:
+    """Variant and cluster of least time, modelled, among those whose CTAs have room for what waits.
 
     Raises
     ------
@@ -177,20 +204,41 @@ def _cluster_fp8(configuration: _Configuration, slabs: int, k_blocks: int) -> in
         If none has: K is too large.
     """
     times = {}
-    for cluster in range(1, min(_MAX_CLUSTER_FP8, k_blocks) + 1):
-        own = -(-k_blocks // cluster)
-        shared = configuration.shared_bytes(own)
-        if shared > _SHARED_PER_BLOCK - _STATIC_BYTES:
-            continue
-        fitting = _SHARED_PER_SM // (shared + _STATIC_BYTES + _SHARED_RESERVED)
-        blocks = min(configuration.blocks_per_sm, fitting)
-        together = max(1, _GPCS * (_SMS_PER_GPC * blocks // cluster))
-        times[cluster] = -(-slabs // together) * (own + _FIXED_BLOCKS)
+    for variant in configuration.variants:
+        for cluster in range(1, min(_MAX_CLUSTER_FP8, k_blocks) + 1):
+            own = -(-k_blocks // cluster)
+            shared_bytes = variant.shared_bytes(own)
+            if shared_bytes > _SHARED_PER_BLOCK - _STATIC_BYTES:
+                continue
+            together = _most_clusters(variant, cluster, shared_bytes, torch.cuda.current_device())
+            if together:
+                times[variant, cluster] = _modelled_time(variant, cluster, own, slabs, together)
     if not times:
         raise ValueError(
             f"the fp8 kernels take inputs of up to {MAX_COLUMNS_FP8} features, got {k_blocks * FP8.block_k}"
         )
-    return min(times, key=lambda cluster: times[cluster])
+    return min(times, key=lambda cut: times[cut])
+
+
+@functools.cache
+def _most_clusters(configuration: _Configuration, cluster: int, shared_bytes: int, device: int) -> int:
+    """How many clusters the current device, `device`, holds at one time."""
+    return _kernel(configuration, cluster, shared_bytes).most_clusters()
+
+
+def _modelled_time(
+    configuration: _Configuration, cluster: int, own_blocks: int, slabs: int, together: int
+) -> float:
+    """Microseconds for `slabs` clusters, `together` at one time, of CTAs with `own_blocks` of K each."""
+    times = _TIMES_LOWRANK if configuration.rank else _TIMES_PLAIN
+    full, rest = divmod(slabs, together)
+    total = 0.0
+    for rounds, clusters in ((full, together), (min(rest, 1), rest)):
+        sharing = -(-clusters * cluster // SMS)
+        total += rounds * (
+            times.fixed + own_blocks * max(times.alone[configuration.stages], sharing * times.busy)
+        )
+    return total
 
 
 @functools.lru_cache(maxsize=1024)
@@ -334,8 +382,8 @@ def _plan(source: int, rows: int, k: int, rank: int, options: CompressOptions, a
     )
     mode, adjacent, table = _groups(options.grouping, options.parts, k)
     tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
-    configuration = _Configuration(held, source, mode if aligned else _GATHER, tile_rank)
-    cluster = _cluster(configuration, max(slabs, 1), k_blocks)
+    wanted = _Configuration(held, source, mode if aligned else _GATHER, tile_rank)
+    configuration, cluster = _cut(wanted, max(slabs, 1), k_blocks)
     waiting = -(-k_blocks // cluster) if held is FP8 else 0
     return CompressPlan(
         configuration,

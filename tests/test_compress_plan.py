@@ -1,0 +1,71 @@
+"""How the fp8 compression of a shape is cut into clusters, on a card that stands in for one."""
+
+import pytest
+import torch
+
+from rtlynx.kernels.blocks import FP8
+from rtlynx.kernels.sm90 import compress as host
+from rtlynx.kernels.sm90.compress import CompressOptions, Input
+
+SMS, SHARED_PER_SM = 132, 228 * 1024
+
+
+class StandInKernel:
+    """A kernel of a card that is one field of multiprocessors, without the borders of a real one."""
+
+    def __init__(self, configuration, cluster, shared_bytes):
+        blocks = min(configuration.blocks_per_sm, SHARED_PER_SM // (shared_bytes + 4096))
+        self.clusters = SMS * blocks // cluster
+
+    def most_clusters(self):
+        return self.clusters
+
+
+@pytest.fixture
+def card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(host, "_kernel", StandInKernel)
+    host._plan.cache_clear()
+    host._most_clusters.cache_clear()
+    yield
+    host._plan.cache_clear()
+    host._most_clusters.cache_clear()
+
+
+def plan(rows, k, rank=64, grouping="adjacent"):
+    x = Input(host.MATRIX, b"", rows, k, torch.device("cuda:0"), True)
+    down = torch.empty(rank, k, dtype=torch.bfloat16, device="meta") if rank else None
+    return host.plan_compress(x, down, CompressOptions(grouping, (), True, FP8))
+
+
+@pytest.mark.parametrize("grouping", ["adjacent", "strided"])
+@pytest.mark.parametrize("rank", [0, 32, 64, 128, 200])
+@pytest.mark.parametrize("rows", [1, 64, 4096, 100_000])
+@pytest.mark.parametrize("k", [64, 3072, 15360, host.MAX_COLUMNS_FP8])
+def test_a_cta_has_room_for_what_waits(card, rows, k, rank, grouping):
+    cut = plan(rows, k, rank, grouping)
+    k_blocks, slabs = -(-k // 128), -(-rows // 64)
+    assert 1 <= cut.cluster <= min(16, k_blocks)
+    # 64 rows of 64 kept bf16 for each block of K of a CTA, beside the ring of units.
+    assert cut.shared_bytes >= -(-k_blocks // cut.cluster) * 64 * 64 * 2
+    assert cut.shared_bytes + host._STATIC_BYTES <= 227 * 1024
+    assert cut.grid == (slabs * cut.cluster, max(1, -(-rank // 128)), 1)
+
+
+def test_what_fits_the_card_at_once_takes_one_round(card):
+    cut = plan(4096, 3072)
+    together = StandInKernel(cut.configuration, cut.cluster, cut.shared_bytes).most_clusters()
+    assert together >= 4096 // 64
+
+
+def test_clusters_that_a_card_refuses_are_not_taken(card, monkeypatch):
+    refusing = type("Refusing", (StandInKernel,), {})
+    refusing.most_clusters = lambda self: 0 if self.clusters < 40 else self.clusters
+    monkeypatch.setattr(host, "_kernel", refusing)
+    cut = plan(4096, 3072)
+    assert StandInKernel(cut.configuration, cut.cluster, cut.shared_bytes).most_clusters() >= 40
+
+
+def test_more_columns_than_fit_are_refused(card):
+    with pytest.raises(ValueError, match=r"inputs of up to 20480 features, got 65536"):
+        plan(64, 65536)
