@@ -146,7 +146,8 @@ def _times_of(row: dict, peer_first: str, peer_gemm: str) -> list[str]:
 
 def _range(rows: list[dict], name: str) -> str:
     values = [row[name] for row in rows if row[name] is not None]
-    return f"{min(values):.1e} to {max(values):.1e}" if values else "–"  # noqa: RUF001
+    ends = dict.fromkeys(f"{end:.1e}" for end in (min(values), max(values))) if values else ("–",)  # noqa: RUF001
+    return " to ".join(ends)
 
 
 def targets_section(root: Path = ROOT) -> str:

@@ -1,6 +1,8 @@
 """Which form a layer gets: the greedy rule on costs made up here, and the whole of it on a tiny FLUX."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 from calibration_helpers import RIDGE, calls, run
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtlynx import Budget, CalibrationOptions, Recipe, load, save
-from rtlynx.calibration.budget import LayerCost, choose, flops_saved
+from rtlynx.calibration.budget import PRODUCT_TIME, LayerCost, choose, flops_saved
 from rtlynx.models import sparse_layers
 from rtlynx.models.plan import make_plan
 
@@ -138,9 +140,27 @@ def test_modelled_time_of_each_form():
     layer = make_plan(tiny_flux(), Recipe(rank=4, precision="fp8")).sparse[0]
     product, lowrank = 2 * 100 * 128 * 128, 2 * 100 * 4 * (128 + 128 / 3)
     saved = {form: flops_saved(layer.in_form(form), 100, 3) for form in FORMS}
-    assert saved["bf16-sparse"] == pytest.approx(product / 2 - lowrank)
-    assert saved["fp8-dense"] == pytest.approx(product / 2)
-    assert saved["fp8-sparse"] == pytest.approx(product * 3 / 4 - lowrank)
+    assert saved["bf16-sparse"] == pytest.approx(product * (1 - PRODUCT_TIME["bf16-sparse"]) - lowrank)
+    assert saved["fp8-dense"] == pytest.approx(product * (1 - PRODUCT_TIME["fp8-dense"]))
+    assert saved["fp8-sparse"] == pytest.approx(product * (1 - PRODUCT_TIME["fp8-sparse"]) - lowrank)
+    quarter = make_plan(tiny_flux(), Recipe(n=1, rank=4)).sparse[0]
+    saved = flops_saved(quarter, 100, 3)
+    assert saved == pytest.approx(product * (1 - PRODUCT_TIME["bf16-sparse"] / 2) - lowrank)
+
+
+def test_times_are_those_of_the_results():
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+    bf16, fp8 = (
+        json.loads((results / f"linear-{dtype}-h100.json").read_text())["geomean"]
+        for dtype in ("bf16", "fp8")
+    )
+    measured = {
+        "dense": 1.0,
+        "bf16-sparse": 1 / bf16["gemm_vs_cublas"],
+        "fp8-dense": fp8["gemm_vs_cublas_fp8"] / fp8["gemm_vs_cublas_bf16"],
+        "fp8-sparse": 1 / fp8["gemm_vs_cublas_bf16"],
+    }
+    assert pytest.approx(measured, abs=0.02) == PRODUCT_TIME
 
 
 def measured_error(model, data):

@@ -8,21 +8,26 @@ from dataclasses import dataclass
 from rtlynx.models.plan import LayerPlan
 from rtlynx.recipe import Budget, Form
 
-# Time of a multiplication relative to bfloat16. Modelled from peak rates (tensor cores run e4m3 at twice the
-# rate of bfloat16), until there is a table of measured times.
-RELATIVE_TIME = {"bf16": 1.0, "fp8": 0.5}
+# Time of the product relative to the dense bfloat16 one, measured on an H100: geometric means over the layers
+# of benchmarks/results/linear-bf16-h100.json and linear-fp8-h100.json. Sparse ones are 2:4.
+PRODUCT_TIME: dict[Form, float] = {
+    "dense": 1.0,
+    "bf16-sparse": 0.665,
+    "fp8-dense": 0.552,
+    "fp8-sparse": 0.379,
+}
 
 
 def flops_saved(layer: LayerPlan, tokens: int, readers: int = 1) -> float:
     """Dense bfloat16 FLOPs whose time a layer saves in one forward pass; negative where it loses.
 
-    A model, not a measurement: the sparse product runs n of every m multiplications, each in the
-    `RELATIVE_TIME` of its precision. The low-rank branch is extra, in bfloat16; its down-projection is shared
-    by the `readers` layers that read one tensor with one A. Selecting and quantising are counted as free.
+    A model: a 2:4 product takes its `PRODUCT_TIME`, other n:m, for which there is no kernel, in proportion.
+    The low-rank branch is extra, in bfloat16; its down-projection is shared by the `readers` layers that read
+    one tensor with one A. Selecting and quantising are counted as free.
     """
     k, n, pattern = layer.in_features, layer.out_features, layer.pattern
-    saved = 2 * tokens * k * n * (1 - RELATIVE_TIME[layer.precision] * pattern.n / pattern.m)
-    return saved - 2 * tokens * layer.rank * (n + k / readers)
+    time = PRODUCT_TIME[layer.form] * (1.0 if layer.form == "fp8-dense" else 2 * pattern.n / pattern.m)
+    return 2 * tokens * k * n * (1 - time) - 2 * tokens * layer.rank * (n + k / readers)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ CASES = [
 
 def main() -> int:
     gemm._multiprocessors = lambda device: CTAS
-    torch.zeros(
-        1 << 28, device="cuda"
-    )  # memory that is written once, so that what torch hands out counts as such
+    # Memory that is written once, so that what torch hands out of it, in small pieces too, counts as such.
+    _ = [torch.zeros(1 << 28, device="cuda"), *(torch.zeros(1 << 17, device="cuda") for _ in range(256))]
+    del _
     with torch.no_grad():
         for tile in TILES:
             with tuning.forced(tile):
