@@ -272,7 +272,7 @@ def test_committed_results_are_whole(path):
     assert document["commit"]
     assert [row["shape"] for row in document["rows"]] == [shape.name for shape in shapes.SHAPES]
     assert all(set(row) >= ROW and row["rel_err"] <= 2.5e-3 for row in document["rows"])
-    assert document["geomean"] == results.geomeans(document["rows"])
+    assert document["geomean"] == results.geomeans(document["rows"], document["dtype"])
 
 
 def speed_rows(**changes):
