@@ -85,7 +85,7 @@ def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
         inputs = [compress(of, None) for of in sets]
         return [
             lambda of=of, blocks=blocks, scale=scale if of.quantized else None: torch.ops.rtlynx.gemm(
-                blocks, scale, None, of.held, None, None, of.x.shape[0], [], of.weight_scale
+                blocks, scale, None, of.held, None, None, of.x.shape[0], of.weight_scale
             )
             for of, (blocks, scale, _) in zip(sets, inputs, strict=True)
         ]
@@ -94,7 +94,7 @@ def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
         inputs = [compress(of, of.down) for of in sets]
         return [
             lambda of=of, given=given, up=of.folded(of.up): torch.ops.rtlynx.gemm(
-                *given, of.held, up, of.bias, of.x.shape[0], [], of.weight_scale
+                *given, of.held, up, of.bias, of.x.shape[0], of.weight_scale
             )
             for of, given in zip(sets, inputs, strict=True)
         ]

@@ -44,7 +44,7 @@ def time_tiles(
 
     count = set_count(9 * m * k // 8 + 2 * n * k, card.l2_bytes)
     sets = [operands() for _ in range(count)]
-    calls = [lambda given=given: torch.ops.rtlynx.gemm(*given, m, []) for given in sets]
+    calls = [lambda given=given: torch.ops.rtlynx.gemm(*given, m) for given in sets]
     graphs, missing, timers = Graphs(), {}, {}
     for tile in tuning.CANDIDATES:
         with tuning.forced(tile):

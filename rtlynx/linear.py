@@ -423,7 +423,6 @@ class SparseLinear(nn.Linear):
                 up,
                 bias,
                 piece.numel() // self.in_features,
-                [],
                 weight_scale,
             ).view(*piece.shape[:-1], self.out_features)
             for piece, (blocks, scale, lowrank) in zip(pieces, compressed, strict=True)

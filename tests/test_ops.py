@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from rtlynx import Pattern, norm_scale
 from rtlynx.kernels import choice, jit, ops
 from rtlynx.kernels.blocks import compute_order, pack_blocks, unpack_lowrank
+from rtlynx.kernels.fp8 import fold_up
 from rtlynx.quantization import quantize_weight
 
 K, N = 64, 24
@@ -108,7 +109,7 @@ def test_fp8_linear_is_the_formula_on_quantised_operands(name, norm, rank):
         assert relative_error(row, expected_row) < 4e-3
     blocks, scale, lowrank = ops.compress(x, down, *arguments, True)
     assert scale.shape == (70,)
-    operands = (blocks, scale, lowrank if rank else None, values, divided, bias, 70, [])
+    operands = (blocks, scale, lowrank if rank else None, values, divided, bias, 70)
     assert torch.equal(ops.gemm(*operands, quantized.scale), y)
 
 
@@ -141,7 +142,7 @@ def test_any_leading_dimensions(shape):
     assert y.shape == (*shape[:-1], N)
     blocks, scale, lowrank = ops.compress(x, down, "adjacent", [], True)
     rows = x.numel() // K
-    assert torch.equal(y.reshape(rows, N), ops.gemm(blocks, scale, lowrank, weight, up, bias, rows, []))
+    assert torch.equal(y.reshape(rows, N), ops.gemm(blocks, scale, lowrank, weight, up, bias, rows))
 
 
 def test_rows_of_any_stride():
@@ -152,23 +153,28 @@ def test_rows_of_any_stride():
         assert torch.equal(ops.linear(x, weight, bias, down, up, "adjacent", [], True), expected)
 
 
-def test_segments_are_layers_with_factors_of_their_own():
+@pytest.mark.parametrize("shared", [False, True], ids=["own-factors", "one-down-factor"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_a_joint_product_is_that_of_each_layer(shared, fp8):
     x = normal(70, K)
-    ranks, sizes = (5, 40, 16), (8, 24, 16)
+    ranks, sizes = ((16,) * 3 if shared else (5, 40, 16)), (8, 24, 20)
     layers = [layer(rank, n=n) for rank, n in zip(ranks, sizes, strict=True)]
-    downs, ups, segments, end, first = [], [], [], 0, 0
-    for (_, _, down, up), rank, n in zip(layers, ranks, sizes, strict=True):
-        pad = -rank % 32
-        downs.append(torch.nn.functional.pad(down, (0, 0, 0, pad)))
-        ups.append(torch.nn.functional.pad(up, (0, 40 - rank)))
-        end += n
-        segments += [end, first, rank]
-        first += rank + pad
-    blocks, scale, lowrank = ops.compress(x, torch.cat(downs), "adjacent", [], True)
-    weight, bias = (torch.cat([one[i] for one in layers]) for i in (0, 1))
-    y = ops.gemm(blocks, scale, lowrank, weight, torch.cat(ups), bias, 70, segments)
-    for (weight, bias, down, up), part in zip(layers, y.split(sizes, dim=1), strict=True):
-        assert torch.equal(part, ops.linear(x, weight, bias, down, up, "adjacent", [], True))
+    if shared:
+        layers = [(weight, bias, layers[0][2], up) for weight, bias, _, up in layers]
+    down, first_ranks = layers[0][2], [0, 0, 0]
+    if not shared:
+        padded = [torch.nn.functional.pad(down, (0, 0, 0, -len(down) % 32)) for _, _, down, _ in layers[:-1]]
+        down, first_ranks = torch.cat([*padded, layers[-1][2]]), [0, 32, 96]
+    weights, biases, downs, ups = (list(of) for of in zip(*layers, strict=True))
+    scales = []
+    if fp8:
+        weights, scales = (list(of) for of in zip(*map(quantize_weight, weights), strict=True))
+        ups = [fold_up(up, scale) for up, scale in zip(ups, scales, strict=True)]
+    compressed = ops.compress(x, down, "adjacent", [], True, fp8)
+    y = ops.gemm_joint(*compressed, weights, ups, biases, scales, first_ranks, 70)
+    for i, part in enumerate(y.split(sizes, dim=1)):
+        alone = (x, weights[i], biases[i], downs[i], ups[i], "adjacent", [], True)
+        assert torch.equal(part, ops.linear(*alone, scales[i] if fp8 else None))
 
 
 # --------------------------------------------------------------------------------- as torch sees them
@@ -180,7 +186,11 @@ def sample_calls(rank=5, norm=True):
     blocks, scale, lowrank = ops.compress(x, down, "strided", [24, 40], norm)
     return {
         "compress": (x, down, "strided", [24, 40], norm),
-        "gemm": (blocks, scale if norm else None, lowrank if rank else None, weight, up, bias, 70, []),
+        "gemm": (blocks, scale if norm else None, lowrank if rank else None, weight, up, bias, 70),
+        "gemm_joint": (
+            *(blocks, scale if norm else None, lowrank if rank else None),
+            *([weight, weight], [up, up] if rank else [], [bias, bias], [], [0, 0], 70),
+        ),
         "linear": (x, weight, bias, down, up, "strided", [24, 40], norm),
     }
 
@@ -193,7 +203,11 @@ def sample_calls_fp8(rank=5, norm=True):
     lowrank = lowrank if rank else None
     return {
         "compress": (x, down, "strided", [24, 40], norm, True),
-        "gemm": (blocks, scale, lowrank, values, up, bias, 70, [], scale_of_weight),
+        "gemm": (blocks, scale, lowrank, values, up, bias, 70, scale_of_weight),
+        "gemm_joint": (
+            *(blocks, scale, lowrank, [values, values], [up, up] if rank else [], [], [scale_of_weight] * 2),
+            *([0, 0], 70),
+        ),
         "linear": (x, values, bias, down, up, "strided", [24, 40], norm, scale_of_weight),
     }
 
@@ -203,7 +217,7 @@ CALLS = {"bf16": sample_calls, "fp8": sample_calls_fp8}
 
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("name", ["compress", "gemm", "linear"])
+@pytest.mark.parametrize("name", ["compress", "gemm", "gemm_joint", "linear"])
 def test_opcheck(name, norm, rank):
     torch.library.opcheck(getattr(ops, name), sample_calls(rank, norm)[name])
 
@@ -214,7 +228,7 @@ CHECKS_OF_FLOAT8 = ("test_autograd_registration", "test_faketensor", "test_aot_d
 
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("name", ["compress", "gemm", "linear"])
+@pytest.mark.parametrize("name", ["compress", "gemm", "gemm_joint", "linear"])
 def test_opcheck_fp8(name, norm, rank):
     torch.library.opcheck(getattr(ops, name), sample_calls_fp8(rank, norm)[name], test_utils=CHECKS_OF_FLOAT8)
 
@@ -238,7 +252,7 @@ def test_one_compilation_serves_any_number_of_rows():
 
     def both(x):
         blocks, scale, lowrank = ops.compress(x, down, "adjacent", [], True)
-        y = ops.gemm(blocks, scale, lowrank, weight, up, bias, x.shape[0], [])
+        y = ops.gemm(blocks, scale, lowrank, weight, up, bias, x.shape[0])
         return y + ops.linear(x, weight, bias, down, up, "adjacent", [], True)
 
     torch._dynamo.reset()
@@ -279,7 +293,7 @@ def test_compress_says_what_is_wrong(changes, error, match):
     [
         ({"rows": 140}, ValueError, "blocks of 140 rows and 64 columns of torch.bfloat16 are 13824 bytes"),
         ({"scale": torch.ones(69)}, ValueError, "scale is .* = .70,. or empty"),
-        ({"up": None}, ValueError, "come with up"),
+        ({"up": None}, ValueError, "comes with up"),
         ({"lowrank": None}, ValueError, "low-rank blocks of 70 rows and rank 5 are 8192 bytes, got none"),
         ({"up": normal(N, 33)}, ValueError, "rank 33 are 16384 bytes"),
         ({"up": normal(N - 1, 5)}, ValueError, r"up is \(24, r\)"),
@@ -287,16 +301,10 @@ def test_compress_says_what_is_wrong(changes, error, match):
         ({"weight": normal(K)}, ValueError, r"weight is \(N, K\)"),
         ({"bias": torch.ones(N).double()}, TypeError, "bias is bfloat16 or float32"),
         ({"bias": torch.ones(N - 1)}, ValueError, r"bias is \(24,\)"),
-        ({"segments": [20, 0, 5]}, ValueError, "segments are triples"),
-        ({"segments": [24, 0, 5, 8]}, ValueError, "segments are triples"),
-        ({"segments": [24, 16, 5]}, ValueError, "segments are triples"),
-        ({"segments": [8, 0, 5, 24, 32, 5]}, ValueError, "inside the 32 columns of T"),
-        ({"segments": [12, 0, 5, 24, 0, 5]}, ValueError, "multiples of 8"),
-        ({"segments": [24, 0, 6]}, ValueError, "ranks up to 5"),
     ],
 )
 def test_gemm_says_what_is_wrong(changes, error, match):
-    names = ("blocks", "scale", "lowrank", "weight", "up", "bias", "rows", "segments")
+    names = ("blocks", "scale", "lowrank", "weight", "up", "bias", "rows")
     call = dict(zip(names, sample_calls()["gemm"], strict=True))
     with pytest.raises(error, match=match):
         ops.gemm(**{**call, **changes})
@@ -319,10 +327,33 @@ def test_gemm_says_what_is_wrong(changes, error, match):
     ],
 )
 def test_fp8_gemm_says_what_is_wrong(changes, error, match):
-    names = ("blocks", "scale", "lowrank", "weight", "up", "bias", "rows", "segments", "weight_scale")
+    names = ("blocks", "scale", "lowrank", "weight", "up", "bias", "rows", "weight_scale")
     call = dict(zip(names, sample_calls_fp8()["gemm"], strict=True))
     with pytest.raises(error, match=match):
         ops.gemm(**{**call, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"weights": []}, ValueError, "1 to 4 layers, got 0"),
+        ({"weights": [normal(N, K)] * 5}, ValueError, "1 to 4 layers, got 5"),
+        ({"ups": [normal(N, 5)]}, ValueError, "ups is empty or has one of each of 2 layers, got 1"),
+        ({"weights": [normal(20, K), normal(N, K)]}, ValueError, r"multiples of 8, .* got \[20, 24\]"),
+        ({"weights": [normal(N, K), normal(N, 2 * K)]}, ValueError, r"read K = 64 columns, got \(24, 128\)"),
+        ({"biases": [torch.ones(N), normal(N)]}, TypeError, "biases of one product are of one dtype"),
+        ({"first_ranks": [0]}, ValueError, "first_ranks has one multiple of 32"),
+        ({"first_ranks": [0, 16]}, ValueError, "first_ranks has one multiple of 32"),
+        ({"first_ranks": [0, 32]}, ValueError, "rank 37 are 16384 bytes, got shape"),
+    ],
+)
+def test_joint_gemm_says_what_is_wrong(changes, error, match):
+    names = (
+        *("blocks", "scale", "lowrank", "weights", "ups", "biases", "weight_scales", "first_ranks", "rows"),
+    )
+    call = dict(zip(names, sample_calls()["gemm_joint"], strict=True))
+    with pytest.raises(error, match=match):
+        ops.gemm_joint(**{**call, **changes})
 
 
 def test_linear_says_what_is_wrong():

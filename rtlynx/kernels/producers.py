@@ -18,13 +18,9 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
 from rtlynx.kernels.blocks import format_of
+from rtlynx.kernels.checks import check_dtype, check_selection
 from rtlynx.kernels.operators import operator, refuse_gradients
-from rtlynx.kernels.ops import (
-    check_dtype,
-    check_selection,
-    compress_fake,
-    compress_reference,
-)
+from rtlynx.kernels.ops import compress_fake, compress_reference
 from rtlynx.kernels.sm90 import compress
 from rtlynx.kernels.sm90 import producers as sources
 from rtlynx.kernels.sm90.compress import CompressOptions

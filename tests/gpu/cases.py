@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -228,60 +228,73 @@ def check(case: Case) -> None:
     x, layers = make_input(case), make_layers(case)
     flat = x.reshape(-1, case.k)
     expected = expect(flat, case.pattern, case.fp8)
-    down, up, segments = joined(layers)
+    down, first_ranks = joined(layers)
     with poisoned():
         blocks, scale, lowrank = ops.compress(x, down, *arguments(case), case.fp8)
     check_compressed(case, flat, expected, down, (blocks, scale, lowrank))
     if case.data == "bits":
         return
-    weight = in_compute_order(layers, case.pattern)
-    bias, weight_scale = (
-        torch.cat(vectors) if vectors else None
-        for vectors in (
-            [layer.bias for layer in layers if layer.bias is not None],
-            [layer.weight_scale for layer in layers if layer.weight_scale is not None],
-        )
-    )
-    product_operands = (blocks, scale, lowrank, weight, up, bias, case.rows, segments, weight_scale)
+    ordered = [replace(layer, weight=in_compute_order(layer.weight, case.pattern)) for layer in layers]
+    compressed = (blocks, scale, lowrank)
     with poisoned():
-        y = ops.gemm(*product_operands)
+        y = multiply(case, compressed, ordered, first_ranks)
     assert y.shape == (case.rows, case.n)
     begin = 0
     for layer in layers:
         end = begin + layer.weight.shape[0]
         check_output(case, y[:, begin:end], *product(flat, layer, expected, case.norm))
         begin = end
-    assert torch.equal(y, ops.gemm(*product_operands)), "a second product gives other bits"
+    assert torch.equal(y, multiply(case, compressed, ordered, first_ranks)), (
+        "a second product gives other bits"
+    )
     if len(layers) == 1:
+        (layer,) = ordered
         with poisoned():
-            once = ops.linear(x, weight, bias, down, up, *arguments(case), weight_scale)
+            once = ops.linear(
+                x, layer.weight, layer.bias, down, layer.up, *arguments(case), layer.weight_scale
+            )
         assert once.shape == (*x.shape[:-1], case.n)
         assert torch.equal(once.reshape(y.shape), y), "linear gives other bits than compress and gemm"
 
 
-def in_compute_order(layers: list[Layer], pattern: Pattern) -> Tensor:
-    """All weights, one above the other; as bytes where they are, which everything can move."""
-    dtype = layers[0].weight.dtype
-    movable = torch.uint8 if dtype.itemsize == 1 else dtype
-    return compute_order(torch.cat([layer.weight.view(movable) for layer in layers]), pattern).view(dtype)
-
-
-def joined(layers: list[Layer]) -> tuple[Tensor | None, Tensor | None, list[int]]:
-    """Factors of all layers as the operators take them: `down`, `up`, `segments`."""
+def multiply(
+    case: Case, compressed: tuple[Tensor, Tensor, Tensor], layers: list[Layer], first_ranks: list[int]
+) -> Tensor:
+    """The product with one layer, or with several in one launch."""
     if len(layers) == 1:
-        return layers[0].down, layers[0].up, []
-    widest = max(layer.down.shape[0] for layer in layers if layer.down is not None)
-    downs, ups, segments, end, first = [], [], [], 0, 0
+        (layer,) = layers
+        return ops.gemm(*compressed, layer.weight, layer.up, layer.bias, case.rows, layer.weight_scale)
+    ups, biases, weight_scales = (
+        [vector for vector in vectors if vector is not None]
+        for vectors in (
+            [layer.up for layer in layers],
+            [layer.bias for layer in layers],
+            [layer.weight_scale for layer in layers],
+        )
+    )
+    weights = [layer.weight for layer in layers]
+    return ops.gemm_joint(*compressed, weights, ups, biases, weight_scales, first_ranks, case.rows)
+
+
+def in_compute_order(weight: Tensor, pattern: Pattern) -> Tensor:
+    """As bytes where it is bytes, which everything can move."""
+    movable = torch.uint8 if weight.dtype.itemsize == 1 else weight.dtype
+    return compute_order(weight.view(movable), pattern).view(weight.dtype)
+
+
+def joined(layers: list[Layer]) -> tuple[Tensor | None, list[int]]:
+    """A^T of all layers as `compress` takes them, and where the columns of T of each begin."""
+    if len(layers) == 1 or layers[0].down is None:
+        return layers[0].down, [0] * len(layers)
+    downs, firsts, first = [], [], 0
     for layer in layers:
         assert layer.down is not None
-        assert layer.up is not None
         rank = layer.down.shape[0]
-        downs.append(pad(layer.down, (0, 0, 0, -rank % 32)))
-        ups.append(pad(layer.up, (0, widest - rank)))
-        end += layer.weight.shape[0]
-        segments += [end, first, rank]
+        # T ends with the last layer's columns.
+        downs.append(layer.down if layer is layers[-1] else pad(layer.down, (0, 0, 0, -rank % 32)))
+        firsts.append(first)
         first += rank + -rank % 32
-    return torch.cat(downs), torch.cat(ups), segments
+    return torch.cat(downs), firsts
 
 
 def check_compressed(

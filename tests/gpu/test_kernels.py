@@ -111,7 +111,7 @@ def test_every_kind_of_data(data, grouping, fp8):
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("ranks", [(5, 64), (16, 16, 16), (32, 5, 320, 64), (1,) * 8])
+@pytest.mark.parametrize("ranks", [(5, 64), (16, 16, 16), (32, 5, 320, 64), (0, 0)])
 @pytest.mark.parametrize("n", [64, 1160, 9216])
 def test_layers_that_share_an_input_with_factors_of_their_own(ranks, n, fp8):
     check(Case(300, 512, n, ranks, bias="bf16", fp8=fp8))
@@ -192,7 +192,7 @@ def test_output_is_never_finite_where_the_input_was_not_and_no_other_row_is_touc
 
 def a_layer(case):
     (layer,) = make_layers(case)
-    operands = (in_compute_order([layer], case.pattern), layer.bias, layer.down, layer.up)
+    operands = (in_compute_order(layer.weight, case.pattern), layer.bias, layer.down, layer.up)
     return lambda x: ops.linear(x, *operands, *arguments(case), layer.weight_scale)
 
 
@@ -298,7 +298,6 @@ def test_opcheck(norm, rank, fp8):
             layer.up,
             layer.bias,
             70,
-            [],
             layer.weight_scale,
         ),
         **checks,
@@ -311,7 +310,7 @@ def test_opcheck(norm, rank, fp8):
 def test_the_cpu_computes_the_same(fp8):
     case = Case(300, 512, 264, 64, bias="f32", fp8=fp8, **GROUPINGS["uneven"](512))
     (layer,), x = make_layers(case), make_input(case)
-    operands = (x, in_compute_order([layer], case.pattern), layer.bias, layer.down, layer.up)
+    operands = (x, in_compute_order(layer.weight, case.pattern), layer.bias, layer.down, layer.up)
     scale = layer.weight_scale
     with poisoned():
         y = ops.linear(*operands, *arguments(case), scale)

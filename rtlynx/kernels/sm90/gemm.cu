@@ -1,4 +1,5 @@
-// Y = s * (X~ W^T + T' B^T) + b, X~ 2:4-sparse bf16 in packed blocks, W (N, K) and B (N, r) bf16, Y (M, N) bf16.
+// Y = s * (X~ W^T + T' B^T) + b, X~ 2:4-sparse bf16 in packed blocks, W (N, K) and B (N, r) bf16, Y (M, N) bf16. Up to
+// MAX_LAYERS layers that read one X~, each with a W, B and b of its own, lie beside each other in Y.
 // With FP8 X~ and W are e4m3, and columns have a scale too: Y = s * (X~ W^T + T' B'^T) * c + b, T' and B' bf16 still.
 //
 // Persistent, one CTA an SM. The tiles of the last, incomplete wave are cut along k into equal shares for all CTAs:
@@ -27,7 +28,7 @@ DEVICE void fetch(Cursor& at, const uint8_t* slab, const TensorMap& map, int fir
         if (lane == 0) barrier_expect(at.full(), tile.slabs * BYTES + BOX_BYTES);
         __syncwarp();
         if (lane < tile.slabs) copy_bulk(at.data() + lane * BLOCK_BYTES, slab, BYTES, at.full(), EVICT_LAST);
-        if (lane == 0) copy_box(at.data() + A_BYTES, map, k, tile.column, at.full(), EVICT_FIRST);
+        if (lane == 0) copy_box(at.data() + A_BYTES, map, k, tile.weight_row, at.full(), EVICT_FIRST);
     }
 }
 
@@ -41,10 +42,10 @@ DEVICE void produce(const Parameters& p, uint32_t shared) {
         if (!work_at(p, item, items, work)) continue;
         const Tile tile = tile_at(p, work.tile);
         const int64_t slab = tile.first_slab + threadIdx.x;
-        fetch<BLOCK_K, BLOCK_BYTES, WEIGHT_BYTES>(at, p.blocks + slab * p.k_blocks * BLOCK_BYTES, p.weight, work.first,
-                                                  min(work.last, p.k_blocks), tile);
+        fetch<BLOCK_K, BLOCK_BYTES, WEIGHT_BYTES>(at, p.blocks + slab * p.k_blocks * BLOCK_BYTES, p.weight[tile.layer],
+                                                  work.first, min(work.last, p.k_blocks), tile);
         const uint8_t* lowrank = p.lowrank + (slab * p.total_rank_blocks + tile.first_rank_block) * RANK_BYTES;
-        fetch<RANK_K, RANK_BYTES, UP_BYTES>(at, lowrank, p.up, max(work.first - p.k_blocks, 0),
+        fetch<RANK_K, RANK_BYTES, UP_BYTES>(at, lowrank, p.up[tile.layer], max(work.first - p.k_blocks, 0),
                                             min(work.last - p.k_blocks, tile.rank_blocks), tile);
     }
 }
@@ -153,7 +154,8 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
         if (!work_at(p, item, items, work)) continue;
         const Tile tile = tile_at(p, work.tile);
         const int count = max(0, min(SLABS_A_GROUP, (tile.slabs - group + GROUPS - 1) / GROUPS));
-        write_note(note_address, {tile.first_slab, tile.column, tile.column_end, count, int(work.part), work.peer});
+        write_note(note_address,
+                   {tile.first_slab, tile.column, tile.column_end, count, int(work.part) | tile.layer << 8, work.peer});
         const int last = min(work.last, p.k_blocks + tile.rank_blocks), k_last = min(last, p.k_blocks);
         // Each warpgroup lets the next one into a tile when it is SKEW stages ahead.
         const int signal_at = group + 1 < GROUPS ? min(work.first + SKEW, last) - 1 : -1;
@@ -162,7 +164,7 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
         auto meanwhile = [&]() {
             const Note note = read_note(note_address);
             touch_scale(p, note, thread_now() / 128 - 1);
-            affine.load(p, note.column, shared);
+            affine.load(p, note, shared);
         };
         if (count == SLABS_A_GROUP)
             multiply<SLABS_A_GROUP>(d, at, group, work.first, k_last, last, signal_at, meanwhile);
@@ -173,11 +175,11 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
         wgmma_wait<0>();  // also where no product was: what follows writes to accumulators
         Note note = read_note(note_address);
         park(note_address, at, item);
-        if (note.part == int(Part::BEGINNING)) leave_sums(p, d, note.count);
-        if (note.part == int(Part::END)) add_sums(p, d, note.peer, note.count);
+        if (note.part() == Part::BEGINNING) leave_sums(p, d, note.count);
+        if (note.part() == Part::END) add_sums(p, d, note.peer, note.count);
         unroll<SLABS_A_GROUP>([&](auto i) {
             note = read_note(note_address);
-            if (note.part != int(Part::BEGINNING) && i < note.count)
+            if (note.part() != Part::BEGINNING && i < note.count)
                 store_slab(p, d[i], affine, note, thread_now() / 128 - 1 + i * GROUPS, shared);
         });
         unpark(note_address, at, item);
@@ -188,8 +190,10 @@ extern "C" __global__ void __launch_bounds__(128 + GROUPS * 128, 1) gemm(const _
     extern __shared__ __align__(1024) uint8_t memory[];
     const uint32_t shared = shared_address(memory);
     if (threadIdx.x == 0) {
-        prefetch_map(p.weight);
-        prefetch_map(p.up);
+        for (int i = 0; i < p.layers; ++i) {
+            prefetch_map(p.weight[i]);
+            prefetch_map(p.up[i]);
+        }
         Cursor at{shared};
         for (int i = 0; i < STAGES; ++i, at.advance()) {
             barrier_init(at.full(), 1);

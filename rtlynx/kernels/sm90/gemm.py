@@ -17,18 +17,18 @@ from rtlynx.kernels.blocks import BLOCK_ROWS, FP8, LOWRANK_BYTES, LOWRANK_COLUMN
 from rtlynx.kernels.driver import call
 from rtlynx.kernels.jit import Defines, Instantiation
 from rtlynx.kernels.sm90.compress import Addresses, address_of
-from rtlynx.kernels.sm90.weights import STORE_COLUMNS, Weights, readable_weights, stored_columns
+from rtlynx.kernels.sm90.weights import Weights, readable_weights, stored_columns
 from rtlynx.kernels.tuning import Tile
 
 _THREADS = 384
 _SLABS = tuning.TILE_ROWS // BLOCK_ROWS
 _STAGING_BYTES, _NOTE_BYTES, _CONSUMER_WARPS = 2048, 32, 8
 _WEIGHT_ROW_BYTES = 128  # of a stage
-_MAX_SEGMENTS = 8
+MAX_LAYERS = 4  # of one product
 _ROW_TILES_TOGETHER = 16
 # The kernel's Parameters in four pieces, of which a plan holds two.
-_PIECES = [struct.Struct(layout) for layout in ("<128s128s6Q", "<12i", "<3Q2i", "<32i")]
-_pack_operands, _pack_shape, _pack_workspace, _pack_segments = (piece.pack for piece in _PIECES)
+_PIECES = [struct.Struct(f"<{layout}") for layout in ("512s512s12Q", "12i", "3Q2i", "16i16x")]
+_pack_operands, _pack_shape, _pack_workspace, _pack_layers = (piece.pack for piece in _PIECES)
 
 
 def _defines(tile: Tile) -> Defines:
@@ -114,19 +114,19 @@ def launch_gemm(
     blocks: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
-    of: Weights,
+    layers: Sequence[Weights],
     rows: int,
-    segments: Sequence[int],
+    first_ranks: Sequence[int] = (0,),
 ) -> Tensor:
-    """Y (rows, N) of `rtlynx::gemm`; see `rtlynx.kernels.ops`, which checks."""
-    n = of.weight.shape[0]
+    """Y (rows, N) of `rtlynx::gemm` and `gemm_joint`; see `rtlynx.kernels.ops`, which checks."""
+    n = sum(of.weight.shape[0] for of in layers)
     columns = stored_columns(n)
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=blocks.device)
     if rows == 0 or n == 0:
         return out[:, :n]
-    of = readable_weights(of)
-    lowrank_bytes = lowrank.shape[0] if lowrank is not None and segments else 0
-    plan = plan_gemm(of, rows, segments, lowrank_bytes)
+    layers = [readable_weights(of) for of in layers]
+    lowrank_bytes = lowrank.shape[0] if lowrank is not None and layers[0].up is not None else 0
+    plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes)
     workspace = 0
     if plan.workspace_bytes:
         sums = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=blocks.device)
@@ -136,91 +136,103 @@ def launch_gemm(
         scale.data_ptr() if scale is not None and scale.shape[0] else 0,
         address_of(lowrank),
     )
-    start_gemm(plan, given, of, out.data_ptr(), workspace)
+    start_gemm(plan, given, layers, out.data_ptr(), workspace)
     return out if columns == n else out[:, :n].contiguous()
 
 
-def plan_gemm(of: Weights, rows: int, segments: Sequence[int] = (), lowrank_bytes: int = 0) -> GemmPlan:
-    """How to compute Y of `rows` rows; `lowrank_bytes` are those of all blocks of T, needed with segments.
+def plan_gemm(
+    layers: Sequence[Weights], rows: int, first_ranks: Sequence[int], lowrank_bytes: int
+) -> GemmPlan:
+    """How to compute Y of `rows` rows; `lowrank_bytes` are those of all blocks of T, 0 without factors.
 
-    Of the shapes of `of`, whose weight and factor may have been padded along their rows.
+    Of the shapes of `layers`, whose weights and factors may have been padded along their rows. Columns of T
+    from `first_ranks` on are a layer's.
     """
-    n, k = of.weight.shape
-    rank = 0 if of.up is None else of.up.shape[1]
-    tile = tuning.choose(rows, n, k, of.held)
-    multiprocessors = _multiprocessors(of.weight.get_device())
-    return _plan(tile, multiprocessors, rows, n, k, rank, tuple(segments), lowrank_bytes)
+    widths = tuple(of.weight.shape[0] for of in layers)
+    ranks = tuple(0 if of.up is None else of.up.shape[1] for of in layers)
+    weight, held = layers[0].weight, layers[0].held
+    tile = tuning.choose(rows, sum(widths), weight.shape[1], held)
+    multiprocessors = _multiprocessors(weight.get_device())
+    shape = GemmShape(rows, weight.shape[1], widths, ranks, tuple(first_ranks), lowrank_bytes)
+    return _plan(tile, multiprocessors, shape)
 
 
-def start_gemm(plan: GemmPlan, given: Addresses, of: Weights, out: int, workspace: int) -> None:
+def start_gemm(plan: GemmPlan, given: Addresses, layers: Sequence[Weights], out: int, workspace: int) -> None:
     """Launch on the current stream. `out` and `workspace` are addresses."""
-    weight, up, bias, column_scale = of
-    columns = plan.tile.columns
+    columns, block_k = plan.tile.columns, plan.tile.held.block_k
+    none = [0] * (MAX_LAYERS - len(layers))
     operands = _pack_operands(
-        _tensor_map(weight, plan.tile.held.block_k, columns),
-        _NO_MAP if up is None else _tensor_map(up, LOWRANK_COLUMNS, columns),
+        b"".join([_tensor_map(of.weight, block_k, columns) for of in layers]),
+        b"".join(
+            [_NO_MAP if of.up is None else _tensor_map(of.up, LOWRANK_COLUMNS, columns) for of in layers]
+        ),
         given.blocks,
         given.lowrank,
         given.scale,
-        address_of(bias),
-        address_of(column_scale),
         out,
+        *[_address_at(of.bias, first) for of, first in zip(layers, plan.first_columns, strict=True)],
+        *none,
+        *[_address_at(of.column_scale, first) for of, first in zip(layers, plan.first_columns, strict=True)],
+        *none,
     )
+    bias = layers[0].bias
     is_float = bias is not None and bias.dtype is torch.float32
     split = (workspace, workspace + plan.sum_bytes, _nonce()) if workspace else (0, 0, 0)
-    workspaces = _pack_workspace(*split, is_float, plan.segment_count)
-    parameters = b"".join((operands, plan.shape, workspaces, plan.segments))
-    stream = torch._C._cuda_getCurrentRawStream(weight.get_device())
+    parameters = b"".join((operands, plan.shape, _pack_workspace(*split, is_float, len(layers)), plan.layers))
+    stream = torch._C._cuda_getCurrentRawStream(layers[0].weight.get_device())
     _kernel(plan.tile).launch((plan.ctas, 1, 1), stream, parameters)
+
+
+def _address_at(vector: Tensor | None, first_column: int) -> int:
+    """Where entry 0 of `vector` would lie if its first were entry `first_column`."""
+    return 0 if vector is None else vector.data_ptr() - first_column * vector.element_size()
+
+
+class GemmShape(NamedTuple):
+    """Of a product: Y (rows, sum of `widths`) from X (rows, k), and where T and its columns lie.
+
+    widths, ranks, first_ranks : one a layer
+    lowrank_bytes : of all blocks of T, 0 without factors
+    """
+
+    rows: int
+    k: int
+    widths: tuple[int, ...]
+    ranks: tuple[int, ...]
+    first_ranks: tuple[int, ...]
+    lowrank_bytes: int
 
 
 class GemmPlan(NamedTuple):
     """What a launch needs that depends on shapes alone.
 
-    shape, segments : pieces of the kernel's Parameters
+    shape, layers : pieces of the kernel's Parameters
+    first_columns : of Y, one a layer
     sum_bytes, workspace_bytes : of sums that CTAs leave of split tiles, and with their marks
     """
 
     tile: Tile
     ctas: int
     shape: bytes
-    segments: bytes
-    segment_count: int
+    layers: bytes
+    first_columns: tuple[int, ...]
     sum_bytes: int
     workspace_bytes: int
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
-    tile: Tile,
-    multiprocessors: int,
-    rows: int,
-    n: int,
-    k: int,
-    rank: int,
-    segments: tuple[int, ...],
-    lowrank_bytes: int,
-) -> GemmPlan:
-    slabs, k_blocks, rank_blocks = (
-        -(-rows // BLOCK_ROWS),
-        -(-k // tile.held.block_k),
-        -(-rank // LOWRANK_COLUMNS),
-    )
-    columns = stored_columns(n)
+def _plan(tile: Tile, multiprocessors: int, of: GemmShape) -> GemmPlan:
+    slabs, k_blocks = -(-of.rows // BLOCK_ROWS), -(-of.k // tile.held.block_k)
     row_tiles = -(-slabs // _SLABS)
-    if segments:
-        total_rank_blocks = lowrank_bytes // (slabs * LOWRANK_BYTES)
-        table, column_tiles = _segment_table(segments, columns, tile.columns)
-    else:
-        total_rank_blocks, column_tiles = rank_blocks, -(-n // tile.columns)
-        table = (columns, column_tiles, 0, rank_blocks, *_NO_SEGMENTS)
-    stages = 0 if segments else k_blocks + rank_blocks
+    rank_blocks = [-(-rank // LOWRANK_COLUMNS) for rank in of.ranks]
+    table, column_tiles = _layer_table(of, rank_blocks, tile.columns)
+    stages = k_blocks + rank_blocks[0] if len(set(rank_blocks)) == 1 else 0
     split = tuning.split(row_tiles * column_tiles, multiprocessors, stages)
     shape = _pack_shape(
-        rows,
-        columns,
+        of.rows,
+        stored_columns(sum(of.widths)),
         k_blocks,
-        total_rank_blocks,
+        of.lowrank_bytes // (slabs * LOWRANK_BYTES),
         slabs,
         row_tiles,
         column_tiles,
@@ -235,8 +247,8 @@ def _plan(
         tile=tile,
         ctas=min(multiprocessors, max(split.whole_tiles, split.ctas)),
         shape=shape,
-        segments=_pack_segments(*table),
-        segment_count=max(1, len(segments) // 3),
+        layers=_pack_layers(*table),
+        first_columns=tuple(itertools.accumulate(of.widths[:-1], initial=0)),
         sum_bytes=sum_bytes,
         workspace_bytes=sum_bytes + split.ctas * _CONSUMER_WARPS * 8,
     )
@@ -251,25 +263,17 @@ def _nonce() -> int:
     return (_seed + next(_launches) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF | 1
 
 
-_NO_SEGMENTS = (0,) * (4 * (_MAX_SEGMENTS - 1))
-
-
 @functools.cache
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _segment_table(segments: Sequence[int], columns: int, tile_columns: int) -> tuple[tuple[int, ...], int]:
-    """Segments as the kernel reads them, and the number of column tiles."""
-    if len(segments) > 3 * _MAX_SEGMENTS:
-        raise ValueError(f"one product serves at most {_MAX_SEGMENTS} segments, got {len(segments) // 3}")
+def _layer_table(of: GemmShape, rank_blocks: Sequence[int], tile_columns: int) -> tuple[list[int], int]:
+    """Layers as the kernel reads them, and the number of column tiles."""
     table: list[int] = []
-    begin = tile_end = 0
-    for end, first, rank in zip(segments[0::3], segments[1::3], segments[2::3], strict=True):
-        if end % STORE_COLUMNS and end != segments[-3]:
-            raise ValueError(f"segments end at multiples of {STORE_COLUMNS}, got {list(segments[0::3])}")
-        end = columns if end == segments[-3] else end
-        tile_end += -(-(end - begin) // tile_columns)
-        table += [end, tile_end, first // LOWRANK_COLUMNS, -(-rank // LOWRANK_COLUMNS)]
-        begin = end
-    return (*table, *[0] * (4 * _MAX_SEGMENTS - len(table))), tile_end
+    end = tile_end = 0
+    for width, first, blocks in zip(of.widths, of.first_ranks, rank_blocks, strict=True):
+        end += width
+        tile_end += -(-width // tile_columns)
+        table += [stored_columns(end), tile_end, first // LOWRANK_COLUMNS, blocks]
+    return table + [0] * (4 * (MAX_LAYERS - len(rank_blocks))), tile_end

@@ -7,7 +7,10 @@ using Accumulators = float[SLABS_A_GROUP][BN / 2];
 // What the epilogue must know waits in shared memory, not in registers, while the accumulators are live.
 struct Note {
     int first_slab, column, column_end, count;
-    int part, peer;
+    int part_and_layer, peer;
+
+    DEVICE Part part() const { return Part(part_and_layer & 0xFF); }
+    DEVICE int layer() const { return part_and_layer >> 8; }
 };
 
 DEVICE void write_note(uint32_t address, const Note& note) {
@@ -16,7 +19,8 @@ DEVICE void write_note(uint32_t address, const Note& note) {
         asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(note.first_slab), "r"(note.column),
                      "r"(note.column_end), "r"(note.count)
                      : "memory");
-        asm volatile("st.shared.v2.u32 [%0 + 16], {%1, %2};" ::"r"(address), "r"(note.part), "r"(note.peer) : "memory");
+        asm volatile("st.shared.v2.u32 [%0 + 16], {%1, %2};" ::"r"(address), "r"(note.part_and_layer), "r"(note.peer)
+                     : "memory");
     }
     __syncwarp();
 }
@@ -26,7 +30,10 @@ DEVICE Note read_note(uint32_t address) {
                  : "=r"(note.first_slab), "=r"(note.column), "=r"(note.column_end), "=r"(note.count)
                  : "r"(address)
                  : "memory");
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 16];" : "=r"(note.part), "=r"(note.peer) : "r"(address) : "memory");
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 16];"
+                 : "=r"(note.part_and_layer), "=r"(note.peer)
+                 : "r"(address)
+                 : "memory");
     return note;
 }
 
@@ -61,11 +68,12 @@ struct Pair {
     float low, high;
 };
 
-// Bias of `column` and the next, both inside or both outside of Y.
-DEVICE Pair load_bias(const Parameters& p, int column) {
-    if (p.bias == nullptr || column >= p.columns) return {0.f, 0.f};
-    if (p.bias_is_float) return static_cast<const Pair*>(p.bias)[column / 2];
-    const uint32_t both = static_cast<const uint32_t*>(p.bias)[column / 2];
+// Bias of `column` of Y and the next, both inside or both outside of their layer.
+DEVICE Pair load_bias(const Parameters& p, const Note& note, int column) {
+    const void* bias = p.bias[note.layer()];
+    if (bias == nullptr || column >= note.column_end) return {0.f, 0.f};
+    if (p.bias_is_float) return static_cast<const Pair*>(bias)[column / 2];
+    const uint32_t both = static_cast<const uint32_t*>(bias)[column / 2];
     return {bf16_low(both), bf16_high(both)};
 }
 
@@ -80,14 +88,14 @@ struct TileAffine {
     DEVICE static uint32_t base(uint32_t shared, int thread) {
         return shared + AFFINE + (thread / 32 - 4) * AFFINE_BYTES;
     }
-    DEVICE void load(const Parameters& p, int column, uint32_t shared) {
+    DEVICE void load(const Parameters& p, const Note& note, uint32_t shared) {
         const int lane = thread_now() % 32;
         const uint32_t to = base(shared, thread_now());
         unroll<BN / 64>([&](auto wide) {
-            const int at = column + wide * 64 + lane * 2;
-            const Pair bias = load_bias(p, at);
+            const int at = note.column + wide * 64 + lane * 2;
+            const Pair bias = load_bias(p, note, at);
             Pair scale{1.f, 1.f};
-            if (at < p.columns) scale = reinterpret_cast<const Pair*>(p.column_scale)[at / 2];
+            if (at < note.column_end) scale = reinterpret_cast<const Pair*>(p.column_scale[note.layer()])[at / 2];
             asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + (wide * 32 + lane) * 16), "f"(scale.low),
                          "f"(scale.high), "f"(bias.low), "f"(bias.high)
                          : "memory");
@@ -111,8 +119,9 @@ struct TileAffine {
 struct TileAffine {
     Pair bias[BN / 64];
 
-    DEVICE void load(const Parameters& p, int column, uint32_t) {
-        unroll<BN / 64>([&](auto wide) { bias[wide] = load_bias(p, column + wide * 64 + thread_now() % 32 * 2); });
+    DEVICE void load(const Parameters& p, const Note& note, uint32_t) {
+        unroll<BN / 64>(
+            [&](auto wide) { bias[wide] = load_bias(p, note, note.column + wide * 64 + thread_now() % 32 * 2); });
     }
     DEVICE static int place(uint32_t, int thread) { return thread % 4; }
     template <int EIGHT>

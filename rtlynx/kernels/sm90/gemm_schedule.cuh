@@ -22,11 +22,11 @@ constexpr int AFFINE = STAGING + CONSUMER_WARPS * STAGING_BYTES;
 constexpr int AFFINE_BYTES = FP8 ? BN * 8 : 0;                 // of one warp: scale and bias of a tile's columns
 constexpr int NOTES = AFFINE + CONSUMER_WARPS * AFFINE_BYTES;  // each consumer warp's Tile, in 32 bytes
 constexpr int BARRIERS = NOTES + CONSUMER_WARPS * 32;
-constexpr int MAX_SEGMENTS = 8;
+constexpr int MAX_LAYERS = 4;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;  // of 168 at entry
 
 // Columns [previous column_end, column_end) of Y: one layer of several that share an input.
-struct Segment {
+struct Layer {
     int column_end;
     int tile_end;          // column tiles up to here
     int first_rank_block;  // its columns of T', in units of RANK_K
@@ -34,15 +34,16 @@ struct Segment {
 };
 
 struct Parameters {
-    TensorMap weight;           // box (BLOCK_K, BN rows), 128-byte swizzle
-    TensorMap up;               // box (32 columns, BN rows), 64-byte swizzle
-    const uint8_t* blocks;      // (slabs, k_blocks) packed blocks
-    const uint8_t* lowrank;     // (slabs, total_rank_blocks) blocks of T'
-    const float* scale;         // (M), or null for s = 1
-    const void* bias;           // (N) bf16 or float32, or null
-    const float* column_scale;  // (N) with FP8, else null
-    uint16_t* out;              // (M, N), contiguous
-    int rows, columns;          // N and every segment's end are multiples of 8: rows of Y are stored 16 bytes at a time
+    TensorMap weight[MAX_LAYERS];  // box (BLOCK_K, BN rows), 128-byte swizzle
+    TensorMap up[MAX_LAYERS];      // box (32 columns, BN rows), 64-byte swizzle
+    const uint8_t* blocks;         // (slabs, k_blocks) packed blocks
+    const uint8_t* lowrank;        // (slabs, total_rank_blocks) blocks of T'
+    const float* scale;            // (M), or null for s = 1
+    uint16_t* out;                 // (M, N), contiguous
+    // One a layer, found at columns of Y: the host has moved the addresses back by those before the layer.
+    const void* bias[MAX_LAYERS];           // bf16 or float32, or null
+    const float* column_scale[MAX_LAYERS];  // with FP8, else null
+    int rows, columns;  // N and every layer's end are multiples of 8: rows of Y are stored 16 bytes at a time
     int k_blocks, total_rank_blocks;
     int slabs, row_tiles, column_tiles, row_tiles_together;
     int whole_tiles;                            // the first of them; the rest are cut into shares
@@ -50,14 +51,15 @@ struct Parameters {
     float4* workspace;                          // (split_ctas, CONSUMER_WARPS, SLABS_A_GROUP, BN / 8, 32) sums
     uint64_t* ready;                            // (split_ctas, CONSUMER_WARPS): `nonce` where a warp's sums are there
     uint64_t nonce;  // a random number of this launch, so that `ready` need not be initialised
-    int bias_is_float, segments;
-    Segment segment[MAX_SEGMENTS];
+    int bias_is_float, layers;
+    Layer layer[MAX_LAYERS];
 };
 static_assert(sizeof(Parameters) == PARAMETER_BYTES, "the host packs them");
 
 struct Tile {
     int first_slab, slabs;
     int column, column_end;
+    int layer, weight_row;  // whose columns these are, and the first one's row of its weight
     int first_rank_block, rank_blocks;
 };
 
@@ -69,17 +71,19 @@ DEVICE Tile tile_at(const Parameters& p, int index) {
     const int within = index - first_row_tile * p.column_tiles;
     const int column_tile = within / band_rows;
     const int row_tile = first_row_tile + within - column_tile * band_rows;
-    int segment = 0;
-    while (column_tile >= p.segment[segment].tile_end) ++segment;
-    const int first_tile = segment ? p.segment[segment - 1].tile_end : 0;
-    const int first_column = segment ? p.segment[segment - 1].column_end : 0;
     Tile tile;
+    tile.layer = 0;
+    while (column_tile >= p.layer[tile.layer].tile_end) ++tile.layer;
+    const Layer& layer = p.layer[tile.layer];
+    const int first_tile = tile.layer ? p.layer[tile.layer - 1].tile_end : 0;
+    const int first_column = tile.layer ? p.layer[tile.layer - 1].column_end : 0;
     tile.first_slab = row_tile * SLABS;
     tile.slabs = min(SLABS, p.slabs - tile.first_slab);
-    tile.column = first_column + (column_tile - first_tile) * BN;
-    tile.column_end = p.segment[segment].column_end;
-    tile.first_rank_block = p.segment[segment].first_rank_block;
-    tile.rank_blocks = p.segment[segment].rank_blocks;
+    tile.weight_row = (column_tile - first_tile) * BN;
+    tile.column = first_column + tile.weight_row;
+    tile.column_end = layer.column_end;
+    tile.first_rank_block = layer.first_rank_block;
+    tile.rank_blocks = layer.rank_blocks;
     return tile;
 }
 
@@ -88,6 +92,13 @@ DEVICE int thread_now() {
     int thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread;
+}
+
+// gridDim.x, likewise.
+DEVICE int ctas_now() {
+    int ctas;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(ctas));
+    return ctas;
 }
 
 enum class Part { WHOLE, BEGINNING, END };
@@ -103,7 +114,7 @@ DEVICE int share_begin(const Parameters& p, int cta) { return cta * (p.split_til
 // Work number `item` of this CTA, false where there is none: the last but one is the beginning of a split tile, the
 // last the end of one. CTAs start in order, so one that waits for those before it cannot wait for ever.
 DEVICE bool work_at(const Parameters& p, int item, int items, Work& work) {
-    const int cta = blockIdx.x, ctas = gridDim.x;
+    const int cta = blockIdx.x, ctas = ctas_now();
     if (item < items - 2) {
         work = {cta + item * ctas, 0, 1 << 30, 0, Part::WHOLE};
         return true;
@@ -126,7 +137,7 @@ DEVICE bool work_at(const Parameters& p, int item, int items, Work& work) {
 }
 
 DEVICE int work_items(const Parameters& p) {
-    const int cta = blockIdx.x, ctas = gridDim.x;
+    const int cta = blockIdx.x, ctas = ctas_now();
     return 2 + max(0, (p.whole_tiles - cta + ctas - 1) / ctas);
 }
 

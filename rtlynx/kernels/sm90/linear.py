@@ -35,7 +35,7 @@ def launch_linear(x: Tensor, of: Weights, down: Tensor | None, options: Compress
     if down is not None and not down.is_contiguous():
         down = down.contiguous()
     compression = plan_compress(given, down, options)
-    product = plan_gemm(of, rows)
+    product = plan_gemm([of], rows, (0,), compression.lowrank_bytes)
 
     scale_bytes = -(-compression.scales * 4 // _ALIGNMENT) * _ALIGNMENT
     to_lowrank = compression.blocks_bytes
@@ -46,5 +46,5 @@ def launch_linear(x: Tensor, of: Weights, down: Tensor | None, options: Compress
     compressed = Addresses(start, start + to_scale if compression.scales else 0, start + to_lowrank)
     start_compress(compression, given, address_of(down), compressed)
     sums = start + to_sums if product.workspace_bytes else 0
-    start_gemm(product, compressed, of, out.data_ptr(), sums)
+    start_gemm(product, compressed, [of], out.data_ptr(), sums)
     return out if columns == n else out[:, :n].contiguous()
