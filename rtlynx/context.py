@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from rtlynx.derived import Derived
+from rtlynx.kernels.blocks import LOWRANK_COLUMNS
 
 _T = TypeVar("_T")
 
@@ -46,6 +52,8 @@ class SharedInput:
         self._entry: tuple[weakref.ref[Tensor], Tensor | None, object, Any] | None = None
         self._compared: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], object, bool]]
         self._compared = {}
+        self._one_factor = False
+        self._joined = Derived()
 
     def compress(self, x: Tensor, key: object, compute: Callable[[], _T], down: Tensor | None = None) -> _T:
         """`compute()` for `x`, or what it gave when last called for this `x`, `key` and low-rank factor."""
@@ -65,6 +73,28 @@ class SharedInput:
         state = (x._version, None if down is None else down._version, place, key)
         self._entry = (weakref.ref(x, self._forget), down, state, result)
         return result
+
+    def factor(self, downs: Sequence[Tensor | None]) -> tuple[Tensor | None, list[int]]:
+        """A^T of layers that read one input, as one tensor, and the first of its rows that are each one's.
+
+        Factors that are equal are one. Under torch.compile they are if they were when last asked for.
+        """
+        first = downs[0]
+        if first is None:
+            return None, [0] * len(downs)
+        if not torch.compiler.is_compiling():
+            self._one_factor = all(self._same(first, other) for other in downs[1:])
+        if self._one_factor or len(downs) == 1:
+            return first, [0] * len(downs)
+        given = [down for down in downs if down is not None]
+        starts = accumulate(
+            (-(-len(down) // LOWRANK_COLUMNS) * LOWRANK_COLUMNS for down in given[:-1]), initial=0
+        )
+        return self._joined.get(tuple(given), None, partial(_beside, given)), list(starts)
+
+    def forget_factors(self) -> None:
+        """A factor was replaced."""
+        self._one_factor = False
 
     def _same(self, one: Tensor | None, other: Tensor | None) -> bool:
         """Whether two factors are one or equal (by default they are); compared once for their versions."""
@@ -92,7 +122,14 @@ class SharedInput:
         return SharedInput(single=self.single)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"single": self.single, "_entry": None, "_compared": {}}
+        kept = {"_one_factor": self._one_factor, "_joined": Derived()}
+        return {"single": self.single, "_entry": None, "_compared": {}, **kept}
+
+
+def _beside(downs: Sequence[Tensor]) -> Tensor:
+    """A^T of several layers, each from a multiple of LOWRANK_COLUMNS on."""
+    *others, last = downs
+    return torch.cat([*(pad(down, (0, 0, 0, -len(down) % LOWRANK_COLUMNS)) for down in others), last])
 
 
 def _place(x: Tensor) -> object:

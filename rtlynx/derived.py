@@ -11,34 +11,43 @@ from torch import Tensor
 
 
 class Derived:
-    """One tensor made of parameters, kept, and made anew when one of those may have changed."""
+    """One tensor made of parameters, kept, and made anew when one of those may have changed.
+
+    Compiled code cannot ask whether they have: there the tensor that was kept last serves until dropped.
+    """
 
     def __init__(self) -> None:
-        self._entry: tuple[list[weakref.ref[Tensor]], object, Tensor] | None = None
+        self._entry: tuple[list[weakref.ref[Tensor]], object] | None = None
+        self._kept: Tensor | None = None
 
     def get(self, sources: tuple[Tensor, ...], key: object, make: Callable[[], Tensor]) -> Tensor:
         """`make()` of `sources` and whatever `key` says."""
-        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
-            return make()  # no version, or no guard that sees it: for this call alone
+        if torch.compiler.is_compiling():
+            return make() if self._kept is None else self._kept
+        if any(source.is_inference() for source in sources):
+            return make()  # without versions for this call alone
         entry = self._entry
         state = (key, *((source._version, source.data_ptr()) for source in sources))
-        if entry is not None and entry[1] == state:
-            refs, _, kept = entry
-            if all(ref() is source for ref, source in zip(refs, sources, strict=True)):
-                return kept
+        if (
+            entry is not None
+            and self._kept is not None
+            and entry[1] == state
+            and all(ref() is source for ref, source in zip(entry[0], sources, strict=True))
+        ):
+            return self._kept
         made = make()
         if made.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 return made  # filled by replays of that graph alone
             torch.cuda.current_stream(made.device).synchronize()  # other streams may be the next to ask
-        self._entry = ([weakref.ref(source) for source in sources], state, made)
+        self._entry, self._kept = ([weakref.ref(source) for source in sources], state), made
         return made
 
     def drop(self) -> None:
-        self._entry = None
+        self._entry = self._kept = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived:
         return Derived()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_entry": None}
+        return {"_entry": None, "_kept": None}

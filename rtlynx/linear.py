@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from rtlynx.compressed import CompressedInput
 from rtlynx.context import SharedInput, SparseContext
 from rtlynx.derived import Derived
 from rtlynx.kernels import fp8, ops, reference
 from rtlynx.kernels.blocks import compute_order
 from rtlynx.kernels.choice import kernels_serve
 from rtlynx.kernels.reference import Norm
+from rtlynx.kernels.sm90.weights import Weights
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3, Quantized, quantize_weight
 
@@ -189,7 +191,9 @@ class SparseLinear(nn.Linear):
         self._ordered.drop()  # or it would stay on a device that the layer leaves
         self._folded.drop()
         if self.precision != "fp8":
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)
+            self.prepare()
+            return self
         scale = self.weight_scale
 
         def move(tensor: Tensor) -> Tensor:
@@ -198,7 +202,9 @@ class SparseLinear(nn.Linear):
                 return moved
             return tensor.to(moved.device)  # a cast of the model is none of eight-bit values and their scale
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        self.prepare()
+        return self
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
@@ -246,6 +252,7 @@ class SparseLinear(nn.Linear):
         train, device, dtype = self.weight.requires_grad, self.weight.device, self.weight.dtype
         if self.precision == "fp8":
             dtype = self.compute_dtype or down.dtype
+        self.shared_input.forget_factors()
         for name, factor in (("lowrank_down", down), ("lowrank_up", up)):
             new = factor.detach().to(device, dtype).contiguous()
             setattr(self, name, nn.Parameter(new, requires_grad=train))
@@ -319,8 +326,10 @@ class SparseLinear(nn.Linear):
         self.precision = "fp8"
         self.refitted = self.refitted or refitted
 
-    def forward(self, input: Tensor) -> Tensor:
-        """X (..., K) -> Y (..., N)."""
+    def forward(self, input: Tensor | CompressedInput) -> Tensor:
+        """X (..., K) -> Y (..., N); X a tensor, or compressed by `rtlynx.reading.read` for this layer."""
+        if isinstance(input, CompressedInput):
+            return input.output_of(self)
         x = input
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
             # Select on what the product will see.
@@ -343,13 +352,13 @@ class SparseLinear(nn.Linear):
         """The output for each span of tokens of `x`, or for all of them; `input` is x before a cast."""
         parameters = self._parameters
         down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
-        weight = self._own_weight()
         if self.precision == "fp8" and self.pattern.n == self.pattern.m:
             return self._by_fp8(input, x, spans, fp8.dense_linear_fp8)
-        if kernels_serve(x, self.pattern, self.norm, weight, bias, down, up):
-            return self._by_kernels(input, x, spans, weight)
+        if self.served(x):
+            return self._by_kernels(input, x, spans)
         if self.precision == "fp8":
             return self._by_fp8(input, x, spans, fp8.linear_fp8)
+        weight = self._own_weight()
         compressed = self.shared_input.compress(
             input,
             (self.pattern, self.norm, x.dtype),
@@ -387,21 +396,45 @@ class SparseLinear(nn.Linear):
         slices = [slice(*span) for span in spans]
         return [product(x[..., rows, :], compressed.rows(rows), of) for rows in slices]
 
-    def _by_kernels(self, input: Tensor, x: Tensor, spans: Spans | None, weight: Tensor) -> list[Tensor]:
-        parameters = self._parameters
-        down, bias = parameters["lowrank_down"], parameters["bias"]
-        up: Tensor | None = parameters["lowrank_up"]
-        pattern, norm, weight_scale = self.pattern, self.norm == "scale", self.weight_scale
+    def prepare(self) -> None:
+        """Make what kernels read in place of parameters, so that compiled code finds it."""
+        if self._own_weight().is_cuda and self.dense_reason is None and self.pattern.n < self.pattern.m:
+            with torch.no_grad():
+                self.multiplied()
+
+    def train(self, mode: bool = True) -> SparseLinear:
+        """As of any module; what was made of the parameters, which training changes, is made anew."""
+        self._ordered.drop()
+        self._folded.drop()
+        if not mode:
+            self.prepare()
+        return super().train(mode)
+
+    def served(self, x: Tensor) -> bool:
+        """Whether the kernels serve this layer for the input `x` (..., K)."""
+        of = self._parameters
+        down, up, bias = of["lowrank_down"], of["lowrank_up"], of["bias"]
+        return kernels_serve(x, self.pattern, self.norm, self._own_weight(), bias, down, up)
+
+    def multiplied(self) -> Weights:
+        """What the kernels multiply with."""
+        weight, scale, pattern = self._own_weight(), self.weight_scale, self.pattern
+        up: Tensor | None = self._parameters["lowrank_up"]
+        if pattern.grouping != "adjacent":
+            weight = self._ordered.get((weight,), pattern, partial(compute_order, weight, pattern))
+        if up is not None and scale is not None:
+            up = self._folded.get((up, scale), None, partial(fp8.fold_up, up, scale))
+        return Weights(weight, up, self._parameters["bias"], scale)
+
+    def _by_kernels(self, input: Tensor, x: Tensor, spans: Spans | None) -> list[Tensor]:
+        down, pattern, norm = self._parameters["lowrank_down"], self.pattern, self.norm == "scale"
+        weight, up, bias, weight_scale = self.multiplied()
         quantized = weight_scale is not None
         grouping, parts = pattern.grouping, ops.pattern_parts(pattern, self.in_features)
         if x.stride(-1) != 1:
             x = x.contiguous()
         # Blocks cannot be sliced by rows: spans are compressed one by one.
         pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
-        if grouping != "adjacent":
-            weight = self._ordered.get((weight,), pattern, partial(compute_order, weight, pattern))
-        if up is not None and weight_scale is not None:
-            up = self._folded.get((up, weight_scale), None, partial(fp8.fold_up, up, weight_scale))
         if self.shared_input.single:
             return [
                 ops.linear(piece, weight, bias, down, up, grouping, parts, norm, weight_scale)

@@ -146,9 +146,9 @@ def test_changes_of_a_quantised_layers_factors_are_noticed(calls, monkeypatch):
     layer.quantize()
     x = normal(70, K)
     layer(x)
-    folded = layer._folded._entry[2]
+    folded = layer._folded._kept
     layer(x)
-    assert layer._folded._entry[2] is folded
+    assert layer._folded._kept is folded
     layer.lowrank_up.mul_(-3)
     by_kernels = layer(x)
     monkeypatch.setattr(rtlynx.linear, "kernels_serve", lambda *_: False)
@@ -341,7 +341,7 @@ def test_the_copy_is_private():
     layer, x = sparse("strided"), normal(70, K)
     before = list(layer.state_dict())
     expected = layer(x)
-    ordered = weakref.ref(layer._ordered._entry[2])
+    ordered = weakref.ref(layer._ordered._kept)
     assert list(layer.state_dict()) == before
     assert "_ordered" not in vars(layer.to_linear())
     twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
@@ -426,6 +426,7 @@ def test_compiles_into_one_graph_for_any_number_of_rows(name):
     def both(x):
         return torch.cat([layer(x) for layer in layers], dim=-1)
 
+    both(normal(2, 70, K))  # makes what compiled code reads; on a card `prepare` has
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(both, backend=counter, fullgraph=True, dynamic=True)
@@ -454,8 +455,8 @@ def test_a_model_runs_through_the_kernels(calls):
     call = {k: v.bfloat16() if v.is_floating_point() else v for k, v in flux_call().items()}
     y = model(**call, return_dict=False)[0]
     assert calls["linear"]
-    # q, k, v of the double block; q, k, v and mlp of the single block
-    assert calls["compress"] == 2
-    assert calls["gemm"] == 7
+    # q, k, v and mlp of the single block, whose text rows are dense; what others read is fused
+    assert calls["compress"] == 1
+    assert calls["gemm"] == 4
     with torch.enable_grad():
         assert relative_error(y, model(**call, return_dict=False)[0]) < 3e-2

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -60,6 +60,7 @@ class Architecture:
     class_name : the model's class name.
     descending : whether the `timestep` argument falls while sampling.
     text_rows : maps the model's call (argument name -> value) to the range of text tokens in joint blocks.
+    fused : class name of a block -> a `forward` of it that lets linear layers read chains (`rtlynx.reading`).
     """
 
     class_name: str
@@ -68,6 +69,7 @@ class Architecture:
     timestep_argument: str = "timestep"
     text_rows: Callable[[dict[str, Any]], TextRows] | None = None
     find: Callable[[nn.Module], list[Candidate]] | None = None
+    fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def candidates(self, model: nn.Module) -> list[Candidate]:
         """Layers of `model` that can be sparse, in the model's own order."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rtlynx.models.architecture import Architecture, LayerRule, TextRows
+from rtlynx.models.fusion import feed_forward
+from rtlynx.reading import adaln, beside_activated, read
 
 DOUBLE = "transformer_blocks.*"
 SINGLE = "single_transformer_blocks.*"
@@ -14,6 +19,67 @@ def text_rows(call: dict[str, Any]) -> TextRows:
     """Text comes first in single blocks."""
     text = call.get("encoder_hidden_states")
     return None if text is None else (0, text.shape[1])
+
+
+def double_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """FluxTransformerBlock.forward."""
+    attn = block.attn
+    norm, norm_text = block.norm1, block.norm1_context
+    shift, scale, gate, *mlp = norm.linear(norm.silu(temb)).chunk(6, dim=1)
+    text_shift, text_scale, text_gate, *text_mlp = norm_text.linear(norm_text.silu(temb)).chunk(6, dim=1)
+    outputs = attn(
+        hidden_states=read(adaln(norm.norm, hidden_states, shift, scale), attn.to_q, attn.to_k, attn.to_v),
+        encoder_hidden_states=read(
+            adaln(norm_text.norm, encoder_hidden_states, text_shift, text_scale),
+            *(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+        ),
+        image_rotary_emb=image_rotary_emb,
+        **(joint_attention_kwargs or {}),
+    )
+    image, text, *adapter = outputs
+    hidden_states = hidden_states + gate.unsqueeze(1) * image
+    shift, scale, gate = mlp
+    image = feed_forward(block.ff, adaln(block.norm2, hidden_states, shift, scale))
+    hidden_states = hidden_states + gate.unsqueeze(1) * image
+    if adapter:
+        hidden_states = hidden_states + adapter[0]
+    encoder_hidden_states = encoder_hidden_states + text_gate.unsqueeze(1) * text
+    shift, scale, gate = text_mlp
+    text = feed_forward(block.ff_context, adaln(block.norm2_context, encoder_hidden_states, shift, scale))
+    encoder_hidden_states = encoder_hidden_states + gate.unsqueeze(1) * text
+    return _half(encoder_hidden_states), hidden_states
+
+
+def single_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """FluxSingleTransformerBlock.forward."""
+    attn, norm, text_tokens = block.attn, block.norm, encoder_hidden_states.shape[1]
+    both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
+    x = read(adaln(norm.norm, both, shift, scale), attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
+    mlp = block.proj_mlp(x)
+    attention = attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    out = block.proj_out(read(beside_activated(attention, block.act_mlp, mlp), block.proj_out))
+    both = _half(both + gate.unsqueeze(1) * out)
+    return both[:, :text_tokens], both[:, text_tokens:]
+
+
+def _half(x: Tensor) -> Tensor:
+    """As diffusers keeps float16 finite."""
+    return x.clip(-65504, 65504) if x.dtype is torch.float16 else x
 
 
 FLUX = Architecture(
@@ -32,4 +98,5 @@ FLUX = Architecture(
         LayerRule(f"{SINGLE}.proj_mlp", "mlp-up", "joint", "input"),
         LayerRule(f"{SINGLE}.proj_out", "single-out", "joint", attention_part=True),
     ),
+    fused={"FluxTransformerBlock": double_block, "FluxSingleTransformerBlock": single_block},
 )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rtlynx.context import SharedInput, SparseContext, StepTracker
 from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
+from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.recipe import Recipe
 
@@ -167,6 +168,19 @@ def apply_plan(
     hook = ModelHook(plan, context)
     handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None
     setattr(model, _STATE, SparseState(plan, context, base, handle))
+    _join_factors(replacements.values())
+    for sparse in replacements.values():
+        sparse.prepare()
+    fuse_blocks(model, plan.architecture)
+
+
+def _join_factors(layers: Iterable[SparseLinear]) -> None:
+    """Let layers that read one tensor know whether their factors are one: compiled they cannot ask."""
+    readers: dict[SharedInput, list[Tensor | None]] = {}
+    for layer in layers:
+        readers.setdefault(layer.shared_input, []).append(layer.lowrank_down)
+    for shared, downs in readers.items():
+        shared.factor(downs)
 
 
 def _memory(layer: LayerPlan, known: bool) -> str:
@@ -186,6 +200,7 @@ def densify(model_or_pipeline: Any) -> Any:
     _replace(model, {name: layer.to_linear() for name, layer in sparse_layers(model).items()})
     state = state_of(model)
     if state is not None:
+        unfuse_blocks(model, state.plan.architecture)
         if state.hook is not None:
             state.hook.remove()
         delattr(model, _STATE)

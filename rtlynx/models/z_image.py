@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from rtlynx.models.architecture import Architecture, LayerRule, Stream, TextRows
+from rtlynx.models.fusion import untouched
+from rtlynx.reading import read, rmsnorm, silu_gated
 
 # Z-Image pads the tokens of each picture and caption to a multiple of this (SEQ_MULTI_OF in diffusers).
 TOKEN_MULTIPLE = 32
@@ -28,6 +32,35 @@ def text_rows(call: dict[str, Any]) -> TextRows:
     return length + -length % TOKEN_MULTIPLE, None
 
 
+def block(
+    block: Any,
+    x: Tensor,
+    attn_mask: Tensor | None,
+    freqs_cis: Tensor,
+    adaln_input: Tensor | None = None,
+    noise_mask: Tensor | None = None,
+    adaln_noisy: Tensor | None = None,
+    adaln_clean: Tensor | None = None,
+) -> Tensor:
+    """ZImageTransformerBlock.forward; without modulation, or with one by token, it stays diffusers' own."""
+    if not block.modulation or noise_mask is not None:
+        return type(block).forward(
+            block, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean
+        )
+    attn, ff = block.attention, block.feed_forward
+    scale, gate, mlp_scale, mlp_gate = block.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
+    hidden = read(rmsnorm(block.attention_norm1, x, 1.0 + scale), attn.to_q, attn.to_k, attn.to_v)
+    out = attn(hidden, attention_mask=attn_mask, freqs_cis=freqs_cis)
+    x = x + gate.tanh() * block.attention_norm2(out)
+    chain = rmsnorm(block.ffn_norm1, x, 1.0 + mlp_scale)
+    if untouched(ff):
+        hidden = read(chain, ff.w1, ff.w3)
+        out = ff.w2(read(silu_gated(ff.w1(hidden), ff.w3(hidden), ff._forward_silu_gating), ff.w2))
+    else:
+        out = ff(chain.dense())
+    return x + mlp_gate.tanh() * block.ffn_norm2(out)
+
+
 def _block(blocks: str, stream: Stream) -> tuple[LayerRule, ...]:
     return (
         *(LayerRule(f"{blocks}.attention.to_{x}", "attention-in", stream, "attention") for x in "qkv"),
@@ -47,4 +80,5 @@ Z_IMAGE = Architecture(
         *_block("context_refiner.*", "text"),
         *_block("layers.*", "joint"),
     ),
+    fused={"ZImageTransformerBlock": block},
 )

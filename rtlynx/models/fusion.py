@@ -1,0 +1,49 @@
+"""Forwards of blocks whose linear layers read the ends of elementwise chains: installed, and in parts."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from rtlynx.linear import SparseLinear
+from rtlynx.models.architecture import Architecture
+from rtlynx.reading import Chain, activated, read
+
+
+def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
+    """Give blocks of `model` that hold sparse layers the forwards of `architecture.fused`.
+
+    On the blocks themselves, whose classes stay: caching, compilation and offloading go by those. A block
+    whose forward something else has replaced keeps it.
+    """
+    for block in model.modules():
+        forward = architecture.fused.get(type(block).__name__)
+        if forward is None or "forward" in block.__dict__:
+            continue
+        if any(isinstance(module, SparseLinear) for module in block.modules()):
+            block.__dict__["forward"] = MethodType(forward, block)
+
+
+def unfuse_blocks(model: nn.Module, architecture: Architecture) -> None:
+    """Undo `fuse_blocks`."""
+    for block in model.modules():
+        forward = architecture.fused.get(type(block).__name__)
+        installed = block.__dict__.get("forward")
+        if forward is not None and getattr(installed, "__func__", None) is forward:
+            del block.__dict__["forward"]
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling `module` does nothing but its class's forward."""
+    return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+
+
+def feed_forward(ff: Any, chain: Chain) -> Tensor:
+    """diffusers' FeedForward with tanh GELU, of what `chain` yields."""
+    if not untouched(ff):
+        return ff(chain.dense())
+    up, dropout, down = ff.net
+    hidden = up.proj(read(chain, up.proj))
+    return down(read(activated(lambda h: dropout(up.gelu(h)), hidden), down))

@@ -1,0 +1,244 @@
+"""Blocks whose layers read compressed chains: the same model, in fewer passes. Kernels in their CPU form."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import (
+    flux_call,
+    output,
+    qwen_call,
+    relative_error,
+    tiny_flux,
+    tiny_qwen,
+    tiny_z_image,
+    z_image_call,
+)
+from torch import nn
+
+import rtlynx.linear
+from rtlynx import Recipe, densify, sparsify
+from rtlynx.kernels import ops, producers
+from rtlynx.models import sparse_layers, state_of
+from rtlynx.models.fusion import unfuse_blocks
+
+MODELS = {
+    "flux": (tiny_flux, flux_call),
+    "qwen": (tiny_qwen, qwen_call),
+    "z-image": (tiny_z_image, z_image_call),
+}
+RECIPES = {
+    "bf16": Recipe.immediate(),
+    "adjacent": Recipe.immediate(grouping="adjacent"),
+    "fp8": Recipe.immediate(precision="fp8"),
+    "text": Recipe.immediate(text_stream="sparse"),
+}
+
+
+def cast(call, dtype):
+    if isinstance(call, torch.Tensor):
+        return call.to(dtype) if call.is_floating_point() else call
+    if isinstance(call, dict):
+        return {name: cast(value, dtype) for name, value in call.items()}
+    return type(call)(cast(value, dtype) for value in call) if isinstance(call, list | tuple) else call
+
+
+def model_and_call(name):
+    make, call = MODELS[name]
+    return make().bfloat16(), cast(call(), torch.bfloat16)
+
+
+def unfused(model):
+    model = copy.deepcopy(model)
+    unfuse_blocks(model, state_of(model).plan.architecture)
+    return model
+
+
+def give_factors(model, rank, shared=True):
+    """Low-rank branches: layers that read one tensor share A, or do not."""
+    generator = torch.Generator().manual_seed(3)
+    downs = {}
+    for name, layer in sparse_layers(model).items():
+        key = layer.shared_input if shared else name
+        down = torch.randn(rank, layer.in_features, generator=generator) * layer.in_features**-0.5
+        up = 0.1 * torch.randn(layer.out_features, rank, generator=generator)
+        layer.set_lowrank(downs.setdefault(key, down).bfloat16(), up.bfloat16())
+
+
+@pytest.fixture
+def _served(monkeypatch):
+    """All bfloat16 calls without gradients are served, on this CPU too."""
+    monkeypatch.setattr(
+        rtlynx.linear,
+        "kernels_serve",
+        lambda x, *_: x.dtype == torch.bfloat16 and not torch.is_grad_enabled(),
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts producers and products."""
+    count = Counter()
+
+    def watch(module, name):
+        original = getattr(module, name)
+
+        def counted(*args):
+            count[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for name in ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu"):
+        watch(producers, f"{name}_compress")
+    for name in ("compress", "gemm", "gemm_joint", "linear"):
+        watch(ops, name)
+    return count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_without_kernels_a_fused_model_is_the_model_bit_for_bit(name, recipe):
+    model, call = model_and_call(name)
+    sparsify(model, RECIPES[recipe])
+    assert torch.equal(output(model, call), output(unfused(model), call))
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_it_is_as_near_to_the_model_in_float32(name, recipe, rank, calls):
+    """Roundings to bfloat16 move entries over the edge of selection, chains that round oftener move more."""
+    model, call = model_and_call(name)
+    sparsify(model, RECIPES[recipe])
+    if rank:
+        give_factors(model, rank)
+    exact = output(copy.deepcopy(model).float(), cast(call, torch.float32))
+    expected = output(unfused(model), call)
+    calls.clear()
+    y = output(model, call)
+    assert any(name.endswith("_compress") for name in calls)
+    assert relative_error(y, exact) < 1.1 * relative_error(expected, exact)
+    assert relative_error(y, expected) < 1.5 * relative_error(expected, exact)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_each_input_is_compressed_once_and_multiplied_once(calls):
+    model, call = model_and_call("flux")
+    output(sparsify(model), call)
+    # double block: q, k, v; MLP up. single block: q, k, v and MLP up.
+    assert calls["adaln_compress"] == 3
+    assert calls["gelu_compress"] == 1
+    assert calls["concat_gelu_compress"] == 1
+    assert calls["gemm_joint"] == 5
+    assert calls["linear"] == 1  # attention out
+    assert calls["compress"] == calls["gemm"] == 0
+    calls.clear()
+    model, call = model_and_call("z-image")
+    output(sparsify(model), call)
+    blocks = 2  # one refiner of the image, one layer; the caption's stays dense
+    assert calls["rmsnorm_compress"] == 2 * blocks
+    assert calls["silu_gate_compress"] == blocks
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_layers_with_factors_of_their_own_are_one_product_too(calls):
+    model, call = model_and_call("flux")
+    sparsify(model)
+    give_factors(model, 5, shared=False)
+    expected = output(unfused(model), call)
+    calls.clear()
+    y = output(model, call)
+    assert calls["gemm_joint"] == 5
+    assert relative_error(y, expected) < 2e-2
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_a_factor_that_is_replaced_is_shared_no_more():
+    model, call = model_and_call("flux")
+    sparsify(model)
+    give_factors(model, 4)
+    output(model, call)
+    key = model.transformer_blocks[0].attn.to_k
+    key.set_lowrank(torch.randn(4, 128), torch.randn(128, 4))
+    assert relative_error(output(model, call), output(unfused(model), call)) < 2e-2
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_whoever_hooks_a_layer_sees_its_input():
+    model, call = model_and_call("flux")
+    sparsify(model)
+    expected = output(unfused(model), call)
+    seen = []
+    layer = model.single_transformer_blocks[0].attn.to_q
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    y = output(model, call)
+    handle.remove()
+    assert isinstance(seen[0], torch.Tensor)
+    assert seen[0].shape == (1, 72, 128)
+    assert relative_error(y, expected) < 2e-2
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+@pytest.mark.parametrize("name", MODELS)
+def test_it_compiles_as_one_graph_a_block(name):
+    model, call = model_and_call(name)
+    sparsify(model, Recipe.immediate(grouping="adjacent"))
+    give_factors(model, 4)
+    expected = output(model, call)
+    counter = torch._dynamo.testing.CompileCounter()
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    assert torch.equal(output(model, call), expected)
+    frames = counter.frame_count
+    assert frames
+    assert torch.equal(output(model, call), expected)
+    assert counter.frame_count == frames
+
+
+def test_dense_again_it_has_the_forwards_of_its_classes():
+    model = tiny_flux()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    sparsify(model)
+    assert "forward" in vars(model.transformer_blocks[0])
+    densify(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == {
+        name: set(kept) for name, kept in before.items()
+    }
+
+
+def test_a_block_that_something_else_has_taken_over_is_left_alone():
+    model = tiny_flux()
+    block = model.single_transformer_blocks[0]
+    other = nn.Identity().forward
+    block.forward = other
+    sparsify(model)
+    assert block.forward == other
+    densify(model)
+    assert block.forward == other
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_an_input_is_for_the_layers_that_it_was_compressed_for():
+    model, call = model_and_call("flux")
+    sparsify(model)
+    given = []
+    attn = model.transformer_blocks[0].attn
+    original = attn.forward
+    attn.forward = lambda **arguments: given.append(arguments["hidden_states"]) or original(**arguments)
+    output(model, call)
+    (x,) = given
+    assert (x.shape, x.dtype, x.device.type) == ((1, 64, 128), torch.bfloat16, "cpu")
+    with pytest.raises(TypeError, match="compressed for other layers"):
+        attn.to_out[0](x)
