@@ -9,7 +9,7 @@ from results import ratio
 from shapes import Shape
 
 PRODUCT, LAYER, COMPRESSION = "What bounds the GEMM", "Where it stands", "Compression, version by version"
-PRODUCERS, HOST, FP8 = "Producers, version by version", "Host time", "fp8"
+PRODUCERS, HOST, FP8, STEP = "Producers, version by version", "Host time", "fp8", "A whole step"
 
 
 def _target(
@@ -97,3 +97,37 @@ def _least(values: Iterable[float | None]) -> float | None:
     known = list(values)
     present = [value for value in known if value is not None]
     return min(present) if present and len(present) == len(known) else None
+
+
+def step_targets(document: Mapping) -> list[dict]:
+    """Of step-*.json."""
+    rows = {row["name"]: row for row in document["variants"]}
+
+    def faster(name: str, than: str) -> float | None:
+        own, other = rows.get(name), rows.get(than)
+        if own is not None and "beside" in own and than == "bf16 compiled":
+            other = own["beside"]  # measured next to it
+        return (
+            None
+            if own is None or other is None
+            else ratio({"own": own["gpu_ms"], "other": other["gpu_ms"]}, "other", "own")
+        )
+
+    flux, model = document["model"] == "flux1-dev", document["model"]
+    wanted = [
+        ("bf16-2:4", "rtlynx bf16-2:4", "bf16 compiled", 1.35 if flux else 1.3),
+        ("fp8-2:4", "rtlynx fp8-2:4", "bf16 compiled", 1.6 if flux else 1.55),
+    ]
+    if flux:
+        wanted.append(("fp8-2:4", "rtlynx fp8-2:4", "fp8 compiled (torchao)", 1.2))
+    targets = [
+        _target(f"{model}, {what}, speed over {than}", least, faster(name, than), "x", STEP)
+        for what, name, than, least in wanted
+    ]
+    for name in ("rtlynx bf16-2:4", "rtlynx fp8-2:4"):
+        row = rows.get(name, {})
+        over = row.get("gpu_ms") and row.get("wall_ms") and row["wall_ms"] / row["gpu_ms"]
+        targets.append(
+            _target(f"{model}, {name}, wall time over GPU time", 1.1, over, "x", STEP, at_most=True)
+        )
+    return targets

@@ -1,0 +1,107 @@
+"""The three transformers at full size with random weights, and the inputs of one denoising step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
+from torch import Tensor, nn
+
+Call = dict[str, Any]  # arguments of one forward
+
+
+class Size(NamedTuple):
+    """Of a picture: `side` pixels, `batch` pictures, `text_tokens` of each prompt."""
+
+    side: int = 1024
+    batch: int = 1
+    text_tokens: int = 512
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.side // 16) ** 2
+
+
+class FullModel(NamedTuple):
+    """One transformer.
+
+    build : the module, its class's defaults but for what is given here
+    calls : arguments of the forwards of one step: two where guidance takes two
+    text_tokens : of a common prompt
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    calls: Callable[[Size, Callable[..., Tensor]], list[Call]]
+    text_tokens: int
+
+
+def _flux(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    side, batch = size.side // 16, size.batch
+    ids = torch.zeros(side, side, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None, :]
+    return [
+        {
+            "hidden_states": normal(batch, size.image_tokens, 64),
+            "encoder_hidden_states": normal(batch, size.text_tokens, 4096),
+            "pooled_projections": normal(batch, 768),
+            "timestep": torch.full((batch,), 0.5, device="cuda", dtype=torch.bfloat16),
+            "guidance": torch.full((batch,), 3.5, device="cuda"),
+            "img_ids": ids.view(-1, 3).cuda(),
+            "txt_ids": torch.zeros(size.text_tokens, 3, device="cuda"),
+        }
+    ]
+
+
+def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    """With guidance: a prompt, and a negative one."""
+    side, batch = size.side // 16, size.batch
+    return [
+        {
+            "hidden_states": normal(batch, size.image_tokens, 64),
+            "encoder_hidden_states": normal(batch, tokens, 3584),
+            "timestep": torch.full((batch,), 0.5, device="cuda", dtype=torch.bfloat16),
+            "img_shapes": [[(1, side, side)]] * batch,
+        }
+        for tokens in (size.text_tokens, max(1, size.text_tokens // 4))
+    ]
+
+
+def _z_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    side = size.side // 8
+    return [
+        {
+            "x": [normal(16, 1, side, side) for _ in range(size.batch)],
+            "t": torch.full((size.batch,), 0.5, device="cuda", dtype=torch.bfloat16),
+            "cap_feats": [normal(size.text_tokens, 2560) for _ in range(size.batch)],
+        }
+    ]
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        FullModel("flux1-dev", lambda: FluxTransformer2DModel(guidance_embeds=True), _flux, 512),
+        FullModel("qwen-image", lambda: QwenImageTransformer2DModel(), _qwen_image, 128),
+        FullModel("z-image", lambda: ZImageTransformer2DModel(), _z_image, 32),
+    )
+}
+
+
+def build(model: FullModel) -> nn.Module:
+    """On the card in bfloat16; the default device is left as it was, which compilation needs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return model.build().eval().requires_grad_(False).to(torch.bfloat16)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def normals(seed: int) -> Callable[..., Tensor]:
+    """Fresh random bfloat16 on the card."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, device="cuda", generator=generator, dtype=torch.bfloat16)
