@@ -55,7 +55,7 @@ def torchao_fp8(model: nn.Module) -> None:
 
 
 def sparse(precision: str) -> Callable[[nn.Module], None]:
-    """The form of our default recipe, refitted weights and a low-rank branch; factors random, as weights are."""
+    """The form of our default recipe, refitted weights and a low-rank branch; factors are random too."""
 
     def change(model: nn.Module) -> None:
         plan = make_plan(model, Recipe(rank=RANK, refit=True, precision=precision))
