@@ -147,7 +147,8 @@ def _read(model: nn.Module, index: dict[str, Any], folder: Path) -> tuple[Plan, 
     """The plan and the solutions of a checkpoint for `model`, all checked."""
     plan = stored_plan(model, index, folder)
     for name, entry in index["layers"].items():
-        if weight_fingerprint(model.get_parameter(f"{name}.weight")) != entry["base"]:
+        linear: Any = model.get_submodule(name)
+        if weight_fingerprint(linear.weight) != entry["base"]:
             raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
     path = folder / TENSORS
     if path.is_file() and sha256_of(path) != index["tensors_sha256"]:

@@ -111,7 +111,7 @@ class RTLynxConfig(_BaseConfig):
             For unknown keys and values that `RTLynxConfig` refuses.
         """
         values = {key: value for key, value in config_dict.items() if key != "quant_method"}
-        if "format" in values:
+        if values.keys() & {"format", "layers"}:
             config = RTLynxConfig()
             config.recipe, config.stored = None, values
         else:
