@@ -327,13 +327,13 @@ def test_adapters(tmp_path, refitted):
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_out"], init_lora_weights=False))
     model.save_lora_adapter(tmp_path / "lora")
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "base")
-    loaded.load_lora_adapter(tmp_path / "lora", prefix=None)
+    loaded.load_lora_adapter(tmp_path / "lora", prefix=None, use_safetensors=True)
     for ours, theirs in zip(outputs(loaded), outputs(model), strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(outputs(loaded)[0], outputs(refitted)[0])
     with pytest.raises(ValueError, match=r"attn\.to_q\.base_layer.*detach adapters before saving"):
         loaded.save_pretrained(tmp_path / "attached")
-    assert not list((tmp_path / "attached").iterdir())
+    assert not list((tmp_path / "attached").glob("*.safetensors"))
     loaded.fuse_lora()
     loaded.unload_lora()
     loaded.save_pretrained(tmp_path / "fused")
