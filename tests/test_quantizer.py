@@ -1,15 +1,11 @@
-"""diffusers' own save_pretrained and from_pretrained: what was sparse comes back the same, or is refused."""
+"""diffusers' own save_pretrained and from_pretrained: what was sparse comes back the same."""
 
 import copy
 import gc
-import hashlib
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
-import safetensors.torch
 import torch
 from checkpoint_helpers import RECIPES, RIDGE, make
 from diffusers import (
@@ -18,69 +14,16 @@ from diffusers import (
     FluxTransformer2DModel,
     PipelineQuantizationConfig,
 )
-from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from helpers import flux_call, output, qwen_call, tiny_flux, tiny_qwen, tiny_z_image, z_image_call
 from peft import LoraConfig
+from quantizer_helpers import E4M3, PROJ_OUT, TIMESTEPS, TO_Q, assert_same, config_of, outputs, stored_tensors
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rtlynx.quantizer
-from rtlynx import CheckpointError, Recipe, RTLynxConfig, densify, load, save, sparsify
+from rtlynx import Recipe, RTLynxConfig, densify, load, save, sparsify
 from rtlynx.models import sparse_layers, state_of
 from rtlynx.zoo.pipeline import EmojiPipeline
-
-TIMESTEPS = (1.0, 1.0, 0.8, 0.6)
-TO_Q = "transformer_blocks.0.attn.to_q"
-PROJ_OUT = "single_transformer_blocks.0.proj_out"
-E4M3 = torch.float8_e4m3fn
-
-
-def outputs(model, call=flux_call):
-    """Outputs over some steps, of a copy: a file's tensors lie unaligned, which changes roundings."""
-    model = copy.deepcopy(model)
-    dtype = model.dtype
-
-    def cast(value):
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-    calls = [call(9, timestep=timestep) for timestep in TIMESTEPS]
-    return [output(model, {name: cast(value) for name, value in one.items()}) for one in calls]
-
-
-def assert_same(ours, theirs, call=flux_call):
-    """The same function, made the same way."""
-    for one, other in zip(outputs(ours, call), outputs(theirs, call), strict=True):
-        assert torch.isfinite(one).all()
-        assert torch.equal(one, other)
-    assert state_of(ours).plan == state_of(theirs).plan
-    assert state_of(ours).base == state_of(theirs).base
-    before, after = theirs.state_dict(), ours.state_dict()
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert after[name].dtype == tensor.dtype, name
-        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
-
-
-def stored_tensors(folder):
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors.update(safetensors.torch.load_file(path))
-    return tensors
-
-
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())
-
-
-def quantization(folder, sign=True, **changes):
-    """Change a folder's `quantization_config`, with a digest that matches unless told."""
-    config = config_of(folder)
-    body = {**config["quantization_config"], **changes}
-    method, digest = body.pop("quant_method"), body.pop("sha256")
-    if sign:
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    config["quantization_config"] = {"quant_method": method, **body, "sha256": digest}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +204,7 @@ def test_no_second_copy_of_the_weights_is_made(made, request, tmp_path, monkeypa
     assert new.total < 0.02 * size  # the tensors of the model are those of the file
 
 
-def test_device_map(refitted, quantised, tmp_path):
+def test_device_map(quantised, tmp_path):
     quantised.save_pretrained(tmp_path)
     for device_map in ("cpu", {"": "cpu"}, "auto"):
         assert_same(FluxTransformer2DModel.from_pretrained(tmp_path, device_map=device_map), quantised)
@@ -299,6 +242,7 @@ def test_a_loaded_model_made_dense_is_saved_as_a_plain_one(tmp_path, dense_folde
     make(RECIPES["refit, dense steps and rows"]).save_pretrained(tmp_path / "sparse")
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "sparse")
     assert undo(loaded) is loaded
+    assert not hasattr(loaded, "hf_quantizer")
     loaded.save_pretrained(tmp_path / "dense")
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         ours, theirs = (folder / file for folder in (tmp_path / "dense", dense_folder))
@@ -464,7 +408,7 @@ def test_a_sidecar_of_other_weights_or_none_is_refused(tmp_path):
         ("wide", "lynx", "made for another size"),
         ("others", "none", "none is not a folder"),
     ):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(rtlynx.CheckpointError, match=said):
             FluxTransformer2DModel.from_pretrained(
                 tmp_path / folder, quantization_config=RTLynxConfig(sidecar=tmp_path / sidecar)
             )
@@ -510,131 +454,3 @@ def test_a_pipeline(pipeline_folder, tmp_path):
     assert len(sparse_layers(again.transformer)) == 11
     assert torch.equal(draw(again), expected)
     assert torch.isfinite(draw(again.to("cpu", torch.bfloat16))).all()
-
-
-# ----------------------------------------------------------------------------- damage, and another's files
-
-
-@pytest.fixture
-def folder(refitted, tmp_path):
-    refitted.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def refused(folder, match, cls=FluxTransformer2DModel):
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(CheckpointError, match=match) as error:
-        cls.from_pretrained(folder)
-    assert "\n" not in str(error.value)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    sparsify(tiny_flux())  # what was refused leaves no trace
-
-
-def test_a_newer_format_is_refused(folder):
-    quantization(folder, version=7, rtlynx="9.1")
-    refused(folder, r"config\.json is of format version 7, this rtlynx reads versions 1 to 2: .* rtlynx 9\.1")
-
-
-def test_an_edited_plan_is_refused(folder):
-    layers = config_of(folder)["quantization_config"]["layers"]
-    layers[PROJ_OUT]["pattern"]["grouping"] = "adjacent"
-    quantization(folder, sign=False, layers=layers)
-    refused(folder, r"config\.json is damaged: its content does not match its digest")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"recipe": {"rnak": 9}},
-        {"recipe": None},
-        {"layers": []},
-        {"layers": {TO_Q: {}}},
-        {"layers": {"transformer_blocks.0.attn.to_x": {"in_features": 1, "out_features": 1}}},
-        {"dense": None},
-        {"model": None},
-        {"format": "lynxes"},
-    ],
-    ids=str,
-)
-def test_a_plan_that_makes_no_sense_is_refused(folder, changes):
-    quantization(folder, **changes)
-    refused(folder, "model")
-
-
-def test_a_plan_for_another_class_is_refused(folder):
-    quantization(folder, model="QwenImageTransformer2DModel")
-    refused(folder, "made for QwenImageTransformer2DModel, this is FluxTransformer2DModel")
-
-
-def test_tensors_that_do_not_fit_the_plan_are_refused(folder, quantised, tmp_path):
-    path = folder / "diffusion_pytorch_model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    weight, up, extra = f"{TO_Q}.weight", f"{TO_Q}.lowrank_up", f"{TO_Q}.weight_scale"
-    damage = {
-        rf"lacks {TO_Q}.lowrank_up": {k: v for k, v in tensors.items() if k != up},
-        rf"lacks {TO_Q}.lowrank_up and 1 more": {k: v for k, v in tensors.items() if k not in (up, weight)},
-        rf"has {TO_Q}.weight_scale, which": {**tensors, extra: torch.ones(128)},
-        r"weight is \(128, 64\), should be \(128, 128\)": {**tensors, weight: torch.zeros(128, 64)},
-        r"lowrank_up is \(64, 6\), should be": {**tensors, up: torch.zeros(64, 6)},
-        r"weight is torch.float8_e4m3fn in a layer of precision bf16": {
-            **tensors,
-            weight: tensors[weight].to(E4M3),
-        },
-        "files of two models": {**tensors, weight: tiny_flux().get_submodule(TO_Q).weight.detach()},
-    }
-    for match, changed in damage.items():
-        safetensors.torch.save_file(changed, path, {"format": "pt"})
-        refused(folder, match)
-    quantised.save_pretrained(tmp_path / "fp8")
-    path = tmp_path / "fp8" / path.name
-    tensors = safetensors.torch.load_file(path)
-    safetensors.torch.save_file({**tensors, weight: tensors[weight].float()}, path, {"format": "pt"})
-    refused(tmp_path / "fp8", "weight is torch.float32 in a layer of precision fp8")
-
-
-def test_a_missing_shard_of_a_sparse_layer_is_refused(refitted, tmp_path):
-    refitted.save_pretrained(tmp_path, max_shard_size="100KB")
-    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    shard = content["weight_map"][f"{TO_Q}.weight"]
-    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if file != shard}
-    index.write_text(json.dumps(content))
-    (tmp_path / shard).unlink()
-    refused(tmp_path, rf"lacks .*{TO_Q}.*fetch or copy the folder again")
-
-
-def test_ways_around_the_loader_are_refused(folder):
-    with pytest.raises(CheckpointError, match="without offload_state_dict"):
-        FluxTransformer2DModel.from_pretrained(folder, offload_state_dict=True)
-    with pytest.raises(ValueError, match="low_cpu_mem_usage"):
-        FluxTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
-
-
-# ------------------------------------------------------------------------------------------ registration
-
-
-def test_registering_again_changes_nothing(tmp_path):
-    configs, quantizers = dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)
-    assert configs["rtlynx"] is RTLynxConfig
-    rtlynx.quantizer.register()
-    assert (configs, quantizers) == (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
-    assert RTLynxConfig().quant_method.value == RTLynxConfig().quant_method == "rtlynx"
-
-
-def test_a_diffusers_without_the_registry_breaks_nothing_else(tmp_path):
-    script = f"""
-import sys
-sys.modules["diffusers.quantizers.auto"] = None
-sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
-import rtlynx, torch
-model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-rtlynx.densify(rtlynx.sparsify(model))
-try:
-    rtlynx.RTLynxConfig()
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "does not know the quantizers of diffusers" in done.stdout
-    assert "rtlynx.load" in done.stdout
