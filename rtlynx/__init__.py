@@ -8,6 +8,7 @@ from rtlynx.files import CheckpointError
 from rtlynx.linear import SparseLinear
 from rtlynx.models import densify, sparsify
 from rtlynx.pattern import Pattern, nm_mask, norm_scale, pack, unpack
+from rtlynx.quantizer import RTLynxConfig
 from rtlynx.recipe import Budget, Recipe
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CalibrationReport",
     "CheckpointError",
     "Pattern",
+    "RTLynxConfig",
     "Recipe",
     "SparseLinear",
     "calibrate",

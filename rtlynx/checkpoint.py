@@ -59,22 +59,15 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
         If it cannot be written; nothing is left behind then.
     """
     model = target_model(model_or_pipeline)
-    state = state_of(model)
-    if state is None:
-        raise ValueError(
-            f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
-        )
+    body = describe(model)
     layers = sparse_layers(model)
     for name, layer in layers.items():
-        if name not in state.base:
-            raise ValueError(f"{name} is not where it was made sparse: detach adapters before saving")
         unchanged = not layer.refitted and layer.precision == "bf16"
-        if unchanged and weight_fingerprint(layer.weight) != state.base[name]:
+        if unchanged and weight_fingerprint(layer.weight) != body["layers"][name]["base"]:
             raise ValueError(
                 f"the weight of {name} has changed since it was made sparse (a merged adapter?), and a "
                 "checkpoint holds refitted weights only: merge into the dense model, then make it sparse"
             )
-    planned = {layer.name: layer for layer in state.plan.layers}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if layer.weight_scale is not None:
@@ -86,17 +79,40 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
             tensors[f"{name}.lowrank_up"] = layer.lowrank_up
     with atomic_folder(Path(folder), INDEX) as temporary:
         write_tensors(temporary / TENSORS, tensors, {"format": "rtlynx"})
-        body = {
-            "format": "rtlynx",
-            "version": FORMAT_VERSION,
-            "rtlynx": rtlynx.__version__,
-            "model": type(model).__name__,
-            "recipe": state.plan.recipe.to_dict(),
-            "layers": {name: _describe(layer, state.base[name]) for name, layer in layers.items()},
-            "dense": {name: one.dense_reason for name, one in planned.items() if name not in layers},
-            "tensors_sha256": sha256_of(temporary / TENSORS),
-        }
-        write_json(temporary / INDEX, {**body, "sha256": _digest(body)})
+        write_json(temporary / INDEX, signed({**body, "tensors_sha256": sha256_of(temporary / TENSORS)}))
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """How a model is sparse, in JSON values: recipe, layers, digests of their original weights.
+
+    Raises
+    ------
+    ValueError
+        If the model is not sparse, or an adapter wraps a sparse layer.
+    """
+    state = state_of(model)
+    if state is None:
+        raise ValueError(
+            f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
+        )
+    layers = sparse_layers(model)
+    for name in layers:
+        if name not in state.base:
+            raise ValueError(f"{name} is not where it was made sparse: detach adapters before saving")
+    return {
+        "format": "rtlynx",
+        "version": FORMAT_VERSION,
+        "rtlynx": rtlynx.__version__,
+        "model": type(model).__name__,
+        "recipe": state.plan.recipe.to_dict(),
+        "layers": {name: _describe(layer, state.base[name]) for name, layer in layers.items()},
+        "dense": {one.name: one.dense_reason for one in state.plan.layers if one.name not in layers},
+    }
+
+
+def signed(body: dict[str, Any]) -> dict[str, Any]:
+    """`body` with its digest, as `check_index` wants it."""
+    return {**body, "sha256": _digest(body)}
 
 
 def load(model_or_pipeline: Any, folder: str | Path) -> Any:
@@ -129,10 +145,11 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
 
 def _read(model: nn.Module, index: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Solution]]:
     """The plan and the solutions of a checkpoint for `model`, all checked."""
-    if index["model"] != type(model).__name__:
-        raise CheckpointError(f"{folder} was made for {index['model']}, this is {type(model).__name__}")
-    _check_layers(model, index["layers"], folder)
-    plan = _stored_plan(model, index, folder)
+    plan = stored_plan(model, index, folder)
+    for name, entry in index["layers"].items():
+        linear: Any = model.get_submodule(name)
+        if weight_fingerprint(linear.weight) != entry["base"]:
+            raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
     path = folder / TENSORS
     if path.is_file() and sha256_of(path) != index["tensors_sha256"]:
         raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
@@ -154,17 +171,24 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a folder")
     path = folder / INDEX
     index = read_json(path)
+    check_index(index, path)
+    return index
+
+
+def check_index(index: Any, path: Path) -> None:
+    """CheckpointError unless `index`, which was read from `path`, is what `signed(describe(...))` gave."""
     if not isinstance(index, dict) or index.get("format") != "rtlynx":
         raise CheckpointError(f"{path} is not an rtlynx checkpoint")
-    if index.get("version") not in range(1, FORMAT_VERSION + 1):
+    version = index.get("version")
+    if version not in range(1, FORMAT_VERSION + 1):
+        newer = isinstance(version, int) and version > FORMAT_VERSION
         raise CheckpointError(
-            f"{path} is of format version {index.get('version')}, this rtlynx reads versions 1 to "
-            f"{FORMAT_VERSION}"
+            f"{path} is of format version {version}, this rtlynx reads versions 1 to {FORMAT_VERSION}"
+            + (f": it was saved by rtlynx {index.get('rtlynx')}, upgrade to that" if newer else "")
         )
     body = {key: value for key, value in index.items() if key != "sha256"}
     if index.get("sha256") != _digest(body):
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
-    return index
 
 
 def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
@@ -195,11 +219,21 @@ def _check_layers(model: nn.Module, layers: dict[str, Any], folder: Path) -> Non
                 f"{folder} was made for another size: {name} maps {expected[0]} -> {expected[1]} there, "
                 f"{found[0]} -> {found[1]} here"
             )
-        if weight_fingerprint(linear.weight) != entry["base"]:
-            raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
 
 
-def _stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
+def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
+    """The plan of a checkpoint for a dense model of the right class and shapes, which may be on "meta".
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint was made for another architecture or size.
+    KeyError, TypeError, AttributeError
+        If the index is not what `save` writes.
+    """
+    if index["model"] != type(model).__name__:
+        raise CheckpointError(f"{folder} was made for {index['model']}, this is {type(model).__name__}")
+    _check_layers(model, index["layers"], folder)
     try:
         plan = make_plan(model, Recipe.from_dict(index["recipe"]))
     except ValueError as error:

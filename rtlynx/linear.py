@@ -254,7 +254,7 @@ class SparseLinear(nn.Linear):
             dtype = self.compute_dtype or down.dtype
         self.shared_input.forget_factors()
         for name, factor in (("lowrank_down", down), ("lowrank_up", up)):
-            new = factor.detach().to(device, dtype).contiguous()
+            new = factor.detach().to(device, dtype, copy=True).contiguous()  # layers may be given one A
             setattr(self, name, nn.Parameter(new, requires_grad=train))
 
     def set_refit(self, weight: Tensor, *, keep_dense: bool = False) -> None:

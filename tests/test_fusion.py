@@ -1,6 +1,7 @@
 """Blocks whose layers read compressed chains: the same model, in fewer passes. Kernels in their CPU form."""
 
 import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -203,6 +204,19 @@ def test_it_compiles_as_one_graph_a_block(name):
     assert frames
     assert torch.equal(output(model, call), expected)
     assert counter.frame_count == frames
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_runs_its_own_blocks(copied):
+    model, call = model_and_call("flux")
+    sparsify(model)
+    expected = output(model, call)
+    twin = copied(model)
+    assert torch.equal(output(twin, call), expected)
+    twin.transformer_blocks[0].norm1.linear.bias += 1
+    assert not torch.equal(output(twin, call), expected)
+    assert torch.equal(output(model, call), expected)
 
 
 def test_dense_again_it_has_the_forwards_of_its_classes():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
         if forward is None or "forward" in block.__dict__:
             continue
         if any(isinstance(module, SparseLinear) for module in block.modules()):
-            block.__dict__["forward"] = MethodType(forward, block)
+            block.__dict__["forward"] = partial(forward, block)  # (a bound method cannot be pickled)
 
 
 def unfuse_blocks(model: nn.Module, architecture: Architecture) -> None:
@@ -31,7 +31,7 @@ def unfuse_blocks(model: nn.Module, architecture: Architecture) -> None:
     for block in model.modules():
         forward = architecture.fused.get(type(block).__name__)
         installed = block.__dict__.get("forward")
-        if forward is not None and getattr(installed, "__func__", None) is forward:
+        if forward is not None and getattr(installed, "func", None) is forward:
             del block.__dict__["forward"]
 
 

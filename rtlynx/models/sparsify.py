@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from rtlynx.recipe import Recipe
 
 # Attribute of a sparse model that holds its `SparseState`.
 _STATE = "_rtlynx"
+
+# Called with each model that has become sparse or dense.
+observers: list[Callable[[nn.Module], None]] = []
 
 
 class ModelHook:
@@ -133,11 +136,15 @@ def make_plan_for_dense(model: nn.Module, recipe: Recipe) -> Plan:
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, prepare: Callable[[str, SparseLinear], None] | None = None
+    model: nn.Module,
+    plan: Plan,
+    prepare: Callable[[str, SparseLinear], None] | None = None,
+    base: Mapping[str, str] | None = None,
 ) -> None:
     """Replace the planned layers of `model` by sparse ones, all or none.
 
     `prepare` is called with each new layer before any takes its place, to give it factors and weights.
+    `base` gives the fingerprints of the original weights where the model does not hold those ("meta").
     """
     context = SparseContext()
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
@@ -146,7 +153,7 @@ def apply_plan(
     readers = Counter(_memory(layer, known) for layer in plan.sparse)
     shared = {key: SharedInput(single=count == 1) for key, count in readers.items()}
     modules: dict[str, Any] = dict(model.named_modules())
-    replacements, base = {}, {}
+    replacements, fingerprints = {}, {}
     for layer in plan.sparse:
         try:
             sparse = SparseLinear.from_linear(modules[layer.name], pattern=layer.pattern, norm=layer.norm)
@@ -163,24 +170,29 @@ def apply_plan(
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
         replacements[layer.name] = sparse
-        base[layer.name] = weight_fingerprint(modules[layer.name].weight)
+        fingerprints[layer.name] = (
+            weight_fingerprint(modules[layer.name].weight) if base is None else base[layer.name]
+        )
     _replace(model, replacements)
     hook = ModelHook(plan, context)
     handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None
-    setattr(model, _STATE, SparseState(plan, context, base, handle))
-    _join_factors(replacements.values())
-    for sparse in replacements.values():
-        sparse.prepare()
+    setattr(model, _STATE, SparseState(plan, context, fingerprints, handle))
     fuse_blocks(model, plan.architecture)
+    if not any(layer.weight.is_meta for layer in replacements.values()):
+        prepare_layers(model)
+    _tell(model)
 
 
-def _join_factors(layers: Iterable[SparseLinear]) -> None:
-    """Let layers that read one tensor know whether their factors are one: compiled they cannot ask."""
+def prepare_layers(model: nn.Module) -> None:
+    """What compiled code cannot do: order weights for the kernels, and ask whether factors are one."""
     readers: dict[SharedInput, list[Tensor | None]] = {}
-    for layer in layers:
+    for layer in sparse_layers(model).values():
         readers.setdefault(layer.shared_input, []).append(layer.lowrank_down)
-    for shared, downs in readers.items():
-        shared.factor(downs)
+        layer.prepare()
+    state = state_of(model)
+    if state is not None and state.plan.architecture.fused:
+        for shared, downs in readers.items():
+            shared.factor(downs)
 
 
 def _memory(layer: LayerPlan, known: bool) -> str:
@@ -204,6 +216,7 @@ def densify(model_or_pipeline: Any) -> Any:
         if state.hook is not None:
             state.hook.remove()
         delattr(model, _STATE)
+    _tell(model)
     return model_or_pipeline
 
 
@@ -221,6 +234,11 @@ def extra_bytes(model: nn.Module) -> int:
             full = layer.compute_dtype or torch.bfloat16
             total -= layer.weight.numel() * (full.itemsize - layer.weight.element_size())
     return total
+
+
+def _tell(model: nn.Module) -> None:
+    for observer in observers:
+        observer(model)
 
 
 def _replace(model: nn.Module, replacements: dict[str, Any]) -> None:
