@@ -39,6 +39,7 @@ def main() -> None:
     after = sum(one.error for one in report.solutions.values())
     print(f"{len(report.solutions)} layers; compensation leaves {after / before:.0%} of their error")
     rtlynx.save(pipe, options.out)
+    del pipe  # two large models may not fit
 
     other = load(options.model)  # the base model again, dense
     rtlynx.load(other, options.out)
