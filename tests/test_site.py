@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import rtlynx
 from rtlynx.recipe import FORMS
@@ -142,6 +143,28 @@ def test_code_on_the_pages_is_python_and_uses_names_that_exist(name):
         if name != "api.md" or "import" in code:
             ast.parse(code)
         assert set(re.findall(r"\brtlynx\.([A-Za-z_]+)\(", code)) <= set(rtlynx.__all__)
+
+
+def python_after(name, mark):
+    """The first Python block of a page after `mark`."""
+    return re.search(r"```python\n(.*?)```", PAGES[name].partition(mark)[2], re.DOTALL).group(1)
+
+
+def test_the_operators_run_as_the_reference_says():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (6, 32), "weight": (16, 32), "down": (4, 32), "up": (16, 4), "bias": (16,)}
+    scope = {name: torch.randn(*shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    code = python_after("api.md", "## Kernels as torch operators").splitlines(keepends=True)
+    exec("".join(code[:-1]), scope)
+    two_calls = scope["y"]
+    exec(code[-1], scope)
+    torch.testing.assert_close(scope["y"], two_calls, rtol=0, atol=0)
+
+
+def test_a_kernel_compiles_as_the_page_says(capsys):
+    pytest.importorskip("cuda.core")
+    exec(python_after("kernels.md", "<!-- report -->"), {})
+    assert capsys.readouterr().out.endswith(" ()\n")  # no faults
 
 
 def test_pipelines_of_the_quick_start_exist():
