@@ -30,11 +30,12 @@ def page() -> str:
 def _entry(name: str, thing: Any) -> list[str]:
     parts = [f"### `{name}`", f"```python\n{_signature(f'rtlynx.{name}', thing)}\n```", docstring(thing)]
     if inspect.isclass(thing) and not issubclass(thing, Exception):
-        parts += [
-            f"`{method}`: {_summary(member)}"
+        methods = [
+            f"- `{method}`: {_summary(member)}"
             for method, member in vars(thing).items()
             if not method.startswith("_") and _is_method(member) and inspect.getdoc(member)
         ]
+        parts += ["**Methods and properties**", "\n".join(methods)] if methods else []
     return parts
 
 
