@@ -7,16 +7,18 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import results
 import torch
-from card import Card
 from producers import PRODUCERS, Producer, Tail
-from shapes import set_count
-from sustained import Call, Graphs, Sample, Timer, attempt, measure
+from script import FOLDER, options_parser
 from targets import compress_targets
 from torch import Tensor
 
 import rtlynx.kernels.producers  # noqa: F401  (registers torch.ops.rtlynx)
+from rtlynx.bench import results
+from rtlynx.bench.card import Card
+from rtlynx.bench.results import write
+from rtlynx.bench.shapes import set_count
+from rtlynx.bench.sustained import Call, Graphs, Sample, Timer, attempt, measure
 from rtlynx.kernels import jit
 
 M, RANK = 4096, 64
@@ -139,7 +141,7 @@ def producer_row(
 
 
 def main() -> None:
-    options = results.options_parser(__doc__, seconds=1.0).parse_args()
+    options = options_parser(__doc__, seconds=1.0).parse_args()
     card = Card()
     generator = torch.Generator("cuda")
     document = card.describe(options.commit) | {"rank": RANK, "seed": generator.seed()}
@@ -162,7 +164,7 @@ def main() -> None:
             print(f"  {row.get('name', row['K'])} {name}: {reason}")
     document |= results.card_state(rows + producers) | {"rows": rows, "producers": producers}
     document["targets"] = compress_targets(document)
-    results.write(options.out or results.FOLDER / f"compress-{card.slug}.json", document)
+    write(options.out or FOLDER / f"compress-{card.slug}.json", document)
 
 
 if __name__ == "__main__":

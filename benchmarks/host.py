@@ -12,12 +12,13 @@ from itertools import cycle
 from statistics import median, quantiles
 from time import perf_counter_ns
 
-import results
 import torch
-from card import Card
+from script import FOLDER, options_parser
 from targets import host_targets
 from torch.nn.functional import linear
 
+from rtlynx.bench.card import Card
+from rtlynx.bench.results import write
 from rtlynx.linear import SparseLinear
 
 CALLS, BATCH = 10_000, 100
@@ -57,7 +58,7 @@ def layer(generator: torch.Generator, rank: int) -> SparseLinear:
 
 
 def main() -> None:
-    options = results.options_parser(__doc__).parse_args()
+    options = options_parser(__doc__).parse_args()
     card = Card()
     generator = torch.Generator("cuda")
     generator.seed()
@@ -90,7 +91,7 @@ def main() -> None:
         "rows": rows,
     }
     document["targets"] = host_targets(document)
-    results.write(options.out or results.FOLDER / f"host-{card.slug}.json", document)
+    write(options.out or FOLDER / f"host-{card.slug}.json", document)
 
 
 if __name__ == "__main__":

@@ -1,206 +1,22 @@
 """One denoising step of a full-size transformer, weights at random: `python benchmarks/step.py --model NAME`.
 
-Writes results/step-<model>-<card>.json. GPU time is that of a replayed CUDA graph, wall time that of calls
-without one; windows of all variants take turns in one process. Where variants do not fit the card together
-each is measured beside compiled bfloat16 alone, which is measured before and after.
+What `rtlynx bench --model` measures (rtlynx/bench/step.py), with our targets beside it.
+Writes results/step-<model>-<card>.json; of other sizes or few variants only where `--out` says so.
 """
 
-from __future__ import annotations
+from functools import partial
 
-import copy
-import gc
-from collections.abc import Callable, Iterable
-from time import perf_counter
-from typing import Any, NamedTuple
-
-import results
-import torch
-from card import Card
-from full_models import MODELS, Call, Size, build, normals
-from step_split import split
-from sustained import Graphs, Measurement, Sample, Timer, Window, attempt, measure
+from script import FOLDER, options_parser
 from targets import step_targets
-from torch import Tensor, nn
 
-from rtlynx import Recipe
-from rtlynx.models import make_plan
-from rtlynx.models.sparsify import apply_plan
-
-REFERENCE = "bf16 compiled"
-RANK = 64
-
-
-class Variant(NamedTuple):
-    """`change` makes a copy of the model, which shares its parameters, into what is measured."""
-
-    name: str
-    change: Callable[[nn.Module], object]
-    compiled: bool = True
-
-
-def torchao_fp8(model: nn.Module) -> None:
-    """Row-wise dynamic fp8 of all linears in the repeated blocks, as torchao's users have it."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-    blocks = tuple(
-        name for name, module in model.named_modules() if type(module).__name__ in _repeated(model)
-    )
-
-    def chosen(module: nn.Module, name: str) -> bool:
-        wide = isinstance(module, nn.Linear) and min(module.in_features, module.out_features) >= 1024
-        modulation = "mod" in name or ".norm" in name or "adaLN" in name  # of one token: nothing to gain
-        return wide and not modulation and name.startswith(blocks)
-
-    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=chosen)
-
-
-def sparse(precision: str) -> Callable[[nn.Module], None]:
-    """The form of our default recipe, refitted weights and a low-rank branch; factors are random too."""
-
-    def change(model: nn.Module) -> None:
-        plan = make_plan(model, Recipe(rank=RANK, refit=True, precision=precision))
-        normal, downs = normals(3), {}
-
-        def prepare(name: str, layer: Any) -> None:
-            k, n = layer.in_features, layer.out_features
-            if layer.shared_input not in downs:
-                downs[layer.shared_input] = normal(RANK, k) * k**-0.5
-            layer.set_lowrank(downs[layer.shared_input], normal(n, RANK) * (0.1 * RANK**-0.5))
-
-        apply_plan(model, plan, prepare)
-
-    return change
-
-
-VARIANTS = (
-    Variant("bf16 eager", lambda model: None, compiled=False),
-    Variant(REFERENCE, lambda model: None),
-    Variant("fp8 compiled (torchao)", torchao_fp8),
-    Variant("rtlynx bf16-2:4", sparse("bf16")),
-    Variant("rtlynx fp8-2:4", sparse("fp8")),
-)
-
-
-def _repeated(model: nn.Module) -> tuple[str, ...]:
-    return tuple(model._repeated_blocks)
-
-
-class WallTimer:
-    """Steps one after the other, as a sampler makes them, without a graph."""
-
-    def __init__(self, step: Callable[[], object]) -> None:
-        self._step = step
-
-    def window(self, seconds: float, sample: Sample, discard: float) -> Window:
-        window = Window([], [], [])
-        for length in (discard, seconds):
-            torch.cuda.synchronize()
-            start, count = perf_counter(), 0
-            while perf_counter() - start < length:
-                self._step()
-                count += 1
-            torch.cuda.synchronize()
-            elapsed = perf_counter() - start
-        window.call_us.append(elapsed / count * 1e6)
-        for reading, kept in zip(sample(), (window.clock_mhz, window.power_w), strict=True):
-            if reading is not None:
-                kept.append(reading)
-        return window
-
-
-class Ready(NamedTuple):
-    """A variant that can be timed. `gpu` is None where no graph holds it."""
-
-    gpu: Timer | None
-    wall: Timer
-    shares: dict[str, float]
-    peak_gib: float
-    weights_gib: float
-
-
-def step_of(model: nn.Module, calls: list[Call]) -> Callable[[], list[Tensor]]:
-    @torch.no_grad()
-    def step() -> list[Tensor]:
-        outputs = []
-        for call in calls:
-            (y,) = model(**call, return_dict=False)
-            outputs += y if isinstance(y, list) else [y]
-        return outputs
-
-    return step
-
-
-def prepare(variant: Variant, model: nn.Module, calls: list[Call], missing: dict[str, str]) -> Ready:
-    """Make the variant, compile it, capture it; RuntimeError and the like where it does not run."""
-    before = torch.cuda.memory_allocated()
-    twin = copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
-    variant.change(twin)
-    if variant.compiled:
-        twin.compile_repeated_blocks(fullgraph=True)
-    step = step_of(twin, calls)
-    step()
-    torch.cuda.synchronize()
-    weights = torch.cuda.memory_allocated() - before
-    torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - base
-    gpu = attempt(missing, f"{variant.name}, graph", lambda: Graphs().timer([step], replay_ms=1.0))
-    return Ready(gpu, WallTimer(step), split(step), peak / 2**30, weights / 2**30)
-
-
-def variant_row(name: str, ready: Ready, taken: dict[str, Measurement]) -> dict:
-    gpu, wall = taken.get(f"{name}/gpu"), taken.get(f"{name}/wall")
-    total = gpu and gpu.us / 1e3
-    parts = {f"{part}_ms": total and round(total * share, 3) for part, share in ready.shares.items()}
-    return {
-        "name": name,
-        "gpu_ms": total and round(total, 3),
-        "wall_ms": wall and round(wall.us / 1e3, 3),
-        "gpu_rounds_ms": gpu and [round(us / 1e3, 3) for us in gpu.rounds_us],
-        "wall_rounds_ms": wall and [round(us / 1e3, 3) for us in wall.rounds_us],
-        "clock_mhz": gpu and gpu.clock_mhz,
-        "power_w": gpu and gpu.power_w,
-        **parts,
-        "activations_gib": round(ready.peak_gib, 2),
-        "extra_weights_gib": round(ready.weights_gib, 2),
-        "reason": None,
-    }
-
-
-def measure_together(
-    variants: Iterable[Variant], model: nn.Module, calls: list[Call], card: Card, seconds: float, rounds: int
-) -> list[dict]:
-    """A row a variant, windows of all interleaved."""
-    ready: dict[str, Ready] = {}
-    missing: dict[str, str] = {}
-    for variant in variants:
-        started = perf_counter()
-        made = attempt(missing, variant.name, lambda of=variant: prepare(of, model, calls, missing))
-        if made is not None:
-            ready[variant.name] = made
-        print(f"{variant.name}: ready after {perf_counter() - started:.0f} s", missing, flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-    timers: dict[str, Timer] = {}
-    for name, one in ready.items():
-        if one.gpu is not None:
-            timers[f"{name}/gpu"] = one.gpu
-        timers[f"{name}/wall"] = one.wall
-    taken = measure(timers, seconds, rounds, card.sample, missing)
-    rows = [variant_row(name, one, taken) for name, one in ready.items()]
-    for row in rows:
-        row["reason"] = missing.get(f"{row['name']}, graph")
-    return rows + [
-        {"name": variant.name, "gpu_ms": None, "wall_ms": None, "reason": missing[variant.name]}
-        for variant in variants
-        if variant.name not in ready
-    ]
+from rtlynx.bench import step
+from rtlynx.bench.card import Card
+from rtlynx.bench.full_models import MODELS, Size
+from rtlynx.bench.results import write
 
 
 def main() -> None:
-    parser = results.options_parser(__doc__, seconds=1.5)
+    parser = options_parser(__doc__, seconds=1.5)
     parser.add_argument("--model", choices=list(MODELS), required=True)
     parser.add_argument("--side", type=int, default=1024, help="of the picture, in pixels")
     parser.add_argument("--batch", type=int, default=1)
@@ -208,85 +24,24 @@ def main() -> None:
     parser.add_argument("--attention", default="_native_cudnn", help="diffusers attention backend")
     parser.add_argument("--variants", help="comma-separated names, default all")
     options = parser.parse_args()
-    card, of = Card(), MODELS[options.model]
-    torch._dynamo.config.recompile_limit = 64  # blocks of all variants run the same code objects
-    size = Size(options.side, options.batch, options.text_tokens or of.text_tokens)
-    variants = [one for one in VARIANTS if not options.variants or one.name in options.variants.split(",")]
-    model = build(of)
-    model.set_attention_backend(options.attention)
-    calls = of.calls(size, normals(7))
-    document = {
-        **card.describe(options.commit),
-        "model": of.name,
-        "resolution": size.side,
-        "batch": size.batch,
-        "text_tokens": size.text_tokens,
-        "forwards": len(calls),
-        "attention": options.attention,
-        "rank": RANK,
-        "window_s": options.seconds,
-        "rounds": options.rounds,
-        "together": fits_together(model),
-    }
-    if document["together"]:
-        rows = measure_together(variants, model, calls, card, options.seconds, options.rounds)
-    else:
-        rows = measure_pairwise(variants, model, calls, card, options.seconds, options.rounds)
-    document |= {"variants": rows}
+    size = Size(options.side, options.batch, options.text_tokens or MODELS[options.model].text_tokens)
+    card = Card()
+    document = step.run(
+        options.model,
+        card,
+        seconds=options.seconds,
+        rounds=options.rounds,
+        size=size,
+        variants=options.variants and options.variants.split(","),
+        attention=options.attention,
+        commit=options.commit,
+        report=partial(print, flush=True),
+    )
     document["targets"] = step_targets(document)
-    print(table(rows))
+    print(step.table(document["variants"]))
     plain = (options.side, options.batch, options.text_tokens) == (1024, 1, None) and not options.variants
     if options.out or plain:
-        results.write(options.out or results.FOLDER / f"step-{of.name}-{card.slug}.json", document)
-
-
-def fits_together(model: nn.Module) -> bool:
-    """Whether the card holds the weights in bfloat16 once and in eight bits twice, and room to work."""
-    weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    return 2.3 * weights < torch.cuda.get_device_properties().total_memory
-
-
-def measure_pairwise(
-    variants: Iterable[Variant], model: nn.Module, calls: list[Call], card: Card, seconds: float, rounds: int
-) -> list[dict]:
-    """Each variant beside the reference alone. `drift` says how far the reference moved between them."""
-    taken = list(variants)
-    (reference,) = (variant for variant in taken if variant.name == REFERENCE)
-    rows, seen = [], []
-    for variant in taken:
-        if variant is reference:
-            continue
-        (*pair,) = measure_together((reference, variant), model, calls, card, seconds, rounds)
-        by_name = {row["name"]: row for row in pair}
-        beside = by_name[REFERENCE]
-        seen.append(beside)
-        rows.append(
-            by_name[variant.name] | {"beside": {key: beside.get(key) for key in ("gpu_ms", "wall_ms")}}
-        )
-        gc.collect()
-        torch.cuda.empty_cache()
-    times = [row["gpu_ms"] for row in seen if row["gpu_ms"]]
-    drift = max(times) / min(times) - 1 if times else None
-    return [seen[0] | {"drift": drift}, *rows]
-
-
-def table(rows: list[dict]) -> str:
-    columns = (
-        "gpu_ms",
-        "wall_ms",
-        "linear_ms",
-        "attention_ms",
-        "rest_ms",
-        "activations_gib",
-        "extra_weights_gib",
-    )
-    lines = [f"{'variant':26}" + "".join(f"{name:>19}" for name in columns)]
-    for row in rows:
-        cells = "".join(
-            f"{'-' if row.get(name) is None else format(row[name], '.2f'):>19}" for name in columns
-        )
-        lines.append(f"{row['name']:26}{cells}  {row['reason'] or ''}")
-    return "\n".join(lines)
+        write(options.out or FOLDER / f"step-{options.model}-{card.slug}.json", document)
 
 
 if __name__ == "__main__":

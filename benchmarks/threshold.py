@@ -5,12 +5,13 @@ and multiply in PyTorch; and the dense layer that it replaces, for scale.
 Writes results/threshold-<card>.json, on which `rtlynx.kernels.choice` relies.
 """
 
-import results
 import torch
-from card import Card
-from sustained import Graphs, attempt, measure
+from script import FOLDER, options_parser
 from torch.nn.functional import linear
 
+from rtlynx.bench.card import Card
+from rtlynx.bench.results import write
+from rtlynx.bench.sustained import Graphs, attempt, measure
 from rtlynx.kernels import ops, reference
 from rtlynx.pattern import Pattern
 
@@ -20,7 +21,7 @@ SETS = 8  # weights of 19 MB each
 
 
 def main() -> None:
-    options = results.options_parser(__doc__, seconds=0.4).parse_args()
+    options = options_parser(__doc__, seconds=0.4).parse_args()
     card = Card()
 
     def normal(*size: int) -> torch.Tensor:
@@ -54,7 +55,7 @@ def main() -> None:
             rows.append({"tokens": tokens, "us": times, "missing": missing})
             print(f"{tokens:5} tokens  " + "  ".join(f"{name} {us:.1f} us" for name, us in times.items()))
     document = card.describe(options.commit) | {"K": K, "N": N, "rank": RANK, "rows": rows}
-    results.write(options.out or results.FOLDER / f"threshold-{card.slug}.json", document)
+    write(options.out or FOLDER / f"threshold-{card.slug}.json", document)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ import json
 from collections.abc import Iterable, Mapping
 from itertools import product
 
-import results
 import torch
-from card import Card
-from shapes import SHAPES, Shape, chosen, set_count
-from sustained import Graphs, attempt, measure
+from script import FOLDER, options_parser
 from torch import Tensor
 
 import rtlynx.kernels.ops  # noqa: F401  (registers torch.ops.rtlynx)
+from rtlynx.bench.card import Card
+from rtlynx.bench.results import write
+from rtlynx.bench.shapes import SHAPES, Shape, chosen, set_count
+from rtlynx.bench.sustained import Graphs, attempt, measure
 from rtlynx.kernels import tuning
 
 # Between the listed shapes: other token counts, and the widths that models have.
@@ -71,7 +72,7 @@ def rewrite_table(best: Mapping[tuple[int, int, int], str]) -> None:
 
 
 def main() -> None:
-    parser = results.options_parser(__doc__, seconds=0.4)
+    parser = options_parser(__doc__, seconds=0.4)
     parser.add_argument(
         "--shapes", help="comma-separated names of listed shapes, instead of all and the grid"
     )
@@ -101,7 +102,7 @@ def main() -> None:
         )
         print(f"{shape.name:18} {ranking or missing}; the model says {modelled}", flush=True)
     rewrite_table(best)
-    results.write(options.out or results.FOLDER / f"tune-{card.slug}.json", document | {"rows": rows})
+    write(options.out or FOLDER / f"tune-{card.slug}.json", document | {"rows": rows})
 
 
 if __name__ == "__main__":

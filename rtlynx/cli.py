@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,14 @@ from rich.table import Table
 
 import rtlynx
 from rtlynx import CalibrationOptions, Recipe
+from rtlynx.bench import linear as linear_bench
+from rtlynx.bench import step as step_bench
+from rtlynx.bench.card import Card
+from rtlynx.bench.full_models import full_model
+from rtlynx.bench.overview import overview as bench_overview
+from rtlynx.bench.overview import step_overview
+from rtlynx.bench.results import write as write_results
+from rtlynx.bench.shapes import chosen as chosen_shapes
 from rtlynx.checkpoint import INDEX, read_index
 from rtlynx.doctor import examine, to_json
 from rtlynx.evaluate import compare
@@ -282,6 +290,40 @@ def precompile() -> None:
     if usage.trouble:
         raise OSError(f"compiled kernels cannot be kept: {usage.trouble}; point RTLYNX_CACHE_DIR elsewhere")
     out.print(f"{jit.precompile()} kernels for {jit.ARCH} in {usage.folder}")
+
+
+@app.command(epilog="Example: rtlynx bench --dtype fp8 --shapes flux-up,flux-down --out bench.json")
+def bench(
+    dtype: Annotated[Literal["bf16", "fp8"], typer.Option(help="What the layers multiply.")] = "bf16",
+    shapes: Annotated[
+        str | None, typer.Option(help="Comma-separated names, default all twelve.", show_default=False)
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Length of a window; each variant gets two.", min=0.01)
+    ] = 1.0,
+    model: Annotated[
+        str | None,
+        typer.Option(help="flux1-dev, qwen-image or z-image: a denoising step instead of single layers."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--out", help="Write all figures to this JSON file.")] = None,
+) -> None:
+    """Measure linear layers, or a whole step, on this machine's Hopper card, beside what else there is."""
+
+    def report(line: str) -> None:
+        err.print(line, style="dim", soft_wrap=True)
+
+    if model is not None:
+        document = step_bench.run(full_model(model), Card(), seconds=seconds, report=report)
+        out.print(step_overview(document))
+        if file is not None:
+            write_results(file, document)
+        return
+    taken, card = chosen_shapes(shapes), Card()
+    document = linear_bench.run(dtype, taken, card, seconds=seconds, report=report)
+    out.print(bench_overview(document))
+    out.print(f"Whole layers: compression, norm scale, low-rank branch of rank {document['rank']}, bias.")
+    if file is not None:
+        write_results(file, document)
 
 
 def _recipe(file: Path | None, settings: list[str] | None, default: Recipe) -> Recipe:

@@ -18,36 +18,36 @@ class Derived:
 
     def __init__(self) -> None:
         self._entry: tuple[list[weakref.ref[Tensor]], object] | None = None
-        self._kept: Tensor | None = None
+        self.kept: Tensor | None = None
 
     def get(self, sources: tuple[Tensor, ...], key: object, make: Callable[[], Tensor]) -> Tensor:
         """`make()` of `sources` and whatever `key` says."""
         if torch.compiler.is_compiling():
-            return make() if self._kept is None else self._kept
+            return make() if self.kept is None else self.kept
         if any(source.is_inference() for source in sources):
             return make()  # without versions for this call alone
         entry = self._entry
         state = (key, *((source._version, source.data_ptr()) for source in sources))
         if (
             entry is not None
-            and self._kept is not None
+            and self.kept is not None
             and entry[1] == state
             and all(ref() is source for ref, source in zip(entry[0], sources, strict=True))
         ):
-            return self._kept
+            return self.kept
         made = make()
         if made.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 return made  # filled by replays of that graph alone
             torch.cuda.current_stream(made.device).synchronize()  # other streams may be the next to ask
-        self._entry, self._kept = ([weakref.ref(source) for source in sources], state), made
+        self._entry, self.kept = ([weakref.ref(source) for source in sources], state), made
         return made
 
     def drop(self) -> None:
-        self._entry = self._kept = None
+        self._entry = self.kept = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived:
         return Derived()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_entry": None, "_kept": None}
+        return {"_entry": None, "kept": None}

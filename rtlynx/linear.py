@@ -402,6 +402,10 @@ class SparseLinear(nn.Linear):
             with torch.no_grad():
                 self.multiplied()
 
+    def kept_copies(self) -> list[Tensor]:
+        """What the layer holds beside its parameters and buffers at present."""
+        return [kept for kept in (self._ordered.kept, self._folded.kept) if kept is not None]
+
     def train(self, mode: bool = True) -> SparseLinear:
         """As of any module; what was made of the parameters, which training changes, is made anew."""
         self._ordered.drop()

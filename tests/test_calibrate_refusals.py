@@ -30,6 +30,7 @@ from rtlynx import (
     calibrate,
     sparsify,
 )
+from rtlynx.calibration.budget import PRODUCT_TIME
 from rtlynx.models import sparse_layers, state_of
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -179,8 +180,8 @@ def test_a_generous_error_budget_changes_nothing():
 
 
 def flops(layer, tokens, shared_by):
-    """Multiply-adds that 2:4 saves in one call less those of the low-rank branch, times two."""
-    saved = tokens * layer.in_features * layer.out_features / 2
+    """Multiply-adds whose time 2:4 saves in one call less those of the low-rank branch, times two."""
+    saved = tokens * layer.in_features * layer.out_features * (1 - PRODUCT_TIME["bf16-sparse"])
     return 2 * (saved - tokens * layer.rank * (layer.out_features + layer.in_features / shared_by))
 
 

@@ -37,7 +37,7 @@ def test_version_and_help_exit_cleanly(run):
     code, out, _ = run("--version")
     assert code == 0
     assert out.strip()[0].isdigit()
-    for command in ("demo", "calibrate", "convert", "evaluate", "inspect", "doctor", "precompile"):
+    for command in ("demo", "calibrate", "convert", "evaluate", "inspect", "doctor", "precompile", "bench"):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert f"Example: rtlynx {command}" in " ".join(out.split())

@@ -146,9 +146,9 @@ def test_changes_of_a_quantised_layers_factors_are_noticed(calls, monkeypatch):
     layer.quantize()
     x = normal(70, K)
     layer(x)
-    folded = layer._folded._kept
+    folded = layer._folded.kept
     layer(x)
-    assert layer._folded._kept is folded
+    assert layer._folded.kept is folded
     layer.lowrank_up.mul_(-3)
     by_kernels = layer(x)
     monkeypatch.setattr(rtlynx.linear, "kernels_serve", lambda *_: False)
@@ -341,7 +341,7 @@ def test_the_copy_is_private():
     layer, x = sparse("strided"), normal(70, K)
     before = list(layer.state_dict())
     expected = layer(x)
-    ordered = weakref.ref(layer._ordered._kept)
+    ordered = weakref.ref(layer._ordered.kept)
     assert list(layer.state_dict()) == before
     assert "_ordered" not in vars(layer.to_linear())
     twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))

@@ -1,9 +1,9 @@
 """What the README says is what the committed results file says, and its code runs."""
 
-import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,30 +11,29 @@ from PIL import Image
 
 import rtlynx
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
+
+import plots
+import tables
+import update_readme
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-
-
-def load_updater():
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs/update_readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+IN_README, ON_SITE = (tables.Place(in_docs=in_docs) for in_docs in (False, True))
 
 
 def test_the_table_is_the_results_file():
-    assert load_updater().updated(README) == README
+    assert update_readme.updated(README, Path("README.md")) == README
     results = json.loads((ROOT / "docs/demo/results.json").read_text())
     ours = next(row for row in results["variants"] if row["name"] == "activation-2:4+refit+lowrank")
     assert f"{ours['psnr']:.1f}" in README
 
 
 def test_the_plot_is_of_the_results_file():
-    updater = load_updater()
-    if not (ROOT / updater.SPEED_RESULTS).exists():
-        pytest.skip("no results yet")
-    with Image.open(ROOT / updater.SPEED_PLOT) as plot:
-        assert plot.text["Source"] == updater.speed_source(), "run python docs/update_readme.py"
+    assert update_readme.plotted()
+    for source in update_readme.plotted():
+        with Image.open(ROOT / tables.plot_of(source)) as plot:
+            assert plot.text["Source"] == plots.source_of(ROOT / source), "run python docs/update_readme.py"
 
 
 def invented_speed() -> dict:
@@ -87,19 +86,23 @@ def invented_speed() -> dict:
     }
 
 
+def updated(readme, root):
+    return update_readme.updated(readme, Path("README.md"), root)
+
+
 def test_how_fast_appears_with_its_results(tmp_path):
-    updater = load_updater()
     shutil.copytree(ROOT / "docs/demo", tmp_path / "docs/demo", ignore=shutil.ignore_patterns("*.png"))
-    readme = f"{updater.BEGIN}{updater.END}\n\n{updater.SPEED_BEGIN}\nold\n{updater.SPEED_END}\n\nrest\n"
+    begin, end = "<!-- speed: begin -->", "<!-- speed: end -->"
+    readme = f"<!-- figures: begin --><!-- figures: end -->\n\n{begin}\nold\n{end}\n\nrest\n"
 
-    before = updater.updated(readme, tmp_path)
-    assert before.endswith(f"{updater.SPEED_BEGIN}\n{updater.SPEED_END}\n\nrest\n")
+    before = updated(readme, tmp_path)
+    assert before.endswith(f"{begin}\n{end}\n\nrest\n")
 
-    results = tmp_path / updater.SPEED_RESULTS
+    results = tmp_path / update_readme.BF16
     results.parent.mkdir(parents=True)
     results.write_text(json.dumps(invented_speed()))
-    after = updater.updated(before, tmp_path)
-    assert after == updater.updated(after, tmp_path)
+    after = updated(before, tmp_path)
+    assert after == updated(after, tmp_path)
     lines = after.splitlines()
     assert "## How fast" in lines
     first, second, mean = (
@@ -113,14 +116,15 @@ def test_how_fast_appears_with_its_results(tmp_path):
     assert "| – + – |" in second  # noqa: RUF001
     assert "| 2.00x | | **1.25x** | 1.25x |" in mean
     assert "a card" in after
+    assert "1 of 3 targets are met: [all of them, and every other figure](docs/speed.md)." in lines
+    lines = update_readme.targets(tmp_path, ON_SITE).splitlines()
     assert "| speed | at least 1.50x | 1.25x | **missed** |" in lines
     assert "| host | at most 30 µs | 29 µs | met |" in lines
     assert "| rest | at least 2.00x | –x | **missed** |" in lines  # noqa: RUF001
     assert "commit 0123456789 " in after
 
 
-def test_fp8_appears_with_its_results(tmp_path):
-    updater = load_updater()
+def test_fp8_appears_with_its_results():
     row = invented_speed()["rows"][0] | {
         "cublas_fp8_us": 60.0,
         "cublas_fp8_quant_us": 20.0,
@@ -132,7 +136,8 @@ def test_fp8_appears_with_its_results(tmp_path):
     }
     unmeasured = row | dict.fromkeys(("cublas_fp8_us", "fp8_linear_us", "quantization_err"))
     means = {"gemm_vs_cublas_fp8": 2.0, "linear_vs_cublas_bf16": 2.0, "linear_vs_fp8_linear": None}
-    section = updater.fp8_section({"rows": [row, unmeasured], "geomean": means, "commit": "0123456789ab"})
+    results = {"rows": [row, unmeasured], "geomean": means, "commit": "0123456789ab"}
+    section = tables.fp8_section(results, update_readme.FP8, IN_README)
     first, second = (line for line in section.splitlines() if line.startswith("| a |"))
     assert first.startswith("| a | 4096, 3072, 4096 | 100 | 20 + 60 | 20 + 30 |")
     assert first.endswith("| 2.00x | 50 | **2.00x** | **1.60x** |")
@@ -142,7 +147,7 @@ def test_fp8_appears_with_its_results(tmp_path):
 
 def test_the_plot_shows_layers_that_a_peer_cannot_do(tmp_path):
     plot = tmp_path / "speed" / "plot.png"
-    load_updater().draw_speed(invented_speed(), plot, "digest")
+    plots.draw_speed(invented_speed(), plot, "digest")
     with Image.open(plot) as image:
         assert image.text["Source"] == "digest"
         assert image.width > 800
@@ -150,7 +155,7 @@ def test_the_plot_shows_layers_that_a_peer_cannot_do(tmp_path):
 
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="speed: begin"):
-        load_updater().updated(README.replace("<!-- speed: begin -->", ""))
+        update_readme.updated(README.replace("<!-- speed: begin -->", ""), Path("README.md"))
 
 
 def test_every_public_name_that_the_readme_uses_exists():

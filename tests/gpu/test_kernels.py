@@ -2,9 +2,7 @@
 
 import itertools
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,12 +23,9 @@ from cases import (
 )
 
 from rtlynx import Pattern
+from rtlynx.bench.shapes import SHAPES
 from rtlynx.kernels import ops
 from rtlynx.kernels.blocks import compute_order
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from shapes import SHAPES
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [

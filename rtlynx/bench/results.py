@@ -1,17 +1,14 @@
-"""Results files: rows, means, writing."""
+"""Results: rows, means, writing."""
 
-import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 
-from operands import Errors
-from shapes import Shape, paper_rank
-from sustained import Measurement
-
-FOLDER = Path(__file__).resolve().parent / "results"
+from rtlynx.bench.operands import Errors
+from rtlynx.bench.shapes import Shape, paper_rank
+from rtlynx.bench.sustained import Measurement
 
 # The variants of a linear layer; each gives a column `<name>_us`.
 LINEAR_VARIANTS = (
@@ -82,10 +79,11 @@ def ratio(row: Mapping, over: str, under: str) -> float | None:
 
 def geomean(values: Iterable[float | None]) -> float | None:
     """Geometric mean; None where a value is missing: a mean over a part would not be the claimed one."""
-    known = list(values)
-    if not known or any(value is None for value in known):
+    logarithms = [None if value is None else math.log(value) for value in values]
+    known = [value for value in logarithms if value is not None]
+    if not known or len(known) < len(logarithms):
         return None
-    return math.exp(math.fsum(math.log(value) for value in known) / len(known))
+    return math.exp(math.fsum(known) / len(known))
 
 
 def geomeans(rows: Iterable[Mapping], dtype: str = "bf16") -> dict[str, float | None]:
@@ -102,19 +100,6 @@ def card_state(rows: Iterable[Mapping]) -> dict[str, float | None]:
         known = [window[field] for window in windows if window[field] is not None]
         state[field] = round(median(known), 1) if known else None
     return state
-
-
-def options_parser(description: str | None, seconds: float | None = None) -> argparse.ArgumentParser:
-    """The options that benchmarks share; those of windows where `seconds` gives their default length."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    if seconds is not None:
-        parser.add_argument("--seconds", type=float, default=seconds, help="length of a window")
-        parser.add_argument("--rounds", type=int, default=2, help="windows of each variant")
-    parser.add_argument("--commit", help="what the figures belong to, where the tree has no .git")
-    parser.add_argument("--out", type=Path, help="default: a file in benchmarks/results")
-    return parser
 
 
 def write(path: Path, document: Mapping) -> None:

@@ -38,13 +38,13 @@ SHAPES = (
 
 
 def chosen(names: str | None) -> tuple[Shape, ...]:
-    """The shapes of a comma-separated list, all without one."""
+    """The shapes of a comma-separated list, all without one; ValueError for a name that is none."""
     if names is None:
         return SHAPES
     known = {shape.name: shape for shape in SHAPES}
     unknown = [name for name in names.split(",") if name not in known]
     if unknown:
-        raise SystemExit(f"no shape is called {', '.join(unknown)}; there are {', '.join(known)}")
+        raise ValueError(f"no shape is called {', '.join(unknown)}; there are {', '.join(known)}")
     return tuple(known[name] for name in names.split(","))
 
 

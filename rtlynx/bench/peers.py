@@ -1,13 +1,14 @@
 """What there is besides us: cuBLAS through `F.linear`, cuSPARSELt and dense fp8 products through PyTorch."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from operands import Operands
-from sustained import REPLAY_MS, Call, Graphs, ProfilerTimer, Timer, close, measure
 from torch import Tensor
 
+from rtlynx.bench.operands import Operands
+from rtlynx.bench.sustained import REPLAY_MS, Call, ProfilerTimer, Timer, TimerFactory, close, measure
 from rtlynx.pattern import nm_mask, select
 from rtlynx.quantization import E4M3, E4M3_MAX, quantize_tokens
 
@@ -61,7 +62,8 @@ def dense_fp8_calls(sets: Sequence[Operands]) -> dict[str, Callable[[], list[Cal
     def products() -> list[Call]:
         inputs = [quantize_rows(of.x) for of in sets]
         return [
-            lambda of=of, values=values, scale=scale: torch._scaled_mm(
+            partial(
+                torch._scaled_mm,
                 values,
                 of.held.t(),
                 scale_a=scale,
@@ -71,11 +73,12 @@ def dense_fp8_calls(sets: Sequence[Operands]) -> dict[str, Callable[[], list[Cal
                 use_fast_accum=True,
             )
             for of, (values, scale) in zip(sets, inputs, strict=True)
+            if of.weight_scale is not None
         ]
 
     return {
         "cublas_fp8": products,
-        "cublas_fp8_quant": lambda: [lambda of=of: quantize(of.x) for of in sets],
+        "cublas_fp8_quant": lambda: [partial(quantize, of.x) for of in sets],
     }
 
 
@@ -92,7 +95,7 @@ class CuSparseLt:
     """
 
     def __init__(
-        self, new_graphs: Callable[[], Graphs], generator: torch.Generator, dtype: str = "bf16"
+        self, new_graphs: Callable[[], TimerFactory], generator: torch.Generator, dtype: str = "bf16"
     ) -> None:
         self.method, self.reason = "cuda graph", None
         self.chosen: Algorithm | None = None
@@ -111,12 +114,12 @@ class CuSparseLt:
         except Exception as error:
             self.method, self.reason = "profiler", str(error).strip().splitlines()[0]
 
-    def timer(self, graphs: Graphs, calls: Sequence[Call], replay_ms: float = REPLAY_MS) -> Timer:
+    def timer(self, graphs: TimerFactory, calls: Sequence[Call], replay_ms: float = REPLAY_MS) -> Timer:
         if self.method == "cuda graph":
             return graphs.timer(calls, replay_ms)
         return ProfilerTimer(calls)
 
-    def best(self, graphs: Graphs, pairs: Sequence[tuple[Tensor, Tensor]], wanted: Tensor) -> Algorithm:
+    def best(self, graphs: TimerFactory, pairs: Sequence[tuple[Tensor, Tensor]], wanted: Tensor) -> Algorithm:
         """The fastest algorithm for these (compressed, weight), of those that give `wanted` on the first."""
         self.chosen = None
         timers: dict[Algorithm, Timer] = {}
@@ -139,17 +142,14 @@ class CuSparseLt:
 
 
 def product_calls(pairs: Sequence[tuple[Tensor, Tensor]], algorithm: Algorithm) -> list[Call]:
-    return [
-        lambda compressed=compressed, weight=weight: multiply(compressed, weight, algorithm)
-        for compressed, weight in pairs
-    ]
+    return [partial(multiply, compressed, weight, algorithm) for compressed, weight in pairs]
 
 
 def candidates(compressed: Tensor, weight: Tensor) -> list[Algorithm]:
     """All algorithms, and the library's own search's choice, which may split K."""
     found, count = [], MOST_ALGORITHMS
     try:
-        search = torch._C._cusparselt.mm_search
+        search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
         alg_id, split_k, mode, count = search(compressed, weight.t(), None, None, None, False)
         found = [Algorithm(alg_id, split_k, mode) if split_k > 1 else Algorithm(alg_id)]
     except (AttributeError, TypeError, RuntimeError):

@@ -7,6 +7,7 @@ second: a card under load clocks lower than in a burst. Windows of the variants 
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple, Protocol, TypeVar
@@ -44,6 +45,10 @@ class Measurement(NamedTuple):
 
 class Timer(Protocol):
     def window(self, seconds: float, sample: Sample, discard: float) -> Window: ...
+
+
+class TimerFactory(Protocol):
+    def timer(self, calls: Sequence[Call], replay_ms: float = REPLAY_MS) -> Timer: ...
 
 
 class Graphs:
@@ -185,7 +190,7 @@ def measure(
     windows: dict[str, list[Window]] = {name: [] for name in timers}
     for index in range(rounds):
         for name in list(windows)[:: -1 if index % 2 else 1]:
-            window = attempt(missing, name, lambda name=name: timers[name].window(seconds, sample, discard))
+            window = attempt(missing, name, partial(timers[name].window, seconds, sample, discard))
             if window is None:
                 del windows[name]
             else:

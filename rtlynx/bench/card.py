@@ -12,18 +12,26 @@ try:
 except ImportError:  # figures without clock and power then, and the results say null
     pynvml = None
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Card:
-    """The current CUDA device, read through NVML."""
+    """The current CUDA device, read through NVML.
+
+    Raises
+    ------
+    RuntimeError
+        In one sentence, if it is no Hopper card or there is none.
+    """
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
-            raise SystemExit("benchmarks need a CUDA device, and torch sees none")
+            raise RuntimeError("the benchmark needs a Hopper card, and torch sees no CUDA device")
         properties = torch.cuda.get_device_properties()
         if (properties.major, properties.minor) != (9, 0):
-            raise SystemExit(f"the kernels are for compute capability 9.0, {properties.name} is another card")
+            raise RuntimeError(
+                f"the benchmark needs a Hopper card (compute capability 9.0), and this is {properties.name}"
+            )
         self.name: str = properties.name
         self.l2_bytes: int = properties.L2_cache_size
         self._handle = None
@@ -81,9 +89,14 @@ def card_slug(name: str) -> str:
 
 
 def commit_at_hand() -> str | None:
-    """RTLYNX_COMMIT where the tree has no .git, else git's, marked where rtlynx/ differs from it."""
+    """RTLYNX_COMMIT where the tree has no .git, else git's, marked where rtlynx/ differs from it.
+
+    None where the package was installed: whatever repository is around it then is another one.
+    """
     if os.environ.get("RTLYNX_COMMIT"):
         return os.environ["RTLYNX_COMMIT"]
+    if not (ROOT / ".git").exists():
+        return None
     try:
         commit = _git("rev-parse", "HEAD")
         return f"{commit}-modified" if _git("status", "--porcelain", "rtlynx") else commit

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 Call = dict[str, Any]  # arguments of one forward
 
@@ -33,7 +33,7 @@ class FullModel(NamedTuple):
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[], Any]
     calls: Callable[[Size, Callable[..., Tensor]], list[Call]]
     text_tokens: int
 
@@ -42,15 +42,16 @@ def _flux(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     side, batch = size.side // 16, size.batch
     ids = torch.zeros(side, side, 3)
     ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None, :]
+    tokens = normal(batch, size.image_tokens, 64)
     return [
         {
-            "hidden_states": normal(batch, size.image_tokens, 64),
+            "hidden_states": tokens,
             "encoder_hidden_states": normal(batch, size.text_tokens, 4096),
             "pooled_projections": normal(batch, 768),
-            "timestep": torch.full((batch,), 0.5, device="cuda", dtype=torch.bfloat16),
-            "guidance": torch.full((batch,), 3.5, device="cuda"),
-            "img_ids": ids.view(-1, 3).cuda(),
-            "txt_ids": torch.zeros(size.text_tokens, 3, device="cuda"),
+            "timestep": tokens.new_full((batch,), 0.5),
+            "guidance": tokens.new_full((batch,), 3.5, dtype=torch.float32),
+            "img_ids": ids.view(-1, 3).to(tokens.device),
+            "txt_ids": tokens.new_zeros(size.text_tokens, 3, dtype=torch.float32),
         }
     ]
 
@@ -58,23 +59,25 @@ def _flux(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
 def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     """With guidance: a prompt, and a negative one."""
     side, batch = size.side // 16, size.batch
+    tokens = normal(batch, size.image_tokens, 64)
     return [
         {
-            "hidden_states": normal(batch, size.image_tokens, 64),
-            "encoder_hidden_states": normal(batch, tokens, 3584),
-            "timestep": torch.full((batch,), 0.5, device="cuda", dtype=torch.bfloat16),
+            "hidden_states": tokens,
+            "encoder_hidden_states": normal(batch, length, 3584),
+            "timestep": tokens.new_full((batch,), 0.5),
             "img_shapes": [[(1, side, side)]] * batch,
         }
-        for tokens in (size.text_tokens, max(1, size.text_tokens // 4))
+        for length in (size.text_tokens, max(1, size.text_tokens // 4))
     ]
 
 
 def _z_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     side = size.side // 8
+    latents = [normal(16, 1, side, side) for _ in range(size.batch)]
     return [
         {
-            "x": [normal(16, 1, side, side) for _ in range(size.batch)],
-            "t": torch.full((size.batch,), 0.5, device="cuda", dtype=torch.bfloat16),
+            "x": latents,
+            "t": latents[0].new_full((size.batch,), 0.5),
             "cap_feats": [normal(size.text_tokens, 2560) for _ in range(size.batch)],
         }
     ]
@@ -90,7 +93,14 @@ MODELS = {
 }
 
 
-def build(model: FullModel) -> nn.Module:
+def full_model(name: str) -> str:
+    """`name`, if it is one of MODELS; ValueError otherwise."""
+    if name not in MODELS:
+        raise ValueError(f"no full-size model is called {name!r}; there are {', '.join(MODELS)}")
+    return name
+
+
+def build(model: FullModel) -> Any:
     """On the card in bfloat16; the default device is left as it was, which compilation needs."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

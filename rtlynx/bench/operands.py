@@ -1,14 +1,15 @@
 """Operands of one linear layer, what we call with them, and what must come out."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from shapes import Shape, paper_rank
-from sustained import Call
 from torch import Tensor
 
 import rtlynx.kernels.ops  # noqa: F401  (registers torch.ops.rtlynx)
+from rtlynx.bench.shapes import Shape, paper_rank
+from rtlynx.bench.sustained import Call
 from rtlynx.kernels.fp8 import fold_up
 from rtlynx.pattern import nm_mask
 from rtlynx.quantization import Quantized, quantize_tokens, quantize_weight
@@ -66,11 +67,23 @@ def random_operands(shape: Shape, generator: torch.Generator, dtype: str = "bf16
     )
 
 
-def layer_call(of: Operands, down: Tensor, up: Tensor) -> Call:
+def layer_call(of: Operands, down: Tensor, up: Tensor) -> Callable[[], Tensor]:
     up = of.folded(up)
     return lambda: torch.ops.rtlynx.linear(
         of.x, of.held, of.bias, down, up, "adjacent", [], True, of.weight_scale
     )
+
+
+def product_call(
+    of: Operands,
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+) -> Call:
+    rows = of.x.shape[0]
+    return lambda: torch.ops.rtlynx.gemm(blocks, scale, lowrank, of.held, up, bias, rows, of.weight_scale)
 
 
 def compress(of: Operands, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,27 +97,23 @@ def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
         """The product alone; in fp8 with its scales, without which it is none."""
         inputs = [compress(of, None) for of in sets]
         return [
-            lambda of=of, blocks=blocks, scale=scale if of.quantized else None: torch.ops.rtlynx.gemm(
-                blocks, scale, None, of.held, None, None, of.x.shape[0], of.weight_scale
-            )
+            product_call(of, blocks, scale if of.quantized else None, None, None, None)
             for of, (blocks, scale, _) in zip(sets, inputs, strict=True)
         ]
 
     def products_with_lowrank() -> list[Call]:
         inputs = [compress(of, of.down) for of in sets]
         return [
-            lambda of=of, given=given, up=of.folded(of.up): torch.ops.rtlynx.gemm(
-                *given, of.held, up, of.bias, of.x.shape[0], of.weight_scale
-            )
+            product_call(of, *given, of.folded(of.up), of.bias)
             for of, given in zip(sets, inputs, strict=True)
         ]
 
-    calls = {
+    calls: dict[str, Callable[[], list[Call]]] = {
         "ours": lambda: [layer_call(of, of.down, of.up) for of in sets],
         "ours_gemm": products,
         "ours_gemm_lowrank": products_with_lowrank,
-        "ours_compress": lambda: [lambda of=of: compress(of, of.down) for of in sets],
-        "ours_compress_plain": lambda: [lambda of=of: compress(of, None) for of in sets],
+        "ours_compress": lambda: [partial(compress, of, of.down) for of in sets],
+        "ours_compress_plain": lambda: [partial(compress, of, None) for of in sets],
     }
     if sets[0].paper_down.shape != sets[0].down.shape:
         calls["ours_paper_rank"] = lambda: [layer_call(of, of.paper_down, of.paper_up) for of in sets]

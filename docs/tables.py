@@ -1,0 +1,254 @@
+"""Results as Markdown tables, for the README and for the pages of this folder."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+DEMO = Path("docs/demo")
+STEP_COLUMNS = ("gpu_ms", "linear_ms", "attention_ms", "rest_ms", "wall_ms", "peak_gib")
+
+
+class Place(NamedTuple):
+    """Where a text stands: how it links to files of the repository."""
+
+    in_docs: bool
+
+    def path(self, file: Path) -> str:
+        return file.relative_to("docs").as_posix() if self.in_docs else file.as_posix()
+
+    def file(self, file: Path) -> str:
+        """A link, or the bare name where the site does not hold the file."""
+        if self.in_docs and file.parts[0] != "docs":
+            return f"`{file.as_posix()}`"
+        return f"[{file.name}]({self.path(file)})"
+
+
+def plot_of(source: Path) -> Path:
+    """The plot of a results file of bf16 layers."""
+    return Path("docs/speed") / f"{source.stem}.png"
+
+
+def figures_table(results: dict, more_steps: dict, place: Place) -> str:
+    """The variants of a demo's results.json as a Markdown table, with how they were measured."""
+    steps, more = results["steps"], more_steps["steps"]
+    lines = [
+        f"| variant | layer error | PSNR, {steps} steps | PSNR, {more} steps "
+        "| SSIM | KID | retrieval | sparse layers |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row, other in zip(results["variants"], more_steps["variants"], strict=True):
+        cells = [
+            f"`{row['name']}`",
+            _format(row["layer_error"], ".3f"),
+            _format(row["psnr"], ".1f"),
+            _format(other["psnr"], ".1f"),
+            _format(row["ssim"], ".3f"),
+            f"{row['kid']:.3f} ± {row['kid_stderr']:.3f}",
+            _format(row["retrieval"], ".2f"),
+            str(row["sparse_layers"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    lines.append(
+        f"{results['images']} pictures a variant, seed {results['seed']}, PSNR in dB, {results['model']} on "
+        f"a {results['device']}, torch {results['torch']}; {steps} steps unless said "
+        f"({place.file(DEMO / 'results.json')}, {place.file(DEMO / 'results-24-steps.json')})."
+    )
+    return "\n".join(lines)
+
+
+def speed_section(results: dict, source: Path, place: Place) -> str:
+    """Layers in bf16, in Markdown: plot, table and how it was measured. `source` is the results file."""
+    lines = [
+        f"![Speed relative to cuBLAS, shape by shape]({place.path(plot_of(source))})",
+        "",
+        "| layer | M, K, N | cuBLAS | cuSPARSELt: compress + GEMM | ours: compress + GEMM "
+        "| GEMM, TFLOP/s | GEMM, speed-up | whole layer | **speed-up** | at the paper's rank |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        cells = [
+            *_times_of(row, "cusparselt_compress_us", "cusparselt_gemm_us"),
+            _times(speedup(row, "ours_gemm_us")),
+            _format(row["ours_us"], ".0f"),
+            f"**{_times(speedup(row, 'ours_us'))}**",
+            f"{_times(speedup(row, 'ours_paper_rank_us'))} (rank {row['paper_rank']})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    mean = results["geomean"]
+    lines.append(
+        f"| geometric mean | | | | | | {_times(mean['gemm_vs_cublas'])} | | "
+        f"**{_times(mean['linear_vs_cublas'])}** | {_times(mean['linear_paper_rank_vs_cublas'])} |"
+    )
+    power, clock = _format(results["power_w"], ".0f"), _format(results["clock_mhz"], ".0f")
+    lines += [
+        "",
+        "Microseconds, and speed-ups over cuBLAS bf16 (`F.linear` with bias). *GEMM* is the sparse product "
+        f"alone; our *compress* includes the norm scale and T = X A at rank {results['rank']}; *whole layer* "
+        "starts from a dense X and includes the low-rank branch and the bias. Our GEMM runs at "
+        f"{_times(mean['gemm_vs_cusparselt'])} the speed of cuSPARSELt's best algorithm, whose X was masked "
+        "beforehand. TFLOP/s count the operations of the dense product.",
+        "",
+        f"Medians over {results['rounds']} windows of {results['window_s']:g} s a variant, interleaved in "
+        "one process, inputs and weights rotating past the cache, on one "
+        f"{results['device']} (limit {_format(results['power_limit_w'], '.0f')} W; while measuring, "
+        f"{power} W and {clock} MHz in the median), torch {results['torch']}, CUDA {results['cuda']}, "
+        f"commit {str(results['commit'])[:10]} ({place.file(source)}).",
+    ]
+    return "\n".join(lines)
+
+
+def fp8_section(results: dict, source: Path, place: Place) -> str:
+    """Layers quantised to fp8, in Markdown."""
+    lines = [
+        "| layer | M, K, N | cuBLAS bf16 | dense fp8: quantise + GEMM | ours: compress + GEMM "
+        "| GEMM, TFLOP/s | GEMM, speed-up over dense fp8 | whole layer | **speed-up over bf16** "
+        "| **over dense fp8** |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        cells = [
+            *_times_of(row, "cublas_fp8_quant_us", "cublas_fp8_us"),
+            _times(speedup(row, "ours_gemm_us", "cublas_fp8_us")),
+            _format(row["ours_us"], ".0f"),
+            f"**{_times(speedup(row, 'ours_us'))}**",
+            f"**{_times(speedup(row, 'ours_us', 'fp8_linear_us'))}**",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    mean = results["geomean"]
+    lines += [
+        f"| geometric mean | | | | | | {_times(mean['gemm_vs_cublas_fp8'])} | | "
+        f"**{_times(mean['linear_vs_cublas_bf16'])}** | **{_times(mean['linear_vs_fp8_linear'])}** |",
+        "",
+        "As above; *dense fp8* is PyTorch's row-wise scaled product after a compiled dynamic quantisation. "
+        "Quantisation alone moves these layers' outputs by "
+        f"{_range(results['rows'], 'quantization_err')}; the kernels differ from float64 on the same "
+        f"quantised operands by {_range(results['rows'], 'rel_err')}. Commit {str(results['commit'])[:10]} "
+        f"({place.file(source)}).",
+    ]
+    return "\n".join(lines)
+
+
+def _times_of(row: dict, peer_first: str, peer_gemm: str) -> list[str]:
+    """The cells that both tables begin with: the layer, cuBLAS bf16, a peer in two parts, ours, TFLOP/s."""
+    gemm, flops = row["ours_gemm_us"], 2 * row["M"] * row["K"] * row["N"]
+    return [
+        row["shape"],
+        f"{row['M']}, {row['K']}, {row['N']}",
+        _format(row["cublas_us"], ".0f"),
+        f"{_format(row[peer_first], '.0f')} + {_format(row[peer_gemm], '.0f')}",
+        f"{_format(row['ours_compress_us'], '.0f')} + {_format(gemm, '.0f')}",
+        _format(gemm and flops / gemm * 1e-6, ",.0f"),
+    ]
+
+
+def _range(rows: list[dict], name: str) -> str:
+    values = [row[name] for row in rows if row[name] is not None]
+    ends = dict.fromkeys(f"{end:.1e}" for end in (min(values), max(values))) if values else ("–",)  # noqa: RUF001
+    return " to ".join(ends)
+
+
+def compress_section(results: dict, source: Path, place: Place) -> str:
+    """Compression beside a plain copy, and the fused producers, in Markdown."""
+    rank = results["rank"]
+    lines = [
+        f"| M, K | plain copy | adjacent | adjacent, rank {rank} | strided | strided, rank {rank} |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = [f"compress_{grouping}{t}" for grouping in ("adjacent", "strided") for t in ("", "_lowrank")]
+    for row in results["rows"]:
+        times = (_format(row.get(f"{name}_us"), ".1f") for name in ("copy", *names))
+        lines.append(f"| {row['M']}, {row['K']} | {' | '.join(times)} |")
+    lines += [
+        "",
+        "Microseconds. The copy moves as many bytes as compression reads and writes. A rank: T = X A is "
+        "computed in the same pass.",
+        "",
+        f"| chain | M, K | compiled chain | fused with compression | at rank {rank} |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["producers"]:
+        times = (_format(row.get(f"{name}_us"), ".1f") for name in ("chain", "producer", "producer_lowrank"))
+        lines.append(f"| {row['name']} | {row['M']}, {row['K']} | {' | '.join(times)} |")
+    lines += ["", f"Microseconds. {measured_on(results)} ({place.file(source)})."]
+    return "\n".join(lines)
+
+
+def host_section(results: dict, source: Path, place: Place) -> str:
+    """Host time of a call, in Markdown."""
+    lines = ["| call | median, µs | 9 of 10 below, µs |", "|---|---|---|"]
+    for row in results["rows"]:
+        lines.append(f"| `{row['call']}` | {row['median_us']:.0f} | {row['p90_us']:.0f} |")
+    lines += ["", f"Eager calls without gradients. {measured_on(results)} ({place.file(source)})."]
+    return "\n".join(lines)
+
+
+def steps_section(results: dict, source: Path, place: Place) -> str:
+    """One denoising step of a model, end to end, in Markdown."""
+    variants = results["variants"]
+    times = {variant["name"]: variant["gpu_ms"] for variant in variants}
+    lines = [
+        "| variant | step, GPU ms | linear layers | attention | rest | host and GPU, ms | peak, GiB "
+        "| over bf16 eager | over bf16 compiled |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in variants:
+        cells = [variant["name"]]
+        cells += [_format(variant[key], ".1f") for key in STEP_COLUMNS]
+        cells += [
+            _times(over / variant["gpu_ms"] if over and variant["gpu_ms"] else None)
+            for over in (times.get("bf16 eager"), times.get("bf16 compiled"))
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    lines += [f"- {one['name']}: not measured: {one['reason']}" for one in variants if one["reason"]]
+    lines += [""] if lines[-1] else []
+    lines.append(
+        f"{results['model']}, {results['resolution']}, batch {results['batch']}, {results['text_tokens']} "
+        f"text tokens, attention: {results['attention']}. {measured_on(results)} ({place.file(source)})."
+    )
+    return "\n".join(lines)
+
+
+def measured_on(results: dict) -> str:
+    """Card, versions, commit."""
+    return (
+        f"On one {results['device']} (limit {_format(results['power_limit_w'], '.0f')} W), torch "
+        f"{results['torch']}, CUDA {results['cuda']}, commit {str(results['commit'])[:10]}"
+    )
+
+
+def targets_section(documents: Iterable[dict]) -> str:
+    """What every results file was to reach, met or missed."""
+    lines = ["| target | wanted | measured | |", "|---|---|---|---|"]
+    for document in documents:
+        for target in document.get("targets", ()):
+            wanted = f"{target['bound']} {_figure(target['wanted'], target['unit'])}"
+            verdict = "met" if target["met"] else "**missed**"
+            measured = _figure(target["measured"], target["unit"])
+            lines.append(f"| {target['what']} | {wanted} | {measured} | {verdict} |")
+    return "\n".join(lines)
+
+
+def targets_count(documents: Iterable[dict]) -> str:
+    """How many targets are met."""
+    met = [target["met"] for document in documents for target in document.get("targets", ())]
+    return f"{sum(met)} of {len(met)} targets are met"
+
+
+def _figure(value: float | None, unit: str) -> str:
+    if unit == "x":
+        return _times(value)
+    return f"{_format(value, ',.0f')} {unit.replace('us', 'µs')}"
+
+
+def speedup(row: dict, name: str, over: str = "cublas_us") -> float | None:
+    return row[over] / row[name] if row[over] and row[name] else None
+
+
+def _times(ratio: float | None) -> str:
+    return f"{_format(ratio, '.2f')}x"
+
+
+def _format(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)  # noqa: RUF001

@@ -1,0 +1,1 @@
+"""Measurements of single layers on the card at hand: what `rtlynx bench` runs."""

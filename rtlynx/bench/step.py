@@ -1,0 +1,303 @@
+"""One denoising step of a full-size transformer with random weights, as users run it.
+
+GPU time is that of a replayed CUDA graph, wall time that of calls without one; windows of all variants take
+turns in one process. Where variants do not fit the card together each is measured beside compiled bfloat16
+alone, which is measured before and after.
+"""
+
+import copy
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import perf_counter
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rtlynx.bench.card import Card
+from rtlynx.bench.full_models import MODELS, Call, Size, build, normals
+from rtlynx.bench.overview import REFERENCE
+from rtlynx.bench.step_split import split
+from rtlynx.bench.sustained import Graphs, Measurement, Sample, Timer, Window, attempt, measure
+from rtlynx.linear import SparseLinear
+from rtlynx.models import make_plan
+from rtlynx.models.sparsify import apply_plan
+from rtlynx.recipe import Recipe
+
+RANK = 64
+
+
+class Variant(NamedTuple):
+    """`change` makes a copy of the model, which shares its parameters, into what is measured."""
+
+    name: str
+    change: Callable[[nn.Module], object]
+    compiled: bool = True
+
+
+def torchao_fp8(model: nn.Module) -> None:
+    """Row-wise dynamic fp8 of all linears in the repeated blocks, as torchao's users have it."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    blocks = tuple(
+        name for name, module in model.named_modules() if type(module).__name__ in _repeated(model)
+    )
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        wide = isinstance(module, nn.Linear) and min(module.in_features, module.out_features) >= 1024
+        modulation = "mod" in name or ".norm" in name or "adaLN" in name  # of one token: nothing to gain
+        return wide and not modulation and name.startswith(blocks)
+
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=chosen)
+
+
+def sparse(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None]:
+    """The form of our default recipe, refitted weights and a low-rank branch; factors are random too."""
+
+    def change(model: nn.Module) -> None:
+        plan = make_plan(model, Recipe(rank=RANK, refit=True, precision=precision))
+        normal, downs = normals(3), {}
+
+        def prepare(name: str, layer: Any) -> None:
+            k, n = layer.in_features, layer.out_features
+            if layer.shared_input not in downs:
+                downs[layer.shared_input] = normal(RANK, k) * k**-0.5
+            layer.set_lowrank(downs[layer.shared_input], normal(n, RANK) * (0.1 * RANK**-0.5))
+
+        apply_plan(model, plan, prepare)
+
+    return change
+
+
+VARIANTS = (
+    Variant("bf16 eager", lambda model: None, compiled=False),
+    Variant(REFERENCE, lambda model: None),
+    Variant("fp8 compiled (torchao)", torchao_fp8),
+    Variant("rtlynx bf16-2:4", sparse("bf16")),
+    Variant("rtlynx fp8-2:4", sparse("fp8")),
+)
+
+
+def _repeated(model: Any) -> tuple[str, ...]:
+    return tuple(model._repeated_blocks)
+
+
+class WallTimer:
+    """Steps one after the other, as a sampler makes them, without a graph."""
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        self._step = step
+
+    def window(self, seconds: float, sample: Sample, discard: float) -> Window:
+        window = Window([], [], [])
+        for length in (discard, seconds):
+            torch.cuda.synchronize()
+            start, count = perf_counter(), 0
+            while perf_counter() - start < length:
+                self._step()
+                count += 1
+            torch.cuda.synchronize()
+            elapsed = perf_counter() - start
+        window.call_us.append(elapsed / count * 1e6)
+        for reading, kept in zip(sample(), (window.clock_mhz, window.power_w), strict=True):
+            if reading is not None:
+                kept.append(reading)
+        return window
+
+
+class Ready(NamedTuple):
+    """A variant that can be timed. `gpu` is None where no graph holds it."""
+
+    gpu: Timer | None
+    wall: Timer
+    shares: dict[str, float]
+    peak_gib: float
+
+
+def step_of(model: nn.Module, calls: list[Call]) -> Callable[[], list[Tensor]]:
+    @torch.no_grad()
+    def step() -> list[Tensor]:
+        outputs = []
+        for call in calls:
+            (y,) = model(**call, return_dict=False)
+            outputs += y if isinstance(y, list) else [y]
+        return outputs
+
+    return step
+
+
+def prepare(variant: Variant, model: nn.Module, calls: list[Call], missing: dict[str, str]) -> Ready:
+    """Make the variant, compile it, capture it; RuntimeError and the like where it does not run."""
+    twin: Any = copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
+    variant.change(twin)
+    if variant.compiled:
+        twin.compile_repeated_blocks(fullgraph=True)
+    step = step_of(twin, calls)
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before + held_bytes(twin)
+    gpu = attempt(missing, f"{variant.name}, graph", partial(Graphs().timer, [step], replay_ms=1.0))
+    return Ready(gpu, WallTimer(step), split(step), peak / 2**30)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Of a model's parameters, buffers and what sparse layers keep beside them, each storage once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            tensors += module.kept_copies()
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+def variant_row(name: str, ready: Ready, taken: dict[str, Measurement]) -> dict:
+    gpu, wall = taken.get(f"{name}/gpu"), taken.get(f"{name}/wall")
+    total = gpu and gpu.us / 1e3
+    parts = {f"{part}_ms": total and round(total * share, 3) for part, share in ready.shares.items()}
+    return {
+        "name": name,
+        "gpu_ms": total and round(total, 3),
+        "wall_ms": wall and round(wall.us / 1e3, 3),
+        "gpu_rounds_ms": gpu and [round(us / 1e3, 3) for us in gpu.rounds_us],
+        "wall_rounds_ms": wall and [round(us / 1e3, 3) for us in wall.rounds_us],
+        "clock_mhz": gpu and gpu.clock_mhz,
+        "power_w": gpu and gpu.power_w,
+        **parts,
+        "peak_gib": round(ready.peak_gib, 2),
+        "reason": None,
+    }
+
+
+class Bench(NamedTuple):
+    """What variants are made of, and how they are measured."""
+
+    model: nn.Module
+    calls: list[Call]
+    sample: Sample
+    seconds: float
+    rounds: int
+    report: Callable[[str], object]
+
+
+def measure_together(variants: Sequence[Variant], of: Bench) -> list[dict]:
+    """A row a variant, windows of all interleaved."""
+    ready: dict[str, Ready] = {}
+    missing: dict[str, str] = {}
+    for variant in variants:
+        started = perf_counter()
+        made = attempt(missing, variant.name, partial(prepare, variant, of.model, of.calls, missing))
+        if made is not None:
+            ready[variant.name] = made
+        why = f": {missing[variant.name]}" if variant.name in missing else ""
+        of.report(
+            f"{variant.name} {'does not run' if why else 'ready'} after {perf_counter() - started:.0f} s{why}"
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
+    timers: dict[str, Timer] = {}
+    for name, one in ready.items():
+        if one.gpu is not None:
+            timers[f"{name}/gpu"] = one.gpu
+        timers[f"{name}/wall"] = one.wall
+    taken = measure(timers, of.seconds, of.rounds, of.sample, missing)
+    rows = [variant_row(name, one, taken) for name, one in ready.items()]
+    for row in rows:
+        row["reason"] = missing.get(f"{row['name']}, graph")
+    return rows + [
+        {"name": variant.name, "gpu_ms": None, "wall_ms": None, "reason": missing[variant.name]}
+        for variant in variants
+        if variant.name not in ready
+    ]
+
+
+def run(
+    name: str,
+    card: Card,
+    *,
+    seconds: float,
+    rounds: int = 2,
+    size: Size | None = None,
+    variants: Sequence[str] | None = None,
+    attention: str = "_native_cudnn",
+    commit: str | None = None,
+    report: Callable[[str], object] = print,
+) -> dict:
+    """Measure a step of MODELS[`name`] on `card`: the document of a results file, without targets.
+
+    Parameters
+    ----------
+    seconds : length of a window.
+    rounds : windows of each variant and kind of time.
+    size : default one picture of 1024 x 1024 with a common prompt.
+    variants : names; default all.
+    attention : diffusers attention backend.
+    commit : what the figures belong to, where it cannot be found out.
+    report : takes a line whenever a variant is ready.
+    """
+    of = MODELS[name]
+    size = size or Size(text_tokens=of.text_tokens)
+    taken = [one for one in VARIANTS if variants is None or one.name in variants]
+    torch._dynamo.config.recompile_limit = 64  # blocks of all variants run the same code objects
+    model: Any = build(of)
+    model.set_attention_backend(attention)
+    calls = of.calls(size, normals(7))
+    together = fits_together(model)
+    rows = (measure_together if together else measure_pairwise)(
+        taken, Bench(model, calls, card.sample, seconds, rounds, report)
+    )
+    return {
+        **card.describe(commit),
+        "model": name,
+        "resolution": size.side,
+        "batch": size.batch,
+        "text_tokens": size.text_tokens,
+        "forwards": len(calls),
+        "attention": attention,
+        "rank": RANK,
+        "window_s": seconds,
+        "rounds": rounds,
+        "together": together,
+        "variants": rows,
+    }
+
+
+def fits_together(model: nn.Module) -> bool:
+    """Whether the card holds the weights in bfloat16 once and in eight bits twice, and room to work."""
+    weights = sum(one.numel() * one.element_size() for one in model.parameters())
+    return 2.3 * weights < torch.cuda.get_device_properties().total_memory
+
+
+def measure_pairwise(variants: Sequence[Variant], of: Bench) -> list[dict]:
+    """Each variant beside the reference alone. `drift` says how far the reference moved between them."""
+    (reference,) = (variant for variant in VARIANTS if variant.name == REFERENCE)
+    rows, seen = [], []
+    for variant in variants:
+        if variant is reference:
+            continue
+        pair = measure_together((reference, variant), of)
+        by_name = {row["name"]: row for row in pair}
+        beside = by_name[REFERENCE]
+        seen.append(beside)
+        rows.append(
+            by_name[variant.name] | {"beside": {key: beside.get(key) for key in ("gpu_ms", "wall_ms")}}
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
+    times = [row["gpu_ms"] for row in seen if row["gpu_ms"]]
+    drift = max(times) / min(times) - 1 if times else None
+    return [seen[0] | {"drift": drift}, *rows]
+
+
+def table(rows: list[dict]) -> str:
+    columns = ("gpu_ms", "wall_ms", "linear_ms", "attention_ms", "rest_ms", "peak_gib")
+    lines = [f"{'variant':26}" + "".join(f"{name:>19}" for name in columns)]
+    for row in rows:
+        cells = "".join(
+            f"{'-' if row.get(name) is None else format(row[name], '.2f'):>19}" for name in columns
+        )
+        lines.append(f"{row['name']:26}{cells}  {row['reason'] or ''}")
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""`rtlynx bench`: what it prints and refuses; what it measures needs a card."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from rtlynx.bench import card, linear, results
+from rtlynx.bench.sustained import Window
+from rtlynx.cli import main
+
+
+class FakeCard:
+    """Stands in for a Hopper card."""
+
+    l2_bytes = 1
+    name = "a card"
+
+    def sample(self):
+        return 1500.0, 600.0
+
+    def describe(self, commit):
+        return {"device": self.name, "commit": commit}
+
+
+class FakeTimer:
+    """Every call takes 10 us; our whole layer 5."""
+
+    def __init__(self, us):
+        self.us = us
+
+    def window(self, seconds, sample, discard):
+        return Window([self.us], [], [])
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rtlynx", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """`linear.run` without a card: each shape's row from fixed times."""
+
+    def measure_shape(shape, sets, graphs, cusparselt, sample, seconds, rounds):
+        variants = results.LINEAR_VARIANTS + (results.FP8_VARIANTS if sets[0] == "fp8" else ())
+        taken = {
+            name: results.Measurement(5.0 if name == "ours" else 10.0, [], 1500.0, 600.0) for name in variants
+        }
+        return results.linear_row(shape, variants, taken, None, {"ours_gemm": "not today"})
+
+    monkeypatch.setattr("rtlynx.cli.Card", FakeCard)
+    monkeypatch.setattr(linear, "measure_shape", measure_shape)
+    monkeypatch.setattr(linear, "random_operands", lambda shape, generator, dtype: dtype)
+    monkeypatch.setattr(linear, "Graphs", object)
+    monkeypatch.setattr(linear, "CuSparseLt", lambda *arguments: None)
+    monkeypatch.setattr(linear.torch, "Generator", lambda device: torch.default_generator)
+
+
+def test_without_a_hopper_card_it_says_so_in_one_sentence(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = run()
+    assert code == 1
+    assert out == ""
+    assert err.strip() == "error: the benchmark needs a Hopper card, and torch sees no CUDA device"
+
+
+def test_another_card_is_named(run, monkeypatch):
+    class Properties:
+        major, minor, name = 8, 0, "NVIDIA A100"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
+    code, _, err = run()
+    assert code == 1
+    assert "compute capability 9.0" in err
+    assert "NVIDIA A100" in err
+
+
+def test_an_unknown_shape_is_refused_before_the_card_is_asked(run):
+    code, _, err = run("--shapes", "flux-dwon")
+    assert code == 1
+    assert "no shape is called flux-dwon; there are paper-a" in err
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_the_table_and_the_file_have_every_shape(run, measured, monkeypatch, tmp_path, dtype):
+    monkeypatch.setenv("COLUMNS", "120")
+    file = tmp_path / "bench.json"
+    shapes = "flux-o,zimage-w2"
+    code, out, err = run("--dtype", dtype, "--shapes", shapes, "--seconds", "0.1", "--out", file)
+    assert code == 0, err
+    assert "ours_gemm: not today" in err
+    document = json.loads(file.read_text())
+    assert [row["shape"] for row in document["rows"]] == shapes.split(",")
+    assert document["dtype"] == dtype
+    assert document["clock_mhz"] == 1500.0
+    for row in document["rows"]:
+        line = next(line for line in out.splitlines() if row["shape"] in line)
+        assert "2.00x" in line
+    assert ("dense fp8" in out) is (dtype == "fp8")
+    assert "geometric mean" in out
+
+
+def test_an_installed_package_takes_no_commit_from_the_repository_around_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("RTLYNX_COMMIT", raising=False)
+    monkeypatch.setattr(card, "ROOT", tmp_path)
+    assert card.commit_at_hand() is None

@@ -1,0 +1,166 @@
+"""The benchmark of a denoising step, as far as it needs no card."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
+from helpers import tiny_flux
+from rich.console import Console
+
+from rtlynx.bench import step
+from rtlynx.bench.full_models import MODELS, Size, full_model
+from rtlynx.bench.overview import step_overview
+from rtlynx.bench.step_split import kind
+from rtlynx.bench.sustained import Measurement
+from rtlynx.cli import main
+from rtlynx.models import sparse_layers
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from targets import step_targets
+
+# The classes of MODELS, as wide outside, small inside.
+SMALL = {
+    "flux1-dev": lambda: FluxTransformer2DModel(
+        guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2
+    ),
+    "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
+    "z-image": lambda: ZImageTransformer2DModel(
+        dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_inputs_fit_the_model(name, batch):
+    torch.manual_seed(0)
+    model = SMALL[name]().eval()
+    calls = MODELS[name].calls(Size(side=128, batch=batch, text_tokens=7), torch.randn)
+    assert len(calls) == (2 if name == "qwen-image" else 1)
+    outputs = step.step_of(model, calls)()
+    assert len(outputs) == len(calls) * (batch if name == "z-image" else 1)
+    assert all(bool(torch.isfinite(one).all()) for one in outputs)
+
+
+def test_a_picture_has_a_token_for_16_by_16_pixels():
+    assert Size().image_tokens == 4096
+    assert Size(side=512).image_tokens == 1024
+
+
+def test_an_unknown_model_is_refused_by_name():
+    with pytest.raises(ValueError, match="no full-size model is called 'flux'; there are flux1-dev, "):
+        full_model("flux")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_what_is_measured_as_ours_is_the_default_recipe(monkeypatch, precision):
+    monkeypatch.setattr(step, "normals", lambda seed: torch.randn)
+    model = tiny_flux()
+    step.sparse(precision)(model)
+    layers = sparse_layers(model)
+    assert {layer.precision for layer in layers.values()} == {precision}
+    assert {layer.rank for layer in layers.values()} == {step.RANK}
+    assert {layer.norm for layer in layers.values()} == {"none"}  # as beside a refitted weight
+    attention = model.transformer_blocks[0].attn
+    assert torch.equal(attention.to_q.lowrank_down, attention.to_v.lowrank_down)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNN", "linear"),
+        ("compress", "linear"),
+        ("gemm", "linear"),
+        ("cutlass_3x_gemm_f8", "linear"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel", "attention"),
+        ("triton_poi_fused_add_mul_0", "rest"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(kernel, expected):
+    assert kind(kernel) == expected
+
+
+def ready(shares=None):
+    return step.Ready(None, None, shares or {"linear": 0.6, "attention": 0.3, "rest": 0.1}, 30.0)
+
+
+def test_a_row_splits_gpu_time_and_leaves_out_what_was_not_measured():
+    gpu, wall = (Measurement(us, [us], 1500.0, 700.0) for us in (100_000.0, 104_000.0))
+    row = step.variant_row("ours", ready(), {"ours/gpu": gpu, "ours/wall": wall})
+    assert (row["gpu_ms"], row["wall_ms"], row["linear_ms"]) == (100.0, 104.0, 60.0)
+    row = step.variant_row("ours", ready(), {"ours/wall": wall})
+    assert (row["gpu_ms"], row["wall_ms"], row["linear_ms"]) == (None, 104.0, None)
+
+
+def test_pairs_stand_beside_their_own_reference(monkeypatch):
+    reference = iter((100.0, 104.0))
+
+    def together(variants, of):
+        assert next(iter(variants)).name == step.REFERENCE
+        times = {step.REFERENCE: next(reference), "a": 50.0, "b": 26.0}
+        return [
+            {"name": one.name, "gpu_ms": times[one.name], "wall_ms": None, "reason": None} for one in variants
+        ]
+
+    monkeypatch.setattr(step, "measure_together", together)
+    variants = [step.Variant("a", None), *(one for one in step.VARIANTS if one.name == step.REFERENCE)]
+    rows = step.measure_pairwise([*variants, step.Variant("b", None)], None)
+    assert [row["name"] for row in rows] == [step.REFERENCE, "a", "b"]
+    assert rows[0]["drift"] == pytest.approx(0.04)
+    assert (rows[1]["beside"]["gpu_ms"], rows[2]["beside"]["gpu_ms"]) == (100.0, 104.0)
+    document = {
+        "model": "qwen-image",
+        "variants": [*rows, rows[2] | {"name": "rtlynx fp8-2:4", "wall_ms": 30.0}],
+    }
+    verdicts = {target["what"]: target for target in step_targets(document)}
+    assert verdicts["qwen-image, fp8-2:4, speed over bf16 compiled"]["measured"] == pytest.approx(4.0)
+    assert verdicts["qwen-image, bf16-2:4, speed over bf16 compiled"]["measured"] is None
+    over = verdicts["qwen-image, rtlynx fp8-2:4, wall time over GPU time"]
+    assert (over["met"], over["measured"]) == (False, pytest.approx(30 / 26, abs=1e-4))
+
+
+def document():
+    row = {"wall_ms": 110.0, "linear_ms": 60.0, "attention_ms": 30.0, "rest_ms": 10.0, "peak_gib": 25.0}
+    return {
+        "device": "a card",
+        "model": "flux1-dev",
+        "resolution": 1024,
+        "batch": 1,
+        "variants": [
+            {"name": "bf16 compiled", "gpu_ms": 100.0, **row, "reason": None},
+            {"name": "rtlynx fp8-2:4", "gpu_ms": 50.0, **row, "reason": None},
+            {"name": "fp8 compiled (torchao)", "gpu_ms": None, "wall_ms": None, "reason": "no torchao"},
+        ],
+    }
+
+
+def test_the_command_prints_and_writes_a_step(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr("rtlynx.cli.Card", lambda: "card")
+    monkeypatch.setattr(step, "run", lambda *args, **options: asked.append((args, options)) or document())
+    file = tmp_path / "step.json"
+    arguments = ["rtlynx", "bench", "--model", "flux1-dev", "--seconds", "2", "--out", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert asked[0][0] == ("flux1-dev", "card")
+    assert asked[0][1]["seconds"] == 2
+    assert json.loads(file.read_text()) == document()
+    assert "rtlynx fp8-2:4" in capsys.readouterr().out
+
+
+def test_the_table_says_speed_ups_and_why_there_is_none():
+    console = Console(width=120, record=True)
+    console.print(step_overview(document()))
+    lines = {
+        line.split("│")[1].strip(): line for line in console.export_text().splitlines() if line.count("│") > 3
+    }
+    assert "2.00x" in lines["rtlynx fp8-2:4"]
+    assert "x" not in lines["fp8 compiled (torchao)"].split("│")[-2]
+    assert "no torchao" in lines

@@ -1,0 +1,209 @@
+"""The site's pages say what the results files, the docstrings and the recipe say, and their code runs."""
+
+import ast
+import dataclasses
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import rtlynx
+from rtlynx.recipe import FORMS
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
+
+import diagrams
+import reference
+import update_readme
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
+STEP = {
+    "device": "a card",
+    "power_limit_w": 700.0,
+    "driver": "1",
+    "torch": "2.11",
+    "cuda": "13.0",
+    "commit": "0123456789abcdef",
+    "model": "a model",
+    "resolution": "1024x1024",
+    "batch": 1,
+    "text_tokens": 512,
+    "attention": "sdpa",
+    "targets": [],
+}
+TIMES = {
+    "wall_ms": 41.0,
+    "linear_ms": 30.0,
+    "attention_ms": 6.0,
+    "rest_ms": 4.0,
+    "peak_gib": 24.5,
+    "reason": None,
+}
+
+
+@pytest.mark.parametrize("file", [file for file in update_readme.TEXTS if file.parts[0] == "docs"], ids=str)
+def test_generated_parts_are_up_to_date(file):
+    text = (ROOT / file).read_text()
+    assert update_readme.updated(text, file) == text, "run python docs/update_readme.py"
+
+
+@pytest.mark.parametrize("name", diagrams.DIAGRAMS)
+def test_diagrams_are_up_to_date(name):
+    assert (ROOT / diagrams.FOLDER / name).read_text() == diagrams.DIAGRAMS[name]()
+
+
+def test_steps_appear_with_their_results(tmp_path):
+    assert update_readme.PARTS["steps"](tmp_path, None) == ""
+    variants = [
+        {"name": "bf16 eager", "gpu_ms": 80.0, **TIMES},
+        {"name": "bf16 compiled", "gpu_ms": 60.0, **TIMES},
+        {"name": "rtlynx fp8-2:4", "gpu_ms": 40.0, **TIMES},
+        {"name": "fp8 compiled (torchao)", "gpu_ms": None, **dict.fromkeys(TIMES), "reason": "not installed"},
+    ]
+    folder = tmp_path / update_readme.RESULTS
+    folder.mkdir(parents=True)
+    target = {
+        "what": "a step",
+        "bound": "at most",
+        "wanted": 45.0,
+        "measured": 40.0,
+        "unit": "ms",
+        "met": True,
+    }
+    (folder / "step-x-h100.json").write_text(json.dumps(STEP | {"variants": variants, "targets": [target]}))
+    text = "<!-- speed: begin --><!-- speed: end --><!-- steps: begin --><!-- steps: end -->"
+    text += "<!-- parts: begin --><!-- parts: end --><!-- targets: begin --><!-- targets: end -->"
+    page = update_readme.updated(text, Path("docs/speed.md"), tmp_path)
+    lines = page.splitlines()
+    assert "### a model, a card" in lines
+    assert "| rtlynx fp8-2:4 | 40.0 | 30.0 | 6.0 | 4.0 | 41.0 | 24.5 | 2.00x | 1.50x |" in lines
+    assert any(line.startswith("| fp8 compiled (torchao) | – | – |") for line in lines)  # noqa: RUF001
+    assert "- fp8 compiled (torchao): not measured: not installed" in lines
+    assert "| a step | at most 45 ms | 40 ms | met |" in lines
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = [name for names in reference.GROUPS.values() for name in names]
+    assert sorted(listed) == sorted(rtlynx.__all__)
+
+
+def test_docstrings_become_lists():
+    def documented():
+        """Do it.
+
+        Parameters
+        ----------
+        x : Tensor (M, K)
+            What comes
+            in.
+        y : int
+
+        Notes
+        -----
+        As it is.
+        """
+
+    assert reference.docstring(documented) == (
+        "Do it.\n\n**Parameters**\n\n- `x`: Tensor (M, K)  \n  What comes in.\n- `y`: int\n\n"
+        "**Notes**\n\nAs it is."
+    )
+
+
+def test_every_field_of_the_recipe_is_explained_with_its_default():
+    rows = re.findall(
+        r"^\| (`.*?) \| (`.*?) \|", PAGES["recipes.md"].partition("## Every field")[2], re.MULTILINE
+    )
+    shown = {
+        name: ast.literal_eval(value)
+        for names, values in rows
+        for name, value in zip(re.findall(r"`(\w+)`", names), re.findall(r"`(.+?)`", values), strict=False)
+    }
+    recipe = rtlynx.Recipe()
+    assert shown == {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    assert all(f"| `{form}` |" in PAGES["recipes.md"] for form in FORMS)
+
+
+def test_every_recipe_on_the_pages_is_one():
+    scope = {"rtlynx": rtlynx, "Recipe": rtlynx.Recipe, "Budget": rtlynx.Budget}
+    found = re.findall(r"`(Recipe(?:\.\w+)?\(.*?\)|Budget\(\w+=[\d.]+\))`", PAGES["recipes.md"])
+    assert len(found) > 6
+    for expression in found:
+        assert isinstance(eval(expression, scope), rtlynx.Recipe | rtlynx.Budget)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_code_on_the_pages_is_python_and_uses_names_that_exist(name):
+    for block in re.findall(r"^ *```python\n(.*?)^ *```", PAGES[name], re.DOTALL | re.MULTILINE):
+        code = textwrap.dedent(block)
+        if name != "api.md" or "import" in code:
+            ast.parse(code)
+        assert set(re.findall(r"\brtlynx\.([A-Za-z_]+)\(", code)) <= set(rtlynx.__all__)
+
+
+def python_after(name, mark):
+    """The first Python block of a page after `mark`."""
+    return re.search(r"```python\n(.*?)```", PAGES[name].partition(mark)[2], re.DOTALL).group(1)
+
+
+def test_the_operators_run_as_the_reference_says():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (6, 32), "weight": (16, 32), "down": (4, 32), "up": (16, 4), "bias": (16,)}
+    scope = {name: torch.randn(*shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    code = python_after("api.md", "## Kernels as torch operators").splitlines(keepends=True)
+    exec("".join(code[:-1]), scope)
+    two_calls = scope["y"]
+    exec(code[-1], scope)
+    torch.testing.assert_close(scope["y"], two_calls, rtol=0, atol=0)
+
+
+def test_a_kernel_compiles_as_the_page_says(capsys):
+    pytest.importorskip("cuda.core")
+    exec(python_after("kernels.md", "<!-- report -->"), {})
+    assert capsys.readouterr().out.endswith(" ()\n")  # no faults
+
+
+def test_pipelines_of_the_quick_start_exist():
+    import diffusers
+
+    for name in re.findall(r"diffusers\.(\w+Pipeline)", PAGES["index.md"]):
+        assert hasattr(diffusers, name)
+
+
+def test_files_and_macros_of_the_kernel_page_exist():
+    text = PAGES["kernels.md"]
+    kernels = ROOT / "rtlynx" / "kernels"
+    present = {path.name for folder in (kernels, kernels / "sm90") for path in folder.iterdir()}
+    table = text.partition("## What is where")[2].partition("## Macros")[0]
+    assert {Path(name).name for name in re.findall(r"`([\w/]+\.(?:cuh?|py))`", table)} <= present | {
+        path.name for path in (*ROOT.glob("rtlynx/*.py"), *ROOT.glob("benchmarks/*.py"))
+    }
+    sources = {path.name for path in (kernels / "sm90").glob("*.cu*")}
+    assert all(f"{name}`" in table for name in sources)
+    macros = set(
+        re.findall(r"`([A-Z][A-Z0-9_]+)`", text.partition("## Macros")[2].partition("## Compile")[0])
+    )
+    heads = "".join((kernels / "sm90" / name).read_text() for name in ("gemm.cu", "compress.cu"))
+    assert macros - {"INSTANTIATIONS"} <= set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", heads))
+    for script in re.findall(r"python ((?:tests|benchmarks|docs)/[\w/]+\.py)", text):
+        assert (ROOT / script).exists()
+
+
+def test_the_site_builds_and_fetches_nothing(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed (extra docs)")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) >= len(PAGES)
+    for page in pages:
+        fetched = re.findall(
+            r"<(?:script|img|link)[^>]+(?:src|href)=\"?((?:https?:)?//[^\" >]+)", page.read_text()
+        )
+        assert not fetched, page
+    assert not list(tmp_path.rglob("update_readme.py"))
