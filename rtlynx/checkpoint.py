@@ -31,6 +31,7 @@ from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.plan import Plan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
+from rtlynx.parallel import refuse_parallel, shards_of
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3
 from rtlynx.recipe import Recipe
@@ -64,6 +65,7 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
         raise ValueError(
             f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
         )
+    refuse_parallel(model, "save it before it is sharded (load goes onto sharded models too)", context=False)
     layers = sparse_layers(model)
     for name, layer in layers.items():
         if name not in state.base:
@@ -182,6 +184,7 @@ def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
 
 def _check_layers(model: nn.Module, layers: dict[str, Any], folder: Path) -> None:
     modules = dict(model.named_modules())
+    shards = shards_of(model, layers.keys() & modules.keys())
     for name, entry in layers.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
@@ -195,7 +198,8 @@ def _check_layers(model: nn.Module, layers: dict[str, Any], folder: Path) -> Non
                 f"{folder} was made for another size: {name} maps {expected[0]} -> {expected[1]} there, "
                 f"{found[0]} -> {found[1]} here"
             )
-        if weight_fingerprint(linear.weight) != entry["base"]:
+        whole = shards[name].whole_linear(linear) if name in shards else linear
+        if weight_fingerprint(whole.weight) != entry["base"]:
             raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
 
 

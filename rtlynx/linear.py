@@ -181,6 +181,13 @@ class SparseLinear(nn.Linear):
     if not TYPE_CHECKING:  # to a type checker it is the attribute of nn.Linear
         weight = _WatchedWeight()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if hasattr(param, "placements"):  # a DTensor: tensor parallelism would cut the factors wrongly
+            raise RuntimeError(
+                "this layer is sparse already: enable tensor parallelism first, then make the model sparse"
+            )
+        super().register_parameter(name, param)
+
     def _own_weight(self) -> Tensor:
         weight = self._parameters.get("weight")
         return self.weight if weight is None else weight  # (not a parameter where it is parametrised)
@@ -353,7 +360,7 @@ class SparseLinear(nn.Linear):
         compressed = self.shared_input.compress(
             input,
             (self.pattern, self.norm, x.dtype),
-            lambda: reference.compress(x, self.pattern, self.norm),
+            lambda: self._compress(x),
         )
         outputs = []
         for span in spans or (None,):
@@ -380,7 +387,7 @@ class SparseLinear(nn.Linear):
         compressed = self.shared_input.compress(
             input,
             ("fp8", self.pattern, self.norm, x.dtype),
-            lambda: fp8.compress_fp8(x, self.pattern, self.norm),
+            lambda: self._compress_fp8(x),
         )
         if spans is None:
             return [product(x, compressed, of)]
@@ -411,7 +418,7 @@ class SparseLinear(nn.Linear):
         compressed = self.shared_input.compress(
             input,
             ("kernels", pattern, norm, quantized, spans),
-            lambda: [ops.compress(piece, down, grouping, parts, norm, quantized) for piece in pieces],
+            lambda: [self._compress_blocks(piece, down, parts) for piece in pieces],
             down,
         )
         return [
@@ -428,6 +435,20 @@ class SparseLinear(nn.Linear):
             ).view(*piece.shape[:-1], self.out_features)
             for piece, (blocks, scale, lowrank) in zip(pieces, compressed, strict=True)
         ]
+
+    # What a pass over X yields, in each of the three forms: a shard of a layer knows part of X alone.
+
+    def _compress(self, x: Tensor) -> reference.Compressed:
+        return reference.compress(x, self.pattern, self.norm)
+
+    def _compress_fp8(self, x: Tensor) -> fp8.CompressedFp8:
+        return fp8.compress_fp8(x, self.pattern, self.norm)
+
+    def _compress_blocks(
+        self, x: Tensor, down: Tensor | None, parts: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        quantized = self.precision == "fp8"
+        return ops.compress(x, down, self.pattern.grouping, parts, self.norm == "scale", quantized)
 
     def _dense(self, x: Tensor) -> Tensor:
         return linear(x, self._original_weight(), self.bias)
