@@ -1,9 +1,9 @@
 """Sparse layers in a model that diffusers' `enable_parallelism` has spread over several processes.
 
 Context parallel (Ulysses, ring) cuts tokens, and these layers work token by token: only the place of the
-text rows changes (`local_text_rows`). Tensor parallel cuts weights: the model is sharded first, then made sparse,
-each layer whole for a moment (its digest, its calibrated weight, its quantisation), after which every process
-keeps its shard. PyTorch's hooks of the dense layer stay: they turn its input into a `DTensor` and
+text rows changes (`local_text_rows`). Tensor parallel cuts weights: the model is sharded first, then made
+sparse, each layer whole for a moment (its digest, its calibrated weight, its quantisation), after which every
+process keeps its shard. PyTorch's hooks of the dense layer stay: they turn its input into a `DTensor` and
 gather or sum its output.
 
 - Column-parallel (to_q, to_k, to_v, MLP up): all K inputs, N/t outputs. The down factor is whole, the up

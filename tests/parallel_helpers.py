@@ -1,4 +1,4 @@
-"""Two processes that run cases together, and what diffusers needs to be parallel on a machine without GPUs."""
+"""Two processes that run cases together, and what diffusers needs to be parallel without GPUs."""
 
 import time
 import traceback
@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import diffusers.hooks.tensor_parallel
+import diffusers.models.attention_dispatch
 import torch
 from diffusers import ContextParallelConfig, TensorParallelConfig
 from safetensors.torch import load_file, save_file
@@ -15,9 +16,18 @@ COLLECTIVE_TIMEOUT, TIMEOUT = 40, 150  # seconds; of one exchange, of all cases 
 
 
 def allow_cpu():
-    """A machine without an accelerator counts zero devices, and the list of devices has no CPU."""
+    """A machine without an accelerator counts zero devices, and no list of diffusers has the CPU."""
     torch.accelerator.device_count = lambda: 1
     diffusers.hooks.tensor_parallel._SUPPORTED_TP_DEVICES += ("cpu",)
+    diffusers.models.attention_dispatch._native_attention_forward_op = _attention
+
+
+def _attention(_ctx, query, key, value, _mask, _dropout, _causal, _scale, _gqa, return_lse, **_settings):
+    """Attention of (B, S, H, D) that can return its log-sum-exp, which ring attention needs."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    out = (scores.softmax(-1) @ value).transpose(1, 2)
+    return (out, scores.logsumexp(-1).transpose(1, 2)) if return_lse else out
 
 
 def tensor_parallel(model):
@@ -25,10 +35,14 @@ def tensor_parallel(model):
     return model
 
 
-def ulysses(model, **settings):
-    model.enable_parallelism(
-        config=ContextParallelConfig(ulysses_degree=PROCESSES, **{"ulysses_anything": True, **settings})
-    )
+def ulysses(model):
+    """Also of token counts that do not split evenly."""
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=PROCESSES, ulysses_anything=True))
+    return model
+
+
+def ring(model):
+    model.enable_parallelism(config=ContextParallelConfig(ring_degree=PROCESSES))
     return model
 
 
@@ -58,7 +72,7 @@ def _work(rank, folder, cases):
             if isinstance(result, str):
                 said = result
             else:
-                tensors = {key: tensor.contiguous() for key, tensor in result.items()}
+                tensors = {key: tensor.contiguous().clone() for key, tensor in result.items()}
         except Exception:
             said = traceback.format_exc()
         save_file(tensors, folder / f"{name}-{rank}.safetensors", {"said": said})
