@@ -175,6 +175,7 @@ def unknown_text(folder):
 # ------------------------------------------------------------------------- one layer, sharded by PyTorch
 
 K, N, RANK = 64, 24, 4
+ONE_SPARSE = ("*.up",)  # a layer that shares its input with none takes the shortest way
 
 
 class Block(nn.Module):
@@ -240,7 +241,7 @@ def row_by_kernels(precision, rank, folder):
         if rank:
             load(model, folder / name)
         else:
-            sparsify(model, Recipe.immediate(norm="scale", precision=precision))
+            sparsify(model, Recipe.immediate(precision=precision, skip=ONE_SPARSE))
         half = hostile_tokens()[:1].bfloat16().chunk(PROCESSES, dim=-1)[torch.distributed.get_rank()]
         with torch.no_grad():
             return {"y": model(half)}
@@ -291,10 +292,10 @@ def models():
 
 def pair(precision, rank):
     """`Pair` in bfloat16, sparse by norm and, with a rank, low-rank factors."""
-    model, recipe = Pair().bfloat16(), Recipe.immediate(norm="scale", precision=precision)
+    model, recipe = Pair().bfloat16(), Recipe.immediate(precision=precision, skip=ONE_SPARSE)
     if not rank:
         return sparsify(model, recipe)
-    recipe = Recipe(norm="scale", precision=precision, rank=rank, **PAPER)
+    recipe = Recipe(precision=precision, rank=rank, skip=ONE_SPARSE, **PAPER)
     gen = torch.Generator().manual_seed(1)
     calls = [{"x": torch.randn(64, N, generator=gen).bfloat16()} for _ in range(8)]
     calibrate(model, calls=calls, recipe=recipe, progress=False)
@@ -320,10 +321,10 @@ def results(models, pairs, tmp_path_factory):
 
 
 def assert_close(result, expected, limit=LIMIT):
-    """Of every process; rounding may turn a near tie of a token here or there, which a mean would show."""
+    """Of every process, nine tokens of ten: rounding may turn a near tie of entries in a token."""
     for theirs in result:
         error = (theirs["y"] - expected).double().norm(dim=-1) / expected.double().norm(dim=-1)
-        assert error.median() < limit
+        assert error.detach().quantile(0.9) < limit
         assert relative_error(theirs["y"], expected) < 100 * limit
 
 
