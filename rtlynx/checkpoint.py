@@ -53,7 +53,7 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     Raises
     ------
     ValueError
-        If the model is not sparse, or an adapter wraps a sparse layer.
+        If the model is not sparse or sharded by tensor parallelism, or an adapter wraps a sparse layer.
     FileExistsError
         If the folder holds other files.
     OSError
@@ -104,6 +104,8 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
 def load(model_or_pipeline: Any, folder: str | Path) -> Any:
     """Make a dense model sparse as a checkpoint says, in place.
 
+    A model that diffusers' tensor parallelism has sharded takes its shards; all processes call this.
+
     Returns
     -------
     The same object.
@@ -114,7 +116,7 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
         If the folder is missing or damaged, or was made for another architecture, shape, version or other
         weights. The model is then unchanged.
     ValueError
-        If the model is sparse already.
+        If the model is sparse already, or groups reach over tensor-parallel shards (`Recipe.tp_degree`).
     """
     model = target_model(model_or_pipeline)
     if state_of(model) is not None:

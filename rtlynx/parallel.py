@@ -195,9 +195,10 @@ class TensorParallelLinear(SparseLinear):
         for name, dim in _CUT[shard.dim].items():
             tensor = self._parameters.get(name)
             if tensor is not None:
-                part = shard.cut(tensor.detach(), dim)
                 if name == "weight" and unchanged:
-                    part = cast(Any, dense._parameters["weight"]).detach().to_local()
+                    part = cast(Any, dense._parameters[name]).detach().to_local()
+                else:
+                    part = shard.cut(tensor.detach(), dim)
                 self._parameters[name] = nn.Parameter(part, requires_grad=tensor.requires_grad)
             elif self._buffers.get(name) is not None:
                 self._buffers[name] = shard.cut(cast(Tensor, self._buffers[name]), dim)

@@ -74,8 +74,9 @@ def calibrate(
     Raises
     ------
     ValueError, CalibrationError, CheckpointError
-        For no prompts, non-finite activations, a folder of another calibration. The model is then as before;
-        what was recorded stays in `options.folder`.
+        For no prompts, a model that is itself spread over processes (`enable_parallelism`), non-finite
+        activations, a folder of another calibration. The model is then as before; what was recorded stays in
+        `options.folder`.
 
     Notes
     -----

@@ -109,8 +109,8 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
     Raises
     ------
     ValueError
-        If the recipe needs calibration, the model has no linears or is sparse already. The model is then
-        unchanged.
+        If the recipe needs calibration, the model has no linears or is sparse already, or groups reach over
+        tensor-parallel shards (`Recipe.tp_degree`). The model is then unchanged.
     TypeError
         If it is neither a module nor a pipeline with a transformer, or a layer is no plain `nn.Linear`.
     """
