@@ -31,6 +31,7 @@ from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.plan import Plan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
+from rtlynx.parallel import refuse_parallel, shards_of
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3
 from rtlynx.recipe import Recipe
@@ -52,7 +53,7 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     Raises
     ------
     ValueError
-        If the model is not sparse, or an adapter wraps a sparse layer.
+        If the model is not sparse or sharded by tensor parallelism, or an adapter wraps a sparse layer.
     FileExistsError
         If the folder holds other files.
     OSError
@@ -88,13 +89,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If the model is not sparse, or an adapter wraps a sparse layer.
+        If the model is not sparse or is spread over processes, or an adapter wraps a sparse layer.
     """
     state = state_of(model)
     if state is None:
         raise ValueError(
             f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
         )
+    refuse_parallel(model, "save it before it is sharded (load goes onto sharded models too)", context=False)
     layers = sparse_layers(model)
     for name in layers:
         if name not in state.base:
@@ -118,6 +120,8 @@ def signed(body: dict[str, Any]) -> dict[str, Any]:
 def load(model_or_pipeline: Any, folder: str | Path) -> Any:
     """Make a dense model sparse as a checkpoint says, in place.
 
+    A model that diffusers' tensor parallelism has sharded takes its shards; all processes call this.
+
     Returns
     -------
     The same object.
@@ -128,7 +132,7 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
         If the folder is missing or damaged, or was made for another architecture, shape, version or other
         weights. The model is then unchanged.
     ValueError
-        If the model is sparse already.
+        If the model is sparse already, or groups reach over tensor-parallel shards (`Recipe.tp_degree`).
     """
     model = target_model(model_or_pipeline)
     if state_of(model) is not None:
@@ -146,9 +150,11 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
 def _read(model: nn.Module, index: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Solution]]:
     """The plan and the solutions of a checkpoint for `model`, all checked."""
     plan = stored_plan(model, index, folder)
+    shards = shards_of(model, index["layers"])
     for name, entry in index["layers"].items():
         linear: Any = model.get_submodule(name)
-        if weight_fingerprint(linear.weight) != entry["base"]:
+        whole = shards[name].whole_linear(linear) if name in shards else linear
+        if weight_fingerprint(whole.weight) != entry["base"]:
             raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
     path = folder / TENSORS
     if path.is_file() and sha256_of(path) != index["tensors_sha256"]:

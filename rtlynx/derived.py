@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Derived:
@@ -51,3 +51,17 @@ class Derived:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_entry": None, "kept": None}
+
+
+class WatchedWeight:
+    """`SparseLinear.weight` to everyone but the layer itself: drops the copy in compute order.
+
+    Who asks for the weight may change it behind its version's back; peft merges into `weight.data`.
+    """
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        if layer is None:
+            return self
+        if "_ordered" in layer.__dict__:
+            layer._ordered.drop()
+        return nn.Module.__getattr__(layer, "weight")

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from rtlynx.compressed import CompressedInput
 from rtlynx.context import SharedInput, SparseContext
-from rtlynx.derived import Derived
+from rtlynx.derived import Derived, WatchedWeight
 from rtlynx.kernels import fp8, ops, reference
 from rtlynx.kernels.blocks import compute_order
 from rtlynx.kernels.choice import kernels_serve
@@ -24,20 +24,6 @@ from rtlynx.quantization import E4M3, Quantized, quantize_weight
 
 Precision = Literal["bf16", "fp8"]
 Spans = tuple[tuple[int, int], ...]  # half-open ranges of tokens
-
-
-class _WatchedWeight:
-    """`SparseLinear.weight` to everyone but the layer itself: drops the copy in compute order.
-
-    Who asks for the weight may change it behind its version's back; peft merges into `weight.data`.
-    """
-
-    def __get__(self, layer: SparseLinear | None, owner: type) -> Any:
-        if layer is None:
-            return self
-        if "_ordered" in layer.__dict__:
-            layer._ordered.drop()
-        return nn.Module.__getattr__(layer, "weight")
 
 
 class SparseLinear(nn.Linear):
@@ -181,7 +167,14 @@ class SparseLinear(nn.Linear):
         return plain
 
     if not TYPE_CHECKING:  # to a type checker it is the attribute of nn.Linear
-        weight = _WatchedWeight()
+        weight = WatchedWeight()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if hasattr(param, "placements"):  # a DTensor: tensor parallelism would cut the factors wrongly
+            raise RuntimeError(
+                "this layer is sparse already: enable tensor parallelism first, then make the model sparse"
+            )
+        super().register_parameter(name, param)
 
     def _own_weight(self) -> Tensor:
         weight = self._parameters.get("weight")
@@ -362,7 +355,7 @@ class SparseLinear(nn.Linear):
         compressed = self.shared_input.compress(
             input,
             (self.pattern, self.norm, x.dtype),
-            lambda: reference.compress(x, self.pattern, self.norm),
+            lambda: self._compress(x),
         )
         outputs = []
         for span in spans or (None,):
@@ -389,7 +382,7 @@ class SparseLinear(nn.Linear):
         compressed = self.shared_input.compress(
             input,
             ("fp8", self.pattern, self.norm, x.dtype),
-            lambda: fp8.compress_fp8(x, self.pattern, self.norm),
+            lambda: self._compress_fp8(x),
         )
         if spans is None:
             return [product(x, compressed, of)]
@@ -448,7 +441,7 @@ class SparseLinear(nn.Linear):
         compressed = self.shared_input.compress(
             input,
             ("kernels", pattern, norm, quantized, spans),
-            lambda: [ops.compress(piece, down, grouping, parts, norm, quantized) for piece in pieces],
+            lambda: [self._compress_blocks(piece, down, parts) for piece in pieces],
             down,
         )
         return [
@@ -464,6 +457,20 @@ class SparseLinear(nn.Linear):
             ).view(*piece.shape[:-1], self.out_features)
             for piece, (blocks, scale, lowrank) in zip(pieces, compressed, strict=True)
         ]
+
+    # What a pass over X yields, in each of the three forms: a shard of a layer knows part of X alone.
+
+    def _compress(self, x: Tensor) -> reference.Compressed:
+        return reference.compress(x, self.pattern, self.norm)
+
+    def _compress_fp8(self, x: Tensor) -> fp8.CompressedFp8:
+        return fp8.compress_fp8(x, self.pattern, self.norm)
+
+    def _compress_blocks(
+        self, x: Tensor, down: Tensor | None, parts: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        quantized = self.precision == "fp8"
+        return ops.compress(x, down, self.pattern.grouping, parts, self.norm == "scale", quantized)
 
     def _dense(self, x: Tensor) -> Tensor:
         return linear(x, self._original_weight(), self.bias)

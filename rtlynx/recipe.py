@@ -55,6 +55,9 @@ class Recipe:
     grouping : "auto" | "adjacent" | "strided"
         Which m compete. Auto: strided for attention outputs, whose groups then span different heads, and for
         outputs fed by attention and MLP together (each part in itself); adjacent elsewhere.
+    tp_degree : int
+        Keep strided groups inside each of that many equal shards of an input, so that tensor parallelism of
+        this degree, or one that divides it, serves the model.
     norm : "auto" | "none" | "scale" | "paper"
         Per-token norm compensation. Auto: on where the weight is not refitted. "paper": with the printed
         epsilon.
@@ -101,6 +104,7 @@ class Recipe:
     n: int = 2
     m: int = 4
     grouping: Literal["auto", "adjacent", "strided"] = "auto"
+    tp_degree: int = 1
     norm: Literal["auto", "none", "scale", "paper"] = "auto"
     rank: int | float | None = 0.02
     refit: bool = True
@@ -126,6 +130,8 @@ class Recipe:
         _check_choice("balance", self.balance, ("kinds", "tokens"))
         _check_choice("text_stream", self.text_stream, ("dense", "sparse"))
         _check_choice("text_rows", self.text_rows, ("sparse", "dense"))
+        if not _is_whole(self.tp_degree) or self.tp_degree < 1:
+            raise ValueError(f"tp_degree is a whole number above 0, got {self.tp_degree!r}")
         if not isinstance(self.refit, bool):
             raise ValueError(f"refit is true or false, got {self.refit!r}")
         if self.rank is not None:

@@ -38,6 +38,7 @@ from rtlynx.models.sparsify import (
     state_of,
     target_model,
 )
+from rtlynx.parallel import refuse_parallel
 from rtlynx.progress import ProgressBar
 from rtlynx.recipe import Form, Recipe
 
@@ -73,8 +74,9 @@ def calibrate(
     Raises
     ------
     ValueError, CalibrationError, CheckpointError
-        For no prompts, non-finite activations, a folder of another calibration. The model is then as before;
-        what was recorded stays in `options.folder`.
+        For no prompts, a model that is itself spread over processes (`enable_parallelism`), non-finite
+        activations, a folder of another calibration. The model is then as before; what was recorded stays in
+        `options.folder`.
 
     Notes
     -----
@@ -90,6 +92,11 @@ def calibrate(
             "chooses their forms at the end: calibrate one-shot, or with precision fp8 or bf16"
         )
     model = target_model(model_or_pipeline)
+    refuse_parallel(
+        model,
+        "calibrate before enable_parallelism, one whole model a process, and load the checkpoint after it",
+        context=True,
+    )
     before = state_of(model)
     if before is not None and before.plan.recipe.needs_calibration:
         raise ValueError("the model has been calibrated already: call rtlynx.densify first")

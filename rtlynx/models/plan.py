@@ -164,7 +164,11 @@ def _pattern_for(candidate: Candidate, recipe: Recipe) -> Pattern:
     strided = recipe.grouping == "strided" or (recipe.grouping == "auto" and candidate.role in STRIDED_ROLES)
     if not strided:
         return Pattern(recipe.n, recipe.m)
-    return Pattern(recipe.n, recipe.m, "strided", candidate.parts)
+    parts, degree = candidate.parts, recipe.tp_degree
+    if isinstance(parts, int):
+        return Pattern(recipe.n, recipe.m, "strided", parts * degree)
+    shards = tuple(width // degree for width in parts for _ in range(degree))
+    return Pattern(recipe.n, recipe.m, "strided", shards)
 
 
 def _has_joint(candidates: list[Candidate]) -> bool:

@@ -15,6 +15,7 @@ from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
+from rtlynx.parallel import TensorParallelLinear, local_text_rows, shards_of
 from rtlynx.recipe import Recipe
 
 # Attribute of a sparse model that holds its `SparseState`.
@@ -41,7 +42,7 @@ class ModelHook:
         architecture, recipe = self.plan.architecture, self.plan.recipe
         call = architecture.call_arguments(model, args, kwargs)
         if recipe.text_rows == "dense" and architecture.text_rows is not None:
-            self.context.text_rows = architecture.text_rows(call)
+            self.context.text_rows = local_text_rows(model, architecture.text_rows(call))
         if recipe.dense_steps:
             timestep = call.get(architecture.timestep_argument)
             if timestep is None:
@@ -112,8 +113,8 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
     Raises
     ------
     ValueError
-        If the recipe needs calibration, the model has no linears or is sparse already. The model is then
-        unchanged.
+        If the recipe needs calibration, the model has no linears or is sparse already, or groups reach over
+        tensor-parallel shards (`Recipe.tp_degree`). The model is then unchanged.
     TypeError
         If it is neither a module nor a pipeline with a transformer, or a layer is no plain `nn.Linear`.
     """
@@ -153,10 +154,14 @@ def apply_plan(
     readers = Counter(_memory(layer, known) for layer in plan.sparse)
     shared = {key: SharedInput(single=count == 1) for key, count in readers.items()}
     modules: dict[str, Any] = dict(model.named_modules())
+    shards = shards_of(model, (layer.name for layer in plan.sparse))
     replacements, fingerprints = {}, {}
     for layer in plan.sparse:
+        shard, dense = shards.get(layer.name), modules[layer.name]
+        whole = dense if shard is None else shard.whole_linear(dense)
+        kind = SparseLinear if shard is None else TensorParallelLinear
         try:
-            sparse = SparseLinear.from_linear(modules[layer.name], pattern=layer.pattern, norm=layer.norm)
+            sparse = kind.from_linear(whole, pattern=layer.pattern, norm=layer.norm)
         except TypeError as error:
             raise TypeError(f"{layer.name}: {error}") from None
         sparse.context = context
@@ -169,10 +174,13 @@ def apply_plan(
                 sparse.quantize(keep_dense=plan.recipe.keeps_dense_weight)
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
+        if isinstance(sparse, TensorParallelLinear) and shard is not None:
+            try:
+                sparse.take_shard(shard, dense)
+            except ValueError as error:
+                raise ValueError(f"{layer.name}: {error}") from None
         replacements[layer.name] = sparse
-        fingerprints[layer.name] = (
-            weight_fingerprint(modules[layer.name].weight) if base is None else base[layer.name]
-        )
+        fingerprints[layer.name] = weight_fingerprint(whole.weight) if base is None else base[layer.name]
     _replace(model, replacements)
     hook = ModelHook(plan, context)
     handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None

@@ -1,0 +1,491 @@
+"""Sparse models under diffusers' parallelism: two processes over gloo give what one process gives.
+
+All cases of two processes run first, in one go; each test compares one of them with a model of one process.
+"""
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+from checkpoint_helpers import RIDGE, make
+from helpers import flux_call, output, qwen_call, relative_error, tiny_flux, tiny_qwen
+from parallel_helpers import PROCESSES, message, ring, run_together, tensor_parallel, ulysses
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import rtlynx.linear
+from rtlynx import (
+    Pattern,
+    Recipe,
+    calibrate,
+    densify,
+    load,
+    nm_mask,
+    norm_scale,
+    save,
+    sparsify,
+)
+from rtlynx.models import sparse_layers
+from rtlynx.quantization import quantize_tokens
+
+LIMIT = 1e-5  # float32, summed in another order
+MODELS = {"flux": (tiny_flux, flux_call), "qwen": (tiny_qwen, qwen_call)}
+PAPER = {"refit": False, "ridge": RIDGE}
+RECIPES = {
+    "norm": Recipe.immediate(tp_degree=2),
+    "all-strided": Recipe.immediate(tp_degree=2, grouping="strided", text_stream="sparse", norm="paper"),
+    "adjacent": Recipe.immediate(grouping="adjacent"),
+    "low-rank": Recipe(rank=4, tp_degree=4, **PAPER),
+    "refit": Recipe(rank=0.05, ridge=RIDGE, tp_degree=2),
+    "kept": Recipe(rank=4, ridge=RIDGE, tp_degree=2, text_rows="dense", dense_steps=1),
+    "fp8": Recipe.immediate(tp_degree=2, precision="fp8"),
+    "fp8-refit": Recipe(rank=0.05, ridge=RIDGE, tp_degree=2, precision="fp8"),
+    "fp8-dense": Recipe.immediate(tp_degree=2, forms={"*": "fp8-dense"}),
+}
+QWEN_RECIPES = ("norm", "low-rank", "refit")
+PAIRS = [*(("flux", recipe) for recipe in RECIPES), *(("qwen", recipe) for recipe in QWEN_RECIPES)]
+ROWS = ("to_out.0", "to_add_out", "net.2", "proj_out")  # row-parallel
+EIGHT_BITS = [recipe for recipe in RECIPES if recipe.startswith("fp8")]
+
+# One step of a picture, then the next: with `dense_steps` they differ.
+STEPS = (1.0, 0.5)
+
+
+def steps(model, call, **changes):
+    return torch.stack([output(model, {**call(timestep=t), **changes}) for t in STEPS])
+
+
+# ---------------------------------------------------------------------- what two processes run together
+
+
+def sparse_after(parallelise, folder, model, recipe):
+    """Made parallel, then sparse, from a checkpoint where there was something to calibrate."""
+    build, call = MODELS[model]
+    changed = parallelise(build())
+    if RECIPES[recipe].needs_calibration:
+        load(changed, folder / f"{model}-{recipe}")
+    else:
+        sparsify(changed, RECIPES[recipe])
+    return changed, call
+
+
+def by(parallelise, model, recipe, folder):
+    changed, call = sparse_after(parallelise, folder, model, recipe)
+    return {"y": steps(changed, call)}
+
+
+def ulysses_odd(folder):
+    changed, _ = sparse_after(ulysses, folder, "flux", "kept")
+    return {"y": torch.stack([output(changed, odd_call(t)) for t in STEPS])}
+
+
+def ulysses_before(folder):
+    """Made sparse first: context parallelism does not mind."""
+    return {"y": steps(ulysses(sparsify(tiny_flux(), RECIPES["norm"])), flux_call)}
+
+
+def odd_call(timestep=0.5):
+    """31 image tokens a process, 4 and 3 text tokens, and a batch, so that slices are not contiguous.
+
+    (Over gloo, diffusers cannot gather pictures of different lengths.)
+    """
+    call = flux_call(batch=2, timestep=timestep)
+    for name, count in (("hidden_states", 62), ("encoder_hidden_states", 7)):
+        call[name] = call[name][:, :count]
+    for name, count in (("img_ids", 62), ("txt_ids", 7)):
+        call[name] = call[name][:count]
+    return call
+
+
+def tp_undone(folder):
+    model = tensor_parallel(tiny_flux())
+    before = output(model, flux_call())
+    densify(sparsify(model, RECIPES["norm"]))
+    return {"before": before, "after": output(model, flux_call())}
+
+
+def tp_shapes(folder):
+    """What a process holds of a low-rank model, and how often an input is compressed."""
+    model, call = sparse_after(tensor_parallel, folder, "flux", "refit")
+    count = [0]
+    original = rtlynx.linear.reference.compress
+
+    def counted(*args):
+        count[0] += 1
+        return original(*args)
+
+    rtlynx.linear.reference.compress = counted
+    try:
+        output(model, call())
+    finally:
+        rtlynx.linear.reference.compress = original
+    held = {"compressed": torch.tensor(count[0])}
+    for name, layer in sparse_layers(model).items():
+        for key, tensor in layer.state_dict().items():
+            held[f"{name}.{key}"] = torch.tensor(tensor.shape)
+    return held
+
+
+def tp_crossing_groups(folder):
+    model = tensor_parallel(tiny_flux())
+    said = message(lambda: sparsify(model, Recipe.immediate()))
+    assert not sparse_layers(model)
+    return said
+
+
+def tp_crossing_checkpoint(folder):
+    model = tensor_parallel(tiny_flux())
+    said = message(lambda: load(model, folder / "flux-one-part"))
+    assert not sparse_layers(model)
+    return said
+
+
+def tp_other_weights(folder):
+    return message(lambda: load(tensor_parallel(tiny_flux(seed=1)), folder / "flux-refit"))
+
+
+def tp_too_late(folder):
+    return message(lambda: tensor_parallel(sparsify(tiny_flux(), RECIPES["norm"])))
+
+
+def tp_save(folder):
+    return message(lambda: save(sparsify(tensor_parallel(tiny_flux()), RECIPES["norm"]), folder / "never"))
+
+
+def calibrated(parallelise, folder):
+    model = parallelise(tiny_flux())
+    return message(lambda: calibrate(model, calls=[flux_call()], recipe=Recipe()))
+
+
+def unknown_text(folder):
+    """A plan of the user's own that leaves the text whole."""
+    from diffusers import ContextParallelConfig
+
+    model, whole = tiny_flux(), dict(tiny_flux()._cp_plan)
+    whole[""] = {key: value for key, value in whole[""].items() if key in ("hidden_states", "img_ids")}
+    config = ContextParallelConfig(ulysses_degree=PROCESSES, ulysses_anything=True)
+    model.enable_parallelism(config=config, cp_plan=whole)
+    sparsify(model, Recipe.immediate(text_rows="dense"))
+    return message(lambda: output(model, flux_call()))
+
+
+# ------------------------------------------------------------------------- one layer, sharded by PyTorch
+
+K, N, RANK = 64, 24, 4
+ONE_SPARSE = ("*.up",)  # a layer that shares its input with none takes the shortest way
+
+
+class Block(nn.Module):
+    """Two layers; what is as wide as the input of the second one (or a shard of it) goes there at once."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.up, self.down = nn.Linear(N, k), nn.Linear(k, N)
+
+    def forward(self, x):
+        return self.down(self.up(x) if x.shape[-1] == N else x)
+
+
+class Pair(nn.Module):
+    """A model without a plan of its own: the generic rule's, and PyTorch's tensor parallelism by hand."""
+
+    def __init__(self, k=K):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block(k)])
+
+    def forward(self, x):
+        return self.blocks[0](x)
+
+
+def cut_by_hand(model):
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    return parallelize_module(
+        model, mesh, {"blocks.0.up": ColwiseParallel(), "blocks.0.down": RowwiseParallel()}
+    )
+
+
+def hostile_tokens():
+    """Tokens whose norm scale two shards see differently, and of magnitudes where squares leave float32."""
+    x = torch.randn(8, K, generator=torch.Generator().manual_seed(3))
+    x[0, : K // 2] = 1.0  # flat: s is sqrt(2) here, near 1 on the other side
+    x[0, K // 2 :] *= torch.tensor([10.0, 0.01, 0.01, 0.01]).repeat(K // 8)
+    x[1] *= 1e-30
+    x[2] *= 1e25
+    x[3, : K // 2] = 0
+    x[4] = 0
+    x[5, : K // 2] *= 1e-12
+    x[6, 3] = torch.inf
+    x[7, K - 1] = torch.nan
+    return x
+
+
+def row_parallel(norm, folder):
+    model = cut_by_hand(Pair())
+    sparsify(model, Recipe.immediate(norm=norm))
+    rank = torch.distributed.get_rank()
+    x = hostile_tokens().chunk(PROCESSES, dim=-1)[rank]
+    with torch.no_grad():
+        return {"y": model(x)}
+
+
+def row_by_kernels(precision, rank, folder):
+    """The operators that run on a card, here in their CPU implementation."""
+    rtlynx.linear.kernels_serve, original = (lambda *_: True), rtlynx.linear.kernels_serve
+    try:
+        model = cut_by_hand(Pair().bfloat16())
+        name = f"pair-{precision}-{rank}"
+        if rank:
+            load(model, folder / name)
+        else:
+            sparsify(model, Recipe.immediate(precision=precision, skip=ONE_SPARSE))
+        half = hostile_tokens()[:1].bfloat16().chunk(PROCESSES, dim=-1)[torch.distributed.get_rank()]
+        with torch.no_grad():
+            return {"y": model(half)}
+    finally:
+        rtlynx.linear.kernels_serve = original
+
+
+def row_gradient(folder):
+    model = sparsify(cut_by_hand(Pair()), Recipe.immediate())
+    return message(lambda: model(torch.randn(3, N, requires_grad=True)))
+
+
+def row_splits_groups(folder):
+    return message(lambda: sparsify(cut_by_hand(Pair(k=20)), Recipe.immediate()))
+
+
+KERNELS = [(precision, rank) for precision in ("bf16", "fp8") for rank in (0, RANK)]
+CASES = {
+    **{f"tp-{m}-{r}": partial(by, tensor_parallel, m, r) for m, r in PAIRS},
+    **{f"ulysses-{m}-{r}": partial(by, ulysses, m, r) for m, r in PAIRS},
+    "ring": partial(by, ring, "flux", "kept"),
+    "ulysses-odd": ulysses_odd,
+    "ulysses-before": ulysses_before,
+    "tp-undone": tp_undone,
+    "tp-shapes": tp_shapes,
+    "tp-crossing-groups": tp_crossing_groups,
+    "tp-crossing-checkpoint": tp_crossing_checkpoint,
+    "tp-other-weights": tp_other_weights,
+    "tp-too-late": tp_too_late,
+    "tp-save": tp_save,
+    "tp-calibrate": partial(calibrated, tensor_parallel),
+    "ulysses-calibrate": partial(calibrated, ulysses),
+    "unknown-text": unknown_text,
+    **{f"row-{norm}": partial(row_parallel, norm) for norm in ("scale", "paper", "none")},
+    **{f"row-kernels-{p}-{r}": partial(row_by_kernels, p, r) for p, r in KERNELS},
+    "row-gradient": row_gradient,
+    "row-splits-groups": row_splits_groups,
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """(model, recipe) -> the sparse model of one process, calibrated where the recipe says so."""
+    made = {(m, r): make(RECIPES[r], *MODELS[m]) for m, r in PAIRS}
+    made["flux", "one-part"] = make(Recipe(rank=None, ridge=RIDGE))
+    return made
+
+
+def pair(precision, rank):
+    """`Pair` in bfloat16, sparse by norm and, with a rank, low-rank factors."""
+    model, recipe = Pair().bfloat16(), Recipe.immediate(precision=precision, skip=ONE_SPARSE)
+    if not rank:
+        return sparsify(model, recipe)
+    recipe = Recipe(precision=precision, rank=rank, skip=ONE_SPARSE, **PAPER)
+    gen = torch.Generator().manual_seed(1)
+    calls = [{"x": torch.randn(64, N, generator=gen).bfloat16()} for _ in range(8)]
+    calibrate(model, calls=calls, recipe=recipe, progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return {(precision, rank): pair(precision, rank) for precision, rank in KERNELS}
+
+
+@pytest.fixture(scope="module")
+def results(models, pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    for (model, recipe), made in models.items():
+        save(made, folder / f"{model}-{recipe}")
+    for (precision, rank), made in pairs.items():
+        save(made, folder / f"pair-{precision}-{rank}")
+    return run_together(folder, CASES)
+
+
+# ------------------------------------------------------------------------------------------------- tests
+
+
+def assert_close(result, expected, limit=LIMIT):
+    """Of every process, nine tokens of ten: rounding may turn a near tie of entries in a token."""
+    for theirs in result:
+        error = (theirs["y"] - expected).double().norm(dim=-1) / expected.double().norm(dim=-1)
+        assert error.detach().quantile(0.9) < limit
+        assert relative_error(theirs["y"], expected) < 100 * limit
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"), [pair for pair in PAIRS if pair[1] not in (*EIGHT_BITS, "kept")]
+)
+def test_tensor_parallel_is_one_process(results, models, model, recipe):
+    assert_close(results.tensors(f"tp-{model}-{recipe}"), steps(models[model, recipe], MODELS[model][1]))
+
+
+def test_tensor_parallel_dense_steps_and_rows(results, models):
+    expected = steps(models["flux", "kept"], flux_call)
+    assert relative_error(expected[0], output(tiny_flux(), flux_call(timestep=STEPS[0]))) < LIMIT
+    assert_close(results.tensors("tp-flux-kept"), expected)
+
+
+@pytest.mark.parametrize(("model", "recipe"), PAIRS)
+def test_ulysses_is_one_process(results, models, model, recipe):
+    assert_close(results.tensors(f"ulysses-{model}-{recipe}"), steps(models[model, recipe], MODELS[model][1]))
+
+
+def test_ring_is_one_process(results, models):
+    assert_close(results.tensors("ring"), steps(models["flux", "kept"], flux_call))
+
+
+def test_ulysses_of_odd_counts_and_batches(results, models):
+    expected = torch.stack([output(models["flux", "kept"], odd_call(t)) for t in STEPS])
+    assert_close(results.tensors("ulysses-odd"), expected)
+
+
+def test_ulysses_of_a_sparse_model(results, models):
+    assert_close(results.tensors("ulysses-before"), steps(models["flux", "norm"], flux_call))
+
+
+def columns_of(name, layer):
+    """The input channels of each process: halves, for proj_out of attention and MLP each by itself."""
+    k, d = layer.in_features, layer.out_features
+    if name.endswith("proj_out"):
+        m = (k - d) // 2
+        return [[*range(d // 2), *range(d, d + m)], [*range(d // 2, d), *range(d + m, k)]]
+    return [range(k // 2), range(k // 2, k)]
+
+
+class ByShards(nn.Module):
+    """A row-parallel fp8 layer from its definition: each shard has token scales of its own, s is common."""
+
+    def __init__(self, layer, shards):
+        super().__init__()
+        self.layer, self.shards = layer, shards
+
+    def forward(self, x):
+        of, pattern = self.layer, self.layer.pattern
+        mask = nm_mask(x, pattern.n, pattern.m, pattern.grouping, pattern.parts)
+        scale = norm_scale(x, mask).double() if of.norm == "scale" else 1.0
+        y = torch.zeros(())
+        for columns in self.shards:
+            values, token = quantize_tokens(x[..., columns], mask[..., columns])
+            y = y + scale * token * (values.double() @ of.weight[:, columns].double().T)
+        y = y * of.weight_scale + of.bias
+        if of.rank:
+            y = y + x.double() @ of.lowrank_down.double().T @ of.lowrank_up.double().T
+        return y.to(x.dtype)
+
+
+@pytest.mark.parametrize("recipe", EIGHT_BITS)
+def test_tensor_parallel_fp8(results, models, recipe):
+    """Quantised by shard; not further from the unquantised model than one process is."""
+    one = models["flux", recipe]
+    sharded = copy.deepcopy(one)
+    for name, layer in sparse_layers(sharded).items():
+        if name.endswith(ROWS):
+            sharded.set_submodule(name, ByShards(layer, columns_of(name, layer)))
+    found = results.tensors(f"tp-flux-{recipe}")
+    assert_close(found, steps(sharded, flux_call))
+    plain = {"fp8": "norm", "fp8-refit": "refit"}.get(recipe)
+    exact = steps(tiny_flux() if plain is None else models["flux", plain], flux_call)
+    error = relative_error(steps(one, flux_call), exact)
+    assert 1e-4 < relative_error(found[0]["y"], exact) < 1.1 * error
+
+
+@pytest.mark.parametrize("norm", ["scale", "paper", "none"])
+def test_norm_scale_is_of_the_whole_token(results, norm):
+    model = sparsify(Pair(), Recipe.immediate(norm=norm))
+    with torch.no_grad():
+        expected = model(hostile_tokens())
+    for theirs in results.tensors(f"row-{norm}"):
+        for row, right in zip(theirs["y"], expected, strict=True):
+            assert torch.isfinite(row).tolist() == torch.isfinite(right).tolist()
+            if torch.isfinite(right).all():
+                assert relative_error(row, right) < LIMIT
+
+
+@pytest.mark.parametrize(("precision", "rank"), KERNELS)
+def test_norm_scale_beside_kernels(results, pairs, precision, rank):
+    """The pass over X knows the scale of a shard alone, which is far from the whole token's here."""
+    layer = pairs[precision, rank].blocks[0].down
+    assert layer.rank == rank
+    x = hostile_tokens()[:1].bfloat16()
+    mask = nm_mask(x)
+    halves = [slice(0, K // 2), slice(K // 2, K)]
+    kept = x.double() * mask
+    weight = layer.weight.double()
+    if precision == "fp8":
+        weight = weight * layer.weight_scale.double().unsqueeze(-1)
+        kept = torch.cat([quantize_tokens(x[:, h], mask[:, h]).dequantize().double() for h in halves], dim=-1)
+    lowrank = x.double() @ layer.lowrank_down.double().T @ layer.lowrank_up.double().T if rank else 0.0
+    expected = norm_scale(x, mask).double() * (kept @ weight.T) + lowrank + layer.bias.double()
+    alone = torch.cat([norm_scale(x[:, h], mask[:, h]).double() * kept[:, h] for h in halves], dim=-1)
+    assert relative_error(alone @ weight.T + lowrank + layer.bias.double(), expected) > 0.03
+    assert_close(results.tensors(f"row-kernels-{precision}-{rank}"), expected, 8e-3)
+
+
+def test_shards_hold_their_part_alone(results, models):
+    """Factors are cut beside the weight, biases are added once, and q, k, v read one compressed input."""
+    held = results.tensors("tp-shapes")
+    layers = sparse_layers(models["flux", "refit"])
+    for name, layer in layers.items():
+        n, k, r = layer.out_features, layer.in_features, layer.rank
+        row = name.endswith(ROWS)
+        shapes = (
+            {"weight": [n, k // 2], "lowrank_down": [r, k // 2], "lowrank_up": [n, r]}
+            if row
+            else {"weight": [n // 2, k], "lowrank_down": [r, k], "lowrank_up": [n // 2, r]}
+        )
+        for process in range(PROCESSES):
+            for key, shape in shapes.items():
+                assert held[process][f"{name}.{key}"].tolist() == shape, (name, key)
+            assert (f"{name}.bias" in held[process]) is (not row or process == 0)
+    inputs = {"double qkv", "double out", "up", "down", "single in", "single out"}
+    assert [one["compressed"].item() for one in held] == [len(inputs)] * PROCESSES
+
+
+def test_densify_gives_the_sharded_model_back(results):
+    for theirs in results.tensors("tp-undone"):
+        assert torch.equal(theirs["before"], theirs["after"])
+        assert relative_error(theirs["before"], output(tiny_flux(), flux_call())) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("tp-crossing-groups", "ValueError: .*to_out.0: its strided groups reach over 2 .*tp_degree=2"),
+        ("tp-crossing-checkpoint", "ValueError: .*to_out.0: its strided groups reach over 2 .*tp_degree=2"),
+        ("tp-other-weights", "CheckpointError: .*other weights"),
+        ("tp-too-late", "RuntimeError: .*enable tensor parallelism first"),
+        ("tp-save", "ValueError: .*spread over several processes: save it before"),
+        ("tp-calibrate", "ValueError: .*spread over several processes: calibrate before"),
+        ("ulysses-calibrate", "ValueError: .*spread over several processes: calibrate before"),
+        ("unknown-text", "ValueError: where the text rows .*text_rows='sparse'"),
+        ("row-gradient", "RuntimeError: .*no gradient"),
+        ("row-splits-groups", "ValueError: .*down: 2 tensor-parallel shards of its 20 inputs"),
+    ],
+)
+def test_refusals(results, case, words):
+    for said in results.said(case):
+        assert re.match(words, said), said or "it did not refuse"
+
+
+def test_tp_degree_keeps_groups_inside_shards():
+    """One process's own view of the same: no group of a layer of four shards crosses a quarter."""
+    layers = sparse_layers(sparsify(tiny_flux(), Recipe.immediate(tp_degree=4)))
+    assert layers["transformer_blocks.0.attn.to_out.0"].pattern == Pattern(grouping="strided", parts=4)
+    proj_out = layers["single_transformer_blocks.0.proj_out"]
+    assert proj_out.pattern.widths(proj_out.in_features) == (32,) * 4 + (128,) * 4
