@@ -19,13 +19,14 @@ class SparseContext:
     ----------
     dense_step : bool
         Run every sparse layer densely, with its original weight, in this forward pass.
-    text_rows : tuple[int, int | None] | None
-        Half-open range of text tokens on the token axis (-2) of joint blocks, or None where unknown.
+    text_rows : list [start, stop] or None
+        Half-open range of text tokens on the token axis (-2) of joint blocks, or None where unknown. (A list:
+        torch.compile would take a tuple for a constant whatever it is told about integers.)
     """
 
     def __init__(self) -> None:
         self.dense_step = False
-        self.text_rows: tuple[int, int | None] | None = None
+        self.text_rows: list[int | None] | None = None
 
 
 class SharedInput:

@@ -190,11 +190,11 @@ class SparseLinear(nn.Linear):
         self._folded.drop()
         if self.precision != "fp8":
             return super()._apply(fn, recurse)
-        scale = self.weight_scale
+        quantised = (self._parameters.get("weight"), self.weight_scale)
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if moved.dtype is tensor.dtype or (tensor.dtype is not E4M3 and tensor is not scale):
+            if moved.dtype is tensor.dtype or not any(tensor is one for one in quantised):
                 return moved
             return tensor.to(moved.device)  # a cast of the model is none of eight-bit values and their scale
 
@@ -331,7 +331,9 @@ class SparseLinear(nn.Linear):
         if text_rows is None:
             return self._sparse(input, x, None)[0]
         rows = x.shape[-2]
-        start, stop, _ = slice(*text_rows).indices(rows)
+        # Not by `slice.indices`, which would fix the length of the prompt in a compiled graph.
+        start = text_rows[0] or 0
+        stop = rows if text_rows[1] is None else min(text_rows[1], rows)
         if start >= stop:
             return self._sparse(input, x, None)[0]
         spans = [(first, last) for first, last in ((0, start), (stop, rows)) if first < last]

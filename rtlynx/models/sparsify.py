@@ -13,6 +13,7 @@ from torch import nn
 from rtlynx.context import SharedInput, SparseContext, StepTracker
 from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
+from rtlynx.models.guards import guard, refuse_merged, unguard
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.recipe import Recipe
 
@@ -33,11 +34,14 @@ class ModelHook:
         """Whether any option of the recipe depends on the call."""
         return self.plan.recipe.dense_steps > 0 or self.plan.recipe.text_rows == "dense"
 
+    # Outside of what torch.compile makes of the model: steps are told apart by the value of a tensor.
+    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         architecture, recipe = self.plan.architecture, self.plan.recipe
         call = architecture.call_arguments(model, args, kwargs)
         if recipe.text_rows == "dense" and architecture.text_rows is not None:
-            self.context.text_rows = architecture.text_rows(call)
+            rows = architecture.text_rows(call)
+            self.context.text_rows = None if rows is None else list(rows)
         if recipe.dense_steps:
             timestep = call.get(architecture.timestep_argument)
             if timestep is None:
@@ -46,6 +50,8 @@ class ModelHook:
                     f"call of {type(model).__name__} lacks"
                 )
             self.context.dense_step = 0 <= self.steps.update(timestep) < recipe.dense_steps
+        if recipe.keeps_dense_weight and getattr(model, "peft_config", None):
+            refuse_merged(model)
 
 
 @dataclass
@@ -164,6 +170,7 @@ def apply_plan(
         replacements[layer.name] = sparse
         base[layer.name] = weight_fingerprint(modules[layer.name].weight)
     _replace(model, replacements)
+    guard(model)
     hook = ModelHook(plan, context)
     handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None
     setattr(model, _STATE, SparseState(plan, context, base, handle))
@@ -184,6 +191,7 @@ def densify(model_or_pipeline: Any) -> Any:
     """
     model = target_model(model_or_pipeline)
     _replace(model, {name: layer.to_linear() for name, layer in sparse_layers(model).items()})
+    unguard(model)
     state = state_of(model)
     if state is not None:
         if state.hook is not None:
