@@ -115,7 +115,7 @@ def test_fusing_into_what_cannot_take_it_is_refused(recipe, copied):
         model = copy.deepcopy(model)
     load(model)
     before = output(model, flux_call())
-    with pytest.raises(RuntimeError, match="adapters are not merged into this model.*Leave out fuse_lora"):
+    with pytest.raises(RuntimeError, match=r"adapters are not merged into this model.*Leave out fuse_lora"):
         model.fuse_lora()
     with pytest.raises(RuntimeError, match="adapters are not merged into this model"):
         flux_pipeline(model).fuse_lora(components=["transformer"])
@@ -129,7 +129,7 @@ def test_a_merge_by_peft_itself_beside_kept_originals_is_noticed(recipe):
     before = output(model, flux_call())
     for name in deltas:
         model.get_submodule(name).merge()
-    with pytest.raises(RuntimeError, match="merged into the weights.*but not into the original weights"):
+    with pytest.raises(RuntimeError, match=r"merged into the weights.*but not into the original weights"):
         output(model, flux_call())
     for name in deltas:
         model.get_submodule(name).unmerge()
