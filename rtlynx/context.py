@@ -16,6 +16,7 @@ from rtlynx.derived import Derived
 from rtlynx.kernels.blocks import LOWRANK_COLUMNS
 
 _T = TypeVar("_T")
+Spans = tuple[tuple[int, int], ...]  # half-open ranges of tokens
 
 
 class SparseContext:
@@ -25,13 +26,25 @@ class SparseContext:
     ----------
     dense_step : bool
         Run every sparse layer densely, with its original weight, in this forward pass.
-    text_rows : tuple[int, int | None] | None
-        Half-open range of text tokens on the token axis (-2) of joint blocks, or None where unknown.
+    text_rows : list [start, stop] or None
+        Half-open range of text tokens on the token axis (-2) of joint blocks, or None where unknown. (A list:
+        torch.compile would take a tuple for a constant whatever it is told about integers.)
     """
 
     def __init__(self) -> None:
         self.dense_step = False
-        self.text_rows: tuple[int, int | None] | None = None
+        self.text_rows: list[int | None] | None = None
+
+    def split(self, rows: int) -> tuple[tuple[int, int], Spans] | None:
+        """The text's range of tokens and the ranges of the others, of `rows` tokens; None without text."""
+        if self.text_rows is None:
+            return None
+        # Not by `slice.indices`, which would fix the length of the prompt in a compiled graph.
+        start = self.text_rows[0] or 0
+        stop = rows if self.text_rows[1] is None else min(self.text_rows[1], rows)
+        if start >= stop:
+            return None
+        return (start, stop), tuple((a, b) for a, b in ((0, start), (stop, rows)) if a < b)
 
 
 class SharedInput:

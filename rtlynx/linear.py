@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rtlynx.compressed import CompressedInput
-from rtlynx.context import SharedInput, SparseContext
+from rtlynx.context import SharedInput, Spans, SparseContext
 from rtlynx.derived import Derived, WatchedWeight
 from rtlynx.kernels import fp8, ops, reference
 from rtlynx.kernels.blocks import compute_order
@@ -23,7 +23,6 @@ from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3, Quantized, quantize_weight
 
 Precision = Literal["bf16", "fp8"]
-Spans = tuple[tuple[int, int], ...]  # half-open ranges of tokens
 
 
 class SparseLinear(nn.Linear):
@@ -187,11 +186,11 @@ class SparseLinear(nn.Linear):
             super()._apply(fn, recurse)
             self.prepare()
             return self
-        scale = self.weight_scale
+        quantised = (self._parameters.get("weight"), self.weight_scale)
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if moved.dtype is tensor.dtype or (tensor.dtype is not E4M3 and tensor is not scale):
+            if moved.dtype is tensor.dtype or not any(tensor is one for one in quantised):
                 return moved
             return tensor.to(moved.device)  # a cast of the model is none of eight-bit values and their scale
 
@@ -329,15 +328,11 @@ class SparseLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.dense_reason is not None or self.context.dense_step:
             return self._dense(x)
-        text_rows = self.context.text_rows if self.text_rows_dense else None
-        if text_rows is None:
+        split = self.context.split(x.shape[-2]) if self.text_rows_dense else None
+        if split is None:
             return self._sparse(input, x, None)[0]
-        rows = x.shape[-2]
-        start, stop, _ = slice(*text_rows).indices(rows)
-        if start >= stop:
-            return self._sparse(input, x, None)[0]
-        spans = [(first, last) for first, last in ((0, start), (stop, rows)) if first < last]
-        pieces = self._sparse(input, x, tuple(spans)) if spans else []
+        (start, stop), spans = split
+        pieces = self._sparse(input, x, spans) if spans else []
         pieces.insert(1 if start > 0 else 0, self._dense(x[..., start:stop, :]))
         return torch.cat(pieces, dim=-2)
 
@@ -352,11 +347,8 @@ class SparseLinear(nn.Linear):
         if self.precision == "fp8":
             return self._by_fp8(input, x, spans, fp8.linear_fp8)
         weight = self._own_weight()
-        compressed = self.shared_input.compress(
-            input,
-            (self.pattern, self.norm, x.dtype),
-            lambda: self._compress(x),
-        )
+        key = (self.pattern, self.norm, x.dtype)
+        compressed = self.shared_input.compress(input, key, lambda: self._compress(x))
         outputs = []
         for span in spans or (None,):
             piece, kept = x, compressed

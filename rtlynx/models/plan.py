@@ -13,6 +13,7 @@ from rtlynx.kernels.reference import Norm
 from rtlynx.models.architecture import STRIDED_ROLES, Architecture, Candidate
 from rtlynx.models.flux import FLUX
 from rtlynx.models.generic import GENERIC
+from rtlynx.models.guards import refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.pattern import Pattern
@@ -115,14 +116,12 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     Raises
     ------
     ValueError
-        If the model has no linear layer that could be sparse, or a `skip` or `forms` pattern matches none.
+        If the model has no linear layer that could be sparse, or a `skip` or `forms` pattern matches none, or
+        adapters, fused projections or group offloading came before.
     """
     if isinstance(model, nn.Linear):
         raise ValueError("a single linear layer cannot be replaced in place: use SparseLinear.from_linear")
-    if any(isinstance(getattr(module, "base_layer", None), nn.Linear) for module in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} has adapters attached: make it sparse first, then load the adapters"
-        )
+    refuse_prepared(model)
     architecture = architecture_of(model)
     candidates = architecture.candidates(model)
     if not candidates:

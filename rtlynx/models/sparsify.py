@@ -14,6 +14,7 @@ from rtlynx.context import SharedInput, SparseContext, StepTracker
 from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
+from rtlynx.models.guards import guard, refuse_merged, unguard
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.parallel import TensorParallelLinear, local_text_rows, shards_of
 from rtlynx.recipe import Recipe
@@ -38,11 +39,14 @@ class ModelHook:
         """Whether any option of the recipe depends on the call."""
         return self.plan.recipe.dense_steps > 0 or self.plan.recipe.text_rows == "dense"
 
+    # Outside of what torch.compile makes of the model: steps are told apart by the value of a tensor.
+    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         architecture, recipe = self.plan.architecture, self.plan.recipe
         call = architecture.call_arguments(model, args, kwargs)
         if recipe.text_rows == "dense" and architecture.text_rows is not None:
-            self.context.text_rows = local_text_rows(model, architecture.text_rows(call))
+            rows = local_text_rows(model, architecture.text_rows(call))
+            self.context.text_rows = None if rows is None else list(rows)
         if recipe.dense_steps:
             timestep = call.get(architecture.timestep_argument)
             if timestep is None:
@@ -51,6 +55,8 @@ class ModelHook:
                     f"call of {type(model).__name__} lacks"
                 )
             self.context.dense_step = 0 <= self.steps.update(timestep) < recipe.dense_steps
+        if recipe.keeps_dense_weight and getattr(model, "peft_config", None):
+            refuse_merged(model)
 
 
 @dataclass
@@ -182,6 +188,7 @@ def apply_plan(
         replacements[layer.name] = sparse
         fingerprints[layer.name] = weight_fingerprint(whole.weight) if base is None else base[layer.name]
     _replace(model, replacements)
+    guard(model)
     hook = ModelHook(plan, context)
     handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None
     setattr(model, _STATE, SparseState(plan, context, fingerprints, handle))
@@ -218,6 +225,7 @@ def densify(model_or_pipeline: Any) -> Any:
     """
     model = target_model(model_or_pipeline)
     _replace(model, {name: layer.to_linear() for name, layer in sparse_layers(model).items()})
+    unguard(model)
     state = state_of(model)
     if state is not None:
         unfuse_blocks(model, state.plan.architecture)

@@ -1,0 +1,92 @@
+"""What the tests of rtlynx beside other libraries share: sparse models, their formula, adapters."""
+
+import copy
+
+import torch
+from helpers import by_hand, flux_call, group_indices, tiny_flux
+from torch import nn
+
+from rtlynx import CalibrationOptions, Recipe, calibrate, sparsify
+from rtlynx.models import sparse_layers
+
+# kind -> how a tiny FLUX is made sparse
+IMMEDIATE = {
+    "immediate": Recipe.immediate(),
+    "strided": Recipe.immediate(grouping="strided"),
+    "fp8": Recipe.immediate(precision="fp8"),
+}
+REFIT = Recipe(rank=4, ridge=0.1)
+
+
+def sparse_flux(kind="immediate", **changes):
+    """A tiny sparse FLUX: `kind` of `IMMEDIATE`, or "refit" (with a low-rank branch)."""
+    model = tiny_flux(**changes)
+    return refit(model) if kind == "refit" else sparsify(model, IMMEDIATE[kind])
+
+
+def refit(model, recipe=REFIT):
+    """`model`, calibrated on two calls."""
+    calls = [flux_call(0), flux_call(1)]
+    options = CalibrationOptions(heldout=0.0)
+    calibrate(model, calls=calls, recipe=recipe, options=options, progress=False)
+    return model
+
+
+class Formula(nn.Linear):
+    """What a sparse layer computes, written from the specification, in float64."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.factors = {"down": layer.lowrank_down, "up": layer.lowrank_up}
+        self.norm = layer.norm
+        groups = group_indices(
+            layer.in_features, 4, layer.pattern.grouping, layer.pattern.widths(layer.in_features)
+        )
+        self.groups = torch.tensor(groups)
+
+    def mask(self, x):
+        best = x[..., self.groups].abs().topk(2, dim=-1).indices
+        kept = torch.zeros(*x.shape[:-1], *self.groups.shape, dtype=torch.bool).scatter(-1, best, True)
+        mask = torch.zeros_like(x, dtype=torch.bool)
+        mask[..., self.groups.flatten()] = kept.flatten(-2)
+        return mask
+
+    def forward(self, x, delta=0.0):
+        """`delta` is added to the weight."""
+        weight = self.weight + delta
+        y = by_hand(x, weight, self.bias, mask=self.mask(x), norm=self.norm, **self.factors)
+        return y.to(x.dtype)
+
+
+def formulas(model):
+    """Name -> `Formula` of each sparse layer of `model` (of its weights as they are now)."""
+    return {
+        name.removesuffix(".base_layer"): Formula(copy.deepcopy(layer))
+        for name, layer in sparse_layers(model).items()
+    }
+
+
+def with_formulas(model):
+    """A copy of `model` in which formulas stand in for the sparse layers."""
+    twin = copy.deepcopy(model)
+    for name, formula in formulas(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, formula)
+    assert not sparse_layers(twin)
+    return twin
+
+
+def adapter(model, names, seed=0, rank=4):
+    """(state dict as diffusers loads it, {name: its delta B A}) of a LoRA for the layers `names`."""
+    gen = torch.Generator().manual_seed(seed)
+    state, deltas = {}, {}
+    for name in names:
+        layer = model.get_submodule(name)
+        down = torch.randn(rank, layer.in_features, generator=gen) / layer.in_features
+        up = torch.randn(layer.out_features, rank, generator=gen)
+        state[f"transformer.{name}.lora_A.weight"] = down
+        state[f"transformer.{name}.lora_B.weight"] = up
+        deltas[name] = up @ down
+    return state, deltas
