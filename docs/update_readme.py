@@ -21,7 +21,7 @@ RESULTS = Path("benchmarks/results")
 BF16, FP8 = RESULTS / "linear-bf16-h100.json", RESULTS / "linear-fp8-h100.json"
 # The texts with generated parts, and which: each between `<!-- name: begin -->` and `<!-- name: end -->`.
 TEXTS = {
-    Path("README.md"): ("figures", "speed"),
+    Path("README.md"): ("figures", "speed", "steps"),
     Path("docs/quality.md"): ("figures",),
     Path("docs/speed.md"): ("speed", "steps", "parts", "targets"),
     Path("docs/api.md"): ("reference",),
@@ -51,7 +51,8 @@ def speed(root: Path, place: Place) -> str:
             parts.append(f"{title}\n\n{section(results, source, place)}")
     if parts and not place.in_docs:
         count = tables.targets_count(documents(root))
-        parts.append(f"{count}: [all of them, and every other figure](docs/speed.md).")
+        parts.append(f"### What we set out to reach\n\n{tables.targets_section(documents(root))}")
+        parts.append(f"{count}. [Every other figure](docs/speed.md).")
     return "\n\n".join(parts)
 
 
