@@ -56,7 +56,6 @@ def test_loads_without_network(pipe, monkeypatch):
 def test_unknown_model_names_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown model 'flux'; known: flux-emoji"):
         zoo.load("flux")
-    assert zoo.names() == ("flux-emoji",)
 
 
 def test_every_linear_can_be_sparsified(pipe):

@@ -32,7 +32,7 @@ from rtlynx.models.plan import make_plan
 from rtlynx.progress import ProgressBar
 from rtlynx.recipe import Recipe
 from rtlynx.zoo.features import real_features
-from rtlynx.zoo.prompts import ASSETS, calibration_prompts, demo_prompts
+from rtlynx.zoo.prompts import calibration_prompts, demo_prompts
 
 MODEL = "flux-emoji"
 # Two dozen pictures, and as many steps as keep the demo well under five minutes on two cores.
@@ -53,6 +53,7 @@ def run_demo(
     calibrate: bool = False,
     progress: bool = True,
     device: str = "cpu",
+    model: str = MODEL,
 ) -> dict[str, Any]:
     """Draw the same prompts from the same noise with every variant, measure, and write three files.
 
@@ -72,6 +73,8 @@ def run_demo(
         Show progress bars.
     device : str
         Where the transformer runs, in float32.
+    model : str
+        One of `rtlynx.zoo.names()`.
 
     Returns
     -------
@@ -80,8 +83,9 @@ def run_demo(
 
     Raises
     ------
-    ValueError, NotADirectoryError, CheckpointError
-        For numbers out of range, an `out` that is a file, missing or damaged solutions. Nothing is written.
+    ValueError, NotADirectoryError, FileNotFoundError, CheckpointError
+        For numbers out of range, an unknown model or one that is not here, an `out` that is a file, missing
+        or damaged solutions. Nothing is written.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -90,12 +94,12 @@ def run_demo(
         raise ValueError(f"steps is a whole number above 0, got {steps}")
     prompts = demo_prompts(images)
     start = time.perf_counter()
-    dense = zoo.load(MODEL, device=device)
+    dense = zoo.load(model, device=device)
     variants = [
         build_variant(
             name,
             dense,
-            solutions=None if calibrate else ASSETS / "solutions",
+            solutions=None if calibrate else zoo.folder(model) / "solutions",
             calibration_prompts=calibration_prompts(LIVE_PROMPTS) if calibrate else (),
             progress=progress,
         )
@@ -123,19 +127,19 @@ def run_demo(
                     variant.pipeline, prompts, pipeline_kwargs=settings, **common
                 )
             seconds[variant.name] = time.perf_counter() - began
-    model = dense.transformer
+    transformer = dense.transformer
     with ProgressBar("measuring layers", len(calls), show=progress) as advance:
         by_variant = {variant.name: variant.layers for variant in variants}
-        errors = layer_errors(model, by_variant, _counted(calls, advance))
+        errors = layer_errors(transformer, by_variant, _counted(calls, advance))
     rows = [
         _row(variant, pictures, prompts, errors[variant.name], seconds[variant.name]) for variant in variants
     ]
-    layers = make_plan(model, Recipe.immediate(grouping="adjacent")).sparse
-    weights = weight_distributions(model, layers)
+    layers = make_plan(transformer, Recipe.immediate(grouping="adjacent")).sparse
+    weights = weight_distributions(transformer, layers)
     spread = calls[:: max(1, len(calls) // DISTRIBUTION_CALLS)]
-    activations = activation_distributions(model, layers, spread)
+    activations = activation_distributions(transformer, layers, spread)
     results: dict[str, Any] = {
-        "model": f"zoo:{MODEL}",
+        "model": f"zoo:{model}",
         "device": device,
         "torch": torch.__version__,
         "steps": steps,
@@ -144,7 +148,8 @@ def run_demo(
         "variants": rows,
         "rtlynx": rtlynx.__version__,
         "machine": _machine(),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "transformer": type(transformer).__name__,
+        "parameters": sum(p.numel() for p in transformer.parameters()),
         "guidance": GUIDANCE,
         "prompts": prompts,
         "real_pictures": len(real_features()[0]),

@@ -1,47 +1,30 @@
-"""Text to a 64x64 picture with a FLUX-architecture transformer that works on pixels."""
+"""Text to a 64x64 picture with a transformer that works on pixels, of any architecture in the zoo."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from rtlynx.zoo import text
-
-SIZE = 64
-PATCH = 4
-GRID = SIZE // PATCH  # 16 patches a side: 256 image tokens of 4 * 4 * 3 = 48 channels
-
-
-def patchify(pictures: Tensor) -> Tensor:
-    """(B, 3, 64, 64) -> (B, 256, 48): patches row by row."""
-    return F.pixel_unshuffle(pictures, PATCH).flatten(2).transpose(1, 2)
-
-
-def unpatchify(tokens: Tensor) -> Tensor:
-    """(B, 256, 48) -> (B, 3, 64, 64): the inverse of `patchify`."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (GRID, GRID)), PATCH)
-
-
-def position_ids(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(img_ids (256, 3), txt_ids (16, 3)) float32: an image token's (0, row, column); zeros for text."""
-    image = torch.zeros(GRID, GRID, 3, device=device)
-    image[..., 1] = torch.arange(GRID, device=device)[:, None]
-    image[..., 2] = torch.arange(GRID, device=device)[None, :]
-    return image.flatten(0, 1), torch.zeros(text.TEXT_TOKENS, 3, device=device)
+from rtlynx.zoo.patches import SIZE, patchify, unpatchify
+from rtlynx.zoo.velocity import velocity_of
 
 
 class EmojiPipeline(DiffusionPipeline):
-    """Draws emoji from their names: flow matching in pixel space, Euler steps, classifier-free guidance."""
+    """Draws emoji from their names: flow matching in pixel space, Euler steps, classifier-free guidance.
 
-    transformer: FluxTransformer2DModel
+    `transformer` is a FLUX, Qwen-Image or Z-Image model of diffusers: `rtlynx.zoo.velocity` knows what each
+    is given and what it returns. Prompts, noise, steps and guidance are the same for all.
+    """
+
+    transformer: ModelMixin
     scheduler: FlowMatchEulerDiscreteScheduler
     model_cpu_offload_seq = "transformer"  # type: ignore[assignment]
 
-    def __init__(self, transformer: FluxTransformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler):
+    def __init__(self, transformer: ModelMixin, scheduler: FlowMatchEulerDiscreteScheduler):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
 
@@ -81,6 +64,7 @@ class EmojiPipeline(DiffusionPipeline):
         ----------
         prompt:
             One prompt or a list; or pass `prompt_embeds` (B, 16, 384) and `pooled_prompt_embeds` (B, 384).
+            Only FLUX reads the latter.
         height, width:
             64: the model knows no other size.
         num_inference_steps:
@@ -91,8 +75,8 @@ class EmojiPipeline(DiffusionPipeline):
             One for each picture: a seed then gives the same picture alone and in any batch. A single one
             draws the noise of all pictures in turn.
         output_type:
-            "pil": PIL images. "pt": a tensor (B, 3, 64, 64) float32 in [0, 1]. "latent": the transformer's
-            own tokens (B, 256, 48) float32.
+            "pil": PIL images. "pt": a tensor (B, 3, 64, 64) float32 in [0, 1]. "latent": patches
+            (B, 256, 48) float32.
         return_dict:
             `ImagePipelineOutput(images=...)`, or the tuple `(images,)`.
 
@@ -132,27 +116,20 @@ class EmojiPipeline(DiffusionPipeline):
 
         # The state stays float32 whatever the transformer computes in: 24 rounded additions would show.
         sample = patchify(_noise(batch, generator)).to(device)  # (B, 256, 48)
-        img_ids, txt_ids = position_ids(device)
         sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
         self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
 
-        def velocity(timestep: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
-            return self.transformer(
-                hidden_states=sample.to(dtype),
-                encoder_hidden_states=embeds,
-                pooled_projections=pooled,
-                timestep=timestep,
-                img_ids=img_ids,
-                txt_ids=txt_ids,
-                return_dict=False,
-            )[0].float()
+        velocity = velocity_of(self.transformer)
+
+        def predict(sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+            return velocity(self.transformer, sample.to(dtype), sigma, embeds, pooled).float()
 
         with self.progress_bar(total=num_inference_steps) as progress:
             for t in self.scheduler.timesteps:
-                timestep = (t / 1000).expand(batch).to(dtype)
-                prediction = velocity(timestep, prompt_embeds, pooled_prompt_embeds)
+                sigma = (t / 1000).expand(batch)
+                prediction = predict(sigma, prompt_embeds, pooled_prompt_embeds)
                 if guidance_scale != 1:
-                    null = velocity(timestep, null_embeds, null_pooled)
+                    null = predict(sigma, null_embeds, null_pooled)
                     prediction = null + guidance_scale * (prediction - null)
                 sample = self.scheduler.step(prediction, t, sample, return_dict=False)[0]  # type: ignore[arg-type]
                 progress.update()

@@ -1,10 +1,12 @@
-"""Train the emoji model: a FLUX-architecture transformer on 64x64 pixels, by flow matching, from names.
+"""Train an emoji model: a diffusion transformer on 64x64 pixels, by flow matching, from names.
 
-    python -m rtlynx.zoo.training.flux_emoji --data emoji.npz --out out --minutes 16
+    python -m rtlynx.zoo.training.emoji --architecture flux --data emoji.npz --out out --minutes 16
 
+Architectures: flux, qwen-image, z-image. They share data, captions, noise, loss, optimiser and average.
 The learning rate is a function of the time trained over the time given, so a run ends cooled down on any
 machine. `--pause-after` stops early with a checkpoint in the output folder; the same command goes on from
-there. At the end: the averaged weights in diffusers format (bfloat16), loss.json, a sample grid, retrieval.
+there. At the end: a diffusers pipeline folder with the averaged weights (bfloat16), loss.json, a sample grid,
+retrieval.
 """
 
 import argparse
@@ -12,31 +14,23 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
 from rtlynx.zoo.features import FEATURES, FeatureNet
-from rtlynx.zoo.pipeline import PATCH, EmojiPipeline, patchify, position_ids
+from rtlynx.zoo.patches import patchify
+from rtlynx.zoo.pipeline import EmojiPipeline
 from rtlynx.zoo.prompts import demo_prompts
 from rtlynx.zoo.text import TEXT_TOKENS, TEXT_WIDTH
+from rtlynx.zoo.training.architectures import ARCHITECTURES
+from rtlynx.zoo.velocity import Velocity
 
-CONFIG = dict(
-    in_channels=3 * PATCH**2,
-    num_layers=3,
-    num_single_layers=6,
-    attention_head_dim=64,
-    num_attention_heads=4,
-    joint_attention_dim=TEXT_WIDTH,
-    pooled_projection_dim=TEXT_WIDTH,
-    guidance_embeds=False,
-    axes_dims_rope=(16, 24, 24),
-)
 CAPTION_DROPOUT = 0.1
 WARMUP_STEPS = 500
 LOG_EVERY = 50
@@ -66,23 +60,16 @@ class Data:
         return self.patches[rows], self.embeds[rows] * keep[:, None, None], self.pooled[rows] * keep[:, None]
 
 
-def flow_matching_loss(model: torch.nn.Module, x: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+def flow_matching_loss(
+    velocity: Velocity, model: torch.nn.Module, x: Tensor, embeds: Tensor, pooled: Tensor
+) -> Tensor:
     """Mean squared error of the predicted velocity (noise - picture) at logit-normal noise levels."""
     batch, device = len(x), x.device
     # One level from each of `batch` equal slices of the distribution: less variance than independent draws.
     slices = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
     sigma = torch.special.ndtri(slices.clamp(1e-4, 1 - 1e-4)).sigmoid()  # (B,)
     noise = torch.randn_like(x)
-    img_ids, txt_ids = position_ids(device)
-    prediction = model(
-        hidden_states=x + sigma[:, None, None] * (noise - x),
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        timestep=sigma,
-        img_ids=img_ids,
-        txt_ids=txt_ids,
-        return_dict=False,
-    )[0]
+    prediction = velocity(model, x + sigma[:, None, None] * (noise - x), sigma, embeds, pooled)
     return F.mse_loss(prediction.float(), noise - x)
 
 
@@ -93,8 +80,9 @@ class Trainer:
         self.args, self.data = args, data
         self.device = data.patches.device
         torch.manual_seed(args.seed)
-        self.model = FluxTransformer2DModel(**CONFIG)
-        initialize(self.model)
+        self.architecture = ARCHITECTURES[args.architecture]
+        self.model = self.architecture.build()
+        self.architecture.initialize(self.model)
         self.model.to(self.device)
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizer = torch.optim.AdamW(
@@ -117,7 +105,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            loss = flow_matching_loss(self.model, *self.data.batch(self.args.batch))
+            loss = flow_matching_loss(
+                self.architecture.velocity, self.model, *self.data.batch(self.args.batch)
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -145,15 +135,20 @@ class Trainer:
                     {"step": self.step, "seconds": round(self.seconds, 1), "loss": round(loss, 5)}
                 )
                 if self.step % (10 * LOG_EVERY) == 0:
-                    rate = self.step * self.args.batch / self.seconds
-                    print(f"step {self.step}  {self.progress:.1%}  loss {loss:.4f}  {rate:.0f}/s", flush=True)
+                    rate = self.step / self.seconds
+                    print(
+                        f"step {self.step}  {self.progress:.1%}  loss {loss:.4f}  "
+                        f"{rate:.1f} steps/s  {rate * self.args.batch:.0f} pictures/s",
+                        flush=True,
+                    )
 
     def compile_if_faster(self) -> None:
         """Compile the repeated blocks; back to eager where that fails or does not pay. Not on the clock."""
         state = self.state_dict()
         eager = self._seconds_per_step()
         try:
-            self.model.compile_repeated_blocks(fullgraph=True)
+            # One block class may see several lengths (Z-Image's does): each gets kernels of its own.
+            self.model.compile_repeated_blocks(fullgraph=True, dynamic=False)
             compiled = self._seconds_per_step()
         except Exception as error:  # the compiler's failures have no common type
             print(f"compilation failed: {type(error).__name__}: {str(error)[:500]}", flush=True)
@@ -196,28 +191,15 @@ class Trainer:
             self.args.seed + self.step
         )  # a resumed run does not repeat the batches of its start
 
-    def averaged_model(self) -> FluxTransformer2DModel:
+    def averaged_model(self) -> Any:
         """A copy with the averaged weights rounded to bfloat16, as they ship, held in float32."""
-        model = FluxTransformer2DModel(**CONFIG)
+        model = self.architecture.build()
         model.load_state_dict({name: value.bfloat16().float() for name, value in self.ema.items()})
         return model.eval().to(self.device)
 
 
-def initialize(model: FluxTransformer2DModel) -> None:
-    """Blocks start as the identity (modulation at zero) and the output at zero, as in DiT."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            is_modulation = ".norm" in name or name.startswith("norm_out")
-            if is_modulation or name == "proj_out":
-                torch.nn.init.zeros_(module.weight)
-            else:
-                torch.nn.init.xavier_uniform_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-
-
-def sample(model: FluxTransformer2DModel, prompts: list[str], steps: int, batch: int = 128) -> Tensor:
+def sample(pipe: EmojiPipeline, prompts: list[str], steps: int, batch: int = 128) -> Tensor:
     """One picture a prompt, seed = its place in the list, guidance 3 -> (n, 3, 64, 64) in [0, 1], CPU."""
-    pipe = EmojiPipeline(model, FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for start in range(0, len(prompts), batch):
@@ -257,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--architecture", choices=ARCHITECTURES, required=True)
     parser.add_argument(
         "--data", type=Path, required=True, help="the archive written by rtlynx.zoo.training.data"
     )
@@ -295,12 +278,15 @@ def main() -> None:
     torch.save(trainer.state_dict(), partial)
     partial.replace(checkpoint)
     model = trainer.averaged_model()
-    model.bfloat16().save_pretrained(args.out / "transformer")
+    pipe = EmojiPipeline(model, FlowMatchEulerDiscreteScheduler())
+    model.bfloat16()
+    pipe.save_pretrained(args.out)
     model.float()
 
     names = demo_prompts()
-    save_grid(sample(model, names, args.steps), args.out / "samples.png")
+    save_grid(sample(pipe, names, args.steps), args.out / "samples.png")
     report = {
+        "architecture": args.architecture,
         "steps": trainer.step,
         "batch": args.batch,
         "seconds": round(trainer.seconds, 1),
@@ -311,7 +297,7 @@ def main() -> None:
     }
     if args.features:
         chosen = data.names[:: max(1, len(data.names) // 480)]
-        report["retrieval"] = retrieval(sample(model, chosen, args.steps), chosen, data, args.features)
+        report["retrieval"] = retrieval(sample(pipe, chosen, args.steps), chosen, data, args.features)
         report["retrieval_pictures"] = len(chosen)
     (args.out / "loss.json").write_text(json.dumps({**report, "history": trainer.history}) + "\n")
     print(json.dumps(report), flush=True)
