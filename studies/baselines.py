@@ -1,8 +1,8 @@
 """Weight 2:4 baselines, each a function of the weight and the second moments of the layer's input.
 
-W is (N, K): outputs by inputs. `gram` is X^T X / tokens (K, K), X the dense inputs of calibration. All prune in
-groups of 4 adjacent inputs of one output and return the new dense-shaped weight, in the dtype of W. Formulas and
-citations are in README.md. None updates the weights that it keeps.
+W is (N, K): outputs by inputs. `gram` is X^T X / tokens (K, K), X the dense inputs of calibration. All prune
+in groups of 4 adjacent inputs of one output and return the new dense-shaped weight, in the dtype of W.
+Formulas and citations are in README.md. None updates the weights that it keeps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rtlynx.pattern import Pattern, pattern_mask, select
 TWO_OF_FOUR = Pattern()
 RIA_POWER = 0.5
 SLIM_RANK = 0.1  # of the width
-# Exponents that `bawa_style` chooses among, for the norm of the input channel, of the output channel and of X.
+# Exponents that `bawa_style` chooses among: of the norms of input and output channels, and of X.
 BAWA_NORMS = (0.0, 0.5, 1.0)
 BAWA_POWERS = (0.25, 0.5, 0.75, 1.0)
 

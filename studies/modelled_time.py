@@ -6,12 +6,12 @@ architecture (FLUX.1, Qwen-Image, Z-Image at 1024x1024), a guidance pass countin
 - Only layers that can be sparse count. Attention, norms, modulation and embedders are not in it.
 - Each block of the small model stands for the same share of the full-size model's blocks of its kind.
 - A layer, or the layers that read one input joined into one, takes what its row of
-  benchmarks/results/linear-{bf16,fp8}-h100.json says, in proportion to tokens x inputs x outputs where the row
-  has others: dense `cublas_us`, 2:4 `ours_us` and `ours_paper_rank_us` (compression included), dense fp8
+  benchmarks/results/linear-{bf16,fp8}-h100.json says, in proportion to tokens x inputs x outputs where the
+  row has others: dense `cublas_us`, 2:4 `ours_us` and `ours_paper_rank_us` (compression included), dense fp8
   `fp8_linear_us` (quantisation included).
-- Other ranks are interpolated between rank 0 (`ours_gemm_us` + `ours_compress_plain_us`), the table's rank and
-  the paper's, and extended beyond; a rank is a share of the inputs, rounded up to a multiple of 16. Layers
-  that keep factors of their own count with the sum of their ranks.
+- Other ranks are interpolated between rank 0 (`ours_gemm_us` + `ours_compress_plain_us`), the table's rank
+  and the paper's, and extended beyond; a rank is a share of the inputs, rounded up to a multiple of 16.
+  Layers that keep factors of their own count with the sum of their ranks.
 - Where the joined layers take several forms, each form multiplies its share of the outputs and compresses or
   quantises once.
 - Text-only layers (512 tokens) count dense in every form: kernels gain nothing there
@@ -220,16 +220,9 @@ def _form_us(
     if form not in ("bf16-sparse", "fp8-sparse"):
         raise ValueError(f"no time is known for the form {form!r}")
     row = bf16 if form == "bf16-sparse" else fp8
-    compress = _at_rank(
-        rank, row, row["ours_compress_plain_us"], row["ours_compress_us"], _paper_compress(row)
-    )
-    whole = _at_rank(
-        rank,
-        row,
-        row["ours_gemm_us"] + row["ours_compress_plain_us"],
-        row["ours_us"],
-        row["ours_paper_rank_us"],
-    )
+    plain, table, paper = row["ours_compress_plain_us"], row["ours_compress_us"], _paper_compress(row)
+    compress = _at_rank(rank, row, plain, table, paper)
+    whole = _at_rank(rank, row, row["ours_gemm_us"] + plain, row["ours_us"], row["ours_paper_rank_us"])
     return share * (whole - compress) + compress
 
 
