@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build import Built, Calibration, build
+from make_variant import Built, Calibration, build
 from model_errors import model_errors
 from modelled_time import all_dense, step_ms
 from picture_figures import Judges, picture_figures

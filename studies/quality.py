@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build import Calibration
+from make_variant import Calibration
 from measure import Study
 from picture_figures import load_judges
 from row_store import RowStore

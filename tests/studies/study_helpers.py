@@ -1,6 +1,6 @@
 """A study small enough for a test: the zoo's pipeline around a tiny transformer."""
 
-from build import Calibration
+from make_variant import Calibration
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import tiny_flux
 from measure import Study

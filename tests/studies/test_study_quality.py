@@ -34,7 +34,7 @@ def done(tmp_path_factory):
 
 
 def test_rows_say_what_was_measured(done):
-    path, study, _ = done
+    path, _, _ = done
     document = json.loads(path.read_text())
     dense, other, sparse = document["rows"]
     assert [row["name"] for row in document["rows"]] == ["dense", "dense:other-seed", "activation-2:4"]

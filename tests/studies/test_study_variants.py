@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from build import _saving, build, input_moments
+from make_variant import _saving, build, input_moments
 from caching import FirstBlockCache
 from helpers import tiny_qwen, tiny_z_image, watched
 from model_errors import model_errors
