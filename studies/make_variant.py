@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +18,6 @@ from variants import BY_HAND, Variant
 
 import rtlynx
 from rtlynx import CalibrationOptions
-from rtlynx.calibration.budget import flops_saved
 from rtlynx.evaluate.sampling import sample_pictures
 from rtlynx.models.plan import LayerPlan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
@@ -92,16 +91,12 @@ def build(variant: Variant, study: StudyModel, calibration: Calibration, *, prog
         recipe = _recipe(variant, study, calibration)
         if recipe.needs_calibration:
             prompts = _calibration_prompts(study, variant, calibration)
-            options = CalibrationOptions(
-                batch_size=calibration.batch_size,
-                steps_per_prompt=calibration.recorded,
-                sequential=variant.sequential,
-                pipeline_kwargs={**study.settings, "num_inference_steps": calibration.steps},
-            )
+            options = _options(variant, study, calibration)
             rtlynx.calibrate(pipeline, prompts, recipe, options, progress=progress)
-            built.calibration_seconds = time.perf_counter() - start
         else:
             rtlynx.sparsify(pipeline, recipe)
+        if recipe.needs_calibration or variant.layers == "by budget":
+            built.calibration_seconds = time.perf_counter() - start
         _describe(built, model, recipe)
     if variant.cache is not None:
         built.cache = FirstBlockCache(model, variant.cache)
@@ -114,33 +109,57 @@ def _recipe(variant: Variant, study: StudyModel, calibration: Calibration) -> Re
     assert recipe is not None
     if calibration.train_steps is not None:
         recipe = replace(recipe, train_steps=min(recipe.train_steps, calibration.train_steps))
-    if variant.layers:
-        by_hand = replace(recipe, skip=BY_HAND[study.architecture])
-        if variant.layers == "by hand":
-            return by_hand
-        recipe = replace(recipe, budget=Budget(saving=_saving(study, by_hand) / _saving(study, recipe)))
+    if variant.layers == "by hand":
+        return replace(recipe, skip=BY_HAND[study.architecture])
+    if variant.layers == "by budget":
+        target = planned_ms(study, replace(recipe, skip=BY_HAND[study.architecture]))
+        return by_budget(variant, recipe, study, calibration, target)
     return recipe
 
 
-def _saving(study: StudyModel, recipe: Recipe) -> float:
-    """What the budget rule takes all layers of `recipe` to save, in FLOPs of one pass of a single picture."""
-    layers = make_plan(target_model(study.pipeline), recipe).sparse
-    tokens: dict[str, int] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        tokens.setdefault(name, x.numel() // x.shape[-1])
-
-    with _inputs_of(target_model(study.pipeline), [layer.name for layer in layers], see):
-        sample_pictures(
-            study.pipeline,
-            study.calibration[:1],
-            pipeline_kwargs={**study.settings, "num_inference_steps": 1},
-        )
-    shared = recipe.lowrank_sharing == "shared"
-    reads = [layer.candidate.reads for layer in layers]
-    return sum(
-        flops_saved(layer, tokens[layer.name], reads.count(layer.candidate.reads) if shared else 1)
+def planned_ms(study: StudyModel, recipe: Recipe, only: Collection[str] | None = None) -> float:
+    """Modelled milliseconds of a recipe on `study`'s model; `only` leaves all other layers dense."""
+    layers = make_plan(target_model(study.pipeline), recipe).layers
+    plan = {
+        layer.name: _in_plan(layer, recipe) if only is None or layer.name in only else Layer()
         for layer in layers
+    }
+    ms = step_ms(study.architecture, plan)
+    if ms is None:
+        raise ValueError(f"no time is modelled for {study.architecture}")
+    return ms
+
+
+def by_budget(
+    variant: Variant, recipe: Recipe, study: StudyModel, calibration: Calibration, target_ms: float
+) -> Recipe:
+    """`recipe` on the layers that the budget rule takes until `target_ms` is reached.
+
+    The library's rule, priced by `modelled_time` instead of FLOPs, so that the comparison is at equal time:
+    each layer's error at the model's output alone, over the milliseconds that it saves alone, smallest first.
+    Layers that save nothing stay dense. Where the target is out of reach, all that save.
+    """
+    options = _options(variant, study, calibration)
+    prompts = _calibration_prompts(study, variant, calibration)
+    everything = replace(recipe, budget=Budget(saving=1.0))  # so that calibration measures each layer
+    report = rtlynx.calibrate(study.copy_of_pipeline(), prompts, everything, options, progress=False)
+    dense_ms = planned_ms(study, recipe, only=())
+    saved = {cost.name: dense_ms - planned_ms(study, recipe, only=(cost.name,)) for cost in report.costs}
+    worth = [cost for cost in report.costs if saved[cost.name] > 0]
+    taken: set[str] = set()
+    for cost in sorted(worth, key=lambda cost: cost.error / saved[cost.name]):
+        if planned_ms(study, recipe, only=taken) <= target_ms:
+            break
+        taken.add(cost.name)
+    return replace(recipe, skip=tuple(cost.name for cost in report.costs if cost.name not in taken))
+
+
+def _options(variant: Variant, study: StudyModel, calibration: Calibration) -> CalibrationOptions:
+    return CalibrationOptions(
+        batch_size=calibration.batch_size,
+        steps_per_prompt=calibration.recorded,
+        sequential=variant.sequential,
+        pipeline_kwargs={**study.settings, "num_inference_steps": calibration.steps},
     )
 
 

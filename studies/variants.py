@@ -37,7 +37,7 @@ class Variant:
     recipe : of `rtlynx.calibrate` or `rtlynx.sparsify`, None for dense and pruned weights.
     weights : name of a baseline of `baselines.BASELINES`.
     prompts : calibration prompts. sequential : whether blocks see what sparse blocks before them give.
-    layers : "by hand" leaves `BY_HAND` dense; "by budget" as much, in saved time, by the budget rule.
+    layers : "by hand" leaves `BY_HAND` dense; "by budget" reaches the same modelled time by the budget rule.
     cache : threshold of first-block caching.
     steps : sampling steps; reference_steps : of the dense pictures it is compared with.
     other_noise : whether it starts from other noise than its reference.
@@ -136,6 +136,9 @@ def _sweeps() -> Iterator[Variant]:
     for n, m in ((1, 4), (4, 8), (8, 16)):
         yield _sweep("pattern", f"norm-{n}:{m}", Recipe.immediate(n=n, m=m, grouping="adjacent"))
         yield _sweep("pattern", f"ours-{n}:{m}", Recipe(n=n, m=m, rank=RANK))
+    for name, recipe in {"norm": NORM, "refit": _adjacent(rank=None)}.items():
+        yield _sweep("layers", f"{name}-by-hand", recipe, layers="by hand")
+        yield _sweep("layers", f"{name}-by-budget", recipe, layers="by budget")
     yield _sweep("grouping", "norm-strided", Recipe.immediate())
     yield _sweep("text", "norm-stream-sparse", Recipe.immediate(grouping="adjacent", text_stream="sparse"))
     yield _sweep("text", "paper-stream-sparse", _paper(text_stream="sparse"))

@@ -1,8 +1,8 @@
 """A study small enough for a test: the zoo's pipeline around a tiny transformer."""
 
-from make_variant import Calibration
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import tiny_flux
+from make_variant import Calibration
 from measure import Study
 from picture_figures import Judges
 from study_model import StudyModel

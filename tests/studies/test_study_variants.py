@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from make_variant import _saving, build, input_moments
 from caching import FirstBlockCache
 from helpers import tiny_qwen, tiny_z_image, watched
+from make_variant import build, by_budget, input_moments, planned_ms
 from model_errors import model_errors
 from study_helpers import SMALL, STEPS, tiny_study, tiny_study_model
 from study_model import StudyModel, load_study_model, noise_seed
 from variants import BY_HAND, VARIANTS, chosen
 
 from rtlynx import Recipe
+from rtlynx.calibration.budget import LayerCost
+from rtlynx.calibration.options import CalibrationReport
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
 from rtlynx.models.plan import make_plan
 from rtlynx.models.sparsify import state_of
@@ -29,6 +31,11 @@ def model():
 
 def draw(pipeline, count=2):
     return sample_pictures(pipeline, ["red heart", "hot dog"][:count], batch_size=2, pipeline_kwargs=SETTINGS)
+
+
+def make_names(model):
+    """Layers that a recipe makes sparse by default."""
+    return [layer.name for layer in make_plan(model.pipeline.transformer, Recipe.immediate()).sparse]
 
 
 # ------------------------------------------------------------------------------------------------ the list
@@ -101,13 +108,31 @@ def test_modelled_time_orders_the_recipes(model):
     assert ms["fp8:norm"] < ms["fp8:dense"] < ms["activation-2:4"] == ms["activation-2:4+norm"] < ms["dense"]
 
 
-def test_by_budget_saves_what_by_hand_saves(model):
-    variant = BY_NAME["paper:by-budget"]
-    by_hand = replace(variant.recipe, skip=BY_HAND[model.architecture])
-    share = _saving(model, by_hand) / _saving(model, variant.recipe)
-    budget = build(variant, model, SMALL).recipe["budget"]
-    assert 0 < share < 1
-    assert budget["saving"] == pytest.approx(share)
+def test_by_hand_and_by_budget_take_equal_time(model):
+    hand, budget = (build(BY_NAME[f"layers:norm-by-{how}"], model, SMALL) for how in ("hand", "budget"))
+    ms = [built.modelled_ms(model.architecture, STEPS) for built in (hand, budget)]
+    assert set(hand.layers) == set(make_names(model)) - {"single_transformer_blocks.0.proj_out"}
+    assert ms[1] <= ms[0]
+    # Each layer that it took was needed: without the last one the time is out of reach.
+    assert len(budget.layers) <= len(hand.layers) + 1
+    assert hand.calibration_seconds is None
+    assert budget.calibration_seconds > 0
+
+
+def test_the_budget_rule_takes_the_harmless_first_and_nothing_that_saves_nothing(model, monkeypatch):
+    variant, names = BY_NAME["layers:norm-by-budget"], make_names(model)
+    alone = {name: planned_ms(model, variant.recipe, only=(name,)) for name in names}
+    dense = planned_ms(model, variant.recipe, only=())
+    # Invented errors: what saves most per error is the last in the model's order.
+    costs = [LayerCost(name, (dense - alone[name]) * 2.0**-i, 1.0) for i, name in enumerate(names)]
+    monkeypatch.setattr("rtlynx.calibrate", lambda *_, **__: CalibrationReport({}, {}, tuple(costs)))
+    worth = [name for name in names if alone[name] < dense]
+    for count in (1, 2, 3):
+        target = planned_ms(model, variant.recipe, only=worth[-count:])
+        recipe = by_budget(variant, variant.recipe, model, SMALL, target)
+        assert set(names) - set(recipe.skip) == set(worth[-count:])
+    impossible = by_budget(variant, variant.recipe, model, SMALL, 0.0)
+    assert set(names) - set(impossible.skip) == set(worth)
 
 
 def test_pruned_layers_are_pruned_and_text_stays(model):
