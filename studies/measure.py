@@ -91,22 +91,30 @@ class Study:
         Parameters
         ----------
         pictures, seeds : how many pictures of each of which seeds.
-        atlas : PNG to write the first pictures of the first seed to.
+        atlas : PNG to write the first pictures of the first seed to; a second one, of the name with "-worst"
+            at its end, gets those furthest from dense, under the dense ones.
         """
+        # Shared by all variants, so not part of the time that this one takes.
+        self.calls(variant.steps)
+        references = [self.dense(pictures, variant.reference_steps, seed) for seed in seeds]
         start = time.perf_counter()
         built = build(variant, self.model, self.calibration, progress=self.progress)
         prompts = self.model.prompts(pictures)
         found, drawing = [], 0.0
-        for seed in seeds:
+        for seed, reference in zip(seeds, references, strict=True):
             began = time.perf_counter()
             mine = self.draw(
                 built.pipeline, pictures, variant.steps, noise_seed(seed, other=variant.other_noise)
             )
             drawing += time.perf_counter() - began
-            reference = self.dense(pictures, variant.reference_steps, seed)
             found.append(picture_figures(mine, reference, prompts, self.judges))
             if atlas is not None and seed == seeds[0]:
                 write_atlas(atlas, mine)
+                rows = found[0]["worst_rows"]
+                if rows:  # what breaks: dense above, the variant below
+                    write_atlas(
+                        atlas.with_stem(f"{atlas.stem}-worst"), torch.cat([reference[rows], mine[rows]])
+                    )
         computed = None if built.cache is None else built.cache.computed
         modelled = built.modelled_ms(self.model.architecture, variant.steps)
         names = ("psnr", "ssim", "perceptual", "frechet", "retrieval")
@@ -130,11 +138,15 @@ class Study:
             "calls_computed": computed,
             "forms": dict(Counter(layer.form for layer in built.plan.values())),
             "recipe": built.recipe,
-            "calibration_prompts": None if built.calibration_seconds is None else variant.prompts,
+            "calibration_prompts": None if built.calibration_seconds is None else self._prompts(variant),
             "calibration_seconds": _rounded(built.calibration_seconds),
             "drawing_seconds": _rounded(drawing),
             "seconds": _rounded(time.perf_counter() - start),
         }
+
+    def _prompts(self, variant: Variant) -> int:
+        most = self.calibration.prompts
+        return variant.prompts if most is None else min(most, variant.prompts)
 
     def _errors(self, built: Built, variant: Variant) -> dict[str, Any]:
         model = target_model(built.pipeline)

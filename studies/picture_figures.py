@@ -17,9 +17,10 @@ from rtlynx.zoo.prompts import category
 
 FEATURE_SIZE = 64  # the box's feature network sees 64x64
 WORST = 8
-# Emoji whose picture holds letters or digits.
+# Names of emoji whose picture holds letters or digits, Latin or Japanese.
 LETTERS = re.compile(
-    r"\b(button|input|letters?|numbers?|ABC|ABCD|OK|SOS|VS|UP!|FREE|NEW|COOL|arrow|keycap|ATM|TOP|SOON|ON!|END)\b"
+    r"^(?:[A-Z]{1,4}!? button|[A-Z]{2,4}!? arrow|Japanese .* button|input .*|keycap [0-9]+|ATM sign|ZZZ"
+    r"|hundred points|\d\w\w place medal|tear-off calendar)\b"
 )
 
 
@@ -60,8 +61,8 @@ def picture_figures(
     -------
     dict
         psnr (None where a picture equals its reference), ssim, perceptual, frechet, retrieval (None where a
-        network is missing or too few pictures), groups: name -> n, mse, perceptual, retrieval; worst:
-        prompts of the largest squared error, worst first.
+        network is missing or too few pictures), groups: name -> n, mse, perceptual, retrieval; worst,
+        worst_rows: prompts and rows of the largest squared error, worst first.
     """
     same = torch.equal(pictures, reference)
     errors = (pictures - reference).square().mean((1, 2, 3))
@@ -86,8 +87,8 @@ def picture_figures(
             "perceptual": None if distances is None else float(distances[rows].mean()),
             "retrieval": None if found is None else retrieval(found[rows], some),
         }
-    worst = errors.argsort(descending=True)[:WORST].tolist()
-    return {**figures, "groups": groups, "worst": [] if same else [prompts[i] for i in worst]}
+    worst = [] if same else errors.argsort(descending=True)[:WORST].tolist()
+    return {**figures, "groups": groups, "worst": [prompts[i] for i in worst], "worst_rows": worst}
 
 
 def picture_groups(reference: Tensor, prompts: Sequence[str]) -> dict[str, list[int]]:

@@ -151,6 +151,12 @@ def test_groups_by_prompt_and_stroke():
     assert groups == {"all": [0, 1, 2, 3], "faces": [0], "text": [1], "thin strokes": [2]}
 
 
+def test_pictures_that_hold_letters():
+    some = {prompt for prompt in all_prompts() if picture_figures.LETTERS.search(prompt)}
+    assert {"OK button", "UP! button", "ON! arrow", "Japanese here button", "keycap 7", "ZZZ"} <= some
+    assert not {"OK hand", "play button", "right arrow", "man gesturing NO", "love letter"} & some
+
+
 def test_figures_of_pictures_and_what_is_missing():
     prompts = all_prompts()[:3]
     reference = rand(3, 3, 64, 64)

@@ -51,6 +51,11 @@ def test_rows_say_what_was_measured(done):
     roles = document["distributions"]["roles"]
     assert 0.5 < roles["mlp-down"]["activations"]["share"] < 1
     assert "failures" not in document or not document["failures"]
+    files = {file.name for file in path.with_suffix("").iterdir()}
+    assert files == {
+        *("dense.png", "dense-other-seed.png", "dense-other-seed-worst.png"),
+        *("activation-2-4.png", "activation-2-4-worst.png"),
+    }
 
 
 def test_pictures_are_of_the_seed_whatever_the_variant(done):
