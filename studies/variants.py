@@ -1,0 +1,180 @@
+"""What the study compares, as data: how each variant is made, on how many pictures and seeds."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rtlynx.recipe import Budget, Recipe
+
+Group = Literal["main", "sweep"]
+PICTURES: dict[Group, int] = {"main": 1000, "sweep": 256}
+SEEDS: dict[Group, tuple[int, ...]] = {"main": (0, 1, 2), "sweep": (0,)}
+STEPS, FEW_STEPS = 28, 8
+RANK = 0.02  # of the inputs: the paper's 64 at 3,072
+CALIBRATION_PROMPTS = 512
+
+# Layers that stay dense by hand. The paper names Z-Image's (attention out and MLP up of its single-stream
+# layers); of FLUX it says "some single-stream layers", read here as the output projection, which holds the
+# attention output. It skips none of Qwen-Image's, which has no single-stream blocks.
+BY_HAND: dict[str, tuple[str, ...]] = {
+    "FluxTransformer2DModel": ("single_transformer_blocks.*.proj_out",),
+    "ZImageTransformer2DModel": (
+        "layers.*.attention.to_out.0",
+        "layers.*.feed_forward.w1",
+        "layers.*.feed_forward.w3",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the study.
+
+    sweep : which sweep it belongs to, "" in the main comparison.
+    recipe : of `rtlynx.calibrate` or `rtlynx.sparsify`, None for dense and pruned weights.
+    weights : name of a baseline of `baselines.BASELINES`.
+    prompts : calibration prompts. sequential : whether blocks see what sparse blocks before them give.
+    layers : "by hand" leaves `BY_HAND` dense; "by budget" reaches the same modelled time by the budget rule.
+    cache : threshold of first-block caching.
+    steps : sampling steps; reference_steps : of the dense pictures it is compared with.
+    other_noise : whether it starts from other noise than its reference.
+    dtype : of the model, where it is not the study's.
+    """
+
+    name: str
+    group: Group
+    sweep: str = ""
+    recipe: Recipe | None = None
+    weights: str | None = None
+    prompts: int = CALIBRATION_PROMPTS
+    sequential: bool = False
+    layers: Literal["", "by hand", "by budget"] = ""
+    cache: float | None = None
+    steps: int = STEPS
+    reference_steps: int = STEPS
+    other_noise: bool = False
+    dtype: Literal["", "bfloat16"] = ""
+
+    @property
+    def pictures(self) -> int:
+        return PICTURES[self.group]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return SEEDS[self.group]
+
+    def missing_for(self, architecture: str) -> str | None:
+        """Why a model of this class has no such variant, or None where it has."""
+        if self.layers and architecture not in BY_HAND:
+            return f"the paper leaves no layer of {architecture} dense by hand"
+        if self.cache is not None and architecture == "ZImageTransformer2DModel":
+            return "diffusers has no caching for Z-Image"
+        return None
+
+
+def _adjacent(**changes: Any) -> Recipe:
+    return Recipe(**{"grouping": "adjacent", "rank": RANK, **changes})
+
+
+def _paper(**changes: Any) -> Recipe:
+    return Recipe.paper(**{"rank": RANK, **changes})
+
+
+NAIVE = Recipe.immediate(grouping="adjacent", norm="none")
+NORM = Recipe.immediate(grouping="adjacent")
+OURS = Recipe(rank=RANK)
+ALL_OF_OURS = Recipe(rank=RANK, text_rows="dense", dense_steps=2)
+
+
+def _main() -> Iterator[Variant]:
+    yield Variant("dense", "main")
+    yield Variant("dense:other-seed", "main", other_noise=True)
+    for baseline in ("magnitude", "wanda", "ria", "bawa-style", "slim"):
+        yield Variant(f"weight-2:4:{baseline}", "main", weights=baseline)
+    recipes = {
+        "activation-2:4": NAIVE,
+        "activation-2:4+norm": NORM,
+        "paper:trained": _paper(lowrank_solver="trained"),
+        "paper": _paper(),
+    }
+    for name, recipe in recipes.items():
+        yield Variant(name, "main", recipe=recipe)
+    yield Variant("paper:by-hand", "main", recipe=_paper(), layers="by hand")
+    yield Variant("paper:by-budget", "main", recipe=_paper(), layers="by budget")
+    recipes = {
+        "refit": _adjacent(rank=None),
+        "refit+lowrank": _adjacent(),
+        "refit+lowrank+strided": OURS,
+        "all-of-ours": ALL_OF_OURS,
+    }
+    for name, recipe in recipes.items():
+        yield Variant(name, "main", recipe=recipe)
+
+
+def _sweep(sweep: str, name: str, recipe: Recipe | None = None, **settings: Any) -> Variant:
+    return Variant(f"{sweep}:{name}", "sweep", sweep, recipe, **settings)
+
+
+def _sweeps() -> Iterator[Variant]:
+    yield Variant("dense:bfloat16", "sweep", "floor", dtype="bfloat16")
+    for ridge in (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0):
+        yield _sweep("ridge", f"{ridge:g}", Recipe(rank=RANK, ridge=ridge))
+    for prompts in (32, 64, 128, 256, 512, 1024):
+        yield _sweep("prompts", str(prompts), OURS, prompts=prompts)
+    for rank in (None, 0.005, 0.01, 0.02, 0.03, 0.05):
+        percent = f"{100 * (rank or 0):g}%"
+        yield _sweep("rank", f"ours-{percent}", Recipe(rank=rank))
+        paper = _paper(rank=rank) if rank else NORM
+        yield _sweep("rank", f"paper-{percent}", paper)
+    few = {"steps": FEW_STEPS, "reference_steps": FEW_STEPS}
+    yield _sweep("steps", "dense-8-against-28", steps=FEW_STEPS)
+    for name, recipe in {"norm": NORM, "paper": _paper(), "ours": OURS, "all-of-ours": ALL_OF_OURS}.items():
+        yield _sweep("steps", f"{name}-8", recipe, **few)
+    for n, m in ((1, 4), (4, 8), (8, 16)):
+        yield _sweep("pattern", f"norm-{n}:{m}", Recipe.immediate(n=n, m=m, grouping="adjacent"))
+        yield _sweep("pattern", f"ours-{n}:{m}", Recipe(n=n, m=m, rank=RANK))
+    for name, recipe in {"norm": NORM, "refit": _adjacent(rank=None)}.items():
+        yield _sweep("layers", f"{name}-by-hand", recipe, layers="by hand")
+        yield _sweep("layers", f"{name}-by-budget", recipe, layers="by budget")
+    yield _sweep("grouping", "norm-strided", Recipe.immediate())
+    yield _sweep("text", "norm-stream-sparse", Recipe.immediate(grouping="adjacent", text_stream="sparse"))
+    yield _sweep("text", "paper-stream-sparse", _paper(text_stream="sparse"))
+    yield _sweep("text", "ours-stream-sparse", Recipe(rank=RANK, text_stream="sparse"))
+    yield _sweep("text", "ours-rows-dense", Recipe(rank=RANK, text_rows="dense"))
+    for steps in (1, 2, 3, 4):
+        yield _sweep("dense-steps", str(steps), Recipe(rank=RANK, dense_steps=steps))
+    yield _sweep("order", "one-shot", OURS)
+    yield _sweep("order", "sequential", OURS, sequential=True)
+    yield _sweep("factors", "ours-own", Recipe(rank=RANK, lowrank_sharing="own"))
+    yield _sweep("factors", "paper-shared", _paper(lowrank_sharing="shared"))
+    dense_fp8 = Recipe.immediate(n=1, m=1, grouping="adjacent", norm="none", precision="fp8")
+    yield _sweep("fp8", "dense", dense_fp8)
+    yield _sweep("fp8", "norm", Recipe.immediate(precision="fp8"))
+    yield _sweep("fp8", "ours", Recipe(rank=RANK, precision="fp8"))
+    yield _sweep("fp8", "all-of-ours", Recipe(rank=RANK, precision="fp8", text_rows="dense", dense_steps=2))
+    for error in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
+        budget = Budget(error=error)
+        yield _sweep("fp8-budget", f"{error:g}", Recipe(rank=RANK, precision="auto", budget=budget))
+        yield _sweep("bf16-budget", f"{error:g}", Recipe(rank=RANK, budget=budget))
+    for threshold in (0.05, 0.1, 0.2):
+        yield _sweep("cache", f"dense-{threshold:g}", cache=threshold)
+        yield _sweep("cache", f"ours-{threshold:g}", OURS, cache=threshold)
+
+
+VARIANTS: tuple[Variant, ...] = (*_main(), *_sweeps())
+
+
+def chosen(globs: str = "*", group: str = "all") -> list[Variant]:
+    """Variants of a group whose names match one of the comma-separated globs, in order.
+
+    Raises ValueError where a glob matches none.
+    """
+    of_group = [variant for variant in VARIANTS if group in ("all", variant.group)]
+    patterns = globs.split(",")
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(variant.name, pattern) for variant in of_group):
+            raise ValueError(f"no variant of group {group!r} is called {pattern!r}")
+    return [v for v in of_group if any(fnmatch.fnmatchcase(v.name, pattern) for pattern in patterns)]

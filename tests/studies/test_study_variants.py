@@ -1,0 +1,219 @@
+"""Variants can be made and are what they say; moments, caching and errors against work by hand."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from caching import FirstBlockCache
+from helpers import tiny_qwen, tiny_z_image, watched
+from make_variant import build, by_budget, input_moments, planned_ms
+from model_errors import model_errors
+from study_helpers import SMALL, STEPS, tiny_study, tiny_study_model
+from study_model import StudyModel, load_study_model, noise_seed
+from variants import BY_HAND, VARIANTS, chosen
+
+from rtlynx import Recipe
+from rtlynx.calibration.budget import LayerCost
+from rtlynx.calibration.options import CalibrationReport
+from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
+from rtlynx.models.plan import make_plan
+from rtlynx.models.sparsify import state_of
+
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+SETTINGS = {"guidance_scale": 3.0, "num_inference_steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_study_model()
+
+
+def draw(pipeline, count=2):
+    return sample_pictures(pipeline, ["red heart", "hot dog"][:count], batch_size=2, pipeline_kwargs=SETTINGS)
+
+
+def make_names(model):
+    """Layers that a recipe makes sparse by default."""
+    return [layer.name for layer in make_plan(model.pipeline.transformer, Recipe.immediate()).sparse]
+
+
+# ------------------------------------------------------------------------------------------------ the list
+
+
+def test_names_are_unique_and_groups_have_their_sizes():
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+    main = [variant for variant in VARIANTS if variant.group == "main"]
+    assert all((variant.pictures, variant.seeds) == (1000, (0, 1, 2)) for variant in main)
+    assert all((v.pictures, v.seeds) == (256, (0,)) for v in VARIANTS if v.group == "sweep")
+    assert all(variant.sweep for variant in VARIANTS if variant.group == "sweep")
+
+
+def test_variants_are_chosen_by_glob_and_group():
+    assert [variant.name for variant in chosen("dense*,paper", "main")] == [
+        "dense",
+        "dense:other-seed",
+        "paper",
+    ]
+    assert {variant.sweep for variant in chosen("ridge:*")} == {"ridge"}
+    with pytest.raises(ValueError, match="no-such"):
+        chosen("dense,no-such")
+
+
+def test_calibration_and_measured_prompts_are_disjoint():
+    study = load_study_model("zoo:flux-emoji", device="cpu", dtype=torch.float32)
+    assert len(study.evaluation) == 857
+    assert len(set(study.evaluation) | set(study.calibration)) == 857 + 1024
+    assert study.prompts(1000)[857:] == list(study.evaluation[:143])
+    with pytest.raises(ValueError, match="both"):
+        StudyModel("x", study.pipeline, ("a", "b"), ("b", "c"))
+    assert noise_seed(0) + 10_000 < noise_seed(0, other=True) < noise_seed(1) - 10_000
+
+
+def test_what_is_left_dense_by_hand_is_in_the_models():
+    for transformer in (tiny_study_model().pipeline.transformer, tiny_z_image()):
+        for glob in BY_HAND[type(transformer).__name__]:
+            make_plan(transformer, Recipe.paper(skip=(glob,)))
+    assert BY_NAME["paper:by-hand"].missing_for(type(tiny_qwen()).__name__)
+    assert BY_NAME["cache:dense-0.1"].missing_for("ZImageTransformer2DModel")
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+@pytest.mark.parametrize("name", [
+    "weight-2:4:magnitude", "weight-2:4:slim", "activation-2:4", "paper:trained", "paper:by-hand",
+    "paper:by-budget", "refit+lowrank+strided", "all-of-ours", "pattern:norm-8:16", "fp8:dense",
+    "fp8-budget:0.01", "order:sequential", "dense:bfloat16", "cache:ours-0.2",
+])  # fmt: skip
+def test_a_variant_draws_differs_from_dense_and_is_priced(model, name):
+    before = copy.deepcopy(model.pipeline.transformer.state_dict())
+    built = build(BY_NAME[name], model, SMALL)
+    pictures = draw(built.pipeline)
+    assert torch.isfinite(pictures).all()
+    if not name.startswith("cache"):
+        assert not torch.equal(pictures, draw(model.pipeline))
+    after = model.pipeline.transformer.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    names = [layer.name for layer in make_plan(model.pipeline.transformer, Recipe.immediate()).layers]
+    assert list(built.plan) == names
+    assert built.modelled_ms(model.architecture, STEPS) is None if "8:16" in name else True
+    changed = {name for name, layer in built.plan.items() if layer.form != "dense"}
+    assert changed == set(built.layers)
+
+
+def test_modelled_time_orders_the_recipes(model):
+    names = ("activation-2:4", "activation-2:4+norm", "fp8:norm", "fp8:dense", "dense")
+    ms = {name: build(BY_NAME[name], model, SMALL).modelled_ms(model.architecture, 28) for name in names}
+    assert ms["fp8:norm"] < ms["fp8:dense"] < ms["activation-2:4"] == ms["activation-2:4+norm"] < ms["dense"]
+
+
+def test_by_hand_and_by_budget_take_equal_time(model):
+    hand, budget = (build(BY_NAME[f"layers:norm-by-{how}"], model, SMALL) for how in ("hand", "budget"))
+    ms = [built.modelled_ms(model.architecture, STEPS) for built in (hand, budget)]
+    assert set(hand.layers) == set(make_names(model)) - {"single_transformer_blocks.0.proj_out"}
+    assert ms[1] <= ms[0]
+    # Each layer that it took was needed: without the last one the time is out of reach.
+    assert len(budget.layers) <= len(hand.layers) + 1
+    assert hand.calibration_seconds is None
+    assert budget.calibration_seconds > 0
+
+
+def test_the_budget_rule_takes_the_harmless_first_and_nothing_that_saves_nothing(model, monkeypatch):
+    variant, names = BY_NAME["layers:norm-by-budget"], make_names(model)
+    alone = {name: planned_ms(model, variant.recipe, only=(name,)) for name in names}
+    dense = planned_ms(model, variant.recipe, only=())
+    # Invented errors: what saves most per error is the last in the model's order.
+    costs = [LayerCost(name, (dense - alone[name]) * 2.0**-i, 1.0) for i, name in enumerate(names)]
+    monkeypatch.setattr("rtlynx.calibrate", lambda *_, **__: CalibrationReport({}, {}, tuple(costs)))
+    worth = [name for name in names if alone[name] < dense]
+    for count in (1, 2, 3):
+        target = planned_ms(model, variant.recipe, only=worth[-count:])
+        recipe = by_budget(variant, variant.recipe, model, SMALL, target)
+        assert set(names) - set(recipe.skip) == set(worth[-count:])
+    impossible = by_budget(variant, variant.recipe, model, SMALL, 0.0)
+    assert set(names) - set(impossible.skip) == set(worth)
+
+
+def test_pruned_layers_are_pruned_and_text_stays(model):
+    built = build(BY_NAME["weight-2:4:wanda"], model, SMALL)
+    for name, layer in built.layers.items():
+        assert (layer.weight.unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all(), name
+    assert not any("add_" in name or "ff_context" in name for name in built.layers)
+    assert built.calibration_seconds > 0
+
+
+def test_moments_of_inputs_by_hand(model):
+    layers = make_plan(model.pipeline.transformer, Recipe.immediate()).sparse
+    settings = {**SETTINGS, "num_inference_steps": 2}
+    found = input_moments(model.pipeline, layers, ["red heart"], batch_size=1, pipeline_kwargs=settings)
+    layer = next(layer for layer in layers if layer.name.endswith("proj_out"))
+    with watched(model.pipeline.transformer, [layer.name]) as seen:
+        sample_pictures(model.pipeline, ["red heart"], pipeline_kwargs=settings)
+    x = torch.cat([one.flatten(0, 1) for one, _ in seen[layer.name]]).double()
+    assert torch.allclose(found[layer.candidate.reads], x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    assert len(found) == len({layer.candidate.reads for layer in layers})
+
+
+# ----------------------------------------------------------------------------------------- caching, errors
+
+
+def test_caching_at_no_threshold_changes_nothing_and_at_any_skips():
+    pictures = {}
+    for threshold in (None, 0.0, 1e9):
+        pipeline = tiny_study_model(num_single_layers=2).pipeline
+        cache = None if threshold is None else FirstBlockCache(pipeline.transformer, threshold)
+        pictures[threshold] = [draw(pipeline), draw(pipeline)]
+        if threshold == 0.0:
+            assert cache.computed == 1.0
+        if threshold == 1e9:  # the first step of each picture, both guidance passes
+            assert cache.computed == pytest.approx(1 / STEPS)
+            assert cache.calls == 2 * 2 * STEPS
+    first, second = pictures[None]
+    assert torch.equal(first, pictures[0.0][0])
+    assert torch.equal(second, pictures[0.0][1])
+    assert torch.equal(pictures[1e9][0], pictures[1e9][1])  # nothing is left of the picture before
+    assert not torch.equal(first, pictures[1e9][0])
+
+
+def test_errors_inside_a_model_by_hand(model):
+    study = tiny_study()
+    calls = study.calls(STEPS)
+    assert len(calls) == 2 * STEPS
+    dense = study.model.pipeline.transformer
+    none = model_errors(dense, copy.deepcopy(dense), {}, calls)
+    assert none["output_error"] == none["layer_error"] == 0
+    built = build(BY_NAME["activation-2:4"], study.model, SMALL)
+    sparse = built.pipeline.transformer
+    found = model_errors(dense, sparse, built.layers, calls)
+    assert found["noise"] == pytest.approx([1, 2 / 3, 1 / 3])
+    expected = []
+    with torch.no_grad():
+        for step in range(STEPS):
+            off = total = 0.0
+            for call in calls[2 * step : 2 * step + 2]:
+                y, z = (m(**{**call, "return_dict": False})[0] for m in (dense, sparse))
+                off, total = off + float((y - z).square().sum()), total + float(y.square().sum())
+            expected.append(off / total)
+    assert found["output_error_by_step"] == pytest.approx(expected, rel=1e-5)
+    weighted = (expected[0] * 3 + expected[1] * 2 + expected[2]) / 6
+    assert found["output_error_weighted"] == pytest.approx(weighted, rel=1e-5)
+    assert found["layer_error"] == pytest.approx(sum(found["layers"].values()) / len(found["layers"]))
+    assert min(found["layer_error_by_step"]) > 0
+
+
+def test_dense_steps_show_in_the_output_error_of_their_steps():
+    study = tiny_study()
+    built = build(replace(BY_NAME["dense-steps:1"], prompts=4), study.model, SMALL)
+    assert state_of(built.pipeline.transformer).plan.recipe.dense_steps == 1
+    draw(built.pipeline)
+    dense = study.model.pipeline.transformer
+    found = model_errors(dense, built.pipeline.transformer, built.layers, study.calls(STEPS))
+    assert found["output_error_by_step"][0] < 1e-9 < found["output_error_by_step"][1]
+
+
+def test_recorded_calls_are_the_pipelines_own(model):
+    _, calls = sample_and_record(
+        model.pipeline, ["red heart"], steps=2, recorded=2, pipeline_kwargs={"guidance_scale": 1.0}
+    )
+    assert len(calls) == 2
