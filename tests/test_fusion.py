@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch._dynamo.testing
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from helpers import (
     flux_call,
     output,
@@ -24,6 +25,7 @@ from rtlynx import Recipe, densify, sparsify
 from rtlynx.kernels import ops, producers
 from rtlynx.models import sparse_layers, state_of
 from rtlynx.models.fusion import unfuse_blocks
+from rtlynx.reading import adaln, read
 
 MODELS = {
     "flux": (tiny_flux, flux_call),
@@ -245,14 +247,32 @@ def test_a_block_that_something_else_has_taken_over_is_left_alone():
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
 def test_an_input_is_for_the_layers_that_it_was_compressed_for():
+    model, _ = model_and_call("flux")
+    sparsify(model)
+    attn, norm = model.transformer_blocks[0].attn, model.transformer_blocks[0].norm1.norm
+    chain = adaln(norm, torch.randn(1, 64, 128).bfloat16(), *torch.randn(2, 1, 128).bfloat16())
+    x = read(chain, attn.to_q, attn.to_k)
+    assert (x.shape, x.dtype, x.device.type) == ((1, 64, 128), torch.bfloat16, "cpu")
+    assert attn.to_k(x).shape == (1, 64, 128)
+    with pytest.raises(TypeError, match="compressed for other layers"):
+        attn.to_v(x)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_a_processor_that_we_do_not_know_gets_tensors():
     model, call = model_and_call("flux")
     sparsify(model)
-    given = []
-    attn = model.transformer_blocks[0].attn
-    original = attn.forward
-    attn.forward = lambda **arguments: given.append(arguments["hidden_states"]) or original(**arguments)
-    output(model, call)
-    (x,) = given
-    assert (x.shape, x.dtype, x.device.type) == ((1, 64, 128), torch.bfloat16, "cpu")
-    with pytest.raises(TypeError, match="compressed for other layers"):
-        attn.to_out[0](x)
+    expected = output(unfused(model), call)
+    seen = []
+
+    class Watching(FluxAttnProcessor):
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            seen.append(hidden_states * 2)
+            return super().__call__(attn, hidden_states, *args, **kwargs)
+
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.set_processor(Watching())
+    y = output(model, call)
+    assert [tuple(one.shape) for one in seen] == [(1, 64, 128), (1, 72, 128)]
+    assert relative_error(y, expected) < 5e-2

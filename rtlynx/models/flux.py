@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, LayerRule, TextRows
-from rtlynx.models.fusion import feed_forward
+from rtlynx.models.fusion import feed_forward, read_by_attention
 from rtlynx.reading import adaln, beside_activated, read
 
 DOUBLE = "transformer_blocks.*"
@@ -35,8 +35,11 @@ def double_block(
     shift, scale, gate, *mlp = norm.linear(norm.silu(temb)).chunk(6, dim=1)
     text_shift, text_scale, text_gate, *text_mlp = norm_text.linear(norm_text.silu(temb)).chunk(6, dim=1)
     outputs = attn(
-        hidden_states=read(adaln(norm.norm, hidden_states, shift, scale), attn.to_q, attn.to_k, attn.to_v),
-        encoder_hidden_states=read(
+        hidden_states=read_by_attention(
+            attn, adaln(norm.norm, hidden_states, shift, scale), attn.to_q, attn.to_k, attn.to_v
+        ),
+        encoder_hidden_states=read_by_attention(
+            attn,
             adaln(norm_text.norm, encoder_hidden_states, text_shift, text_scale),
             *(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
         ),
@@ -69,7 +72,8 @@ def single_block(
     attn, norm, text_tokens = block.attn, block.norm, encoder_hidden_states.shape[1]
     both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
-    x = read(adaln(norm.norm, both, shift, scale), attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
+    chain = adaln(norm.norm, both, shift, scale)
+    x = read_by_attention(attn, chain, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
     mlp = block.proj_mlp(x)
     attention = attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
     out = block.proj_out(read(beside_activated(attention, block.act_mlp, mlp), block.proj_out))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rtlynx.compressed import CompressedInput
 from rtlynx.linear import SparseLinear
 from rtlynx.models.architecture import Architecture
 from rtlynx.reading import Chain, activated, read
@@ -33,6 +34,22 @@ def unfuse_blocks(model: nn.Module, architecture: Architecture) -> None:
         installed = block.__dict__.get("forward")
         if forward is not None and getattr(installed, "func", None) is forward:
             del block.__dict__["forward"]
+
+
+# Attention processors that hand their input to q, k and v alone, beside asking for its shape.
+_HANDING_ON = {
+    "FluxAttnProcessor",
+    "FluxIPAdapterAttnProcessor",
+    "QwenDoubleStreamAttnProcessor2_0",
+    "ZSingleStreamAttnProcessor",
+}
+
+
+def read_by_attention(attn: Any, chain: Chain, *layers: nn.Module) -> Tensor | CompressedInput:
+    """`rtlynx.reading.read` for layers that `attn` calls with its input; others' processors get tensors."""
+    if type(attn.processor).__name__ in _HANDING_ON and untouched(attn):
+        return read(chain, *layers)
+    return chain.dense()
 
 
 def untouched(module: nn.Module) -> bool:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, LayerRule
-from rtlynx.models.fusion import feed_forward
-from rtlynx.reading import adaln, read
+from rtlynx.models.fusion import feed_forward, read_by_attention
+from rtlynx.reading import adaln
 
 BLOCK = "transformer_blocks.*"
 
@@ -40,10 +40,11 @@ def block(
     shift, scale, gate, *mlp = block.img_mod(temb).chunk(6, dim=-1)
     text_shift, text_scale, text_gate, *text_mlp = block.txt_mod(temb).chunk(6, dim=-1)
     image, text = attn(
-        hidden_states=read(
-            adaln(block.img_norm1, hidden_states, shift, scale), attn.to_q, attn.to_k, attn.to_v
+        hidden_states=read_by_attention(
+            attn, adaln(block.img_norm1, hidden_states, shift, scale), attn.to_q, attn.to_k, attn.to_v
         ),
-        encoder_hidden_states=read(
+        encoder_hidden_states=read_by_attention(
+            attn,
             adaln(block.txt_norm1, encoder_hidden_states, text_shift, text_scale),
             *(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
         ),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, LayerRule, Stream, TextRows
-from rtlynx.models.fusion import untouched
+from rtlynx.models.fusion import read_by_attention, untouched
 from rtlynx.reading import read, rmsnorm, silu_gated
 
 # Z-Image pads the tokens of each picture and caption to a multiple of this (SEQ_MULTI_OF in diffusers).
@@ -49,7 +49,8 @@ def block(
         )
     attn, ff = block.attention, block.feed_forward
     scale, gate, mlp_scale, mlp_gate = block.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
-    hidden = read(rmsnorm(block.attention_norm1, x, 1.0 + scale), attn.to_q, attn.to_k, attn.to_v)
+    chain = rmsnorm(block.attention_norm1, x, 1.0 + scale)
+    hidden = read_by_attention(attn, chain, attn.to_q, attn.to_k, attn.to_v)
     out = attn(hidden, attention_mask=attn_mask, freqs_cis=freqs_cis)
     x = x + gate.tanh() * block.attention_norm2(out)
     chain = rmsnorm(block.ffn_norm1, x, 1.0 + mlp_scale)
