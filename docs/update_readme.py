@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import diagrams
-import plots
 import reference
+import speed_plots
 import tables
 from tables import Place
 
@@ -131,7 +131,9 @@ def main() -> None:
         path = ROOT / file
         path.write_text(updated(path.read_text(), file))
     for source in plotted():
-        plots.draw_speed(_read(ROOT / source), ROOT / tables.plot_of(source), plots.source_of(ROOT / source))
+        speed_plots.draw_speed(
+            _read(ROOT / source), ROOT / tables.plot_of(source), speed_plots.source_of(ROOT / source)
+        )
     for name, drawing in diagrams.DIAGRAMS.items():
         (ROOT / diagrams.FOLDER / name).write_text(drawing())
 

@@ -13,6 +13,9 @@ from rtlynx.pattern import Pattern
 
 # A rank given as a share of K is never less than this: a handful of directions at toy widths.
 MIN_SHARE_RANK = 4
+# The paper's share of the inputs, and where "auto" stops: up to 64 columns of T cost little on the kernels,
+# 2 % of 12,288 inputs most of what sparsity saves (`ours_paper_rank_us` in benchmarks/results/linear-*.json).
+SHARE, MOST_AUTO_RANK = 0.02, 64
 
 # What a layer can be: selected inputs or all of them, weights in the model's dtype or in e4m3.
 Form = Literal["bf16-sparse", "fp8-sparse", "fp8-dense", "dense"]
@@ -61,8 +64,9 @@ class Recipe:
     norm : "auto" | "none" | "scale" | "paper"
         Per-token norm compensation. Auto: on where the weight is not refitted. "paper": with the printed
         epsilon.
-    rank : int | float | None
+    rank : int | float | "auto" | None
         Rank of the low-rank branch: a whole number, a share of the layer's inputs (at least 4), or None.
+        Auto: 2 % of the inputs and at most 64.
     refit : bool
         Refit the weight to the selected activations (needs calibration; costs nothing at inference).
     lowrank_solver : "closed-form" | "trained"
@@ -106,7 +110,7 @@ class Recipe:
     grouping: Literal["auto", "adjacent", "strided"] = "auto"
     tp_degree: int = 1
     norm: Literal["auto", "none", "scale", "paper"] = "auto"
-    rank: int | float | None = 0.02
+    rank: int | float | Literal["auto"] | None = "auto"
     refit: bool = True
     lowrank_solver: Literal["closed-form", "trained"] = "closed-form"
     lowrank_sharing: Literal["shared", "own"] = "shared"
@@ -134,11 +138,11 @@ class Recipe:
             raise ValueError(f"tp_degree is a whole number above 0, got {self.tp_degree!r}")
         if not isinstance(self.refit, bool):
             raise ValueError(f"refit is true or false, got {self.refit!r}")
-        if self.rank is not None:
+        if self.rank is not None and self.rank != "auto":
             if not _is_number(self.rank) or self.rank <= 0:
                 raise ValueError(
-                    f"rank is a whole number or a share of the inputs, above 0, or none for no low-rank "
-                    f"branch; got {self.rank!r}"
+                    f"rank is a whole number or a share of the inputs, above 0, 'auto', or none for no "
+                    f"low-rank branch; got {self.rank!r}"
                 )
             if isinstance(self.rank, float) and self.rank >= 1:
                 raise ValueError(
@@ -183,8 +187,9 @@ class Recipe:
     @classmethod
     def paper(cls, **changes: Any) -> Recipe:
         """The paper's: adjacent groups, norm compensation, a low-rank branch for each layer."""
-        settings = {"grouping": "adjacent", "norm": "scale", "refit": False, "lowrank_sharing": "own"}
-        return cls(**{**settings, **changes})
+        layers = {"grouping": "adjacent", "norm": "scale", "refit": False}
+        branch = {"rank": SHARE, "lowrank_sharing": "own"}
+        return cls(**{**layers, **branch, **changes})
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Recipe:
@@ -253,6 +258,8 @@ class Recipe:
         """Rank of the low-rank branch of a layer of `k` inputs, 0 without one; never above k."""
         if self.rank is None:
             return 0
+        if self.rank == "auto":
+            return min(k, MOST_AUTO_RANK, max(MIN_SHARE_RANK, round(SHARE * k)))
         if isinstance(self.rank, float):
             return min(k, max(MIN_SHARE_RANK, round(self.rank * k)))
         return min(k, self.rank)

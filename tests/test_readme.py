@@ -13,7 +13,7 @@ import rtlynx
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
-import plots
+import speed_plots
 import tables
 import update_readme
 
@@ -33,7 +33,9 @@ def test_the_plot_is_of_the_results_file():
     assert update_readme.plotted()
     for source in update_readme.plotted():
         with Image.open(ROOT / tables.plot_of(source)) as plot:
-            assert plot.text["Source"] == plots.source_of(ROOT / source), "run python docs/update_readme.py"
+            assert plot.text["Source"] == speed_plots.source_of(ROOT / source), (
+                "run python docs/update_readme.py"
+            )
 
 
 def invented_speed() -> dict:
@@ -148,7 +150,7 @@ def test_fp8_appears_with_its_results():
 
 def test_the_plot_shows_layers_that_a_peer_cannot_do(tmp_path):
     plot = tmp_path / "speed" / "plot.png"
-    plots.draw_speed(invented_speed(), plot, "digest")
+    speed_plots.draw_speed(invented_speed(), plot, "digest")
     with Image.open(plot) as image:
         assert image.text["Source"] == "digest"
         assert image.width > 800

@@ -186,6 +186,11 @@ def test_the_dictionary_is_not_changed_or_kept():
         (0.02, 2, 2),
         (0.5, 100, 50),
         (1, 100, 1),
+        ("auto", 256, 5),
+        ("auto", 128, 4),
+        ("auto", 3072, 61),
+        ("auto", 12288, 64),  # what the kernels do at little cost
+        ("auto", 2, 2),
     ],
 )
 def test_rank_of_a_layer(rank, k, expected):
