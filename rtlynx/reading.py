@@ -31,6 +31,11 @@ class Chain(NamedTuple):
     dense: Callable[[], Tensor]
 
 
+def untouched(module: nn.Module) -> bool:
+    """Whether calling `module` does nothing but its class's forward."""
+    return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+
+
 def read(chain: Chain, *layers: nn.Module) -> Tensor | CompressedInput:
     """What to call `layers`, all that read the end of `chain`, with."""
     found = _sparse(layers)
@@ -55,9 +60,9 @@ def _sparse(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
     found = []
     for layer in layers:
         # Adapters wrap a layer; hooks want the input that it would get.
-        if type(layer) is not SparseLinear or layer._forward_pre_hooks or layer._forward_hooks:
+        if type(layer) is not SparseLinear or not untouched(layer):
             return None
-        if layer.dense_reason is not None or layer.context.dense_step or "forward" in layer.__dict__:
+        if layer.dense_reason is not None or layer.context.dense_step:
             return None
         if layer.text_rows_dense and layer.context.text_rows is not None:
             return None

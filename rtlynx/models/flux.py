@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, LayerRule, TextRows
-from rtlynx.models.fusion import feed_forward, read_by_attention
+from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
 from rtlynx.reading import adaln, beside_activated, read
 
 DOUBLE = "transformer_blocks.*"
@@ -47,17 +47,11 @@ def double_block(
         **(joint_attention_kwargs or {}),
     )
     image, text, *adapter = outputs
-    hidden_states = hidden_states + gate.unsqueeze(1) * image
-    shift, scale, gate = mlp
-    image = feed_forward(block.ff, adaln(block.norm2, hidden_states, shift, scale))
-    hidden_states = hidden_states + gate.unsqueeze(1) * image
+    hidden_states = GatedMlp(block.norm2, block.ff, gate, mlp)(hidden_states, image)
     if adapter:
         hidden_states = hidden_states + adapter[0]
-    encoder_hidden_states = encoder_hidden_states + text_gate.unsqueeze(1) * text
-    shift, scale, gate = text_mlp
-    text = feed_forward(block.ff_context, adaln(block.norm2_context, encoder_hidden_states, shift, scale))
-    encoder_hidden_states = encoder_hidden_states + gate.unsqueeze(1) * text
-    return _half(encoder_hidden_states), hidden_states
+    go_on = GatedMlp(block.norm2_context, block.ff_context, text_gate, text_mlp)
+    return finite_half(go_on(encoder_hidden_states, text)), hidden_states
 
 
 def single_block(
@@ -77,13 +71,8 @@ def single_block(
     mlp = block.proj_mlp(x)
     attention = attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
     out = block.proj_out(read(beside_activated(attention, block.act_mlp, mlp), block.proj_out))
-    both = _half(both + gate.unsqueeze(1) * out)
+    both = finite_half(both + gate.unsqueeze(1) * out)
     return both[:, :text_tokens], both[:, text_tokens:]
-
-
-def _half(x: Tensor) -> Tensor:
-    """As diffusers keeps float16 finite."""
-    return x.clip(-65504, 65504) if x.dtype is torch.float16 else x
 
 
 FLUX = Architecture(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from rtlynx.compressed import CompressedInput
 from rtlynx.linear import SparseLinear
 from rtlynx.models.architecture import Architecture
-from rtlynx.reading import Chain, activated, read
+from rtlynx.reading import Chain, activated, adaln, read, untouched
 
 
 def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
@@ -52,11 +54,6 @@ def read_by_attention(attn: Any, chain: Chain, *layers: nn.Module) -> Tensor | C
     return chain.dense()
 
 
-def untouched(module: nn.Module) -> bool:
-    """Whether calling `module` does nothing but its class's forward."""
-    return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
-
-
 def feed_forward(ff: Any, chain: Chain) -> Tensor:
     """diffusers' FeedForward with tanh GELU, of what `chain` yields."""
     if not untouched(ff):
@@ -64,3 +61,28 @@ def feed_forward(ff: Any, chain: Chain) -> Tensor:
     up, dropout, down = ff.net
     hidden = up.proj(read(chain, up.proj))
     return down(read(activated(lambda h: dropout(up.gelu(h)), hidden), down))
+
+
+class GatedMlp(NamedTuple):
+    """How one stream of a double block goes on after attention.
+
+    norm, ff : the LayerNorm before the MLP, and the MLP
+    gate : of the attention's output, (B, D)
+    modulation : shift, scale and gate of the MLP, each (B, D)
+    """
+
+    norm: nn.LayerNorm
+    ff: nn.Module
+    gate: Tensor
+    modulation: Sequence[Tensor]
+
+    def __call__(self, x: Tensor, attention: Tensor) -> Tensor:
+        """The stream x (B, T, D) after attention's output (B, T, D) and the MLP."""
+        x = x + self.gate.unsqueeze(1) * attention
+        shift, scale, gate = self.modulation
+        return x + gate.unsqueeze(1) * feed_forward(self.ff, adaln(self.norm, x, shift, scale))
+
+
+def finite_half(x: Tensor) -> Tensor:
+    """As diffusers keeps float16 finite."""
+    return x.clip(-65504, 65504) if x.dtype is torch.float16 else x

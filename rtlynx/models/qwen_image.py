@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, LayerRule
-from rtlynx.models.fusion import feed_forward, read_by_attention
+from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
 from rtlynx.reading import adaln
 
 BLOCK = "transformer_blocks.*"
@@ -52,19 +51,9 @@ def block(
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    hidden_states = hidden_states + gate.unsqueeze(1) * image
-    encoder_hidden_states = encoder_hidden_states + text_gate.unsqueeze(1) * text
-    shift, scale, gate = mlp
-    image = feed_forward(block.img_mlp, adaln(block.img_norm2, hidden_states, shift, scale))
-    hidden_states = hidden_states + gate.unsqueeze(1) * image
-    shift, scale, gate = text_mlp
-    text = feed_forward(block.txt_mlp, adaln(block.txt_norm2, encoder_hidden_states, shift, scale))
-    encoder_hidden_states = encoder_hidden_states + gate.unsqueeze(1) * text
-    if hidden_states.dtype is torch.float16:
-        encoder_hidden_states, hidden_states = (
-            x.clip(-65504, 65504) for x in (encoder_hidden_states, hidden_states)
-        )
-    return encoder_hidden_states, hidden_states
+    hidden_states = GatedMlp(block.img_norm2, block.img_mlp, gate, mlp)(hidden_states, image)
+    go_on = GatedMlp(block.txt_norm2, block.txt_mlp, text_gate, text_mlp)
+    return finite_half(go_on(encoder_hidden_states, text)), finite_half(hidden_states)
 
 
 QWEN_IMAGE = Architecture(

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, LayerRule, Stream, TextRows
-from rtlynx.models.fusion import read_by_attention, untouched
-from rtlynx.reading import read, rmsnorm, silu_gated
+from rtlynx.models.fusion import read_by_attention
+from rtlynx.reading import read, rmsnorm, silu_gated, untouched
 
 # Z-Image pads the tokens of each picture and caption to a multiple of this (SEQ_MULTI_OF in diffusers).
 TOKEN_MULTIPLE = 32
