@@ -16,7 +16,7 @@ from rtlynx.context import SharedInput, Spans, SparseContext
 from rtlynx.derived import Derived, WatchedWeight
 from rtlynx.kernels import fp8, ops, reference
 from rtlynx.kernels.blocks import compute_order
-from rtlynx.kernels.choice import kernels_serve
+from rtlynx.kernels.choice import kernels_serve, obstacle
 from rtlynx.kernels.reference import Norm
 from rtlynx.kernels.sm90.weights import Weights
 from rtlynx.pattern import Pattern
@@ -182,15 +182,11 @@ class SparseLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         self._ordered.drop()  # or it would stay on a device that the layer leaves
         self._folded.drop()
-        if self.precision != "fp8":
-            super()._apply(fn, recurse)
-            self.prepare()
-            return self
-        quantised = (self._parameters.get("weight"), self.weight_scale)
+        fp8_only = (self._parameters.get("weight"), self.weight_scale) if self.precision == "fp8" else ()
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if moved.dtype is tensor.dtype or not any(tensor is one for one in quantised):
+            if moved.dtype is tensor.dtype or not any(tensor is one for one in fp8_only):
                 return moved
             return tensor.to(moved.device)  # a cast of the model is none of eight-bit values and their scale
 
@@ -371,21 +367,21 @@ class SparseLinear(nn.Linear):
         of = fp8.Fp8Parameters(
             self._own_weight(), scale, *(parameters[name] for name in ("bias", "lowrank_down", "lowrank_up"))
         )
-        compressed = self.shared_input.compress(
-            input,
-            ("fp8", self.pattern, self.norm, x.dtype),
-            lambda: self._compress_fp8(x),
-        )
+        key = ("fp8", self.pattern, self.norm, x.dtype)
+        compressed = self.shared_input.compress(input, key, lambda: self._compress_fp8(x))
         if spans is None:
             return [product(x, compressed, of)]
         slices = [slice(*span) for span in spans]
         return [product(x[..., rows, :], compressed.rows(rows), of) for rows in slices]
 
     def prepare(self) -> None:
-        """Make what kernels read in place of parameters, so that compiled code finds it."""
-        if self._own_weight().is_cuda and self.dense_reason is None and self.pattern.n < self.pattern.m:
+        """Make what kernels, where they serve, read in place of parameters: compiled code finds it."""
+        weight = self._own_weight()
+        if weight.is_cuda and self.dense_reason is None:
             with torch.no_grad():
-                self.multiplied()
+                x = weight.new_empty(0, self.in_features, dtype=torch.bfloat16)
+                if obstacle(x, *self._form()) is None:
+                    self.multiplied()
 
     def kept_copies(self) -> list[Tensor]:
         """What the layer holds beside its parameters and buffers at present."""
@@ -401,9 +397,13 @@ class SparseLinear(nn.Linear):
 
     def served(self, x: Tensor) -> bool:
         """Whether the kernels serve this layer for the input `x` (..., K)."""
+        return kernels_serve(x, *self._form())
+
+    def _form(self) -> tuple[Pattern, Norm, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What decides whether kernels serve the layer, as `rtlynx.kernels.choice` takes it."""
         of = self._parameters
-        down, up, bias = of["lowrank_down"], of["lowrank_up"], of["bias"]
-        return kernels_serve(x, self.pattern, self.norm, self._own_weight(), bias, down, up)
+        factors = of["lowrank_down"], of["lowrank_up"]
+        return self.pattern, self.norm, self._own_weight(), of["bias"], *factors
 
     def multiplied(self) -> Weights:
         """What the kernels multiply with."""

@@ -397,7 +397,7 @@ def whole_decision(monkeypatch):
     monkeypatch.setattr(choice, "_said", set())
 
     def decide(x, *others):
-        reason = choice._obstacle(x, *others)
+        reason = choice.obstacle(x, *others)
         if reason is not None:
             choice._say_once(reason)
         return reason is None

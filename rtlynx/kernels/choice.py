@@ -43,14 +43,14 @@ def kernels_serve(
     """
     if not x.is_cuda:
         return False
-    reason = _obstacle(x, pattern, norm, weight, bias, down, up)
+    reason = obstacle(x, pattern, norm, weight, bias, down, up)
     if reason is None:
         return True
     _say_once(reason)
     return False
 
 
-def _obstacle(
+def obstacle(
     x: Tensor,
     pattern: Pattern,
     norm: Norm,
@@ -59,6 +59,7 @@ def _obstacle(
     down: Tensor | None,
     up: Tensor | None,
 ) -> str | None:
+    """Why the kernels do not serve a layer for an input `x` (..., K) on a CUDA device; None where they do."""
     if wants_gradient(x, weight, bias, down, up):
         return _GRADIENTS
     bf16, fp8 = torch.bfloat16, weight.dtype is E4M3
