@@ -6,12 +6,14 @@ Writes results/step-<model>-<card>.json; of other sizes or few variants only whe
 
 from functools import partial
 
+from rich import print
 from script import FOLDER, options_parser
 from targets import step_targets
 
 from rtlynx.bench import step
 from rtlynx.bench.card import Card
 from rtlynx.bench.full_models import MODELS, Size
+from rtlynx.bench.overview import step_overview
 from rtlynx.bench.results import write
 
 
@@ -38,7 +40,7 @@ def main() -> None:
         report=partial(print, flush=True),
     )
     document["targets"] = step_targets(document)
-    print(step.table(document["variants"]))
+    print(step_overview(document))
     plain = (options.side, options.batch, options.text_tokens) == (1024, 1, None) and not options.variants
     if options.out or plain:
         write(options.out or FOLDER / f"step-{options.model}-{card.slug}.json", document)

@@ -5,7 +5,7 @@ The counters that say why one is missed, and the next ideas, are in NOTES.md, in
 
 from collections.abc import Iterable, Mapping
 
-from rtlynx.bench.results import ratio
+from rtlynx.bench.results import REFERENCE, ratio, step_speed_up
 from rtlynx.bench.shapes import Shape
 
 PRODUCT, LAYER, COMPRESSION = "What bounds the GEMM", "Where it stands", "Compression, version by version"
@@ -102,26 +102,21 @@ def _least(values: Iterable[float | None]) -> float | None:
 def step_targets(document: Mapping) -> list[dict]:
     """Of step-*.json."""
     rows = {row["name"]: row for row in document["variants"]}
-
-    def faster(name: str, than: str) -> float | None:
-        own, other = rows.get(name), rows.get(than)
-        if own is not None and "beside" in own and than == "bf16 compiled":
-            other = own["beside"]  # measured next to it
-        return (
-            None
-            if own is None or other is None
-            else ratio({"own": own["gpu_ms"], "other": other["gpu_ms"]}, "other", "own")
-        )
-
     flux, model = document["model"] == "flux1-dev", document["model"]
     wanted = [
-        ("bf16-2:4", "rtlynx bf16-2:4", "bf16 compiled", 1.35 if flux else 1.3),
-        ("fp8-2:4", "rtlynx fp8-2:4", "bf16 compiled", 1.6 if flux else 1.55),
+        ("bf16-2:4", "rtlynx bf16-2:4", REFERENCE, 1.35 if flux else 1.3),
+        ("fp8-2:4", "rtlynx fp8-2:4", REFERENCE, 1.6 if flux else 1.55),
     ]
     if flux:
         wanted.append(("fp8-2:4", "rtlynx fp8-2:4", "fp8 compiled (torchao)", 1.2))
     targets = [
-        _target(f"{model}, {what}, speed over {than}", least, faster(name, than), "x", STEP)
+        _target(
+            f"{model}, {what}, speed over {than}",
+            least,
+            step_speed_up(document["variants"], name, than),
+            "x",
+            STEP,
+        )
         for what, name, than, least in wanted
     ]
     for name in ("rtlynx bf16-2:4", "rtlynx fp8-2:4"):

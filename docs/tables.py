@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from rtlynx.bench.results import REFERENCE, step_speed_up
+
 DEMO = Path("docs/demo")
 STEP_COLUMNS = ("gpu_ms", "linear_ms", "attention_ms", "rest_ms", "wall_ms", "peak_gib")
 
@@ -186,7 +188,6 @@ def host_section(results: dict, source: Path, place: Place) -> str:
 def steps_section(results: dict, source: Path, place: Place) -> str:
     """One denoising step of a model, end to end, in Markdown."""
     variants = results["variants"]
-    times = {variant["name"]: variant["gpu_ms"] for variant in variants}
     lines = [
         "| variant | step, GPU ms | linear layers | attention | rest | host and GPU, ms | peak, GiB "
         "| over bf16 eager | over bf16 compiled |",
@@ -194,10 +195,9 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     ]
     for variant in variants:
         cells = [variant["name"]]
-        cells += [_format(variant[key], ".1f") for key in STEP_COLUMNS]
+        cells += [_format(variant.get(key), ".1f") for key in STEP_COLUMNS]
         cells += [
-            _times(over / variant["gpu_ms"] if over and variant["gpu_ms"] else None)
-            for over in (times.get("bf16 eager"), times.get("bf16 compiled"))
+            _times(step_speed_up(variants, variant["name"], than)) for than in ("bf16 eager", REFERENCE)
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")

@@ -13,9 +13,9 @@ from rich.console import Console
 from rtlynx.bench import step
 from rtlynx.bench.full_models import MODELS, Size, full_model
 from rtlynx.bench.overview import step_overview
+from rtlynx.bench.results import step_speed_up
 from rtlynx.bench.step_split import kind
 from rtlynx.bench.sustained import Measurement
-from rtlynx.cli import main
 from rtlynx.models import sparse_layers
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -139,20 +139,17 @@ def document():
     }
 
 
-def test_the_command_prints_and_writes_a_step(monkeypatch, tmp_path, capsys):
+def test_the_command_prints_and_writes_a_step(command, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("rtlynx.cli.Card", lambda: "card")
     monkeypatch.setattr(step, "run", lambda *args, **options: asked.append((args, options)) or document())
     file = tmp_path / "step.json"
-    arguments = ["rtlynx", "bench", "--model", "flux1-dev", "--seconds", "2", "--out", str(file)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code
+    code, out, _ = command("bench", "--model", "flux1-dev", "--seconds", 2, "--out", file)
+    assert not code
     assert asked[0][0] == ("flux1-dev", "card")
     assert asked[0][1]["seconds"] == 2
     assert json.loads(file.read_text()) == document()
-    assert "rtlynx fp8-2:4" in capsys.readouterr().out
+    assert "rtlynx fp8-2:4" in out
 
 
 def test_the_table_says_speed_ups_and_why_there_is_none():
@@ -164,3 +161,17 @@ def test_the_table_says_speed_ups_and_why_there_is_none():
     assert "2.00x" in lines["rtlynx fp8-2:4"]
     assert "x" not in lines["fp8 compiled (torchao)"].split("│")[-2]
     assert "no torchao" in lines
+
+
+def test_speed_ups_are_over_the_reference_beside_a_variant_where_there_is_one():
+    rows = [
+        {"name": "bf16 compiled", "gpu_ms": 100.0},
+        {"name": "paired", "gpu_ms": 50.0, "beside": {"gpu_ms": 110.0}},
+        {"name": "together", "gpu_ms": 50.0},
+        {"name": "failed", "gpu_ms": None},
+    ]
+    assert step_speed_up(rows, "paired") == pytest.approx(2.2)
+    assert step_speed_up(rows, "together") == pytest.approx(2.0)
+    assert step_speed_up(rows, "paired", "together") == pytest.approx(1.0)
+    assert step_speed_up(rows, "failed") is None
+    assert step_speed_up(rows, "absent") is None

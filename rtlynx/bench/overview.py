@@ -7,9 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rtlynx.bench.results import ratio
-
-REFERENCE = "bf16 compiled"
+from rtlynx.bench.results import ratio, step_speed_up
 
 
 def overview(document: Mapping[str, Any]) -> Table:
@@ -42,12 +40,10 @@ def step_overview(document: Mapping[str, Any]) -> Table:
     table.add_column("variant", no_wrap=True)
     for heading in ("GPU", "wall", "linear", "attention", "rest", "GiB", "speed-up"):
         table.add_column(heading, justify="right")
-    plain = next((row.get("gpu_ms") for row in rows if row["name"] == REFERENCE), None)
     columns = ("gpu_ms", "wall_ms", "linear_ms", "attention_ms", "rest_ms", "peak_gib")
     for row in rows:
         cells = ("-" if row.get(name) is None else f"{row[name]:.1f}" for name in columns)
-        beside = row.get("beside", {}).get("gpu_ms", plain)
-        table.add_row(row["name"], *cells, _times(ratio({"a": beside, "b": row.get("gpu_ms")}, "a", "b")))
+        table.add_row(row["name"], *cells, _times(step_speed_up(rows, row["name"])))
         if row.get("reason"):
             table.add_row(f"  {row['reason']}")
     return table

@@ -10,6 +10,8 @@ from rtlynx.bench.operands import Errors
 from rtlynx.bench.shapes import Shape, paper_rank
 from rtlynx.bench.sustained import Measurement
 
+# The variant of a step that others are compared with.
+REFERENCE = "bf16 compiled"
 # The variants of a linear layer; each gives a column `<name>_us`.
 LINEAR_VARIANTS = (
     "cublas",
@@ -75,6 +77,18 @@ def ratio(row: Mapping, over: str, under: str) -> float | None:
     if row.get(over) is None or row.get(under) is None:
         return None
     return row[over] / row[under]
+
+
+def step_speed_up(rows: Iterable[Mapping], name: str, than: str = REFERENCE) -> float | None:
+    """How much faster a variant's step is than another's, by GPU time; None where either was not measured.
+
+    Than the reference: the one that was measured beside it, where variants were measured in pairs.
+    """
+    by_name = {row["name"]: row for row in rows}
+    own, other = by_name.get(name, {}), by_name.get(than, {})
+    if than == REFERENCE:
+        other = own.get("beside", other)
+    return ratio({"other": other.get("gpu_ms"), "own": own.get("gpu_ms")}, "other", "own")
 
 
 def geomean(values: Iterable[float | None]) -> float | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rtlynx.bench.card import Card
 from rtlynx.bench.full_models import MODELS, Call, Size, build, normals
-from rtlynx.bench.overview import REFERENCE
+from rtlynx.bench.results import REFERENCE
 from rtlynx.bench.step_split import split
 from rtlynx.bench.sustained import Graphs, Measurement, Sample, Timer, Window, attempt, measure
 from rtlynx.linear import SparseLinear
@@ -100,9 +100,7 @@ class WallTimer:
             torch.cuda.synchronize()
             elapsed = perf_counter() - start
         window.call_us.append(elapsed / count * 1e6)
-        for reading, kept in zip(sample(), (window.clock_mhz, window.power_w), strict=True):
-            if reading is not None:
-                kept.append(reading)
+        window.note(sample())
         return window
 
 
@@ -290,14 +288,3 @@ def measure_pairwise(variants: Sequence[Variant], of: Bench) -> list[dict]:
     times = [row["gpu_ms"] for row in seen if row["gpu_ms"]]
     drift = max(times) / min(times) - 1 if times else None
     return [seen[0] | {"drift": drift}, *rows]
-
-
-def table(rows: list[dict]) -> str:
-    columns = ("gpu_ms", "wall_ms", "linear_ms", "attention_ms", "rest_ms", "peak_gib")
-    lines = [f"{'variant':26}" + "".join(f"{name:>19}" for name in columns)]
-    for row in rows:
-        cells = "".join(
-            f"{'-' if row.get(name) is None else format(row[name], '.2f'):>19}" for name in columns
-        )
-        lines.append(f"{row['name']:26}{cells}  {row['reason'] or ''}")
-    return "\n".join(lines)

@@ -33,6 +33,12 @@ class Window(NamedTuple):
     clock_mhz: list[float]
     power_w: list[float]
 
+    def note(self, readings: tuple[float | None, float | None]) -> None:
+        """Keep clock and power, as far as the card says them."""
+        for reading, kept in zip(readings, (self.clock_mhz, self.power_w), strict=True):
+            if reading is not None:
+                kept.append(reading)
+
 
 class Measurement(NamedTuple):
     """Medians over all windows of a variant; `rounds_us` has one median per window."""
@@ -123,9 +129,7 @@ class GraphTimer:
             if perf_counter() - start < discard:
                 continue
             window.call_us.append(first.elapsed_time(last) * 1e3 / self._count)
-            for reading, kept in zip(sample(), (window.clock_mhz, window.power_w), strict=True):
-                if reading is not None:
-                    kept.append(reading)
+            window.note(sample())
         torch.cuda.synchronize()
         return window
 
@@ -155,9 +159,7 @@ class ProfilerTimer:
                     call()
                 count += len(self._calls)
             torch.cuda.synchronize()
-        for reading, kept in zip(sample(), (window.clock_mhz, window.power_w), strict=True):
-            if reading is not None:
-                kept.append(reading)
+        window.note(sample())
         kernels = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
         if not kernels:
             raise RuntimeError("the profiler saw no kernel")
