@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from variants import BY_HAND, Variant
 
 import rtlynx
 from rtlynx import CalibrationOptions
+from rtlynx.evaluate.layers import watch_linears
 from rtlynx.evaluate.sampling import sample_pictures
 from rtlynx.models.plan import LayerPlan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
@@ -238,27 +238,12 @@ def input_moments(
     counts: dict[str, int] = dict.fromkeys(first, 0)
     reads_of = {layer.name: reads for reads, layer in first.items()}
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, _y: Tensor) -> None:
         reads, tokens = reads_of[name], x.detach().reshape(-1, x.shape[-1]).float()
         product = (tokens.T @ tokens).double()
         sums[reads] = sums[reads] + product if reads in sums else product
         counts[reads] += len(tokens)
 
-    with _inputs_of(target_model(pipeline), list(reads_of), see):
+    with watch_linears(target_model(pipeline), list(reads_of), see):
         sample_pictures(pipeline, prompts, batch_size=batch_size, pipeline_kwargs=pipeline_kwargs)
     return {reads: total / counts[reads] for reads, total in sums.items()}
-
-
-@contextmanager
-def _inputs_of(model: nn.Module, names: Sequence[str], see: Any) -> Iterator[None]:
-    """Call `see(name, input)` whenever one of the linears `names` runs."""
-
-    def watch(name: str) -> Any:
-        return model.get_submodule(name).register_forward_pre_hook(lambda _m, args: see(name, args[0]))
-
-    handles = [watch(name) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

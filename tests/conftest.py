@@ -1,4 +1,6 @@
-"""What all tests share: the `gpu` marker, and one thread each."""
+"""What all tests share: the `gpu` marker, one thread each, and the command line."""
+
+import sys
 
 import pytest
 import torch
@@ -15,3 +17,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `rtlynx` with some arguments: its exit code, and what it wrote to stdout and stderr."""
+    from rtlynx.cli import main  # wants diffusers, without which the tests of the kernels run too
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rtlynx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call

@@ -159,6 +159,25 @@ def z_image_call(seed=0, timestep=0.5, side=16, batch=1):
     }
 
 
+# name -> a tiny model of each architecture, and the arguments of a call of it
+MODELS = {
+    "flux": (tiny_flux, flux_call),
+    "qwen": (tiny_qwen, qwen_call),
+    "z-image": (tiny_z_image, z_image_call),
+}
+
+
+def in_dtype(call, dtype, device="cpu"):
+    """A call's arguments, tensors on `device`, those of real numbers in `dtype`."""
+    if isinstance(call, torch.Tensor):
+        return call.to(device, dtype) if call.is_floating_point() else call.to(device)
+    if isinstance(call, dict):
+        return {name: in_dtype(value, dtype, device) for name, value in call.items()}
+    if isinstance(call, list | tuple):
+        return type(call)(in_dtype(value, dtype, device) for value in call)
+    return call
+
+
 def output(model, call):
     """The model's output tensor, without gradients."""
     with torch.no_grad():

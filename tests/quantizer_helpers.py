@@ -5,7 +5,7 @@ import json
 
 import safetensors.torch
 import torch
-from helpers import flux_call, output
+from helpers import flux_call, in_dtype, output
 
 from rtlynx.models import state_of
 
@@ -18,13 +18,8 @@ E4M3 = torch.float8_e4m3fn
 def outputs(model, call=flux_call):
     """Outputs over some steps, of a copy: a file's tensors lie unaligned, which changes roundings."""
     model = copy.deepcopy(model)
-    dtype = model.dtype
-
-    def cast(value):
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
     calls = [call(9, timestep=timestep) for timestep in TIMESTEPS]
-    return [output(model, {name: cast(value) for name, value in one.items()}) for one in calls]
+    return [output(model, in_dtype(one, model.dtype)) for one in calls]
 
 
 def assert_same(ours, theirs, call=flux_call):

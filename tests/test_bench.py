@@ -1,14 +1,13 @@
 """`rtlynx bench`: what it prints and refuses; what it measures needs a card."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 from rtlynx.bench import card, linear, results
 from rtlynx.bench.sustained import Window
-from rtlynx.cli import main
 
 
 class FakeCard:
@@ -35,15 +34,8 @@ class FakeTimer:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rtlynx", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
+def run(command):
+    return partial(command, "bench")
 
 
 @pytest.fixture

@@ -8,30 +8,15 @@ import pytest
 import torch
 import torch._dynamo.testing
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from helpers import (
-    flux_call,
-    output,
-    qwen_call,
-    relative_error,
-    tiny_flux,
-    tiny_qwen,
-    tiny_z_image,
-    z_image_call,
-)
+from fusion_helpers import give_factors, unfused
+from helpers import MODELS, in_dtype, output, relative_error, tiny_flux
 from torch import nn
 
 import rtlynx.linear
 from rtlynx import Recipe, densify, sparsify
 from rtlynx.kernels import ops, producers
-from rtlynx.models import sparse_layers, state_of
-from rtlynx.models.fusion import unfuse_blocks
 from rtlynx.reading import adaln, read
 
-MODELS = {
-    "flux": (tiny_flux, flux_call),
-    "qwen": (tiny_qwen, qwen_call),
-    "z-image": (tiny_z_image, z_image_call),
-}
 RECIPES = {
     "bf16": Recipe.immediate(),
     "adjacent": Recipe.immediate(grouping="adjacent"),
@@ -40,34 +25,9 @@ RECIPES = {
 }
 
 
-def cast(call, dtype):
-    if isinstance(call, torch.Tensor):
-        return call.to(dtype) if call.is_floating_point() else call
-    if isinstance(call, dict):
-        return {name: cast(value, dtype) for name, value in call.items()}
-    return type(call)(cast(value, dtype) for value in call) if isinstance(call, list | tuple) else call
-
-
 def model_and_call(name):
     make, call = MODELS[name]
-    return make().bfloat16(), cast(call(), torch.bfloat16)
-
-
-def unfused(model):
-    model = copy.deepcopy(model)
-    unfuse_blocks(model, state_of(model).plan.architecture)
-    return model
-
-
-def give_factors(model, rank, shared=True):
-    """Low-rank branches: layers that read one tensor share A, or do not."""
-    generator = torch.Generator().manual_seed(3)
-    downs = {}
-    for name, layer in sparse_layers(model).items():
-        key = layer.shared_input if shared else name
-        down = torch.randn(rank, layer.in_features, generator=generator) * layer.in_features**-0.5
-        up = 0.1 * torch.randn(layer.out_features, rank, generator=generator)
-        layer.set_lowrank(downs.setdefault(key, down).bfloat16(), up.bfloat16())
+    return make().bfloat16(), in_dtype(call(), torch.bfloat16)
 
 
 @pytest.fixture
@@ -121,7 +81,7 @@ def test_fused_it_is_as_near_to_the_model_in_float32(name, recipe, rank, calls):
     sparsify(model, RECIPES[recipe])
     if rank:
         give_factors(model, rank)
-    exact = output(copy.deepcopy(model).float(), cast(call, torch.float32))
+    exact = output(copy.deepcopy(model).float(), in_dtype(call, torch.float32))
     expected = output(unfused(model), call)
     calls.clear()
     y = output(model, call)

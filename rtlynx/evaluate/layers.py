@@ -60,7 +60,7 @@ def layer_errors(
             key = variant, name
             wrong[key] = wrong.get(key, 0.0) + _energy(layer(x).float() - y.float())
 
-    with _watched(dense, list(stand_ins), see):
+    with watch_linears(dense, list(stand_ins), see):
         _replay(dense, calls)
     return {
         variant: {name: _ratio(wrong[variant, name], total[name]) for name in layers if name in total}
@@ -195,13 +195,13 @@ def _distributions(
     def see(name: str, x: Tensor, _y: Tensor) -> None:
         found[name].add(x, pattern, histogram=histogram)
 
-    with _watched(model, list(first.values()), see):
+    with watch_linears(model, list(first.values()), see):
         yield found
 
 
 @contextmanager
-def _watched(model: nn.Module, names: Sequence[str], see: Any) -> Iterator[None]:
-    """Call `see(name, input, output)` whenever one of the linears `names` runs."""
+def watch_linears(model: nn.Module, names: Sequence[str], see: Any) -> Iterator[None]:
+    """Call `see(name, input, output)`, without gradients, whenever one of the linears `names` has run."""
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from compose_helpers import refit, sparse_flux, with_formulas
-from helpers import flux_call, output, relative_error, tiny_flux
+from helpers import flux_call, in_dtype, output, relative_error, tiny_flux
 
 from rtlynx import Recipe
 from rtlynx.models import sparse_layers
@@ -14,10 +14,6 @@ from rtlynx.models import sparse_layers
 # Roundings of inputs decide between entries that are nearly a tie: the error of a dtype, several times over.
 LIMITS = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 KINDS = ["immediate", "strided", "refit", "fp8"]
-
-
-def in_dtype(call, dtype):
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in call.items()}
 
 
 @pytest.mark.parametrize("dtype", LIMITS)

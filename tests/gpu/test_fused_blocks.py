@@ -7,46 +7,23 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from helpers import (
-    flux_call,
-    output,
-    qwen_call,
-    relative_error,
-    tiny_flux,
-    tiny_qwen,
-    tiny_z_image,
-    z_image_call,
-)
+from fusion_helpers import give_factors, unfused
+from helpers import MODELS, flux_call, in_dtype, output, relative_error
 
 from rtlynx import Recipe, sparsify
 from rtlynx.kernels import ops
-from rtlynx.models import sparse_layers, state_of
-from rtlynx.models.fusion import unfuse_blocks
 
 pytestmark = pytest.mark.gpu
-MODELS = {
-    "flux": (tiny_flux, flux_call),
-    "qwen": (tiny_qwen, qwen_call),
-    "z-image": (tiny_z_image, z_image_call),
-}
 
 
-def on_card(value, dtype):
-    if isinstance(value, torch.Tensor):
-        return value.cuda().to(dtype) if value.is_floating_point() else value.cuda()
-    if isinstance(value, dict):
-        return {name: on_card(one, dtype) for name, one in value.items()}
-    return type(value)(on_card(one, dtype) for one in value) if isinstance(value, list | tuple) else value
+def on_card(call, dtype):
+    return in_dtype(call, dtype, "cuda")
 
 
-def sparse_model(name, precision, rank=16):
+def sparse_model(name, precision):
     make, call = MODELS[name]
     model = sparsify(make().bfloat16().cuda(), Recipe.immediate(precision=precision))
-    downs = {}
-    for layer in sparse_layers(model).values():
-        down = torch.randn(rank, layer.in_features, device="cuda") * layer.in_features**-0.5
-        up = 0.1 * torch.randn(layer.out_features, rank, device="cuda")
-        layer.set_lowrank(downs.setdefault(layer.shared_input, down).bfloat16(), up.bfloat16())
+    give_factors(model, 16)
     return model, call()
 
 
@@ -62,9 +39,7 @@ def test_fused_it_is_as_near_to_the_model_in_float32_as_unfused(name, precision,
     model, call = sparse_model(name, precision)
     exact = output(copy.deepcopy(model).float(), on_card(call, torch.float32))
     call = on_card(call, torch.bfloat16)
-    plain = copy.deepcopy(model)
-    unfuse_blocks(plain, state_of(plain).plan.architecture)
-    expected = output(plain, call)
+    expected = output(unfused(model), call)
     joint = []
     monkeypatch.setattr(ops, "gemm_joint", lambda *args, of=ops.gemm_joint: joint.append(1) or of(*args))
     y = output(model, call)
