@@ -82,7 +82,7 @@ class Recipe:
         Where image and text tokens share a layer: give each kind the same weight, or each token.
     text_stream : "dense" | "sparse"
         Layers of the text stream. They carry the prompt through few tokens: most of the damage, hardly any
-        of the time.
+        of the time. With precision "fp8" dense means "fp8-dense": in eight bits, nothing dropped.
     text_rows : "sparse" | "dense"
         Text tokens in blocks that image and text share.
     dense_steps : int

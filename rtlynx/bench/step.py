@@ -6,6 +6,7 @@ alone, which is measured before and after.
 """
 
 import copy
+import fnmatch
 import gc
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,8 +23,9 @@ from rtlynx.bench.step_split import split
 from rtlynx.bench.sustained import Graphs, Measurement, Sample, Timer, Window, attempt, measure
 from rtlynx.linear import SparseLinear
 from rtlynx.models import make_plan
+from rtlynx.models.plan import architecture_of
 from rtlynx.models.sparsify import apply_plan
-from rtlynx.recipe import Recipe
+from rtlynx.recipe import Form, Recipe
 
 RANK = 64
 
@@ -52,18 +54,30 @@ def torchao_fp8(model: nn.Module) -> None:
     quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=chosen)
 
 
-def sparse(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None]:
-    """The form of our default recipe, refitted weights and a low-rank branch; factors are random too."""
+TEXT_LAYERS = ("*.add_?_proj", "*.to_add_out", "*.ff_context.*", "*.txt_mlp.*", "context_refiner.*")
+
+
+def sparse(
+    precision: Literal["bf16", "fp8"], *, rank: int | None = RANK, text: Form | None = None
+) -> Callable[[nn.Module], None]:
+    """The form of our default recipe, refitted weights and a low-rank branch; factors are random too.
+
+    `text` is what layers of the text stream are, where that is not what the recipe makes of them.
+    """
 
     def change(model: nn.Module) -> None:
-        plan = make_plan(model, Recipe(rank=RANK, refit=True, precision=precision))
+        names = [candidate.name for candidate in architecture_of(model).candidates(model)]
+        forms = {glob: text for glob in TEXT_LAYERS if text and fnmatch.filter(names, glob)}
+        plan = make_plan(model, Recipe(rank=rank, refit=True, precision=precision, forms=forms))
         normal, downs = normals(3), {}
 
         def prepare(name: str, layer: Any) -> None:
             k, n = layer.in_features, layer.out_features
+            if rank is None or layer.pattern.n == layer.pattern.m:
+                return
             if layer.shared_input not in downs:
-                downs[layer.shared_input] = normal(RANK, k) * k**-0.5
-            layer.set_lowrank(downs[layer.shared_input], normal(n, RANK) * (0.1 * RANK**-0.5))
+                downs[layer.shared_input] = normal(rank, k) * k**-0.5
+            layer.set_lowrank(downs[layer.shared_input], normal(n, rank) * (0.1 * rank**-0.5))
 
         apply_plan(model, plan, prepare)
 
@@ -76,6 +90,12 @@ VARIANTS = (
     Variant("rtlynx bf16-2:4", sparse("bf16")),
     Variant("rtlynx fp8-2:4", sparse("fp8")),
     Variant("fp8 compiled (torchao)", torchao_fp8),  # the slowest to compile
+)
+# Other designs than the default recipe's, measured where they are named.
+DESIGNS = (
+    Variant("rtlynx fp8-2:4 (text bf16)", sparse("fp8", text="dense")),
+    Variant("rtlynx fp8-2:4 (no low-rank)", sparse("fp8", rank=None)),
+    Variant("rtlynx bf16-2:4 (no low-rank)", sparse("bf16", rank=None)),
 )
 
 
@@ -238,7 +258,7 @@ def run(
     """
     of = MODELS[name]
     size = size or Size(text_tokens=of.text_tokens)
-    taken = [one for one in VARIANTS if variants is None or one.name in variants]
+    taken = [one for one in VARIANTS + DESIGNS if one.name in variants] if variants else list(VARIANTS)
     torch._dynamo.config.recompile_limit = 64  # blocks of all variants run the same code objects
     model: Any = build(of)
     model.set_attention_backend(attention)

@@ -140,6 +140,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
 
 def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> LayerPlan:
     fixed = recipe.fixed_form(candidate.name)
+    whole = fixed is None and candidate.stream == "text" and recipe.text_stream == "dense"
+    eight_bits: Form = "fp8-dense" if whole else "fp8-sparse"
     layer = LayerPlan(
         candidate,
         linear.in_features,
@@ -149,9 +151,9 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> Laye
         recipe.rank_for(linear.in_features),
         recipe.text_rows == "dense" and candidate.stream == "joint",
         None,
-    ).in_form(fixed or ("bf16-sparse" if recipe.precision == "bf16" else "fp8-sparse"), "dense by 'forms'")
+    ).in_form(fixed or ("bf16-sparse" if recipe.precision == "bf16" else eight_bits), "dense by 'forms'")
     reason = layer.dense_reason or layer.pattern.misfit(linear.in_features)
-    if reason is None and fixed is None and candidate.stream == "text" and recipe.text_stream == "dense":
+    if reason is None and whole and recipe.precision != "fp8":
         reason = "text stream"
     if reason is None:
         glob = next((glob for glob in recipe.skip if fnmatch.fnmatchcase(candidate.name, glob)), None)
