@@ -62,7 +62,7 @@ def _sparse(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
         # Adapters wrap a layer; hooks want the input that it would get.
         if type(layer) is not SparseLinear or not untouched(layer):
             return None
-        if layer.dense_reason is not None or layer.context.dense_step:
+        if layer.dense_reason is not None or layer.context.dense_step or layer.pattern.n == layer.pattern.m:
             return None
         if layer.text_rows_dense and layer.context.text_rows is not None:
             return None

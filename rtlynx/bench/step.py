@@ -39,7 +39,10 @@ class Variant(NamedTuple):
 
 
 def torchao_fp8(model: nn.Module) -> None:
-    """Row-wise dynamic fp8 of all linears in the repeated blocks, as torchao's users have it."""
+    """Row-wise dynamic fp8 of all linears in the repeated blocks, as torchao's users have it.
+
+    Without its setting of Inductor that tunes each elementwise kernel step by step, which takes many minutes.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     blocks = tuple(
@@ -51,7 +54,8 @@ def torchao_fp8(model: nn.Module) -> None:
         modulation = "mod" in name or ".norm" in name or "adaLN" in name  # of one token: nothing to gain
         return wide and not modulation and name.startswith(blocks)
 
-    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=chosen)
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(model, config, filter_fn=chosen)
 
 
 TEXT_LAYERS = ("*.add_?_proj", "*.to_add_out", "*.ff_context.*", "*.txt_mlp.*", "context_refiner.*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def text_rows(call: dict[str, Any]) -> TextRows:
 
 def double_block(
     block: Any,
+    _original: Callable[..., tuple[Tensor, Tensor]],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,
@@ -56,6 +58,7 @@ def double_block(
 
 def single_block(
     block: Any,
+    _original: Callable[..., tuple[Tensor, Tensor]],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,

@@ -26,7 +26,8 @@ def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
         if forward is None or "forward" in block.__dict__:
             continue
         if any(isinstance(module, SparseLinear) for module in block.modules()):
-            block.__dict__["forward"] = partial(forward, block)  # (a bound method cannot be pickled)
+            # (A bound method cannot be pickled, and Dynamo does not follow `type(block).forward`.)
+            block.__dict__["forward"] = partial(forward, block, type(block).forward)
 
 
 def unfuse_blocks(model: nn.Module, architecture: Architecture) -> None:
@@ -52,6 +53,36 @@ def read_by_attention(attn: Any, chain: Chain, *layers: nn.Module) -> Tensor | C
     if type(attn.processor).__name__ in _HANDING_ON and untouched(attn):
         return read(chain, *layers)
     return chain.dense()
+
+
+def follows(attn: Any, processor: str) -> bool:
+    """Whether calling `attn` does what diffusers' attention processor of that name does, and nothing else."""
+    return type(attn.processor).__name__ == processor and untouched(attn)
+
+
+def rotate(x: Tensor, factors: Tensor) -> Tensor:
+    """Pairs of neighbours in x (B, T, H, D) as complex numbers, times factors (T, D / 2) or (B, T, D / 2).
+
+    In float32, as diffusers does it in complex numbers, for which torch.compile generates no code.
+    """
+    cos, sin = torch.view_as_real(factors).unsqueeze(-3).unbind(-1)
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (real * cos - imaginary * sin, real * sin + imaginary * cos)
+    return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
+
+
+def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of (B, T, H, D), by the backend and over the processes that `attn` is set to: (B, T, H D)."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    settings = attn.processor
+    y = dispatch_attention_fn(
+        *(query, key, value),
+        attn_mask=mask,
+        backend=settings._attention_backend,
+        parallel_config=settings._parallel_config,
+    )
+    return y.flatten(2, 3).to(query.dtype)
 
 
 def feed_forward(ff: Any, chain: Chain) -> Tensor:

@@ -2,19 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from rtlynx.compressed import CompressedInput
 from rtlynx.models.architecture import Architecture, LayerRule
-from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
+from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, read_by_attention, rotate
 from rtlynx.reading import adaln
 
 BLOCK = "transformer_blocks.*"
 
 
+def heads(
+    attn: Any,
+    x: Tensor | CompressedInput,
+    layers: Sequence[nn.Module],
+    norms: Sequence[nn.Module | None],
+    factors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, T, H, D) of one stream, queries and keys normalised and rotated."""
+    width = attn.inner_dim // attn.heads
+    query, key, value = (layer(x).unflatten(-1, (-1, width)) for layer in layers)
+    query, key = (one if norm is None else norm(one) for norm, one in zip(norms, (query, key), strict=True))
+    if factors is not None:
+        query, key = rotate(query, factors), rotate(key, factors)
+    return query, key, value
+
+
+def attention(
+    attn: Any,
+    hidden_states: Tensor | CompressedInput,
+    encoder_hidden_states: Tensor | CompressedInput,
+    encoder_hidden_states_mask: Tensor | None,
+    image_rotary_emb: Any,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    """QwenDoubleStreamAttnProcessor2_0.__call__, where that is what `attn` does; rotation in real numbers."""
+    if others or not follows(attn, "QwenDoubleStreamAttnProcessor2_0"):
+        return attn(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_hidden_states_mask=encoder_hidden_states_mask,
+            image_rotary_emb=image_rotary_emb,
+            **others,
+        )
+    mask, text_tokens = None, encoder_hidden_states.shape[1]
+    if encoder_hidden_states_mask is not None:
+        whole = encoder_hidden_states_mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+        mask = torch.cat([encoder_hidden_states_mask, whole], dim=1)[:, None, None, :]
+    image_factors, text_factors = image_rotary_emb or (None, None)
+    layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    text = heads(attn, encoder_hidden_states, layers, (attn.norm_added_q, attn.norm_added_k), text_factors)
+    layers = (attn.to_q, attn.to_k, attn.to_v)
+    image = heads(attn, hidden_states, layers, (attn.norm_q, attn.norm_k), image_factors)
+    query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+    y = attend(attn, query, key, value, mask)
+    image_part, text_part = y[:, text_tokens:], y[:, :text_tokens]
+    for layer in attn.to_out:
+        image_part = layer(image_part)
+    return image_part, attn.to_add_out(text_part)
+
+
 def block(
     block: Any,
+    original: Callable[..., tuple[Tensor, Tensor]],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     encoder_hidden_states_mask: Tensor | None,
@@ -25,7 +79,7 @@ def block(
 ) -> tuple[Tensor, Tensor]:
     """QwenImageTransformerBlock.forward; modulation by token (Qwen-Image-Edit 2511) stays diffusers' own."""
     if modulate_index is not None or block.zero_cond_t:
-        return type(block).forward(
+        return original(
             block,
             hidden_states,
             encoder_hidden_states,
@@ -38,17 +92,18 @@ def block(
     attn = block.attn
     shift, scale, gate, *mlp = block.img_mod(temb).chunk(6, dim=-1)
     text_shift, text_scale, text_gate, *text_mlp = block.txt_mod(temb).chunk(6, dim=-1)
-    image, text = attn(
-        hidden_states=read_by_attention(
+    image, text = attention(
+        attn,
+        read_by_attention(
             attn, adaln(block.img_norm1, hidden_states, shift, scale), attn.to_q, attn.to_k, attn.to_v
         ),
-        encoder_hidden_states=read_by_attention(
+        read_by_attention(
             attn,
             adaln(block.txt_norm1, encoder_hidden_states, text_shift, text_scale),
             *(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
         ),
-        encoder_hidden_states_mask=encoder_hidden_states_mask,
-        image_rotary_emb=image_rotary_emb,
+        encoder_hidden_states_mask,
+        image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
     hidden_states = GatedMlp(block.img_norm2, block.img_mlp, gate, mlp)(hidden_states, image)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from rtlynx.compressed import CompressedInput
 from rtlynx.models.architecture import Architecture, LayerRule, Stream, TextRows
-from rtlynx.models.fusion import read_by_attention
+from rtlynx.models.fusion import attend, follows, read_by_attention, rotate
 from rtlynx.reading import read, rmsnorm, silu_gated, untouched
 
 # Z-Image pads the tokens of each picture and caption to a multiple of this (SEQ_MULTI_OF in diffusers).
@@ -32,8 +34,30 @@ def text_rows(call: dict[str, Any]) -> TextRows:
     return length + -length % TOKEN_MULTIPLE, None
 
 
+def attention(
+    attn: Any, x: Tensor | CompressedInput, attention_mask: Tensor | None, freqs_cis: Tensor | None
+) -> Tensor:
+    """ZSingleStreamAttnProcessor.__call__, where that is what `attn` does; rotation in real numbers."""
+    if not follows(attn, "ZSingleStreamAttnProcessor"):
+        return attn(x, attention_mask=attention_mask, freqs_cis=freqs_cis)
+    query, key, value = (
+        layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    key = key if attn.norm_k is None else attn.norm_k(key)
+    if freqs_cis is not None:
+        query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        attention_mask = attention_mask[:, None, None, :]
+    y = attend(attn, query, key, value, attention_mask)
+    for layer in attn.to_out:
+        y = layer(y)
+    return y
+
+
 def block(
     block: Any,
+    original: Callable[..., Tensor],
     x: Tensor,
     attn_mask: Tensor | None,
     freqs_cis: Tensor,
@@ -44,14 +68,12 @@ def block(
 ) -> Tensor:
     """ZImageTransformerBlock.forward; without modulation, or with one by token, it stays diffusers' own."""
     if not block.modulation or noise_mask is not None:
-        return type(block).forward(
-            block, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean
-        )
+        return original(block, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)
     attn, ff = block.attention, block.feed_forward
     scale, gate, mlp_scale, mlp_gate = block.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
     chain = rmsnorm(block.attention_norm1, x, 1.0 + scale)
     hidden = read_by_attention(attn, chain, attn.to_q, attn.to_k, attn.to_v)
-    out = attn(hidden, attention_mask=attn_mask, freqs_cis=freqs_cis)
+    out = attention(attn, hidden, attn_mask, freqs_cis)
     x = x + gate.tanh() * block.attention_norm2(out)
     chain = rmsnorm(block.ffn_norm1, x, 1.0 + mlp_scale)
     if untouched(ff):
