@@ -210,6 +210,45 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     return "\n".join(lines)
 
 
+def sizes_section(results: dict, source: Path, place: Place) -> str:
+    """Speed-ups of a step by size of its input, in Markdown."""
+    ours = ("rtlynx bf16-2:4", "rtlynx fp8-2:4")
+    lines = [
+        f"| picture | batch | text tokens | {REFERENCE}, ms | {' | '.join(ours)} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        times = {one["name"]: one["gpu_ms"] for one in row["variants"]}
+        cells = [f"{row['resolution']}²", str(row["batch"]), str(row["text_tokens"])]
+        cells += [_format(times.get(REFERENCE), ".1f")]
+        cells += [_times(step_speed_up(row["variants"], name)) for name in ours]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"GPU time of a step, and speed-ups over it. {measured_on(results)} ({place.file(source)}).",
+    ]
+    return "\n".join(lines)
+
+
+def calibration_section(results: dict, source: Path, place: Place) -> str:
+    """What calibrating a full-size model takes, a block of each kind, in Markdown."""
+    lines = [
+        "| block | layers | seconds to solve it | seconds a recorded call | peak, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, block in results["blocks"].items():
+        seconds = _format(block["seconds_to_solve"], ".1f"), _format(block["seconds_a_call"], ".2f")
+        cells = [kind, str(block["runs"][0]["layers"]), *seconds, _format(block["peak_gib"], ".1f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{results['model']} with random weights, {results['image_tokens']:,} + {results['text_tokens']} "
+        "tokens a call, default recipe, solved in float32. "
+        f"{measured_on(results)} ({place.file(source)}).",
+    ]
+    return "\n".join(lines)
+
+
 def measured_on(results: dict) -> str:
     """Card, versions, commit."""
     return (
@@ -247,7 +286,7 @@ def speedup(row: dict, name: str, over: str = "cublas_us") -> float | None:
 
 
 def _times(ratio: float | None) -> str:
-    return f"{_format(ratio, '.2f')}x"
+    return "–" if ratio is None else f"{ratio:.2f}x"  # noqa: RUF001
 
 
 def _format(value: float | None, spec: str) -> str:

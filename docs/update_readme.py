@@ -23,7 +23,7 @@ BF16, FP8 = RESULTS / "linear-bf16-h100.json", RESULTS / "linear-fp8-h100.json"
 TEXTS = {
     Path("README.md"): ("figures", "speed", "steps"),
     Path("docs/quality.md"): ("figures",),
-    Path("docs/speed.md"): ("speed", "steps", "parts", "targets"),
+    Path("docs/speed.md"): ("speed", "steps", "sizes", "calibration", "parts", "targets"),
     Path("docs/api.md"): ("reference",),
 }
 
@@ -66,6 +66,23 @@ def steps(root: Path, place: Place) -> str:
     return "\n\n".join(["## One denoising step", *parts]) if parts else ""
 
 
+def sizes(root: Path, place: Place) -> str:
+    """Other sizes of pictures and prompts, where they were measured."""
+    return _sections(root, place, "sizes-*.json", "## Other sizes", tables.sizes_section)
+
+
+def calibration(root: Path, place: Place) -> str:
+    """Time and memory of a calibration at full size."""
+    return _sections(
+        root, place, "calibration-*.json", "## Calibration at full size", tables.calibration_section
+    )
+
+
+def _sections(root: Path, place: Place, pattern: str, title: str, section: Callable[..., str]) -> str:
+    parts = [section(_read(root / source), source, place) for source in _found(root, pattern)]
+    return "\n\n".join([title, *parts]) if parts else ""
+
+
 def kernel_parts(root: Path, place: Place) -> str:
     """Compression, producers and host time."""
     parts = []
@@ -92,6 +109,8 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "figures": figures,
     "speed": speed,
     "steps": steps,
+    "sizes": sizes,
+    "calibration": calibration,
     "parts": kernel_parts,
     "targets": targets,
     "reference": lambda root, place: reference.page(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import flux_call, output, relative_error, tiny_flux
 
-from rtlynx import Recipe, SparseLinear, densify, sparsify
+from rtlynx import Budget, Recipe, SparseLinear, densify, sparsify
 from rtlynx.inspection import describe
 from rtlynx.models import sparse_layers
 from rtlynx.models.plan import make_plan
@@ -25,7 +25,17 @@ def forms(recipe, model=None):
 def test_precision_is_that_of_the_sparse_layers():
     before, after = forms(Recipe.immediate()), forms(FP8)
     assert set(before.values()) == {"bf16-sparse", "dense"}
-    assert after == {name: form.replace("bf16", "fp8") for name, form in before.items()}
+    eight_bits = {"bf16-sparse": "fp8-sparse", "dense": "fp8-dense"}
+    assert after == {name: eight_bits[form] for name, form in before.items()}
+
+
+def test_the_text_stream_keeps_its_dtype_where_a_form_or_the_budget_says_so():
+    text = f"{DOUBLE}ff_context.net.2"
+    assert forms(FP8)[text] == "fp8-dense"
+    assert forms(Recipe.immediate(precision="fp8", forms={text: "dense"}))[text] == "dense"
+    assert forms(Recipe.immediate(precision="fp8", skip=(text,)))[text] == "dense"
+    assert forms(Recipe.immediate(precision="fp8", text_stream="sparse"))[text] == "fp8-sparse"
+    assert forms(Recipe(precision="auto", budget=Budget(error=0.1)))[text] == "dense"
 
 
 def test_forms_fix_layers_by_hand():
@@ -55,9 +65,10 @@ def test_a_form_for_no_layer_is_refused():
 def test_immediate_fp8_quantises_by_plain_scales(norm):
     model = sparsify(tiny_flux(), Recipe.immediate(precision="fp8", norm=norm))
     layers = sparse_layers(model)
-    assert len(layers) == 11
+    assert len(layers) == 17
     for name, layer in layers.items():
-        assert (layer.precision, layer.norm, layer.refitted, layer.rank) == ("fp8", norm, False, 0)
+        expected = norm if layer.pattern.n < layer.pattern.m else "none"
+        assert (layer.precision, layer.norm, layer.refitted, layer.rank) == ("fp8", expected, False, 0)
         expected = quantize_weight(tiny_flux().get_submodule(name).weight)
         assert torch.equal(layer.weight.view(torch.uint8), expected.values.view(torch.uint8))
         assert torch.equal(layer.weight_scale, expected.scale)
@@ -89,7 +100,7 @@ def test_fp8_is_undone_where_the_original_weights_are_kept():
     model = sparsify(tiny_flux(), FP8)
     with pytest.raises(RuntimeError, match="quantised without keeping its original weight"):
         densify(model)
-    assert len(sparse_layers(model)) == 11
+    assert len(sparse_layers(model)) == 17
     kept = densify(sparsify(tiny_flux(), Recipe.immediate(precision="fp8", dense_steps=1)))
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), tiny_flux().parameters(), strict=True))
 

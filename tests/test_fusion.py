@@ -3,11 +3,14 @@
 import copy
 import pickle
 from collections import Counter
+from functools import wraps
 
 import pytest
 import torch
 import torch._dynamo.testing
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from fusion_helpers import give_factors, unfused
 from helpers import MODELS, in_dtype, output, relative_error, tiny_flux
 from torch import nn
@@ -15,6 +18,7 @@ from torch import nn
 import rtlynx.linear
 from rtlynx import Recipe, densify, sparsify
 from rtlynx.kernels import ops, producers
+from rtlynx.models.fusion import rotate
 from rtlynx.reading import adaln, read
 
 RECIPES = {
@@ -236,3 +240,50 @@ def test_a_processor_that_we_do_not_know_gets_tensors():
     y = output(model, call)
     assert [tuple(one.shape) for one in seen] == [(1, 64, 128), (1, 72, 128)]
     assert relative_error(y, expected) < 5e-2
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_rotation_is_multiplication_of_complex_numbers(batched):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.bfloat16)
+    angles = torch.randn((2, 5, 4) if batched else (5, 4))
+    numbers = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+    turned = numbers * torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
+    y = rotate(x, torch.polar(torch.ones_like(angles), angles))
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y.double(), torch.view_as_real(turned).flatten(-2), atol=0, rtol=2**-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "known", "attention"),
+    [
+        ("qwen", QwenDoubleStreamAttnProcessor2_0, "transformer_blocks.0.attn"),
+        ("z-image", ZSingleStreamAttnProcessor, "layers.0.attention"),
+    ],
+)
+def test_a_replaced_processor_of_attention_is_called(name, known, attention):
+    model, call = model_and_call(name)
+    expected = output(sparsify(model), call)
+    seen = []
+
+    class Watching(known):
+        @wraps(known.__call__)  # diffusers passes on what the signature names
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            seen.append(hidden_states * 2)
+            return super().__call__(attn, hidden_states, *args, **kwargs)
+
+    model.get_submodule(attention).set_processor(Watching())
+    assert relative_error(output(model, call), expected) < 1e-2
+    assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_hidden_text_tokens_stay_hidden_in_qwen_image():
+    model, call = model_and_call("qwen")
+    call["encoder_hidden_states_mask"][:, 5:] = False
+    sparsify(model)
+    y = output(model, call)
+    assert torch.equal(y, output(unfused(model), call))
+    call["encoder_hidden_states"][:, 5:] = 3.0
+    assert torch.equal(y, output(model, call))

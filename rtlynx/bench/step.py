@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rtlynx.bench.card import Card
 from rtlynx.bench.full_models import MODELS, Call, Size, build, normals
@@ -173,7 +174,16 @@ def held_bytes(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, SparseLinear):
             tensors += module.kept_copies()
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+    storages = [plain.untyped_storage() for one in tensors for plain in _plain(one)]
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
+
+def _plain(tensor: Any) -> list[Tensor]:
+    """What a quantised tensor of another library holds; any other tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    inner, _ = tensor.__tensor_flatten__()
+    return [plain for name in inner for plain in _plain(getattr(tensor, name))]
 
 
 def variant_row(name: str, ready: Ready, taken: dict[str, Measurement]) -> dict:

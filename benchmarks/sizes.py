@@ -1,0 +1,55 @@
+"""Where sparsity stops paying: `python benchmarks/sizes.py --model flux1-dev`.
+
+One denoising step of a full-size transformer as benchmarks/step.py measures it, at other resolutions, batches
+and prompt lengths, compiled bf16 beside ours. Writes results/sizes-<model>-<card>.json.
+"""
+
+from functools import partial
+
+import torch
+from rich import print
+from script import FOLDER, options_parser
+
+from rtlynx.bench import step
+from rtlynx.bench.card import Card
+from rtlynx.bench.full_models import MODELS, FullModel, Size
+from rtlynx.bench.overview import step_overview
+from rtlynx.bench.results import REFERENCE, write
+
+VARIANTS = (REFERENCE, "rtlynx bf16-2:4", "rtlynx fp8-2:4")
+
+
+def sizes_of(model: FullModel) -> list[Size]:
+    """The usual size last but two, then more pictures, then a short prompt."""
+    usual = Size(text_tokens=model.text_tokens)
+    sides = [usual._replace(side=side) for side in (256, 512, 768, 2048, 1024)]
+    return [*sides, usual._replace(batch=4), usual._replace(text_tokens=max(8, model.text_tokens // 16))]
+
+
+def main() -> None:
+    parser = options_parser(__doc__, seconds=1.0)
+    parser.add_argument("--model", choices=list(MODELS), required=True)
+    options = parser.parse_args()
+    card, of = Card(), MODELS[options.model]
+    document = {**card.describe(options.commit), "model": of.name, "window_s": options.seconds}
+    path = options.out or FOLDER / f"sizes-{of.name}-{card.slug}.json"
+    rows: list[dict] = []
+    for size in sizes_of(of):
+        torch.compiler.reset()  # or it would compile for any size from the second one on, which is slower
+        taken = step.run(
+            of.name,
+            card,
+            seconds=options.seconds,
+            rounds=options.rounds,
+            size=size,
+            variants=VARIANTS,
+            commit=options.commit,
+            report=partial(print, flush=True),
+        )
+        print(step_overview(taken))
+        rows.append({key: taken[key] for key in ("resolution", "batch", "text_tokens", "variants")})
+        write(path, {**document, "rows": rows})  # at every size: a run may be cut off
+
+
+if __name__ == "__main__":
+    main()
