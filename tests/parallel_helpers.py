@@ -55,16 +55,19 @@ def message(action):
     return ""
 
 
-def _work(rank, folder, cases):
+def _work(rank, folder, cases, device):
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo",
+        "nccl" if device == "cuda" else "gloo",
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=PROCESSES,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT),
     )
-    allow_cpu()
+    if device == "cpu":
+        allow_cpu()
     for name, case in cases.items():
         said, tensors = "", {}
         try:
@@ -72,7 +75,7 @@ def _work(rank, folder, cases):
             if isinstance(result, str):
                 said = result
             else:
-                tensors = {key: tensor.contiguous().clone() for key, tensor in result.items()}
+                tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in result.items()}
         except Exception:
             said = traceback.format_exc()
         save_file(tensors, folder / f"{name}-{rank}.safetensors", {"said": said})
@@ -98,9 +101,9 @@ class Results:
         return [path.read_text() for path in paths]
 
 
-def run_together(folder, cases):
-    """Run every case (name -> function of the folder) in two processes that meet over gloo."""
-    context = torch.multiprocessing.spawn(_work, (folder, cases), nprocs=PROCESSES, join=False)
+def run_together(folder, cases, device="cpu"):
+    """Run every case (name -> function of the folder) in two processes: over gloo, on "cuda" over NCCL."""
+    context = torch.multiprocessing.spawn(_work, (folder, cases, device), nprocs=PROCESSES, join=False)
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=1) and time.monotonic() < deadline:

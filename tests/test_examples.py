@@ -15,7 +15,7 @@ QUICK = {
         r"4 layers; compensation leaves \d+% of",
         ["calibrated.png"],
     ),
-    "fp8": (["--steps", "1"], r"parameters: 27\.\d MB dense, 2\d\.\d MB with fp8 layers", []),
+    "fp8": (["--steps", "1"], r"parameters: 27\.\d MB dense, 1\d\.\d MB with fp8 layers", []),
     "how_sparse_are_activations": (["--steps", "1"], r"0\.\d+  independent normal numbers", []),
     "sparsify_a_pipeline": (["--steps", "1"], "48 layers are sparse", ["dense.png", "sparse.png"]),
     "your_own_model": ([], r"blocks\.1\.fc2: error 0\.\d+", []),

@@ -17,7 +17,7 @@ from rtlynx.checkpoint import load
 from rtlynx.models.plan import make_plan
 from rtlynx.models.sparsify import sparse_layers, sparsify, target_model
 from rtlynx.pattern import Pattern, pattern_mask, select
-from rtlynx.recipe import Recipe
+from rtlynx.recipe import Form, Recipe
 
 NAMES = (
     "dense",
@@ -37,10 +37,16 @@ RANK = 0.02
 CALIBRATED = {"paper": Recipe.paper(rank=RANK), "refit": Recipe(rank=RANK)}
 _FP8 = "fp8+activation-2:4+refit+lowrank"
 
+# FLUX's text stream keeps its dtype in fp8 rows too, so that rows differ in one thing.
+_TEXT_IN_BF16: dict[str, Form] = {
+    "*.add_?_proj": "dense",
+    "*.to_add_out": "dense",
+    "*.ff_context.*": "dense",
+}
 _IMMEDIATE = {
     "activation-2:4": Recipe.immediate(grouping="adjacent", norm="none"),
     "activation-2:4+norm": Recipe.immediate(grouping="adjacent"),
-    "fp8": Recipe.immediate(n=1, m=1, grouping="adjacent", norm="none", precision="fp8"),
+    "fp8": Recipe.immediate(n=1, m=1, grouping="adjacent", norm="none", precision="fp8", forms=_TEXT_IN_BF16),
     "activation-2:4+norm:all-layers": Recipe.immediate(grouping="adjacent", text_stream="sparse"),
 }
 _SOLUTIONS = {
@@ -116,7 +122,7 @@ def build_variant(
         options = CalibrationOptions(steps_per_prompt=2, pipeline_kwargs=settings)
         recipe = CALIBRATED[_SOLUTIONS[name]]
         if name == _FP8:
-            recipe = replace(recipe, precision="fp8")
+            recipe = replace(recipe, precision="fp8", forms=_TEXT_IN_BF16)
         calibrate(pipeline, calibration_prompts, recipe, options, progress=progress)
         seconds = time.perf_counter() - start
     return Variant(name, pipeline, dict(sparse_layers(model)), seconds)
