@@ -6,7 +6,6 @@ alone, which is measured before and after.
 """
 
 import copy
-import fnmatch
 import gc
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -59,9 +58,6 @@ def torchao_fp8(model: nn.Module) -> None:
     quantize_(model, config, filter_fn=chosen)
 
 
-TEXT_LAYERS = ("*.add_?_proj", "*.to_add_out", "*.ff_context.*", "*.txt_mlp.*", "context_refiner.*")
-
-
 def sparse(
     precision: Literal["bf16", "fp8"], *, rank: int | None = RANK, text: Form | None = None
 ) -> Callable[[nn.Module], None]:
@@ -71,8 +67,8 @@ def sparse(
     """
 
     def change(model: nn.Module) -> None:
-        names = [candidate.name for candidate in architecture_of(model).candidates(model)]
-        forms = {glob: text for glob in TEXT_LAYERS if text and fnmatch.filter(names, glob)}
+        candidates = architecture_of(model).candidates(model)
+        forms = {one.name: text for one in candidates if text and one.stream == "text"}
         plan = make_plan(model, Recipe(rank=rank, refit=True, precision=precision, forms=forms))
         normal, downs = normals(3), {}
 

@@ -71,6 +71,25 @@ def rotate(x: Tensor, factors: Tensor) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
 
 
+def heads(
+    attn: Any,
+    x: Tensor | CompressedInput,
+    layers: Sequence[nn.Module],
+    norms: Sequence[nn.Module | None],
+    factors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, T, H, D) of x (B, T, K), queries and keys normalised and rotated.
+
+    `layers` and `norms` make them in that order; `factors` as `rotate` takes them.
+    """
+    width = attn.inner_dim // attn.heads
+    query, key, value = (layer(x).unflatten(-1, (-1, width)) for layer in layers)
+    query, key = (one if norm is None else norm(one) for norm, one in zip(norms, (query, key), strict=True))
+    if factors is not None:
+        query, key = rotate(query, factors), rotate(key, factors)
+    return query, key, value
+
+
 def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of (B, T, H, D), by the backend and over the processes that `attn` is set to: (B, T, H D)."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rtlynx.compressed import CompressedInput
 from rtlynx.models.architecture import Architecture, LayerRule
-from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, read_by_attention, rotate
+from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, read_by_attention
 from rtlynx.reading import adaln
 
 BLOCK = "transformer_blocks.*"
-
-
-def heads(
-    attn: Any,
-    x: Tensor | CompressedInput,
-    layers: Sequence[nn.Module],
-    norms: Sequence[nn.Module | None],
-    factors: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, T, H, D) of one stream, queries and keys normalised and rotated."""
-    width = attn.inner_dim // attn.heads
-    query, key, value = (layer(x).unflatten(-1, (-1, width)) for layer in layers)
-    query, key = (one if norm is None else norm(one) for norm, one in zip(norms, (query, key), strict=True))
-    if factors is not None:
-        query, key = rotate(query, factors), rotate(key, factors)
-    return query, key, value
 
 
 def attention(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtlynx.compressed import CompressedInput
 from rtlynx.models.architecture import Architecture, LayerRule, Stream, TextRows
-from rtlynx.models.fusion import attend, follows, read_by_attention, rotate
+from rtlynx.models.fusion import attend, follows, heads, read_by_attention
 from rtlynx.reading import read, rmsnorm, silu_gated, untouched
 
 # Z-Image pads the tokens of each picture and caption to a multiple of this (SEQ_MULTI_OF in diffusers).
@@ -40,13 +40,8 @@ def attention(
     """ZSingleStreamAttnProcessor.__call__, where that is what `attn` does; rotation in real numbers."""
     if not follows(attn, "ZSingleStreamAttnProcessor"):
         return attn(x, attention_mask=attention_mask, freqs_cis=freqs_cis)
-    query, key, value = (
-        layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
-    )
-    query = query if attn.norm_q is None else attn.norm_q(query)
-    key = key if attn.norm_k is None else attn.norm_k(key)
-    if freqs_cis is not None:
-        query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
+    layers, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+    query, key, value = heads(attn, x, layers, norms, freqs_cis)
     if attention_mask is not None and attention_mask.ndim == 2:
         attention_mask = attention_mask[:, None, None, :]
     y = attend(attn, query, key, value, attention_mask)
