@@ -41,7 +41,10 @@ DISTRIBUTION_CALLS = 8
 
 @dataclass
 class Study:
-    """What all variants of one model share. Dense pictures are drawn once and kept in memory."""
+    """What all variants of one model share.
+
+    known_dense : (steps, study seed) -> dense pictures, drawn once and kept.
+    """
 
     model: StudyModel
     judges: Judges
@@ -49,7 +52,7 @@ class Study:
     batch_size: int = 250
     compared: int = COMPARED
     progress: bool = False
-    _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    known_dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _calls: dict[int, list[Call]] = field(default_factory=dict)
 
     def draw(self, pipeline: Any, count: int, steps: int, first_seed: int) -> Tensor:
@@ -64,10 +67,10 @@ class Study:
 
     def dense(self, count: int, steps: int, seed: int) -> Tensor:
         """The dense model's pictures of a study seed."""
-        known = self._dense.get((steps, seed))
+        known = self.known_dense.get((steps, seed))
         if known is None or len(known) < count:
             known = self.draw(self.model.pipeline, count, steps, noise_seed(seed))
-            self._dense[steps, seed] = known
+            self.known_dense[steps, seed] = known
         return known[:count]
 
     def calls(self, steps: int) -> list[Call]:

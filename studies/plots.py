@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from claims import Results
+from jobs import atlas_path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measure import read_atlas
-from quality import atlas_path
 from torch import Tensor
 
 from rtlynx.evaluate.grid import picture_grid, png_bytes

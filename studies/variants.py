@@ -56,7 +56,7 @@ class Variant:
     steps: int = STEPS
     reference_steps: int = STEPS
     other_noise: bool = False
-    dtype: Literal["", "bfloat16"] = ""
+    dtype: Literal["", "float32"] = ""
 
     @property
     def pictures(self) -> int:
@@ -119,7 +119,7 @@ def _sweep(sweep: str, name: str, recipe: Recipe | None = None, **settings: Any)
 
 
 def _sweeps() -> Iterator[Variant]:
-    yield Variant("dense:bfloat16", "sweep", "floor", dtype="bfloat16")
+    yield Variant("dense:float32", "sweep", "floor", dtype="float32")
     for ridge in (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0):
         yield _sweep("ridge", f"{ridge:g}", Recipe(rank=RANK, ridge=ridge))
     for prompts in (32, 64, 128, 256, 512, 1024):

@@ -7,7 +7,8 @@ import measure
 import pytest
 import quality
 import torch
-from quality import Job, estimate, jobs_for, run
+from jobs import Job, estimate, jobs_for
+from quality import run
 from row_store import RowStore, over_seeds
 from study_helpers import STEPS, tiny_study
 from variants import VARIANTS, chosen
