@@ -20,10 +20,14 @@ VARIANTS = (REFERENCE, "rtlynx bf16-2:4", "rtlynx fp8-2:4")
 
 
 def sizes_of(model: FullModel) -> list[Size]:
-    """The usual size last but two, then more pictures, then a short prompt."""
+    """Smaller and larger pictures, a short prompt, a batch; the usual size is benchmarks/step.py's."""
     usual = Size(text_tokens=model.text_tokens)
-    sides = [usual._replace(side=side) for side in (256, 512, 768, 2048, 1024)]
-    return [*sides, usual._replace(batch=4), usual._replace(text_tokens=max(8, model.text_tokens // 16))]
+    return [
+        *(usual._replace(side=side) for side in (512, 256, 768)),
+        usual._replace(text_tokens=max(8, model.text_tokens // 16)),
+        usual._replace(side=2048),
+        usual._replace(batch=4),
+    ]
 
 
 def main() -> None:

@@ -214,20 +214,30 @@ def sizes_section(results: dict, source: Path, place: Place) -> str:
     """Speed-ups of a step by size of its input, in Markdown."""
     ours = ("rtlynx bf16-2:4", "rtlynx fp8-2:4")
     lines = [
-        f"| picture | batch | text tokens | {REFERENCE}, ms | {' | '.join(ours)} |",
-        "|---|---|---|---|---|---|",
+        f"| picture | batch | text tokens | {REFERENCE}, ms | {' | '.join(ours)} | host and GPU, ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         times = {one["name"]: one["gpu_ms"] for one in row["variants"]}
+        walls = {one["name"]: one["wall_ms"] for one in row["variants"]}
         cells = [f"{row['resolution']}²", str(row["batch"]), str(row["text_tokens"])]
         cells += [_format(times.get(REFERENCE), ".1f")]
         cells += [_times(step_speed_up(row["variants"], name)) for name in ours]
+        cells += [" / ".join(_format(walls.get(name), ".0f") for name in (REFERENCE, *ours))]
         lines.append(f"| {' | '.join(cells)} |")
+    others = sorted({row["commit"] for row in results["rows"] if "commit" in row})
+    also = f", batch {_batches(results)} at {', '.join(others)}" if others else ""
     lines += [
         "",
-        f"GPU time of a step, and speed-ups over it. {measured_on(results)} ({place.file(source)}).",
+        "GPU time of a step, speed-ups over it, and the time of a step without a CUDA graph: compiled bf16 / "
+        f"{' / '.join(ours)}. {measured_on(results)}{also} ({place.file(source)}).",
     ]
     return "\n".join(lines)
+
+
+def _batches(results: dict) -> str:
+    """Batches of the rows that another commit measured."""
+    return ", ".join(str(row["batch"]) for row in results["rows"] if "commit" in row)
 
 
 def calibration_section(results: dict, source: Path, place: Place) -> str:

@@ -64,6 +64,7 @@ def picture_figures(
         network is missing or too few pictures), groups: name -> n, mse, perceptual, retrieval; worst,
         worst_rows: prompts and rows of the largest squared error, worst first.
     """
+    pictures, reference = pictures.to(judges.device), reference.to(judges.device)
     same = torch.equal(pictures, reference)
     errors = (pictures - reference).square().mean((1, 2, 3))
     distances = found = None

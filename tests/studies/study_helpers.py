@@ -25,3 +25,10 @@ def tiny_study_model(**changes):
 
 def tiny_study():
     return Study(tiny_study_model(), Judges(None, None, "not in tests"), SMALL, batch_size=4, compared=2)
+
+
+class TinySetup:
+    """As `jobs.Setup`, of the tiny study: what processes make it from."""
+
+    def study(self, device):
+        return tiny_study()

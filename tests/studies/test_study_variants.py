@@ -84,7 +84,7 @@ def test_what_is_left_dense_by_hand_is_in_the_models():
 @pytest.mark.parametrize("name", [
     "weight-2:4:magnitude", "weight-2:4:slim", "activation-2:4", "paper:trained", "paper:by-hand",
     "paper:by-budget", "refit+lowrank+strided", "all-of-ours", "pattern:norm-8:16", "fp8:dense",
-    "fp8-budget:0.01", "order:sequential", "dense:float32", "cache:ours-0.2",
+    "fp8-budget:0.01", "order:sequential", "cache:ours-0.2",
 ])  # fmt: skip
 def test_a_variant_draws_differs_from_dense_and_is_priced(model, name):
     before = copy.deepcopy(model.pipeline.transformer.state_dict())
@@ -100,6 +100,17 @@ def test_a_variant_draws_differs_from_dense_and_is_priced(model, name):
     assert built.modelled_ms(model.architecture, STEPS) is None if "8:16" in name else True
     changed = {name for name, layer in built.plan.items() if layer.form != "dense"}
     assert changed == set(built.layers)
+
+
+def test_what_rounding_does_is_told_by_the_dense_model_in_float32(model):
+    whole, half = model.pipeline, model.copy_of_pipeline().to(torch.bfloat16)
+    built = build(BY_NAME["dense:float32"], StudyModel("half", half, ("a",), ("b",)), SMALL)
+    assert built.pipeline.transformer.dtype is torch.float32
+    assert half.transformer.dtype is torch.bfloat16
+    drawn, rounded = draw(built.pipeline), draw(half)
+    assert not torch.equal(drawn, rounded)
+    errors = [(some - draw(whole)).square().mean() for some in (drawn, rounded)]
+    assert errors[0] < errors[1] + 1e-3
 
 
 def test_modelled_time_orders_the_recipes(model):
