@@ -79,7 +79,7 @@ def test_steps_appear_with_their_results(tmp_path):
     text = "<!-- speed: begin --><!-- speed: end --><!-- steps: begin --><!-- steps: end -->"
     for part in ("sizes", "calibration", "parts", "targets"):
         text += f"<!-- {part}: begin --><!-- {part}: end -->"
-    sizes = [{"resolution": 512, "batch": 4, "text_tokens": 32, "variants": variants}]
+    sizes = [{"resolution": 512, "batch": 4, "text_tokens": 32, "commit": "def", "variants": variants}]
     (folder / "sizes-x-h100.json").write_text(json.dumps(STEP | {"rows": sizes}))
     block = {"runs": [{"layers": 5}], "seconds_to_solve": 6.14, "seconds_a_call": 0.2, "peak_gib": 57.5}
     tokens = {"image_tokens": 4096, "text_tokens": 512}
@@ -91,7 +91,8 @@ def test_steps_appear_with_their_results(tmp_path):
     assert any(line.startswith("| fp8 compiled (torchao) | – | – |") for line in lines)  # noqa: RUF001
     assert "- fp8 compiled (torchao): not measured: not installed" in lines
     assert "| a step | at most 45 ms | 40 ms | met |" in lines
-    assert "| 512² | 4 | 32 | 60.0 | – | 1.50x |" in lines  # noqa: RUF001
+    assert "| 512² | 4 | 32 | 60.0 | – | 1.50x | 41 / – / 41 |" in lines  # noqa: RUF001
+    assert any("commit 0123456789, batch 4 at def" in line for line in lines)
     assert "| one | 5 | 6.1 | 0.20 | 57.5 |" in lines
 
 
