@@ -225,19 +225,14 @@ def sizes_section(results: dict, source: Path, place: Place) -> str:
         cells += [_times(step_speed_up(row["variants"], name)) for name in ours]
         cells += [" / ".join(_format(walls.get(name), ".0f") for name in (REFERENCE, *ours))]
         lines.append(f"| {' | '.join(cells)} |")
-    others = sorted({row["commit"] for row in results["rows"] if "commit" in row})
-    also = f", batch {_batches(results)} at {', '.join(others)}" if others else ""
+    # Rows that another commit measured.
+    also = "".join(f", batch {row['batch']} at {row['commit']}" for row in results["rows"] if "commit" in row)
     lines += [
         "",
         "GPU time of a step, speed-ups over it, and the time of a step without a CUDA graph: compiled bf16 / "
         f"{' / '.join(ours)}. {measured_on(results)}{also} ({place.file(source)}).",
     ]
     return "\n".join(lines)
-
-
-def _batches(results: dict) -> str:
-    """Batches of the rows that another commit measured."""
-    return ", ".join(str(row["batch"]) for row in results["rows"] if "commit" in row)
 
 
 def calibration_section(results: dict, source: Path, place: Place) -> str:

@@ -57,13 +57,13 @@ def speed(root: Path, place: Place) -> str:
 
 
 def steps(root: Path, place: Place) -> str:
-    """A denoising step end to end; nothing before there are results."""
-    parts = []
-    for source in _found(root, "step-*.json"):
-        results = _read(root / source)
+    """A denoising step end to end."""
+
+    def titled(results: dict, source: Path, place: Place) -> str:
         title = f"### {results['model']}, {results['device']}"
-        parts.append(f"{title}\n\n{tables.steps_section(results, source, place)}")
-    return "\n\n".join(["## One denoising step", *parts]) if parts else ""
+        return f"{title}\n\n{tables.steps_section(results, source, place)}"
+
+    return _sections(root, place, "step-*.json", "## One denoising step", titled)
 
 
 def sizes(root: Path, place: Place) -> str:
@@ -79,6 +79,7 @@ def calibration(root: Path, place: Place) -> str:
 
 
 def _sections(root: Path, place: Place, pattern: str, title: str, section: Callable[..., str]) -> str:
+    """A section of each results file that is there; nothing before there is one."""
     parts = [section(_read(root / source), source, place) for source in _found(root, pattern)]
     return "\n\n".join([title, *parts]) if parts else ""
 

@@ -94,7 +94,7 @@ def work(
     study = setup.study(device)
     read_dense(study, folder)
     while (job := given.get()) is not None:
-        expected = (estimate(job, rows) or 0.0) if seconds is not None else 0.0
+        expected = estimate(job, rows) or 0.0
         if seconds is not None and time.perf_counter() - start + expected > seconds:
             continue  # a shorter one may still do
         row = attempted(study, job, results)
