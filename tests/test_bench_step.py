@@ -125,10 +125,34 @@ def ready(shares=None):
 
 def test_a_row_splits_gpu_time_and_leaves_out_what_was_not_measured():
     gpu, wall = (Measurement(us, [us], 1500.0, 700.0) for us in (100_000.0, 104_000.0))
-    row = step.variant_row("ours", ready(), {"ours/gpu": gpu, "ours/wall": wall})
+    row = step.variant_row("ours", ready(), {"ours/gpu": gpu, "ours/wall": wall}, {})
     assert (row["gpu_ms"], row["wall_ms"], row["linear_ms"]) == (100.0, 104.0, 60.0)
-    row = step.variant_row("ours", ready(), {"ours/wall": wall})
+    assert row["reason"] is None
+    row = step.variant_row("ours", ready(), {"ours/wall": wall}, {"ours/gpu": "lost", "other/gpu": "hot"})
     assert (row["gpu_ms"], row["wall_ms"], row["linear_ms"]) == (None, 104.0, None)
+    assert row["reason"] == "lost"
+
+
+def test_cuda_graphs_of_blocks_are_made_before_a_graph_of_a_step_is_captured(monkeypatch):
+    made = []
+
+    def prepare(variant, *rest):
+        made.append(variant.name)
+        if variant.name == "b":
+            raise RuntimeError("out of luck")
+        return ready()
+
+    monkeypatch.setattr(step, "prepare", prepare)
+    monkeypatch.setattr(step, "measure", lambda *rest: {})
+    variants = [
+        step.Variant("a", None),
+        step.Variant("b", None, mode="reduce-overhead"),
+        step.Variant("c", None),
+    ]
+    rows = step.measure_together(variants, step.Bench(None, [], None, 1.0, 1, print))
+    assert made == ["b", "a", "c"]
+    assert [row["name"] for row in rows] == ["a", "b", "c"]
+    assert rows[1]["reason"] == "RuntimeError: out of luck"
 
 
 def test_pairs_stand_beside_their_own_reference(monkeypatch):

@@ -194,7 +194,9 @@ def _plain(tensor: Any) -> list[Tensor]:
     return [plain for name in inner for plain in _plain(getattr(tensor, name))]
 
 
-def variant_row(name: str, ready: Ready, taken: dict[str, Measurement]) -> dict:
+def variant_row(name: str, ready: Ready, taken: dict[str, Measurement], missing: dict[str, str]) -> dict:
+    """Of a results file; its reason says why a time is missing, of `missing` where there is one."""
+    reasons = [missing[key] for key in (f"{name}, graph", f"{name}/gpu", f"{name}/wall") if key in missing]
     gpu, wall = taken.get(f"{name}/gpu"), taken.get(f"{name}/wall")
     total = gpu and gpu.us / 1e3
     parts = {f"{part}_ms": total and round(total * share, 3) for part, share in ready.shares.items()}
@@ -208,7 +210,7 @@ def variant_row(name: str, ready: Ready, taken: dict[str, Measurement]) -> dict:
         "power_w": gpu and gpu.power_w,
         **parts,
         "peak_gib": round(ready.peak_gib, 2),
-        "reason": None,
+        "reason": "; ".join(reasons) or None,
     }
 
 
@@ -227,7 +229,8 @@ def measure_together(variants: Sequence[Variant], of: Bench) -> list[dict]:
     """A row a variant, windows of all interleaved."""
     ready: dict[str, Ready] = {}
     missing: dict[str, str] = {}
-    for variant in variants:
+    # cudagraph trees, of reduce-overhead, free cuBLAS's workspaces, which graphs captured before would read.
+    for variant in sorted(variants, key=lambda one: one.mode == "default"):
         started = perf_counter()
         made = attempt(missing, variant.name, partial(prepare, variant, of.model, of.calls, missing))
         if made is not None:
@@ -244,13 +247,11 @@ def measure_together(variants: Sequence[Variant], of: Bench) -> list[dict]:
             timers[f"{name}/gpu"] = one.gpu
         timers[f"{name}/wall"] = one.wall
     taken = measure(timers, of.seconds, of.rounds, of.sample, missing)
-    rows = [variant_row(name, one, taken) for name, one in ready.items()]
-    for row in rows:
-        row["reason"] = missing.get(f"{row['name']}, graph")
-    return rows + [
-        {"name": variant.name, "gpu_ms": None, "wall_ms": None, "reason": missing[variant.name]}
-        for variant in variants
-        if variant.name not in ready
+    return [
+        variant_row(one.name, ready[one.name], taken, missing)
+        if one.name in ready
+        else {"name": one.name, "gpu_ms": None, "wall_ms": None, "reason": missing[one.name]}
+        for one in variants
     ]
 
 

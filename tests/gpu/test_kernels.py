@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -198,6 +199,25 @@ def test_reruns_are_bit_identical(fp8):
     first = call(x)
     for _ in range(50):
         assert torch.equal(call(x), first)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("k", [64, 128, 256, 384])
+def test_many_tiles_with_fewer_stages_than_the_ring(k, fp8):
+    """Warpgroups may be several tiles apart here: a signal that is lost between them would wait for ever."""
+    case = Case(68_000, k, 256, bias="bf16", fp8=fp8)
+    x, call = make_input(case), a_layer(case)
+    first = call(x)
+    for _ in range(100):
+        y = call(x)
+    done = torch.cuda.Event()
+    done.record()
+    start = time.monotonic()
+    while not done.query():
+        if time.monotonic() - start > 30:
+            pytest.exit(f"the GEMM hangs at K = {k}, fp8 {fp8}", returncode=1)  # nor would later tests end
+    assert torch.equal(y, first)
+    check(case)
 
 
 def test_two_streams_at_once():

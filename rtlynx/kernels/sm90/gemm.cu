@@ -65,12 +65,26 @@ DEVICE void release(uint32_t empty) {
     if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
+// The first warpgroup lets the second into an item of work when it has issued stage `at` of it. It may be as many short
+// items ahead as there are stages, and a second arrival before the wait would be lost, so barriers take turns.
+struct Signal {
+    static constexpr int TURNS = 8;
+    static_assert(GROUPS == 2 && STAGES < TURNS);
+    int at, item;
+
+    DEVICE int barrier() const { return 1 + item % TURNS; }
+    DEVICE void after(int k) const {
+        if (k == at) named_arrive(barrier(), 256);
+    }
+    DEVICE void wait() const { named_sync(barrier(), 256); }
+};
+
 // Stages [first, last) of a tile, sparse before k_last, into the accumulators of this warpgroup, which owns slabs
 // `group` and `group + GROUPS`, COUNT of them in the matrix. One stage's instructions stay in flight while the next is
 // issued; metadata registers alternate, so that none is written under an instruction that reads it. `meanwhile` runs
 // before the last wait.
 template <int COUNT, class Meanwhile>
-DEVICE void multiply(Accumulators& d, Cursor& at, int group, int first, int k_last, int last, int signal_at,
+DEVICE void multiply(Accumulators& d, Cursor& at, int group, int first, int k_last, int last, const Signal& signal,
                      const Meanwhile& meanwhile) {
     const uint32_t offset = group * BLOCK_BYTES;
     const uint32_t metadata = offset + METADATA + threadIdx.x % 128 * (METADATA_WORDS * 4);
@@ -81,7 +95,7 @@ DEVICE void multiply(Accumulators& d, Cursor& at, int group, int first, int k_la
         wgmma_commit();
         wgmma_wait<1>();
         if (k > first) release(at.previous_empty());
-        if (k == signal_at) named_arrive(group + 1, 256);
+        signal.after(k);
         at.advance();
     };
     auto sparse_stage = [&](int k, uint32_t (&meta)[COUNT][METADATA_WORDS]) {
@@ -131,12 +145,12 @@ DEVICE void multiply(Accumulators& d, Cursor& at, int group, int first, int k_la
 }
 
 // A tile in which this warpgroup has no rows.
-DEVICE void skip(Cursor& at, int group, int first, int last, int signal_at) {
+DEVICE void skip(Cursor& at, int first, int last, const Signal& signal) {
 #pragma unroll 1
     for (int k = first; k < last; ++k, at.advance()) {
         barrier_wait(at.full(), at.phase);
         release(at.empty());
-        if (k == signal_at) named_arrive(group + 1, 256);
+        signal.after(k);
     }
 }
 
@@ -157,9 +171,8 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
         write_note(note_address,
                    {tile.first_slab, tile.column, tile.column_end, count, int(work.part) | tile.layer << 8, work.peer});
         const int last = min(work.last, p.k_blocks + tile.rank_blocks), k_last = min(last, p.k_blocks);
-        // Each warpgroup lets the next one into a tile when it is SKEW stages ahead.
-        const int signal_at = group + 1 < GROUPS ? min(work.first + SKEW, last) - 1 : -1;
-        if (group > 0) named_sync(group, 256);
+        const Signal signal{group == 0 ? min(work.first + SKEW, last) - 1 : -1, item};
+        if (group == 1) signal.wait();
         TileAffine affine;  // asked for while the last products are computed
         auto meanwhile = [&]() {
             const Note note = read_note(note_address);
@@ -167,11 +180,11 @@ DEVICE void consume(const Parameters& p, uint32_t shared) {
             affine.load(p, note, shared);
         };
         if (count == SLABS_A_GROUP)
-            multiply<SLABS_A_GROUP>(d, at, group, work.first, k_last, last, signal_at, meanwhile);
+            multiply<SLABS_A_GROUP>(d, at, group, work.first, k_last, last, signal, meanwhile);
         else if (SLABS_A_GROUP > 1 && count == 1)
-            multiply<1>(d, at, group, work.first, k_last, last, signal_at, meanwhile);
+            multiply<1>(d, at, group, work.first, k_last, last, signal, meanwhile);
         else
-            skip(at, group, work.first, last, signal_at);
+            skip(at, work.first, last, signal);
         wgmma_wait<0>();  // also where no product was: what follows writes to accumulators
         Note note = read_note(note_address);
         park(note_address, at, item);
