@@ -173,13 +173,19 @@ def test_pairs_stand_beside_their_own_reference(monkeypatch):
     assert (rows[1]["beside"]["gpu_ms"], rows[2]["beside"]["gpu_ms"]) == (100.0, 104.0)
     document = {
         "model": "qwen-image",
-        "variants": [*rows, rows[2] | {"name": "rtlynx fp8-2:4", "wall_ms": 30.0}],
+        "variants": [
+            *rows,
+            rows[2] | {"name": "rtlynx fp8-2:4", "wall_ms": 30.0},
+            rows[2] | {"name": "rtlynx fp8-2:4 (reduce-overhead)", "gpu_ms": None, "wall_ms": 27.0},
+        ],
     }
     verdicts = {target["what"]: target for target in step_targets(document)}
     assert verdicts["qwen-image, fp8-2:4, speed over bf16 compiled"]["measured"] == pytest.approx(4.0)
     assert verdicts["qwen-image, bf16-2:4, speed over bf16 compiled"]["measured"] is None
     over = verdicts["qwen-image, rtlynx fp8-2:4, wall time over GPU time"]
     assert (over["met"], over["measured"]) == (False, pytest.approx(30 / 26, abs=1e-4))
+    over = verdicts["qwen-image, rtlynx fp8-2:4 (reduce-overhead), wall time over GPU time"]
+    assert (over["met"], over["measured"]) == (True, pytest.approx(27 / 26, abs=1e-4))
 
 
 def document():

@@ -33,17 +33,18 @@ def overview(document: Mapping[str, Any]) -> Table:
 
 
 def step_overview(document: Mapping[str, Any]) -> Table:
-    """`rtlynx.bench.step.run`, a row a variant, and the speed-up over compiled bfloat16."""
+    """`rtlynx.bench.step.run`, a row a variant, and the speed-ups over compiled bfloat16."""
     rows = document["variants"]
     title = f"One step of {document['model']}, {document['resolution']}², batch {document['batch']}"
     table = Table(title=f"{title}, {document['device']}, milliseconds")
     table.add_column("variant", no_wrap=True)
-    for heading in ("GPU", "wall", "linear", "attention", "rest", "GiB", "speed-up"):
+    for heading in ("GPU", "wall", "linear", "attention", "rest", "GiB", "speed-up", "by wall"):
         table.add_column(heading, justify="right")
     columns = ("gpu_ms", "wall_ms", "linear_ms", "attention_ms", "rest_ms", "peak_gib")
     for row in rows:
         cells = ("-" if row.get(name) is None else f"{row[name]:.1f}" for name in columns)
-        table.add_row(row["name"], *cells, _times(step_speed_up(rows, row["name"])))
+        speed_ups = (_times(step_speed_up(rows, row["name"], time=time)) for time in ("gpu_ms", "wall_ms"))
+        table.add_row(row["name"], *cells, *speed_ups)
         if row.get("reason"):
             table.add_row(f"  {row['reason']}")
     return table

@@ -12,6 +12,8 @@ from rtlynx.bench.sustained import Measurement
 
 # The variant of a step that others are compared with.
 REFERENCE = "bf16 compiled"
+# In names of variants: each block a CUDA graph of its own, by torch.compile's mode.
+BLOCK_GRAPHS = " (reduce-overhead)"
 # The variants of a linear layer; each gives a column `<name>_us`.
 LINEAR_VARIANTS = (
     "cublas",
@@ -79,16 +81,22 @@ def ratio(row: Mapping, over: str, under: str) -> float | None:
     return row[over] / row[under]
 
 
-def step_speed_up(rows: Iterable[Mapping], name: str, than: str = REFERENCE) -> float | None:
-    """How much faster a variant's step is than another's, by GPU time; None where either was not measured.
+def step_speed_up(
+    rows: Iterable[Mapping], name: str, than: str = REFERENCE, time: str = "gpu_ms"
+) -> float | None:
+    """How much faster a variant's step is than another's; None where either was not measured.
 
     Than the reference: the one that was measured beside it, where variants were measured in pairs.
+
+    Parameters
+    ----------
+    time : "gpu_ms" or "wall_ms".
     """
     by_name = {row["name"]: row for row in rows}
     own, other = by_name.get(name, {}), by_name.get(than, {})
     if than == REFERENCE:
         other = own.get("beside", other)
-    return ratio({"other": other.get("gpu_ms"), "own": own.get("gpu_ms")}, "other", "own")
+    return ratio({"other": other.get(time), "own": own.get(time)}, "other", "own")
 
 
 def geomean(values: Iterable[float | None]) -> float | None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rtlynx.bench.card import Card
 from rtlynx.bench.full_models import MODELS, Call, Size, build, normals
-from rtlynx.bench.results import REFERENCE
+from rtlynx.bench.results import BLOCK_GRAPHS, REFERENCE
 from rtlynx.bench.step_split import split
 from rtlynx.bench.sustained import Graphs, Measurement, Sample, Timer, Window, attempt, measure
 from rtlynx.linear import SparseLinear
@@ -95,6 +95,10 @@ VARIANTS = (
     Variant(REFERENCE, lambda model: None),
     Variant("rtlynx bf16-2:4", sparse("bf16")),
     Variant("rtlynx fp8-2:4", sparse("fp8")),
+    # What a user sets where the host cannot keep up.
+    Variant(f"{REFERENCE}{BLOCK_GRAPHS}", lambda model: None, mode="reduce-overhead"),
+    Variant(f"rtlynx bf16-2:4{BLOCK_GRAPHS}", sparse("bf16"), mode="reduce-overhead"),
+    Variant(f"rtlynx fp8-2:4{BLOCK_GRAPHS}", sparse("fp8"), mode="reduce-overhead"),
     Variant("fp8 compiled (torchao)", torchao_fp8),  # the slowest to compile
 )
 # Other designs than the default recipe's, measured where they are named.
@@ -102,10 +106,6 @@ DESIGNS = (
     Variant("rtlynx fp8-2:4 (text bf16)", sparse("fp8", text="dense")),
     Variant("rtlynx fp8-2:4 (no low-rank)", sparse("fp8", rank=None)),
     Variant("rtlynx bf16-2:4 (no low-rank)", sparse("bf16", rank=None)),
-    # For slow hosts: what a user may set where wall time exceeds GPU time.
-    Variant(f"{REFERENCE} (reduce-overhead)", lambda model: None, mode="reduce-overhead"),
-    Variant("rtlynx bf16-2:4 (reduce-overhead)", sparse("bf16"), mode="reduce-overhead"),
-    Variant("rtlynx fp8-2:4 (reduce-overhead)", sparse("fp8"), mode="reduce-overhead"),
 )
 
 

@@ -61,6 +61,20 @@ def test_compiled_it_gives_the_same(name, precision):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_with_a_cuda_graph_for_each_block_it_gives_the_same(name, precision):
+    """As a sampler calls it: guidance keeps the output of one call while the next runs."""
+    model, _ = sparse_model(name, precision)
+    _, make_call = MODELS[name]
+    calls = [on_card(make_call(seed), torch.bfloat16) for seed in range(5)]
+    expected = [output(model, call) for call in calls]
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, mode="reduce-overhead")
+    outputs = [output(model, call) for call in calls]
+    assert all(relative_error(y, wanted) < 3e-2 for y, wanted in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_captured_step_replays(precision):
     model, call = sparse_model("flux", precision)
     call = on_card(call, torch.bfloat16)

@@ -205,7 +205,7 @@ def test_reruns_are_bit_identical(fp8):
 @pytest.mark.parametrize("k", [64, 128, 256, 384])
 def test_many_tiles_with_fewer_stages_than_the_ring(k, fp8):
     """Warpgroups may be several tiles apart here: a signal that is lost between them would wait for ever."""
-    case = Case(68_000, k, 256, bias="bf16", fp8=fp8)
+    case = Case(68_000, k, 1024, bias="bf16", fp8=fp8)
     x, call = make_input(case), a_layer(case)
     first = call(x)
     for _ in range(100):
