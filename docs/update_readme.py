@@ -1,8 +1,10 @@
 """Write the generated parts of the README and of the site's pages: `python docs/update_readme.py`.
 
-The demo's figures come from docs/demo: results.json is a plain `rtlynx demo`, results-24-steps.json the
-same with `--steps 24`. Speed comes from benchmarks/results, with plots in docs/speed; of a file that is not
-there nothing is said. The pages' diagrams come from diagrams.py, the reference from the docstrings.
+The study's come from studies/results, with plots in docs/study (`python studies/plots.py RESULTS --to
+docs/study`). The demo's figures come from docs/demo: results.json is a plain `rtlynx demo`,
+results-24-steps.json the same with `--steps 24`. Speed comes from benchmarks/results, with plots in
+docs/speed; of a file that is not there nothing is said. The pages' diagrams come from diagrams.py, the
+reference from the docstrings.
 """
 
 import json
@@ -13,16 +15,18 @@ from pathlib import Path
 import diagrams
 import reference
 import speed_plots
+import study_tables
 import tables
 from tables import Place
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results")
+STUDY = study_tables.RESULTS / "quality-flux-emoji.json"
 BF16, FP8 = RESULTS / "linear-bf16-h100.json", RESULTS / "linear-fp8-h100.json"
 # The texts with generated parts, and which: each between `<!-- name: begin -->` and `<!-- name: end -->`.
 TEXTS = {
-    Path("README.md"): ("figures", "speed", "steps"),
-    Path("docs/quality.md"): ("figures",),
+    Path("README.md"): ("study", "speed", "steps"),
+    Path("docs/quality.md"): ("study", "claims", "sweeps", "figures"),
     Path("docs/speed.md"): ("speed", "steps", "sizes", "calibration", "parts", "targets"),
     Path("docs/api.md"): ("reference",),
 }
@@ -31,6 +35,39 @@ TEXTS = {
 def figures(root: Path, place: Place) -> str:
     files = (root / tables.DEMO / name for name in ("results.json", "results-24-steps.json"))
     return tables.figures_table(*(_read(file) for file in files), place)
+
+
+def study(root: Path, place: Place) -> str:
+    """The main comparison: on the site of every model, in the README of the one in the box."""
+    parts = []
+    for source, results in _studied(root):
+        if not place.in_docs and source != STUDY:
+            continue
+        title = f"### {study_tables.model_title(results)}"
+        names = study_tables.CAPTIONS if place.in_docs else ("pictures", "front")
+        plots = study_tables.plots_section(source, place, names, root)
+        parts += [title] * place.in_docs + [study_tables.main_section(results, source, place), plots]
+    return "\n\n".join(part for part in parts if part)
+
+
+def claims(root: Path, place: Place) -> str:
+    documents = [results for _, results in _studied(root)]
+    return study_tables.claims_section(documents) if documents else ""
+
+
+def sweeps(root: Path, place: Place) -> str:
+    """What was varied, of every model that has more than the main comparison."""
+    parts = []
+    for _, results in _studied(root):
+        swept = study_tables.sweeps_section(results)
+        if swept:
+            parts.append(f"### {study_tables.model_title(results)}\n\n{swept}")
+    return "\n\n".join(parts)
+
+
+def _studied(root: Path) -> list[tuple[Path, dict]]:
+    folder = root / study_tables.RESULTS
+    return [(file.relative_to(root), _read(file)) for file in sorted(folder.glob("quality-*.json"))]
 
 
 def speed(root: Path, place: Place) -> str:
@@ -107,6 +144,9 @@ def documents(root: Path) -> list[dict]:
 
 
 PARTS: dict[str, Callable[[Path, Place], str]] = {
+    "study": study,
+    "claims": claims,
+    "sweeps": sweeps,
     "figures": figures,
     "speed": speed,
     "steps": steps,

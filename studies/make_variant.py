@@ -34,7 +34,7 @@ class Calibration:
 
     steps: int = 24
     recorded: int = 6
-    batch_size: int = 32
+    batch_size: int = 128
     prompts: int | None = None
     train_steps: int | None = None
 
@@ -109,12 +109,20 @@ def _recipe(variant: Variant, study: StudyModel, calibration: Calibration) -> Re
     assert recipe is not None
     if calibration.train_steps is not None:
         recipe = replace(recipe, train_steps=min(recipe.train_steps, calibration.train_steps))
+    if variant.rank_of_width is not None:
+        recipe = replace(recipe, rank=max(1, round(variant.rank_of_width * _width(study))))
     if variant.layers == "by hand":
         return replace(recipe, skip=BY_HAND[study.architecture])
     if variant.layers == "by budget":
         target = planned_ms(study, replace(recipe, skip=BY_HAND[study.architecture]))
         return by_budget(variant, recipe, study, calibration, target)
     return recipe
+
+
+def _width(study: StudyModel) -> int:
+    """Of the model: the least inputs that a layer has."""
+    model = target_model(study.pipeline)
+    return min(layer.in_features for layer in make_plan(model, Recipe.immediate(grouping="adjacent")).layers)
 
 
 def planned_ms(study: StudyModel, recipe: Recipe, only: Collection[str] | None = None) -> float:

@@ -49,7 +49,7 @@ class Study:
     model: StudyModel
     judges: Judges
     calibration: Calibration
-    batch_size: int = 250
+    batch_size: int = 500
     compared: int = COMPARED
     progress: bool = False
     known_dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)

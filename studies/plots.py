@@ -1,13 +1,14 @@
 """The study's plots from its results: `python studies/plots.py studies/results/quality-MODEL.json`.
 
-Writes PNG files beside the results, into the folder of the same name: distributions (the paper's Figure 2),
-errors by layer and by step, quality against modelled speed with its Pareto front, and pictures of the main
-variants.
+Writes PNG files into a folder of the results' name, beside them or in `--to`: distributions (the paper's
+Figure 2), errors by layer and by step, quality against modelled speed with its Pareto front, and pictures of
+the main variants.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from rtlynx.zoo.prompts import demo_prompts
 
 # The five main variants, from bad to good, whose errors and pictures are shown.
 SHOWN = ("weight-2:4:wanda", "activation-2:4", "activation-2:4+norm", "paper", "refit+lowrank+strided")
+ALSO_NAMED = ("all-of-ours", "paper:by-hand", "weight-2:4:slim")
+FLOOR_SHOWN = 5.0  # dB: a noise floor further above the best variant is told and not drawn
 MAGNIFIED = 4  # differences to dense
 COLUMNS = 8
 DPI = 150
@@ -113,16 +116,16 @@ def front(document: Mapping[str, Any]) -> Figure | None:
         axes.errorbar(
             x, y, row["figures"]["psnr"]["spread"], fmt="o" if main else ".", alpha=1 if main else 0.5
         )
-        if main or row["name"] in pareto(points):
+        if row["name"] in (*SHOWN, *ALSO_NAMED, *pareto(points)):
             axes.annotate(row["name"], (x, y), fontsize=6, xytext=(4, 2), textcoords="offset points")
     best = [points[name] for name in pareto(points)]
     axes.plot(*zip(*best, strict=True), "k-", linewidth=0.8, zorder=0)
     floor = Results(document).rows.get("dense:other-seed")
     if floor is not None and floor["figures"]["psnr"]["mean"] is not None:
-        axes.axhline(
-            floor["figures"]["psnr"]["mean"], color="grey", linestyle=":", label="dense, other noise"
-        )
-        axes.legend(fontsize=7)
+        level, top = floor["figures"]["psnr"]["mean"], max(y for _, y in points.values())
+        if level < top + FLOOR_SHOWN:
+            axes.axhline(level, color="grey", linestyle=":")
+        axes.set_title(f"dense from other noise: {level:.1f} dB", fontsize=8, loc="left")
     axes.set_xlabel(
         "speed of the linear layers of a full-size step on an H100, modelled, over dense bfloat16"
     )
@@ -169,15 +172,26 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
 }
 
 
-def write_plots(results: Path) -> list[Path]:
-    """Write every plot that the results allow; the files written."""
-    document, folder, written = read_json(results), results.with_suffix(""), []
+def source_of(results: Path) -> str:
+    """Digest of a results file; its plots carry it, so that a test sees when they are stale."""
+    return hashlib.sha256(results.read_bytes()).hexdigest()
+
+
+def write_plots(results: Path, to: Path | None = None) -> list[Path]:
+    """Write every plot that the results allow; the files written.
+
+    to : where their folder is made, default beside the results.
+    """
+    document, written = read_json(results), []
+    folder = (to or results.parent) / results.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = source_of(results)
     for name, plot in PLOTS.items():
         figure = plot(document)
         if figure is None:
             continue
         with atomic_file(folder / f"plot-{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=DPI)
+            figure.savefig(temporary, format="png", dpi=DPI, metadata={"Source": digest})
         written.append(folder / f"plot-{name}.png")
     grid = pictures(document, results)
     if grid is not None:
@@ -209,10 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, nargs="+", help="files of studies/quality.py")
+    parser.add_argument("--to", type=Path, help="folder of the plots' folders, default that of each file")
     options = parser.parse_args(arguments)
     for results in options.results:
         try:
-            for path in write_plots(results):
+            for path in write_plots(results, options.to):
                 print(f"wrote {path}")
         except CheckpointError as error:
             parser.error(str(error))

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--batch-size", type=int, default=250, help="pictures at a time")
+    parser.add_argument("--batch-size", type=int, default=500, help="pictures at a time")
     parser.add_argument("--workers", type=int, default=1, help="processes, spread over the machine's GPUs")
     parser.add_argument("--minutes", type=float, help="begin no variant that would end later")
     parser.add_argument("--calibration-prompts", type=int, help="no more than these, for trials")

@@ -42,6 +42,8 @@ class Variant:
     steps : sampling steps; reference_steps : of the dense pictures it is compared with.
     other_noise : whether it starts from other noise than its reference.
     dtype : of the model, where it is not the study's.
+    rank_of_width : rank of every layer, as a share of the model's width. The library's "auto" gives one rank
+        to all layers of a full-size model.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Variant:
     reference_steps: int = STEPS
     other_noise: bool = False
     dtype: Literal["", "float32"] = ""
+    rank_of_width: float | None = None
 
     @property
     def pictures(self) -> int:
@@ -118,6 +121,15 @@ def _sweep(sweep: str, name: str, recipe: Recipe | None = None, **settings: Any)
     return Variant(f"{sweep}:{name}", "sweep", sweep, recipe, **settings)
 
 
+def _leaving(saving: float) -> Iterator[Variant]:
+    """The library's budget rule: as few layers as keep this share of what all of them save."""
+    percent, budget = f"{100 * saving:g}%", Budget(saving=saving)
+    yield _sweep("saving", f"norm-{percent}", Recipe.immediate(budget=budget))
+    yield _sweep("saving", f"refit-{percent}", Recipe(rank=None, budget=budget))
+    yield _sweep("saving", f"refit-rows-dense-{percent}", Recipe(rank=None, text_rows="dense", budget=budget))
+    yield _sweep("saving", f"ours-{percent}", Recipe(budget=budget), rank_of_width=RANK)
+
+
 def _sweeps() -> Iterator[Variant]:
     yield Variant("dense:float32", "sweep", "floor", dtype="float32")
     for ridge in (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0):
@@ -133,6 +145,10 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("steps", "dense-8-against-28", steps=FEW_STEPS)
     for name, recipe in {"norm": NORM, "paper": _paper(), "ours": OURS, "all-of-ours": ALL_OF_OURS}.items():
         yield _sweep("steps", f"{name}-8", recipe, **few)
+    yield _sweep("rank", "ours-width-2%", OURS, rank_of_width=RANK)
+    yield _sweep("rank", "paper-width-2%", _paper(), rank_of_width=RANK)
+    for saving in (0.95, 0.9, 0.8, 0.6):
+        yield from _leaving(saving)
     for n, m in ((1, 4), (4, 8), (8, 16)):
         yield _sweep("pattern", f"norm-{n}:{m}", Recipe.immediate(n=n, m=m, grouping="adjacent"))
         yield _sweep("pattern", f"ours-{n}:{m}", Recipe(n=n, m=m, rank=RANK))

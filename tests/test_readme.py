@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,8 +13,10 @@ import rtlynx
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
 import speed_plots
+import study_tables
 import tables
 import update_readme
+from plots import PLOTS, source_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,9 +25,20 @@ IN_README, ON_SITE = (tables.Place(in_docs=in_docs) for in_docs in (False, True)
 
 def test_the_table_is_the_results_file():
     assert update_readme.updated(README, Path("README.md")) == README
-    results = json.loads((ROOT / "docs/demo/results.json").read_text())
-    ours = next(row for row in results["variants"] if row["name"] == "activation-2:4+refit+lowrank")
-    assert f"{ours['psnr']:.1f}" in README
+    results = json.loads((ROOT / update_readme.STUDY).read_text())
+    ours = next(row for row in results["rows"] if row["name"] == "refit+lowrank+strided")
+    assert f"| `refit+lowrank+strided` | {ours['figures']['psnr']['mean']:.2f} |" in README
+
+
+def test_the_studys_plots_are_of_their_results_files():
+    sources = sorted((ROOT / study_tables.RESULTS).glob("quality-*.json"))
+    assert sources
+    for source in sources:
+        for name in PLOTS:
+            with Image.open(ROOT / study_tables.plots_of(source) / f"plot-{name}.png") as plot:
+                assert plot.text["Source"] == source_of(source), (
+                    "run python studies/plots.py studies/results/quality-*.json --to docs/study"
+                )
 
 
 def test_the_plot_is_of_the_results_file():
@@ -93,9 +105,8 @@ def updated(readme, root):
 
 
 def test_how_fast_appears_with_its_results(tmp_path):
-    shutil.copytree(ROOT / "docs/demo", tmp_path / "docs/demo", ignore=shutil.ignore_patterns("*.png"))
     begin, end = "<!-- speed: begin -->", "<!-- speed: end -->"
-    others = "".join(f"<!-- {name}: begin --><!-- {name}: end -->" for name in ("figures", "steps"))
+    others = "".join(f"<!-- {name}: begin --><!-- {name}: end -->" for name in ("study", "steps"))
     readme = f"{others}\n\n{begin}\nold\n{end}\n\nrest\n"
 
     before = updated(readme, tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from claims import answers, rank_correlation
 from measure import write_atlas
+from PIL import Image
 from plots import pareto, write_plots
 
 # Invented: name -> PSNR, modelled milliseconds, layer error.
@@ -164,6 +165,10 @@ def test_plots_are_written_for_what_is_there(tmp_path, capsys):
     path.write_text(json.dumps(invented()))
     names = {file.name for file in write_plots(path)}
     assert names == {f"plot-{name}.png" for name in plots.PLOTS}
+    (elsewhere,) = {file.parent for file in write_plots(path, tmp_path / "docs")}
+    assert elsewhere == tmp_path / "docs/quality-tiny"
+    with Image.open(elsewhere / "plot-front.png") as plot:
+        assert plot.text["Source"] == plots.source_of(path)
     some = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for name in ("dense", "paper"):
         write_atlas(plots.atlas_path(path, name), some)

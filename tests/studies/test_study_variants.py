@@ -119,6 +119,20 @@ def test_modelled_time_orders_the_recipes(model):
     assert ms["fp8:norm"] < ms["fp8:dense"] < ms["activation-2:4"] == ms["activation-2:4+norm"] < ms["dense"]
 
 
+def test_a_rank_of_the_width_is_the_same_for_every_layer_and_cheaper_than_a_share(model):
+    by_width, by_share = (build(BY_NAME[f"rank:ours-{one}2%"], model, SMALL) for one in ("width-", ""))
+    inputs = {
+        layer.name: layer.in_features for layer in make_plan(model.pipeline.transformer, Recipe()).sparse
+    }
+    width = min(inputs.values())
+    assert max(inputs.values()) > width
+    ranks = {name: by_width.plan[name].rank * k for name, k in inputs.items()}
+    assert set(ranks.values()) == {max(1, round(0.02 * width))}
+    assert by_width.recipe["rank"] == max(1, round(0.02 * width))
+    ms = [built.modelled_ms(model.architecture, STEPS) for built in (by_width, by_share)]
+    assert ms[0] < ms[1]
+
+
 def test_by_hand_and_by_budget_take_equal_time(model):
     hand, budget = (build(BY_NAME[f"layers:norm-by-{how}"], model, SMALL) for how in ("hand", "budget"))
     ms = [built.modelled_ms(model.architecture, STEPS) for built in (hand, budget)]

@@ -1,0 +1,165 @@
+"""The study's results files (studies/results) as Markdown, for the README and for docs/study.md."""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tables import Place
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "studies"))
+
+from claims import Results, answers  # noqa: E402
+from variants import VARIANTS  # noqa: E402
+
+RESULTS, PLOTS = Path("studies/results"), Path("docs/study")
+# What each plot shows, in the order of the page.
+CAPTIONS = {
+    "pictures": "First prompts: dense, then variants with their difference to dense, magnified four times",
+    "front": "Quality against modelled speed of the linear layers; the line is the Pareto front",
+    "distributions": "Weights and inputs of layers by role, and the energy that 2:4 keeps",
+    "errors-by-layer": "Error of each layer's output",
+    "errors-by-step": "Errors over the steps of sampling",
+}
+SWEEPS = {
+    "floor": "What rounding to bfloat16 does",
+    "saving": "Layers left dense by the budget rule, until this share of the saving is reached",
+    "rank": "Rank of the low-rank branch, of a layer's inputs (*width*: of the model's width in every layer)",
+    "ridge": "Ridge",
+    "prompts": "Calibration prompts",
+    "factors": "Low-rank factors: one A for layers that share an input, or each its own",
+    "order": "Calibrated at once, or block by block on what sparse blocks before give",
+    "grouping": "Strided groups of attention outputs",
+    "layers": "Layers left dense, by hand or by budget at the same modelled time",
+    "text": "Text: its stream sparse; its rows of joint blocks dense",
+    "dense-steps": "First steps dense",
+    "steps": "8 steps, against dense at 8",
+    "pattern": "Other patterns, for which there is no kernel",
+    "fp8": "Eight bits",
+    "fp8-budget": "Forms by an error budget, eight bits among them",
+    "bf16-budget": "Layers by an error budget, in bfloat16",
+    "cache": "On top of first-block caching",
+}
+
+
+# Title of a column -> its cell, of a row.
+Columns = dict[str, Callable[[dict], str]]
+
+
+def figure(name: str, form: str = ".3f") -> Callable[[dict], str]:
+    """A figure's mean over seeds."""
+    return lambda row: _number(row["figures"][name]["mean"], form)
+
+
+NAMED: Columns = {
+    "variant": lambda row: f"`{row['name']}`",
+    "PSNR, dB": lambda row: _psnr(row["figures"]["psnr"]),
+    "SSIM": figure("ssim"),
+    "perceptual": figure("perceptual"),
+}
+SPEED: Columns = {"linear layers, modelled": lambda row: _times(row["modelled_speedup"])}
+MAIN: Columns = {
+    **NAMED,
+    "Fréchet": figure("frechet"),
+    "retrieval": figure("retrieval"),
+    "layer error": lambda row: _number(row["errors"]["layer_error"], ".3f"),
+    **SPEED,
+    "calibration, s": lambda row: _number(row["calibration_seconds"], ".0f"),
+}
+SWEPT: Columns = {
+    **NAMED,
+    "layer error": lambda row: _number(row["errors"]["layer_error"], ".4f"),
+    "output error": lambda row: _number(row["errors"]["output_error_weighted"], ".4f"),
+    **SPEED,
+}
+
+
+def main_section(results: dict, source: Path, place: Place) -> str:
+    """The main comparison of one model as a table, with how it was measured."""
+    rows = _in_order(results, "group", "main")
+    return f"{_table(MAIN, rows)}\n\n{_measured(results, rows, source, place)}"
+
+
+def claims_section(documents: Iterable[dict]) -> str:
+    """Every claim with its answer for each model."""
+    by_model = {_name(document): answers(document) for document in documents}
+    lines = ["| claim | model | answer | figures |", "|---|---|---|---|"]
+    for told in zip(*by_model.values(), strict=True):
+        for model, one in zip(by_model, told, strict=True):
+            lines.append(f"| {one.claim} | {model} | **{one.verdict}** | {one.figure} |")
+    return "\n".join(lines)
+
+
+def sweeps_section(results: dict) -> str:
+    """One table a sweep of a model."""
+    parts = []
+    for sweep, title in SWEEPS.items():
+        rows = _in_order(results, "sweep", sweep)
+        if rows:
+            parts.append(f"#### {title}\n\n{_table(SWEPT, rows)}")
+    return "\n\n".join(parts)
+
+
+def plots_section(source: Path, place: Place, names: Iterable[str] = CAPTIONS, root: Path = ROOT) -> str:
+    """The plots of a results file that are there."""
+    files = {name: plots_of(source) / f"plot-{name}.png" for name in names}
+    return "\n\n".join(
+        f"![{CAPTIONS[name]}]({place.path(file)})" for name, file in files.items() if (root / file).is_file()
+    )
+
+
+def plots_of(source: Path) -> Path:
+    """The folder of a results file's plots."""
+    return PLOTS / source.stem
+
+
+def model_title(results: dict) -> str:
+    """What stands over a model's tables."""
+    architecture = results["architecture"].removesuffix("2DModel").removesuffix("Transformer")
+    return f"{_name(results)} ({architecture} architecture)"
+
+
+def _in_order(results: dict, key: str, value: str) -> list[dict]:
+    """Rows whose `key` is `value`, as the study lists its variants: a file has them as they were done."""
+    place = {variant.name: i for i, variant in enumerate(VARIANTS)}
+    rows = (row for row in results["rows"] if row[key] == value)
+    return sorted(rows, key=lambda row: place.get(row["name"], len(place)))
+
+
+def _table(columns: Columns, rows: Iterable[dict]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _measured(results: dict, rows: list[dict], source: Path, place: Place) -> str:
+    known = Results(results).rows
+    floor = known["dense:other-seed"]["figures"]["psnr"]["mean"] if "dense:other-seed" in known else None
+    sizes = sorted({(row["pictures"], len(row["seeds"]), row["steps"]) for row in rows})
+    size = "; ".join(
+        f"{count:,} pictures from each of {seeds} seeds, {steps} steps" for count, seeds, steps in sizes
+    )
+    noise = "" if floor is None else f" Dense from other noise: {floor:.1f} dB."
+    return (
+        f"{size}, against dense pictures from the same noise; ± over seeds where it is 0.05 dB or more."
+        f"{noise} Speed is modelled for the linear layers of the full-size model on an H100. "
+        f"{results['device']}, {results['dtype']}, torch {results['torch']}, commit {results['commit']} "
+        f"({place.file(source)})."
+    )
+
+
+def _name(results: dict) -> str:
+    return results["model"].removeprefix("zoo:")
+
+
+def _psnr(figure: dict) -> str:
+    spread = figure["spread"] or 0.0
+    return _number(figure["mean"], ".2f") + (f" ± {spread:.2f}" if spread >= 0.05 else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)  # noqa: RUF001
+
+
+def _times(value: float | None) -> str:
+    return _number(value, ".2f") + ("" if value is None else "x")
