@@ -44,15 +44,16 @@ def parts_of(draw: random.Random, k: int) -> tuple[int, ...]:
 
 
 def random_case(draw: random.Random, fp8: float) -> Case:
-    """Mostly small, now and then of the size of a real layer.
+    """Mostly small, now and then of the size of a real layer, or very many tokens of few features.
 
     fp8 : the share of cases that are quantised.
     """
     while True:
-        large = draw.random() < 0.03
-        k = skewed(draw, 4, 15360 if large else 1536, draw.choice((4, 8, 16, 64, 64, 64)))
+        kind = draw.random()
+        large, tall = kind < 0.03, kind > 0.98
+        k = skewed(draw, 4, 15360 if large else 512 if tall else 1536, draw.choice((4, 8, 16, 64, 64, 64)))
         k = max(4, k // 4 * 4)
-        rows = skewed(draw, 1, 9000 if large else 600)
+        rows = skewed(draw, 20_000, 80_000) if tall else skewed(draw, 1, 9000 if large else 600)
         n = skewed(draw, 1, 12288 if large else 700, draw.choice((1, 8, 8, 64)))
         if rows * k * n <= MOST_WORK:
             break
