@@ -47,7 +47,7 @@ def run_workers(
     with tempfile.TemporaryDirectory() as folder:
         write_dense(study, todo, Path(folder))
         deadline = None if minutes is None else minutes * 60 - (time.perf_counter() - start)
-        for job in todo:
+        for job in sorted(todo, key=_trained, reverse=True):  # by far the longest
             given.put(job)
         for _ in range(workers):
             given.put(None)
@@ -66,6 +66,10 @@ def run_workers(
             for process in processes:
                 process.terminate()
                 process.join()
+
+
+def _trained(job: Job) -> bool:
+    return job.variant.recipe is not None and job.variant.recipe.lowrank_solver == "trained"
 
 
 def _collect(processes: Sequence[Any], found: Any, store: RowStore, say: Any) -> int:

@@ -48,11 +48,11 @@ def train_lowrank(
     rest = (tokens - seen).to(device) @ weight.T  # what the sparse path misses
     tokens = tokens.to(device)
     unit = rest.square().mean().clamp_min(1e-30)  # a relative loss, so that one learning rate fits all layers
-    optimiser = torch.optim.AdamW((down, up), lr=LEARNING_RATE, weight_decay=0.0)
+    batches = torch.randint(m, (steps, min(m, TOKENS_PER_STEP)), generator=generator).to(device)
+    optimiser = torch.optim.AdamW((down, up), lr=LEARNING_RATE, weight_decay=0.0, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     with torch.enable_grad():
-        for _ in range(steps):
-            rows = torch.randint(m, (min(m, TOKENS_PER_STEP),), generator=generator).to(device)
+        for rows in batches:
             missing = tokens[rows] @ down.T @ up.T - rest[rows]
             loss = missing.square().mean() / unit
             optimiser.zero_grad(set_to_none=True)
