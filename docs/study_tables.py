@@ -6,12 +6,12 @@ from pathlib import Path
 
 from tables import Place
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "studies"))
+
+from claims import Results, answers
+from variants import VARIANTS
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "studies"))
-
-from claims import Results, answers  # noqa: E402
-from variants import VARIANTS  # noqa: E402
-
 RESULTS, PLOTS = Path("studies/results"), Path("docs/study")
 # What each plot shows, in the order of the page.
 CAPTIONS = {

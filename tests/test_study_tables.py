@@ -1,0 +1,86 @@
+"""The study's tables on invented results."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
+
+import study_tables
+from tables import Place
+
+ON_SITE = Place(in_docs=True)
+SOURCE = study_tables.RESULTS / "quality-x.json"
+
+
+def row(name, psnr, spread, **changes):
+    figures = {"psnr": {"mean": psnr, "spread": spread}}
+    figures |= {other: {"mean": 0.5} for other in ("ssim", "perceptual", "frechet", "retrieval")}
+    return {
+        "name": name,
+        "group": "main",
+        "sweep": "",
+        "pictures": 1000,
+        "seeds": [0, 1, 2],
+        "n": 3000,
+        "steps": 28,
+        "figures": figures,
+        "errors": {"layer_error": 0.0123, "output_error_weighted": 0.02},
+        "modelled_speedup": 1.375,
+        "calibration_seconds": 12.3,
+        **changes,
+    }
+
+
+def results(*rows):
+    return {
+        "model": "zoo:x",
+        "architecture": "FluxTransformer2DModel",
+        "device": "a card",
+        "dtype": "bfloat16",
+        "torch": "2",
+        "commit": "abc",
+        "rows": list(rows),
+    }
+
+
+def test_rows_of_the_main_comparison_come_in_the_studys_order():
+    document = results(
+        row("paper", 22.684, 0.004),
+        row("dense:other-seed", 45.57, 0.2, calibration_seconds=None),
+        row("dense", None, None, modelled_speedup=None),
+        row("ridge:1", 20.0, None, group="sweep", sweep="ridge"),
+    )
+    text = study_tables.main_section(document, SOURCE, ON_SITE)
+    lines = text.splitlines()
+    assert [line.split("`")[1] for line in lines[2:5]] == ["dense", "dense:other-seed", "paper"]
+    assert lines[2].startswith("| `dense` | – | 0.500 |")  # noqa: RUF001
+    assert "| `dense:other-seed` | 45.57 ± 0.20 |" in text
+    assert lines[4] == "| `paper` | 22.68 | 0.500 | 0.500 | 0.500 | 0.500 | 0.012 | 1.38x | 12 |"
+    assert "1,000 pictures from each of 3 seeds, 28 steps" in text
+    assert "Dense from other noise: 45.6 dB." in text
+    assert "commit abc (`studies/results/quality-x.json`)" in text
+
+
+def test_each_sweep_that_was_run_is_a_table():
+    swept = (row(f"ridge:{ridge}", 20.0, None, group="sweep", sweep="ridge") for ridge in ("1", "0.01"))
+    text = study_tables.sweeps_section(results(row("dense", None, None), *swept))
+    assert text.count("####") == 1
+    assert text.index("`ridge:0.01`") < text.index("`ridge:1`")
+    assert "| `ridge:1` | 20.00 | 0.500 | 0.500 | 0.0123 | 0.0200 | 1.38x |" in text
+
+
+def test_claims_stand_beside_each_other_model_by_model():
+    text = study_tables.claims_section([results(), results() | {"model": "zoo:y"}])
+    lines = text.splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines[:4]] == ["x", "y", "x", "y"]
+    assert all("**not measured**" in line for line in lines)
+
+
+def test_plots_appear_where_they_are(tmp_path):
+    folder = tmp_path / study_tables.plots_of(SOURCE)
+    folder.mkdir(parents=True)
+    assert study_tables.plots_section(SOURCE, ON_SITE, root=tmp_path) == ""
+    (folder / "plot-front.png").touch()
+    shown = study_tables.plots_section(SOURCE, ON_SITE, root=tmp_path)
+    assert shown.endswith("](study/quality-x/plot-front.png)")
+    assert study_tables.model_title(results()) == "x (Flux architecture)"
