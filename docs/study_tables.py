@@ -1,4 +1,4 @@
-"""The study's results files (studies/results) as Markdown, for the README and for docs/study.md."""
+"""The study's results files (studies/results) as Markdown, for the README and for docs/quality.md."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -87,6 +87,15 @@ def claims_section(documents: Iterable[dict]) -> str:
     for told in zip(*by_model.values(), strict=True):
         for model, one in zip(by_model, told, strict=True):
             lines.append(f"| {one.claim} | {model} | **{one.verdict}** | {one.figure} |")
+    return "\n".join(lines)
+
+
+def verdicts_section(documents: Iterable[dict]) -> str:
+    """Every claim with its answer for each model, without figures."""
+    by_model = {_name(document): answers(document) for document in documents}
+    lines = [f"| claim | {' | '.join(by_model)} |", "|---" * (1 + len(by_model)) + "|"]
+    for told in zip(*by_model.values(), strict=True):
+        lines.append(f"| {told[0].claim} | {' | '.join(one.verdict for one in told)} |")
     return "\n".join(lines)
 
 

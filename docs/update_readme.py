@@ -25,7 +25,7 @@ STUDY = study_tables.RESULTS / "quality-flux-emoji.json"
 BF16, FP8 = RESULTS / "linear-bf16-h100.json", RESULTS / "linear-fp8-h100.json"
 # The texts with generated parts, and which: each between `<!-- name: begin -->` and `<!-- name: end -->`.
 TEXTS = {
-    Path("README.md"): ("study", "speed", "steps"),
+    Path("README.md"): ("study", "claims", "speed", "steps"),
     Path("docs/quality.md"): ("study", "claims", "sweeps", "figures"),
     Path("docs/speed.md"): ("speed", "steps", "sizes", "calibration", "parts", "targets"),
     Path("docs/api.md"): ("reference",),
@@ -51,8 +51,10 @@ def study(root: Path, place: Place) -> str:
 
 
 def claims(root: Path, place: Place) -> str:
+    """The study's claims: with their figures on the site alone."""
     documents = [results for _, results in _studied(root)]
-    return study_tables.claims_section(documents) if documents else ""
+    section = study_tables.claims_section if place.in_docs else study_tables.verdicts_section
+    return section(documents) if documents else ""
 
 
 def sweeps(root: Path, place: Place) -> str:

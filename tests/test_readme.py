@@ -106,7 +106,7 @@ def updated(readme, root):
 
 def test_how_fast_appears_with_its_results(tmp_path):
     begin, end = "<!-- speed: begin -->", "<!-- speed: end -->"
-    others = "".join(f"<!-- {name}: begin --><!-- {name}: end -->" for name in ("study", "steps"))
+    others = "".join(f"<!-- {name}: begin --><!-- {name}: end -->" for name in ("study", "claims", "steps"))
     readme = f"{others}\n\n{begin}\nold\n{end}\n\nrest\n"
 
     before = updated(readme, tmp_path)

@@ -74,6 +74,9 @@ def test_claims_stand_beside_each_other_model_by_model():
     lines = text.splitlines()[2:]
     assert [line.split(" | ")[1] for line in lines[:4]] == ["x", "y", "x", "y"]
     assert all("**not measured**" in line for line in lines)
+    lines = study_tables.verdicts_section([results(), results() | {"model": "zoo:y"}]).splitlines()
+    assert lines[0] == "| claim | x | y |"
+    assert lines[2].endswith("| not measured | not measured |")
 
 
 def test_plots_appear_where_they_are(tmp_path):
