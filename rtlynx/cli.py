@@ -161,7 +161,7 @@ def calibrate(
 
     check_replaceable(folder, INDEX)  # before the work, not after it
     # What can be wrong is looked at before the model is loaded.
-    chosen, texts = _recipe(recipe, settings, Recipe()), _prompts(prompts, model)
+    chosen, texts = _recipe(recipe, settings, Recipe.recommended()), _prompts(prompts, model)
     how = _calibration_options(options, work, _pairs(pipeline))
     with _processes(device) as (local_device, is_first):
         loaded = load_model(model, device=local_device)
@@ -245,7 +245,7 @@ def inspect(
 
     if checkpoint is not None and (recipe or settings):
         raise typer.BadParameter("--checkpoint holds its own recipe: leave out --recipe and --set")
-    chosen = _recipe(recipe, settings, Recipe())
+    chosen = _recipe(recipe, settings, Recipe.recommended())
     loaded = load_model(model, device=DEFAULT_DEVICE if activations else "cpu")
     kept: dict[str, Any] = {}
     if activations:
@@ -472,3 +472,5 @@ def _print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
         f"{overview['sparse_share']:.1%} of the weights of all linear layers; "
         + _memory(overview["extra_bytes"])
     )
+    if overview["undecided"]:
+        out.print("The budget leaves some of these dense; which, calibration decides.")

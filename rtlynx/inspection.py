@@ -17,12 +17,13 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     Returns
     -------
     dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, pattern,
-    rank, form, dense_reason), `sparse_layers`, `sparse_share` (of the weights of all linears) and
-    `extra_bytes` (memory beyond the dense model's, negative where quantised weights save more).
+    rank, form, dense_reason), `sparse_layers`, `sparse_share` (of the weights of all linears), `extra_bytes`
+    (memory beyond the dense model's, negative where quantised weights save more) and `undecided` (whether a
+    budget is still to leave layers dense).
     """
     model = target_model(model_or_pipeline)
     state = state_of(model)
-    plan = make_plan(model, recipe or Recipe()) if state is None else state.plan
+    plan = make_plan(model, recipe or Recipe.recommended()) if state is None else state.plan
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     sparse = sum(layer.in_features * layer.out_features for layer in plan.sparse)
@@ -36,6 +37,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
         "sparse_layers": len(plan.sparse),
         "sparse_share": sparse / weights,
         "extra_bytes": planned if state is None else extra_bytes(model),
+        "undecided": state is None and plan.recipe.budget is not None,
     }
 
 

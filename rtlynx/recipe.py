@@ -16,6 +16,7 @@ MIN_SHARE_RANK = 4
 # The paper's share of the inputs, and where "auto" stops: up to 64 columns of T cost little on the kernels,
 # 2 % of 12,288 inputs most of what sparsity saves (`ours_paper_rank_us` in benchmarks/results/linear-*.json).
 SHARE, MOST_AUTO_RANK = 0.02, 64
+RECOMMENDED_SAVING = 0.9
 
 # What a layer can be: selected inputs or all of them, weights in the model's dtype or in e4m3.
 Form = Literal["bf16-sparse", "fp8-sparse", "fp8-dense", "dense"]
@@ -49,7 +50,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made sparse. The default is the one that draws best in `rtlynx demo`.
+    """How a model is made sparse. `Recipe.recommended` is what calibration uses where none is given.
 
     Parameters
     ----------
@@ -178,6 +179,15 @@ class Recipe:
             )
         if self.lowrank_solver == "trained" and (self.rank is None or self.refit):
             raise ValueError("the trained low-rank branch is the paper's: it needs a rank and refit=False")
+
+    @classmethod
+    def recommended(cls, **changes: Any) -> Recipe:
+        """Refitted weights, no low-rank branch, and the layers that cost most of the damage dense.
+
+        At equal time the nearest to the dense model's pictures in docs/quality.md: a tenth of the saving buys
+        more there, left to a few layers, than as a branch in all of them.
+        """
+        return cls(**{"rank": None, "budget": Budget(saving=RECOMMENDED_SAVING), **changes})
 
     @classmethod
     def immediate(cls, **changes: Any) -> Recipe:

@@ -112,6 +112,7 @@ def _main() -> Iterator[Variant]:
         "refit+lowrank": _adjacent(),
         "refit+lowrank+strided": OURS,
         "all-of-ours": ALL_OF_OURS,
+        "recommended": Recipe.recommended(),
     }
     for name, recipe in recipes.items():
         yield Variant(name, "main", recipe=recipe)

@@ -72,6 +72,20 @@ def test_what_is_measured_as_ours_is_the_default_recipe(monkeypatch, precision):
     assert torch.equal(attention.to_q.lowrank_down, attention.to_v.lowrank_down)
 
 
+def test_designs_are_of_the_layers_that_their_names_say(monkeypatch):
+    monkeypatch.setattr(step, "normals", lambda seed: torch.randn)
+    changes = {variant.name: variant.change for variant in step.DESIGNS}
+    model = tiny_flux()
+    changes["rtlynx bf16-2:4 (text rows dense)"](model)
+    layers = sparse_layers(model)
+    assert {name for name, layer in layers.items() if layer.text_rows_dense} == {
+        name for name in layers if name.startswith("single")
+    }
+    model = tiny_flux()
+    changes["rtlynx bf16-2:4 (no low-rank)"](model)
+    assert {layer.rank for layer in sparse_layers(model).values()} == {0}
+
+
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [

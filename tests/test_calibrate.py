@@ -46,6 +46,7 @@ from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.solve import solve_lowrank
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.models import sparse_layers
+from rtlynx.models.sparsify import state_of
 from rtlynx.pattern import Pattern, select
 
 # ---------------------------------------------------------------------------------------- what it solves
@@ -151,6 +152,17 @@ def test_default_rank_and_extra_bytes():
     factors = sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers.values())
     assert report.extra_bytes == 4 * factors
     assert set(report.dense.values()) == {"text stream"}
+
+
+def test_without_a_recipe_the_recommended_one_is_applied():
+    model = tiny_flux()
+    report = rtlynx.calibrate(model, calls=calls(8), progress=False)
+    assert state_of(model).plan.recipe == Recipe.recommended()
+    assert report.choice is not None
+    assert report.choice.saving >= 0.9
+    (worst, *_) = sorted(report.costs, key=lambda cost: cost.error / cost.saving, reverse=True)
+    assert report.dense[worst.name] == "budget: enough saved without it"
+    assert {layer.rank for layer in sparse_layers(model).values()} == {0}
 
 
 def test_sequential_mode_sees_the_sparse_blocks_before():

@@ -152,7 +152,8 @@ def test_each_setting_survives_json(key):
 
 def test_round_trip():
     fp8 = Recipe.from_dict({**EVERYTHING, **IN_FP8})
-    for recipe in (Recipe(), Recipe.immediate(), Recipe.paper(), Recipe.from_dict(EVERYTHING), fp8):
+    presets = (Recipe(), Recipe.recommended(), Recipe.immediate(), Recipe.paper())
+    for recipe in (*presets, Recipe.from_dict(EVERYTHING), fp8):
         assert Recipe.from_dict(recipe.to_dict()) == recipe
         assert Recipe.from_json(json.dumps(recipe.to_dict())) == recipe
         assert hash(recipe) == hash(Recipe.from_dict(recipe.to_dict()))
@@ -209,6 +210,14 @@ def test_default_is_the_one_that_draws_best():
     assert recipe.rank_for(3072) > 0
     assert recipe.ridge == "auto"
     assert recipe.layer_norm == "none"
+
+
+def test_the_recommended_recipe_has_no_branch_and_leaves_layers_dense():
+    recipe = Recipe.recommended()
+    assert (recipe.refit, recipe.rank, recipe.budget) == (True, None, Budget(saving=0.9))
+    assert recipe.needs_calibration
+    changed = Recipe.recommended(precision="auto", budget=Budget(error=0.01))
+    assert (changed.precision, changed.budget, changed.rank) == ("auto", Budget(error=0.01), None)
 
 
 def test_what_needs_what():

@@ -64,17 +64,23 @@ def torchao_fp8(model: nn.Module) -> None:
 
 
 def sparse(
-    precision: Literal["bf16", "fp8"], *, rank: int | None = RANK, text: Form | None = None
+    precision: Literal["bf16", "fp8"],
+    *,
+    rank: int | None = RANK,
+    text: Form | None = None,
+    text_rows: Literal["sparse", "dense"] = "sparse",
 ) -> Callable[[nn.Module], None]:
     """The form of our default recipe, refitted weights and a low-rank branch; factors are random too.
 
-    `text` is what layers of the text stream are, where that is not what the recipe makes of them.
+    `text` is what layers of the text stream are, where that is not what the recipe makes of them; `text_rows`
+    are those of layers that image and text share.
     """
 
     def change(model: nn.Module) -> None:
         candidates = architecture_of(model).candidates(model)
         forms = {one.name: text for one in candidates if text and one.stream == "text"}
-        plan = make_plan(model, Recipe(rank=rank, refit=True, precision=precision, forms=forms))
+        recipe = Recipe(rank=rank, refit=True, precision=precision, forms=forms, text_rows=text_rows)
+        plan = make_plan(model, recipe)
         normal, downs = normals(3), {}
 
         def prepare(name: str, layer: Any) -> None:
@@ -106,6 +112,7 @@ DESIGNS = (
     Variant("rtlynx fp8-2:4 (text bf16)", sparse("fp8", text="dense")),
     Variant("rtlynx fp8-2:4 (no low-rank)", sparse("fp8", rank=None)),
     Variant("rtlynx bf16-2:4 (no low-rank)", sparse("bf16", rank=None)),
+    Variant("rtlynx bf16-2:4 (text rows dense)", sparse("bf16", text_rows="dense")),
 )
 
 

@@ -64,7 +64,7 @@ def calibrate(
     prompts : sequence of str
         Hundreds; the pipeline samples them.
     recipe : Recipe, optional
-        Default `Recipe()`.
+        Default `Recipe.recommended()`.
     options : CalibrationOptions, optional
     calls : iterable of dict, optional
         Keyword arguments of calls of the module, in place of prompts; every eighth is held out.
@@ -83,7 +83,7 @@ def calibrate(
     Under `torchrun` every process records and replays its own prompts; moments are summed over processes,
     so all end with the same model.
     """
-    recipe, options = recipe or Recipe(), options or CalibrationOptions()
+    recipe, options = recipe or Recipe.recommended(), options or CalibrationOptions()
     if isinstance(prompts, str):
         raise ValueError("prompts are a list of strings, got one string")
     if recipe.precision == "auto" and options.sequential:
