@@ -203,9 +203,12 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     lines.append("")
     lines += [f"- {one['name']}: not measured: {one['reason']}" for one in variants if one["reason"]]
     lines += [""] if lines[-1] else []
+    # Files from before the recommended recipe name the rank of every layer.
+    ours = f"every layer, rank {results['rank']}" if "rank" in results else "the recommended recipe"
     lines.append(
         f"{results['model']}, {results['resolution']}, batch {results['batch']}, {results['text_tokens']} "
-        f"text tokens, attention: {results['attention']}. {measured_on(results)} ({place.file(source)})."
+        f"text tokens, attention: {results['attention']}; ours: {ours}. "
+        f"{measured_on(results)} ({place.file(source)})."
     )
     return "\n".join(lines)
 
@@ -248,7 +251,7 @@ def calibration_section(results: dict, source: Path, place: Place) -> str:
     lines += [
         "",
         f"{results['model']} with random weights, {results['image_tokens']:,} + {results['text_tokens']} "
-        "tokens a call, default recipe, solved in float32. "
+        "tokens a call, refit and low-rank branch in every layer, solved in float32. "
         f"{measured_on(results)} ({place.file(source)}).",
     ]
     return "\n".join(lines)

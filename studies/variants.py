@@ -129,6 +129,7 @@ def _leaving(saving: float) -> Iterator[Variant]:
     yield _sweep("saving", f"refit-{percent}", Recipe(rank=None, budget=budget))
     yield _sweep("saving", f"refit-rows-dense-{percent}", Recipe(rank=None, text_rows="dense", budget=budget))
     yield _sweep("saving", f"ours-{percent}", Recipe(budget=budget), rank_of_width=RANK)
+    yield _sweep("saving", f"auto-{percent}", Recipe.recommended(precision="auto", budget=budget))
 
 
 def _sweeps() -> Iterator[Variant]:

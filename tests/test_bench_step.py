@@ -1,5 +1,6 @@
 """The benchmark of a denoising step, as far as it needs no card."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -10,13 +11,14 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImag
 from helpers import tiny_flux
 from rich.console import Console
 
-from rtlynx.bench import step
+from rtlynx import Recipe
+from rtlynx.bench import step, step_variants
 from rtlynx.bench.full_models import MODELS, Size, full_model
 from rtlynx.bench.overview import step_overview
 from rtlynx.bench.results import step_speed_up
 from rtlynx.bench.step_split import kind
 from rtlynx.bench.sustained import Measurement
-from rtlynx.models import sparse_layers
+from rtlynx.models import make_plan, sparse_layers
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from targets import step_targets
@@ -57,33 +59,56 @@ def test_an_unknown_model_is_refused_by_name():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_what_is_measured_as_ours_is_the_default_recipe(monkeypatch, precision):
-    monkeypatch.setattr(step, "normals", lambda seed: torch.randn)
-    model = tiny_flux()
-    step.sparse(precision)(model)
+def test_what_is_measured_as_ours_is_the_recommended_recipe(precision):
+    model = tiny_flux(num_layers=2, num_single_layers=4)
+    whole = {layer.name for layer in make_plan(model, Recipe(rank=None)).sparse}
+    step_variants.recommended(precision)(model)
     layers = sparse_layers(model)
+    halved = {name for name, layer in layers.items() if layer.pattern.n < layer.pattern.m}
+    work = {name: model.get_submodule(name).weight.numel() for name in whole}
+    assert 0.85 < sum(work[name] for name in halved) / sum(work.values()) < 1
+    assert all("out" in name for name in whole - halved)
+    assert {layer.rank for layer in layers.values()} == {0}
     assert {layer.precision for layer in layers.values()} == {precision}
-    text = [layer for name, layer in layers.items() if "add" in name or "context" in name]
-    assert len(text) == (6 if precision == "fp8" else 0)  # dense, and in eight bits
-    assert {layer.rank for layer in text} <= {0}
-    assert {layer.rank for layer in layers.values() if layer not in text} == {step.RANK}
-    assert {layer.norm for layer in layers.values()} == {"none"}  # as beside a refitted weight
-    attention = model.transformer_blocks[0].attn
-    assert torch.equal(attention.to_q.lowrank_down, attention.to_v.lowrank_down)
+    if precision == "fp8":  # text and what is spared: nothing dropped, in eight bits
+        assert whole - halved <= set(layers)
+        assert sum("add" in name or "context" in name for name in layers) == 12
 
 
-def test_designs_are_of_the_layers_that_their_names_say(monkeypatch):
-    monkeypatch.setattr(step, "normals", lambda seed: torch.randn)
-    changes = {variant.name: variant.change for variant in step.DESIGNS}
+def test_spared_layers_hold_their_share_and_lie_evenly(monkeypatch):
+    model = tiny_flux(num_layers=2, num_single_layers=20)
+    layers = make_plan(model, Recipe(rank=None)).sparse
+    names = step_variants.spread_out(layers, 0.15)
+    work = {layer.name: layer.in_features * layer.out_features for layer in layers}
+    assert sum(work[name] for name in names) / sum(work.values()) == pytest.approx(0.15, abs=0.03)
+    places = [int(name.split(".")[1]) for name in names if name.startswith("single")]
+    assert max(b - a for a, b in itertools.pairwise(places)) <= 4
+    outputs = {layer.name for layer in layers if layer.candidate.role in ("attention-out", "single-out")}
+    assert set(names) <= outputs
+    more = step_variants.spread_out(layers, 0.5)
+    assert outputs < set(more)
+
+
+def test_designs_are_what_their_names_say(monkeypatch):
+    monkeypatch.setattr(step_variants, "normals", lambda seed: torch.randn)
+    changes = {variant.name.partition(" (")[2]: variant.change for variant in step_variants.DESIGNS}
     model = tiny_flux()
-    changes["rtlynx bf16-2:4 (text rows dense)"](model)
+    changes["every layer, text rows dense)"](model)
     layers = sparse_layers(model)
     assert {name for name, layer in layers.items() if layer.text_rows_dense} == {
         name for name in layers if name.startswith("single")
     }
+    assert {layer.rank for layer in layers.values()} == {0}
     model = tiny_flux()
-    changes["rtlynx bf16-2:4 (no low-rank)"](model)
-    assert {layer.rank for layer in sparse_layers(model).values()} == {0}
+    step_variants.every_layer("fp8")(model)
+    layers = sparse_layers(model)
+    text = [layer for name, layer in layers.items() if "add" in name or "context" in name]
+    assert len(text) == 6
+    assert {layer.rank for layer in text} == {0}
+    assert {layer.rank for layer in layers.values() if layer not in text} == {step_variants.RANK}
+    assert {layer.norm for layer in layers.values()} == {"none"}  # as beside a refitted weight
+    attention = model.transformer_blocks[0].attn
+    assert torch.equal(attention.to_q.lowrank_down, attention.to_v.lowrank_down)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +184,9 @@ def test_cuda_graphs_of_blocks_are_made_before_a_graph_of_a_step_is_captured(mon
     monkeypatch.setattr(step, "prepare", prepare)
     monkeypatch.setattr(step, "measure", lambda *rest: {})
     variants = [
-        step.Variant("a", None),
-        step.Variant("b", None, mode="reduce-overhead"),
-        step.Variant("c", None),
+        step_variants.Variant("a", None),
+        step_variants.Variant("b", None, mode="reduce-overhead"),
+        step_variants.Variant("c", None),
     ]
     rows = step.measure_together(variants, step.Bench(None, [], None, 1.0, 1, print))
     assert made == ["b", "a", "c"]
@@ -180,8 +205,11 @@ def test_pairs_stand_beside_their_own_reference(monkeypatch):
         ]
 
     monkeypatch.setattr(step, "measure_together", together)
-    variants = [step.Variant("a", None), *(one for one in step.VARIANTS if one.name == step.REFERENCE)]
-    rows = step.measure_pairwise([*variants, step.Variant("b", None)], None)
+    variants = [
+        step_variants.Variant("a", None),
+        *(one for one in step_variants.VARIANTS if one.name == step.REFERENCE),
+    ]
+    rows = step.measure_pairwise([*variants, step_variants.Variant("b", None)], None)
     assert [row["name"] for row in rows] == [step.REFERENCE, "a", "b"]
     assert rows[0]["drift"] == pytest.approx(0.04)
     assert (rows[1]["beside"]["gpu_ms"], rows[2]["beside"]["gpu_ms"]) == (100.0, 104.0)

@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,106 +18,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rtlynx.bench.card import Card
 from rtlynx.bench.full_models import MODELS, Call, Size, build, normals
-from rtlynx.bench.results import BLOCK_GRAPHS, REFERENCE
+from rtlynx.bench.results import REFERENCE
 from rtlynx.bench.step_split import split
+from rtlynx.bench.step_variants import DESIGNS, VARIANTS, Variant
 from rtlynx.bench.sustained import Graphs, Measurement, Sample, Timer, Window, attempt, measure
 from rtlynx.linear import SparseLinear
-from rtlynx.models import make_plan
-from rtlynx.models.plan import architecture_of
-from rtlynx.models.sparsify import apply_plan
-from rtlynx.recipe import Form, Recipe
-
-RANK = 64
-
-
-class Variant(NamedTuple):
-    """`change` makes a copy of the model, which shares its parameters, into what is measured.
-
-    `mode` is torch.compile's. With "reduce-overhead" each block is a CUDA graph of its own, which a graph of
-    the whole step cannot hold: no GPU time.
-    """
-
-    name: str
-    change: Callable[[nn.Module], object]
-    compiled: bool = True
-    mode: Literal["default", "reduce-overhead"] = "default"
-
-
-def torchao_fp8(model: nn.Module) -> None:
-    """Row-wise dynamic fp8 of all linears in the repeated blocks, as torchao's users have it.
-
-    Without its setting of Inductor that tunes each elementwise kernel step by step, which takes many minutes.
-    """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-    blocks = tuple(
-        name for name, module in model.named_modules() if type(module).__name__ in _repeated(model)
-    )
-
-    def chosen(module: nn.Module, name: str) -> bool:
-        wide = isinstance(module, nn.Linear) and min(module.in_features, module.out_features) >= 1024
-        modulation = "mod" in name or ".norm" in name or "adaLN" in name  # of one token: nothing to gain
-        return wide and not modulation and name.startswith(blocks)
-
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-    quantize_(model, config, filter_fn=chosen)
-
-
-def sparse(
-    precision: Literal["bf16", "fp8"],
-    *,
-    rank: int | None = RANK,
-    text: Form | None = None,
-    text_rows: Literal["sparse", "dense"] = "sparse",
-) -> Callable[[nn.Module], None]:
-    """The form of our default recipe, refitted weights and a low-rank branch; factors are random too.
-
-    `text` is what layers of the text stream are, where that is not what the recipe makes of them; `text_rows`
-    are those of layers that image and text share.
-    """
-
-    def change(model: nn.Module) -> None:
-        candidates = architecture_of(model).candidates(model)
-        forms = {one.name: text for one in candidates if text and one.stream == "text"}
-        recipe = Recipe(rank=rank, refit=True, precision=precision, forms=forms, text_rows=text_rows)
-        plan = make_plan(model, recipe)
-        normal, downs = normals(3), {}
-
-        def prepare(name: str, layer: Any) -> None:
-            k, n = layer.in_features, layer.out_features
-            if rank is None or layer.pattern.n == layer.pattern.m:
-                return
-            if layer.shared_input not in downs:
-                downs[layer.shared_input] = normal(rank, k) * k**-0.5
-            layer.set_lowrank(downs[layer.shared_input], normal(n, rank) * (0.1 * rank**-0.5))
-
-        apply_plan(model, plan, prepare)
-
-    return change
-
-
-VARIANTS = (
-    Variant("bf16 eager", lambda model: None, compiled=False),
-    Variant(REFERENCE, lambda model: None),
-    Variant("rtlynx bf16-2:4", sparse("bf16")),
-    Variant("rtlynx fp8-2:4", sparse("fp8")),
-    # What a user sets where the host cannot keep up.
-    Variant(f"{REFERENCE}{BLOCK_GRAPHS}", lambda model: None, mode="reduce-overhead"),
-    Variant(f"rtlynx bf16-2:4{BLOCK_GRAPHS}", sparse("bf16"), mode="reduce-overhead"),
-    Variant(f"rtlynx fp8-2:4{BLOCK_GRAPHS}", sparse("fp8"), mode="reduce-overhead"),
-    Variant("fp8 compiled (torchao)", torchao_fp8),  # the slowest to compile
-)
-# Other designs than the default recipe's, measured where they are named.
-DESIGNS = (
-    Variant("rtlynx fp8-2:4 (text bf16)", sparse("fp8", text="dense")),
-    Variant("rtlynx fp8-2:4 (no low-rank)", sparse("fp8", rank=None)),
-    Variant("rtlynx bf16-2:4 (no low-rank)", sparse("bf16", rank=None)),
-    Variant("rtlynx bf16-2:4 (text rows dense)", sparse("bf16", text_rows="dense")),
-)
-
-
-def _repeated(model: Any) -> tuple[str, ...]:
-    return tuple(model._repeated_blocks)
 
 
 class WallTimer:
@@ -305,7 +210,6 @@ def run(
         "text_tokens": size.text_tokens,
         "forwards": len(calls),
         "attention": attention,
-        "rank": RANK,
         "window_s": seconds,
         "rounds": rounds,
         "together": together,

@@ -30,7 +30,7 @@ EXPLAINED = {
         "inputs, at least 4), here solved in closed form."
     ),
     "activation-2:4+refit+lowrank": (
-        "This library's default: weights refitted to the selected activations, jointly with a low-rank "
+        "`Recipe()`: weights refitted to the selected activations, jointly with a low-rank "
         "branch of the same rank; groups span the heads at attention outputs."
     ),
     "fp8": (
@@ -38,7 +38,7 @@ EXPLAINED = {
         "for each output channel and token."
     ),
     "fp8+activation-2:4+refit+lowrank": (
-        "Both: the default recipe with what it keeps, and its refitted weights, in eight bits. From shipped "
+        "Both: the row of that name with what it keeps, and its refitted weights, in eight bits. From shipped "
         "solutions the weights are quantised afterwards; live calibration sees the eight bits."
     ),
     "activation-2:4+norm:all-layers": (
