@@ -38,7 +38,7 @@ EXPLAINED = {
         "for each output channel and token."
     ),
     "fp8+activation-2:4+refit+lowrank": (
-        "Both: the row of that name with what it keeps, and its refitted weights, in eight bits. From shipped "
+        "Both: what the row of that name keeps, and its refitted weights, in eight bits. From shipped "
         "solutions the weights are quantised afterwards; live calibration sees the eight bits."
     ),
     "activation-2:4+norm:all-layers": (
