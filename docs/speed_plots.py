@@ -1,6 +1,5 @@
 """The plot of a results file of bf16 layers."""
 
-import hashlib
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -8,7 +7,10 @@ from tables import speedup
 
 
 def draw_speed(results: dict, path: Path, source: str) -> None:
-    """Bars: whole layers' speed relative to cuBLAS; marks: the GEMM alone. `source` goes into the file."""
+    """Bars: whole layers' speed relative to cuBLAS; marks: the GEMM alone.
+
+    source : digest of the results file; the plot carries it, so that a test sees when it is stale.
+    """
     rows = results["rows"]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -33,11 +35,6 @@ def draw_speed(results: dict, path: Path, source: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Source": source, "Software": None})
-
-
-def source_of(results: Path) -> str:
-    """Digest of a results file; its plot carries it, so that a test sees when the plot is stale."""
-    return hashlib.sha256(results.read_bytes()).hexdigest()
 
 
 def _cusparselt_whole(row: dict) -> float | None:

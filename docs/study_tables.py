@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tables import Place
+from tables import Place, factor, number
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "studies"))
 
-from claims import Results, answers
+from claims import Results, answers, table_of
 from variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ Columns = dict[str, Callable[[dict], str]]
 
 def figure(name: str, form: str = ".3f") -> Callable[[dict], str]:
     """A figure's mean over seeds."""
-    return lambda row: _number(row["figures"][name]["mean"], form)
+    return lambda row: number(row["figures"][name]["mean"], form)
 
 
 NAMED: Columns = {
@@ -57,19 +57,19 @@ NAMED: Columns = {
     "SSIM": figure("ssim"),
     "perceptual": figure("perceptual"),
 }
-SPEED: Columns = {"linear layers, modelled": lambda row: _times(row["modelled_speedup"])}
+SPEED: Columns = {"linear layers, modelled": lambda row: factor(row["modelled_speedup"])}
 MAIN: Columns = {
     **NAMED,
     "Fréchet": figure("frechet"),
     "retrieval": figure("retrieval"),
-    "layer error": lambda row: _number(row["errors"]["layer_error"], ".3f"),
+    "layer error": lambda row: number(row["errors"]["layer_error"], ".3f"),
     **SPEED,
-    "calibration, s": lambda row: _number(row["calibration_seconds"], ".0f"),
+    "calibration, s": lambda row: number(row["calibration_seconds"], ".0f"),
 }
 SWEPT: Columns = {
     **NAMED,
-    "layer error": lambda row: _number(row["errors"]["layer_error"], ".4f"),
-    "output error": lambda row: _number(row["errors"]["output_error_weighted"], ".4f"),
+    "layer error": lambda row: number(row["errors"]["layer_error"], ".4f"),
+    "output error": lambda row: number(row["errors"]["output_error_weighted"], ".4f"),
     **SPEED,
 }
 
@@ -83,11 +83,8 @@ def main_section(results: dict, source: Path, place: Place) -> str:
 def claims_section(documents: Iterable[dict]) -> str:
     """Every claim with its answer for each model."""
     by_model = {_name(document): answers(document) for document in documents}
-    lines = ["| claim | model | answer | figures |", "|---|---|---|---|"]
-    for told in zip(*by_model.values(), strict=True):
-        for model, one in zip(by_model, told, strict=True):
-            lines.append(f"| {one.claim} | {model} | **{one.verdict}** | {one.figure} |")
-    return "\n".join(lines)
+    claims = zip(*by_model.values(), strict=True)
+    return table_of((model, one) for told in claims for model, one in zip(by_model, told, strict=True))
 
 
 def verdicts_section(documents: Iterable[dict]) -> str:
@@ -163,12 +160,4 @@ def _name(results: dict) -> str:
 
 def _psnr(figure: dict) -> str:
     spread = figure["spread"] or 0.0
-    return _number(figure["mean"], ".2f") + (f" ± {spread:.2f}" if spread >= 0.05 else "")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)  # noqa: RUF001
-
-
-def _times(value: float | None) -> str:
-    return _number(value, ".2f") + ("" if value is None else "x")
+    return number(figure["mean"], ".2f") + (f" ± {spread:.2f}" if spread >= 0.05 else "")

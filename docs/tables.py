@@ -41,12 +41,12 @@ def figures_table(results: dict, more_steps: dict, place: Place) -> str:
     for row, other in zip(results["variants"], more_steps["variants"], strict=True):
         cells = [
             f"`{row['name']}`",
-            _format(row["layer_error"], ".3f"),
-            _format(row["psnr"], ".1f"),
-            _format(other["psnr"], ".1f"),
-            _format(row["ssim"], ".3f"),
+            number(row["layer_error"], ".3f"),
+            number(row["psnr"], ".1f"),
+            number(other["psnr"], ".1f"),
+            number(row["ssim"], ".3f"),
             f"{row['kid']:.3f} ± {row['kid_stderr']:.3f}",
-            _format(row["retrieval"], ".2f"),
+            number(row["retrieval"], ".2f"),
             str(row["sparse_layers"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -71,29 +71,29 @@ def speed_section(results: dict, source: Path, place: Place) -> str:
     for row in results["rows"]:
         cells = [
             *_times_of(row, "cusparselt_compress_us", "cusparselt_gemm_us"),
-            _times(speedup(row, "ours_gemm_us")),
-            _format(row["ours_us"], ".0f"),
-            f"**{_times(speedup(row, 'ours_us'))}**",
-            f"{_times(speedup(row, 'ours_paper_rank_us'))} (rank {row['paper_rank']})",
+            factor(speedup(row, "ours_gemm_us")),
+            number(row["ours_us"], ".0f"),
+            f"**{factor(speedup(row, 'ours_us'))}**",
+            f"{factor(speedup(row, 'ours_paper_rank_us'))} (rank {row['paper_rank']})",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     mean = results["geomean"]
     lines.append(
-        f"| geometric mean | | | | | | {_times(mean['gemm_vs_cublas'])} | | "
-        f"**{_times(mean['linear_vs_cublas'])}** | {_times(mean['linear_paper_rank_vs_cublas'])} |"
+        f"| geometric mean | | | | | | {factor(mean['gemm_vs_cublas'])} | | "
+        f"**{factor(mean['linear_vs_cublas'])}** | {factor(mean['linear_paper_rank_vs_cublas'])} |"
     )
-    power, clock = _format(results["power_w"], ".0f"), _format(results["clock_mhz"], ".0f")
+    power, clock = number(results["power_w"], ".0f"), number(results["clock_mhz"], ".0f")
     lines += [
         "",
         "Microseconds, and speed-ups over cuBLAS bf16 (`F.linear` with bias). *GEMM* is the sparse product "
         f"alone; our *compress* includes the norm scale and T = X A at rank {results['rank']}; *whole layer* "
         "starts from a dense X and includes the low-rank branch and the bias. Our GEMM runs at "
-        f"{_times(mean['gemm_vs_cusparselt'])} the speed of cuSPARSELt's best algorithm, whose X was masked "
+        f"{factor(mean['gemm_vs_cusparselt'])} the speed of cuSPARSELt's best algorithm, whose X was masked "
         "beforehand. TFLOP/s count the operations of the dense product.",
         "",
         f"Medians over {results['rounds']} windows of {results['window_s']:g} s a variant, interleaved in "
         "one process, inputs and weights rotating past the cache, on one "
-        f"{results['device']} (limit {_format(results['power_limit_w'], '.0f')} W; while measuring, "
+        f"{results['device']} (limit {number(results['power_limit_w'], '.0f')} W; while measuring, "
         f"{power} W and {clock} MHz in the median), torch {results['torch']}, CUDA {results['cuda']}, "
         f"commit {str(results['commit'])[:10]} ({place.file(source)}).",
     ]
@@ -111,16 +111,16 @@ def fp8_section(results: dict, source: Path, place: Place) -> str:
     for row in results["rows"]:
         cells = [
             *_times_of(row, "cublas_fp8_quant_us", "cublas_fp8_us"),
-            _times(speedup(row, "ours_gemm_us", "cublas_fp8_us")),
-            _format(row["ours_us"], ".0f"),
-            f"**{_times(speedup(row, 'ours_us'))}**",
-            f"**{_times(speedup(row, 'ours_us', 'fp8_linear_us'))}**",
+            factor(speedup(row, "ours_gemm_us", "cublas_fp8_us")),
+            number(row["ours_us"], ".0f"),
+            f"**{factor(speedup(row, 'ours_us'))}**",
+            f"**{factor(speedup(row, 'ours_us', 'fp8_linear_us'))}**",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     mean = results["geomean"]
     lines += [
-        f"| geometric mean | | | | | | {_times(mean['gemm_vs_cublas_fp8'])} | | "
-        f"**{_times(mean['linear_vs_cublas_bf16'])}** | **{_times(mean['linear_vs_fp8_linear'])}** |",
+        f"| geometric mean | | | | | | {factor(mean['gemm_vs_cublas_fp8'])} | | "
+        f"**{factor(mean['linear_vs_cublas_bf16'])}** | **{factor(mean['linear_vs_fp8_linear'])}** |",
         "",
         "As above; *dense fp8* is PyTorch's row-wise scaled product after a compiled dynamic quantisation. "
         "Quantisation alone moves these layers' outputs by "
@@ -137,10 +137,10 @@ def _times_of(row: dict, peer_first: str, peer_gemm: str) -> list[str]:
     return [
         row["shape"],
         f"{row['M']}, {row['K']}, {row['N']}",
-        _format(row["cublas_us"], ".0f"),
-        f"{_format(row[peer_first], '.0f')} + {_format(row[peer_gemm], '.0f')}",
-        f"{_format(row['ours_compress_us'], '.0f')} + {_format(gemm, '.0f')}",
-        _format(gemm and flops / gemm * 1e-6, ",.0f"),
+        number(row["cublas_us"], ".0f"),
+        f"{number(row[peer_first], '.0f')} + {number(row[peer_gemm], '.0f')}",
+        f"{number(row['ours_compress_us'], '.0f')} + {number(gemm, '.0f')}",
+        number(gemm and flops / gemm * 1e-6, ",.0f"),
     ]
 
 
@@ -159,7 +159,7 @@ def compress_section(results: dict, source: Path, place: Place) -> str:
     ]
     names = [f"compress_{grouping}{t}" for grouping in ("adjacent", "strided") for t in ("", "_lowrank")]
     for row in results["rows"]:
-        times = (_format(row.get(f"{name}_us"), ".1f") for name in ("copy", *names))
+        times = (number(row.get(f"{name}_us"), ".1f") for name in ("copy", *names))
         lines.append(f"| {row['M']}, {row['K']} | {' | '.join(times)} |")
     lines += [
         "",
@@ -170,7 +170,7 @@ def compress_section(results: dict, source: Path, place: Place) -> str:
         "|---|---|---|---|---|",
     ]
     for row in results["producers"]:
-        times = (_format(row.get(f"{name}_us"), ".1f") for name in ("chain", "producer", "producer_lowrank"))
+        times = (number(row.get(f"{name}_us"), ".1f") for name in ("chain", "producer", "producer_lowrank"))
         lines.append(f"| {row['name']} | {row['M']}, {row['K']} | {' | '.join(times)} |")
     lines += ["", f"Microseconds. {measured_on(results)} ({place.file(source)})."]
     return "\n".join(lines)
@@ -195,9 +195,9 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     ]
     for variant in variants:
         cells = [variant["name"]]
-        cells += [_format(variant.get(key), ".1f") for key in STEP_COLUMNS]
+        cells += [number(variant.get(key), ".1f") for key in STEP_COLUMNS]
         cells += [
-            _times(step_speed_up(variants, variant["name"], time=time)) for time in ("gpu_ms", "wall_ms")
+            factor(step_speed_up(variants, variant["name"], time=time)) for time in ("gpu_ms", "wall_ms")
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
@@ -224,9 +224,9 @@ def sizes_section(results: dict, source: Path, place: Place) -> str:
         times = {one["name"]: one["gpu_ms"] for one in row["variants"]}
         walls = {one["name"]: one["wall_ms"] for one in row["variants"]}
         cells = [f"{row['resolution']}²", str(row["batch"]), str(row["text_tokens"])]
-        cells += [_format(times.get(REFERENCE), ".1f")]
-        cells += [_times(step_speed_up(row["variants"], name)) for name in ours]
-        cells += [" / ".join(_format(walls.get(name), ".0f") for name in (REFERENCE, *ours))]
+        cells += [number(times.get(REFERENCE), ".1f")]
+        cells += [factor(step_speed_up(row["variants"], name)) for name in ours]
+        cells += [" / ".join(number(walls.get(name), ".0f") for name in (REFERENCE, *ours))]
         lines.append(f"| {' | '.join(cells)} |")
     # Rows that another commit measured.
     also = "".join(f", batch {row['batch']} at {row['commit']}" for row in results["rows"] if "commit" in row)
@@ -245,8 +245,8 @@ def calibration_section(results: dict, source: Path, place: Place) -> str:
         "|---|---|---|---|---|",
     ]
     for kind, block in results["blocks"].items():
-        seconds = _format(block["seconds_to_solve"], ".1f"), _format(block["seconds_a_call"], ".2f")
-        cells = [kind, str(block["runs"][0]["layers"]), *seconds, _format(block["peak_gib"], ".1f")]
+        seconds = number(block["seconds_to_solve"], ".1f"), number(block["seconds_a_call"], ".2f")
+        cells = [kind, str(block["runs"][0]["layers"]), *seconds, number(block["peak_gib"], ".1f")]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -260,7 +260,7 @@ def calibration_section(results: dict, source: Path, place: Place) -> str:
 def measured_on(results: dict) -> str:
     """Card, versions, commit."""
     return (
-        f"On one {results['device']} (limit {_format(results['power_limit_w'], '.0f')} W), torch "
+        f"On one {results['device']} (limit {number(results['power_limit_w'], '.0f')} W), torch "
         f"{results['torch']}, CUDA {results['cuda']}, commit {str(results['commit'])[:10]}"
     )
 
@@ -285,17 +285,17 @@ def targets_count(documents: Iterable[dict]) -> str:
 
 def _figure(value: float | None, unit: str) -> str:
     if unit == "x":
-        return _times(value)
-    return f"{_format(value, ',.0f')} {unit.replace('us', 'µs')}"
+        return factor(value)
+    return f"{number(value, ',.0f')} {unit.replace('us', 'µs')}"
 
 
 def speedup(row: dict, name: str, over: str = "cublas_us") -> float | None:
     return row[over] / row[name] if row[over] and row[name] else None
 
 
-def _times(ratio: float | None) -> str:
+def factor(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}x"  # noqa: RUF001
 
 
-def _format(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)  # noqa: RUF001

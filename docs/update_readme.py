@@ -19,6 +19,8 @@ import study_tables
 import tables
 from tables import Place
 
+from rtlynx.files import sha256_of
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results")
 STUDY = study_tables.RESULTS / "quality-flux-emoji.json"
@@ -43,10 +45,11 @@ def study(root: Path, place: Place) -> str:
     for source, results in _studied(root):
         if not place.in_docs and source != STUDY:
             continue
-        title = f"### {study_tables.model_title(results)}"
+        if place.in_docs:
+            parts.append(f"### {study_tables.model_title(results)}")
         names = study_tables.CAPTIONS if place.in_docs else ("pictures", "front")
-        plots = study_tables.plots_section(source, place, names, root)
-        parts += [title] * place.in_docs + [study_tables.main_section(results, source, place), plots]
+        parts.append(study_tables.main_section(results, source, place))
+        parts.append(study_tables.plots_section(source, place, names, root))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -193,9 +196,7 @@ def main() -> None:
         path = ROOT / file
         path.write_text(updated(path.read_text(), file))
     for source in plotted():
-        speed_plots.draw_speed(
-            _read(ROOT / source), ROOT / tables.plot_of(source), speed_plots.source_of(ROOT / source)
-        )
+        speed_plots.draw_speed(_read(ROOT / source), ROOT / tables.plot_of(source), sha256_of(ROOT / source))
     for name, drawing in diagrams.DIAGRAMS.items():
         (ROOT / diagrams.FOLDER / name).write_text(drawing())
 

@@ -8,7 +8,7 @@ figure was known.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,9 +236,13 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 def table(answers_by_model: Mapping[str, Sequence[Answer]]) -> str:
     """Markdown: a row a claim and model."""
+    return table_of((model, one) for model, some in answers_by_model.items() for one in some)
+
+
+def table_of(told: Iterable[tuple[str, Answer]]) -> str:
+    """Markdown: a row for each model and answer, in the order given."""
     lines = ["| claim | model | answer | figures |", "|---|---|---|---|"]
-    for model, some in answers_by_model.items():
-        lines += [f"| {one.claim} | {model} | **{one.verdict}** | {one.figure} |" for one in some]
+    lines += [f"| {one.claim} | {model} | **{one.verdict}** | {one.figure} |" for model, one in told]
     return "\n".join(lines)
 
 

@@ -81,8 +81,7 @@ def build(variant: Variant, study: StudyModel, calibration: Calibration, *, prog
     model = target_model(pipeline)
     if variant.dtype:
         pipeline.to(getattr(torch, variant.dtype))
-    candidates = make_plan(model, Recipe.immediate(grouping="adjacent")).layers
-    built = Built(pipeline, plan=all_dense(layer.name for layer in candidates))
+    built = Built(pipeline, plan=all_dense(layer.name for layer in _candidates(model)))
     start = time.perf_counter()
     if variant.weights is not None:
         _prune(built, study, variant, calibration)
@@ -121,8 +120,12 @@ def _recipe(variant: Variant, study: StudyModel, calibration: Calibration) -> Re
 
 def _width(study: StudyModel) -> int:
     """Of the model: the least inputs that a layer has."""
-    model = target_model(study.pipeline)
-    return min(layer.in_features for layer in make_plan(model, Recipe.immediate(grouping="adjacent")).layers)
+    return min(layer.in_features for layer in _candidates(target_model(study.pipeline)))
+
+
+def _candidates(model: nn.Module) -> Sequence[LayerPlan]:
+    """Every layer that could be sparse."""
+    return make_plan(model, Recipe.immediate(grouping="adjacent")).layers
 
 
 def planned_ms(study: StudyModel, recipe: Recipe, only: Collection[str] | None = None) -> float:

@@ -8,7 +8,6 @@ the main variants.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from rtlynx.evaluate.grid import picture_grid, png_bytes
 from rtlynx.evaluate.layers import HISTOGRAM_BINS, HISTOGRAM_RANGE
-from rtlynx.files import CheckpointError, atomic_file, read_json
+from rtlynx.files import CheckpointError, atomic_file, read_json, sha256_of
 from rtlynx.zoo.pipeline import SIZE
 from rtlynx.zoo.prompts import demo_prompts
 
@@ -110,16 +109,16 @@ def front(document: Mapping[str, Any]) -> Figure | None:
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     points = {row["name"]: _speed_and_quality(row) for row in rows}
+    best = pareto(points)
     for row in rows:
         x, y = points[row["name"]]
         main = row["group"] == "main"
         axes.errorbar(
             x, y, row["figures"]["psnr"]["spread"], fmt="o" if main else ".", alpha=1 if main else 0.5
         )
-        if row["name"] in (*SHOWN, *ALSO_NAMED, *pareto(points)):
+        if row["name"] in (*SHOWN, *ALSO_NAMED, *best):
             axes.annotate(row["name"], (x, y), fontsize=6, xytext=(4, 2), textcoords="offset points")
-    best = [points[name] for name in pareto(points)]
-    axes.plot(*zip(*best, strict=True), "k-", linewidth=0.8, zorder=0)
+    axes.plot(*zip(*(points[name] for name in best), strict=True), "k-", linewidth=0.8, zorder=0)
     floor = Results(document).rows.get("dense:other-seed")
     if floor is not None and floor["figures"]["psnr"]["mean"] is not None:
         level, top = floor["figures"]["psnr"]["mean"], max(y for _, y in points.values())
@@ -172,11 +171,6 @@ PLOTS: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
 }
 
 
-def source_of(results: Path) -> str:
-    """Digest of a results file; its plots carry it, so that a test sees when they are stale."""
-    return hashlib.sha256(results.read_bytes()).hexdigest()
-
-
 def write_plots(results: Path, to: Path | None = None) -> list[Path]:
     """Write every plot that the results allow; the files written.
 
@@ -185,7 +179,7 @@ def write_plots(results: Path, to: Path | None = None) -> list[Path]:
     document, written = read_json(results), []
     folder = (to or results.parent) / results.stem
     folder.mkdir(parents=True, exist_ok=True)
-    digest = source_of(results)
+    digest = sha256_of(results)  # so that a test sees when a plot is stale
     for name, plot in PLOTS.items():
         figure = plot(document)
         if figure is None:

@@ -126,8 +126,9 @@ def _leaving(saving: float) -> Iterator[Variant]:
     """The library's budget rule: as few layers as keep this share of what all of them save."""
     percent, budget = f"{100 * saving:g}%", Budget(saving=saving)
     yield _sweep("saving", f"norm-{percent}", Recipe.immediate(budget=budget))
-    yield _sweep("saving", f"refit-{percent}", Recipe(rank=None, budget=budget))
-    yield _sweep("saving", f"refit-rows-dense-{percent}", Recipe(rank=None, text_rows="dense", budget=budget))
+    yield _sweep("saving", f"refit-{percent}", Recipe.recommended(budget=budget))
+    rows_dense = Recipe.recommended(text_rows="dense", budget=budget)
+    yield _sweep("saving", f"refit-rows-dense-{percent}", rows_dense)
     yield _sweep("saving", f"ours-{percent}", Recipe(budget=budget), rank_of_width=RANK)
     yield _sweep("saving", f"auto-{percent}", Recipe.recommended(precision="auto", budget=budget))
 

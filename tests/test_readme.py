@@ -16,7 +16,9 @@ import speed_plots
 import study_tables
 import tables
 import update_readme
-from plots import PLOTS, source_of
+from plots import PLOTS
+
+from rtlynx.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -36,7 +38,7 @@ def test_the_studys_plots_are_of_their_results_files():
     for source in sources:
         for name in PLOTS:
             with Image.open(ROOT / study_tables.plots_of(source) / f"plot-{name}.png") as plot:
-                assert plot.text["Source"] == source_of(source), (
+                assert plot.text["Source"] == sha256_of(source), (
                     "run python studies/plots.py studies/results/quality-*.json --to docs/study"
                 )
 
@@ -45,9 +47,7 @@ def test_the_plot_is_of_the_results_file():
     assert update_readme.plotted()
     for source in update_readme.plotted():
         with Image.open(ROOT / tables.plot_of(source)) as plot:
-            assert plot.text["Source"] == speed_plots.source_of(ROOT / source), (
-                "run python docs/update_readme.py"
-            )
+            assert plot.text["Source"] == sha256_of(ROOT / source), "run python docs/update_readme.py"
 
 
 def invented_speed() -> dict:

@@ -69,6 +69,10 @@ def test_each_sweep_that_was_run_is_a_table():
     assert "| `ridge:1` | 20.00 | 0.500 | 0.500 | 0.0123 | 0.0200 | 1.38x |" in text
 
 
+def test_every_sweep_of_the_study_has_its_table():
+    assert set(study_tables.SWEEPS) == {variant.sweep for variant in study_tables.VARIANTS} - {""}
+
+
 def test_claims_stand_beside_each_other_model_by_model():
     text = study_tables.claims_section([results(), results() | {"model": "zoo:y"}])
     lines = text.splitlines()[2:]
