@@ -1,6 +1,7 @@
 """Blocks whose layers read compressed chains: the same model, in fewer passes. Kernels in their CPU form."""
 
 import copy
+import importlib
 import pickle
 from collections import Counter
 from functools import wraps
@@ -170,6 +171,33 @@ def test_it_compiles_as_one_graph_a_block(name):
     assert frames
     assert torch.equal(output(model, call), expected)
     assert counter.frame_count == frames
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_a_function_around_the_model_compiles_as_one_graph():
+    model, call = model_and_call("flux")
+    sparsify(model, Recipe.immediate(grouping="adjacent"))
+    expected = output(model, call)
+    compiled = torch.compile(lambda call: output(model, call), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(call), expected)
+
+
+def test_each_call_is_a_step_for_the_cuda_graphs_of_its_blocks(monkeypatch):
+    """Without that what one block gives is taken for overwritten when the next is called."""
+    importlib.import_module("torch._inductor.compile_fx")
+    steps = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(1))
+    model, call = model_and_call("flux")
+    output(model, call)
+    assert not steps
+    sparsify(model)
+    for _ in range(2):
+        output(copy.deepcopy(model), call)
+    assert len(steps) == 2
+    densify(model)
+    output(model, call)
+    assert len(steps) == 2
 
 
 @torch.no_grad()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rtlynx.context import SharedInput, SparseContext, StepTracker
+from rtlynx.context import SharedInput, SparseContext
 from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
-from rtlynx.models.guards import guard, refuse_merged, unguard
+from rtlynx.models.guards import guard, unguard
+from rtlynx.models.hooks import register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
-from rtlynx.parallel import TensorParallelLinear, local_text_rows, shards_of
+from rtlynx.parallel import TensorParallelLinear, shards_of
 from rtlynx.recipe import Recipe
 
 # Attribute of a sparse model that holds its `SparseState`.
@@ -26,51 +27,18 @@ _STATE = "_rtlynx"
 observers: list[Callable[[nn.Module], None]] = []
 
 
-class ModelHook:
-    """Forward pre-hook of a sparse model: keeps its layers' context right for every call."""
-
-    def __init__(self, plan: Plan, context: SparseContext) -> None:
-        self.plan = plan
-        self.context = context
-        self.steps = StepTracker(plan.architecture.descending)
-
-    @property
-    def needed(self) -> bool:
-        """Whether any option of the recipe depends on the call."""
-        return self.plan.recipe.dense_steps > 0 or self.plan.recipe.text_rows == "dense"
-
-    # Outside of what torch.compile makes of the model: steps are told apart by the value of a tensor.
-    @torch.compiler.disable
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        architecture, recipe = self.plan.architecture, self.plan.recipe
-        call = architecture.call_arguments(model, args, kwargs)
-        if recipe.text_rows == "dense" and architecture.text_rows is not None:
-            rows = local_text_rows(model, architecture.text_rows(call))
-            self.context.text_rows = None if rows is None else list(rows)
-        if recipe.dense_steps:
-            timestep = call.get(architecture.timestep_argument)
-            if timestep is None:
-                raise ValueError(
-                    f"dense_steps needs the model's {architecture.timestep_argument!r} argument, which this "
-                    f"call of {type(model).__name__} lacks"
-                )
-            self.context.dense_step = 0 <= self.steps.update(timestep) < recipe.dense_steps
-        if recipe.keeps_dense_weight and getattr(model, "peft_config", None):
-            refuse_merged(model)
-
-
 @dataclass
 class SparseState:
     """What rtlynx did to a model; kept on the model.
 
     base : fingerprints of the original weights of the sparse layers.
-    hook : handle of the model's `ModelHook`, where the recipe needs one.
+    hooks : handles of the model's forward pre-hooks.
     """
 
     plan: Plan
     context: SparseContext
     base: dict[str, str]
-    hook: Any = None
+    hooks: Sequence[Any] = ()
 
 
 def target_model(model_or_pipeline: Any) -> nn.Module:
@@ -189,9 +157,7 @@ def apply_plan(
         fingerprints[layer.name] = weight_fingerprint(whole.weight) if base is None else base[layer.name]
     _replace(model, replacements)
     guard(model)
-    hook = ModelHook(plan, context)
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True) if hook.needed else None
-    setattr(model, _STATE, SparseState(plan, context, fingerprints, handle))
+    setattr(model, _STATE, SparseState(plan, context, fingerprints, register_hooks(model, plan, context)))
     fuse_blocks(model, plan.architecture)
     if not any(layer.weight.is_meta for layer in replacements.values()):
         prepare_layers(model)
@@ -229,8 +195,8 @@ def densify(model_or_pipeline: Any) -> Any:
     state = state_of(model)
     if state is not None:
         unfuse_blocks(model, state.plan.architecture)
-        if state.hook is not None:
-            state.hook.remove()
+        for hook in state.hooks:
+            hook.remove()
         delattr(model, _STATE)
     _tell(model)
     return model_or_pipeline

@@ -63,15 +63,17 @@ def test_compiled_it_gives_the_same(name, precision):
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_with_a_cuda_graph_for_each_block_it_gives_the_same(name, precision):
-    """As a sampler calls it: guidance keeps the output of one call while the next runs."""
+    """As a sampler calls it: guidance keeps the output of one call while the next runs, and marks no step."""
     model, _ = sparse_model(name, precision)
     _, make_call = MODELS[name]
     calls = [on_card(make_call(seed), torch.bfloat16) for seed in range(5)]
-    expected = [output(model, call) for call in calls]
-    torch._dynamo.reset()
-    model.compile_repeated_blocks(fullgraph=True, mode="reduce-overhead")
-    outputs = [output(model, call) for call in calls]
-    assert all(relative_error(y, wanted) < 3e-2 for y, wanted in zip(outputs, expected, strict=True))
+    outputs = {}
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(fullgraph=True, mode=mode)
+        outputs[mode] = [output(model, call) for call in calls]
+    for y, expected in zip(outputs["reduce-overhead"], outputs["default"], strict=True):
+        assert relative_error(y, expected) < 1e-2
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
