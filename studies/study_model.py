@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import ZImageTransformer2DModel
+from z_image_batch import batch_equal_pictures
 
 from rtlynx.models.sparsify import target_model
 from rtlynx.pipelines import load_model
@@ -64,6 +66,9 @@ def load_study_model(source: str, *, device: str, dtype: torch.dtype) -> StudyMo
     pipeline = load_model(source, device=device, dtype=dtype)
     if not callable(pipeline) or not hasattr(pipeline, "components"):
         raise ValueError(f"{source} is no pipeline: a bare transformer cannot draw prompts")
+    model = target_model(pipeline)
+    if isinstance(model, ZImageTransformer2DModel):
+        batch_equal_pictures(model)
     calibration = tuple(calibration_prompts())
     return StudyModel(source, pipeline, calibration, _disjoint(calibration))
 
