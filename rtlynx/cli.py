@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -441,12 +442,13 @@ def _print_report(report: Any) -> None:
             numbers = f"{cost.error:.2e}", f"{cost.saving / 1e9:.3f}"
             budget.add_row(cost.name, cost.form, *numbers, decision)
         out.print(budget)
+        forms = Counter(report.choice.forms.values())
         out.print(
-            f"{len(report.choice.sparse)} layers sparse: measured error at the output "
+            f"{', '.join(f'{count} {form}' for form, count in forms.items())}: measured error at the output "
             f"{report.choice.error:.3e}, {report.choice.saving:.0%} of the possible saving"
         )
     out.print(
-        f"{len(report.solutions)} sparse layers, {len(report.dense)} left dense, "
+        f"{len(report.solutions)} layers changed, {len(report.dense)} left dense, "
         + _memory(report.extra_bytes)
     )
 
@@ -473,4 +475,4 @@ def _print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
         + _memory(overview["extra_bytes"])
     )
     if overview["undecided"]:
-        out.print("The budget leaves some of these dense; which, calibration decides.")
+        out.print("Calibration decides, by the budget, which of these stay dense or take another form.")

@@ -17,16 +17,17 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     Returns
     -------
     dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, pattern,
-    rank, form, dense_reason), `sparse_layers`, `sparse_share` (of the weights of all linears), `extra_bytes`
-    (memory beyond the dense model's, negative where quantised weights save more) and `undecided` (whether a
-    budget is still to leave layers dense).
+    rank, form, dense_reason), `sparse_layers` (how many drop activations), `sparse_share` (their share of the
+    weights of all linears), `extra_bytes` (memory beyond the dense model's, negative where quantised weights
+    save more) and `undecided` (whether a budget is still to decide).
     """
     model = target_model(model_or_pipeline)
     state = state_of(model)
     plan = make_plan(model, recipe or Recipe.recommended()) if state is None else state.plan
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(linear.in_features * linear.out_features for linear in linears)
-    sparse = sum(layer.in_features * layer.out_features for layer in plan.sparse)
+    halved = [layer for layer in plan.sparse if layer.form != "fp8-dense"]
+    sparse = sum(layer.in_features * layer.out_features for layer in halved)
     bytes_each = next(model.parameters()).element_size()
     planned = sum(_planned_extra(layer, plan.recipe, bytes_each) for layer in plan.sparse)
     return {
@@ -34,7 +35,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
         "architecture": plan.architecture.class_name if plan.architecture.rules else "generic",
         "recipe": plan.recipe.to_dict(),
         "layers": [_describe_layer(layer) for layer in plan.layers],
-        "sparse_layers": len(plan.sparse),
+        "sparse_layers": len(halved),
         "sparse_share": sparse / weights,
         "extra_bytes": planned if state is None else extra_bytes(model),
         "undecided": state is None and plan.recipe.budget is not None,

@@ -83,7 +83,8 @@ class Recipe:
         Where image and text tokens share a layer: give each kind the same weight, or each token.
     text_stream : "dense" | "sparse"
         Layers of the text stream. They carry the prompt through few tokens: most of the damage, hardly any
-        of the time. With precision "fp8" dense means "fp8-dense": in eight bits, nothing dropped.
+        of the time. With precision "fp8" dense means "fp8-dense": in eight bits, nothing dropped; with "auto"
+        the budget chooses between that and dense.
     text_rows : "sparse" | "dense"
         Text tokens in blocks that image and text share.
     dense_steps : int
@@ -182,12 +183,14 @@ class Recipe:
 
     @classmethod
     def recommended(cls, **changes: Any) -> Recipe:
-        """Refitted weights, no low-rank branch, and the layers that cost most of the damage dense.
+        """Refitted weights, no low-rank branch, each layer in the form that costs least for what it saves.
 
         At equal time the nearest to the dense model's pictures in docs/quality.md: a tenth of the saving buys
-        more there, left to a few layers, than as a branch in all of them.
+        more there, left to a few layers, than as a branch in all of them, and eight bits cost less than
+        dropped activations.
         """
-        return cls(**{"rank": None, "budget": Budget(saving=RECOMMENDED_SAVING), **changes})
+        settings = {"rank": None, "precision": "auto", "budget": Budget(saving=RECOMMENDED_SAVING)}
+        return cls(**{**settings, **changes})
 
     @classmethod
     def immediate(cls, **changes: Any) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rtlynx.recipe import Budget, Recipe
@@ -89,6 +89,7 @@ def _paper(**changes: Any) -> Recipe:
 NAIVE = Recipe.immediate(grouping="adjacent", norm="none")
 NORM = Recipe.immediate(grouping="adjacent")
 OURS = Recipe(rank=RANK)
+BF16 = Recipe.recommended(precision="bf16")
 ALL_OF_OURS = Recipe(rank=RANK, text_rows="dense", dense_steps=2)
 
 
@@ -112,6 +113,7 @@ def _main() -> Iterator[Variant]:
         "refit+lowrank": _adjacent(),
         "refit+lowrank+strided": OURS,
         "all-of-ours": ALL_OF_OURS,
+        "recommended:bf16": BF16,
         "recommended": Recipe.recommended(),
     }
     for name, recipe in recipes.items():
@@ -126,11 +128,10 @@ def _leaving(saving: float) -> Iterator[Variant]:
     """The library's budget rule: as few layers as keep this share of what all of them save."""
     percent, budget = f"{100 * saving:g}%", Budget(saving=saving)
     yield _sweep("saving", f"norm-{percent}", Recipe.immediate(budget=budget))
-    yield _sweep("saving", f"refit-{percent}", Recipe.recommended(budget=budget))
-    rows_dense = Recipe.recommended(text_rows="dense", budget=budget)
-    yield _sweep("saving", f"refit-rows-dense-{percent}", rows_dense)
+    yield _sweep("saving", f"refit-{percent}", replace(BF16, budget=budget))
+    yield _sweep("saving", f"refit-rows-dense-{percent}", replace(BF16, text_rows="dense", budget=budget))
     yield _sweep("saving", f"ours-{percent}", Recipe(budget=budget), rank_of_width=RANK)
-    yield _sweep("saving", f"auto-{percent}", Recipe.recommended(precision="auto", budget=budget))
+    yield _sweep("saving", f"auto-{percent}", Recipe.recommended(budget=budget))
 
 
 def _sweeps() -> Iterator[Variant]:

@@ -160,8 +160,9 @@ def test_without_a_recipe_the_recommended_one_is_applied():
     assert state_of(model).plan.recipe == Recipe.recommended()
     assert report.choice is not None
     assert report.choice.saving >= 0.9
-    (worst, *_) = sorted(report.costs, key=lambda cost: cost.error / cost.saving, reverse=True)
-    assert report.dense[worst.name] == "budget: enough saved without it"
+    halved = [cost for cost in report.costs if cost.form == "fp8-sparse"]
+    worst = max(halved, key=lambda cost: cost.error / cost.saving)
+    assert report.choice.forms.get(worst.name) != "fp8-sparse"
     assert {layer.rank for layer in sparse_layers(model).values()} == {0}
 
 
@@ -253,7 +254,8 @@ def test_a_pipeline_is_sampled_once_for_every_prompt_and_left_as_it_was():
     assert ["a drawing of animal number 7"] in pipeline.batches  # the held-out one, on its own
     assert pipeline._progress_bar_config == {"leave": False}
     assert len(sparse_layers(pipeline.transformer)) == 11
-    assert not [m for m in pipeline.transformer.modules() if m._forward_pre_hooks or m._forward_hooks]
+    hooks = [h for m in pipeline.transformer.modules() for h in (*m._forward_pre_hooks, *m._forward_hooks)]
+    assert len(hooks) == len(sparsify(tiny_flux())._forward_pre_hooks)
 
 
 def test_result_does_not_depend_on_the_batch_size():

@@ -110,7 +110,7 @@ def test_an_immediate_sparse_model_is_calibrated_as_if_it_were_dense():
     model, _ = run(sparsify(tiny_flux(), Recipe.immediate(n=1, grouping="strided", dense_steps=2)))
     dense, _ = run()
     assert_same(solution(model), solution(dense))
-    assert not model._forward_pre_hooks
+    assert len(model._forward_pre_hooks) == len(dense._forward_pre_hooks)  # dense_steps has one more
     assert torch.equal(output(model, flux_call(5)), output(dense, flux_call(5)))
 
 

@@ -35,7 +35,10 @@ def test_the_text_stream_keeps_its_dtype_where_a_form_or_the_budget_says_so():
     assert forms(Recipe.immediate(precision="fp8", forms={text: "dense"}))[text] == "dense"
     assert forms(Recipe.immediate(precision="fp8", skip=(text,)))[text] == "dense"
     assert forms(Recipe.immediate(precision="fp8", text_stream="sparse"))[text] == "fp8-sparse"
-    assert forms(Recipe(precision="auto", budget=Budget(error=0.1)))[text] == "dense"
+    auto = Recipe(precision="auto", budget=Budget(error=0.1))
+    assert [layer.form for layer in make_plan(tiny_flux(), auto).alternatives() if layer.name == text] == [
+        "fp8-dense"  # or dense, as the budget has it
+    ]
 
 
 def test_forms_fix_layers_by_hand():

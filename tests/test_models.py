@@ -368,7 +368,7 @@ def test_copies_are_independent():
 
     densify(twin)
     assert not twin._forward_pre_hooks
-    assert len(model._forward_pre_hooks) == 1
+    assert model._forward_pre_hooks
     assert torch.equal(output(twin, flux_call()), dense)
     assert torch.equal(output(model, flux_call(timestep=0.3)), expected)
 

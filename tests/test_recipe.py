@@ -214,10 +214,11 @@ def test_default_is_the_one_that_draws_best():
 
 def test_the_recommended_recipe_has_no_branch_and_leaves_layers_dense():
     recipe = Recipe.recommended()
-    assert (recipe.refit, recipe.rank, recipe.budget) == (True, None, Budget(saving=0.9))
+    assert (recipe.refit, recipe.rank, recipe.precision) == (True, None, "auto")
+    assert recipe.budget == Budget(saving=0.9)
     assert recipe.needs_calibration
-    changed = Recipe.recommended(precision="auto", budget=Budget(error=0.01))
-    assert (changed.precision, changed.budget, changed.rank) == ("auto", Budget(error=0.01), None)
+    changed = Recipe.recommended(precision="bf16", budget=Budget(error=0.01))
+    assert (changed.precision, changed.budget, changed.rank) == ("bf16", Budget(error=0.01), None)
 
 
 def test_what_needs_what():

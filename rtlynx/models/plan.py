@@ -96,7 +96,10 @@ class Plan:
         return replace(self, layers=tuple(layers))
 
     def alternatives(self) -> list[LayerPlan]:
-        """Each sparse layer in every form that it may take: several where the budget is to choose."""
+        """Each sparse layer in every form that it may take: several where the budget is to choose.
+
+        Dense is always one of them; what is to drop nothing has one more.
+        """
         if self.recipe.precision != "auto":
             return list(self.sparse)
         return [
@@ -104,7 +107,7 @@ class Plan:
             for layer in self.sparse
             for one in (
                 [layer]
-                if self.recipe.fixed_form(layer.name)
+                if self.recipe.fixed_form(layer.name) or layer.form == "fp8-dense"
                 else [layer.in_form(form) for form in FORMS if form != "dense"]
             )
         ]
@@ -153,7 +156,7 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> Laye
         None,
     ).in_form(fixed or ("bf16-sparse" if recipe.precision == "bf16" else eight_bits), "dense by 'forms'")
     reason = layer.dense_reason or layer.pattern.misfit(linear.in_features)
-    if reason is None and whole and recipe.precision != "fp8":
+    if reason is None and whole and recipe.precision == "bf16":
         reason = "text stream"
     if reason is None:
         glob = next((glob for glob in recipe.skip if fnmatch.fnmatchcase(candidate.name, glob)), None)
