@@ -27,8 +27,15 @@ from rtlynx.zoo.pipeline import SIZE
 from rtlynx.zoo.prompts import demo_prompts
 
 # The five main variants, from bad to good, whose errors and pictures are shown.
-SHOWN = ("weight-2:4:wanda", "activation-2:4", "activation-2:4+norm", "paper", "refit+lowrank+strided")
-ALSO_NAMED = ("all-of-ours", "paper:by-hand", "weight-2:4:slim")
+SHOWN = (
+    "weight-2:4:wanda",
+    "activation-2:4",
+    "activation-2:4+norm",
+    "paper",
+    "refit+lowrank+strided",
+    "recommended",
+)
+ALSO_NAMED = ("all-of-ours", "paper:by-hand", "recommended:bf16", "weight-2:4:slim")
 FLOOR_SHOWN = 5.0  # dB: a noise floor further above the best variant is told and not drawn
 MAGNIFIED = 4  # differences to dense
 COLUMNS = 8

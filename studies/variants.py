@@ -173,6 +173,7 @@ def _sweeps() -> Iterator[Variant]:
     dense_fp8 = Recipe.immediate(n=1, m=1, grouping="adjacent", norm="none", precision="fp8")
     yield _sweep("fp8", "dense", dense_fp8)
     yield _sweep("fp8", "norm", Recipe.immediate(precision="fp8"))
+    yield _sweep("fp8", "refit", Recipe(rank=None, precision="fp8"))
     yield _sweep("fp8", "ours", Recipe(rank=RANK, precision="fp8"))
     yield _sweep("fp8", "all-of-ours", Recipe(rank=RANK, precision="fp8", text_rows="dense", dense_steps=2))
     for error in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
