@@ -58,7 +58,7 @@ def say_plan(jobs: Sequence[Job], rows: Sequence[dict[str, Any]], say: Any = pri
         say(f"  in all about {total / 60:.0f} minutes")
 
 
-def header(source: str, study: Study, dtype: str, device: str, commit: str | None) -> dict[str, Any]:
+def header(source: str, study: Study, dtype: str, device: str) -> dict[str, Any]:
     """What the file says of its making."""
     of = study.calibration
     on_gpu = torch.device(device).type == "cuda"
@@ -71,7 +71,6 @@ def header(source: str, study: Study, dtype: str, device: str, commit: str | Non
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
         "torch": torch.__version__,
         "rtlynx": rtlynx.__version__,
-        "commit": commit,
         "perceptual_missing": study.judges.missing,
     }
 
@@ -118,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         study = setup.study(options.device)
         store = RowStore(
-            options.out, header(options.model, study, options.dtype, options.device, options.commit)
+            options.out, header(options.model, study, options.dtype, options.device), options.commit
         )
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))

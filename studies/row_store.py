@@ -17,14 +17,17 @@ SAME = ("model", "dtype", "guidance", "calibration")
 class RowStore:
     """A JSON document on disk, `{header ..., "rows": [...]}`.
 
+    Every row tells the commit that it was measured at: `commit` for those that this run adds.
+
     Raises
     ------
     ValueError
         If the file exists and was made with another model or other settings.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any], commit: str | None = None) -> None:
         self.path = path
+        self.commit = commit
         self.document: dict[str, Any] = {**header, "rows": []}
         if path.exists():
             self.document = read_json(path)
@@ -44,8 +47,8 @@ class RowStore:
         return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row, forget a failure of that name, and write the file, whole: the old rows or all."""
-        self.document["rows"].append(dict(row))
+        """Add a row of this run's commit, forget a failure of that name, and write the file whole."""
+        self.document["rows"].append({**row, "commit": self.commit})
         self.document.get("failures", {}).pop(row["name"], None)
         write_json(self.path, self.document)
 

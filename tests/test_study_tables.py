@@ -27,6 +27,7 @@ def row(name, psnr, spread, **changes):
         "errors": {"layer_error": 0.0123, "output_error_weighted": 0.02},
         "modelled_speedup": 1.375,
         "calibration_seconds": 12.3,
+        "commit": "abc",
         **changes,
     }
 
@@ -38,7 +39,6 @@ def results(*rows):
         "device": "a card",
         "dtype": "bfloat16",
         "torch": "2",
-        "commit": "abc",
         "rows": list(rows),
     }
 
@@ -47,7 +47,7 @@ def test_rows_of_the_main_comparison_come_in_the_studys_order():
     document = results(
         row("paper", 22.684, 0.004),
         row("dense:other-seed", 45.57, 0.2, calibration_seconds=None),
-        row("dense", None, None, modelled_speedup=None),
+        row("dense", None, None, modelled_speedup=None, commit="def"),
         row("ridge:1", 20.0, None, group="sweep", sweep="ridge"),
     )
     text = study_tables.main_section(document, SOURCE, ON_SITE)
@@ -58,7 +58,7 @@ def test_rows_of_the_main_comparison_come_in_the_studys_order():
     assert lines[4] == "| `paper` | 22.68 | 0.500 | 0.500 | 0.500 | 0.500 | 0.012 | 1.38x | 12 |"
     assert "1,000 pictures from each of 3 seeds, 28 steps" in text
     assert "Dense from other noise: 45.6 dB." in text
-    assert "commit abc (`studies/results/quality-x.json`)" in text
+    assert "commits abc, def (`studies/results/quality-x.json`)" in text
 
 
 def test_each_sweep_that_was_run_is_a_table():
