@@ -58,7 +58,7 @@ def test_rows_of_the_main_comparison_come_in_the_studys_order():
     assert lines[4] == "| `paper` | 22.68 | 0.500 | 0.500 | 0.500 | 0.500 | 0.012 | 1.38x | 12 |"
     assert "1,000 pictures from each of 3 seeds, 28 steps" in text
     assert "Dense from other noise: 45.6 dB." in text
-    assert "commits abc, def (`studies/results/quality-x.json`)" in text
+    assert "commits def, abc (`studies/results/quality-x.json`)" in text
 
 
 def test_each_sweep_that_was_run_is_a_table():
