@@ -95,7 +95,8 @@ class Recipe:
         Leave further layers dense by measured error and modelled time.
     precision : "bf16" | "fp8" | "auto"
         Of the sparse layers' products: the model's own dtype, or e4m3 weights and inputs with a scale for
-        each output channel and token. Auto: the budget chooses for each layer among all of `FORMS`.
+        each output channel and token. Auto: the budget chooses for each layer between fp8 that drops
+        activations, fp8 that drops none, and dense.
     forms : mapping
         Glob pattern of layer names -> what these layers are, whatever else the recipe says but `skip`:
         "bf16-sparse" | "fp8-sparse" | "fp8-dense" (quantised, nothing dropped, not compensated) | "dense".

@@ -17,7 +17,7 @@ from rtlynx.models.guards import refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.pattern import Pattern
-from rtlynx.recipe import FORMS, Form, Recipe
+from rtlynx.recipe import Form, Recipe
 
 ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, QWEN_IMAGE, Z_IMAGE)}
 
@@ -28,6 +28,10 @@ def architecture_of(model: nn.Module) -> Architecture:
         if base.__name__ in ARCHITECTURES:
             return ARCHITECTURES[base.__name__]
     return GENERIC
+
+
+# What a budget chooses among beside dense.
+_AUTO_FORMS: tuple[Form, ...] = ("fp8-dense", "fp8-sparse")
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ class Plan:
     def alternatives(self) -> list[LayerPlan]:
         """Each sparse layer in every form that it may take: several where the budget is to choose.
 
-        Dense is always one of them; what is to drop nothing has one more.
+        Dense is always one of them; what is to drop nothing has one more. (bf16-sparse is none: fp8-dense
+        takes less time and loses less.)
         """
         if self.recipe.precision != "auto":
             return list(self.sparse)
@@ -108,7 +113,7 @@ class Plan:
             for one in (
                 [layer]
                 if self.recipe.fixed_form(layer.name) or layer.form == "fp8-dense"
-                else [layer.in_form(form) for form in FORMS if form != "dense"]
+                else [layer.in_form(form) for form in _AUTO_FORMS]
             )
         ]
 
