@@ -16,6 +16,8 @@ RESULTS, PLOTS = Path("studies/results"), Path("docs/study")
 # What each plot shows, in the order of the page.
 CAPTIONS = {
     "pictures": "First prompts: dense, then variants with their difference to dense, magnified four times",
+    "worst": "What breaks first: the pictures furthest from dense, without compensation",
+    "worst-recommended": "The pictures furthest from dense with the recommended recipe",
     "front": "Quality against modelled speed of the linear layers; the line is the Pareto front",
     "distributions": "Weights and inputs of layers by role, and the energy that 2:4 keeps",
     "errors-by-layer": "Error of each layer's output",

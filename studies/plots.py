@@ -1,8 +1,8 @@
 """The study's plots from its results: `python studies/plots.py studies/results/quality-MODEL.json`.
 
 Writes PNG files into a folder of the results' name, beside them or in `--to`: distributions (the paper's
-Figure 2), errors by layer and by step, quality against modelled speed with its Pareto front, and pictures of
-the main variants.
+Figure 2), errors by layer and by step, quality against modelled speed with its Pareto front, pictures of
+the main variants, and those furthest from dense.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SHOWN = (
     "recommended",
 )
 ALSO_NAMED = ("all-of-ours", "paper:by-hand", "recommended:bf16", "weight-2:4:slim")
+WORST = {"worst": "activation-2:4", "worst-recommended": "recommended"}  # plot -> variant
 FLOOR_SHOWN = 5.0  # dB: a noise floor further above the best variant is told and not drawn
 MAGNIFIED = 4  # differences to dense
 COLUMNS = 8
@@ -165,6 +166,15 @@ def pictures(document: Mapping[str, Any], results: Path) -> bytes | None:
     return png_bytes(picture_grid(shown, demo_prompts(len(dense)), notes))
 
 
+def worst_pictures(document: Mapping[str, Any], results: Path, name: str) -> bytes | None:
+    """A variant's pictures that are furthest from dense, under the dense ones; None without their file."""
+    path, row = atlas_path(results, f"{name}-worst"), Results(document).rows.get(name)
+    if row is None or not path.is_file():
+        return None
+    dense, mine = read_atlas(path, SIZE).split(COLUMNS)
+    return png_bytes(picture_grid({"dense": dense, name: mine}, row["worst"]))
+
+
 def magnified_difference(some: Tensor, dense: Tensor) -> Tensor:
     """Difference (n, 3, H, W) around middle grey."""
     return (0.5 + MAGNIFIED * (some - dense)).clamp(0, 1)
@@ -194,11 +204,13 @@ def write_plots(results: Path, to: Path | None = None) -> list[Path]:
         with atomic_file(folder / f"plot-{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=DPI, metadata={"Source": digest})
         written.append(folder / f"plot-{name}.png")
-    grid = pictures(document, results)
-    if grid is not None:
-        with atomic_file(folder / "plot-pictures.png") as temporary:
-            temporary.write_bytes(grid)
-        written.append(folder / "plot-pictures.png")
+    grids = {"pictures": pictures(document, results)}
+    grids |= {plot: worst_pictures(document, results, variant) for plot, variant in WORST.items()}
+    for name, grid in grids.items():
+        if grid is not None:
+            with atomic_file(folder / f"plot-{name}.png") as temporary:
+                temporary.write_bytes(grid)
+            written.append(folder / f"plot-{name}.png")
     return written
 
 

@@ -174,8 +174,12 @@ def test_plots_are_written_for_what_is_there(tmp_path, capsys):
     some = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for name in ("dense", "paper"):
         write_atlas(plots.atlas_path(path, name), some)
+    write_atlas(plots.atlas_path(path, "activation-2:4-worst"), torch.rand(16, 3, 64, 64))
     plots.main([str(path)])
-    assert "plot-pictures.png" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "plot-pictures.png" in said
+    assert "plot-worst.png" in said
+    assert "plot-worst-recommended.png" not in said  # no such row, no such file
     claims.main([str(path)])
     assert capsys.readouterr().out.count("**yes**") == 8
     path.write_text(json.dumps({"model": "tiny", "rows": []}))
