@@ -26,7 +26,7 @@ from rtlynx.files import CheckpointError, atomic_file, read_json, sha256_of
 from rtlynx.zoo.pipeline import SIZE
 from rtlynx.zoo.prompts import demo_prompts
 
-# The five main variants, from bad to good, whose errors and pictures are shown.
+# The main variants, from bad to good, whose errors and pictures are shown.
 SHOWN = (
     "weight-2:4:wanda",
     "activation-2:4",
@@ -171,8 +171,8 @@ def worst_pictures(document: Mapping[str, Any], results: Path, name: str) -> byt
     path, row = atlas_path(results, f"{name}-worst"), Results(document).rows.get(name)
     if row is None or not path.is_file():
         return None
-    dense, mine = read_atlas(path, SIZE).split(COLUMNS)
-    return png_bytes(picture_grid({"dense": dense, name: mine}, row["worst"]))
+    count, tiles = len(row["worst"]), read_atlas(path, SIZE)
+    return png_bytes(picture_grid({"dense": tiles[:count], name: tiles[count : 2 * count]}, row["worst"]))
 
 
 def magnified_difference(some: Tensor, dense: Tensor) -> Tensor:
