@@ -60,7 +60,7 @@ def step_of(model: nn.Module, calls: list[Call]) -> Callable[[], list[Tensor]]:
     def step() -> list[Tensor]:
         outputs = []
         for call in calls:
-            torch.compiler.cudagraph_mark_step_begin()  # of no effect but in mode "reduce-overhead"
+            torch.compiler.cudagraph_mark_step_begin()  # for dense blocks in mode "reduce-overhead"
             (y,) = model(**call, return_dict=False)
             outputs += y if isinstance(y, list) else [y]
         return outputs

@@ -81,7 +81,7 @@ def every_layer(
 
 
 def recommended(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None]:
-    """The form of `Recipe.recommended`, which leaves the most harmful layers dense, in fp8 in eight bits.
+    """The form of `Recipe.recommended` in one precision: the most harmful layers dense, in fp8 in eight bits.
 
     Which those are depends on a model's weights, and these are random. So they are taken as trained models
     have them: outputs of attention and of single-stream blocks, then of MLPs, spread over the depth.
