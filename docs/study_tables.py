@@ -151,14 +151,18 @@ def _measured(results: dict, rows: list[dict], source: Path, place: Place) -> st
     return (
         f"{size}, against dense pictures from the same noise; ± over seeds where it is 0.05 dB or more."
         f"{noise} Speed is modelled for the linear layers of the full-size model on an H100. "
-        f"{results['device']}, {results['dtype']}, torch {results['torch']}, {_commits(rows)} "
+        f"{' and '.join(_distinct(rows, 'device'))}, {results['dtype']}, torch {results['torch']}, {_commits(rows)} "
         f"({place.file(source)})."
     )
 
 
 def _commits(rows: list[dict]) -> str:
-    found = list(dict.fromkeys(str(row["commit"]) for row in rows))
+    found = _distinct(rows, "commit")
     return f"{'commit' if len(found) == 1 else 'commits'} {', '.join(found)}"
+
+
+def _distinct(rows: list[dict], name: str) -> list[str]:
+    return list(dict.fromkeys(str(row[name]) for row in rows))
 
 
 def _name(results: dict) -> str:

@@ -58,21 +58,25 @@ def say_plan(jobs: Sequence[Job], rows: Sequence[dict[str, Any]], say: Any = pri
         say(f"  in all about {total / 60:.0f} minutes")
 
 
-def header(source: str, study: Study, dtype: str, device: str) -> dict[str, Any]:
+def header(source: str, study: Study, dtype: str) -> dict[str, Any]:
     """What the file says of its making."""
     of = study.calibration
-    on_gpu = torch.device(device).type == "cuda"
     return {
         "model": source,
         "architecture": study.model.architecture,
         "dtype": dtype,
         "guidance": study.model.settings.get("guidance_scale"),
         "calibration": {"steps": of.steps, "recorded": of.recorded, "most_prompts": of.prompts},
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
         "torch": torch.__version__,
         "rtlynx": rtlynx.__version__,
         "perceptual_missing": study.judges.missing,
     }
+
+
+def device_name(device: str) -> str:
+    """The card, or the processor's architecture."""
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if on_gpu else platform.machine()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -117,7 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         study = setup.study(options.device)
         store = RowStore(
-            options.out, header(options.model, study, options.dtype, options.device), options.commit
+            options.out,
+            header(options.model, study, options.dtype),
+            options.commit,
+            device_name(options.device),
         )
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))

@@ -17,7 +17,8 @@ SAME = ("model", "dtype", "guidance", "calibration")
 class RowStore:
     """A JSON document on disk, `{header ..., "rows": [...]}`.
 
-    Every row tells the commit that it was measured at: `commit` for those that this run adds.
+    Every row tells the commit and the device that it was measured with: `commit` and `device` for those that
+    this run adds.
 
     Raises
     ------
@@ -25,9 +26,11 @@ class RowStore:
         If the file exists and was made with another model or other settings.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any], commit: str | None = None) -> None:
+    def __init__(
+        self, path: Path, header: Mapping[str, Any], commit: str | None = None, device: str | None = None
+    ) -> None:
         self.path = path
-        self.commit = commit
+        self.measured = {"commit": commit, "device": device}
         self.document: dict[str, Any] = {**header, "rows": []}
         if path.exists():
             self.document = read_json(path)
@@ -47,8 +50,8 @@ class RowStore:
         return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row of this run's commit, forget a failure of that name, and write the file whole."""
-        self.document["rows"].append({**row, "commit": self.commit})
+        """Add a row of this run's commit and device, forget a failure of that name, and write the file whole."""
+        self.document["rows"].append({**row, **self.measured})
         self.document.get("failures", {}).pop(row["name"], None)
         write_json(self.path, self.document)
 

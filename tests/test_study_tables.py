@@ -28,6 +28,7 @@ def row(name, psnr, spread, **changes):
         "modelled_speedup": 1.375,
         "calibration_seconds": 12.3,
         "commit": "abc",
+        "device": "a card",
         **changes,
     }
 
@@ -36,7 +37,6 @@ def results(*rows):
     return {
         "model": "zoo:x",
         "architecture": "FluxTransformer2DModel",
-        "device": "a card",
         "dtype": "bfloat16",
         "torch": "2",
         "rows": list(rows),
@@ -47,7 +47,7 @@ def test_rows_of_the_main_comparison_come_in_the_studys_order():
     document = results(
         row("paper", 22.684, 0.004),
         row("dense:other-seed", 45.57, 0.2, calibration_seconds=None),
-        row("dense", None, None, modelled_speedup=None, commit="def"),
+        row("dense", None, None, modelled_speedup=None, commit="def", device="another"),
         row("ridge:1", 20.0, None, group="sweep", sweep="ridge"),
     )
     text = study_tables.main_section(document, SOURCE, ON_SITE)
@@ -58,6 +58,7 @@ def test_rows_of_the_main_comparison_come_in_the_studys_order():
     assert lines[4] == "| `paper` | 22.68 | 0.500 | 0.500 | 0.500 | 0.500 | 0.012 | 1.38x | 12 |"
     assert "1,000 pictures from each of 3 seeds, 28 steps" in text
     assert "Dense from other noise: 45.6 dB." in text
+    assert "another and a card, bfloat16" in text
     assert "commits def, abc (`studies/results/quality-x.json`)" in text
 
 

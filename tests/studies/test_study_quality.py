@@ -107,12 +107,13 @@ def test_a_failure_is_noted_and_tried_again(tmp_path, monkeypatch):
 
 
 def test_a_crash_leaves_whole_rows(tmp_path, monkeypatch):
-    store = RowStore(tmp_path / "q.json", HEADER, "abc")
+    store = RowStore(tmp_path / "q.json", HEADER, "abc", "a card")
     store.append({"name": "dense"})
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         store.append({"name": "paper"})
-    assert json.loads((tmp_path / "q.json").read_text())["rows"] == [{"name": "dense", "commit": "abc"}]
+    rows = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert rows == [{"name": "dense", "commit": "abc", "device": "a card"}]
     assert list(tmp_path.iterdir()) == [tmp_path / "q.json"]
 
 
