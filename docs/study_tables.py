@@ -148,10 +148,11 @@ def _measured(results: dict, rows: list[dict], source: Path, place: Place) -> st
         f"{count:,} pictures from each of {seeds} seeds, {steps} steps" for count, seeds, steps in sizes
     )
     noise = "" if floor is None else f" Dense from other noise: {floor:.1f} dB."
+    cards = " and ".join(_distinct(rows, "device"))
     return (
         f"{size}, against dense pictures from the same noise; ± over seeds where it is 0.05 dB or more."
         f"{noise} Speed is modelled for the linear layers of the full-size model on an H100. "
-        f"{' and '.join(_distinct(rows, 'device'))}, {results['dtype']}, torch {results['torch']}, {_commits(rows)} "
+        f"{cards}, {results['dtype']}, torch {results['torch']}, {_commits(rows)} "
         f"({place.file(source)})."
     )
 

@@ -108,7 +108,10 @@ def errors_by_step(document: Mapping[str, Any]) -> Figure | None:
 
 
 def front(document: Mapping[str, Any]) -> Figure | None:
-    """PSNR over modelled speed of every row at the study's steps; the Pareto front is a line."""
+    """PSNR over modelled speed of every row at the study's steps; the Pareto front is a line.
+
+    Rows with caching are crosses and not part of the front: they save steps, with any layers.
+    """
     rows = [row for row in Results(document).rows.values() if _speed_and_quality(row) is not None]
     steps = max((row["steps"] for row in rows), default=0)
     rows = [row for row in rows if row["steps"] == steps]
@@ -117,14 +120,14 @@ def front(document: Mapping[str, Any]) -> Figure | None:
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     points = {row["name"]: _speed_and_quality(row) for row in rows}
-    best = pareto(points)
+    cached = {row["name"] for row in rows if row["sweep"] == "cache"}
+    best = pareto({name: point for name, point in points.items() if name not in cached})
     for row in rows:
         x, y = points[row["name"]]
         main = row["group"] == "main"
-        axes.errorbar(
-            x, y, row["figures"]["psnr"]["spread"], fmt="o" if main else ".", alpha=1 if main else 0.5
-        )
-        if row["name"] in (*SHOWN, *ALSO_NAMED, *best):
+        marker = "o" if main else "x" if row["name"] in cached else "."
+        axes.errorbar(x, y, row["figures"]["psnr"]["spread"], fmt=marker, alpha=1 if main else 0.5)
+        if row["name"] in (*SHOWN, *ALSO_NAMED, *best, *cached):
             axes.annotate(row["name"], (x, y), fontsize=6, xytext=(4, 2), textcoords="offset points")
     axes.plot(*zip(*(points[name] for name in best), strict=True), "k-", linewidth=0.8, zorder=0)
     floor = Results(document).rows.get("dense:other-seed")

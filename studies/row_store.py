@@ -50,7 +50,7 @@ class RowStore:
         return next((row for row in self.rows if all(row.get(k) == v for k, v in key.items())), None)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row of this run's commit and device, forget a failure of that name, and write the file whole."""
+        """Add a row with what this run measures with, forget a failure of its name, write the file whole."""
         self.document["rows"].append({**row, **self.measured})
         self.document.get("failures", {}).pop(row["name"], None)
         write_json(self.path, self.document)
