@@ -181,8 +181,8 @@ def _sweeps() -> Iterator[Variant]:
         yield _sweep("fp8-budget", f"{error:g}", Recipe(rank=RANK, precision="auto", budget=budget))
         yield _sweep("bf16-budget", f"{error:g}", Recipe(rank=RANK, budget=budget))
     for threshold in (0.05, 0.1, 0.2):
-        cached = {"dense": None, "fp8": dense_fp8, "ours": OURS, "recommended": Recipe.recommended()}
-        for name, recipe in cached.items():
+        yield _sweep("cache", f"dense-{threshold:g}", cache=threshold)
+        for name, recipe in {"fp8": dense_fp8, "ours": OURS, "recommended": Recipe.recommended()}.items():
             yield _sweep("cache", f"{name}-{threshold:g}", recipe, cache=threshold)
 
 

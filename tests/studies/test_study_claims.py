@@ -48,6 +48,7 @@ def invented(**changes):
             {
                 "name": name,
                 "group": group,
+                "sweep": "",
                 "n": 3000 if group == "main" else 256,
                 "steps": 28,
                 "reference_steps": 28,
