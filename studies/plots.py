@@ -122,12 +122,13 @@ def front(document: Mapping[str, Any]) -> Figure | None:
     points = {row["name"]: _speed_and_quality(row) for row in rows}
     cached = {row["name"] for row in rows if row["sweep"] == "cache"}
     best = pareto({name: point for name, point in points.items() if name not in cached})
+    named = {*SHOWN, *ALSO_NAMED, *best, *(name for name in pareto(points) if name in cached)}
     for row in rows:
         x, y = points[row["name"]]
         main = row["group"] == "main"
         marker = "o" if main else "x" if row["name"] in cached else "."
         axes.errorbar(x, y, row["figures"]["psnr"]["spread"], fmt=marker, alpha=1 if main else 0.5)
-        if row["name"] in (*SHOWN, *ALSO_NAMED, *best, *cached):
+        if row["name"] in named:
             axes.annotate(row["name"], (x, y), fontsize=6, xytext=(4, 2), textcoords="offset points")
     axes.plot(*zip(*(points[name] for name in best), strict=True), "k-", linewidth=0.8, zorder=0)
     floor = Results(document).rows.get("dense:other-seed")
