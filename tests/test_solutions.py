@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import relative_error
 
 import rtlynx
 from rtlynx import zoo
@@ -14,6 +15,7 @@ from rtlynx.evaluate.variants import CALIBRATED
 from rtlynx.models import sparse_layers
 from rtlynx.zoo.prompts import ASSETS, calibration_prompts, evaluation_prompts
 
+BRANCHED = ("paper", "refit")  # a low-rank branch in every layer of the image
 BLOCK = "transformer_blocks.1."
 OTHERS = ("transformer_blocks.[02].*", "single_transformer_blocks.*")
 
@@ -45,13 +47,34 @@ def variant(dense, make):
 def test_they_hold_the_demo_s_recipes(name):
     index = read_index(ASSETS / "solutions" / name)
     assert rtlynx.Recipe.from_dict(index["recipe"]) == CALIBRATED[name]
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_each_layer_has_its_branch(name):
+    index = read_index(ASSETS / "solutions" / name)
     assert len(index["layers"]) == 48
     assert all(layer["refitted"] == (name == "refit") for layer in index["layers"].values())
     ranks = {layer["in_features"]: layer["rank"] for layer in index["layers"].values()}
     assert ranks == {256: 5, 1024: 20, 1280: 26}  # 2 % of the inputs, at least 4
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
+def test_the_recommended_one_has_layers_in_eight_bits_with_and_without_selection(dense):
+    model = copy.deepcopy(dense.transformer)
+    rtlynx.load(model, ASSETS / "solutions" / "recommended")
+    layers = sparse_layers(model)
+    assert {layer.precision for layer in layers.values()} == {"fp8"}
+    assert {layer.rank for layer in layers.values()} == {0}
+    sparse = {name for name, layer in layers.items() if layer.pattern.n < layer.pattern.m}
+    assert 0 < len(sparse) < len(layers)
+    assert not any("context" in name or "add_" in name for name in sparse)  # the text stream drops nothing
+    assert {name for name, layer in layers.items() if layer.refitted} == sparse
+    for name in layers.keys() - sparse:
+        original, layer = dense.transformer.get_submodule(name).weight, layers[name]
+        quantised = layer.weight.float() * layer.weight_scale.unsqueeze(1)
+        assert relative_error(quantised, original) < 0.05, name  # e4m3 has three bits after the first
+
+
+@pytest.mark.parametrize("name", BRANCHED)
 def test_a_block_solved_again_from_few_prompts_comes_close(dense, unseen, recorded, name):
     recipe = rtlynx.Recipe.from_dict({**CALIBRATED[name].to_dict(), "skip": OTHERS})
     plain = rtlynx.Recipe.immediate(norm=recipe.layer_norm, grouping=recipe.grouping)

@@ -41,9 +41,13 @@ EXPLAINED = {
         "Both: what the row of that name keeps, and its refitted weights, in eight bits. From shipped "
         "solutions the weights are quantised afterwards; live calibration sees the eight bits."
     ),
+    "recommended": (
+        "`Recipe.recommended()`: each layer 2:4 in eight bits with refitted weights, in eight bits alone, or "
+        "as it was, by what it saves and what it costs at the model's output."
+    ),
     "activation-2:4+norm:all-layers": (
-        "Selection and norm as above, and the layers of the text stream sparse too. In all other rows they "
-        "stay dense."
+        "Selection and norm as above, and the layers of the text stream sparse too. In no other row do they "
+        "drop activations."
     ),
 }
 
@@ -143,6 +147,12 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Eight bits alone draw at {eight['psnr']:.1f}{_NBSP}dB; beside our recipe quantising {verb} "
             f"{abs(change):.1f}{_NBSP}dB."
+        )
+    recommended = rows["recommended"]
+    if recommended["psnr"] is not None:
+        said.append(
+            f"The recommended recipe, which chooses a form for each layer, draws at "
+            f"{recommended['psnr']:.1f}{_NBSP}dB."
         )
     image_only, everything = rows["activation-2:4+norm"], rows["activation-2:4+norm:all-layers"]
     if image_only["psnr"] is not None and everything["psnr"] is not None:

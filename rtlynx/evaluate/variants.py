@@ -1,4 +1,4 @@
-"""The variants that `rtlynx demo` compares: one dense model, made sparse or quantised in eight ways."""
+"""The variants that `rtlynx demo` compares: one dense model, made sparse or quantised in nine ways."""
 
 from __future__ import annotations
 
@@ -28,13 +28,18 @@ NAMES = (
     "activation-2:4+refit+lowrank",
     "fp8",
     "fp8+activation-2:4+refit+lowrank",
+    "recommended",
     "activation-2:4+norm:all-layers",
 )
 
-# One rank for both, so that they differ in the method alone.
+# One rank for the paper's recipe and ours, so that they differ in the method alone.
 RANK = 0.02
 # Folder under the model's `solutions` -> recipe of what is calibrated.
-CALIBRATED = {"paper": Recipe.paper(rank=RANK), "refit": Recipe(rank=RANK)}
+CALIBRATED = {
+    "paper": Recipe.paper(rank=RANK),
+    "refit": Recipe(rank=RANK),
+    "recommended": Recipe.recommended(),
+}
 _FP8 = "fp8+activation-2:4+refit+lowrank"
 
 # FLUX's text stream keeps its dtype in fp8 rows too, so that rows differ in one thing.
@@ -53,6 +58,7 @@ _SOLUTIONS = {
     "activation-2:4+norm+lowrank": "paper",
     "activation-2:4+refit+lowrank": "refit",
     _FP8: "refit",
+    "recommended": "recommended",
 }
 
 # Live calibration is for trying it out: fewer prompts than the shipped solutions were made from.
@@ -88,7 +94,7 @@ def build_variant(
     Parameters
     ----------
     solutions : Path or None
-        Folder with the calibrated checkpoints `paper` and `refit`; None calibrates live. The fp8 variant
+        Folder with the calibrated checkpoints of `CALIBRATED`; None calibrates live. The fp8 variant
         quantises the weights of `refit` by plain scales.
     calibration_prompts : sequence of str
         What live calibration draws.
