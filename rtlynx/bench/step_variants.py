@@ -1,6 +1,6 @@
 """Variants of a full-size transformer that one step is measured of: dense, ours, and what others offer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -9,10 +9,19 @@ from rtlynx.bench.full_models import normals
 from rtlynx.bench.results import BLOCK_GRAPHS, REFERENCE
 from rtlynx.models import make_plan
 from rtlynx.models.plan import LayerPlan, architecture_of
-from rtlynx.models.sparsify import apply_plan
+from rtlynx.models.sparsify import apply_plan, sparsify
 from rtlynx.recipe import RECOMMENDED_SAVING, Form, Recipe
 
 RANK = 64
+# By role, the share of layers that the recommended recipe leaves whole in eight bits, in the model of the box
+# (solutions/recommended): which layers a budget takes depends on weights, and these are random.
+WHOLE_IN_FP8 = {
+    "attention-in": 10 / 27,
+    "attention-out": 2 / 3,
+    "mlp-up": 2 / 9,
+    "mlp-down": 0.0,
+    "single-out": 1 / 2,
+}
 
 
 class Variant(NamedTuple):
@@ -81,35 +90,49 @@ def every_layer(
 
 
 def recommended(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None]:
-    """The form of `Recipe.recommended` in one precision: the most harmful layers dense, in fp8 in eight bits.
+    """The form of `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 some whole.
 
-    Which those are depends on a model's weights, and these are random. So they are taken as trained models
-    have them: outputs of attention and of single-stream blocks, then of MLPs, spread over the depth.
+    The former are taken as trained models have them: outputs of attention and of single-stream blocks, then
+    of MLPs.
     """
 
     def change(model: nn.Module) -> None:
         plan = make_plan(model, Recipe.recommended(precision=precision, budget=None))
-        spared = spread_out([layer for layer in plan.sparse if layer.pattern.n < layer.pattern.m])
+        layers = [layer for layer in plan.sparse if layer.pattern.n < layer.pattern.m]
         if precision == "fp8":
-            plan = plan.in_forms(dict.fromkeys(spared, "fp8-dense"))
+            plan = plan.in_forms(dict.fromkeys(spread_out(layers, WHOLE_IN_FP8), "fp8-dense"))
         else:
-            plan = plan.leave_dense(dict.fromkeys(spared, "budget"))
+            plan = plan.leave_dense(dict.fromkeys(spread_out(layers, output_shares(layers)), "budget"))
         apply_plan(model, plan)
 
     return change
 
 
-def spread_out(layers: Sequence[LayerPlan], share: float = 1 - RECOMMENDED_SAVING) -> list[str]:
-    """Names of output layers that hold `share` of all multiplications of `layers`, evenly spaced."""
+def output_shares(layers: Sequence[LayerPlan], share: float = 1 - RECOMMENDED_SAVING) -> dict[str, float]:
+    """By role, shares of output layers that together hold `share` of all multiplications of `layers`."""
     work = {layer.name: layer.in_features * layer.out_features for layer in layers}
-    left, names = share * sum(work.values()), []
+    left = share * sum(work.values())
+    shares: dict[str, float] = {}
     for roles in (("attention-out", "single-out"), ("mlp-down",)):
-        some = [layer.name for layer in layers if layer.candidate.role in roles]
-        whole = sum(work[name] for name in some)
+        whole = sum(work[layer.name] for layer in layers if layer.candidate.role in roles)
         taken = min(1.0, left / whole) if whole else 0.0
-        names += [name for i, name in enumerate(some) if int((i + 1) * taken) > int(i * taken)]
+        shares |= dict.fromkeys(roles, taken)
         left -= taken * whole
+    return shares
+
+
+def spread_out(layers: Sequence[LayerPlan], shares: Mapping[str, float]) -> list[str]:
+    """Names of these shares of the layers of each role, evenly spaced over the depth."""
+    names = []
+    for role, share in shares.items():
+        some = [layer.name for layer in layers if layer.candidate.role == role]
+        names += [name for i, name in enumerate(some) if int((i + 1) * share) > int(i * share)]
     return names
+
+
+def nothing_dropped(model: nn.Module) -> None:
+    """Every layer in eight bits, whole."""
+    sparsify(model, Recipe.immediate(forms={"*": "fp8-dense"}))
 
 
 VARIANTS = (
@@ -125,6 +148,7 @@ VARIANTS = (
 )
 # Other designs than the recommended recipe's, measured where they are named.
 DESIGNS = (
+    Variant("rtlynx fp8 (nothing dropped)", nothing_dropped),
     Variant("rtlynx bf16-2:4 (every layer)", every_layer("bf16", rank=None)),
     Variant("rtlynx fp8-2:4 (every layer)", every_layer("fp8", rank=None)),
     Variant(f"rtlynx bf16-2:4 (every layer, rank {RANK})", every_layer("bf16")),
