@@ -11,7 +11,7 @@ from helpers import relative_error
 from torch._subclasses import FakeTensorMode
 
 from rtlynx import Pattern
-from rtlynx.kernels import ops, producers
+from rtlynx.kernels import chains, ops, producers
 from rtlynx.kernels.blocks import pack_blocks, unpack_blocks
 from rtlynx.kernels.sm90 import compress as host
 
@@ -91,7 +91,7 @@ def test_compressed_as_the_rounded_output_of_the_chain(name, norm, rank, groupin
     inputs = make_inputs(name, 2, 35)
     down = normal(rank, K, seed=9, scale=K**-0.5) if rank else None
     result = operator(name)(*inputs, down, grouping, parts, norm)
-    rounded = producers._PRODUCERS[name].chain(*inputs).bfloat16()
+    rounded = chains.PRODUCERS[name].chain(*inputs).bfloat16()
     for one, other in zip(result, ops.compress(rounded, down, grouping, parts, norm), strict=True):
         assert torch.equal(one, other)
     assert torch.equal(
@@ -251,7 +251,7 @@ def handed(monkeypatch):
     monkeypatch.setattr(host, "launch", launch)
 
     def run(name, inputs, down=None, grouping="adjacent", parts=()):
-        shape = producers._PRODUCERS[name].shape(*inputs)
+        shape = chains.PRODUCERS[name].shape(*inputs)
         dense = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=torch.bfloat16)
         result = producers.launch(
             name, inputs, down, host.CompressOptions(grouping, tuple(parts), True), dense
@@ -295,7 +295,7 @@ def test_the_kernel_finds_modulations_of_every_shape(handed, name):
         for other in seconds:
             dense = handed(name, (x, one, other, eps))
             assert dense is not None
-            expected = producers._PRODUCERS[name].chain(x, one, other, eps).reshape(-1, K)
+            expected = chains.PRODUCERS[name].chain(x, one, other, eps).reshape(-1, K)
             assert relative_error(dense, expected) < 3e-3
     assert handed(name, (x, first.float(), second, eps)) is None
     assert handed(name, (x, first, second.float(), eps)) is None
