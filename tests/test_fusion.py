@@ -246,7 +246,7 @@ def test_an_input_is_for_the_layers_that_it_was_compressed_for():
     x = read(chain, attn.to_q, attn.to_k)
     assert (x.shape, x.dtype, x.device.type) == ((1, 64, 128), torch.bfloat16, "cpu")
     assert attn.to_k(x).shape == (1, 64, 128)
-    with pytest.raises(TypeError, match="compressed for other layers"):
+    with pytest.raises(TypeError, match="prepared for other layers"):
         attn.to_v(x)
 
 
