@@ -76,6 +76,8 @@ def read_source(x):
             one = in_memory(first + (offset if name == "adaln" else 0), x.columns)
             made.append(by_formula(name, row[None], one, in_memory(second + offset, x.columns), eps)[0])
         return torch.stack(made)
+    if x.source == host.MATRIX:
+        return read_matrix(x.structure, 0, x.rows, x.columns)[0]
     if x.source == host.GELU:
         return by_formula("gelu", read_matrix(x.structure, 0, x.rows, x.columns)[0])
     if x.source == host.SILU_GATE:
