@@ -1,4 +1,4 @@
-"""An input that exists compressed alone, and the one product of all layers that read it."""
+"""Inputs that exist only in the form that products read, and the outputs of the layers that read them."""
 
 from __future__ import annotations
 
@@ -9,47 +9,63 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rtlynx.kernels import ops
+from rtlynx.kernels import fp8, ops
 
 if TYPE_CHECKING:
     from rtlynx.linear import SparseLinear
 
 
 @dataclass
-class CompressedInput:
-    """Stands for an input (..., K) that exists compressed alone, for the layers that it was made for.
+class PreparedInput:
+    """Stands for an input (..., K) that exists in another form alone, for the layers that it was made for.
 
     Attributes
     ----------
     shape, dtype, device
         Of the dense input.
-    compressed : blocks, scale and blocks of T, as from `rtlynx::compress`
     readers : the layers; they can be called with this in place of a tensor, each once or more
-    first_ranks : first of each layer's columns of T
     """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    compressed: tuple[Tensor, Tensor, Tensor]
     readers: tuple[SparseLinear, ...]
-    first_ranks: list[int]
-    _outputs: list[Tensor] = field(default_factory=list)
 
     def output_of(self, layer: SparseLinear) -> Tensor:
-        """Y (..., N) of one of the layers; all are computed when the first is asked for.
+        """Y (..., N) of one of the layers.
 
         Raises
         ------
         TypeError
-            If the input was not compressed for this layer.
+            If the input was not made for this layer.
         """
         for index, reader in enumerate(self.readers):
             if reader is layer:
-                if not self._outputs:
-                    self._outputs = self._multiply()
-                return self._outputs[index]
-        raise TypeError("this input was compressed for other layers: call the layer with a tensor")
+                return self._output(index)
+        raise TypeError("this input was prepared for other layers: call the layer with a tensor")
+
+    def _output(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass
+class CompressedInput(PreparedInput):
+    """An input that exists compressed alone; one product serves all layers, when the first is called.
+
+    Attributes
+    ----------
+    compressed : blocks, scale and blocks of T, as from `rtlynx::compress`
+    first_ranks : first of each layer's columns of T
+    """
+
+    compressed: tuple[Tensor, Tensor, Tensor]
+    first_ranks: list[int]
+    _outputs: list[Tensor] = field(default_factory=list)
+
+    def _output(self, index: int) -> Tensor:
+        if not self._outputs:
+            self._outputs = self._multiply()
+        return self._outputs[index]
 
     def _multiply(self) -> list[Tensor]:
         blocks, scale, lowrank = self.compressed
@@ -69,3 +85,18 @@ class CompressedInput:
         )
         y = y.view(*self.shape[:-1], y.shape[-1])
         return list(y.split([reader.out_features for reader in self.readers], dim=-1))
+
+
+@dataclass
+class QuantizedInput(PreparedInput):
+    """An input that exists in e4m3 alone, all of it; each layer is a product of PyTorch's.
+
+    Attributes
+    ----------
+    quantized : values (..., K) and scale (..., 1), as from `rtlynx::quantize`
+    """
+
+    quantized: fp8.CompressedFp8
+
+    def _output(self, index: int) -> Tensor:
+        return fp8.scaled_product(self.quantized, self.readers[index].fp8_parameters())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from rtlynx.compressed import CompressedInput
+from rtlynx.compressed import PreparedInput
 from rtlynx.context import SharedInput, Spans, SparseContext
 from rtlynx.derived import Derived, WatchedWeight
 from rtlynx.kernels import fp8, ops, reference
@@ -314,9 +314,9 @@ class SparseLinear(nn.Linear):
         self.precision = "fp8"
         self.refitted = self.refitted or refitted
 
-    def forward(self, input: Tensor | CompressedInput) -> Tensor:
-        """X (..., K) -> Y (..., N); X a tensor, or compressed by `rtlynx.reading.read` for this layer."""
-        if isinstance(input, CompressedInput):
+    def forward(self, input: Tensor | PreparedInput) -> Tensor:
+        """X (..., K) -> Y (..., N); X a tensor, or what `rtlynx.reading.read` made of it for this layer."""
+        if isinstance(input, PreparedInput):
             return input.output_of(self)
         x = input
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
@@ -362,17 +362,19 @@ class SparseLinear(nn.Linear):
             raise RuntimeError(
                 "a quantised layer passes no gradient to its input: call the model under torch.no_grad()"
             )
-        parameters, scale = self._parameters, self.weight_scale
-        assert scale is not None
-        of = fp8.Fp8Parameters(
-            self._own_weight(), scale, *(parameters[name] for name in ("bias", "lowrank_down", "lowrank_up"))
-        )
+        of = self.fp8_parameters()
         key = ("fp8", self.pattern, self.norm, x.dtype)
         compressed = self.shared_input.compress(input, key, lambda: self._compress_fp8(x))
         if spans is None:
             return [product(x, compressed, of)]
         slices = [slice(*span) for span in spans]
         return [product(x[..., rows, :], compressed.rows(rows), of) for rows in slices]
+
+    def fp8_parameters(self) -> fp8.Fp8Parameters:
+        """What a quantised layer multiplies with where the sparse kernels do not."""
+        of, scale = self._parameters, self.weight_scale
+        assert scale is not None
+        return fp8.Fp8Parameters(self._own_weight(), scale, of["bias"], of["lowrank_down"], of["lowrank_up"])
 
     def prepare(self) -> None:
         """Make what kernels, where they serve, read in place of parameters: compiled code finds it."""

@@ -1,7 +1,8 @@
 """Linear layers that read the end of an elementwise chain: one kernel computes the chain and compresses it.
 
-`read` gives the layers either the dense tensor or, where kernels serve them all, a `CompressedInput` that
-stands for it: the chain's result is never stored, and all layers together are one product.
+`read` gives the layers either the dense tensor or, where kernels serve them all, what stands for it: a
+`CompressedInput`, for sparse layers, or a `QuantizedInput`, for dense fp8 ones. The chain's result is then
+never stored.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rtlynx.compressed import CompressedInput
-from rtlynx.kernels import ops, producers
+from rtlynx.compressed import CompressedInput, PreparedInput, QuantizedInput
+from rtlynx.kernels import ops, producers, quantizers
+from rtlynx.kernels.choice import quantizer_serves, scaled_mm_serves
+from rtlynx.kernels.fp8 import CompressedFp8
 from rtlynx.kernels.sm90.gemm import MAX_LAYERS
 from rtlynx.linear import SparseLinear
 
 
 class Chain(NamedTuple):
-    """An elementwise chain in both its forms.
+    """An elementwise chain in its three forms.
 
     compress : an operator of `rtlynx.kernels.producers`
-    inputs : its arguments before `down`, a bfloat16 tensor first
+    quantize : an operator of `rtlynx.kernels.quantizers`
+    inputs : what they read, the arguments of `compress` before `down`; a bfloat16 tensor first
     dense : the chain as the model computes it, (..., K)
     """
 
     compress: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    quantize: Callable[..., tuple[Tensor, Tensor]]
     inputs: tuple[Any, ...]
     dense: Callable[[], Tensor]
 
@@ -36,13 +41,40 @@ def untouched(module: nn.Module) -> bool:
     return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
 
 
-def read(chain: Chain, *layers: nn.Module) -> Tensor | CompressedInput:
+def read(chain: Chain, *layers: nn.Module) -> Tensor | PreparedInput:
     """What to call `layers`, all that read the end of `chain`, with."""
-    found = _sparse(layers)
-    x = chain.inputs[0]
-    if found is None or torch.is_autocast_enabled(x.device.type) or not all(one.served(x) for one in found):
+    found = _readers(layers)
+    if found is None or torch.is_autocast_enabled(chain.inputs[0].device.type):
         return chain.dense()
-    first = found[0]
+    keeping_all = [layer.pattern.n == layer.pattern.m for layer in found]
+    prepared: PreparedInput | None = None
+    if all(keeping_all):
+        prepared = _quantized(chain, found)
+    elif not any(keeping_all):
+        prepared = _compressed(chain, found)
+    return chain.dense() if prepared is None else prepared
+
+
+def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
+    """The layers, if they are sparse ones, or in fp8, that are called for nothing but their output."""
+    found = []
+    for layer in layers:
+        # Adapters wrap a layer; hooks want the input that it would get.
+        if type(layer) is not SparseLinear or not untouched(layer):
+            return None
+        if layer.dense_reason is not None or layer.context.dense_step:
+            return None
+        if layer.text_rows_dense and layer.context.text_rows is not None:
+            return None
+        found.append(layer)
+    return tuple(found)
+
+
+def _compressed(chain: Chain, found: tuple[SparseLinear, ...]) -> CompressedInput | None:
+    """The chain compressed for layers that drop entries; None where the kernels do not serve them as one."""
+    x, first = chain.inputs[0], found[0]
+    if not _of_one_form(found) or not all(layer.served(x) for layer in found):
+        return None
     down, first_ranks = first.shared_input.factor([layer.lowrank_down for layer in found])
     pattern, fp8 = first.pattern, first.precision == "fp8"
     compressed = chain.compress(
@@ -50,32 +82,35 @@ def read(chain: Chain, *layers: nn.Module) -> Tensor | CompressedInput:
         *(down, pattern.grouping, ops.pattern_parts(pattern, first.in_features), first.norm == "scale", fp8),
     )
     shape = torch.Size((*x.shape[:-1], first.in_features))
-    return CompressedInput(shape, x.dtype, x.device, compressed, found, first_ranks)
+    return CompressedInput(shape, x.dtype, x.device, found, compressed, first_ranks)
 
 
-def _sparse(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
-    """The layers, if they are sparse ones of one form that are called for nothing but their output."""
-    if len(layers) > MAX_LAYERS:
-        return None
-    found = []
-    for layer in layers:
-        # Adapters wrap a layer; hooks want the input that it would get.
-        if type(layer) is not SparseLinear or not untouched(layer):
-            return None
-        if layer.dense_reason is not None or layer.context.dense_step or layer.pattern.n == layer.pattern.m:
-            return None
-        if layer.text_rows_dense and layer.context.text_rows is not None:
-            return None
-        found.append(layer)
+def _of_one_form(found: Sequence[SparseLinear]) -> bool:
+    """Whether one product can serve all the layers."""
+    if len(found) > MAX_LAYERS or any(layer.out_features % 8 for layer in found[:-1]):
+        return False
     first = found[0]
     for layer in found[1:]:
         if (layer.pattern, layer.norm, layer.precision) != (first.pattern, first.norm, first.precision):
-            return None
+            return False
         if (layer.bias is None) is not (first.bias is None) or (layer.rank > 0) is not (first.rank > 0):
-            return None
-    if any(layer.out_features % 8 for layer in found[:-1]):
+            return False
+    return True
+
+
+def _quantized(chain: Chain, found: tuple[SparseLinear, ...]) -> QuantizedInput | None:
+    """The chain quantised for layers that drop nothing; None where kernels do not serve them."""
+    x, k = chain.inputs[0], found[0].in_features
+    # Low-rank branches read the dense input.
+    if any(layer.precision != "fp8" or layer.rank for layer in found):
         return None
-    return tuple(found)
+    if not quantizer_serves(k, *[one for one in chain.inputs if isinstance(one, Tensor)]):
+        return None
+    if not all(scaled_mm_serves(x, layer.fp8_parameters()) for layer in found):
+        return None
+    values, scale = chain.quantize(*chain.inputs)
+    shape = torch.Size((*x.shape[:-1], k))
+    return QuantizedInput(shape, x.dtype, x.device, found, CompressedFp8(values, scale))
 
 
 # ------------------------------------------------------------------------------------------------ chains
@@ -85,6 +120,7 @@ def adaln(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Chain:
     """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` without parameters, shift and scale (B, K)."""
     return Chain(
         producers.adaln_compress,
+        quantizers.adaln_quantize,
         (x, shift, scale, norm.eps),
         lambda: norm(x) * (1 + scale[:, None]) + shift[:, None],
     )
@@ -92,19 +128,29 @@ def adaln(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Chain:
 
 def rmsnorm(norm: nn.Module, x: Tensor, scale: Tensor) -> Chain:
     """norm(x) * scale: x (B, T, K), `norm` an RMS norm with `weight` (K,) and `eps`, scale (B, 1, K)."""
-    return Chain(producers.rmsnorm_compress, (x, norm.weight, scale, norm.eps), lambda: norm(x) * scale)
+    return Chain(
+        producers.rmsnorm_compress,
+        quantizers.rmsnorm_quantize,
+        (x, norm.weight, scale, norm.eps),
+        lambda: norm(x) * scale,
+    )
 
 
 def activated(gelu: Callable[[Tensor], Tensor], x: Tensor) -> Chain:
     """`gelu`(x), in the form with tanh; x (..., K)."""
-    return Chain(producers.gelu_compress, (x,), lambda: gelu(x))
+    return Chain(producers.gelu_compress, quantizers.gelu_quantize, (x,), lambda: gelu(x))
 
 
 def silu_gated(a: Tensor, b: Tensor, dense: Callable[[Tensor, Tensor], Tensor]) -> Chain:
     """silu(a) * b, `dense` of both; a and b (..., K)."""
-    return Chain(producers.silu_gate_compress, (a, b), lambda: dense(a, b))
+    return Chain(producers.silu_gate_compress, quantizers.silu_gate_quantize, (a, b), lambda: dense(a, b))
 
 
 def beside_activated(a: Tensor, gelu: Callable[[Tensor], Tensor], b: Tensor) -> Chain:
     """cat([a, gelu(b)], -1), the form with tanh; a (..., K1), b (..., K2)."""
-    return Chain(producers.concat_gelu_compress, (a, b), lambda: torch.cat([a, gelu(b)], dim=-1))
+    return Chain(
+        producers.concat_gelu_compress,
+        quantizers.concat_gelu_quantize,
+        (a, b),
+        lambda: torch.cat([a, gelu(b)], dim=-1),
+    )

@@ -1,4 +1,4 @@
-"""Blocks whose layers read compressed chains: the same model, in fewer passes. Kernels in their CPU form."""
+"""Blocks whose layers read prepared chains: the same model, in fewer passes. Kernels in their CPU form."""
 
 import copy
 import importlib
@@ -17,8 +17,9 @@ from helpers import MODELS, in_dtype, output, relative_error, tiny_flux
 from torch import nn
 
 import rtlynx.linear
+import rtlynx.reading
 from rtlynx import Recipe, densify, sparsify
-from rtlynx.kernels import ops, producers
+from rtlynx.kernels import ops, producers, quantizers
 from rtlynx.models.fusion import rotate
 from rtlynx.reading import adaln, read
 
@@ -27,6 +28,7 @@ RECIPES = {
     "adjacent": Recipe.immediate(grouping="adjacent"),
     "fp8": Recipe.immediate(precision="fp8"),
     "text": Recipe.immediate(text_stream="sparse"),
+    "whole": Recipe.immediate(forms={"*": "fp8-dense"}),
 }
 
 
@@ -38,11 +40,13 @@ def model_and_call(name):
 @pytest.fixture
 def _served(monkeypatch):
     """All bfloat16 calls without gradients are served, on this CPU too."""
-    monkeypatch.setattr(
-        rtlynx.linear,
-        "kernels_serve",
-        lambda x, *_: x.dtype == torch.bfloat16 and not torch.is_grad_enabled(),
-    )
+
+    def serves(x, *_):
+        return x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+    monkeypatch.setattr(rtlynx.linear, "kernels_serve", serves)
+    monkeypatch.setattr(rtlynx.reading, "quantizer_serves", lambda k, x, *_: serves(x))
+    monkeypatch.setattr(rtlynx.reading, "scaled_mm_serves", serves)
 
 
 @pytest.fixture
@@ -61,6 +65,7 @@ def calls(monkeypatch):
 
     for name in ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu"):
         watch(producers, f"{name}_compress")
+        watch(quantizers, f"{name}_quantize")
     for name in ("compress", "gemm", "gemm_joint", "linear"):
         watch(ops, name)
     return count
@@ -90,7 +95,9 @@ def test_fused_it_is_as_near_to_the_model_in_float32(name, recipe, rank, calls):
     expected = output(unfused(model), call)
     calls.clear()
     y = output(model, call)
-    assert any(name.endswith("_compress") for name in calls)
+    # (A low-rank branch beside a layer that drops nothing reads the dense input.)
+    read = "_quantize" if recipe == "whole" else "_compress"
+    assert any(name.endswith(read) for name in calls) is (recipe != "whole" or rank == 0)
     assert relative_error(y, exact) < 1.4 * relative_error(expected, exact)
     assert relative_error(y, expected) < 2 * relative_error(expected, exact)
 
@@ -113,6 +120,52 @@ def test_each_input_is_compressed_once_and_multiplied_once(calls):
     blocks = 2  # one refiner of the image, one layer; the caption's stays dense
     assert calls["rmsnorm_compress"] == 2 * blocks
     assert calls["silu_gate_compress"] == blocks
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_each_input_of_dense_fp8_layers_is_quantised_once(calls):
+    model, call = model_and_call("flux")
+    output(sparsify(model, RECIPES["whole"]), call)
+    # double block, image and text: q, k, v; MLP up. single block: q, k, v and MLP up.
+    assert calls == {"adaln_quantize": 5, "gelu_quantize": 2, "concat_gelu_quantize": 1}
+    calls.clear()
+    model, call = model_and_call("z-image")
+    output(sparsify(model, RECIPES["whole"]), call)
+    # Two refiners and a layer; the caption's refiner has no modulation to fuse.
+    assert calls == {"rmsnorm_quantize": 4, "silu_gate_quantize": 2}
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+@pytest.mark.parametrize(
+    "forms",
+    [
+        {"*.attn.to_k": "fp8-sparse", "*": "fp8-dense"},
+        {"*.attn.to_k": "dense", "*": "fp8-dense"},
+        {"*.attn.to_[qv]": "bf16-sparse", "*.attn.to_k": "fp8-dense", "*": "dense"},
+    ],
+)
+def test_layers_of_several_forms_read_the_dense_chain(forms, calls):
+    model, call = model_and_call("flux")
+    sparsify(model, Recipe.immediate(forms=forms))
+    expected = output(unfused(model), call)
+    calls.clear()
+    y = output(model, call)
+    # Attention of the image and of single blocks is mixed; the text's MLP and attention are not.
+    assert calls["adaln_quantize"] == (0 if forms["*"] == "dense" else 3)
+    assert calls["adaln_compress"] == 0
+    assert relative_error(y, expected) < 5e-2
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_autocast_reads_the_dense_chain(calls):
+    model, call = model_and_call("flux")
+    sparsify(model, RECIPES["whole"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output(model, call)
+    assert not any(name.endswith("_quantize") for name in calls)
 
 
 @torch.no_grad()
@@ -158,11 +211,13 @@ def test_whoever_hooks_a_layer_sees_its_input():
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
+@pytest.mark.parametrize("recipe", ["adjacent", "whole"])
 @pytest.mark.parametrize("name", MODELS)
-def test_it_compiles_as_one_graph_a_block(name):
+def test_it_compiles_as_one_graph_a_block(name, recipe):
     model, call = model_and_call(name)
-    sparsify(model, Recipe.immediate(grouping="adjacent"))
-    give_factors(model, 4)
+    sparsify(model, RECIPES[recipe])
+    if recipe == "adjacent":
+        give_factors(model, 4)
     expected = output(model, call)
     counter = torch._dynamo.testing.CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
@@ -238,15 +293,16 @@ def test_a_block_that_something_else_has_taken_over_is_left_alone():
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
-def test_an_input_is_for_the_layers_that_it_was_compressed_for():
+@pytest.mark.parametrize("recipe", ["bf16", "whole"])
+def test_an_input_is_for_the_layers_that_it_was_prepared_for(recipe):
     model, _ = model_and_call("flux")
-    sparsify(model)
+    sparsify(model, RECIPES[recipe])
     attn, norm = model.transformer_blocks[0].attn, model.transformer_blocks[0].norm1.norm
     chain = adaln(norm, torch.randn(1, 64, 128).bfloat16(), *torch.randn(2, 1, 128).bfloat16())
     x = read(chain, attn.to_q, attn.to_k)
     assert (x.shape, x.dtype, x.device.type) == ((1, 64, 128), torch.bfloat16, "cpu")
     assert attn.to_k(x).shape == (1, 64, 128)
-    with pytest.raises(TypeError, match="compressed for other layers"):
+    with pytest.raises(TypeError, match="prepared for other layers"):
         attn.to_v(x)
 
 

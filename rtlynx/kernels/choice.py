@@ -11,6 +11,7 @@ from torch import Tensor
 from rtlynx.kernels import jit
 from rtlynx.kernels.reference import Norm
 from rtlynx.kernels.sm90.compress import MAX_COLUMNS_FP8, MAX_PARTS
+from rtlynx.kernels.sm90.quantize import MAX_COLUMNS
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3
 
@@ -81,6 +82,16 @@ def obstacle(
     if bias is not None and bias.dtype is not bf16 and bias.dtype is not torch.float32:
         return "the kernels take bfloat16 or float32 biases"
     return card_obstacle(x.get_device())
+
+
+def quantizer_serves(k: int, x: Tensor, *others: Tensor) -> bool:
+    """Whether one kernel quantises what is made of `x` and `others`, (..., k).
+
+    Where it does not, PyTorch quantises to the same bits in several kernels: nothing to warn of.
+    """
+    if not x.is_cuda or wants_gradient(x, *others) or x.dtype is not torch.bfloat16:
+        return False
+    return k % 8 == 0 and 0 < k <= MAX_COLUMNS and card_obstacle(x.get_device()) is None
 
 
 def scaled_mm_serves(x: Tensor, of: Fp8Parameters) -> bool:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rtlynx.kernels.choice import scaled_mm_serves
+from rtlynx.kernels import quantizers
+from rtlynx.kernels.choice import quantizer_serves, scaled_mm_serves
 from rtlynx.kernels.reference import Norm, product_in_float32
 from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 from rtlynx.quantization import dequantize, quantize_tokens
@@ -66,6 +67,9 @@ def compress_fp8(x: Tensor, pattern: Pattern, norm: Norm) -> CompressedFp8:
         raise ValueError("fp8 layers know the norm scale 'scale', not the paper's printed formula")
     if pattern.n == pattern.m:
         pattern.widths(x.shape[-1])
+        # To the same bits. torch.compile makes one pass of quantisation with what is around it.
+        if not torch.compiler.is_compiling() and quantizer_serves(x.shape[-1], x):
+            return CompressedFp8(*quantizers.quantize(x))
         return CompressedFp8(*quantize_tokens(x))
     mask = pattern_mask(x, pattern)
     values, scale = quantize_tokens(x, mask)
@@ -114,20 +118,24 @@ def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) ->
     """`linear_fp8` of a `compressed` that keeps everything, by `torch._scaled_mm` where that serves."""
     if not scaled_mm_serves(x, of):
         return linear_fp8(x, compressed, of)
+    if of.down is None or of.up is None:
+        return scaled_product(compressed, of)
+    y = scaled_product(compressed, of._replace(bias=None))
+    rest = product_in_float32(linear(x, of.down), of.up)
+    return (y.float() + (rest if of.bias is None else rest + of.bias)).bfloat16()
+
+
+def scaled_product(compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
+    """Xq Wq^T scaled by rows and columns, + b: (..., N) bfloat16, of `of` without low-rank factors."""
     n, k = of.weight.shape
-    lowrank = of.down is not None
-    y = torch._scaled_mm(
+    return torch._scaled_mm(
         compressed.values.reshape(-1, k),
         of.weight.T,
         scale_a=compressed.scale.reshape(-1, 1),
         scale_b=of.scale.unsqueeze(0),
-        bias=None if lowrank else of.bias,
+        bias=of.bias,
         out_dtype=torch.bfloat16,
-    ).view(*x.shape[:-1], n)
-    if of.down is None or of.up is None:
-        return y
-    rest = product_in_float32(linear(x, of.down), of.up)
-    return (y.float() + (rest if of.bias is None else rest + of.bias)).bfloat16()
+    ).view(*compressed.values.shape[:-1], n)
 
 
 def _folded_dtype(dtype: torch.dtype) -> torch.dtype:

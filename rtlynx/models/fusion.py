@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rtlynx.compressed import CompressedInput
+from rtlynx.compressed import PreparedInput
 from rtlynx.linear import SparseLinear
 from rtlynx.models.architecture import Architecture
 from rtlynx.reading import Chain, activated, adaln, read, untouched
@@ -48,7 +48,7 @@ _HANDING_ON = {
 }
 
 
-def read_by_attention(attn: Any, chain: Chain, *layers: nn.Module) -> Tensor | CompressedInput:
+def read_by_attention(attn: Any, chain: Chain, *layers: nn.Module) -> Tensor | PreparedInput:
     """`rtlynx.reading.read` for layers that `attn` calls with its input; others' processors get tensors."""
     if type(attn.processor).__name__ in _HANDING_ON and untouched(attn):
         return read(chain, *layers)
@@ -73,7 +73,7 @@ def rotate(x: Tensor, factors: Tensor) -> Tensor:
 
 def heads(
     attn: Any,
-    x: Tensor | CompressedInput,
+    x: Tensor | PreparedInput,
     layers: Sequence[nn.Module],
     norms: Sequence[nn.Module | None],
     factors: Tensor | None,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.compressed import CompressedInput
+from rtlynx.compressed import PreparedInput
 from rtlynx.models.architecture import Architecture, LayerRule
 from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, read_by_attention
 from rtlynx.reading import adaln
@@ -18,8 +18,8 @@ BLOCK = "transformer_blocks.*"
 
 def attention(
     attn: Any,
-    hidden_states: Tensor | CompressedInput,
-    encoder_hidden_states: Tensor | CompressedInput,
+    hidden_states: Tensor | PreparedInput,
+    encoder_hidden_states: Tensor | PreparedInput,
     encoder_hidden_states_mask: Tensor | None,
     image_rotary_emb: Any,
     **others: Any,

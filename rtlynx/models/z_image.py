@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rtlynx.compressed import CompressedInput
+from rtlynx.compressed import PreparedInput
 from rtlynx.models.architecture import Architecture, LayerRule, Stream, TextRows
 from rtlynx.models.fusion import attend, follows, heads, read_by_attention
 from rtlynx.reading import read, rmsnorm, silu_gated, untouched
@@ -35,7 +35,7 @@ def text_rows(call: dict[str, Any]) -> TextRows:
 
 
 def attention(
-    attn: Any, x: Tensor | CompressedInput, attention_mask: Tensor | None, freqs_cis: Tensor | None
+    attn: Any, x: Tensor | PreparedInput, attention_mask: Tensor | None, freqs_cis: Tensor | None
 ) -> Tensor:
     """ZSingleStreamAttnProcessor.__call__, where that is what `attn` does; rotation in real numbers."""
     if not follows(attn, "ZSingleStreamAttnProcessor"):

@@ -16,7 +16,7 @@ from cases import FEW, Case, check_compressed, expect, poisoned
 from torch import Tensor
 
 from rtlynx import Pattern
-from rtlynx.kernels import producers
+from rtlynx.kernels import chains, producers
 from rtlynx.kernels.blocks import format_of
 from rtlynx.kernels.sm90.compress import CompressOptions
 
@@ -160,7 +160,7 @@ def compare(
         result = getattr(producers, f"{name}_compress")(*inputs, *tail)
     assert served is None or served is (fused is not None), "served otherwise than expected"
     if fused is None:
-        dense = producers._dense(producers._PRODUCERS[name].chain, inputs).view(rows, k)
+        dense = chains.rounded(chains.PRODUCERS[name].chain, inputs).view(rows, k)
         if "gelu" in name:  # PyTorch's form of it subtracts
             size = exact.abs() + 1
     else:

@@ -13,7 +13,7 @@
 // Macros: FP8 (0 or 1), SOURCE (what X is), MODE (how groups lie), RANK (columns of T' of a CTA; more in gridDim.y),
 // STAGES, MIN_CTAS (that an SM is to hold), PARAMETER_BYTES (as the host packs them).
 #include "compress_tiles.cuh"
-#include "quantize.cuh"
+#include "waiting.cuh"
 
 // Both bf16 of a pair in units of the row's magnitude, squared and summed.
 DEVICE float squares(uint32_t pair, float unit, float sum) {

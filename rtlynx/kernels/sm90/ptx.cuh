@@ -92,6 +92,23 @@ DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
 DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// ---- loads ----------------------------------------------------------------------------------------------
+
+// 16 bytes of what no kernel writes meanwhile and this CTA reads once, zeros where `inside` is false. They leave L1 to
+// what many read. (Volatile, so that none moves before `wait_for_previous_kernel`.)
+DEVICE uint4 load_once(const void* from, bool inside) {
+    uint4 v = {0, 0, 0, 0};
+    asm volatile(
+        "{\n"
+        ".reg .pred inside;\n"
+        "setp.ne.s32 inside, %5, 0;\n"
+        "@inside ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "}\n"
+        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+        : "l"(from), "r"(int(inside)));
+    return v;
+}
+
 // ---- bulk copies into shared memory ---------------------------------------------------------------------
 
 // What L2 should do with what a copy brings (the encodings that CUTLASS's TMA::CacheHintSm90 uses).

@@ -1,5 +1,6 @@
 // With FP8: kept values wait in shared memory as bf16 until their row's largest is known, then leave as e4m3.
 #pragma once
+#include "e4m3.cuh"
 #include "unit.cuh"
 
 #if FP8
@@ -52,25 +53,6 @@ DEVICE void store_metadata(const Parameters& p, int slab, int sixteen, int unit,
     } else {
         unroll<2>([&](auto i) { words[(q % 2 * 2 + i) * 2 + q / 2] = selected[i].nibbles; });
     }
-}
-
-// t of a row: its largest / 448 in one multiplication; 1 for a row of zeros, NaN for one that is not finite.
-DEVICE float token_scale(uint32_t largest) {
-    if (largest >= 0x7F80u) return __uint_as_float(0x7FFFFFFFu);
-    return largest == 0 ? 1.f : fmaxf(__fmul_rn(__uint_as_float(largest << 16), 0x1.24924ap-9f), 0x1p-126f);
-}
-
-DEVICE uint32_t pack_e4m3(float low, float high) {
-    uint16_t pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-// Four kept values, two words of pairs, times the row's 1 / t.
-DEVICE uint32_t quantized(uint32_t first, uint32_t second, float inverse) {
-    const uint32_t low = pack_e4m3(__fmul_rn(bf16_low(first), inverse), __fmul_rn(bf16_high(first), inverse));
-    const uint32_t high = pack_e4m3(__fmul_rn(bf16_low(second), inverse), __fmul_rn(bf16_high(second), inverse));
-    return low | high << 16;
 }
 
 // A block's values of this lane's rows g and g + 8, which have waited in `from`.

@@ -1,0 +1,100 @@
+"""What tests of operators over elementwise chains share: inputs, formulas, and what kernels are handed."""
+
+import ctypes
+import math
+import struct
+
+import torch
+
+from rtlynx.kernels.sm90 import compress as host
+
+K = 64
+NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).bfloat16()
+
+
+def make_inputs(name, *leading, k=K, batch=None):
+    """Inputs of `name` for (*leading, k); modulations for each batch."""
+    batch = batch or (leading[0] if len(leading) == 2 else 1)
+    x = normal(*leading, k, seed=1)
+    if name == "adaln":
+        return x, normal(batch, k, seed=2), normal(batch, k, seed=3), 1e-6
+    if name == "rmsnorm":
+        return x, normal(k, seed=2), normal(batch, k, seed=3), 1e-5
+    if name == "gelu":
+        return (x,)
+    if name == "silu_gate":
+        return tuple(normal(*leading, 2 * k, seed=1).chunk(2, dim=-1))
+    return normal(*leading, k // 4, seed=1), normal(*leading, k - k // 4, seed=2)
+
+
+def by_formula(name, *inputs):
+    """The chain in float64."""
+    wide = [one.double() if isinstance(one, torch.Tensor) else one for one in inputs]
+    first = wide[0]
+    if name in ("adaln", "rmsnorm"):
+        _, second, third, eps = wide
+        along = (-1, 1, K) if first.ndim == 3 else (-1, K)
+        if name == "adaln":
+            centred = first - first.mean(-1, keepdim=True)
+            normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+            return normed * (1 + third.view(along)) + second.view(along)
+        return first / (first.square().mean(-1, keepdim=True) + eps).sqrt() * second * third.view(along)
+    if name == "silu_gate":
+        return first / (1 + (-first).exp()) * wide[1]
+    last = wide[-1]
+    activated = 0.5 * last * (1 + (math.sqrt(2 / math.pi) * (last + 0.044715 * last**3)).tanh())
+    return activated if name == "gelu" else torch.cat([first, activated], dim=-1)
+
+
+def in_memory(address, count):
+    """A vector, as the kernel finds it."""
+    buffer = (ctypes.c_uint16 * count).from_address(address)
+    return torch.frombuffer(buffer, dtype=torch.bfloat16).clone()
+
+
+def read_matrix(structure, offset, rows, columns):
+    """A Matrix of producers.cuh: its rows, and the batch of each."""
+    address, batch_stride, row_stride, together = struct.unpack_from("<Qqqi", structure, offset)
+    batches = [row // together for row in range(rows)]
+    starts = [b * batch_stride + row % together * row_stride for row, b in enumerate(batches)]
+    return torch.stack([in_memory(address + 2 * start, columns) for start in starts]), batches
+
+
+def read_source(x):
+    """What the kernel makes of a Source structure of producers.cuh, in float32."""
+    if x.source in (host.ADALN, host.RMSNORM):
+        rows, batches = read_matrix(x.structure, 0, x.rows, x.columns)
+        first, second, stride, eps = struct.unpack_from("<QQif", x.structure, 32)
+        name = "adaln" if x.source == host.ADALN else "rmsnorm"
+        made = []
+        for row, batch in zip(rows, batches, strict=True):
+            offset = 2 * batch * stride
+            one = in_memory(first + (offset if name == "adaln" else 0), x.columns)
+            made.append(by_formula(name, row[None], one, in_memory(second + offset, x.columns), eps)[0])
+        return torch.stack(made)
+    if x.source == host.MATRIX:
+        return read_matrix(x.structure, 0, x.rows, x.columns)[0]
+    if x.source == host.GELU:
+        return by_formula("gelu", read_matrix(x.structure, 0, x.rows, x.columns)[0])
+    if x.source == host.SILU_GATE:
+        return by_formula(
+            "silu_gate", *(read_matrix(x.structure, at, x.rows, x.columns)[0] for at in (0, 32))
+        )
+    (first,) = struct.unpack_from("<i", x.structure, 64)
+    widths = (first, x.columns - first)
+    return by_formula(
+        "concat_gelu",
+        *(read_matrix(x.structure, 32 * i, x.rows, width)[0] for i, width in enumerate(widths)),
+    )
+
+
+def misaligned(x):
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+def is_tokens(one):
+    return isinstance(one, torch.Tensor) and one.ndim > 1 and one.shape[-2] == 7
