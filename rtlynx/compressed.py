@@ -100,3 +100,20 @@ class QuantizedInput(PreparedInput):
 
     def _output(self, index: int) -> Tensor:
         return fp8.scaled_product(self.quantized, self.readers[index].fp8_parameters())
+
+
+@dataclass
+class MixedInput(PreparedInput):
+    """An input in several forms, for layers of which some drop entries and others do not.
+
+    Attributes
+    ----------
+    parts : one for the layers of each form
+    """
+
+    parts: tuple[PreparedInput, ...]
+
+    def _output(self, index: int) -> Tensor:
+        layer = self.readers[index]
+        (part,) = [part for part in self.parts if any(reader is layer for reader in part.readers)]
+        return part.output_of(layer)

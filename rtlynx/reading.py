@@ -1,8 +1,8 @@
 """Linear layers that read the end of an elementwise chain: one kernel computes the chain and compresses it.
 
 `read` gives the layers either the dense tensor or, where kernels serve them all, what stands for it: a
-`CompressedInput`, for sparse layers, or a `QuantizedInput`, for dense fp8 ones. The chain's result is then
-never stored.
+`CompressedInput`, for sparse layers, a `QuantizedInput`, for dense fp8 ones, or a `MixedInput` of both. The
+chain's result is then never stored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rtlynx.compressed import CompressedInput, PreparedInput, QuantizedInput
+from rtlynx.compressed import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.kernels import ops, producers, quantizers
 from rtlynx.kernels.choice import quantizer_serves, scaled_mm_serves
 from rtlynx.kernels.fp8 import CompressedFp8
@@ -46,13 +46,17 @@ def read(chain: Chain, *layers: nn.Module) -> Tensor | PreparedInput:
     found = _readers(layers)
     if found is None or torch.is_autocast_enabled(chain.inputs[0].device.type):
         return chain.dense()
-    keeping_all = [layer.pattern.n == layer.pattern.m for layer in found]
-    prepared: PreparedInput | None = None
-    if all(keeping_all):
-        prepared = _quantized(chain, found)
-    elif not any(keeping_all):
-        prepared = _compressed(chain, found)
-    return chain.dense() if prepared is None else prepared
+    whole = tuple(layer for layer in found if layer.pattern.n == layer.pattern.m)
+    dropping = tuple(layer for layer in found if layer.pattern.n < layer.pattern.m)
+    if not (_quantizer_serves(chain, whole) and _compression_serves(chain, dropping)):
+        return chain.dense()
+    if len(whole) == len(found):
+        return _quantized(chain, whole)
+    if len(dropping) == len(found):
+        return _compressed(chain, dropping)
+    # Each computes the chain for itself: still less traffic than a stored result that both read.
+    parts = _quantized(chain, whole), _compressed(chain, dropping)
+    return MixedInput(parts[0].shape, parts[0].dtype, parts[0].device, found, parts)
 
 
 def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
@@ -70,11 +74,15 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
     return tuple(found)
 
 
-def _compressed(chain: Chain, found: tuple[SparseLinear, ...]) -> CompressedInput | None:
-    """The chain compressed for layers that drop entries; None where the kernels do not serve them as one."""
+def _compression_serves(chain: Chain, found: tuple[SparseLinear, ...]) -> bool:
+    """Whether kernels serve layers that drop entries, as one product; true of no layers."""
+    x = chain.inputs[0]
+    return len(found) == 0 or (_of_one_form(found) and all(layer.served(x) for layer in found))
+
+
+def _compressed(chain: Chain, found: tuple[SparseLinear, ...]) -> CompressedInput:
+    """The chain compressed for layers that drop entries."""
     x, first = chain.inputs[0], found[0]
-    if not _of_one_form(found) or not all(layer.served(x) for layer in found):
-        return None
     down, first_ranks = first.shared_input.factor([layer.lowrank_down for layer in found])
     pattern, fp8 = first.pattern, first.precision == "fp8"
     compressed = chain.compress(
@@ -98,18 +106,24 @@ def _of_one_form(found: Sequence[SparseLinear]) -> bool:
     return True
 
 
-def _quantized(chain: Chain, found: tuple[SparseLinear, ...]) -> QuantizedInput | None:
-    """The chain quantised for layers that drop nothing; None where kernels do not serve them."""
-    x, k = chain.inputs[0], found[0].in_features
+def _quantizer_serves(chain: Chain, found: tuple[SparseLinear, ...]) -> bool:
+    """Whether kernels serve layers that drop nothing; true of no layers."""
+    if len(found) == 0:
+        return True
     # Low-rank branches read the dense input.
     if any(layer.precision != "fp8" or layer.rank for layer in found):
-        return None
-    if not quantizer_serves(k, *[one for one in chain.inputs if isinstance(one, Tensor)]):
-        return None
-    if not all(scaled_mm_serves(x, layer.fp8_parameters()) for layer in found):
-        return None
+        return False
+    tensors = [one for one in chain.inputs if isinstance(one, Tensor)]
+    if not quantizer_serves(found[0].in_features, *tensors):
+        return False
+    return all(scaled_mm_serves(tensors[0], layer.fp8_parameters()) for layer in found)
+
+
+def _quantized(chain: Chain, found: tuple[SparseLinear, ...]) -> QuantizedInput:
+    """The chain quantised for layers that drop nothing."""
+    x = chain.inputs[0]
     values, scale = chain.quantize(*chain.inputs)
-    shape = torch.Size((*x.shape[:-1], k))
+    shape = torch.Size((*x.shape[:-1], found[0].in_features))
     return QuantizedInput(shape, x.dtype, x.device, found, CompressedFp8(values, scale))
 
 

@@ -29,6 +29,7 @@ RECIPES = {
     "fp8": Recipe.immediate(precision="fp8"),
     "text": Recipe.immediate(text_stream="sparse"),
     "whole": Recipe.immediate(forms={"*": "fp8-dense"}),
+    "mixed": Recipe.immediate(precision="fp8", forms={"*.to_k": "fp8-dense"}),
 }
 
 
@@ -139,22 +140,21 @@ def test_each_input_of_dense_fp8_layers_is_quantised_once(calls):
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
 @pytest.mark.parametrize(
-    "forms",
+    ("forms", "quantised", "compressed"),
     [
-        {"*.attn.to_k": "fp8-sparse", "*": "fp8-dense"},
-        {"*.attn.to_k": "dense", "*": "fp8-dense"},
-        {"*.attn.to_[qv]": "bf16-sparse", "*.attn.to_k": "fp8-dense", "*": "dense"},
+        # q, k and v of the image, and with the MLP in the single block; text's and the MLPs are of one form.
+        ({"*.attn.to_k": "fp8-sparse", "*": "fp8-dense"}, 5, 2),
+        ({"*.attn.to_k": "dense", "*": "fp8-dense"}, 3, 0),  # what stays dense wants the dense chain
+        ({"*.attn.to_[qv]": "bf16-sparse", "*.attn.to_k": "fp8-dense", "*": "dense"}, 1, 1),
     ],
 )
-def test_layers_of_several_forms_read_the_dense_chain(forms, calls):
+def test_layers_of_several_forms_read_the_chain_in_each(forms, quantised, compressed, calls):
     model, call = model_and_call("flux")
     sparsify(model, Recipe.immediate(forms=forms))
     expected = output(unfused(model), call)
     calls.clear()
     y = output(model, call)
-    # Attention of the image and of single blocks is mixed; the text's MLP and attention are not.
-    assert calls["adaln_quantize"] == (0 if forms["*"] == "dense" else 3)
-    assert calls["adaln_compress"] == 0
+    assert (calls["adaln_quantize"], calls["adaln_compress"]) == (quantised, compressed)
     assert relative_error(y, expected) < 5e-2
 
 
@@ -211,7 +211,7 @@ def test_whoever_hooks_a_layer_sees_its_input():
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
-@pytest.mark.parametrize("recipe", ["adjacent", "whole"])
+@pytest.mark.parametrize("recipe", ["adjacent", "whole", "mixed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_it_compiles_as_one_graph_a_block(name, recipe):
     model, call = model_and_call(name)
