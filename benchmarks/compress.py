@@ -1,4 +1,4 @@
-"""Compression against a plain copy of as many bytes, and fused producers against compiled elementwise chains.
+"""Compression and quantisation against a plain copy of as many bytes, fused chains against compiled ones.
 
 `python benchmarks/compress.py` writes results/compress-<card>.json.
 """
@@ -8,18 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from producers import PRODUCERS, Producer, Tail
+from producers import MATRIX, PRODUCERS, Producer, Tail
 from script import FOLDER, options_parser
 from targets import compress_targets
 from torch import Tensor
 
-import rtlynx.kernels.producers  # noqa: F401  (registers torch.ops.rtlynx)
+import rtlynx.kernels.producers
+import rtlynx.kernels.quantizers  # noqa: F401  (both register torch.ops.rtlynx)
 from rtlynx.bench import results
 from rtlynx.bench.card import Card
 from rtlynx.bench.results import write
 from rtlynx.bench.shapes import set_count
 from rtlynx.bench.sustained import Call, Graphs, Sample, Timer, attempt, measure
 from rtlynx.kernels import jit
+from rtlynx.quantization import quantize_tokens
 
 M, RANK = 4096, 64
 WIDTHS = (3072, 12288)
@@ -34,35 +36,36 @@ def normal_on(generator: torch.Generator) -> Callable[..., Tensor]:
     )
 
 
-def copy_calls(inputs: list[Tensor], threads: int, mode: int) -> list[Call]:
-    """copy.cu on every input, into outputs of its own."""
-    defines = (("THREADS", threads), ("MODE", mode))
+def copy_calls(inputs: list[Tensor], threads: int, mode: int, out: int) -> list[Call]:
+    """copy.cu on every input, into outputs of its own, of `out` bytes for 16."""
+    defines = (("THREADS", threads), ("MODE", mode), ("OUT", out))
     folder = Path(__file__).parent
     kernel = jit.load(
         "copy.cu", "copy_bytes", defines, threads=threads, shared_bytes=0, pdl=True, folder=folder
     )
-    blocks, rest = divmod(inputs[0].nbytes, threads * 256)
-    if rest:
-        raise ValueError(f"{inputs[0].nbytes} bytes are not whole blocks of {threads} threads")
+    blocks = inputs[0].nbytes // (threads * 256)
 
-    def run(buffers: bytes, out: Tensor) -> Tensor:
+    def run(buffers: bytes, to: Tensor) -> Tensor:
         kernel.launch((blocks, 1, 1), torch.cuda.current_stream().cuda_stream, buffers)
-        return out
+        return to
 
-    outputs = [torch.empty(x.nbytes * 9 // 16, dtype=torch.uint8, device=x.device) for x in inputs]
+    outputs = [torch.empty(x.nbytes * out // 16, dtype=torch.uint8, device=x.device) for x in inputs]
     return [
-        lambda buffers=struct.pack("QQ", x.data_ptr(), out.data_ptr()), out=out: run(buffers, out)
-        for x, out in zip(inputs, outputs, strict=True)
+        lambda buffers=struct.pack("QQ", x.data_ptr(), to.data_ptr()), to=to: run(buffers, to)
+        for x, to in zip(inputs, outputs, strict=True)
     ]
 
 
-def fastest_copy(inputs: list[Tensor], graphs: Graphs, sample: Sample) -> tuple[str, Timer]:
-    """The best of copy.cu's variants for these inputs."""
+def fastest_copy(inputs: list[Tensor], graphs: Graphs, sample: Sample, out: int) -> tuple[str, Timer]:
+    """The best of copy.cu's variants for these inputs; `out` bytes are written for 16."""
     timers = {
-        f"{threads} threads, mode {mode}": graphs.timer(copy_calls(inputs, threads, mode))
+        f"{threads} threads, mode {mode}": graphs.timer(copy_calls(inputs, threads, mode, out))
         for threads in COPY_BLOCKS
         for mode in COPY_MODES
+        if inputs[0].nbytes % (threads * 256) == 0  # whole blocks
     }
+    if not timers:
+        raise ValueError(f"{inputs[0].nbytes} bytes are not whole blocks of any number of threads")
     taken = measure(timers, 0.2, 2, sample, {}, discard=0.05)
     name = min(taken, key=lambda name: taken[name].us)
     return name, timers[name]
@@ -94,7 +97,7 @@ def compress_row(k: int, card: Card, normal: Callable[..., Tensor], seconds: flo
     inputs = [normal(M, k) for _ in range(count)]
     downs = [normal(RANK, k).mul_(k**-0.5) for _ in range(count)]
     graphs, timers, missing = Graphs(), {}, {}
-    copy = attempt(missing, "copy", lambda: fastest_copy(inputs, graphs, card.sample))
+    copy = attempt(missing, "copy", lambda: fastest_copy(inputs, graphs, card.sample, 9))
     if copy is not None:
         timers["copy"] = copy[1]
     for grouping in GROUPINGS:
@@ -117,7 +120,7 @@ def producer_row(
     producer: Producer, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int
 ) -> dict:
     """One fused producer, with and without T, and the compiled chain."""
-    name, m, k, make, chain, fused = producer
+    name, m, k, make, chain, fused, _ = producer
     sets = [make(m, k, normal) for _ in range(set_count(2 * m * k, card.l2_bytes))]
     compiled = torch.compile(chain, dynamic=False)
     plain: Tail = (None, "adjacent", [], True)
@@ -135,6 +138,38 @@ def producer_row(
     return row | {
         "ratio": results.ratio(row, "producer_us", "chain_us"),
         "ratio_lowrank": results.ratio(row, "producer_lowrank_us", "chain_us"),
+        "windows": {variant: results.window_details(taken) for variant, taken in measured.items()},
+        "missing": missing,
+    }
+
+
+def quantizer_row(
+    producer: Producer, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int
+) -> dict:
+    """A chain quantised in one kernel, compiled with the quantisation, and the copy of as many bytes."""
+    m, k, chain, quantized = producer.m, producer.k, producer.chain, producer.quantized
+    count = set_count(2 * m * k, card.l2_bytes)
+    sets = [producer.inputs(m, k, normal) for _ in range(count)]
+    read = sum(one.numel() for one in sets[0] if one.ndim == 3) // (m * k)  # beside modulations
+    bytes_read = [torch.empty(m, read * k, dtype=torch.bfloat16, device="cuda") for _ in range(count)]
+    compiled = torch.compile(lambda *given: quantize_tokens(chain(*given)), dynamic=False)
+    calls: dict[str, list[Call]] = {
+        "chain": [lambda given=given: compiled(*given) for given in sets],
+        "quantizer": [lambda given=given: quantized(*given) for given in sets],
+    }
+    graphs, missing = Graphs(), {}
+    timers = make_timers(calls, graphs, missing)
+    copy = attempt(missing, "copy", lambda: fastest_copy(bytes_read, graphs, card.sample, 8 // read))
+    if copy is not None:
+        timers["copy"] = copy[1]
+    measured = measure(timers, seconds, rounds, card.sample, missing)
+    row: dict = {"name": producer.name, "M": m, "K": k, "copy_variant": None if copy is None else copy[0]}
+    row |= {f"{variant}_us": round(measured[variant].us, 3) for variant in measured}
+    if "quantizer" in measured:
+        row["quantizer_gb_per_s"] = round(m * k * (2 * read + 1) / measured["quantizer"].us * 1e-3, 1)
+    return row | {
+        "ratio": results.ratio(row, "quantizer_us", "chain_us"),
+        "speed_vs_copy": results.ratio(row, "copy_us", "quantizer_us"),
         "windows": {variant: results.window_details(taken) for variant, taken in measured.items()},
         "missing": missing,
     }
@@ -159,10 +194,20 @@ def main() -> None:
         producers.append(row)
         figures = ", ".join(f"{key} {row[key]}" for key in row if key.endswith("_us") or "ratio" in key)
         print(f"{row['name']:12} {figures}", flush=True)
-    for row in rows + producers:
+    quantizers = []
+    for producer in (MATRIX, *PRODUCERS):
+        row = quantizer_row(producer, card, normal, options.seconds, options.rounds)
+        torch.cuda.empty_cache()
+        quantizers.append(row)
+        figures = ", ".join(
+            f"{key} {row[key]}" for key in row if key.endswith(("_us", "_per_s", "copy", "ratio"))
+        )
+        print(f"{row['name']:12} quantised: {figures}", flush=True)
+    every = rows + producers + quantizers
+    for row in every:
         for name, reason in row["missing"].items():
             print(f"  {row.get('name', row['K'])} {name}: {reason}")
-    document |= results.card_state(rows + producers) | {"rows": rows, "producers": producers}
+    document |= results.card_state(every) | {"rows": rows, "producers": producers, "quantizers": quantizers}
     document["targets"] = compress_targets(document)
     write(options.out or FOLDER / f"compress-{card.slug}.json", document)
 

@@ -1,5 +1,5 @@
-// The bytes that compression moves, 16 in for every 9 out, and no work: what compression is measured against.
-// Each thread loads 16 vectors of 16 bytes, coalesced across the block, and stores 9 that depend on all of them.
+// The bytes that a kernel moves, 16 in for every OUT out, and no work: what it is measured against.
+// Each thread loads 16 vectors of 16 bytes, coalesced across the block, and stores OUT that depend on all of them.
 // MODE 0: plain accesses in the compiler's order. 1: streaming ones. 2: streaming, all loads before a store.
 
 __device__ uint4 load(const uint4* p) { return MODE == 0 ? __ldg(p) : __ldcs(p); }
@@ -13,7 +13,7 @@ struct Buffers {
 
 extern "C" __global__ void __launch_bounds__(THREADS) copy_bytes(const __grid_constant__ Buffers buffers) {
     const uint4* __restrict__ in = buffers.in + size_t(blockIdx.x) * THREADS * 16 + threadIdx.x;
-    uint4* __restrict__ out = buffers.out + size_t(blockIdx.x) * THREADS * 9 + threadIdx.x;
+    uint4* __restrict__ out = buffers.out + size_t(blockIdx.x) * THREADS * OUT + threadIdx.x;
     // Back to back as compression does it: the next copy is on the card before this one ends.
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -26,11 +26,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) copy_bytes(const __grid_co
 #pragma unroll
         for (int i = 1; i < 16; ++i) all = mixed(all, v[i]);
 #pragma unroll
-        for (int i = 0; i < 9; ++i) v[i] = mixed(v[i], all);
+        for (int i = 0; i < OUT; ++i) v[i] = mixed(v[i], all);
     }
 #pragma unroll
-    for (int i = 0; i < 9; ++i) {
-        const uint4 stored = i < 7 ? mixed(v[i], v[i + 9]) : v[i];
+    for (int i = 0; i < OUT; ++i) {
+        uint4 stored = v[i];
+#pragma unroll
+        for (int j = i + OUT; j < 16; j += OUT) stored = mixed(stored, v[j]);
         if (MODE == 0)
             out[i * THREADS] = stored;
         else

@@ -1,7 +1,7 @@
 """Our fused producers, and the elementwise chains of diffusers that they replace.
 
 A chain ends with the dense tensor that a linear layer reads; the producer ends with it compressed, s and,
-with a low-rank branch, T.
+with a low-rank branch, T; the quantiser with all of it in e4m3, and scales.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Tail = tuple[Tensor | None, str, list[int], bool]  # down, grouping, parts, norm
 
 
 class Producer(NamedTuple):
-    """A chain, the operator that replaces it, and random inputs for both.
+    """A chain, the operators that replace it, and random inputs for all.
 
     inputs(m, k, normal) are tensors; k is the width of the result.
     """
@@ -26,6 +26,7 @@ class Producer(NamedTuple):
     inputs: Callable[[int, int, Callable[..., Tensor]], tuple[Tensor, ...]]
     chain: Callable[..., Tensor]
     fused: Callable[..., object]
+    quantized: Callable[..., tuple[Tensor, Tensor]]
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -48,6 +49,15 @@ def concat_gelu(attention: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat([attention, gelu(mlp, approximate="tanh")], dim=-1)
 
 
+MATRIX = Producer(  # no chain: what is quantised before an attention's output layer
+    "matrix",
+    4096,
+    3072,
+    lambda m, k, normal: (normal(1, m, k),),
+    lambda x: x,
+    lambda x, tail: torch.ops.rtlynx.compress(x, *tail),
+    lambda x: torch.ops.rtlynx.quantize(x),
+)
 PRODUCERS = (
     Producer(
         "adaln",  # FLUX: before q, k, v and before the MLP
@@ -56,6 +66,7 @@ PRODUCERS = (
         lambda m, k, normal: (normal(1, m, k), normal(1, k), normal(1, k)),
         adaln,
         lambda x, shift, scale, tail: torch.ops.rtlynx.adaln_compress(x, shift, scale, 1e-6, *tail),
+        lambda x, shift, scale: torch.ops.rtlynx.adaln_quantize(x, shift, scale, 1e-6),
     ),
     Producer(
         "rmsnorm",  # Z-Image
@@ -64,6 +75,7 @@ PRODUCERS = (
         lambda m, k, normal: (normal(1, m, k), normal(k), normal(1, k)),
         rmsnorm,
         lambda x, weight, scale, tail: torch.ops.rtlynx.rmsnorm_compress(x, weight, scale, 1e-5, *tail),
+        lambda x, weight, scale: torch.ops.rtlynx.rmsnorm_quantize(x, weight, scale, 1e-5),
     ),
     Producer(
         "gelu",  # FLUX: between the MLP's layers
@@ -72,6 +84,7 @@ PRODUCERS = (
         lambda m, k, normal: (normal(1, m, k),),
         tanh_gelu,
         lambda x, tail: torch.ops.rtlynx.gelu_compress(x, *tail),
+        lambda x: torch.ops.rtlynx.gelu_quantize(x),
     ),
     Producer(
         "silu-gate",  # Z-Image: w1 and w3 as slices of one product's result
@@ -80,6 +93,7 @@ PRODUCERS = (
         lambda m, k, normal: normal(1, m, 2 * k).chunk(2, dim=-1),
         silu_gate,
         lambda a, b, tail: torch.ops.rtlynx.silu_gate_compress(a, b, *tail),
+        lambda a, b: torch.ops.rtlynx.silu_gate_quantize(a, b),
     ),
     Producer(
         "concat-gelu",  # FLUX: single blocks
@@ -88,5 +102,6 @@ PRODUCERS = (
         lambda m, k, normal: (normal(1, m, k // 5), normal(1, m, k // 5 * 4)),
         concat_gelu,
         lambda attention, mlp, tail: torch.ops.rtlynx.concat_gelu_compress(attention, mlp, *tail),
+        lambda attention, mlp: torch.ops.rtlynx.concat_gelu_quantize(attention, mlp),
     ),
 )

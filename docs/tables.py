@@ -151,7 +151,7 @@ def _range(rows: list[dict], name: str) -> str:
 
 
 def compress_section(results: dict, source: Path, place: Place) -> str:
-    """Compression beside a plain copy, and the fused producers, in Markdown."""
+    """Compression beside a plain copy, and what is fused with it or with quantisation, in Markdown."""
     rank = results["rank"]
     lines = [
         f"| M, K | plain copy | adjacent | adjacent, rank {rank} | strided | strided, rank {rank} |",
@@ -172,8 +172,22 @@ def compress_section(results: dict, source: Path, place: Place) -> str:
     for row in results["producers"]:
         times = (number(row.get(f"{name}_us"), ".1f") for name in ("chain", "producer", "producer_lowrank"))
         lines.append(f"| {row['name']} | {row['M']}, {row['K']} | {' | '.join(times)} |")
+    if quantizers := results.get("quantizers"):
+        lines += ["", *_quantizer_rows(quantizers)]
     lines += ["", f"Microseconds. {measured_on(results)} ({place.file(source)})."]
     return "\n".join(lines)
+
+
+def _quantizer_rows(rows: list[dict]) -> list[str]:
+    """Chains whose whole result is quantised."""
+    lines = [
+        "| chain | M, K | plain copy | compiled chain and quantisation | both in one kernel |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = (number(row.get(f"{name}_us"), ".1f") for name in ("copy", "chain", "quantizer"))
+        lines.append(f"| {row['name']} | {row['M']}, {row['K']} | {' | '.join(times)} |")
+    return lines
 
 
 def host_section(results: dict, source: Path, place: Place) -> str:

@@ -228,6 +228,8 @@ def test_chains_end_with_what_a_layer_reads(producer):
     out = producer.chain(*inputs)
     assert out.shape == (1, 8, 60)
     assert out.dtype is torch.bfloat16
+    values, scale = producer.quantized(*inputs)
+    assert (values.shape, scale.shape) == ((1, 8, 60), (1, 8, 1))
 
 
 def test_host_time_leaves_out_warming_up_and_waiting():
@@ -239,10 +241,11 @@ def test_host_time_leaves_out_warming_up_and_waiting():
     assert order == 3 * turn
 
 
+@pytest.mark.parametrize("out", [4, 8, 9])
 @pytest.mark.parametrize("mode", [0, 1, 2])
-def test_the_copy_kernel_compiles(mode):
+def test_the_copy_kernel_compiles(mode, out):
     pytest.importorskip("cuda.core")
-    report = jit.report("copy.cu", (("THREADS", 256), ("MODE", mode)), ROOT / "benchmarks")
+    report = jit.report("copy.cu", (("THREADS", 256), ("MODE", mode), ("OUT", out)), ROOT / "benchmarks")
     assert not report.faults
     assert report.registers <= 128
 

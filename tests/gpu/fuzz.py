@@ -17,13 +17,15 @@ from dataclasses import asdict
 
 import cases
 import producer_cases
+import quantizer_cases
 import torch
 from cases import BIASES, DATA, LAYOUTS, Case
 from producer_cases import ProducerCase
+from quantizer_cases import MATRIX, QuantizerCase
 
 # Above this many products a case takes longer than a hundred small ones.
 MOST_WORK = 4e11
-PRODUCERS = 0.3  # their share of all cases
+PRODUCERS, QUANTIZERS = 0.3, 0.1  # their shares of all cases; the latter of those in fp8
 FP8_SHARES = {"both": 0.4, "bf16": 0.0, "fp8": 1.0}
 
 
@@ -101,15 +103,55 @@ def random_producer_case(draw: random.Random, fp8: float) -> ProducerCase:
     )
 
 
-def check(case: Case | ProducerCase) -> None:
+def random_quantizer_case(draw: random.Random) -> QuantizerCase:
+    large = draw.random() < 0.1
+    k = max(16, skewed(draw, 16, 18000 if large else 4500, draw.choice((4, 8, 8, 16, 64))) // 4 * 4)
+    name = draw.choice(quantizer_cases.NAMES)
+    matrix = name == MATRIX
+    batch = 1 if matrix else draw.choice((1, 1, 2, 3))
+    return QuantizerCase(
+        name,
+        rows=batch * skewed(draw, 1, 5000 if large else 300),
+        k=k,
+        batch=batch,
+        data=draw.choice(DATA if matrix else producer_cases.DATA),
+        layout=draw.choice(LAYOUTS if matrix else producer_cases.LAYOUTS),
+        shared=draw.random() < 0.3,
+        seed=draw.randrange(2**31),
+    )
+
+
+AnyCase = Case | ProducerCase | QuantizerCase
+
+
+def random_of_any_kind(draw: random.Random, fp8: float) -> AnyCase:
+    kind = draw.random()
+    if kind < QUANTIZERS and fp8:
+        return random_quantizer_case(draw)
+    return (random_producer_case if kind < QUANTIZERS + PRODUCERS else random_case)(draw, fp8)
+
+
+def check(case: AnyCase) -> None:
     if isinstance(case, Case):
         cases.check(case)
-    else:
+    elif isinstance(case, ProducerCase):
         producer_cases.check(case)
+    else:
+        quantizer_cases.check(case)
 
 
-def from_json(text: str) -> Case | ProducerCase:
+def kind_of(case: AnyCase) -> str:
+    """What the last line counts it as."""
+    if isinstance(case, QuantizerCase):
+        return f"{case.quantizer} quantised"
+    kind = case.data if isinstance(case, Case) else case.name
+    return f"{kind} fp8" if case.fp8 else kind
+
+
+def from_json(text: str) -> AnyCase:
     fields = json.loads(text)
+    if "quantizer" in fields:
+        return QuantizerCase(**fields)
     if isinstance(fields.get("rank"), list):
         fields["rank"] = tuple(fields["rank"])
     fields["parts"] = tuple(fields.get("parts", ()))
@@ -136,8 +178,7 @@ def main() -> int:
     kinds: Counter[str] = Counter()
     start = said = time.monotonic()
     while (now := time.monotonic()) - start < 60 * options.minutes:
-        random_one = random_producer_case if draw.random() < PRODUCERS else random_case
-        case = random_one(draw, FP8_SHARES[options.precision])
+        case = random_of_any_kind(draw, FP8_SHARES[options.precision])
         try:
             check(case)
             torch.cuda.synchronize()
@@ -145,8 +186,7 @@ def main() -> int:
             print(f"case {kinds.total()} fails: {type(error).__name__}: {error}")
             print(f"python tests/gpu/fuzz.py --case '{json.dumps(asdict(case))}'")
             return 1
-        kind = case.data if isinstance(case, Case) else case.name
-        kinds[f"{kind} fp8" if case.fp8 else kind] += 1
+        kinds[kind_of(case)] += 1
         if now - said > 30:
             said = now
             print(f"{kinds.total()} cases in {now - start:.0f} s", flush=True)

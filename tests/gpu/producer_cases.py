@@ -151,27 +151,39 @@ def compare(
     """
     down, grouping, parts, norm, fp8 = tail
     options = CompressOptions(grouping, tuple(parts), norm, format_of(fp8))
-    exact, size = chain(name, *inputs)
-    exact = exact.flatten(0, -2)
-    rows, k = exact.shape
+    shape = chains.PRODUCERS[name].shape(*inputs)
+    rows, k = math.prod(shape[:-1]), shape[-1]
     with poisoned():
         dense = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
         fused = producers.launch(name, inputs, down, options, dense)
         result = getattr(producers, f"{name}_compress")(*inputs, *tail)
     assert served is None or served is (fused is not None), "served otherwise than expected"
-    if fused is None:
-        dense = chains.rounded(chains.PRODUCERS[name].chain, inputs).view(rows, k)
-        if "gelu" in name:  # PyTorch's form of it subtracts
-            size = exact.abs() + 1
-    else:
-        for one, other in zip(fused, result, strict=True):
-            same = torch.equal(*(part.view(torch.uint8) for part in (one, other)))  # NaN too
-            assert same, "the test mode or a second run gives other bits"
-    _check_dense(dense, exact, None if size is None else size.reshape(rows, k))
+    if fused is not None:
+        assert_same_bits(fused, result)
+    dense = check_chain(name, inputs, None if fused is None else dense)
     pattern = Pattern(2, 4, grouping, tuple(parts) or 1)
     rank = 0 if down is None else down.shape[0]
     as_matrix = Case(rows, k, 8, rank, grouping, tuple(parts), norm, data=data, fp8=fp8)
     check_compressed(as_matrix, dense, expect(dense, pattern, fp8), down, result)
+
+
+def assert_same_bits(fused: Sequence[Tensor], result: Sequence[Tensor]) -> None:
+    """Of the test mode and of the operator."""
+    for one, other in zip(fused, result, strict=True):
+        same = torch.equal(*(part.view(torch.uint8) for part in (one, other)))  # NaN too
+        assert same, "the test mode or a second run gives other bits"
+
+
+def check_chain(name: str, inputs: Sequence[Any], dense: Tensor | None) -> Tensor:
+    """Compare the dense tensor (M, K) that a kernel wrote, or the one that PyTorch computes, with float64."""
+    exact, size = chain(name, *inputs)
+    exact = exact.flatten(0, -2)
+    if dense is None:
+        dense = chains.rounded(chains.PRODUCERS[name].chain, inputs).view(exact.shape)
+        if "gelu" in name:  # PyTorch's form of it subtracts
+            size = exact.abs() + 1
+    _check_dense(dense, exact, None if size is None else size.reshape(exact.shape))
+    return dense
 
 
 def _check_dense(dense: Tensor, exact: Tensor, size: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Small calls that reach every path of the kernels, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --report-api-errors no --kernel-name 'regex=gemm|compress' \
+    compute-sanitizer --tool memcheck --report-api-errors no --kernel-name 'regex=gemm|compress|quantize' \
         python tests/gpu/sanitize.py
 
 and likewise racecheck and synccheck; initcheck without the filter, as it must see PyTorch write the inputs.
@@ -14,9 +14,11 @@ import sys
 from dataclasses import replace
 
 import producer_cases
+import quantizer_cases
 import torch
 from cases import Case, check
 from producer_cases import ProducerCase
+from quantizer_cases import QuantizerCase
 
 from rtlynx.kernels import tuning
 from rtlynx.kernels.blocks import FP8
@@ -44,6 +46,8 @@ CASES = [
     Case(130, 192, 64, rank=64, data="rows"),
     Case(260, 192, 64, layout="batched"),
 ]
+# Rows and columns: an odd row out, a vector's share of a warp; more columns than two rows take at one time.
+QUANTIZED = [(5, 16), (7, 1000), (3, 4104), (2, 12288)]
 
 
 def main() -> int:
@@ -63,8 +67,12 @@ def main() -> int:
                 for rank, grouping in ((0, "adjacent"), (33, "strided")):
                     of = ProducerCase(name, 130, 512, batch=2, rank=rank, grouping=grouping, fp8=fp8)
                     producer_cases.check(of, served=True)
+        for name in quantizer_cases.NAMES:
+            for rows, k in QUANTIZED:
+                quantizer_cases.check(QuantizerCase(name, rows, k), served=True)
     torch.cuda.synchronize()
     calls = len(TILES) * len(PRODUCTS) + 2 * (len(CASES) + 2 * len(PRODUCERS))
+    calls += len(quantizer_cases.NAMES) * len(QUANTIZED)
     print(f"{calls} calls, all right")
     return 0
 

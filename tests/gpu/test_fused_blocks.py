@@ -11,19 +11,26 @@ from fusion_helpers import give_factors, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error
 
 from rtlynx import Recipe, sparsify
-from rtlynx.kernels import ops
+from rtlynx.compressed import CompressedInput, PreparedInput, QuantizedInput
 
 pytestmark = pytest.mark.gpu
+
+RECIPES = {
+    "bf16": Recipe.immediate(),
+    "fp8": Recipe.immediate(precision="fp8"),
+    "whole": Recipe.immediate(forms={"*": "fp8-dense"}),
+}
 
 
 def on_card(call, dtype):
     return in_dtype(call, dtype, "cuda")
 
 
-def sparse_model(name, precision):
+def sparse_model(name, recipe):
     make, call = MODELS[name]
-    model = sparsify(make().bfloat16().cuda(), Recipe.immediate(precision=precision))
-    give_factors(model, 16)
+    model = sparsify(make().bfloat16().cuda(), RECIPES[recipe])
+    if recipe != "whole":
+        give_factors(model, 16)
     return model, call()
 
 
@@ -33,25 +40,25 @@ def _no_tf32():
 
 
 @pytest.mark.usefixtures("_no_tf32")
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_fused_it_is_as_near_to_the_model_in_float32_as_unfused(name, precision, monkeypatch):
-    model, call = sparse_model(name, precision)
+def test_fused_it_is_as_near_to_the_model_in_float32_as_unfused(name, recipe, monkeypatch):
+    model, call = sparse_model(name, recipe)
     exact = output(copy.deepcopy(model).float(), on_card(call, torch.float32))
     call = on_card(call, torch.bfloat16)
     expected = output(unfused(model), call)
-    joint = []
-    monkeypatch.setattr(ops, "gemm_joint", lambda *args, of=ops.gemm_joint: joint.append(1) or of(*args))
+    read, output_of = set(), PreparedInput.output_of
+    monkeypatch.setattr(PreparedInput, "output_of", lambda x, layer: read.add(type(x)) or output_of(x, layer))
     y = output(model, call)
-    assert joint
+    assert read == {QuantizedInput if recipe == "whole" else CompressedInput}
     assert bool(torch.isfinite(y).all())
     assert relative_error(y, exact) < 1.4 * relative_error(expected, exact)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled_it_gives_the_same(name, precision):
-    model, call = sparse_model(name, precision)
+def test_compiled_it_gives_the_same(name, recipe):
+    model, call = sparse_model(name, recipe)
     call = on_card(call, torch.bfloat16)
     expected = output(model, call)
     torch._dynamo.reset()
@@ -60,11 +67,11 @@ def test_compiled_it_gives_the_same(name, precision):
     assert relative_error(output(model, call), expected) < 3e-2
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_with_a_cuda_graph_for_each_block_it_gives_the_same(name, precision):
+def test_with_a_cuda_graph_for_each_block_it_gives_the_same(name, recipe):
     """As a sampler calls it: guidance keeps the output of one call while the next runs, and marks no step."""
-    model, _ = sparse_model(name, precision)
+    model, _ = sparse_model(name, recipe)
     _, make_call = MODELS[name]
     calls = [on_card(make_call(seed), torch.bfloat16) for seed in range(5)]
     outputs = {}
@@ -76,9 +83,9 @@ def test_with_a_cuda_graph_for_each_block_it_gives_the_same(name, precision):
         assert relative_error(y, expected) < 1e-2
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_a_captured_step_replays(precision):
-    model, call = sparse_model("flux", precision)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_captured_step_replays(recipe):
+    model, call = sparse_model("flux", recipe)
     call = on_card(call, torch.bfloat16)
     output(model, call)
     graph = torch.cuda.CUDAGraph()
