@@ -11,7 +11,7 @@ from fusion_helpers import give_factors, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error
 
 from rtlynx import Recipe, sparsify
-from rtlynx.compressed import CompressedInput, PreparedInput, QuantizedInput
+from rtlynx.compressed import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +19,16 @@ RECIPES = {
     "bf16": Recipe.immediate(),
     "fp8": Recipe.immediate(precision="fp8"),
     "whole": Recipe.immediate(forms={"*": "fp8-dense"}),
+    "mixed": Recipe.immediate(precision="fp8", forms={"*.to_k": "fp8-dense"}),
 }
+# What stands for a chain's result, in each of them.
+READ = {
+    "bf16": {CompressedInput},
+    "fp8": {CompressedInput},
+    "whole": {QuantizedInput},
+    "mixed": {CompressedInput, QuantizedInput, MixedInput},
+}
+BRANCHED = ("bf16", "fp8")  # (a branch beside a layer that drops nothing reads the dense chain)
 
 
 def on_card(call, dtype):
@@ -29,7 +38,7 @@ def on_card(call, dtype):
 def sparse_model(name, recipe):
     make, call = MODELS[name]
     model = sparsify(make().bfloat16().cuda(), RECIPES[recipe])
-    if recipe != "whole":
+    if recipe in BRANCHED:
         give_factors(model, 16)
     return model, call()
 
@@ -50,7 +59,7 @@ def test_fused_it_is_as_near_to_the_model_in_float32_as_unfused(name, recipe, mo
     read, output_of = set(), PreparedInput.output_of
     monkeypatch.setattr(PreparedInput, "output_of", lambda x, layer: read.add(type(x)) or output_of(x, layer))
     y = output(model, call)
-    assert read == {QuantizedInput if recipe == "whole" else CompressedInput}
+    assert read == READ[recipe]
     assert bool(torch.isfinite(y).all())
     assert relative_error(y, exact) < 1.4 * relative_error(expected, exact)
 
