@@ -196,7 +196,9 @@ def test_files_and_macros_of_the_kernel_page_exist():
     macros = set(
         re.findall(r"`([A-Z][A-Z0-9_]+)`", text.partition("## Macros")[2].partition("## Compile")[0])
     )
-    heads = "".join((kernels / "sm90" / name).read_text() for name in ("gemm.cu", "compress.cu"))
+    heads = "".join(
+        (kernels / "sm90" / name).read_text() for name in ("gemm.cu", "compress.cu", "quantize.cu")
+    )
     assert macros - {"INSTANTIATIONS"} <= set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", heads))
     for script in re.findall(r"python ((?:tests|benchmarks|docs)/[\w/]+\.py)", text):
         assert (ROOT / script).exists()
