@@ -13,13 +13,14 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from fusion_helpers import give_factors, unfused
-from helpers import MODELS, in_dtype, output, relative_error, tiny_flux
+from helpers import MODELS, flux_call, in_dtype, output, relative_error, tiny_flux
 from torch import nn
 
 import rtlynx.linear
 import rtlynx.reading
 from rtlynx import Recipe, densify, sparsify
 from rtlynx.kernels import ops, producers, quantizers
+from rtlynx.models import fusion
 from rtlynx.models.fusion import rotate
 from rtlynx.reading import adaln, read
 
@@ -230,6 +231,28 @@ def test_it_compiles_as_one_graph_a_block(name, recipe):
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
+def test_blocks_of_many_forms_compile_once_for_each():
+    """A budget chooses for each layer; Dynamo allows one code object eight compilations."""
+    forms = {
+        f"single_transformer_blocks.{block}.{layer}": "fp8-dense"
+        for block in range(24)
+        for bit, layer in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+        if block % 12 >> bit & 1
+    }
+    model = tiny_flux(num_layers=1, num_single_layers=24).bfloat16()
+    sparsify(model, Recipe.immediate(precision="fp8", forms=forms))
+    call = in_dtype(flux_call(), torch.bfloat16)
+    expected = output(model, call)
+    assert torch._dynamo.config.recompile_limit < 12
+    counter = torch._dynamo.testing.CompileCounter()
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    assert torch.equal(output(model, call), expected)
+    # The double block; the first single block's form twice, as its inputs are no parts of one tensor yet.
+    assert counter.frame_count == 1 + 12 + 1
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
 def test_a_function_around_the_model_compiles_as_one_graph():
     model, call = model_and_call("flux")
     sparsify(model, Recipe.immediate(grouping="adjacent"))
@@ -253,6 +276,17 @@ def test_each_call_is_a_step_for_the_cuda_graphs_of_its_blocks(monkeypatch):
     densify(model)
     output(model, call)
     assert len(steps) == 2
+
+
+@torch.no_grad()
+def test_a_process_that_made_nothing_sparse_reads_a_pickle(monkeypatch):
+    model, call = model_and_call("qwen")
+    expected = output(sparsify(model), call)
+    pickled = pickle.dumps(model)
+    monkeypatch.setattr(fusion, "_copies", {})
+    assert torch.equal(output(pickle.loads(pickled), call), expected)
+    with pytest.raises(AttributeError, match="no attribute 'block'"):
+        fusion.block  # noqa: B018
 
 
 @torch.no_grad()

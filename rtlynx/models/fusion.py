@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +23,10 @@ def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
 
     On the blocks themselves, whose classes stay: caching, compilation and offloading go by those. A block
     whose forward something else has replaced keeps it.
+
+    Blocks whose layers are of the same forms share a forward. What torch.compile makes of a block hangs on
+    the forward's code, is looked through at each call, and may not be more than a few of one code
+    (`torch._dynamo.config.recompile_limit`): a budget makes more forms of blocks than that.
     """
     for block in model.modules():
         forward = architecture.fused.get(type(block).__name__)
@@ -27,16 +34,55 @@ def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
             continue
         if any(isinstance(module, SparseLinear) for module in block.modules()):
             # (A bound method cannot be pickled, and Dynamo does not follow `type(block).forward`.)
-            block.__dict__["forward"] = partial(forward, block, type(block).forward)
+            own = _with_own_code(forward, _forms_in(block))
+            block.__dict__["forward"] = partial(own, block, type(block).forward)
 
 
 def unfuse_blocks(model: nn.Module, architecture: Architecture) -> None:
     """Undo `fuse_blocks`."""
     for block in model.modules():
         forward = architecture.fused.get(type(block).__name__)
-        installed = block.__dict__.get("forward")
-        if forward is not None and getattr(installed, "func", None) is forward:
+        installed = getattr(block.__dict__.get("forward"), "func", None)
+        if forward is not None and installed in _copies.get(forward, {}).values():
             del block.__dict__["forward"]
+
+
+def _forms_in(block: nn.Module) -> str:
+    """A short name for what compiled code of a block depends on: its layers' forms."""
+    layers = ((name, layer) for name, layer in block.named_modules() if isinstance(layer, SparseLinear))
+    forms = [
+        (name, layer.pattern, layer.norm, layer.precision, layer.rank, layer.text_rows_dense)
+        for name, layer in layers
+    ]
+    return hashlib.sha256(repr(forms).encode()).hexdigest()[:16]
+
+
+_Forward = Callable[..., Any]
+_copies: dict[_Forward, dict[str, _Forward]] = {}  # of a forward, by forms
+
+
+def _with_own_code(forward: _Forward, forms: str) -> _Forward:
+    """A copy of `forward` for blocks of these forms, with a code object of its own; the same at each call."""
+    copies = _copies.setdefault(forward, {})
+    if forms not in copies:
+        assert isinstance(forward, FunctionType)
+        code, name = forward.__code__.replace(), forward.__name__
+        copy = FunctionType(code, forward.__globals__, name, forward.__defaults__)
+        copy.__kwdefaults__, copy.__doc__ = forward.__kwdefaults__, forward.__doc__
+        # Where pickles find it; dots would be taken for attributes.
+        copy.__module__ = __name__
+        copy.__qualname__ = f"{forward.__module__.replace('.', '/')}:{name}:{forms}"
+        copies[forms] = copy
+    return copies[forms]
+
+
+def __getattr__(name: str) -> _Forward:
+    """Copies of forwards by name, for pickles of models that were made sparse in another process."""
+    module, _, of = name.partition(":")
+    function, _, forms = of.partition(":")
+    if not forms:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _with_own_code(getattr(import_module(module.replace("/", ".")), function), forms)
 
 
 # Attention processors that hand their input to q, k and v alone, beside asking for its shape.
