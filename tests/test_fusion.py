@@ -161,6 +161,19 @@ def test_layers_of_several_forms_read_the_chain_in_each(forms, quantised, compre
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
+def test_text_rows_in_the_original_weight_read_the_dense_chain(calls):
+    model, call = model_and_call("flux")
+    sparsify(model, Recipe.immediate(forms={"*": "fp8-dense"}, text_rows="dense"))
+    expected = output(unfused(model), call)
+    calls.clear()
+    y = output(model, call)
+    # The double block's alone: it has no text rows, but a text stream.
+    assert calls == {"adaln_quantize": 4, "gelu_quantize": 2}
+    assert relative_error(y, expected) < 5e-2
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
 def test_autocast_reads_the_dense_chain(calls):
     model, call = model_and_call("flux")
     sparsify(model, RECIPES["whole"])

@@ -188,3 +188,12 @@ def test_every_recipe_setting_in_the_readme_is_one():
 def test_linked_files_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)|src=\"(?!https?:)([^\"]+)\"", README):
         assert (ROOT / (target[0] or target[1])).exists(), target
+
+
+def test_quantised_chains_are_a_table_where_they_were_measured():
+    source = ROOT / "benchmarks/results/compress-h100.json"
+    document = json.loads(source.read_text())
+    row = {"name": "adaln", "M": 4096, "K": 3072, "copy_us": 13.04, "chain_us": 40.0}
+    section = tables.compress_section(document | {"quantizers": [row]}, source, ON_SITE)
+    assert "| adaln | 4096, 3072 | 13.0 | 40.0 | – |" in section  # noqa: RUF001
+    assert "in one kernel" not in tables.compress_section(document | {"quantizers": []}, source, ON_SITE)
