@@ -20,7 +20,7 @@ from rtlynx.bench.card import Card
 from rtlynx.bench.full_models import MODELS, Call, Size, build, normals
 from rtlynx.bench.results import REFERENCE
 from rtlynx.bench.step_split import split
-from rtlynx.bench.step_variants import DESIGNS, VARIANTS, Variant
+from rtlynx.bench.step_variants import DESIGNS, OURS, VARIANTS, Variant
 from rtlynx.bench.sustained import Graphs, Measurement, Sample, Timer, Window, attempt, measure
 from rtlynx.linear import SparseLinear
 
@@ -210,6 +210,7 @@ def run(
         "text_tokens": size.text_tokens,
         "forwards": len(calls),
         "attention": attention,
+        "ours": OURS,
         "window_s": seconds,
         "rounds": rounds,
         "together": together,

@@ -13,6 +13,7 @@ from rtlynx.models.sparsify import apply_plan, sparsify
 from rtlynx.recipe import RECOMMENDED_SAVING, Form, Recipe
 
 RANK = 64
+OURS = "the recommended recipe"  # the form of ours, unless a variant's name says otherwise
 # By role, the share of layers that the recommended recipe leaves whole in eight bits, in the model of the box
 # (solutions/recommended): which layers a budget takes depends on weights, and these are random.
 WHOLE_IN_FP8 = {

@@ -25,6 +25,7 @@ MODULATED = ("adaln", "rmsnorm")
 DATA = ("normal", "heavy", "offset")
 LAYOUTS = ("plain", "sliced", "wide", "odd", "swapped")
 LIMIT = 2.5e-3  # of a bf16 rounding the expectation is 1.7e-3; few values scatter
+MANY = 64  # columns
 SMALL = 1e-32  # where a sigmoid leaves the range of float32
 
 Tail = tuple[Tensor | None, str, list[int], bool, bool]  # down, grouping, parts, norm, fp8
@@ -199,9 +200,10 @@ def _check_dense(dense: Tensor, exact: Tensor, size: Tensor | None) -> None:
             f"{int((~within).sum())} entries of the dense tensor are wrong, the first at ({row}, {column}): "
             f"{float(dense[row, column])}, should be {float(exact[row, column])}"
         )
-    # Where a few entries make up the norm, their roundings do not average out.
+    # Roundings do not average out where a few entries make up the norm, or a column, which an RMS norm may
+    # make nearly constant.
     squares = exact.square()
-    if squares.sum().square() >= FEW * squares.square().sum():
+    if exact.shape[1] >= MANY and squares.sum().square() >= FEW * squares.square().sum():
         limit = LIMIT * exact.norm() + SMALL * exact.numel() ** 0.5
         limit += 0.0 if size is None else 1e-6 * size.norm()
         assert error.norm() <= limit, f"the dense tensor is off by {float(error.norm() / exact.norm()):.2e}"
