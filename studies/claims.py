@@ -1,8 +1,8 @@
 """The study's claims, answered from the results: `python studies/claims.py studies/results/quality-*.json`.
 
 A claim is answered yes or no, with its figures, for each model; "not measured" where a row that it needs is
-not in the file. What "enough", "equal" and "predicts" mean is fixed by the constants below, set before any
-figure was known.
+not in the file, "does not apply" where the model cannot have one. What "enough", "equal" and "predicts" mean
+is fixed by the constants below, set before any figure was known.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from variants import VARIANTS
 
 from rtlynx.files import CheckpointError, read_json
 
@@ -30,7 +32,7 @@ PREDICTORS = ("layer_error", "output_error", "output_error_weighted")
 
 @dataclass(frozen=True)
 class Answer:
-    """verdict : "yes", "no", a word of its own where the claim asks "which", or "not measured"."""
+    """verdict : "yes", "no", a word of its own where the claim asks "which", or why there is none."""
 
     claim: str
     verdict: str
@@ -41,10 +43,15 @@ class Missing(Exception):
     """A row or figure that a claim needs is not there."""
 
 
+class DoesNotApply(Exception):
+    """The model has no such variant; the message says why."""
+
+
 class Results:
     """Rows by name; of several with one name the one with most pictures."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
+        self.architecture = document.get("architecture", "")
         self.rows: dict[str, dict[str, Any]] = {}
         for row in document.get("rows", ()):
             known = self.rows.get(row["name"])
@@ -52,9 +59,11 @@ class Results:
                 self.rows[row["name"]] = row
 
     def row(self, name: str) -> dict[str, Any]:
-        if name not in self.rows:
-            raise Missing(name)
-        return self.rows[name]
+        if name in self.rows:
+            return self.rows[name]
+        (variant,) = [variant for variant in VARIANTS if variant.name == name]
+        reason = variant.missing_for(self.architecture)
+        raise Missing(name) if reason is None else DoesNotApply(reason)
 
     def figure(self, name: str, figure: str = "psnr") -> float:
         value = self.row(name)["figures"][figure]["mean"]
@@ -194,6 +203,8 @@ def answers(document: Mapping[str, Any]) -> list[Answer]:
             found.append(Answer(claim, "yes" if told else "no", figure))
         except Missing as missing:
             found.append(Answer(claim, "not measured", f"missing: {missing}"))
+        except DoesNotApply as reason:
+            found.append(Answer(claim, "does not apply", str(reason)))
     return [*found, breaks_first(of)]
 
 

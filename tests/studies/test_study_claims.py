@@ -135,11 +135,22 @@ def test_layer_error_that_does_not_predict():
 
 
 def test_missing_rows_are_not_measured():
-    assert verdicts({"model": "tiny", "rows": []}) == ["not measured"] * 9
+    assert (
+        verdicts({"model": "tiny", "architecture": "FluxTransformer2DModel", "rows": []})
+        == ["not measured"] * 9
+    )
     document = invented()
     document["rows"] = [row for row in document["rows"] if row["name"] != "weight-2:4:ria"]
     first = answers(document)[0]
     assert (first.verdict, first.figure) == ("not measured", "missing: weight-2:4:ria")
+
+
+def test_what_a_model_cannot_have_does_not_apply():
+    document = invented() | {"architecture": "QwenImageTransformer2DModel"}
+    document["rows"] = [row for row in document["rows"] if ":by-" not in row["name"]]
+    (answer,) = [answer for answer in answers(document) if "hand-picked" in answer.claim]
+    assert answer.verdict == "does not apply"
+    assert "leaves no layer of QwenImageTransformer2DModel dense by hand" in answer.figure
 
 
 def test_the_row_with_most_pictures_counts():
