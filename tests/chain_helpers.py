@@ -96,5 +96,17 @@ def misaligned(x):
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
 
 
+def laid_out_otherwise(inputs):
+    """The inputs with tokens of other strides, in several ways."""
+    for change in (
+        lambda x: torch.cat([x[:, :5], x], dim=1)[:, 5:],
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.mT.contiguous().mT,
+    ):
+        moved = [change(one) if getattr(one, "ndim", 0) == 3 else one for one in inputs]
+        assert not moved[0].is_contiguous()
+        yield moved
+
+
 def is_tokens(one):
     return isinstance(one, torch.Tensor) and one.ndim > 1 and one.shape[-2] == 7

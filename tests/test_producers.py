@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from chain_helpers import NAMES, K, by_formula, is_tokens, make_inputs, misaligned, normal, read_source
+from chain_helpers import (
+    NAMES,
+    K,
+    by_formula,
+    is_tokens,
+    laid_out_otherwise,
+    make_inputs,
+    misaligned,
+    normal,
+    read_source,
+)
 from helpers import relative_error
 from torch._subclasses import FakeTensorMode
 
@@ -86,13 +96,7 @@ def test_one_modulation_for_all_batches(name):
 def test_any_strides(name):
     inputs = make_inputs(name, 2, 9)
     expected = operator(name)(*inputs, None, "adjacent", [], True)
-    for change in (
-        lambda x: torch.cat([x[:, :5], x], dim=1)[:, 5:],
-        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda x: x.mT.contiguous().mT,
-    ):
-        moved = [change(one) if getattr(one, "ndim", 0) == 3 else one for one in inputs]
-        assert not moved[0].is_contiguous()
+    for moved in laid_out_otherwise(inputs):
         for one, other in zip(operator(name)(*moved, None, "adjacent", [], True), expected, strict=True):
             assert torch.equal(one, other)
 

@@ -7,7 +7,7 @@ and T with that dense tensor, as for `rtlynx::compress`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,25 @@ class ProducerCase:
     shared: bool = False
     fp8: bool = False
     seed: int = 0
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same values in rows as dense, at an odd address."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
+
+
+# What becomes of the parameters of a modulation, and whether a kernel reads them so.
+MODULATIONS: list[tuple[dict[str, Callable[[Tensor], Tensor]], bool]] = [
+    ({"second": lambda p: p[:1]}, True),
+    ({"second": lambda p: p[0]}, True),
+    ({"second": lambda p: p.unsqueeze(1)}, True),
+    ({"second": lambda p: p[:1].expand(3, -1)}, True),
+    ({"second": misaligned}, True),
+    ({"first": misaligned}, True),
+    ({"second": lambda p: p.T.contiguous().T}, True),
+    ({"second": lambda p: p.float()}, False),
+    ({"first": lambda p: p.float()}, False),
+]
 
 
 def make_inputs(case: ProducerCase) -> tuple[Any, ...]:

@@ -9,12 +9,14 @@ from producer_cases import (
     DATA,
     LAYOUTS,
     MODULATED,
+    MODULATIONS,
     NAMES,
     ProducerCase,
     check,
     compare,
     make_inputs,
     make_tail,
+    misaligned,
 )
 
 from rtlynx.kernels import producers
@@ -127,11 +129,6 @@ def changed(name, **change):
     return inputs
 
 
-def misaligned(x):
-    """The same values in rows as dense, at an odd address."""
-    return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
-
-
 @pytest.mark.parametrize("k", [60, 12, 20, 1004])
 @pytest.mark.parametrize("name", NAMES)
 def test_widths_that_no_vector_divides_are_left_to_pytorch(name, k):
@@ -164,20 +161,7 @@ def test_a_first_part_of_a_concatenation_that_ends_within_a_vector():
     compare("concat_gelu", (a[..., :68], torch.cat([b, b], -1)[..., :60]), make_tail(case), served=False)
 
 
-@pytest.mark.parametrize(
-    ("change", "served"),
-    [
-        ({"second": lambda p: p[:1]}, True),
-        ({"second": lambda p: p[0]}, True),
-        ({"second": lambda p: p.unsqueeze(1)}, True),
-        ({"second": lambda p: p[:1].expand(3, -1)}, True),
-        ({"second": misaligned}, True),
-        ({"first": misaligned}, True),
-        ({"second": lambda p: p.T.contiguous().T}, True),
-        ({"second": lambda p: p.float()}, False),
-        ({"first": lambda p: p.float()}, False),
-    ],
-)
+@pytest.mark.parametrize(("change", "served"), MODULATIONS)
 @pytest.mark.parametrize("name", MODULATED)
 def test_modulations_of_every_shape(name, change, served):
     for rank in (0, 16):

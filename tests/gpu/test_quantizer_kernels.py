@@ -8,7 +8,7 @@ import producer_cases
 import pytest
 import torch
 from cases import poisoned
-from producer_cases import MODULATED
+from producer_cases import MODULATED, MODULATIONS, misaligned
 from quantizer_cases import MATRIX, NAMES, QuantizerCase, check, compare, make_inputs, operator
 
 from rtlynx import Pattern, SparseLinear
@@ -89,11 +89,6 @@ def test_tokens_alone_without_a_batch(name):
 # ----------------------------------------------------------------------------------- awkward inputs
 
 
-def misaligned(x):
-    """The same values in rows as dense, at an odd address."""
-    return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("k", [16, 3072, 12288])
 @pytest.mark.parametrize("name", NAMES)
@@ -140,21 +135,7 @@ def changed(name, **change):
     return inputs
 
 
-@pytest.mark.parametrize(
-    ("change", "served"),
-    [
-        ({"second": lambda p: p[:1]}, True),
-        ({"second": lambda p: p[0]}, True),
-        ({"second": lambda p: p.unsqueeze(1)}, True),
-        ({"second": lambda p: p[:1].expand(3, -1)}, True),
-        ({"second": misaligned}, True),
-        ({"first": misaligned}, True),
-        ({"second": lambda p: p.T.contiguous().T}, True),
-        ({"second": lambda p: p.float()}, False),
-        ({"first": lambda p: p.float()}, False),
-        ({"x": misaligned}, False),
-    ],
-)
+@pytest.mark.parametrize(("change", "served"), [*MODULATIONS, ({"x": misaligned}, False)])
 @pytest.mark.parametrize("name", MODULATED)
 def test_modulations_of_every_shape(name, change, served):
     compare(name, changed(name, **change), served)
