@@ -11,7 +11,7 @@ from torch import Tensor
 from rtlynx.kernels import jit
 from rtlynx.kernels.reference import Norm
 from rtlynx.kernels.sm90.compress import MAX_COLUMNS_FP8, MAX_PARTS
-from rtlynx.kernels.sm90.quantize import MAX_COLUMNS
+from rtlynx.kernels.sm90.quantize import takes
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3
 
@@ -91,7 +91,7 @@ def quantizer_serves(k: int, x: Tensor, *others: Tensor) -> bool:
     """
     if not x.is_cuda or wants_gradient(x, *others) or x.dtype is not torch.bfloat16:
         return False
-    return k % 8 == 0 and 0 < k <= MAX_COLUMNS and card_obstacle(x.get_device()) is None
+    return takes(k) and card_obstacle(x.get_device()) is None
 
 
 def scaled_mm_serves(x: Tensor, of: Fp8Parameters) -> bool:

@@ -104,6 +104,15 @@ def make_inputs(case: ProducerCase) -> tuple[Any, ...]:
     return tokens(first), tokens(k - first)
 
 
+def with_changes(inputs: Sequence[Any], **change: Callable[[Tensor], Tensor]) -> list[Any]:
+    """The inputs; functions for the first three, x, first and second, say what becomes of them."""
+    changed = list(inputs)
+    for index, key in enumerate(("x", "first", "second")):
+        if key in change:
+            changed[index] = change[key](changed[index])
+    return changed
+
+
 def _laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "plain":
         return x

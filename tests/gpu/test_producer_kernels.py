@@ -17,6 +17,7 @@ from producer_cases import (
     make_inputs,
     make_tail,
     misaligned,
+    with_changes,
 )
 
 from rtlynx.kernels import producers
@@ -121,12 +122,8 @@ def test_tokens_alone_without_a_batch(name):
 
 
 def changed(name, **change):
-    """Inputs of a case; functions for the first three, x, first and second, say what becomes of them."""
-    inputs = list(make_inputs(ProducerCase(name, 150, 384, batch=3)))
-    for index, function in enumerate(change.get(key) for key in ("x", "first", "second")):
-        if function is not None:
-            inputs[index] = function(inputs[index])
-    return inputs
+    """Inputs of a case, some of them changed."""
+    return with_changes(make_inputs(ProducerCase(name, 150, 384, batch=3)), **change)
 
 
 @pytest.mark.parametrize("k", [60, 12, 20, 1004])

@@ -8,7 +8,7 @@ import producer_cases
 import pytest
 import torch
 from cases import poisoned
-from producer_cases import MODULATED, MODULATIONS, misaligned
+from producer_cases import MODULATED, MODULATIONS, misaligned, with_changes
 from quantizer_cases import MATRIX, NAMES, QuantizerCase, check, compare, make_inputs, operator
 
 from rtlynx import Pattern, SparseLinear
@@ -127,12 +127,8 @@ def test_every_magnitude(k, exponent):
 
 
 def changed(name, **change):
-    """Inputs of a case; functions for the first three, x, first and second, say what becomes of them."""
-    inputs = list(make_inputs(QuantizerCase(name, 147, 384, batch=3)))
-    for index, function in enumerate(change.get(key) for key in ("x", "first", "second")):
-        if function is not None:
-            inputs[index] = function(inputs[index])
-    return inputs
+    """Inputs of a case, some of them changed."""
+    return with_changes(make_inputs(QuantizerCase(name, 147, 384, batch=3)), **change)
 
 
 @pytest.mark.parametrize(("change", "served"), [*MODULATIONS, ({"x": misaligned}, False)])

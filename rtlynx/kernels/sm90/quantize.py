@@ -89,9 +89,14 @@ def _kernel(source: int, columns: int) -> jit.Kernel:
     return jit.load("quantize.cu", "quantize", defines, threads=threads, shared_bytes=0, pdl=True)
 
 
+def takes(columns: int) -> bool:
+    """Whether the kernel takes rows of so many columns: whole vectors, and a row at one time."""
+    return columns % _VECTOR == 0 and 0 < columns <= MAX_COLUMNS
+
+
 def fits(x: Input) -> bool:
-    """Whether the kernel can read `x`: 16 bytes at a time, and a row at one time."""
-    return x.aligned and x.columns % _VECTOR == 0 and 0 < x.columns <= MAX_COLUMNS
+    """Whether the kernel can read `x`, 16 bytes at a time."""
+    return x.aligned and takes(x.columns)
 
 
 def launch(x: Input, shape: Sequence[int], dense: Tensor | None = None) -> tuple[Tensor, Tensor]:
