@@ -139,6 +139,7 @@ def test_designs_are_what_their_names_say(monkeypatch):
     [
         ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNN", "linear"),
         ("compress", "linear"),
+        ("quantize", "linear"),
         ("gemm", "linear"),
         ("cutlass_3x_gemm_f8", "linear"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-LINEAR = ("gemm", "nvjet", "cutlass", "cublas", "xmma", "compress", "splitk", "gemv")
+LINEAR = ("gemm", "nvjet", "cutlass", "cublas", "xmma", "compress", "quantize", "splitk", "gemv")
 ATTENTION = ("flash", "fmha", "sdpa", "attention", "cudnn_generated")
 STEPS = 3
 

@@ -135,6 +135,8 @@ def scaled_product(compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
         scale_b=of.scale.unsqueeze(0),
         bias=of.bias,
         out_dtype=torch.bfloat16,
+        # Sums as tensor cores hold them, as in our own product; promoting them takes a fifth more time.
+        use_fast_accum=True,
     ).view(*compressed.values.shape[:-1], n)
 
 

@@ -78,17 +78,18 @@ def test_kernels_and_plain_pytorch_agree(name, rank, single, precision):
     assert difference(layer(x), plainly(layer, x)) < LIMIT
 
 
+@pytest.mark.parametrize("k", [K, 15360])
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_dense_fp8_runs_on_pytorchs_product(rank, bias):
+def test_dense_fp8_runs_on_pytorchs_product(rank, bias, k):
     torch.manual_seed(0)
-    plain = nn.Linear(K, 272, bias=bias, device="cuda").bfloat16()
+    plain = nn.Linear(k, 272, bias=bias, device="cuda").bfloat16()
     layer = SparseLinear.from_linear(plain, pattern=Pattern(1, 1), norm="none")
     if rank:
-        layer.set_lowrank(torch.randn(rank, K) / 30, torch.randn(272, rank) / 20)
+        layer.set_lowrank(torch.randn(rank, k) / 30, torch.randn(272, rank) / 20)
     layer.quantize()
     layer.requires_grad_(False)
-    x = tokens(2, ROWS, K)
+    x = tokens(2, ROWS, k)
     of = fp8.Fp8Parameters(layer.weight, layer.weight_scale, layer.bias, layer.lowrank_down, layer.lowrank_up)
     assert choice.scaled_mm_serves(x, of)
     expected = fp8.linear_fp8(x, fp8.compress_fp8(x, layer.pattern, layer.norm), of)
