@@ -7,7 +7,6 @@ from typing import NamedTuple
 from rtlynx.bench.results import REFERENCE, step_speed_up
 
 DEMO = Path("docs/demo")
-TENTH = "refitted, no branch, a tenth of the work dense in bf16, whole in fp8"
 STEP_COLUMNS = ("gpu_ms", "linear_ms", "attention_ms", "rest_ms", "wall_ms", "peak_gib")
 
 
@@ -218,12 +217,9 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     lines.append("")
     lines += [f"- {one['name']}: not measured: {one['reason']}" for one in variants if one["reason"]]
     lines += [""] if lines[-1] else []
-    # Older files name the rank of every layer, or nothing: they are from before the form of now.
-    before = f"every layer, rank {results['rank']}" if "rank" in results else TENTH
-    ours = results.get("ours", before)
     lines.append(
         f"{results['model']}, {results['resolution']}, batch {results['batch']}, {results['text_tokens']} "
-        f"text tokens, attention: {results['attention']}; ours: {ours}. "
+        f"text tokens, attention: {results['attention']}; ours: {results['ours']}. "
         f"{measured_on(results)} ({place.file(source)})."
     )
     return "\n".join(lines)

@@ -23,6 +23,7 @@ import update_readme
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
 STEP = {
+    "ours": "the recommended recipe",
     "device": "a card",
     "power_limit_w": 700.0,
     "driver": "1",
