@@ -145,6 +145,9 @@ def test_designs_are_what_their_names_say(monkeypatch):
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("void pytorch_flash::flash_fwd_kernel", "attention"),
         ("triton_poi_fused_add_mul_0", "rest"),
+        ("triton_red_fused__fused_rms_norm__scaled_dot_product_cudnn_attention__to_copy_add_1", "rest"),
+        ("triton_poi_fused__unsafe_view_clone_concat_gelu_quantize_permute_split_with_sizes_view_4", "rest"),
+        ("triton_tem_fused_flex_attention_2", "attention"),
     ],
 )
 def test_kernels_are_told_apart_by_name(kernel, expected):

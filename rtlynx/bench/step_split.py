@@ -16,6 +16,8 @@ STEPS = 3
 def kind(kernel: str) -> str:
     """ "linear", "attention" or "rest"."""
     name = kernel.lower()
+    if name.startswith("triton_") and "_tem_" not in name:  # elementwise, named after its neighbours too
+        return "rest"
     if any(part in name for part in ATTENTION):
         return "attention"
     return "linear" if any(part in name for part in LINEAR) else "rest"
