@@ -4,7 +4,9 @@ What `rtlynx bench --model` measures (rtlynx/bench/step.py), with our targets be
 Writes results/step-<model>-<card>.json; of other sizes or few variants only where `--out` says so.
 """
 
+import json
 from functools import partial
+from pathlib import Path
 
 from rich import print
 from script import FOLDER, options_parser
@@ -25,7 +27,11 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, help="default: a common prompt's")
     parser.add_argument("--attention", default="_native_cudnn", help="diffusers attention backend")
     parser.add_argument("--variants", help="comma-separated names, default all")
+    parser.add_argument(
+        "--renew", type=Path, help="results of the same, measured in pairs, whose other variants stay"
+    )
     options = parser.parse_args()
+    kept = options.renew and json.loads(options.renew.read_text())
     size = Size(options.side, options.batch, options.text_tokens or MODELS[options.model].text_tokens)
     card = Card()
     document = step.run(
@@ -39,11 +45,13 @@ def main() -> None:
         commit=options.commit,
         report=partial(print, flush=True),
     )
+    if kept:
+        document = step.renewed(kept, document)
     document["targets"] = step_targets(document)
     print(step_overview(document))
     plain = (options.side, options.batch, options.text_tokens) == (1024, 1, None) and not options.variants
-    if options.out or plain:
-        write(options.out or FOLDER / f"step-{options.model}-{card.slug}.json", document)
+    if options.out or options.renew or plain:
+        write(options.out or options.renew or FOLDER / f"step-{options.model}-{card.slug}.json", document)
 
 
 if __name__ == "__main__":

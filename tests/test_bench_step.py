@@ -257,6 +257,30 @@ def test_pairs_stand_beside_their_own_reference(monkeypatch):
     assert (over["met"], over["measured"]) == (True, pytest.approx(27 / 26, abs=1e-4))
 
 
+def test_variants_measured_in_pairs_can_be_measured_again_alone():
+    def results(commit, *rows, **other):
+        return {"device": "a card", "together": False, "commit": commit, "variants": list(rows)} | other
+
+    def row(name, ms, beside):
+        return {"name": name, "gpu_ms": ms, "beside": {"gpu_ms": beside}}
+
+    reference = {"name": step.REFERENCE, "gpu_ms": 100.0, "drift": 0.02}
+    old = results("one", reference, row("a", 50.0, 100.0), row("b", None, 102.0), targets=[])
+    again = results("two", reference | {"gpu_ms": 110.0}, row("b", 26.0, 110.0), row("c", 20.0, 105.0))
+    whole = step.renewed(old, again)
+    assert whole["variants"] == [
+        reference | {"drift": pytest.approx(0.1)},
+        row("a", 50.0, 100.0),
+        row("b", 26.0, 110.0) | {"commit": "two"},
+        row("c", 20.0, 105.0) | {"commit": "two"},
+    ]
+    assert whole["commit"] == "one"
+    with pytest.raises(ValueError, match="differ in device, torch"):
+        step.renewed(old, again | {"device": "another", "torch": "3"})
+    with pytest.raises(ValueError, match="measured together"):
+        step.renewed(old | {"together": True}, again | {"together": True})
+
+
 def document():
     row = {"wall_ms": 110.0, "linear_ms": 60.0, "attention_ms": 30.0, "rest_ms": 10.0, "peak_gib": 25.0}
     return {

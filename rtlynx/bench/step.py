@@ -7,7 +7,7 @@ alone, which is measured before and after.
 
 import copy
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -240,6 +240,35 @@ def measure_pairwise(variants: Sequence[Variant], of: Bench) -> list[dict]:
         )
         gc.collect()
         torch.cuda.empty_cache()
+    return [seen[0] | {"drift": drift(seen)}, *rows]
+
+
+def drift(seen: Iterable[Mapping]) -> float | None:
+    """How far GPU times of one variant lie apart, over the least."""
     times = [row["gpu_ms"] for row in seen if row["gpu_ms"]]
-    drift = max(times) / min(times) - 1 if times else None
-    return [seen[0] | {"drift": drift}, *rows]
+    return max(times) / min(times) - 1 if times else None
+
+
+def renewed(document: Mapping, again: Mapping) -> dict:
+    """`document` with those variants that were measured `again`, each with the commit that it belongs to.
+
+    For variants measured in pairs: each has a reference of its own beside it. The first reference stays.
+
+    Raises
+    ------
+    ValueError
+        Where variants were measured together, or the two are not of one card, model and size.
+    """
+    own = ("commit", "variants", "targets")
+    unlike = sorted(
+        key for key in document.keys() | again if key not in own and document.get(key) != again.get(key)
+    )
+    if unlike or document["together"]:
+        why = f"differ in {', '.join(unlike)}" if unlike else "hold variants measured together"
+        raise ValueError(f"rows of one results file can't renew another's: they {why}; measure all again")
+    rows = {row["name"]: row for row in document["variants"]}
+    of = {"commit": again["commit"]}
+    rows |= {row["name"]: row | of for row in again["variants"] if row["name"] != REFERENCE}
+    apart = drift(row["beside"] for row in rows.values() if "beside" in row)
+    rows[REFERENCE] = rows[REFERENCE] | {"drift": apart}
+    return {**document, "variants": list(rows.values())}

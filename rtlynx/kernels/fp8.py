@@ -19,6 +19,12 @@ from rtlynx.kernels.reference import Norm, product_in_float32
 from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 from rtlynx.quantization import dequantize, quantize_tokens
 
+# cuBLAS refuses fast accumulation for few rows of many columns (CUBLAS_STATUS_NOT_SUPPORTED): 12.9 always, as
+# in pytorch/ao issue 4582, 13.0 with a bias (32 rows of 10,240). Compiled code does not know the number of
+# rows; up to this many columns none was refused.
+_SURE_COLUMNS = 4096
+_REFUSES_WITHOUT_BIAS = (torch.version.cuda or "").startswith("12.9")
+
 
 class CompressedFp8(NamedTuple):
     """An input after selection and quantisation.
@@ -126,8 +132,14 @@ def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) ->
 
 
 def scaled_product(compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
-    """Xq Wq^T scaled by rows and columns, + b: (..., N) bfloat16, of `of` without low-rank factors."""
+    """Xq Wq^T scaled by rows and columns, + b: (..., N) bfloat16, of `of` without low-rank factors.
+
+    Of more than `_SURE_COLUMNS` inputs the bias is added to the product rounded to bfloat16.
+    """
     n, k = of.weight.shape
+    wide = k > _SURE_COLUMNS
+    if wide and of.bias is not None:
+        return scaled_product(compressed, of._replace(bias=None)) + of.bias
     return torch._scaled_mm(
         compressed.values.reshape(-1, k),
         of.weight.T,
@@ -136,7 +148,7 @@ def scaled_product(compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
         bias=of.bias,
         out_dtype=torch.bfloat16,
         # Sums as tensor cores hold them, as in our own product; promoting them takes a fifth more time.
-        use_fast_accum=True,
+        use_fast_accum=not (wide and _REFUSES_WITHOUT_BIAS),
     ).view(*compressed.values.shape[:-1], n)
 
 
