@@ -363,12 +363,13 @@ class SparseLinear(nn.Linear):
                 "a quantised layer passes no gradient to its input: call the model under torch.no_grad()"
             )
         of = self.fp8_parameters()
-        key = ("fp8", self.pattern, self.norm, x.dtype)
-        compressed = self.shared_input.compress(input, key, lambda: self._compress_fp8(x))
-        if spans is None:
-            return [product(x, compressed, of)]
-        slices = [slice(*span) for span in spans]
-        return [product(x[..., rows, :], compressed.rows(rows), of) for rows in slices]
+        key = ("fp8", self.pattern, self.norm, x.dtype, spans)
+        pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
+        # Apart, since cuBLAS wants scales that begin at a multiple of 16 bytes.
+        compressed = self.shared_input.compress(
+            input, key, lambda: [self._compress_fp8(piece) for piece in pieces]
+        )
+        return [product(piece, kept, of) for piece, kept in zip(pieces, compressed, strict=True)]
 
     def fp8_parameters(self) -> fp8.Fp8Parameters:
         """What a quantised layer multiplies with where the sparse kernels do not."""

@@ -86,11 +86,9 @@ def test_the_papers_formula_has_no_fp8_form():
         compress_fp8(tokens(), Pattern(), "paper")
 
 
-def test_rows_and_dequantize():
+def test_dequantize():
     x = tokens(2, 9, K)
     whole = compress_fp8(x, Pattern(), "scale")
-    part = compress_fp8(x[:, 2:5], Pattern(), "scale")
-    assert torch.equal(whole.rows(slice(2, 5)).dequantize(), part.dequantize())
     torch.testing.assert_close(whole.dequantize(), whole.values.float() * whole.scale, rtol=0, atol=0)
     s = norm_scale(x, slow_mask(x))
     assert relative_error(whole.dequantize(), torch.where(slow_mask(x), x, 0) * s) < 0.04

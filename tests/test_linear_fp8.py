@@ -162,9 +162,10 @@ def test_layers_that_read_one_tensor_quantise_it_once(monkeypatch):
     torch.testing.assert_close(other(x), SparseLinear.from_linear(linear(), norm="scale")(x))
 
 
-def test_text_rows_and_dense_steps_use_the_original_weight():
+@pytest.mark.parametrize("form", [{"norm": "scale"}, {"pattern": Pattern(1, 1)}])
+def test_text_rows_and_dense_steps_use_the_original_weight(form):
     dense = linear()
-    layer = quantised(norm="scale", keep_dense=True)
+    layer = quantised(keep_dense=True, **form)
     assert torch.equal(layer.weight_dense, dense.weight)
     x = tokens(2, 9, K)
     everything = layer(x)
@@ -173,6 +174,11 @@ def test_text_rows_and_dense_steps_use_the_original_weight():
     y = layer(x)
     torch.testing.assert_close(y[:, :4], dense(x[:, :4]))
     torch.testing.assert_close(y[:, 4:], everything[:, 4:])
+    layer.context.text_rows = (3, 5)
+    y = layer(x)
+    torch.testing.assert_close(y[:, 3:5], dense(x[:, 3:5]))
+    torch.testing.assert_close(y[:, :3], everything[:, :3])
+    torch.testing.assert_close(y[:, 5:], everything[:, 5:])
     layer.context.dense_step = True
     assert torch.equal(layer(x), dense(x))
 

@@ -36,10 +36,6 @@ class CompressedFp8(NamedTuple):
     values: Tensor
     scale: Tensor
 
-    def rows(self, rows: slice) -> CompressedFp8:
-        """The tokens `rows` of the token axis (-2)."""
-        return CompressedFp8(self.values[..., rows, :], self.scale[..., rows, :])
-
     def dequantize(self) -> Tensor:
         """What the product sees of X, (..., K) float32."""
         return dequantize(self.values, self.scale)

@@ -97,6 +97,23 @@ def test_dense_fp8_runs_on_pytorchs_product(rank, bias, k):
     assert bool(torch.isfinite(layer(torch.zeros_like(x))).all())
 
 
+def test_dense_text_rows_beside_rows_whole_in_fp8():
+    torch.manual_seed(0)
+    plain = nn.Linear(K, 272, device="cuda").bfloat16()
+    layer = SparseLinear.from_linear(plain, pattern=Pattern(1, 1), norm="none")
+    layer.quantize(keep_dense=True)
+    layer.requires_grad_(False)
+    x = tokens(ROWS, K)
+    whole = layer(x)
+    layer.text_rows_dense = True
+    for start, stop in ((0, 19), (77, ROWS), (3, 5)):
+        layer.context.text_rows = (start, stop)
+        y = layer(x)
+        assert difference(y[start:stop], plain(x)[start:stop]) < LIMIT
+        rest = [row for row in range(ROWS) if not start <= row < stop]
+        assert difference(y[rest], whole[rest]) < LIMIT
+
+
 def test_few_tokens():
     layer, x = sparse(), tokens()
     assert layer(x[:0]).shape == (0, N)
