@@ -217,10 +217,11 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     lines.append("")
     lines += [f"- {one['name']}: not measured: {one['reason']}" for one in variants if one["reason"]]
     lines += [""] if lines[-1] else []
+    also = "".join(f", {one['name']} at {one['commit']}" for one in variants if "commit" in one)
     lines.append(
         f"{results['model']}, {results['resolution']}, batch {results['batch']}, {results['text_tokens']} "
         f"text tokens, attention: {results['attention']}; ours: {results['ours']}. "
-        f"{measured_on(results)} ({place.file(source)})."
+        f"{measured_on(results)}{also} ({place.file(source)})."
     )
     return "\n".join(lines)
 
