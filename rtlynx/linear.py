@@ -366,9 +366,7 @@ class SparseLinear(nn.Linear):
         key = ("fp8", self.pattern, self.norm, x.dtype, spans)
         pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
         # Apart, since cuBLAS wants scales that begin at a multiple of 16 bytes.
-        compressed = self.shared_input.compress(
-            input, key, lambda: [self._compress_fp8(piece) for piece in pieces]
-        )
+        compressed = self.shared_input.compress(input, key, lambda: [*map(self._compress_fp8, pieces)])
         return [product(piece, kept, of) for piece, kept in zip(pieces, compressed, strict=True)]
 
     def fp8_parameters(self) -> fp8.Fp8Parameters:
