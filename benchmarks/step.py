@@ -1,7 +1,8 @@
 """One denoising step of a full-size transformer, weights at random: `python benchmarks/step.py --model NAME`.
 
 What `rtlynx bench --model` measures (rtlynx/bench/step.py), with our targets beside it.
-Writes results/step-<model>-<card>.json; of other sizes or few variants only where `--out` says so.
+Writes results/step-<model>-<card>.json; of other sizes or few variants only where `--out` or
+`--renew` says so.
 """
 
 import json
@@ -32,6 +33,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     kept = options.renew and json.loads(options.renew.read_text())
+    if kept and (kept["together"] or kept["model"] != options.model):
+        parser.error(f"{options.renew} holds no variants of {options.model} measured in pairs")
     size = Size(options.side, options.batch, options.text_tokens or MODELS[options.model].text_tokens)
     card = Card()
     document = step.run(
