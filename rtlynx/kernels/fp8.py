@@ -20,7 +20,7 @@ from rtlynx.pattern import Pattern, norm_scale, pattern_mask
 from rtlynx.quantization import dequantize, quantize_tokens
 
 # cuBLAS refuses fast accumulation for few rows of many columns (CUBLAS_STATUS_NOT_SUPPORTED): 12.9 always, as
-# in pytorch/ao issue 4582, 13.0 with a bias (32 rows of 10,240). Compiled code does not know the number of
+# in pytorch/ao issue 4582, 13.0 with a bias (28 rows of 10,240). Compiled code does not know the number of
 # rows; up to this many columns none was refused.
 _SURE_COLUMNS = 4096
 _REFUSES_WITHOUT_BIAS = (torch.version.cuda or "").startswith("12.9")
