@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from rtlynx.calibration import CalibrationError, CalibrationOptions, CalibrationReport, calibrate
+from rtlynx.call import schedule
 from rtlynx.checkpoint import load, save
 from rtlynx.files import CheckpointError
 from rtlynx.linear import SparseLinear
@@ -28,6 +29,7 @@ __all__ = [
     "norm_scale",
     "pack",
     "save",
+    "schedule",
     "sparsify",
     "unpack",
 ]

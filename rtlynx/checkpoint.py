@@ -31,6 +31,7 @@ from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.plan import Plan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
+from rtlynx.models.transaction import all_or_none
 from rtlynx.parallel import refuse_parallel, shards_of
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3
@@ -143,7 +144,8 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
         plan, solutions = _read(model, index, folder)
     except (KeyError, TypeError, AttributeError) as error:  # sound JSON, but not what `save` writes
         raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from None
-    apply_solutions(model, plan, solutions)
+    with all_or_none(model):
+        apply_solutions(model, plan, solutions)
     return model_or_pipeline
 
 

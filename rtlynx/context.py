@@ -1,4 +1,4 @@
-"""What the sparse layers of one model share while it runs: the sampling step, text rows, selections."""
+"""What layers that read one input share: its compressed form, and one low-rank factor."""
 
 from __future__ import annotations
 
@@ -16,35 +16,6 @@ from rtlynx.derived import Derived
 from rtlynx.kernels.blocks import LOWRANK_COLUMNS
 
 _T = TypeVar("_T")
-Spans = tuple[tuple[int, int], ...]  # half-open ranges of tokens
-
-
-class SparseContext:
-    """State of one forward pass, written by the model's hook and read by its layers.
-
-    Attributes
-    ----------
-    dense_step : bool
-        Run every sparse layer densely, with its original weight, in this forward pass.
-    text_rows : list [start, stop] or None
-        Half-open range of text tokens on the token axis (-2) of joint blocks, or None where unknown. (A list:
-        torch.compile would take a tuple for a constant whatever it is told about integers.)
-    """
-
-    def __init__(self) -> None:
-        self.dense_step = False
-        self.text_rows: list[int | None] | None = None
-
-    def split(self, rows: int) -> tuple[tuple[int, int], Spans] | None:
-        """The text's range of tokens and the ranges of the others, of `rows` tokens; None without text."""
-        if self.text_rows is None:
-            return None
-        # Not by `slice.indices`, which would fix the length of the prompt in a compiled graph.
-        start = self.text_rows[0] or 0
-        stop = rows if self.text_rows[1] is None else min(self.text_rows[1], rows)
-        if start >= stop:
-            return None
-        return (start, stop), tuple((a, b) for a, b in ((0, start), (stop, rows)) if a < b)
 
 
 class SharedInput:
@@ -159,41 +130,3 @@ def _place(x: Tensor) -> object:
     except ImportError:
         return object()  # equal to nothing
     return stream, int(driver.cuStreamGetCaptureInfo(stream)[2])
-
-
-class StepTracker:
-    """Tells sampling steps apart by the model's own `timestep` argument.
-
-    A new value is a new step, the same value another guidance pass of the same step, a value against the
-    schedule's direction the first step of a new picture (also after an aborted run).
-
-    Parameters
-    ----------
-    descending : bool
-        True where the timestep falls while sampling (FLUX, Qwen-Image), False where it rises (Z-Image).
-    """
-
-    def __init__(self, descending: bool = True) -> None:
-        self.descending = descending
-        self.step = -1
-        self._last: float | None = None
-
-    def update(self, timestep: Tensor | float) -> int:
-        """Index (from 0) of the step that a forward pass at `timestep` belongs to.
-
-        A batch at different timesteps (training) is no sampling step: returns -1 and changes nothing.
-        """
-        if isinstance(timestep, Tensor):
-            flat = timestep.detach().flatten()
-            if flat.numel() == 0 or bool((flat != flat[0]).any()):
-                return -1
-            value = float(flat[0])
-        else:
-            value = float(timestep)
-        if self._last is None:
-            self.step = 0
-        elif value != self._last:
-            forward = value < self._last if self.descending else value > self._last
-            self.step = self.step + 1 if forward else 0
-        self._last = value
-        return self.step

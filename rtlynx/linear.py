@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from rtlynx.call import CallState, RowRanges, current_call
 from rtlynx.compressed import PreparedInput
-from rtlynx.context import SharedInput, Spans, SparseContext
+from rtlynx.context import SharedInput
 from rtlynx.derived import Derived, WatchedWeight
 from rtlynx.kernels import fp8, ops, reference
 from rtlynx.kernels.blocks import compute_order
@@ -62,6 +63,9 @@ class SparseLinear(nn.Linear):
         Whether the norm scale s is applied ("paper": with the paper's printed epsilon).
     dense_reason : str or None
         Why the layer runs densely all the same (its K does not split into groups), or None.
+    text_rows_dense, dense_steps : bool
+        Whether text rows, or all rows in some steps, run dense, as the model's call says (`rtlynx.call`).
+        Such a layer cannot be called outside a call of its model.
     """
 
     pattern: Pattern
@@ -74,7 +78,7 @@ class SparseLinear(nn.Linear):
     weight_dense: Tensor | None
     weight_scale: Tensor | None
     text_rows_dense: bool
-    context: SparseContext
+    dense_steps: bool
     shared_input: SharedInput
     _ordered: Derived
     _folded: Derived
@@ -102,7 +106,7 @@ class SparseLinear(nn.Linear):
         self.refitted = False
         self.dense_reason = pattern.misfit(self.in_features)
         self.text_rows_dense = False
-        self.context = SparseContext()
+        self.dense_steps = False
         self.shared_input = SharedInput(single=True)
         self._ordered = Derived()
         self._folded = Derived()
@@ -322,9 +326,12 @@ class SparseLinear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
             # Select on what the product will see.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.dense_reason is not None or self.context.dense_step:
+        if self.dense_reason is not None:
             return self._dense(x)
-        split = self.context.split(x.shape[-2]) if self.text_rows_dense else None
+        call = self.call()
+        if call is not None and call.dense:
+            return self._dense(x)
+        split = call.split(x.shape[-2]) if call is not None and self.text_rows_dense else None
         if split is None:
             return self._sparse(input, x, None)[0]
         (start, stop), spans = split
@@ -332,7 +339,17 @@ class SparseLinear(nn.Linear):
         pieces.insert(1 if start > 0 else 0, self._dense(x[..., start:stop, :]))
         return torch.cat(pieces, dim=-2)
 
-    def _sparse(self, input: Tensor, x: Tensor, spans: Spans | None) -> list[Tensor]:
+    def call(self) -> CallState | None:
+        """The state of the model's call under way; None where the layer does the same in every call.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer depends on the call and none is under way.
+        """
+        return current_call() if self.text_rows_dense or self.dense_steps else None
+
+    def _sparse(self, input: Tensor, x: Tensor, spans: RowRanges | None) -> list[Tensor]:
         """The output for each span of tokens of `x`, or for all of them; `input` is x before a cast."""
         parameters = self._parameters
         down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
@@ -355,7 +372,7 @@ class SparseLinear(nn.Linear):
         return outputs
 
     def _by_fp8(
-        self, input: Tensor, x: Tensor, spans: Spans | None, product: Callable[..., Tensor]
+        self, input: Tensor, x: Tensor, spans: RowRanges | None, product: Callable[..., Tensor]
     ) -> list[Tensor]:
         """`_sparse` of a quantised layer by a product of `rtlynx.kernels.fp8`."""
         if torch.is_grad_enabled() and x.requires_grad:
@@ -416,7 +433,7 @@ class SparseLinear(nn.Linear):
             up = self._folded.get((up, scale), None, partial(fp8.fold_up, up, scale))
         return Weights(weight, up, self._parameters["bias"], scale)
 
-    def _by_kernels(self, input: Tensor, x: Tensor, spans: Spans | None) -> list[Tensor]:
+    def _by_kernels(self, input: Tensor, x: Tensor, spans: RowRanges | None) -> list[Tensor]:
         down, pattern, norm = self._parameters["lowrank_down"], self.pattern, self.norm == "scale"
         weight, up, bias, weight_scale = self.multiplied()
         quantized = weight_scale is not None

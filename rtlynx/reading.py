@@ -66,9 +66,10 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
         # Adapters wrap a layer; hooks want the input that it would get.
         if type(layer) is not SparseLinear or not untouched(layer):
             return None
-        if layer.dense_reason is not None or layer.context.dense_step:
+        if layer.dense_reason is not None:
             return None
-        if layer.text_rows_dense and layer.context.text_rows is not None:
+        call = layer.call()
+        if call is not None and (call.dense or (layer.text_rows_dense and call.has_text)):
             return None
         found.append(layer)
     return tuple(found)

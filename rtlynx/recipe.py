@@ -88,7 +88,8 @@ class Recipe:
     text_rows : "sparse" | "dense"
         Text tokens in blocks that image and text share.
     dense_steps : int
-        Run the first steps of each picture densely.
+        Run the first steps of each picture densely. Diffusers pipelines tell which step a call is; sampling
+        loops of your own say so with `rtlynx.schedule`.
     skip : tuple[str, ...]
         Glob patterns of layer names that stay dense.
     budget : Budget or None
@@ -253,9 +254,14 @@ class Recipe:
         return self.precision != "bf16" or any(form.startswith("fp8") for form in self.forms.values())
 
     @property
+    def depends_on_call(self) -> bool:
+        """Whether what a layer does depends on the model's call: its step, or where its text is."""
+        return self.dense_steps > 0 or self.text_rows == "dense"
+
+    @property
     def keeps_dense_weight(self) -> bool:
         """Whether refitted and quantised layers need their original weight too (for dense rows or steps)."""
-        return (self.refit or self.uses_fp8) and (self.dense_steps > 0 or self.text_rows == "dense")
+        return (self.refit or self.uses_fp8) and self.depends_on_call
 
     def fixed_form(self, name: str) -> Form | None:
         """The form that `forms` gives the layer `name`, or None."""

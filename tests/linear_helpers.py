@@ -6,6 +6,7 @@ from helpers import slow_mask
 from torch import nn
 
 from rtlynx import Pattern
+from rtlynx.call import calling
 
 K, N, RANK = 32, 24, 5
 PATTERNS = {
@@ -40,6 +41,7 @@ def assert_original_is_missed(layer, how):
     for ask in (layer.to_linear, layer.original_weight):
         with pytest.raises(RuntimeError, match=f"{how} without keeping its original weight"):
             ask()
-    layer.context.dense_step = True
-    with pytest.raises(RuntimeError, match=f"{how} without keeping its original weight.*dense_steps > 0"):
+    layer.dense_steps = True
+    match = f"{how} without keeping its original weight.*dense_steps > 0"
+    with calling(dense=True), pytest.raises(RuntimeError, match=match):
         layer(tokens())

@@ -223,7 +223,7 @@ def test_deepcopy_and_pickle_are_independent():
         with torch.no_grad():
             twin.weight.zero_()
             twin.lowrank_up.zero_()
-        twin.context.dense_step = True
+        twin.dense_steps = True
         assert torch.equal(layer(x), expected)
 
 

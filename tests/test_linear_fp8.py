@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rtlynx import Pattern, Recipe, SparseLinear, sparsify
+from rtlynx.call import calling
 from rtlynx.context import SharedInput
 from rtlynx.kernels import choice
 from rtlynx.kernels.fp8 import Fp8Parameters
@@ -170,17 +171,17 @@ def test_text_rows_and_dense_steps_use_the_original_weight(form):
     x = tokens(2, 9, K)
     everything = layer(x)
     layer.text_rows_dense = True
-    layer.context.text_rows = (0, 4)
-    y = layer(x)
+    with calling(text_rows=(0, 4)):
+        y = layer(x)
     torch.testing.assert_close(y[:, :4], dense(x[:, :4]))
     torch.testing.assert_close(y[:, 4:], everything[:, 4:])
-    layer.context.text_rows = (3, 5)
-    y = layer(x)
+    with calling(text_rows=(3, 5)):
+        y = layer(x)
     torch.testing.assert_close(y[:, 3:5], dense(x[:, 3:5]))
     torch.testing.assert_close(y[:, :3], everything[:, :3])
     torch.testing.assert_close(y[:, 5:], everything[:, 5:])
-    layer.context.dense_step = True
-    assert torch.equal(layer(x), dense(x))
+    with calling(dense=True):
+        assert torch.equal(layer(x), dense(x))
 
 
 def test_without_its_original_weight_it_says_so():

@@ -14,6 +14,7 @@ from torch import nn
 
 import rtlynx.linear
 from rtlynx import Pattern, Recipe, SparseLinear, sparsify
+from rtlynx.call import calling
 from rtlynx.context import SharedInput
 from rtlynx.kernels import choice
 from rtlynx.models import sparse_layers
@@ -119,9 +120,10 @@ def test_gradients_take_the_differentiable_path(calls):
 
 def test_dense_steps_use_no_kernel(calls):
     layer = sparse("strided")
-    layer.context.dense_step = True
+    layer.dense_steps = True
     x = normal(70, K)
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    with calling(dense=True):
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert not calls
 
 
@@ -174,9 +176,10 @@ def test_dense_text_rows(rows, single, kernels, calls, monkeypatch):
     layer.shared_input = SharedInput(single=single)
     x = normal(2, 40, K)
     whole = layer(x)
-    layer.text_rows_dense, layer.context.text_rows = True, rows
+    layer.text_rows_dense = True
     calls.clear()
-    y = layer(x)
+    with calling(text_rows=rows):
+        y = layer(x)
     start, stop, _ = slice(*rows).indices(40)
     dense = nn.functional.linear(x, layer.weight, layer.bias)
     for row in range(40):
@@ -238,12 +241,13 @@ def test_other_settings_are_not_served_from_memory():
     layers = readers(0, 0, 0, 0)
     layers[1].pattern = Pattern(grouping="strided")
     layers[2].norm = "none"
-    layers[3].text_rows_dense, layers[3].context.text_rows = True, (0, 8)
+    layers[3].text_rows_dense = True
     x = normal(70, K)
-    for layer in (*layers, *reversed(layers)):
-        assert torch.equal(layer(x), alone(layer)(x))
-        with torch.enable_grad():
-            assert relative_error(layer(x), alone(layer)(x)) < LIMIT
+    with calling(text_rows=(0, 8)):
+        for layer in (*layers, *reversed(layers)):
+            assert torch.equal(layer(x), alone(layer)(x))
+            with torch.enable_grad():
+                assert relative_error(layer(x), alone(layer)(x)) < LIMIT
 
 
 def test_changes_to_the_tensor_between_layers_are_noticed():
@@ -328,12 +332,10 @@ def test_the_weight_is_put_in_order_once(monkeypatch):
         x = normal(70, K, seed=seed)
         layer(x)
         adjacent(x)
-    layer.text_rows_dense, layer.context.text_rows = True, (0, 8)
-    layer(x)
-    layer.context.dense_step = True
-    layer(x)
-    layer.context.dense_step = False
-    layer(x)
+    layer.text_rows_dense = True
+    for state in ({"text_rows": (0, 8)}, {"dense": True}, {}):
+        with calling(**state):
+            layer(x)
     assert len(made) == 1
 
 

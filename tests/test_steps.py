@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from helpers import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
@@ -19,51 +20,58 @@ from helpers import (
 )
 from torch import nn
 
-from rtlynx import CalibrationOptions, Recipe, calibrate, sparsify
-from rtlynx.context import StepTracker
+from rtlynx import CalibrationOptions, Recipe, calibrate, schedule, sparsify
+from rtlynx.call import calling, current_call, step_of
 from rtlynx.models import sparse_layers
 
-# ------------------------------------------------------------------------------------------ the tracker
+# ---------------------------------------------------------------------------------- which step a call is
 
-# timesteps of consecutive calls -> step that each belongs to
+# timesteps of a schedule, timesteps of calls -> step that each belongs to
 SCHEDULES = {
-    "one pass a step": ([1.0, 0.75, 0.5, 0.25], [0, 1, 2, 3]),
-    "two passes a step": ([1.0, 1.0, 0.75, 0.75, 0.5, 0.5], [0, 0, 1, 1, 2, 2]),
-    "three passes a step": ([1.0] * 3 + [0.5] * 3, [0] * 3 + [1] * 3),
-    "two pictures": ([1.0, 0.5, 1.0, 0.5], [0, 1, 0, 1]),
-    "two pictures with guidance": ([1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.5, 0.5], [0, 0, 1, 1] * 2),
-    "aborted, then a new picture": ([1.0, 0.75, 0.5, 1.0, 0.75], [0, 1, 2, 0, 1]),
-    "aborted in the first step": ([1.0, 1.0, 0.5], [0, 0, 1]),
-    "another number of steps": ([1.0, 0.5, 1.0, 0.9, 0.8], [0, 1, 0, 1, 2]),
-    "from an image, at a later start": ([1.0, 0.5, 0.6, 0.3], [0, 1, 0, 1]),
-    "pictures of one step": ([1.0, 1.0, 1.0], [0, 0, 0]),
-    "uneven steps": ([1000.0, 999.0, 3.5, 0.0], [0, 1, 2, 3]),
+    "one pass a step": ([1.0, 0.75, 0.5], [1.0, 0.75, 0.5], [0, 1, 2]),
+    "guidance": ([1.0, 0.75, 0.5], [1.0, 1.0, 0.75, 0.75, 0.5, 0.5], [0, 0, 1, 1, 2, 2]),
+    "calls out of order": ([1.0, 0.75, 0.5], [0.5, 1.0, 0.75], [2, 0, 1]),
+    "a scheduler of second order": (
+        [1.0, 0.75, 0.75, 0.5, 0.5],
+        [1.0, 0.75, 0.75, 0.5, 0.5],
+        [0, 1, 1, 2, 2],
+    ),
+    "from an image, at a later start": ([0.25, 0.2, 0.1], [0.25, 0.2, 0.1], [0, 1, 2]),
+    "one step": ([1.0], [1.0, 1.0], [0, 0]),
+    "integers to zero": ([1000, 999, 3, 0], [1000, 999, 3, 0], [0, 1, 2, 3]),
+    "rounded by the model's dtype": ([0.9731, 0.4117], [0.9722, 0.4121], [0, 1]),
 }
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("form", ["float", "scalar", "batch", "half"])
-@pytest.mark.parametrize("descending", [True, False])
-def test_steps_of_a_schedule(name, form, descending):
-    timesteps, expected = SCHEDULES[name]
-    if form == "half" and name == "uneven steps":
-        timesteps = [1.0, 0.875, 0.5, 0.0]
-    tracker = StepTracker(descending)
-    make = {
-        "float": lambda t: t,
-        "scalar": torch.tensor,
-        "batch": lambda t: torch.full((3,), t),
-        "half": lambda t: torch.full((2,), t, dtype=torch.bfloat16),
-    }[form]
-    assert [tracker.update(make(t if descending else -t)) for t in timesteps] == expected
+@pytest.mark.parametrize("form", ["float", "scalar", "batch"])
+@pytest.mark.parametrize("rising", [False, True])
+def test_steps_of_a_schedule(name, form, rising):
+    timesteps, calls, expected = SCHEDULES[name]
+    sign = -1.0 if rising else 1.0
+    make = {"float": float, "scalar": torch.tensor, "batch": lambda t: torch.full((3,), float(t))}[form]
+    with schedule([sign * t for t in timesteps]):
+        assert [step_of(make(sign * t)) for t in calls] == expected
+    with schedule(torch.tensor([sign * t for t in timesteps])):
+        assert step_of(make(sign * calls[-1])) == expected[-1]
 
 
-def test_a_training_batch_is_no_sampling_step():
-    tracker = StepTracker()
-    assert [tracker.update(t) for t in (1.0, 0.5)] == [0, 1]
-    assert tracker.update(torch.tensor([0.9, 0.1])) == -1
-    assert tracker.update(torch.tensor([])) == -1
-    assert tracker.update(0.25) == 2
+def test_without_a_schedule_no_step_is_known():
+    assert step_of(0.5) is None
+    with schedule([1.0]), schedule([0.5, 0.25]):  # the inner one counts
+        assert step_of(0.25) == 1
+    assert step_of(0.5) is None
+
+
+@pytest.mark.parametrize("timestep", [0.6, float("nan"), torch.tensor([1.0, 0.5]), torch.tensor([])])
+def test_timesteps_that_are_no_step_of_the_schedule_are_refused(timestep):
+    with schedule([1.0, 0.5]), pytest.raises(ValueError, match="timestep"):
+        step_of(timestep)
+
+
+def test_an_empty_schedule_is_refused():
+    with pytest.raises(ValueError, match="at least one timestep"), schedule([]):
+        pass
 
 
 # ------------------------------------------------------------------------------------ dense first steps
@@ -74,17 +82,75 @@ def is_dense(model, reference, call):
     return torch.equal(output(model, call), output(reference, call))
 
 
+def dense_where(model, reference, timesteps, make=flux_call):
+    """D for each step that ran dense, s for the others."""
+    with schedule(timesteps):
+        ran = [is_dense(model, reference, make(timestep=t)) for t in timesteps]
+    return "".join("D" if dense else "s" for dense in ran)
+
+
 def test_dense_first_steps_of_flux():
     reference = tiny_flux()
     model = sparsify(tiny_flux(), Recipe.immediate(dense_steps=2))
     plain = sparsify(tiny_flux())
     ran_dense = []
-    for timestep in (1.0, 1.0, 0.8, 0.8, 0.6, 0.6, 0.4, 1.0, 0.8, 0.6):
-        call = flux_call(timestep=timestep)
-        ran_dense.append(is_dense(model, reference, call))
-        if not ran_dense[-1]:
-            assert torch.equal(output(model, call), output(plain, call))
-    assert ran_dense == [True] * 4 + [False] * 3 + [True, True, False]
+    with schedule([1.0, 0.8, 0.6, 0.4]):
+        for timestep in (1.0, 1.0, 0.8, 0.8, 0.6, 0.6, 0.4):
+            call = flux_call(timestep=timestep)
+            ran_dense.append(is_dense(model, reference, call))
+            if not ran_dense[-1]:
+                assert torch.equal(output(model, call), output(plain, call))
+    assert ran_dense == [True] * 4 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        [[1.0, 0.75, 0.5, 0.25], [1.0, 0.75, 0.5, 0.25]],
+        [[1.0, 0.75, 0.5, 0.25], [0.25, 0.2, 0.1]],  # image to image begins where the last one ended
+        [[1.0, 0.75, 0.5, 0.25], [0.2, 0.15, 0.1]],
+        [[1.0, 0.75], [0.6, 0.4, 0.2]],
+    ],
+)
+def test_one_picture_after_another(pictures):
+    model, reference = sparsify(tiny_flux(), Recipe.immediate(dense_steps=2)), tiny_flux()
+    for timesteps in pictures:
+        assert dense_where(model, reference, timesteps) == "DDss"[: len(timesteps)]
+
+
+def test_requests_that_take_turns_on_one_model():
+    model, reference = sparsify(tiny_flux(), Recipe.immediate(dense_steps=2)), tiny_flux()
+
+    def picture(timesteps):
+        for t in timesteps:
+            with schedule(timesteps):
+                dense = is_dense(model, reference, flux_call(timestep=t))
+            yield "D" if dense else "s"
+
+    first, second = picture([1.0, 0.75, 0.5, 0.25]), picture([0.5, 0.4, 0.3, 0.2])
+    order = [next(one) for one in (first, first, second, first, second, second, first, second)]
+    assert order == ["D", "D", "D", "s", "D", "s", "s", "s"]
+
+
+def test_a_call_that_could_be_any_step_is_an_error():
+    model = sparsify(tiny_flux(), Recipe.immediate(dense_steps=2))
+    with pytest.raises(RuntimeError, match=r"does not tell which step it is.*rtlynx\.schedule"):
+        output(model, flux_call(timestep=1.0))
+    model.train()  # is not sampling
+    assert torch.equal(output(model, flux_call()), output(sparsify(tiny_flux()).train(), flux_call()))
+
+
+def test_layers_that_depend_on_the_call_cannot_be_called_without_one():
+    for recipe in (Recipe.immediate(dense_steps=1), Recipe.immediate(text_rows="dense")):
+        model = sparsify(tiny_flux(), recipe)
+        layer = model.single_transformer_blocks[0].proj_out
+        x = torch.randn(1, 72, layer.in_features)
+        with pytest.raises(RuntimeError, match="call the model, not its layers"):
+            layer(x)
+        with pytest.raises(RuntimeError, match="call the model, not its layers"):
+            model.forward(**flux_call())
+        with calling(), torch.no_grad():
+            assert layer(x).shape == (1, 72, layer.out_features)
 
 
 def test_dense_first_steps_of_a_batch_and_positional_arguments():
@@ -93,34 +159,46 @@ def test_dense_first_steps_of_a_batch_and_positional_arguments():
     names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids"]
     for timestep, dense in ((1.0, True), (0.5, False), (1.0, True)):
         call = flux_call(batch=3, timestep=timestep)
-        with torch.no_grad():
+        with torch.no_grad(), schedule([1.0, 0.5]):
             y = model(*(call[name] for name in names), return_dict=False)[0]
         assert torch.equal(y, output(reference, call)) == dense
 
 
 def test_dense_first_steps_of_z_image_whose_timestep_rises():
-    reference = tiny_z_image()
     model = sparsify(tiny_z_image(), Recipe.immediate(dense_steps=1))
-    calls = [z_image_call(timestep=t, batch=2) for t in (0.0, 0.3, 0.6, 0.0, 0.3)]
-    assert [is_dense(model, reference, call) for call in calls] == [True, False, False, True, False]
+    assert dense_where(model, tiny_z_image(), [0.0, 0.3, 0.6], make=z_image_call) == "Dss"
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_dense_first_steps_while_a_pipeline_samples_two_pictures(guidance):
-    model = sparsify(tiny_flux(), Recipe.immediate(dense_steps=2))
-    states = []
-    model.register_forward_hook(lambda *_: states.append(model._rtlynx.context.dense_step))
-    pipeline = TinyPipeline(model)
-    settings = {"num_inference_steps": 4, "guidance_scale": guidance}
-    for seed in range(2):
-        pipeline(["a cat"], [torch.Generator().manual_seed(seed)], **settings)
-    passes = 1 if guidance == 1.0 else 2
-    assert states == ([True] * 2 * passes + [False] * 2 * passes) * 2
-    pipeline.interrupt_at = 3
+class DiffusersPipeline(TinyPipeline, DiffusionPipeline):
+    """Goes through `timesteps` by `t`, as diffusers' pipelines do, and tells its transformer nothing else."""
+
+    @torch.no_grad()
+    def __call__(self, timesteps, seeds=(0,), stop_after=None):
+        latents = []
+        for seed in seeds:
+            call = flux_call(seed)
+            for i, t in enumerate(timesteps):
+                if i == stop_after:
+                    raise KeyboardInterrupt
+                call["timestep"] = (t / 1000).expand(1)
+                call["hidden_states"] = call["hidden_states"] + self.transformer(**call, return_dict=False)[0]
+            latents.append(call["hidden_states"])
+        return latents
+
+
+def test_a_diffusers_pipeline_tells_the_step_by_its_own_loop():
+    transformer = sparsify(tiny_flux(), Recipe.immediate(dense_steps=2))
+    pipeline, states = DiffusersPipeline(transformer), []
+    transformer.register_forward_hook(lambda *_: states.append("Ds"[not current_call().dense]), prepend=True)
+    text_to_image, image_to_image = torch.tensor([1000.0, 750.0, 500.0]), torch.tensor([500.0, 300.0, 200.0])
+    for timesteps in (text_to_image, image_to_image, text_to_image):
+        pipeline(timesteps)
+    assert "".join(states) == "DDs" * 3
     with pytest.raises(KeyboardInterrupt):
-        pipeline(["a cat"], [torch.Generator().manual_seed(2)], **settings)
-    pipeline(["a cat"], [torch.Generator().manual_seed(2)], **settings)
-    assert states[-4 * passes :] == [True] * 2 * passes + [False] * 2 * passes
+        pipeline(text_to_image, stop_after=1)
+    states.clear()
+    pipeline(image_to_image)
+    assert "".join(states) == "DDs"
 
 
 def test_no_timestep_is_an_error_that_says_so():
@@ -210,8 +288,9 @@ def test_text_rows_beside_a_refit_use_the_original_weight(rank):
     for name, layer in sparse_layers(model).items():
         assert torch.equal(layer.weight_dense, reference.get_submodule(name).weight)
         assert not torch.equal(layer.weight, layer.weight_dense)
-    assert is_dense(model, reference, flux_call(7, timestep=1.0))
-    check_layers(model, flux_call(7), slice(0, TEXT_TOKENS), FLUX_JOINT)
+    with schedule([1.0, 0.5]):
+        assert is_dense(model, reference, flux_call(7, timestep=1.0))
+        check_layers(model, flux_call(7), slice(0, TEXT_TOKENS), FLUX_JOINT)
 
 
 def test_a_dense_step_without_a_refit_leaves_out_the_low_rank_branch():
@@ -224,8 +303,7 @@ def test_a_dense_step_without_a_refit_leaves_out_the_low_rank_branch():
         options=CalibrationOptions(heldout=0.0),
         progress=False,
     )
-    assert is_dense(model, reference, flux_call(timestep=1.0))
-    assert not is_dense(model, reference, flux_call(timestep=0.5))
+    assert dense_where(model, reference, [1.0, 0.5]) == "Ds"
 
 
 def test_text_rows_where_the_architecture_has_no_joint_blocks():

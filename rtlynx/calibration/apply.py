@@ -16,7 +16,7 @@ from rtlynx.quantization import Quantized
 
 
 def apply_solutions(model: nn.Module, plan: Plan, solutions: Mapping[str, Solution]) -> None:
-    """Make `model` sparse by `plan`, each layer with its solution: all or none, also when memory runs out."""
+    """Make `model` sparse by `plan`, each layer with its solution; callers make it `all_or_none`."""
 
     def prepare(name: str, layer: SparseLinear) -> None:
         install(layer, solutions[name], keep_dense=plan.recipe.keeps_dense_weight)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtlynx.context import StepTracker
 from rtlynx.files import CheckpointError, read_tensors, write_tensors
 from rtlynx.models.architecture import Architecture
 
@@ -45,6 +44,44 @@ def record_calls(
     finally:
         handle.remove()
     return calls
+
+
+class StepTracker:
+    """Tells sampling steps apart by the model's own `timestep` argument.
+
+    A new value is a new step, the same value another guidance pass of the same step, a value against the
+    schedule's direction the first step of a new picture (also after an aborted run).
+
+    Parameters
+    ----------
+    descending : bool
+        True where the timestep falls while sampling (FLUX, Qwen-Image), False where it rises (Z-Image).
+    """
+
+    def __init__(self, descending: bool = True) -> None:
+        self.descending = descending
+        self.step = -1
+        self._last: float | None = None
+
+    def update(self, timestep: Tensor | float) -> int:
+        """Index (from 0) of the step that a forward pass at `timestep` belongs to.
+
+        A batch at different timesteps (training) is no sampling step: returns -1 and changes nothing.
+        """
+        if isinstance(timestep, Tensor):
+            flat = timestep.detach().flatten()
+            if flat.numel() == 0 or bool((flat != flat[0]).any()):
+                return -1
+            value = float(flat[0])
+        else:
+            value = float(timestep)
+        if self._last is None:
+            self.step = 0
+        elif value != self._last:
+            forward = value < self._last if self.descending else value > self._last
+            self.step = self.step + 1 if forward else 0
+        self._last = value
+        return self.step
 
 
 class CallStore:

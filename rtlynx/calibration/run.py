@@ -30,14 +30,13 @@ from rtlynx.calibration.solve import Solution, judged, solve_layer
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.sparsify import (
-    apply_plan,
     densify,
     extra_bytes,
     make_plan_for_dense,
-    sparse_layers,
     state_of,
     target_model,
 )
+from rtlynx.models.transaction import all_or_none
 from rtlynx.parallel import refuse_parallel
 from rtlynx.progress import ProgressBar
 from rtlynx.recipe import Form, Recipe
@@ -100,22 +99,17 @@ def calibrate(
     before = state_of(model)
     if before is not None and before.plan.recipe.needs_calibration:
         raise ValueError("the model has been calibrated already: call rtlynx.densify first")
-    if before is not None:
-        densify(model)
-    try:
+    show = progress and rank() == 0
+    with all_or_none(model):
+        if before is not None:
+            densify(model)
         plan = make_plan_for_dense(model, recipe)
         recording = Recording(model, plan, options)
         if calls is not None:
             recording.use_calls(list(calls))
         else:
-            recording.sample(model_or_pipeline, list(prompts or ()), show=progress and rank() == 0)
-        return _Calibration(plan, recording, show=progress and rank() == 0).finish()
-    except BaseException:
-        if sparse_layers(model):
-            densify(model)
-        if before is not None:
-            apply_plan(model, before.plan)
-        raise
+            recording.sample(model_or_pipeline, list(prompts or ()), show=show)
+        return _Calibration(plan, recording, show=show).finish()
 
 
 class _Calibration:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.calibration.calls import Call, CallStore
-from rtlynx.models.plan import LayerPlan, make_plan
+from rtlynx.call import calling
+from rtlynx.models.plan import LayerPlan, architecture_of, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
 from rtlynx.pattern import Pattern, pattern_mask, select
 from rtlynx.recipe import Recipe
@@ -219,12 +220,14 @@ def watch_linears(model: nn.Module, names: Sequence[str], see: Any) -> Iterator[
 
 
 def _replay(model: nn.Module, calls: Iterable[Call]) -> None:
-    store, device = CallStore(), next(model.parameters()).device
+    """Run calls of a dense model. Sparse layers called meanwhile run them as steps that are not dense."""
+    store, device, text_rows = CallStore(), next(model.parameters()).device, architecture_of(model).text_rows
     with torch.no_grad():
         for call in calls:
             store.put(0, [call])
             for moved in store.replay([0], device):
-                model(**moved)
+                with calling(text_rows=None if text_rows is None else text_rows(moved)):
+                    model(**moved)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

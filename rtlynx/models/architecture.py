@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from rtlynx.call import TextRows
+
 Role = Literal["attention-in", "attention-out", "mlp-up", "mlp-down", "single-out", "linear"]
 Stream = Literal["image", "text", "joint"]
-TextRows = tuple[int, int | None] | None
 
 # Roles whose groups are strided by default: their groups then span different heads.
 STRIDED_ROLES: tuple[Role, ...] = ("attention-out", "single-out")

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from rtlynx.context import SparseContext, StepTracker
+from rtlynx.call import CallState, enter_call, leave_call, step_of
 from rtlynx.models.guards import refuse_merged
 from rtlynx.models.plan import Plan
 from rtlynx.parallel import local_text_rows
 
 
-def register_hooks(model: nn.Module, plan: Plan, context: SparseContext) -> list[Any]:
-    """Forward pre-hooks that `model` needs; their handles."""
+def register_hooks(model: nn.Module, plan: Plan) -> list[Any]:
+    """Forward hooks that `model` needs; their handles."""
     handles = [model.register_forward_pre_hook(begin_step)]
-    hook = ContextHook(plan, context)
-    if hook.needed:
-        handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+    if plan.recipe.depends_on_call:
+        before = EnterCall(plan)
+        handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(model.register_forward_hook(before.leave, always_call=True))
     return handles
 
 
@@ -33,34 +34,44 @@ def begin_step(_model: nn.Module, _args: tuple[Any, ...]) -> None:
         torch.compiler.cudagraph_mark_step_begin()
 
 
-class ContextHook:
-    """Keeps the context of a sparse model's layers right for every call."""
+class EnterCall:
+    """Sets the state of each call of a sparse model, and takes it back when the call ends or fails."""
 
-    def __init__(self, plan: Plan, context: SparseContext) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.context = context
-        self.steps = StepTracker(plan.architecture.descending)
-
-    @property
-    def needed(self) -> bool:
-        """Whether any option of the recipe depends on the call."""
-        return self.plan.recipe.dense_steps > 0 or self.plan.recipe.text_rows == "dense"
 
     # Outside of what torch.compile makes of the model: steps are told apart by the value of a tensor.
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         architecture, recipe = self.plan.architecture, self.plan.recipe
         call = architecture.call_arguments(model, args, kwargs)
+        rows = None
         if recipe.text_rows == "dense" and architecture.text_rows is not None:
             rows = local_text_rows(model, architecture.text_rows(call))
-            self.context.text_rows = None if rows is None else list(rows)
-        if recipe.dense_steps:
-            timestep = call.get(architecture.timestep_argument)
-            if timestep is None:
-                raise ValueError(
-                    f"dense_steps needs the model's {architecture.timestep_argument!r} argument, which this "
-                    f"call of {type(model).__name__} lacks"
-                )
-            self.context.dense_step = 0 <= self.steps.update(timestep) < recipe.dense_steps
+        dense = recipe.dense_steps > 0 and self._is_dense_step(model, call)
         if recipe.keeps_dense_weight and getattr(model, "peft_config", None):
             refuse_merged(model)
+        enter_call(CallState(dense=dense, text_rows=rows), self)
+
+    @torch.compiler.disable
+    def leave(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        leave_call(self)
+
+    def _is_dense_step(self, model: nn.Module, call: dict[str, Any]) -> bool:
+        argument = self.plan.architecture.timestep_argument
+        timestep = call.get(argument)
+        if timestep is None:
+            raise ValueError(
+                f"dense_steps needs the model's {argument!r} argument, which this call of "
+                f"{type(model).__name__} lacks"
+            )
+        step = step_of(timestep)
+        if step is None:
+            if model.training:  # no picture, so no first steps of one
+                return False
+            raise RuntimeError(
+                f"dense_steps={self.plan.recipe.dense_steps} runs the first steps of a picture dense, and a "
+                "call alone does not tell which step it is: call the model through a diffusers pipeline, or "
+                "put your sampling loop into `with rtlynx.schedule(timesteps):`"
+            )
+        return step < self.plan.recipe.dense_steps

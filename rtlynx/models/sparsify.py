@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtlynx.context import SharedInput, SparseContext
+from rtlynx.context import SharedInput
 from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, unguard
 from rtlynx.models.hooks import register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
+from rtlynx.models.transaction import all_or_none
 from rtlynx.parallel import TensorParallelLinear, shards_of
 from rtlynx.recipe import Recipe
 
@@ -36,7 +37,6 @@ class SparseState:
     """
 
     plan: Plan
-    context: SparseContext
     base: dict[str, str]
     hooks: Sequence[Any] = ()
 
@@ -99,7 +99,8 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
             "prompts, recipe), or Recipe.immediate() for selection and norm compensation alone"
         )
     model = target_model(model_or_pipeline)
-    apply_plan(model, make_plan_for_dense(model, recipe))
+    with all_or_none(model):
+        apply_plan(model, make_plan_for_dense(model, recipe))
     return model_or_pipeline
 
 
@@ -116,12 +117,11 @@ def apply_plan(
     prepare: Callable[[str, SparseLinear], None] | None = None,
     base: Mapping[str, str] | None = None,
 ) -> None:
-    """Replace the planned layers of `model` by sparse ones, all or none.
+    """Replace the planned layers of `model` by sparse ones; callers make it `all_or_none`.
 
     `prepare` is called with each new layer before any takes its place, to give it factors and weights.
     `base` gives the fingerprints of the original weights where the model does not hold those ("meta").
     """
-    context = SparseContext()
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
     # enough: they run one after the other.
     known = plan.architecture.find is None
@@ -138,8 +138,8 @@ def apply_plan(
             sparse = kind.from_linear(whole, pattern=layer.pattern, norm=layer.norm)
         except TypeError as error:
             raise TypeError(f"{layer.name}: {error}") from None
-        sparse.context = context
         sparse.text_rows_dense = layer.text_rows_dense
+        sparse.dense_steps = plan.recipe.dense_steps > 0
         sparse.shared_input = shared[_memory(layer, known)]
         if prepare is not None:
             prepare(layer.name, sparse)
@@ -157,7 +157,7 @@ def apply_plan(
         fingerprints[layer.name] = weight_fingerprint(whole.weight) if base is None else base[layer.name]
     _replace(model, replacements)
     guard(model)
-    setattr(model, _STATE, SparseState(plan, context, fingerprints, register_hooks(model, plan, context)))
+    setattr(model, _STATE, SparseState(plan, fingerprints, register_hooks(model, plan)))
     fuse_blocks(model, plan.architecture)
     if not any(layer.weight.is_meta for layer in replacements.values()):
         prepare_layers(model)
@@ -190,15 +190,16 @@ def densify(model_or_pipeline: Any) -> Any:
         If a weight was refitted or quantised and the original was not kept; the model is then unchanged.
     """
     model = target_model(model_or_pipeline)
-    _replace(model, {name: layer.to_linear() for name, layer in sparse_layers(model).items()})
-    unguard(model)
-    state = state_of(model)
-    if state is not None:
-        unfuse_blocks(model, state.plan.architecture)
-        for hook in state.hooks:
-            hook.remove()
-        delattr(model, _STATE)
-    _tell(model)
+    with all_or_none(model):
+        _replace(model, {name: layer.to_linear() for name, layer in sparse_layers(model).items()})
+        unguard(model)
+        state = state_of(model)
+        if state is not None:
+            unfuse_blocks(model, state.plan.architecture)
+            for hook in state.hooks:
+                hook.remove()
+            delattr(model, _STATE)
+        _tell(model)
     return model_or_pipeline
 
 

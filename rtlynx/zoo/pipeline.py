@@ -125,7 +125,8 @@ class EmojiPipeline(DiffusionPipeline):
             return velocity(self.transformer, sample.to(dtype), sigma, embeds, pooled).float()
 
         with self.progress_bar(total=num_inference_steps) as progress:
-            for t in self.scheduler.timesteps:
+            timesteps = self.scheduler.timesteps
+            for t in timesteps:
                 sigma = (t / 1000).expand(batch)
                 prediction = predict(sigma, prompt_embeds, pooled_prompt_embeds)
                 if guidance_scale != 1:

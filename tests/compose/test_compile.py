@@ -8,7 +8,7 @@ from compose_helpers import adapter, refit, sparse_flux
 from helpers import flux_call, output, tiny_flux
 from torch._dynamo.utils import counters
 
-from rtlynx import Recipe, sparsify
+from rtlynx import Recipe, schedule, sparsify
 from rtlynx.models import sparse_layers
 
 TIMESTEPS = (1.0, 0.8, 0.6)
@@ -73,19 +73,14 @@ def test_dense_steps_take_a_second_graph(how):
     recipe = Recipe.immediate(dense_steps=1)
     model = sparsify(tiny_flux(num_layers=0), recipe)
     calls = [call(timestep, 8) for timestep in (1.0, 1.0, 0.8, 0.6, 1.0, 0.8)]
-    assert graphs(model, calls, how) == [1, 1, 2, 2, 2, 2]
+    with schedule(TIMESTEPS):
+        assert graphs(model, calls, how) == [1, 1, 2, 2, 2, 2]
 
 
-def test_dense_text_rows_take_a_graph_for_each_length():
-    model = sparsify(tiny_flux(num_layers=0), Recipe.immediate(text_rows="dense"))
-    calls = [call(timestep, length) for length in (8, 20, 8) for timestep in TIMESTEPS[:2]]
-    assert graphs(model, calls, "blocks") == [1, 1, 2, 2, 2, 2]
-
-
-def test_dense_text_rows_take_one_graph_where_integers_may_be_dynamic():
+@pytest.mark.parametrize("how", ["model", "in place", "blocks"])
+def test_dense_text_rows_take_one_graph_for_all_lengths(how):
     model = refit(tiny_flux(num_layers=0), Recipe(rank=4, ridge=0.1, text_rows="dense"))
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
-        assert graphs(model, CALLS, "model") == [1, 1, 1]
+    assert graphs(model, CALLS, how) == [1, 1, 1]
 
 
 def test_an_adapter_swapped_into_a_compiled_model_takes_no_other_graph():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rtlynx import Pattern, SparseLinear
+from rtlynx.call import calling
 from rtlynx.context import SharedInput
 from rtlynx.kernels import choice, fp8
 from rtlynx.kernels.choice import kernels_serve
@@ -107,8 +108,8 @@ def test_dense_text_rows_beside_rows_whole_in_fp8():
     whole = layer(x)
     layer.text_rows_dense = True
     for start, stop in ((0, 19), (77, ROWS), (3, 5)):
-        layer.context.text_rows = (start, stop)
-        y = layer(x)
+        with calling(text_rows=(start, stop)):
+            y = layer(x)
         assert difference(y[start:stop], plain(x)[start:stop]) < LIMIT
         rest = [row for row in range(ROWS) if not start <= row < stop]
         assert difference(y[rest], whole[rest]) < LIMIT
@@ -133,8 +134,8 @@ def test_dense_text_rows():
     layer.text_rows_dense = True
     whole, dense = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
     for start, stop in ((0, 64), (200, ROWS), (70, 90)):
-        layer.context.text_rows = (start, stop)
-        y = layer(x)
+        with calling(text_rows=(start, stop)):
+            y = layer(x)
         assert difference(y[:, start:stop], dense[:, start:stop]) < LIMIT
         rest = [row for row in range(ROWS) if not start <= row < stop]
         assert difference(y[:, rest], whole[:, rest]) < LIMIT

@@ -1,0 +1,219 @@
+"""What belongs to one call of a sparse model: which sampling step it is, and where its text rows lie.
+
+Nothing of it is kept on the model. The model's hooks set the state before its forward and take it back after,
+for the running thread alone, so threads, pipelines and requests can share one model.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TextRows = tuple[int, int | None] | None
+RowRanges = tuple[tuple[int, int], ...]  # half-open ranges of tokens
+# The dtypes in which models take timesteps round them by up to this.
+_ROUNDING = 2.0**-7
+_ALL_THAT_FOLLOW = 1 << 31  # more tokens than any call has
+
+
+class CallState:
+    """What the layers of a sparse model have to know of the call that they run in.
+
+    Parameters
+    ----------
+    dense : bool
+        Whether every sparse layer runs densely, with its original weight.
+    text_rows : (start, stop) or None
+        Half-open range of the text tokens on the token axis (-2) of joint blocks; `stop` None for all that
+        follow. None where the call has no text.
+    """
+
+    def __init__(self, *, dense: bool = False, text_rows: TextRows = None) -> None:
+        self.dense = dense
+        self.owner: object = None
+        self.outer: CallState | None = None
+        self._bounds: Tensor | None = None
+        if text_rows is not None:
+            start, stop = text_rows
+            length = _ALL_THAT_FOLLOW if stop is None else max(0, stop - start)
+            # Sizes of a tensor without entries: torch.compile makes one graph for all of them, but one graph
+            # for each value of an integer.
+            self._bounds = torch.empty((start, length, 0), device="cpu")
+
+    def split(self, rows: int) -> tuple[tuple[int, int], RowRanges] | None:
+        """The text's range of `rows` tokens and the ranges of the others; None where there is no text."""
+        if self._bounds is None:
+            return None
+        start, length, _ = self._bounds.shape
+        stop = min(start + length, rows)
+        if start >= stop:
+            return None
+        return (start, stop), tuple((a, b) for a, b in ((0, start), (stop, rows)) if a < b)
+
+    @property
+    def has_text(self) -> bool:
+        return self._bounds is not None
+
+
+class _Thread(threading.local):
+    """The state of the call that runs in this thread. (torch.compile cannot read a `ContextVar`.)"""
+
+    call: CallState | None = None
+
+
+_thread = _Thread()
+
+
+def current_call() -> CallState:
+    """The state of the call that runs in this thread.
+
+    Raises
+    ------
+    RuntimeError
+        If none does: the layer was called by itself, or again in a backward pass.
+    """
+    call = _thread.call
+    if call is None:
+        raise RuntimeError(
+            "this layer runs some rows or steps dense, as the model's call says, and no call is under way: "
+            "call the model, not its layers or its forward(). Gradient checkpointing calls layers again in "
+            "the backward pass: use a recipe of text_rows='sparse' and dense_steps=0 with it"
+        )
+    return call
+
+
+def enter_call(call: CallState, owner: object) -> None:
+    """Make `call` the one that runs in this thread, until `leave_call` of the same owner."""
+    outer = _thread.call
+    while outer is not None and outer.owner is owner:  # left behind by Ctrl-C
+        outer = outer.outer
+    call.owner, call.outer, _thread.call = owner, outer, call
+
+
+def leave_call(owner: object) -> None:
+    """Back to the call around that of `owner`, if that has one under way."""
+    call = _thread.call
+    if call is not None and call.owner is owner:
+        _thread.call = call.outer
+
+
+@contextmanager
+def calling(*, dense: bool = False, text_rows: TextRows = None) -> Iterator[None]:
+    """Call layers by themselves as in a model's call of this state (see `CallState`)."""
+    owner = object()
+    enter_call(CallState(dense=dense, text_rows=text_rows), owner)
+    try:
+        yield
+    finally:
+        leave_call(owner)
+
+
+# ------------------------------------------------------------------------------------------- which step
+
+_schedule: ContextVar[tuple[float, ...] | None] = ContextVar("rtlynx_schedule", default=None)
+
+
+@contextmanager
+def schedule(timesteps: Iterable[float] | Tensor) -> Iterator[None]:
+    """Say which timesteps the model calls inside go through, for recipes with `dense_steps`.
+
+    Diffusers pipelines need no such word: their own loop tells. Sampling loops of your own do. The schedule
+    holds for the running thread or task, so requests may take turns on one model.
+
+    Parameters
+    ----------
+    timesteps : sequence of float
+        As the model's timestep argument takes them, from the first step of the picture to the last.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+
+    Examples
+    --------
+    >>> with rtlynx.schedule(sigmas):  # doctest: +SKIP
+    ...     for sigma in sigmas:
+    ...         latents = step(transformer(latents, timestep=sigma, ...))
+    """
+    values = _values(timesteps)
+    if not values:
+        raise ValueError("a schedule has at least one timestep, got none")
+    token = _schedule.set(tuple(values))
+    try:
+        yield
+    finally:
+        _schedule.reset(token)
+
+
+def step_of(timestep: Any) -> int | None:
+    """Index, from 0, of the sampling step of a call at `timestep`; None where no schedule is known.
+
+    Raises
+    ------
+    ValueError
+        If the schedule holds no such timestep, or the call is at several.
+    """
+    given = _schedule.get()
+    if given is not None:
+        return _position(_single(timestep), given)
+    loop = _denoising_loop()
+    return None if loop is None else _position(*loop)
+
+
+def _denoising_loop() -> tuple[float, list[float]] | None:
+    """(current timestep, all timesteps) of the diffusers pipeline that runs in this thread.
+
+    Read off the pipeline's frame, since diffusers hands neither the schedule nor the step to the model, and
+    its scheduler may serve several pictures at a time. Nearly all pipelines go through `timesteps` by `t`.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        if "t" in names and ("timesteps" in names or "block_state" in names):
+            found = frame.f_locals
+            timesteps = found.get("timesteps", getattr(found.get("block_state"), "timesteps", None))
+            if "t" in found and timesteps is not None and _is_of_diffusers(found.get("self")):
+                return _single(found["t"]), _values(timesteps)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _is_of_diffusers(pipeline: Any) -> bool:
+    return any(base.__module__.partition(".")[0] == "diffusers" for base in type(pipeline).__mro__)
+
+
+def _position(timestep: float, timesteps: Sequence[float]) -> int:
+    """Index of the step at `timestep`; schedulers of higher order visit a timestep more than once."""
+    steps = [value for value, _ in groupby(timesteps)]
+    step = min(range(len(steps)), key=lambda index: abs(steps[index] - timestep))
+    if not abs(steps[step] - timestep) <= _ROUNDING * max(map(abs, steps)):
+        raise ValueError(
+            f"the model is called at timestep {timestep:g}, which is not in the schedule of {len(steps)} "
+            f"steps from {steps[0]:g} to {steps[-1]:g}: give rtlynx.schedule what the model takes"
+        )
+    return step
+
+
+def _values(timesteps: Iterable[float] | Tensor) -> list[float]:
+    if isinstance(timesteps, Tensor):
+        return timesteps.detach().flatten().tolist()
+    return [float(one) for one in timesteps]
+
+
+def _single(timestep: Any) -> float:
+    values = _values(timestep if isinstance(timestep, Tensor) else [timestep])
+    if len(set(values)) != 1:
+        raise ValueError(
+            f"dense_steps needs calls at one timestep, and this one is at {len(set(values))}: "
+            "use a recipe of dense_steps=0"
+        )
+    return values[0]
