@@ -4,14 +4,14 @@ import copy
 
 import torch
 
-from rtlynx.models import sparse_layers, state_of
+from rtlynx.models import sparse_layers
 from rtlynx.models.fusion import unfuse_blocks
 
 
 def unfused(model):
     """A copy of `model` whose blocks run layer by layer."""
     model = copy.deepcopy(model)
-    unfuse_blocks(model, state_of(model).plan.architecture)
+    unfuse_blocks(model)
     return model
 
 

@@ -1,8 +1,10 @@
 """Blocks whose layers read prepared chains: the same model, in fewer passes. Kernels in their CPU form."""
 
 import copy
+import gc
 import importlib
 import pickle
+import weakref
 from collections import Counter
 from functools import wraps
 
@@ -292,14 +294,27 @@ def test_each_call_is_a_step_for_the_cuda_graphs_of_its_blocks(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_process_that_made_nothing_sparse_reads_a_pickle(monkeypatch):
+def test_a_process_that_made_nothing_sparse_reads_a_pickle():
     model, call = model_and_call("qwen")
     expected = output(sparsify(model), call)
     pickled = pickle.dumps(model)
-    monkeypatch.setattr(fusion, "_copies", {})
+    fusion._with_own_code.cache_clear()
     assert torch.equal(output(pickle.loads(pickled), call), expected)
-    with pytest.raises(AttributeError, match="no attribute 'block'"):
-        fusion.block  # noqa: B018
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_model_is_freed_with_the_last_reference_to_it(undone):
+    model = sparsify(model_and_call("flux")[0])
+    if undone:
+        densify(model)
+    parameter = weakref.ref(model.transformer_blocks[0].attn.to_q.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert parameter() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -23,27 +24,19 @@ def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
 
     On the blocks themselves, whose classes stay: caching, compilation and offloading go by those. A block
     whose forward something else has replaced keeps it.
-
-    Blocks whose layers are of the same forms share a forward. What torch.compile makes of a block hangs on
-    the forward's code, is looked through at each call, and may not be more than a few of one code
-    (`torch._dynamo.config.recompile_limit`): a budget makes more forms of blocks than that.
     """
     for block in model.modules():
         forward = architecture.fused.get(type(block).__name__)
         if forward is None or "forward" in block.__dict__:
             continue
         if any(isinstance(module, SparseLinear) for module in block.modules()):
-            # (A bound method cannot be pickled, and Dynamo does not follow `type(block).forward`.)
-            own = _with_own_code(forward, _forms_in(block))
-            block.__dict__["forward"] = partial(own, block, type(block).forward)
+            block.__dict__["forward"] = FusedForward.of(block, forward, _forms_in(block))
 
 
-def unfuse_blocks(model: nn.Module, architecture: Architecture) -> None:
+def unfuse_blocks(model: nn.Module) -> None:
     """Undo `fuse_blocks`."""
     for block in model.modules():
-        forward = architecture.fused.get(type(block).__name__)
-        installed = getattr(block.__dict__.get("forward"), "func", None)
-        if forward is not None and installed in _copies.get(forward, {}).values():
+        if isinstance(block.__dict__.get("forward"), FusedForward):
             del block.__dict__["forward"]
 
 
@@ -57,32 +50,44 @@ def _forms_in(block: nn.Module) -> str:
     return hashlib.sha256(repr(forms).encode()).hexdigest()[:16]
 
 
-_Forward = Callable[..., Any]
-_copies: dict[_Forward, dict[str, _Forward]] = {}  # of a forward, by forms
+class FusedForward(partial):  # type: ignore[type-arg]
+    """The forward of one block, in place of its class's.
+
+    It knows its block weakly, so that a model is freed with the last reference to it. (A partial, since
+    torch.compile follows those and no other callable object; it does not follow `type(block).forward`.)
+    """
+
+    @classmethod
+    def of(cls, block: nn.Module, forward: Callable[..., Any], forms: str) -> FusedForward:
+        """`forward`, one of `Architecture.fused`, for `block`, whose layers are of these `forms`."""
+        return cls(_with_own_code(forms), weakref.ref(block), type(block).forward, forward, forms)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
+        itself, _, forward, forms = self.args
+        block = itself()
+        return FusedForward.of(memo.get(id(block), block), forward, forms)
+
+    def __reduce__(self) -> Any:
+        itself, _, forward, forms = self.args
+        return FusedForward.of, (itself(), forward, forms)
 
 
-def _with_own_code(forward: _Forward, forms: str) -> _Forward:
-    """A copy of `forward` for blocks of these forms, with a code object of its own; the same at each call."""
-    copies = _copies.setdefault(forward, {})
-    if forms not in copies:
-        assert isinstance(forward, FunctionType)
-        code, name = forward.__code__.replace(), forward.__name__
-        copy = FunctionType(code, forward.__globals__, name, forward.__defaults__)
-        copy.__kwdefaults__, copy.__doc__ = forward.__kwdefaults__, forward.__doc__
-        # Where pickles find it; dots would be taken for attributes.
-        copy.__module__ = __name__
-        copy.__qualname__ = f"{forward.__module__.replace('.', '/')}:{name}:{forms}"
-        copies[forms] = copy
-    return copies[forms]
+def _run(
+    itself: Callable[[], Any], original: Callable[..., Any], forward: Callable[..., Any], forms: str, /,
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    return forward(itself(), original, *args, **kwargs)
 
 
-def __getattr__(name: str) -> _Forward:
-    """Copies of forwards by name, for pickles of models that were made sparse in another process."""
-    module, _, of = name.partition(":")
-    function, _, forms = of.partition(":")
-    if not forms:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _with_own_code(getattr(import_module(module.replace("/", ".")), function), forms)
+@functools.cache
+def _with_own_code(_forms: str) -> Callable[..., Any]:
+    """A copy of `_run`, with a code object of its own, for all blocks of these forms.
+
+    Dynamo compiles one code object at most `torch._dynamo.config.recompile_limit` (8) times, and a budget
+    makes more kinds of blocks than that. Not needed once modules that are compiled in place are counted one
+    by one (https://github.com/pytorch/pytorch/issues/171593).
+    """
+    return FunctionType(_run.__code__.replace(), _run.__globals__)
 
 
 # Attention processors that hand their input to q, k and v alone, beside asking for its shape.

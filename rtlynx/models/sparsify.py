@@ -195,7 +195,7 @@ def densify(model_or_pipeline: Any) -> Any:
         unguard(model)
         state = state_of(model)
         if state is not None:
-            unfuse_blocks(model, state.plan.architecture)
+            unfuse_blocks(model)
             for hook in state.hooks:
                 hook.remove()
             delattr(model, _STATE)

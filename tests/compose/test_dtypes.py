@@ -8,7 +8,7 @@ import torch
 from compose_helpers import refit, sparse_flux, with_formulas
 from helpers import flux_call, in_dtype, output, relative_error, tiny_flux
 
-from rtlynx import Recipe
+from rtlynx import Recipe, schedule
 from rtlynx.models import sparse_layers
 
 # Roundings of inputs decide between entries that are nearly a tie: the error of a dtype, several times over.
@@ -97,13 +97,13 @@ def test_copies_draw_the_same_and_are_independent(kind, how):
     assert not torch.equal(output(twin, flux_call()), before)
 
 
-def test_copies_count_steps_on_their_own():
+def test_copies_have_dense_steps_too():
     model = refit(tiny_flux(), Recipe(rank=4, ridge=0.1, dense_steps=1))
-    first, second = (output(model, flux_call(timestep=timestep)) for timestep in (1.0, 0.5))
     twin = copy.deepcopy(model)
-    assert torch.equal(output(twin, flux_call(timestep=1.0)), first)
-    assert torch.equal(output(model, flux_call(timestep=0.5)), second)
-    assert torch.equal(output(twin, flux_call(timestep=0.5)), second)
+    with schedule([1.0, 0.5]):
+        for timestep in (1.0, 0.5):
+            call = flux_call(timestep=timestep)
+            assert torch.equal(output(twin, call), output(model, call))
 
 
 def test_the_formula_of_these_tests_is_the_model():
