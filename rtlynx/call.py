@@ -154,6 +154,11 @@ def schedule(timesteps: Iterable[float] | Tensor) -> Iterator[None]:
         _schedule.reset(token)
 
 
+def current_schedule() -> tuple[float, ...] | None:
+    """What `schedule` says here."""
+    return _schedule.get()
+
+
 def step_of(timestep: Any) -> int | None:
     """Index, from 0, of the sampling step of a call at `timestep`; None where no schedule is known.
 
@@ -162,7 +167,7 @@ def step_of(timestep: Any) -> int | None:
     ValueError
         If the schedule holds no such timestep, or the call is at several.
     """
-    given = _schedule.get()
+    given = current_schedule()
     if given is not None:
         return _position(_single(timestep), given)
     loop = _denoising_loop()

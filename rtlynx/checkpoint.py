@@ -139,12 +139,12 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
     if state_of(model) is not None:
         raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
     folder = Path(folder)
-    index = read_index(folder)
-    try:
-        plan, solutions = _read(model, index, folder)
-    except (KeyError, TypeError, AttributeError) as error:  # sound JSON, but not what `save` writes
-        raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from None
     with all_or_none(model):
+        index = read_index(folder)
+        try:
+            plan, solutions = _read(model, index, folder)
+        except (KeyError, TypeError, AttributeError) as error:  # sound JSON, but not what `save` writes
+            raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from None
         apply_solutions(model, plan, solutions)
     return model_or_pipeline
 

@@ -63,7 +63,8 @@ def _planned_extra(layer: LayerPlan, recipe: Recipe, bytes_each: int) -> int:
     """Bytes that the layer will hold beyond its weight: factors, scales, W beside a W' or eight-bit one."""
     weight = layer.in_features * layer.out_features
     extra = layer.rank * (layer.in_features + layer.out_features) * bytes_each
-    if recipe.keeps_dense_weight and (recipe.refit or layer.precision == "fp8"):
+    depends_on_call = layer.text_rows_dense or recipe.dense_steps > 0
+    if depends_on_call and (recipe.refit or layer.precision == "fp8"):
         extra += weight * bytes_each
     if layer.precision == "fp8":
         extra += 4 * layer.out_features - weight * (bytes_each - 1)

@@ -347,7 +347,12 @@ class SparseLinear(nn.Linear):
         RuntimeError
             If the layer depends on the call and none is under way.
         """
-        return current_call() if self.text_rows_dense or self.dense_steps else None
+        return current_call() if self.depends_on_call else None
+
+    @property
+    def depends_on_call(self) -> bool:
+        """Whether some rows or steps run dense, with the original weight."""
+        return self.text_rows_dense or self.dense_steps
 
     def _sparse(self, input: Tensor, x: Tensor, spans: RowRanges | None) -> list[Tensor]:
         """The output for each span of tokens of `x`, or for all of them; `input` is x before a cast."""

@@ -258,11 +258,6 @@ class Recipe:
         """Whether what a layer does depends on the model's call: its step, or where its text is."""
         return self.dense_steps > 0 or self.text_rows == "dense"
 
-    @property
-    def keeps_dense_weight(self) -> bool:
-        """Whether refitted and quantised layers need their original weight too (for dense rows or steps)."""
-        return (self.refit or self.uses_fp8) and self.depends_on_call
-
     def fixed_form(self, name: str) -> Form | None:
         """The form that `forms` gives the layer `name`, or None."""
         return next((form for glob, form in self.forms.items() if fnmatch.fnmatchcase(name, glob)), None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtlynx import schedule
 from rtlynx.calibration.calls import Call, CallStore
 from rtlynx.evaluate.layers import layer_errors, mean_error
 from rtlynx.models.plan import architecture_of
@@ -57,14 +58,16 @@ def model_errors(
 def _output_errors(
     dense: nn.Module, model: nn.Module, levels: Sequence[float], calls: Sequence[Call]
 ) -> dict[float, float]:
-    """Noise level -> ||y - y'||² / ||y||². Calls run in order, so that caches and dense steps count."""
+    """Noise level -> ||y - y'||² / ||y||². Calls run in order, so that caches count."""
     wrong: dict[float, float] = defaultdict(float)
     total: dict[float, float] = defaultdict(float)
     parameter = next(model.parameters())
-    for level, call in zip(levels, calls, strict=True):
-        expected = _output(dense, call, next(dense.parameters()).dtype)
-        wrong[level] += _energy(_output(model, call, parameter.dtype) - expected)
-        total[level] += _energy(expected)
+    argument = architecture_of(dense).timestep_argument
+    with schedule(float(call[argument].flatten()[0]) for call in calls):
+        for level, call in zip(levels, calls, strict=True):
+            expected = _output(dense, call, next(dense.parameters()).dtype)
+            wrong[level] += _energy(_output(model, call, parameter.dtype) - expected)
+            total[level] += _energy(expected)
     return {level: wrong[level] / total[level] if total[level] else 0.0 for level in total}
 
 

@@ -2,10 +2,13 @@
 
 import math
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
+
+from rtlynx import schedule
+from rtlynx.call import current_schedule
 
 IMAGE_TOKENS, TEXT_TOKENS = 64, 8
 
@@ -179,8 +182,9 @@ def in_dtype(call, dtype, device="cpu"):
 
 
 def output(model, call):
-    """The model's output tensor, without gradients."""
-    with torch.no_grad():
+    """The model's output tensor, without gradients; in steps of 1/40 where the test gives no schedule."""
+    own = schedule(step / 40 for step in range(40, -1, -1)) if current_schedule() is None else nullcontext()
+    with torch.no_grad(), own:
         y = model(**call, return_dict=False)[0]
     return y if isinstance(y, torch.Tensor) else torch.stack(list(y))
 
@@ -219,12 +223,16 @@ class TinyPipeline:
     @torch.no_grad()
     def __call__(self, prompt, generator, num_inference_steps=4, guidance_scale=1.0, output_type="pil"):
         self.batches.append(list(prompt))
-        count = len(prompt)
         own = [torch.Generator().manual_seed(zlib.crc32(one.encode())) for one in prompt]
         text = torch.stack([torch.randn(TEXT_TOKENS, 64, generator=one) for one in own])
         pooled = torch.stack([torch.randn(32, generator=one) for one in own])
         x = torch.stack([torch.randn(IMAGE_TOKENS, 16, generator=one) for one in generator])
-        for step in range(num_inference_steps):
+        timesteps = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+        with schedule(timesteps):
+            return self._denoise(x, text, pooled, timesteps, guidance_scale)
+
+    def _denoise(self, x, text, pooled, timesteps, guidance_scale):
+        for step, timestep in enumerate(timesteps):
             if step == 1 and self.interrupt_at == len(self.batches):
                 raise KeyboardInterrupt
             velocity = 0.0
@@ -236,11 +244,11 @@ class TinyPipeline:
                         hidden_states=x,
                         encoder_hidden_states=text * (weight > 0),
                         pooled_projections=pooled * (weight > 0),
-                        timestep=torch.full((count,), 1 - step / num_inference_steps),
+                        timestep=torch.full((len(x),), timestep),
                         img_ids=torch.zeros(IMAGE_TOKENS, 3),
                         txt_ids=torch.zeros(TEXT_TOKENS, 3),
                         return_dict=False,
                     )[0]
                 )
-            x = x - velocity / num_inference_steps
+            x = x - velocity / len(timesteps)
         return x

@@ -235,14 +235,8 @@ def test_what_needs_what():
         "adjacent",
         "own",
     )
-    assert Recipe(text_rows="dense").keeps_dense_weight
-    assert Recipe(dense_steps=1).keeps_dense_weight
-    assert not Recipe().keeps_dense_weight
-    assert not Recipe.paper(text_rows="dense", dense_steps=3).keeps_dense_weight
     for fp8 in ({"precision": "fp8"}, {"forms": {"*": "fp8-dense"}}):
         assert not Recipe.immediate(**fp8).needs_calibration
-        assert Recipe.immediate(dense_steps=3, **fp8).keeps_dense_weight  # no eight-bit weight is exact
-        assert not Recipe.immediate(**fp8).keeps_dense_weight
 
 
 def test_the_first_form_that_matches_counts():

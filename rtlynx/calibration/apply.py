@@ -19,7 +19,7 @@ def apply_solutions(model: nn.Module, plan: Plan, solutions: Mapping[str, Soluti
     """Make `model` sparse by `plan`, each layer with its solution; callers make it `all_or_none`."""
 
     def prepare(name: str, layer: SparseLinear) -> None:
-        install(layer, solutions[name], keep_dense=plan.recipe.keeps_dense_weight)
+        install(layer, solutions[name], keep_dense=layer.depends_on_call)
 
     apply_plan(model, plan, prepare)
 

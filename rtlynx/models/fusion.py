@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -61,6 +62,12 @@ class FusedForward(partial):  # type: ignore[type-arg]
     def of(cls, block: nn.Module, forward: Callable[..., Any], forms: str) -> FusedForward:
         """`forward`, one of `Architecture.fused`, for `block`, whose layers are of these `forms`."""
         return cls(_with_own_code(forms), weakref.ref(block), type(block).forward, forward, forms)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Of the block class's own forward: caches tell kinds of blocks apart by it."""
+        whole = inspect.signature(self.args[1])
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         itself, _, forward, forms = self.args

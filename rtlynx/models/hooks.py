@@ -49,7 +49,7 @@ class EnterCall:
         if recipe.text_rows == "dense" and architecture.text_rows is not None:
             rows = local_text_rows(model, architecture.text_rows(call))
         dense = recipe.dense_steps > 0 and self._is_dense_step(model, call)
-        if recipe.keeps_dense_weight and getattr(model, "peft_config", None):
+        if getattr(model, "peft_config", None):
             refuse_merged(model)
         enter_call(CallState(dense=dense, text_rows=rows), self)
 

@@ -139,8 +139,11 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         for glob in globs:
             if not fnmatch.filter(names, glob):
                 raise ValueError(f"{setting} pattern {glob!r} matches no layer of {type(model).__name__}")
-    if recipe.text_rows == "dense" and architecture.text_rows is None and _has_joint(candidates):
-        raise ValueError(f"where the text rows of {type(model).__name__} are is not known")
+    unknown = architecture.find is not None or any(candidate.stream == "joint" for candidate in candidates)
+    if recipe.text_rows == "dense" and architecture.text_rows is None and unknown:
+        raise ValueError(
+            f"where the text rows of {type(model).__name__} are is not known: use text_rows='sparse'"
+        )
     modules: dict[str, Any] = dict(model.named_modules())
     layers = tuple(_plan_layer(modules[candidate.name], candidate, recipe) for candidate in candidates)
     return Plan(recipe, architecture, layers)
@@ -178,7 +181,3 @@ def _pattern_for(candidate: Candidate, recipe: Recipe) -> Pattern:
         return Pattern(recipe.n, recipe.m, "strided", parts * degree)
     shards = tuple(width // degree for width in parts for _ in range(degree))
     return Pattern(recipe.n, recipe.m, "strided", shards)
-
-
-def _has_joint(candidates: list[Candidate]) -> bool:
-    return any(candidate.stream == "joint" for candidate in candidates)

@@ -145,7 +145,7 @@ def apply_plan(
             prepare(layer.name, sparse)
         if layer.precision == "fp8" and sparse.precision == "bf16":  # nothing was calibrated: plain scales
             try:
-                sparse.quantize(keep_dense=plan.recipe.keeps_dense_weight)
+                sparse.quantize(keep_dense=sparse.depends_on_call)
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
         if isinstance(sparse, TensorParallelLinear) and shard is not None:

@@ -8,7 +8,7 @@ from compose_helpers import sparse_flux, with_formulas
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from helpers import flux_call, output, relative_error, tiny_flux
 
-from rtlynx import Recipe, sparsify
+from rtlynx import Recipe, schedule, sparsify
 
 STEPS = 6
 CLOSE = 3e-4  # the last bit of an input decides between entries that are nearly a tie
@@ -25,7 +25,8 @@ def sample(model, guidance=False):
         for name, weight in (("cond", 2.0), ("uncond", -1.0)) if guidance else (("cond", 1.0),):
             arguments = {**flux_call(seed=int(weight), timestep=1 - step / STEPS), "hidden_states": x}
             about = {"step_index": step, "sigma": 1 - step / STEPS, "num_inference_steps": STEPS}
-            with model.cache_context(name, **about):
+            timesteps = [1 - i / STEPS for i in range(STEPS)]
+            with schedule(timesteps), model.cache_context(name, **about):
                 velocity = velocity + weight * output(model, arguments)
         x = x - velocity / STEPS
         velocities.append(velocity)
