@@ -91,12 +91,13 @@ def test_arrays_among_the_pipeline_kwargs_are_told_apart(tmp_path):
     other = image.clone()
     other[2500] = 0  # where printing leaves entries out
     first, again = Guided(tiny_flux()), Guided(tiny_flux())
-    sample(first, JOINT, options_in(tmp_path, pipeline_kwargs={"image": image}))
-    sample(again, JOINT, options_in(tmp_path, pipeline_kwargs={"image": image.clone()}))
+    settings = {"image": image, "guidance_scale": 1}
+    sample(first, JOINT, options_in(tmp_path, pipeline_kwargs=settings))
+    settings = {"guidance_scale": 1.0, "image": image.clone()}  # the same
+    sample(again, JOINT, options_in(tmp_path, pipeline_kwargs=settings))
     assert again.batches == []
-    refused_in(
-        tmp_path, "other pipeline_kwargs", pipeline=Guided(tiny_flux()), pipeline_kwargs={"image": other}
-    )
+    settings = {**settings, "image": other}
+    refused_in(tmp_path, "other pipeline_kwargs", pipeline=Guided(tiny_flux()), pipeline_kwargs=settings)
     settings = options_in(tmp_path / "new", pipeline_kwargs={"image": lambda: 0})
     with pytest.raises(TypeError, match="function cannot be written down: leave out `folder`"):
         sample(Guided(tiny_flux()), JOINT, settings)

@@ -128,7 +128,10 @@ def digest(value: Any) -> str:
                 feed(one)
         elif isinstance(item, str):
             put("text", item.encode("utf-8", "surrogatepass"))
-        elif item is None or isinstance(item, bool | int | float | torch.dtype | torch.device):
+        elif isinstance(item, int | float) and not isinstance(item, bool):
+            whole_number = isinstance(item, int) or item.is_integer()  # 1 and 1.0 are one setting
+            put("number", repr(int(item) if whole_number else float(item)).encode())
+        elif item is None or isinstance(item, bool | torch.dtype | torch.device):
             put(type(item).__name__, repr(item).encode())
         elif hasattr(item, "__array_interface__"):  # numpy's arrays, PIL's pictures
             array = np.ascontiguousarray(item)

@@ -121,7 +121,8 @@ class Recording:
 def _check_arguments(model: nn.Module, number: int, call: Any) -> None:
     """ValueError unless `call` holds arguments of the model by name."""
     if not isinstance(call, dict):
-        raise ValueError(f"calls are dicts of the model's arguments by name; call {number} is {type(call)}")
+        found = type(call).__name__
+        raise ValueError(f"calls are dicts of the model's arguments by name; call {number} is a {found}")
     try:
         inspect.signature(type(model).forward).bind(model, **call)
     except TypeError as error:
