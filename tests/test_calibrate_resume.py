@@ -1,6 +1,7 @@
 """An interrupted calibration goes on where it stopped; a folder of another one is refused."""
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from calibration_helpers import (
     sample,
     solution,
 )
+from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import (
     TinyPipeline,
     tiny_flux,
@@ -33,6 +35,14 @@ from rtlynx import (
     Recipe,
 )
 from rtlynx.models import sparse_layers, state_of
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished calibration."""
+    folder = tmp_path_factory.mktemp("finished")
+    sample(TinyPipeline(tiny_flux()), JOINT, options_in(folder))
+    return folder
 
 
 def options_in(folder, **changes):
@@ -108,27 +118,27 @@ OTHER = {
     "sequential": {"changes": {"sequential": True}},
     "pipeline_kwargs": {"changes": {"pipeline_kwargs": {"guidance_scale": 2.0}}},
     "model": {"model_seed": 1},
+    "scheduler": {"scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0)},
 }
 
 
-def test_a_folder_of_another_calibration_is_refused_naming_what_differs(tmp_path):
-    sample(TinyPipeline(tiny_flux()), JOINT, options_in(tmp_path))
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+def test_a_folder_of_another_calibration_is_refused_naming_what_differs(finished):
+    files = {path.name: path.read_bytes() for path in finished.iterdir()}
     for what, change in OTHER.items():
         pipeline = TinyPipeline(tiny_flux(change.get("model_seed", 0)))
-        settings = options_in(tmp_path, **change.get("changes", {}))
+        pipeline.scheduler = change.get("scheduler")
+        settings = options_in(finished, **change.get("changes", {}))
         with pytest.raises(CheckpointError, match=rf"other {what}: choose another folder"):
             sample(pipeline, change.get("recipe", JOINT), settings, change.get("prompts", PROMPTS))
         assert state_of(pipeline.transformer) is None
         assert pipeline.batches == []
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == files
 
 
 @pytest.mark.parametrize("kind", ["calls", "solution", "manifest"])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "pickle", "flipped header"])
-def test_damaged_files_are_refused(tmp_path, kind, damage):
-    folder = tmp_path / "calibration"
-    sample(TinyPipeline(tiny_flux()), JOINT, options_in(folder))
+def test_damaged_files_are_refused(finished, tmp_path, kind, damage):
+    folder = shutil.copytree(finished, tmp_path / "calibration")
     pattern = {"calls": "calls-*", "solution": "solution-*", "manifest": "*.json"}[kind]
     path = sorted(folder.glob(pattern))[0]
     whole = path.read_bytes()

@@ -1,6 +1,6 @@
 """Calibration: second moments of a model's own activations, and what follows from them in closed form."""
 
-from rtlynx.calibration.collect import CalibrationError
+from rtlynx.calibration.calls import CalibrationError
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport
 from rtlynx.calibration.run import calibrate
 

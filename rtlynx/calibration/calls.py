@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rtlynx.files import CheckpointError, read_tensors, write_tensors
+from rtlynx.calibration.folder import WorkFolder
 from rtlynx.models.architecture import Architecture
 
 Call = dict[str, Any]
 GOLDEN = 0.6180339887498949
+# Names of the timestep in models that follow the generic rule.
+_TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
 
 
 def chosen_steps(batch: int, steps: int, wanted: int) -> set[int]:
@@ -24,75 +24,80 @@ def chosen_steps(batch: int, steps: int, wanted: int) -> set[int]:
     return {int((i + shift) * steps / wanted) for i in range(wanted)}
 
 
+class CalibrationError(ValueError):
+    """Calibration data that cannot be used."""
+
+
 def record_calls(
-    model: nn.Module, architecture: Architecture, sample: Callable[[], Any], keep: set[int]
+    model: nn.Module, architecture: Architecture, sample: Callable[[], Any], batch: int, wanted: int
 ) -> list[Call]:
-    """Run `sample` and return the calls of `model` whose step is in `keep`, by argument name, on the CPU."""
-    calls: list[Call] = []
-    tracker = StepTracker(architecture.descending)
+    """Run `sample`, one pipeline call; the calls of `model` at `wanted` of the steps that ran."""
+    steps = calls_by_step(model, architecture, sample)
+    return [call for step in sorted(chosen_steps(batch, len(steps), wanted)) for call in steps[step]]
+
+
+def calls_by_step(
+    model: nn.Module, architecture: Architecture, sample: Callable[[], Any]
+) -> list[list[Call]]:
+    """Run `sample`, one pipeline call, and return all calls of `model` for each sampling step, on the CPU.
+
+    A call at another timestep than the one before it begins a step; one at the same timestep is a further
+    guidance pass. How many steps run is known only at the end, so the calls of all of them are kept until
+    then. A call without a timestep is a step of its own.
+
+    Raises
+    ------
+    CalibrationError
+        If the model was not called.
+    """
+    steps: list[list[Call]] = []
+    last: Any = None
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal last
         call = architecture.call_arguments(model, args, kwargs)
-        timestep = call.get(architecture.timestep_argument)
-        step = 0 if timestep is None else tracker.update(timestep)
-        if step in keep:
-            calls.append(_move(call, "cpu"))
+        names = (architecture.timestep_argument, *_TIMESTEPS)
+        timestep = next((call[name] for name in names if call.get(name) is not None), None)
+        values = _values(timestep)
+        if not steps or timestep is None or values != last:
+            steps.append([])
+        last = values
+        steps[-1].append(_move(call, "cpu"))
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         sample()
     finally:
         handle.remove()
-    return calls
+    if not steps:
+        raise CalibrationError(
+            f"the pipeline ran, but made 0 calls of its transformer ({type(model).__name__}): it draws with "
+            "another model, or calls `forward` itself. Give the pipeline that calls this one, or calls=..."
+        )
+    return steps
 
 
-class StepTracker:
-    """Tells sampling steps apart by the model's own `timestep` argument.
-
-    A new value is a new step, the same value another guidance pass of the same step, a value against the
-    schedule's direction the first step of a new picture (also after an aborted run).
-
-    Parameters
-    ----------
-    descending : bool
-        True where the timestep falls while sampling (FLUX, Qwen-Image), False where it rises (Z-Image).
-    """
-
-    def __init__(self, descending: bool = True) -> None:
-        self.descending = descending
-        self.step = -1
-        self._last: float | None = None
-
-    def update(self, timestep: Tensor | float) -> int:
-        """Index (from 0) of the step that a forward pass at `timestep` belongs to.
-
-        A batch at different timesteps (training) is no sampling step: returns -1 and changes nothing.
-        """
-        if isinstance(timestep, Tensor):
-            flat = timestep.detach().flatten()
-            if flat.numel() == 0 or bool((flat != flat[0]).any()):
-                return -1
-            value = float(flat[0])
-        else:
-            value = float(timestep)
-        if self._last is None:
-            self.step = 0
-        elif value != self._last:
-            forward = value < self._last if self.descending else value > self._last
-            self.step = self.step + 1 if forward else 0
-        self._last = value
-        return self.step
+def _values(timestep: Any) -> Any:
+    """The values of a timestep, comparable: one, or one for each token or picture, whatever the batch."""
+    if isinstance(timestep, Tensor):
+        rows = timestep.detach().double().cpu()
+        rows = rows.reshape(1) if rows.dim() == 0 else rows
+        distinct = rows.unique_consecutive(dim=0) if rows.numel() else rows
+        return tuple(distinct.shape[1:]), tuple(distinct.flatten().tolist())
+    if isinstance(timestep, list | tuple):
+        return tuple(_values(one) for one in timestep)
+    return timestep
 
 
 class CallStore:
     """Recorded calls by batch number, in memory, or in a folder where an interrupted run finds them again."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: WorkFolder | None = None) -> None:
         self.folder = folder
         self._memory: dict[int, list[Call]] = {}
 
     def has(self, batch: int) -> bool:
-        return batch in self._memory or (self.folder is not None and self._path(batch).is_file())
+        return batch in self._memory or (self.folder is not None and self.folder.has(_file(batch)))
 
     def put(self, batch: int, calls: list[Call]) -> None:
         if self.folder is None:
@@ -100,17 +105,13 @@ class CallStore:
             return
         tensors: dict[str, Tensor] = {}
         structure = [_encode(call, tensors) for call in calls]
-        write_tensors(self._path(batch), tensors, {"calls": json.dumps(structure)})
+        self.folder.write(_file(batch), tensors, structure)
 
     def get(self, batch: int) -> list[Call]:
         if self.folder is None:
             return self._memory[batch]
-        path = self._path(batch)
-        tensors, metadata = read_tensors(path)
-        try:
-            return [_decode(call, tensors) for call in json.loads(metadata["calls"])]
-        except (KeyError, TypeError, json.JSONDecodeError):
-            raise CheckpointError(f"{path} is damaged: delete it and run again") from None
+        tensors, structure = self.folder.read(_file(batch))
+        return [_decode(call, tensors) for call in structure]
 
     def replay(self, batches: Sequence[int], device: torch.device) -> Iterator[Call]:
         """The calls of `batches`, one at a time, with tensors on `device`."""
@@ -118,9 +119,9 @@ class CallStore:
             for call in self.get(batch):
                 yield _move(call, device)
 
-    def _path(self, batch: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"calls-{batch:05d}.safetensors"
+
+def _file(batch: int) -> str:
+    return f"calls-{batch:05d}.safetensors"
 
 
 def _move(value: Any, device: torch.device | str) -> Any:

@@ -10,17 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rtlynx.calibration.calls import CallStore
+from rtlynx.calibration.calls import CalibrationError, CallStore
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.processes import distributed, world
 from rtlynx.kernels.fp8 import compress_fp8
 from rtlynx.kernels.reference import compress
 from rtlynx.models.architecture import Architecture
 from rtlynx.models.plan import LayerPlan
-
-
-class CalibrationError(ValueError):
-    """Calibration data that cannot be used."""
 
 
 @dataclass

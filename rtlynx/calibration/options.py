@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ class CalibrationOptions:
     batch_size : int
         Prompts a pipeline call.
     steps_per_prompt : int
-        Sampling steps recorded of each prompt (both guidance passes), evenly spread over the schedule.
+        Sampling steps recorded of each prompt (both guidance passes), evenly spread over those that run.
     heldout : float in [0, 1)
         Share of prompts held out to choose the ridge and to report errors; at least one of two or more.
     seed : int
@@ -31,9 +33,10 @@ class CalibrationOptions:
     memory_gb : float
         Moments held at one time; always at least one block's.
     folder : Path, optional
-        Recorded calls and solutions go here, and an interrupted calibration goes on from here.
+        Recorded calls and solutions go here, and an interrupted calibration goes on from here. One folder
+        serves one calibration: other settings, data, weights or schedulers are refused.
     pipeline_kwargs : mapping
-        Passed to the pipeline (guidance_scale, height, ...).
+        Passed to the pipeline (guidance_scale, height, num_inference_steps, sigmas, strength, ...).
     """
 
     batch_size: int = 8
@@ -47,14 +50,39 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps_per_prompt"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is a whole number above 0, got {getattr(self, name)}")
-        if not 0 <= self.heldout < 1:
-            raise ValueError(f"heldout is a share in [0, 1), got {self.heldout}")
-        if self.memory_gb <= 0:
-            raise ValueError(f"memory_gb is above 0, got {self.memory_gb}")
+            _require(
+                _is_whole(getattr(self, name)) and getattr(self, name) >= 1,
+                self,
+                name,
+                "a whole number above 0",
+            )
+        _require(
+            _is_whole(self.seed) and 0 <= self.seed < 2**63, self, "seed", "a whole number from 0 to 2^63 - 1"
+        )
+        _require(_is_number(self.heldout) and 0 <= self.heldout < 1, self, "heldout", "a share in [0, 1)")
+        _require(isinstance(self.sequential, bool), self, "sequential", "True or False")
+        finite = _is_number(self.memory_gb) and 0 < self.memory_gb < math.inf
+        _require(finite, self, "memory_gb", "a number above 0 and finite")
+        kwargs = self.pipeline_kwargs
+        named = isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)
+        _require(named, self, "pipeline_kwargs", "a dict of the pipeline's arguments by name")
         if self.folder is not None:
+            path = isinstance(self.folder, str | os.PathLike) and os.fspath(self.folder) != ""
+            _require(path, self, "folder", "a path or None")
             object.__setattr__(self, "folder", Path(self.folder))
+
+
+def _require(right: bool, options: CalibrationOptions, name: str, expected: str) -> None:
+    if not right:
+        raise ValueError(f"{name} is {expected}, got {getattr(options, name)!r}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

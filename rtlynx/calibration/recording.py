@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rtlynx.calibration.calls import Call, CallStore, chosen_steps, record_calls
+from rtlynx.calibration.calls import CalibrationError, Call, CallStore, record_calls
+from rtlynx.calibration.folder import WorkFolder, digest
 from rtlynx.calibration.options import CalibrationOptions
 from rtlynx.calibration.processes import rank, world
-from rtlynx.files import CheckpointError, read_json, write_json
-from rtlynx.fingerprint import model_fingerprint
 from rtlynx.models.plan import Plan
-from rtlynx.pipelines import quiet, sampling_steps
+from rtlynx.pipelines import check_call, draw
 from rtlynx.progress import ProgressBar
-
-MANIFEST = "calibration.json"
 
 
 class Recording:
@@ -29,7 +25,8 @@ class Recording:
 
     def __init__(self, model: nn.Module, plan: Plan, options: CalibrationOptions) -> None:
         self.model, self.plan, self.options = model, plan, options
-        self.store = CallStore(options.folder)
+        self.folder: WorkFolder | None = None
+        self.store = CallStore()
         self.batches: dict[str, list[int]] = {"fit": [], "heldout": []}
 
     @property
@@ -40,9 +37,12 @@ class Recording:
     def use_calls(self, calls: list[Call]) -> None:
         """Take calls as they are, each a batch of its own."""
         if not calls:
-            raise ValueError("no calls to calibrate on")
-        self._claim_folder(_digest(calls))
+            raise CalibrationError("no calls to calibrate on")
+        for number, call in enumerate(calls):
+            _check_arguments(self.model, number, call)
         splits = _split(len(calls), self.options.heldout)
+        self._refuse_without_heldout(splits)
+        self._claim_folder(calls)
         for split, numbers in splits.items():
             for number in numbers:
                 if number % world() == rank():
@@ -57,9 +57,10 @@ class Recording:
             raise ValueError("no prompts to calibrate on")
         if any(not isinstance(prompt, str) for prompt in prompts):
             raise ValueError("prompts are a list of strings")
-        self._claim_folder(hashlib.sha256("\n".join(prompts).encode()).hexdigest())
-        steps = sampling_steps(pipeline, self.options.pipeline_kwargs)
-        splits = _split(len(prompts), self.options.heldout)
+        check_call(pipeline, self.options.pipeline_kwargs)
+        splits = _split_prompts(prompts, self.options.heldout)
+        self._refuse_without_heldout(splits)
+        self._claim_folder(prompts, pipeline)
         with ProgressBar("recording calls", len(prompts), show=show) as advance:
             number = 0
             for split, indices in splits.items():
@@ -68,48 +69,88 @@ class Recording:
                     if number % world() == rank():
                         self.batches[split].append(number)
                         if not self.store.has(number):
-                            self.store.put(number, self._sample_batch(pipeline, batch, number, steps))
+                            self.store.put(number, self._sample_batch(pipeline, batch, number))
                     number += 1
                     advance(len(batch))
 
-    def _sample_batch(self, pipeline: Any, batch: dict[int, str], number: int, steps: int) -> list[Call]:
-        generators = [torch.Generator().manual_seed(self.options.seed + i) for i in batch]
-        settings = {"output_type": "latent", **self.options.pipeline_kwargs, "num_inference_steps": steps}
-        with quiet(pipeline):
-            return record_calls(
-                self.model,
-                self.plan.architecture,
-                lambda: pipeline(list(batch.values()), generator=generators, **settings),
-                chosen_steps(number, steps, self.options.steps_per_prompt),
+    def _sample_batch(self, pipeline: Any, batch: dict[int, str], number: int) -> list[Call]:
+        settings = {"output_type": "latent", **self.options.pipeline_kwargs}
+        seeds = [self.options.seed + i for i in batch]
+        return record_calls(
+            self.model,
+            self.plan.architecture,
+            lambda: draw(pipeline, list(batch.values()), seeds, settings),
+            number,
+            self.options.steps_per_prompt,
+        )
+
+    def _refuse_without_heldout(self, splits: Mapping[str, list[int]]) -> None:
+        """Before any work: a ridge that is chosen on held-out prompts needs some."""
+        recipe = self.plan.recipe
+        solved = recipe.lowrank_solver == "closed-form" and any(
+            layer.rank or (recipe.refit and layer.form != "fp8-dense") for layer in self.plan.alternatives()
+        )
+        if solved and recipe.ridge == "auto" and not splits["heldout"]:
+            raise ValueError(
+                "ridge='auto' is chosen on held-out prompts, and there are none: give more prompts (that "
+                "differ), `heldout` above 0, or a ridge"
             )
 
-    def _claim_folder(self, data: str) -> None:
-        """Refuse a folder that holds another calibration; mark a fresh one as this one's."""
-        folder = self.options.folder
-        if folder is None:
+    def _claim_folder(self, data: Any, pipeline: Any = None) -> None:
+        """Keep what is recorded in the folder of the options, if it holds no other calibration."""
+        options = self.options
+        if options.folder is None:
             return
         settings = {
-            "data": data,
+            "data": digest(data),
             "recipe": {**self.plan.recipe.to_dict(), "budget": None},
-            "batch_size": self.options.batch_size,
-            "steps_per_prompt": self.options.steps_per_prompt,
-            "heldout": self.options.heldout,
-            "seed": self.options.seed,
-            "sequential": self.options.sequential,
-            "pipeline_kwargs": json.dumps(dict(self.options.pipeline_kwargs), sort_keys=True, default=str),
-            "model": model_fingerprint(self.model, [layer.name for layer in self.plan.layers]),
+            "batch_size": options.batch_size,
+            "steps_per_prompt": options.steps_per_prompt,
+            "heldout": options.heldout,
+            "seed": options.seed,
+            "sequential": options.sequential,
+            "pipeline_kwargs": digest(options.pipeline_kwargs),
+            "pipeline": type(pipeline).__name__,
+            "scheduler": digest(_description(getattr(pipeline, "scheduler", None))),
+            "model": digest([_description(self.model), _weights(self.model)]),
         }
-        path = folder / MANIFEST
-        if path.is_file():
-            old = read_json(path)
-            different = sorted(key for key in settings if old.get(key) != settings[key])
-            if different:
-                raise CheckpointError(
-                    f"{folder} holds a calibration with other {', '.join(different)}: choose another folder, "
-                    "or delete it"
-                )
-        elif rank() == 0:
-            write_json(path, settings)
+        self.folder = WorkFolder(options.folder, settings)
+        self.store = CallStore(self.folder)
+
+
+def _check_arguments(model: nn.Module, number: int, call: Any) -> None:
+    """ValueError unless `call` holds arguments of the model by name."""
+    if not isinstance(call, dict):
+        found = type(call).__name__
+        raise ValueError(f"calls are dicts of the model's arguments by name; call {number} is a {found}")
+    try:
+        inspect.signature(type(model).forward).bind(model, **call)
+    except TypeError as error:
+        raise ValueError(f"call {number} does not fit {type(model).__name__}: {error}") from None
+
+
+def _description(component: Any) -> dict[str, Any]:
+    """Class and configuration of a scheduler or model, less where it was loaded from."""
+    config = getattr(component, "config", None)
+    known = config if isinstance(config, Mapping) else {}
+    return {
+        "class": type(component).__name__,
+        "config": {key: value for key, value in known.items() if not key.startswith("_")},
+    }
+
+
+def _weights(model: nn.Module) -> dict[str, Any]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _split_prompts(prompts: list[str], heldout: float) -> dict[str, list[int]]:
+    """`_split` of the distinct prompts: all copies of one are held out, or none is."""
+    distinct = list(dict.fromkeys(prompts))
+    held = {distinct[i] for i in _split(len(distinct), heldout)["heldout"]}
+    splits: dict[str, list[int]] = {"fit": [], "heldout": []}
+    for i, prompt in enumerate(prompts):
+        splits["heldout" if prompt in held else "fit"].append(i)
+    return splits
 
 
 def _split(count: int, heldout: float) -> dict[str, list[int]]:
@@ -119,26 +160,3 @@ def _split(count: int, heldout: float) -> dict[str, list[int]]:
         wanted = max(1, wanted)
     held = {int((i + 1) * count / wanted) - 1 for i in range(wanted)}
     return {"fit": [i for i in range(count) if i not in held], "heldout": sorted(held)}
-
-
-def _digest(value: Any) -> str:
-    """Digest of nested calls: tensors by their bytes, the rest by its text."""
-    digest = hashlib.sha256()
-
-    def feed(item: Any) -> None:
-        if isinstance(item, Tensor):
-            whole = item.detach().cpu().contiguous().flatten()
-            digest.update(repr((item.dtype, tuple(item.shape))).encode())
-            digest.update(whole.view(torch.uint8).numpy().tobytes())
-        elif isinstance(item, dict):
-            for key in sorted(item):
-                feed(key)
-                feed(item[key])
-        elif isinstance(item, list | tuple):
-            for one in item:
-                feed(one)
-        else:
-            digest.update(repr(item).encode())
-
-    feed(value)
-    return digest.hexdigest()

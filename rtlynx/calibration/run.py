@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.apply import apply_solutions, solved_layer, temporarily_sparse
 from rtlynx.calibration.budget import Choice, LayerCost, choose, flops_saved
-from rtlynx.calibration.calls import Call
+from rtlynx.calibration.calls import CalibrationError, Call
 from rtlynx.calibration.collect import (
-    CalibrationError,
     Collector,
     InputGroup,
     block_order,
@@ -73,7 +72,8 @@ def calibrate(
     Raises
     ------
     ValueError, CalibrationError, CheckpointError
-        For no prompts, a model that is itself spread over processes (`enable_parallelism`), non-finite
+        For no prompts, arguments that the pipeline does not take, a transformer that it does not call, no
+        layer to solve, a model that is itself spread over processes (`enable_parallelism`), non-finite
         activations, a folder of another calibration. The model is then as before; what was recorded stays in
         `options.folder`.
 
@@ -85,6 +85,9 @@ def calibrate(
     recipe, options = recipe or Recipe.recommended(), options or CalibrationOptions()
     if isinstance(prompts, str):
         raise ValueError("prompts are a list of strings, got one string")
+    if prompts is not None and calls is not None:
+        raise ValueError("give prompts or calls, not both")
+    texts = [] if prompts is None else list(prompts)
     if recipe.precision == "auto" and options.sequential:
         raise ValueError(
             "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
@@ -104,12 +107,21 @@ def calibrate(
         if before is not None:
             densify(model)
         plan = make_plan_for_dense(model, recipe)
+        _refuse_all_dense(plan)
         recording = Recording(model, plan, options)
         if calls is not None:
             recording.use_calls(list(calls))
         else:
-            recording.sample(model_or_pipeline, list(prompts or ()), show=show)
+            recording.sample(model_or_pipeline, texts, show=show)
         return _Calibration(plan, recording, show=show).finish()
+
+
+def _refuse_all_dense(plan: Plan) -> None:
+    """CalibrationError where there is no layer to solve."""
+    if not plan.sparse:
+        reasons = Counter(layer.dense_reason for layer in plan.layers)
+        found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise CalibrationError(f"no layer is left to calibrate: {found}")
 
 
 class _Calibration:
@@ -119,7 +131,7 @@ class _Calibration:
         self.plan, self.recipe, self.recording, self.show = plan, plan.recipe, recording, show
         self.model, self.options = recording.model, recording.options
         self.device = next(self.model.parameters()).device
-        self.solutions = SolutionStore(self.options.folder)
+        self.solutions = SolutionStore(recording.folder)
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
@@ -131,6 +143,7 @@ class _Calibration:
             if layer.candidate.block not in order
         }
         plan = self.plan.leave_dense(silent)
+        _refuse_all_dense(plan)
         self._solve([group for group in groups if group.block in order], order)
         if self.options.sequential:
             densify(self.model)

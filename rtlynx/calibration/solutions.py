@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from torch import Tensor
 
+from rtlynx.calibration.calls import CalibrationError
 from rtlynx.calibration.collect import InputGroup
+from rtlynx.calibration.folder import WorkFolder
 from rtlynx.calibration.solve import Solution
-from rtlynx.files import CheckpointError, read_tensors, write_tensors
 from rtlynx.models.plan import LayerPlan
 from rtlynx.recipe import Form
 
@@ -21,7 +20,7 @@ _TENSORS = ("weight", "down", "up", "scale")
 class SolutionStore:
     """Solutions by name and form of a layer; one file for each group of layers that see the same."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: WorkFolder | None) -> None:
         self.folder = folder
         self._solutions: dict[tuple[str, Form], Solution] = {}
 
@@ -31,41 +30,35 @@ class SolutionStore:
 
     def has(self, group: InputGroup) -> bool:
         """Whether an earlier run solved `group`; its solutions are then read."""
-        if self.folder is None or not self._path(group).is_file():
+        if self.folder is None or not self.folder.has(_file(group)):
             return False
-        self._read(group)
+        tensors, numbers = self.folder.read(_file(group))
+        for layer in group.layers:
+            ridge, before, error, refitted = numbers[layer.name]
+            weight, down, up, scale = (tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS)
+            self._solutions[layer.name, layer.form] = Solution(
+                weight, down, up, ridge, before, error, scale, bool(refitted)
+            )
         return True
 
     def put(self, group: InputGroup, solutions: dict[str, Solution], *, write: bool) -> None:
         """Keep the solutions of `group`; `write` also puts them into the folder."""
-        for layer in group.layers:
-            self._solutions[layer.name, layer.form] = solutions[layer.name]
-        if self.folder is None or not write:
-            return
         tensors: dict[str, Tensor] = {}
         numbers = {}
         for name, solution in solutions.items():
             for kind in _TENSORS:
                 tensor = getattr(solution, kind)
-                if tensor is not None:
-                    tensors[f"{name}.{kind}"] = tensor
+                if tensor is None:
+                    continue
+                if not bool(tensor.float().isfinite().all()):
+                    raise CalibrationError(f"the solved {kind} of {name} is not finite: take a larger ridge")
+                tensors[f"{name}.{kind}"] = tensor
             numbers[name] = [solution.ridge, solution.error_before, solution.error, solution.refitted]
-        write_tensors(self._path(group), tensors, {"numbers": json.dumps(numbers)})
+        for layer in group.layers:
+            self._solutions[layer.name, layer.form] = solutions[layer.name]
+        if self.folder is not None and write:
+            self.folder.write(_file(group), tensors, numbers)
 
-    def _read(self, group: InputGroup) -> None:
-        path = self._path(group)
-        tensors, metadata = read_tensors(path)
-        try:
-            numbers = json.loads(metadata["numbers"])
-            for layer in group.layers:
-                ridge, before, error, refitted = numbers[layer.name]
-                weight, down, up, scale = (tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS)
-                self._solutions[layer.name, layer.form] = Solution(
-                    weight, down, up, ridge, before, error, scale, bool(refitted)
-                )
-        except (KeyError, ValueError, TypeError):
-            raise CheckpointError(f"{path} is damaged: delete it and run again") from None
 
-    def _path(self, group: InputGroup) -> Path:
-        assert self.folder is not None
-        return self.folder / f"solution-{re.sub(r'[^A-Za-z0-9_.-]', '_', group.key)}.safetensors"
+def _file(group: InputGroup) -> str:
+    return f"solution-{re.sub(r'[^A-Za-z0-9_.-]', '_', group.key)}.safetensors"

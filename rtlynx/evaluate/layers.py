@@ -165,7 +165,7 @@ def activation_energy_kept(
     Raises
     ------
     TypeError, ValueError
-        If it is a bare model, which cannot draw prompts, or sparse already.
+        If it is a bare model, which cannot draw prompts, or sparse already, or its transformer did not run.
     """
     if isinstance(pipeline, nn.Module):
         raise TypeError("a bare transformer cannot draw prompts: give a pipeline folder")
@@ -177,7 +177,10 @@ def activation_energy_kept(
     layers = make_plan(model, Recipe(grouping="adjacent")).layers
     with _distributions(model, layers, Pattern(), histogram=False) as found:
         sample_pictures(pipeline, prompts, pipeline_kwargs=pipeline_kwargs)
-    return {name: one.share for name, one in found.items() if one.total}
+    shares = {name: one.share for name, one in found.items() if one.total}
+    if found and not shares:
+        raise ValueError(f"no layer of {type(model).__name__} ran while the pipeline drew the prompts")
+    return shares
 
 
 @contextmanager

@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rtlynx.calibration.calls import Call, chosen_steps, record_calls
+from rtlynx.calibration.calls import Call, calls_by_step, chosen_steps
 from rtlynx.evaluate.layers import layer_errors, mean_error
 from rtlynx.evaluate.metrics import psnr, ssim
 from rtlynx.models.plan import architecture_of
 from rtlynx.models.sparsify import sparse_layers, target_model
-from rtlynx.pipelines import quiet, sampling_steps
+from rtlynx.pipelines import check_call, draw
 from rtlynx.progress import ProgressBar
 
 # Sampling steps of each batch at which layer inputs are compared.
@@ -34,7 +35,7 @@ def sample_pictures(
 
     Parameters
     ----------
-    pipeline : diffusers pipeline whose `output_type="pt"` gives pictures in [0, 1].
+    pipeline : diffusers pipeline whose `output_type="pt"` (or only output) gives pictures in [0, 1].
     pipeline_kwargs : passed to the pipeline (num_inference_steps, guidance_scale, height ...).
     advance : called with the number of pictures done since the last call.
 
@@ -42,6 +43,7 @@ def sample_pictures(
     -------
     Tensor (n, 3, H, W), float32, on the CPU
     """
+    check_call(pipeline, pipeline_kwargs or {})
     pictures = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
@@ -55,28 +57,52 @@ def sample_and_record(
     pipeline: Any,
     prompts: Sequence[str],
     *,
-    steps: int,
+    steps: int | None = None,
     recorded: int = COMPARED_STEPS,
     seed: int = 0,
     batch_size: int = 1,
     pipeline_kwargs: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, list[Call]]:
-    """`sample_pictures`, and the transformer's calls at `recorded` of the `steps` steps of each batch."""
-    settings = {**(pipeline_kwargs or {}), "num_inference_steps": steps}
+    """`sample_pictures`, and the transformer's calls at `recorded` of the steps that ran for each batch.
+
+    `steps` is the pipeline's `num_inference_steps`.
+    """
+    settings = dict(pipeline_kwargs or {})
+    if steps is not None:
+        settings["num_inference_steps"] = steps
+    pictures, calls, _ = _sample_by_step(pipeline, prompts, recorded, seed, batch_size, settings, advance)
+    return pictures, calls
+
+
+def _sample_by_step(
+    pipeline: Any,
+    prompts: Sequence[str],
+    recorded: int,
+    seed: int,
+    batch_size: int,
+    settings: Mapping[str, Any],
+    advance: Callable[[int], None] | None,
+) -> tuple[Tensor, list[Call], int]:
+    """Pictures, calls, and how many steps ran."""
+    check_call(pipeline, settings)
     model = target_model(pipeline)
     pictures: list[Tensor] = []
     calls: list[Call] = []
+    ran = 0
     for number, start in enumerate(range(0, len(prompts), batch_size)):
         part = prompts[start : start + batch_size]
 
-        def draw(part: Sequence[str] = part, start: int = start) -> None:
+        def draw_part(part: Sequence[str] = part, start: int = start) -> None:
             pictures.append(_draw(pipeline, part, seed + start, settings))
 
-        calls += record_calls(model, architecture_of(model), draw, chosen_steps(number, steps, recorded))
+        by_step = calls_by_step(model, architecture_of(model), draw_part)
+        for step in sorted(chosen_steps(number, len(by_step), recorded)):
+            calls += by_step[step]
+        ran = max(ran, len(by_step))
         if advance is not None:
             advance(len(part))
-    return torch.cat(pictures), calls
+    return torch.cat(pictures), calls, ran
 
 
 def compare(
@@ -98,7 +124,7 @@ def compare(
     prompts : sequence of str
         Better none that the sparse model was calibrated on.
     steps : int, optional
-        Default: `num_inference_steps` of `pipeline_kwargs`, else the pipeline's own default.
+        The pipeline's `num_inference_steps`; default: what `pipeline_kwargs` or the pipeline say.
     batch_size : int
         Pictures at a time.
 
@@ -106,8 +132,8 @@ def compare(
     -------
     dict
         psnr (dB, None where a picture is identical), ssim, layer_error (mean over sparse layers of
-        ‖Y − Ŷ‖² / ‖Y‖² on the dense model's own inputs for these prompts), sparse_layers, images, steps,
-        seconds_dense, seconds_sparse.
+        ‖Y − Ŷ‖² / ‖Y‖² on the dense model's own inputs for these prompts), sparse_layers, images, steps
+        (that ran), seconds_dense, seconds_sparse.
 
     Raises
     ------
@@ -122,18 +148,24 @@ def compare(
     if sparse_layers(dense) or not layers:
         raise ValueError("compare wants a dense pipeline and a sparse one, in this order")
     settings = dict(pipeline_kwargs or {})
-    steps = steps or sampling_steps(dense_pipeline, settings)
-    settings.pop("num_inference_steps", None)
-    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    if steps is not None:
+        settings["num_inference_steps"] = steps
+    for pipeline in (dense_pipeline, sparse_pipeline):
+        check_call(pipeline, settings)
     with ProgressBar("drawing", 2 * len(prompts), show=progress) as advance:
-        common["advance"] = advance
         start = time.perf_counter()
-        reference, calls = sample_and_record(
-            dense_pipeline, prompts, steps=steps, pipeline_kwargs=settings, **common
+        reference, calls, ran = _sample_by_step(
+            dense_pipeline, prompts, COMPARED_STEPS, seed, batch_size, settings, advance
         )
         middle = time.perf_counter()
-        settings["num_inference_steps"] = steps
-        pictures = sample_pictures(sparse_pipeline, prompts, pipeline_kwargs=settings, **common)
+        pictures = sample_pictures(
+            sparse_pipeline,
+            prompts,
+            seed=seed,
+            batch_size=batch_size,
+            pipeline_kwargs=settings,
+            advance=advance,
+        )
         end = time.perf_counter()
     return {
         "psnr": psnr(pictures, reference),
@@ -141,7 +173,7 @@ def compare(
         "layer_error": mean_error(layer_errors(dense, {"sparse": layers}, calls)["sparse"]),
         "sparse_layers": len(layers),
         "images": len(prompts),
-        "steps": steps,
+        "steps": ran,
         "seconds_dense": round(middle - start, 2),
         "seconds_sparse": round(end - middle, 2),
     }
@@ -151,7 +183,16 @@ def _draw(
     pipeline: Any, prompts: Sequence[str], seed: int, pipeline_kwargs: Mapping[str, Any] | None
 ) -> Tensor:
     """One batch; its picture i starts from noise of seed + i."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    settings = {**(pipeline_kwargs or {}), "output_type": "pt"}
-    with quiet(pipeline):
-        return pipeline(list(prompts), generator=generators, **settings).images.float().cpu()
+    seeds = range(seed, seed + len(prompts))
+    drawn = draw(pipeline, prompts, seeds, {**(pipeline_kwargs or {}), "output_type": "pt"})
+    pictures = drawn[0] if isinstance(drawn, tuple) else getattr(drawn, "images", drawn)
+    if isinstance(pictures, Tensor):
+        return pictures.float().cpu()
+    try:  # a pipeline without `output_type`: PIL's pictures, or (n, H, W, 3) in [0, 1]
+        arrays = np.stack([np.asarray(picture) for picture in pictures])
+        whole = arrays.astype(np.float32) / (255 if arrays.dtype == np.uint8 else 1)
+        return torch.from_numpy(whole).permute(0, 3, 1, 2).contiguous()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{type(pipeline).__name__} draws no pictures, but a {type(drawn).__name__}"
+        ) from None
