@@ -218,8 +218,8 @@ def _check_weights(like: Tensor, of: Weights, called: tuple[str, ...]) -> None:
     if weight.dtype is not held.dtype:
         found = weight.dtype if up is None else f"{weight.dtype} and {up.dtype}"
         raise TypeError(
-            f"{called[0]}: rtlynx operators take weights of bfloat16, or of float8_e4m3fn with weight_scale, and "
-            f"bfloat16 factors; got {found} {'without' if weight_scale is None else 'with'} weight_scale"
+            f"{called[0]}: rtlynx operators take weights of bfloat16, or of float8_e4m3fn with weight_scale, "
+            f"and bfloat16 factors; got {found} {'without' if weight_scale is None else 'with'} weight_scale"
         )
     check_tensor(called[0], weight, like, (held.dtype,), ("N", "K"))
     n, k = weight.shape
