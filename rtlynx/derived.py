@@ -17,40 +17,46 @@ class Derived:
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[list[weakref.ref[Tensor]], object] | None = None
-        self.kept: Tensor | None = None
+        # In one attribute, read once: another thread may drop it between two reads.
+        self._entry: tuple[Tensor, list[weakref.ref[Tensor]], object] | None = None
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The tensor that was made last, unless it was dropped since."""
+        entry = self._entry
+        return None if entry is None else entry[0]
 
     def get(self, sources: tuple[Tensor, ...], key: object, make: Callable[[], Tensor]) -> Tensor:
         """`make()` of `sources` and whatever `key` says."""
         if torch.compiler.is_compiling():
-            return make() if self.kept is None else self.kept
+            kept = self.kept
+            return make() if kept is None else kept
         if any(source.is_inference() for source in sources):
             return make()  # without versions for this call alone
         entry = self._entry
         state = (key, *((source._version, source.data_ptr()) for source in sources))
         if (
             entry is not None
-            and self.kept is not None
-            and entry[1] == state
-            and all(ref() is source for ref, source in zip(entry[0], sources, strict=True))
+            and entry[2] == state
+            and all(ref() is source for ref, source in zip(entry[1], sources, strict=True))
         ):
-            return self.kept
+            return entry[0]
         made = make()
         if made.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 return made  # filled by replays of that graph alone
             torch.cuda.current_stream(made.device).synchronize()  # other streams may be the next to ask
-        self._entry, self.kept = ([weakref.ref(source) for source in sources], state), made
+        self._entry = made, [weakref.ref(source) for source in sources], state
         return made
 
     def drop(self) -> None:
-        self._entry = self.kept = None
+        self._entry = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived:
         return Derived()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_entry": None, "kept": None}
+        return {"_entry": None}
 
 
 class WatchedWeight:

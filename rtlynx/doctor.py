@@ -97,7 +97,7 @@ def _compiler_check() -> Check:
 def _cache_check() -> Check:
     usage = cache.usage()
     state = (
-        f"cannot be written, so every process compiles again: {usage.trouble}"
+        f"every process compiles again what it cannot take from there: {usage.trouble}"
         if usage.trouble
         else "writable"
     )

@@ -95,7 +95,7 @@ def test_a_disk_that_refuses_costs_one_warning_and_no_more(folder, monkeypatch, 
     elif trouble == "full":
         monkeypatch.setattr(os, "replace", _refuse)
     elif trouble == "locks only":
-        monkeypatch.setattr(Path, "write_bytes", _refuse)
+        monkeypatch.setattr(cache, "_open_new", _refuse)
     else:
         monkeypatch.delenv("RTLYNX_CACHE_DIR")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -161,6 +161,210 @@ def test_a_holder_that_hangs_is_waited_for_only_so_long(folder, monkeypatch):
         done.set()
         holder.join()
     assert _names(folder) == ["key.cubin"]
+
+
+# --------------------------------------------------------------------- what another user could have written
+
+
+def _refused(make: Maker, *said: str) -> None:
+    """Twice asked, both times compiled, and one warning that says `said`."""
+    before = make.calls
+    with pytest.warns(RuntimeWarning) as warned:
+        assert [cache.cached("key", make) for _ in range(2)] == [ENTRY] * 2
+    assert make.calls == before + 2
+    (warning,) = warned
+    for words in (*said, "RTLYNX_CACHE_DIR"):
+        assert words in str(warning.message)
+
+
+def _give_away(path: Path, monkeypatch) -> None:
+    """Let `path` belong to another user; where that takes root, let this process be of another user."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1, follow_symlinks=False)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+
+
+@pytest.fixture
+def filled(folder) -> Path:
+    """An entry that would be served."""
+    cache.cached("key", Maker())
+    return folder
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777, 0o1777])
+def test_a_folder_that_others_may_write_to_is_not_used(filled, mode):
+    filled.chmod(mode)
+    _refused(Maker(), f"write to {filled} (mode {mode:04o})", f"chmod go-w {filled}")
+    assert "chmod go-w" in cache.usage().trouble
+    filled.chmod(0o755)
+    assert cache.cached("key", Maker()) == ENTRY
+    assert cache.usage().trouble == ""
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_nor_is_one_that_others_may_exchange(tmp_path, monkeypatch, levels):
+    monkeypatch.setattr(cache, "_warned", set())
+    middle = tmp_path / "middle"
+    deep = middle.joinpath(*"ab"[: levels - 1], "cache")
+    monkeypatch.setenv("RTLYNX_CACHE_DIR", str(deep))
+    cache.cached("key", Maker())
+    middle.chmod(0o777)
+    _refused(Maker(), f"write to {middle} (mode 0777)")
+    assert str(middle) in cache.usage().trouble
+
+
+def test_nothing_is_made_where_others_may_exchange_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_warned", set())
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("RTLYNX_CACHE_DIR", str(tmp_path / "cache"))
+    _refused(Maker(), str(tmp_path))
+    assert _names(tmp_path) == []
+
+
+def test_a_sticky_folder_protects_what_is_ours_in_it(tmp_path, monkeypatch):
+    shared = tmp_path / "tmp"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    monkeypatch.setenv("RTLYNX_CACHE_DIR", str(shared / "mine"))
+    make = Maker()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [cache.cached("key", make) for _ in range(2)] == [ENTRY] * 2
+    assert make.calls == 1
+
+
+@pytest.mark.parametrize("which", ["folder", "above", "entry"])
+def test_what_belongs_to_another_user_is_not_used(filled, monkeypatch, which):
+    _give_away({"folder": filled, "above": filled.parent, "entry": filled / "key.cubin"}[which], monkeypatch)
+    _refused(Maker(), "belongs to user")
+    assert "belongs to user" in cache.usage().trouble
+
+
+def test_what_root_has_filled_is_used(filled, monkeypatch):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make what belongs to root")
+    filled.chmod(0o555)
+    (filled / "key.cubin").chmod(0o444)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    make = Maker()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.cached("key", make) == ENTRY
+    assert make.calls == 0
+
+
+@pytest.mark.parametrize("what", ["written by others", "link", "dangling link", "fifo", "folder", "huge"])
+def test_an_entry_that_is_no_file_of_ours_is_not_used(filled, monkeypatch, what):
+    path = filled / "key.cubin"
+    elsewhere = filled.parent / "elsewhere"
+    path.rename(elsewhere)
+    if what == "written by others":
+        path.write_bytes(elsewhere.read_bytes())
+        path.chmod(0o646)
+    elif what == "link":
+        path.symlink_to(elsewhere)
+    elif what == "dangling link":
+        path.symlink_to(filled.parent / "nothing")
+    elif what == "fifo":
+        os.mkfifo(path, 0o600)
+    elif what == "folder":
+        path.mkdir(0o700)
+    else:
+        monkeypatch.setattr(cache, "MOST_BYTES", 40)
+        path.write_bytes(elsewhere.read_bytes())
+        path.chmod(0o600)
+    before = path.lstat()
+    _refused(Maker(), str(path))
+    assert path.lstat() == before
+    assert not (filled.parent / "nothing").exists()
+    if what != "huge":
+        assert str(path) in cache.usage().trouble
+
+
+@pytest.mark.parametrize("what", ["link", "fifo"])
+def test_a_lock_that_is_no_file_is_done_without(folder, what):
+    folder.mkdir(0o700)
+    lock, target = folder / "key.lock", folder.parent / "target"
+    if what == "link":
+        lock.symlink_to(target)
+    else:
+        os.mkfifo(lock)
+    start = time.monotonic()
+    assert cache.cached("key", Maker()) == ENTRY
+    assert time.monotonic() - start < 1
+    assert not target.exists()
+    assert "key.cubin" in _names(folder)
+
+
+def test_what_is_written_is_ours_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("RTLYNX_CACHE_DIR", str(tmp_path / "a" / "b" / "cache"))
+    before = os.umask(0)
+    try:
+        cache.cached("key", Maker())
+    finally:
+        os.umask(before)
+    made = [tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "cache"]
+    assert [path.stat().st_mode & 0o7777 for path in made] == [0o700] * 3
+    assert (made[-1] / "key.cubin").stat().st_mode & 0o7777 == 0o600
+
+
+def test_a_link_to_a_good_folder_is_followed(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "home").symlink_to("disk")
+    monkeypatch.setenv("RTLYNX_CACHE_DIR", str(tmp_path / "home" / "cache"))
+    (tmp_path / "disk" / "kernels").mkdir(0o700)
+    (tmp_path / "disk" / "cache").symlink_to(tmp_path / "disk" / "kernels")
+    make = Maker()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [cache.cached("key", make) for _ in range(2)] == [ENTRY] * 2
+    assert make.calls == 1
+    assert _names(tmp_path / "disk" / "kernels") == ["key.cubin"]
+
+
+@pytest.mark.parametrize("fault", ["target", "above the target", "owner of the link"])
+def test_a_link_is_worth_no_more_than_where_it_leads(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(cache, "_warned", set())
+    disk, link = tmp_path / "disk", tmp_path / "cache"
+    (disk / "kernels").mkdir(parents=True, mode=0o700)
+    link.symlink_to(disk / "kernels")
+    monkeypatch.setenv("RTLYNX_CACHE_DIR", str(link))
+    if fault == "owner of the link":
+        _give_away(link, monkeypatch)
+    else:
+        (disk if fault == "above the target" else disk / "kernels").chmod(0o777)
+    _refused(Maker(), "could put other code there")
+    assert _names(disk / "kernels") == []
+
+
+NOWHERE = ("{}/file", "{}/file/cache", "{}/dangling", "{}/dangling/cache", "{}/loop", "{}/" + "x" * 300)
+NOWHERE += ("relative", "./cache", "~nobody", "~no-such-user/cache", "/dev/null", "/dev/null/cache")
+
+
+@pytest.mark.parametrize("place", NOWHERE)
+def test_a_place_that_is_none_costs_one_warning(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setenv("RTLYNX_CACHE_DIR", place.format(tmp_path))
+    before = _names(tmp_path)
+    _refused(Maker())
+    assert cache.usage().trouble
+    assert _names(tmp_path) == before
+
+
+def test_systems_without_owners_ask_for_none(filled, monkeypatch):
+    monkeypatch.setattr(cache, "_HAS_OWNERS", False)
+    filled.chmod(0o777)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.cached("key", Maker()) == ENTRY
+
+
+# ------------------------------------------------------------------------------------------------- a race
 
 
 PROCESSES = 16

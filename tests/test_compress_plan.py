@@ -1,10 +1,12 @@
-"""How the fp8 compression of a shape is cut into clusters, on a card that stands in for one."""
+"""How kernels are cut for a shape and a card, on a card that stands in for one."""
 
 import pytest
 import torch
 
-from rtlynx.kernels.blocks import FP8
+from rtlynx.kernels import jit, tuning
+from rtlynx.kernels.blocks import BF16, FP8
 from rtlynx.kernels.sm90 import compress as host
+from rtlynx.kernels.sm90 import gemm
 from rtlynx.kernels.sm90.compress import CompressOptions, Input
 
 SMS, SHARED_PER_SM = 132, 228 * 1024
@@ -32,10 +34,10 @@ def card(monkeypatch):
     host._most_clusters.cache_clear()
 
 
-def plan(rows, k, rank=64, grouping="adjacent"):
-    x = Input(host.MATRIX, b"", rows, k, torch.device("cuda:0"), True)
+def plan(rows, k, rank=64, grouping="adjacent", held=FP8, device=0):
+    x = Input(host.MATRIX, b"", rows, k, torch.device("cuda", device), True)
     down = torch.empty(rank, k, dtype=torch.bfloat16, device="meta") if rank else None
-    return host.plan_compress(x, down, CompressOptions(grouping, (), True, FP8))
+    return host.plan_compress(x, down, CompressOptions(grouping, (), True, held))
 
 
 @pytest.mark.parametrize("grouping", ["adjacent", "strided"])
@@ -69,3 +71,28 @@ def test_clusters_that_a_card_refuses_are_not_taken(card, monkeypatch):
 def test_more_columns_than_fit_are_refused(card):
     with pytest.raises(ValueError, match=r"inputs of up to 20480 features, got 65536"):
         plan(64, 65536)
+
+
+def test_cards_of_one_machine_are_cut_for_each_as_it_is(card, monkeypatch):
+    counts = {0: 132, 1: 40}
+    monkeypatch.setattr(host, "multiprocessors", counts.get)
+    for held in (BF16, FP8):
+        large, small = (plan(4096, 3072, held=held, device=device) for device in counts)
+        assert large.cluster > small.cluster
+        assert small == plan(4096, 3072, held=held, device=1)
+
+
+def test_the_tile_of_a_product_is_that_of_the_card():
+    shapes = [(m, n, 3072) for m in (256, 1024, 4096) for n in (1152, 1920, 3072, 9216)]
+    assert any(tuning.choose(*shape) != tuning.choose(*shape, multiprocessors=78) for shape in shapes)
+    assert all(tuning.choose(*shape) == tuning.choose(*shape, multiprocessors=132) for shape in shapes)
+
+
+@pytest.mark.parametrize("columns", [32, 96])
+def test_tiles_that_would_not_be_stored_whole_are_refused(columns):
+    tile = tuning.Tile(columns, 4)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        gemm._defines(tile)
+    defines = dict(gemm.INSTANTIATIONS[0].defines) | {"BN": columns}
+    with pytest.raises(jit.CompileError, match=r"stored 64 columns at a time|BN is one of"):
+        jit.compile("gemm.cu", tuple(defines.items()))

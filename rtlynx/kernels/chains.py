@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
-from rtlynx.kernels.checks import check_dtype
+from rtlynx.kernels.checks import FLOATS, check_tensor
 from rtlynx.kernels.operators import refuse_gradients
 from rtlynx.kernels.sm90 import producers as sources
 from rtlynx.kernels.sm90.compress import Input
 from rtlynx.kernels.sm90.weights import readable
-
-_PARAMETER_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Producer(NamedTuple):
@@ -40,23 +38,15 @@ class Producer(NamedTuple):
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _same_device(first: Tensor, **others: Tensor) -> None:
-    for name, other in others.items():
-        if other.device != first.device:
-            raise ValueError(f"{name} is on {first.device} like the first input, got {other.device}")
-
-
 def _modulated_shape(x: Tensor, **parameters: Tensor) -> tuple[int, ...]:
     """Of `x` (B, T, K) or (T, K), whose parameters fit it."""
-    check_dtype(x)
+    check_tensor("x", x, x)
     refuse_gradients(x, *parameters.values())
-    _same_device(x, **parameters)
     if x.ndim not in (2, 3):
         raise ValueError(f"x is (B, T, K) or (T, K), got {tuple(x.shape)}")
     batch, k = (x.shape[0] if x.ndim == 3 else 1), x.shape[-1]
     for name, parameter in parameters.items():
-        if parameter.dtype not in _PARAMETER_DTYPES:
-            raise TypeError(f"{name} is bfloat16 or float32, got {parameter.dtype}")
+        check_tensor(name, parameter, x, FLOATS)
         shape = tuple(parameter.shape)
         along_k = bool(shape) and shape[-1] == k
         if name == "weight":
@@ -81,15 +71,15 @@ def _rmsnorm_shape(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> tupl
 
 
 def _gelu_shape(x: Tensor) -> tuple[int, ...]:
-    check_dtype(x)
+    check_tensor("x", x, x)
     refuse_gradients(x)
     return tuple(x.shape)
 
 
 def _pair(a: Tensor, b: Tensor) -> None:
-    check_dtype(a, b)
+    check_tensor("a", a, a)
+    check_tensor("b", b, a)
     refuse_gradients(a, b)
-    _same_device(a, b=b)
 
 
 def _silu_gate_shape(a: Tensor, b: Tensor) -> tuple[int, ...]:

@@ -5,10 +5,15 @@ cuda-bindings is imported inside the functions: it exists on Linux only, and thi
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
+
+import torch
+
+from rtlynx.kernels.tuning import SMS
 
 INVALID_CONTEXT = 201
 _ADVICE = {
@@ -50,6 +55,14 @@ def fail(status: int, doing: str) -> NoReturn:
     name = driver.CUresult(status).name
     advice = _ADVICE.get(status, "`rtlynx doctor` tells what works here.")
     raise RuntimeError(f"{doing} failed: {name}. {advice}")
+
+
+@functools.cache
+def multiprocessors(device: int | None) -> int:
+    """Of CUDA device `device`; an H100's where torch sees none, so that plans can be looked at anywhere."""
+    if not torch.cuda.is_available():
+        return SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def bind_context(device: int) -> None:

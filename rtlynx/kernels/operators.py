@@ -37,7 +37,7 @@ def operator(
 def _on_cuda(hopper: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(first: Tensor, *rest: Any) -> Any:
         index = first.get_device()
-        if card_obstacle(index) is not None:
+        if index < 0 or card_obstacle(index) is not None:  # (-1: another argument is on the card)
             return reference(first, *rest)
         if index == torch.cuda.current_device():
             return hopper(first, *rest)

@@ -24,7 +24,7 @@ from rtlynx.kernels.blocks import (
     unpack_blocks,
     unpack_lowrank,
 )
-from rtlynx.kernels.checks import check_compress, check_gemm, check_linear, layers_of
+from rtlynx.kernels.checks import JOINT_NAMES, check_compress, check_gemm, check_linear, layers_of
 from rtlynx.kernels.operators import operator
 from rtlynx.kernels.reference import product_in_float32
 from rtlynx.kernels.sm90.compress import CompressOptions, launch_compress
@@ -107,11 +107,10 @@ def _linear_reference(
     norm: bool,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    check_linear(x, weight, bias, down, up, weight_scale)
+    of = Weights(weight, up, bias, weight_scale)
+    check_linear(x, of, down, grouping, parts)
     blocks, scale, lowrank = compress_reference(x, down, grouping, parts, norm, weight_scale is not None)
-    rows = math.prod(x.shape[:-1])
-    layers = [Weights(weight, up, bias, weight_scale)]
-    y = _product_reference(blocks, scale, lowrank, layers, (0,), rows)
+    y = _product_reference(blocks, scale, lowrank, [of], (0,), math.prod(x.shape[:-1]))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -153,8 +152,7 @@ def _linear_fake(
     norm: bool,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    check_linear(x, weight, bias, down, up, weight_scale)
-    check_compress(x, down, grouping, parts)
+    check_linear(x, Weights(weight, up, bias, weight_scale), down, grouping, parts)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -190,9 +188,8 @@ def _linear_hopper(
     norm: bool,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    check_linear(x, weight, bias, down, up, weight_scale)
-    check_compress(x, down, grouping, parts)
     of = Weights(weight, up, bias, weight_scale)
+    check_linear(x, of, down, grouping, parts)
     y = launch_linear(x, of, down, CompressOptions(grouping, tuple(parts), norm, of.held))
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
@@ -269,7 +266,7 @@ def _gemm_joint(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
         rows: int,
     ) -> Tensor:
         layers = layers_of(weights, ups, biases, weight_scales, first_ranks)
-        check_gemm(blocks, scale, lowrank, layers, first_ranks, rows)
+        check_gemm(blocks, scale, lowrank, layers, first_ranks, rows, JOINT_NAMES)
         return product(blocks, scale, lowrank, layers, first_ranks, rows)
 
     return gemm_joint

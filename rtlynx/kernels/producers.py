@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rtlynx.kernels.blocks import format_of
 from rtlynx.kernels.chains import PRODUCERS, rounded, source_of
-from rtlynx.kernels.checks import check_dtype, check_selection
+from rtlynx.kernels.checks import check_selection
 from rtlynx.kernels.operators import operator, refuse_gradients
 from rtlynx.kernels.ops import compress_fake, compress_reference
 from rtlynx.kernels.sm90 import compress
@@ -60,9 +60,8 @@ def _register(name: str) -> Any:
         inputs, tail = arguments[:count], arguments[count:]
         down, grouping, parts, *_ = tail
         found = shape(*inputs)
-        check_dtype(down)
+        check_selection(inputs[0], found, down, grouping, parts)
         refuse_gradients(down)
-        check_selection(inputs[0], found[-1] if found else 0, down, grouping, parts)
         return found, inputs, tail
 
     def hopper(*arguments: Any) -> Compressed:

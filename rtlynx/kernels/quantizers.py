@@ -12,6 +12,7 @@ a multiple of 8 up to 16,384 and rows lie at multiples of 16 bytes. Elsewhere it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.kernels.chains import PRODUCERS, rounded, source_of
-from rtlynx.kernels.checks import check_dtype
+from rtlynx.kernels.checks import check_size, check_tensor
 from rtlynx.kernels.operators import operator, refuse_gradients
 from rtlynx.kernels.sm90 import quantize as quantize_rows
 from rtlynx.kernels.sm90.compress import expressible, matrix_input
@@ -45,7 +46,9 @@ def launch(
 
 def _check_shape(shape: Sequence[int]) -> None:
     if not shape or shape[-1] == 0:
-        raise ValueError(f"what is quantised is (..., K) with K > 0, got {tuple(shape)}")
+        raise ValueError(f"what is quantised is x (..., K) with K > 0, got {tuple(shape)}")
+    check_size("rows of x", math.prod(shape[:-1]))
+    check_size("columns of x", shape[-1])
 
 
 def _plain(x: Tensor) -> Values:
@@ -61,7 +64,7 @@ def _fake_values(like: Tensor, shape: Sequence[int]) -> Values:
 
 
 def _check(x: Tensor) -> None:
-    check_dtype(x)
+    check_tensor("x", x, x)
     refuse_gradients(x)
     _check_shape(x.shape)
 

@@ -14,12 +14,14 @@ from rtlynx.kernels.blocks import BF16, FP8, Format
 
 TABLE = Path(__file__).parent / "tiles.json"
 TILE_ROWS = 256
-SMS = 132
+SMS = 132  # of an H100; what runs on a card asks the card (`rtlynx.kernels.driver.multiprocessors`)
+STORED_COLUMNS = 64  # of a tile leave at a time: what is beyond the last whole 64 would be lost
 
 
 class Tile(NamedTuple):
     """A GEMM instantiation: 256 x `columns` of Y a CTA, `stages` of a block's k in shared memory.
 
+    columns : a multiple of `STORED_COLUMNS`
     skew : stages by which the second warpgroup runs behind the first.
     held : what blocks of X, and the weight, hold.
     """
@@ -100,17 +102,17 @@ def split(tiles: int, ctas: int, stages: int) -> Split:
     return Split(tiles - rest, rest, sharing, stages)
 
 
-def modelled_cost(m: int, n: int, k: int, tile: Tile) -> float:
+def modelled_cost(m: int, n: int, k: int, tile: Tile, multiprocessors: int = SMS) -> float:
     """Columns of tile that the busiest CTA computes, with an allowance for what a tile costs beside."""
     tiles = -(-m // TILE_ROWS) * -(-n // tile.columns)
-    cut = split(tiles, SMS, -(-k // tile.held.block_k))
-    waves = -(-cut.whole_tiles // SMS) + (cut.tiles / cut.ctas if cut.ctas else 0)
+    cut = split(tiles, multiprocessors, -(-k // tile.held.block_k))
+    waves = -(-cut.whole_tiles // multiprocessors) + (cut.tiles / cut.ctas if cut.ctas else 0)
     return waves * (tile.columns + _OVERHEAD_COLUMNS)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(m: int, n: int, k: int, held: Format = BF16) -> Tile:
-    """The tile for Y (m, n) from X (m, k)."""
+def choose(m: int, n: int, k: int, held: Format = BF16, multiprocessors: int = SMS) -> Tile:
+    """The tile for Y (m, n) from X (m, k) on a card with so many multiprocessors."""
     if _forced is not None and _forced.held is held:
         return _forced
     measured = _table().get((m, n, k)) if held is BF16 else None
@@ -118,4 +120,4 @@ def choose(m: int, n: int, k: int, held: Format = BF16) -> Tile:
     for tile in candidates:
         if tile.name == measured:
             return tile
-    return min(candidates, key=lambda tile: (modelled_cost(m, n, k, tile), -tile.columns))
+    return min(candidates, key=lambda tile: (modelled_cost(m, n, k, tile, multiprocessors), -tile.columns))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rtlynx.kernels import jit
 from rtlynx.kernels.blocks import BF16, BLOCK_ROWS, FP8, LOWRANK_BYTES, LOWRANK_COLUMNS, Format
+from rtlynx.kernels.driver import multiprocessors
 from rtlynx.kernels.jit import Defines, Instantiation
-from rtlynx.kernels.tuning import SMS
 
 MATRIX, ADALN, RMSNORM, GELU, SILU_GATE, CONCAT_GELU = range(6)
 # The kernel's Parameters: its Source, addresses, and what a plan holds.
@@ -180,22 +180,26 @@ def _kernel(configuration: _Configuration, cluster: int, shared_bytes: int) -> j
     )
 
 
-def _cut(configuration: _Configuration, slabs: int, k_blocks: int) -> tuple[_Configuration, int]:
+def _cut(
+    configuration: _Configuration, slabs: int, k_blocks: int, device: int | None
+) -> tuple[_Configuration, int]:
     """The variant, and how many CTAs share the K of a slab.
 
     As many as the card holds at once and K has work for. Without a low-rank product a CTA takes 16 rows, and
     its warps share their K.
     """
     if configuration.held is FP8:
-        return _cut_fp8(configuration, slabs, k_blocks)
+        return _cut_fp8(configuration, slabs, k_blocks, device)
     if not configuration.slab:
         return configuration, 1
-    room = int(configuration.blocks_per_sm * SMS * _FITTING)
+    room = int(configuration.blocks_per_sm * multiprocessors(device) * _FITTING)
     units = k_blocks if configuration.mode == _ADJACENT else -(-k_blocks // 2)
     return configuration, max(1, min(_MAX_CLUSTER, room // slabs, units))
 
 
-def _cut_fp8(configuration: _Configuration, slabs: int, k_blocks: int) -> tuple[_Configuration, int]:
+def _cut_fp8(
+    configuration: _Configuration, slabs: int, k_blocks: int, device: int | None
+) -> tuple[_Configuration, int]:
     """Variant and cluster of least time, modelled, among those whose CTAs have room for what waits.
 
     Raises
@@ -210,9 +214,10 @@ def _cut_fp8(configuration: _Configuration, slabs: int, k_blocks: int) -> tuple[
             shared_bytes = variant.shared_bytes(own)
             if shared_bytes > _SHARED_PER_BLOCK - _STATIC_BYTES:
                 continue
-            together = _most_clusters(variant, cluster, shared_bytes, torch.cuda.current_device())
+            together = _most_clusters(variant, cluster, shared_bytes, device)
             if together:
-                times[variant, cluster] = _modelled_time(variant, cluster, own, slabs, together)
+                rounds = _rounds(slabs, cluster, together, multiprocessors(device))
+                times[variant, cluster] = _modelled_time(variant, own, rounds)
     if not times:
         raise ValueError(
             f"the fp8 kernels take inputs of up to {MAX_COLUMNS_FP8} features, got {k_blocks * FP8.block_k}"
@@ -221,24 +226,26 @@ def _cut_fp8(configuration: _Configuration, slabs: int, k_blocks: int) -> tuple[
 
 
 @functools.cache
-def _most_clusters(configuration: _Configuration, cluster: int, shared_bytes: int, device: int) -> int:
+def _most_clusters(configuration: _Configuration, cluster: int, shared_bytes: int, device: int | None) -> int:
     """How many clusters the current device, `device`, holds at one time."""
     return _kernel(configuration, cluster, shared_bytes).most_clusters()
 
 
-def _modelled_time(
-    configuration: _Configuration, cluster: int, own_blocks: int, slabs: int, together: int
-) -> float:
-    """Microseconds for `slabs` clusters, `together` at one time, of CTAs with `own_blocks` of K each."""
-    times = _TIMES_LOWRANK if configuration.rank else _TIMES_PLAIN
+def _rounds(slabs: int, cluster: int, together: int, on: int) -> list[tuple[int, int]]:
+    """How many rounds `slabs` clusters take, `together` at one time on so many multiprocessors, and how many
+    CTAs share one of them.
+    """
     full, rest = divmod(slabs, together)
-    total = 0.0
-    for rounds, clusters in ((full, together), (min(rest, 1), rest)):
-        sharing = -(-clusters * cluster // SMS)
-        total += rounds * (
-            times.fixed + own_blocks * max(times.alone[configuration.stages], sharing * times.busy)
-        )
-    return total
+    return [(full, -(-together * cluster // on)), (min(rest, 1), -(-rest * cluster // on))]
+
+
+def _modelled_time(configuration: _Configuration, own_blocks: int, rounds: list[tuple[int, int]]) -> float:
+    """Microseconds for `rounds` of CTAs with `own_blocks` of K each."""
+    times = _TIMES_LOWRANK if configuration.rank else _TIMES_PLAIN
+    alone = times.alone[configuration.stages]
+    return sum(
+        count * (times.fixed + own_blocks * max(alone, sharing * times.busy)) for count, sharing in rounds
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -344,7 +351,7 @@ def plan_compress(x: Input, down: Tensor | None, options: CompressOptions) -> Co
     """How to compress `x`, with `down` contiguous."""
     rank = 0 if down is None else down.shape[0]
     aligned = x.aligned and address_of(down) % 16 == 0
-    return _plan(x.source, x.rows, x.columns, rank, options, aligned)
+    return _plan(x.source, x.rows, x.columns, rank, options, aligned, x.device.index)
 
 
 def start_compress(plan: CompressPlan, x: Input, down: int, to: Addresses, dense: int = 0) -> None:
@@ -373,7 +380,15 @@ class CompressPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(source: int, rows: int, k: int, rank: int, options: CompressOptions, aligned: bool) -> CompressPlan:
+def _plan(
+    source: int,
+    rows: int,
+    k: int,
+    rank: int,
+    options: CompressOptions,
+    aligned: bool,
+    device: int | None,
+) -> CompressPlan:
     held = options.held
     slabs, k_blocks, rank_blocks = (
         -(-rows // BLOCK_ROWS),
@@ -383,7 +398,7 @@ def _plan(source: int, rows: int, k: int, rank: int, options: CompressOptions, a
     mode, adjacent, table = _groups(options.grouping, options.parts, k)
     tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
     wanted = _Configuration(held, source, mode if aligned else _GATHER, tile_rank)
-    configuration, cluster = _cut(wanted, max(slabs, 1), k_blocks)
+    configuration, cluster = _cut(wanted, max(slabs, 1), k_blocks, device)
     waiting = -(-k_blocks // cluster) if held is FP8 else 0
     return CompressPlan(
         configuration,

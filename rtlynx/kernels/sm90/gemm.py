@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rtlynx.kernels import jit, tuning
 from rtlynx.kernels.blocks import BLOCK_ROWS, FP8, LOWRANK_BYTES, LOWRANK_COLUMNS
-from rtlynx.kernels.driver import call
+from rtlynx.kernels.driver import call, multiprocessors
 from rtlynx.kernels.jit import Defines, Instantiation
 from rtlynx.kernels.sm90.compress import Addresses, address_of
-from rtlynx.kernels.sm90.weights import Weights, readable_weights, stored_columns
+from rtlynx.kernels.sm90.weights import Weights, aligned, readable_weights, stored_columns
 from rtlynx.kernels.tuning import Tile
 
 _THREADS = 384
@@ -32,6 +32,8 @@ _pack_operands, _pack_shape, _pack_workspace, _pack_layers = (piece.pack for pie
 
 
 def _defines(tile: Tile) -> Defines:
+    if tile.columns % tuning.STORED_COLUMNS:
+        raise ValueError(f"a tile's columns are a multiple of {tuning.STORED_COLUMNS}, got {tile.columns}")
     return (
         ("FP8", int(tile.held is FP8)),
         ("BN", tile.columns),
@@ -125,6 +127,7 @@ def launch_gemm(
     if rows == 0 or n == 0:
         return out[:, :n]
     layers = [readable_weights(of) for of in layers]
+    blocks, lowrank = aligned(blocks), None if lowrank is None else aligned(lowrank)
     lowrank_bytes = lowrank.shape[0] if lowrank is not None and layers[0].up is not None else 0
     plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes)
     workspace = 0
@@ -151,10 +154,10 @@ def plan_gemm(
     widths = tuple(of.weight.shape[0] for of in layers)
     ranks = tuple(0 if of.up is None else of.up.shape[1] for of in layers)
     weight, held = layers[0].weight, layers[0].held
-    tile = tuning.choose(rows, sum(widths), weight.shape[1], held)
-    multiprocessors = _multiprocessors(weight.get_device())
+    count = multiprocessors(weight.get_device())
+    tile = tuning.choose(rows, sum(widths), weight.shape[1], held, count)
     shape = GemmShape(rows, weight.shape[1], widths, ranks, tuple(first_ranks), lowrank_bytes)
-    return _plan(tile, multiprocessors, shape)
+    return _plan(tile, count, shape)
 
 
 def start_gemm(plan: GemmPlan, given: Addresses, layers: Sequence[Weights], out: int, workspace: int) -> None:
@@ -221,13 +224,13 @@ class GemmPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(tile: Tile, multiprocessors: int, of: GemmShape) -> GemmPlan:
+def _plan(tile: Tile, ctas: int, of: GemmShape) -> GemmPlan:
     slabs, k_blocks = -(-of.rows // BLOCK_ROWS), -(-of.k // tile.held.block_k)
     row_tiles = -(-slabs // _SLABS)
     rank_blocks = [-(-rank // LOWRANK_COLUMNS) for rank in of.ranks]
     table, column_tiles = _layer_table(of, rank_blocks, tile.columns)
     stages = k_blocks + rank_blocks[0] if len(set(rank_blocks)) == 1 else 0
-    split = tuning.split(row_tiles * column_tiles, multiprocessors, stages)
+    split = tuning.split(row_tiles * column_tiles, ctas, stages)
     shape = _pack_shape(
         of.rows,
         stored_columns(sum(of.widths)),
@@ -245,7 +248,7 @@ def _plan(tile: Tile, multiprocessors: int, of: GemmShape) -> GemmPlan:
     sum_bytes = split.ctas * _SLABS * BLOCK_ROWS * tile.columns * 4
     return GemmPlan(
         tile=tile,
-        ctas=min(multiprocessors, max(split.whole_tiles, split.ctas)),
+        ctas=min(ctas, max(split.whole_tiles, split.ctas)),
         shape=shape,
         layers=_pack_layers(*table),
         first_columns=tuple(itertools.accumulate(of.widths[:-1], initial=0)),
@@ -261,11 +264,6 @@ _seed = secrets.randbits(64)
 def _nonce() -> int:
     """A number that memory does not hold by chance, nor from a launch before."""
     return (_seed + next(_launches) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF | 1
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _layer_table(of: GemmShape, rank_blocks: Sequence[int], tile_columns: int) -> tuple[list[int], int]:

@@ -2,6 +2,8 @@
 #pragma once
 #include "gemm_schedule.cuh"
 
+static_assert(BN % 64 == 0, "a tile is stored 64 columns at a time: what is beyond the last 64 would be lost");
+
 using Accumulators = float[SLABS_A_GROUP][BN / 2];
 
 // What the epilogue must know waits in shared memory, not in registers, while the accumulators are live.

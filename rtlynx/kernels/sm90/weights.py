@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from rtlynx.kernels.blocks import Format, format_of
 
 STORE_COLUMNS = 8  # Y leaves 16 bytes at a time
+_MAX_STRIDE = 2**31 - 1  # of rows, in entries
 
 
 class Weights(NamedTuple):
@@ -37,11 +38,16 @@ def stored_columns(n: int) -> int:
     return -(-n // STORE_COLUMNS) * STORE_COLUMNS
 
 
+def aligned(vector: Tensor) -> Tensor:
+    """`vector`, or a copy where it begins at no multiple of 16 bytes, as bulk copies need it."""
+    return vector.clone() if vector.data_ptr() % 16 else vector
+
+
 def readable_weights(of: Weights) -> Weights:
     """`of`, with copies where rows start at no multiples of 16 bytes, or vectors end before Y is stored."""
     return Weights(
-        readable(of.weight),
-        None if of.up is None else readable(of.up),
+        _mapped(of.weight),
+        None if of.up is None else _mapped(of.up),
         _readable_vector(of.bias),
         _readable_vector(of.column_scale),
     )
@@ -50,12 +56,22 @@ def readable_weights(of: Weights) -> Weights:
 def readable(matrix: Tensor) -> Tensor:
     """`matrix`, or a copy where its rows do not start at multiples of 16 bytes, as bulk copies need them."""
     row, column = matrix.stride()
-    element = matrix.element_size()
-    if column != 1 or row * element % 16 or matrix.data_ptr() % 16:
-        # (As bytes, which can be padded whatever they hold; clone: padding by nothing is no copy.)
-        held = matrix.contiguous().view(torch.uint8)
-        return pad(held, (0, -held.shape[1] % 16)).clone().view(matrix.dtype)
+    if column != 1 or row * matrix.element_size() % 16 or row > _MAX_STRIDE or matrix.data_ptr() % 16:
+        return _padded(matrix)
     return matrix
+
+
+def _mapped(matrix: Tensor) -> Tensor:
+    """`readable`, for tensor maps, whose rows do not overlap."""
+    return readable(matrix) if matrix.stride(0) >= matrix.shape[1] else _padded(matrix)
+
+
+def _padded(matrix: Tensor) -> Tensor:
+    """A copy whose rows start at multiples of 16 bytes."""
+    # (As bytes, which can be padded whatever they hold; clone: padding by nothing is no copy.)
+    held = matrix.contiguous().view(torch.uint8)
+    copy = pad(held, (0, -held.shape[1] % 16)).clone(memory_format=torch.contiguous_format)
+    return copy.view(matrix.dtype)
 
 
 def _readable_vector(vector: Tensor | None) -> Tensor | None:
