@@ -203,11 +203,9 @@ def _foreign_weight(layer: nn.Linear) -> str | None:
 # Kinds of adapters of peft by how they act, beside a layer whose weight they neither read nor change: they
 # add to its output, or scale or rotate its input or output. All others read the weight of the layer, which
 # is the original one no more where it was refitted or quantised.
-_ADDING = frozenset(
-    ("lora", "adalora", "loha", "lokr", "vera", "vblora", "randlora")
-    + ("fourierft", "c3a", "gralora", "waveft", "lily", "miss")
-)
-_SCALING = frozenset(("ia3", "oft", "boft", "road", "beft"))
+_ADDING = {"lora", "adalora", "loha", "lokr", "vera", "vblora", "randlora", "fourierft", "c3a", "gralora"}
+_ADDING |= {"waveft", "lily", "miss"}
+_SCALING = {"ia3", "oft", "boft", "road", "beft"}
 # Ways of making an adapter's first values, from nothing of the base layer.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "lycoris", "mini")
 
@@ -219,30 +217,33 @@ def refuse_adapters(model: nn.Module) -> None:
     """
     if torch.compiler.is_compiling() or not getattr(model, "peft_config", None):
         return
-    for name, wrapper, layer in _adapted(model):
+    for wrapper, layer in _adapted(model):
         reason = _wrapper_reason(wrapper) if _changed(layer) else None
         if reason is not None:
+            name = next(name for name, module in model.named_modules() if module is wrapper)
             _refuse_adapter(name, layer, reason)
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module, SparseLinear]]:
-    """Sparse layers that something wraps, in model order: the layer's name, the outermost wrapper, the layer.
+def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, SparseLinear]]:
+    """Sparse layers that something of peft wraps, each after its outermost wrapper.
 
-    What adapters are made of is not looked through: this runs before each step.
+    Lean, and without looking through what adapters are made of: this runs before each step.
     """
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    while stack:
-        name, module = stack.pop()
-        layer = _wrapped_layer(module)
-        if layer is not module and isinstance(layer, SparseLinear):
-            yield name[1:], module, layer
-            continue
-        children = [(f"{name}.{key}", child) for key, child in module._modules.items() if child is not None]
-        stack.extend(reversed(children))
+    modules = [model]
+    while modules:
+        module = modules.pop()
+        children = module._modules
+        if "base_layer" in children or "original_module" in children:
+            layer = _wrapped_layer(module)
+            if isinstance(layer, SparseLinear):
+                yield module, layer
+                continue
+        if children:
+            modules.extend(child for child in children.values() if child is not None)
 
 
 def _wrapped_layer(module: nn.Module) -> nn.Module:
-    """What is at the bottom of wrappers that peft puts around layers; `module` itself if it is none."""
+    """What is at the bottom of wrappers that peft puts around layers."""
     while True:
         inner = module._modules.get("base_layer", module._modules.get("original_module"))
         if inner is None:
@@ -357,14 +358,14 @@ def _guard_peft(tuner: type[Any]) -> None:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_injection(self, model, adapter_name, kwargs.get("state_dict"))
         inject(self, model, adapter_name, *args, **kwargs)
-        for _, wrapper, layer in _adapted(model):
+        for wrapper, layer in _adapted(model):
             if layer.precision == "fp8":
                 wrapper.merge = _refuse_merge_of_layer  # type: ignore[assignment]
 
     @wraps(check_merge)
     def check_merge_allowed(self: Any) -> None:
         check_merge(self)
-        if not all(_takes_merge(wrapper, layer) for _, wrapper, layer in _adapted(self.model)):
+        if not all(_takes_merge(wrapper, layer) for wrapper, layer in _adapted(self.model)):
             _refuse_merge()
 
     tuner.inject_adapter, tuner._check_merge_allowed = inject_adapter, check_merge_allowed
