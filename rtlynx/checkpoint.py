@@ -29,6 +29,7 @@ from rtlynx.files import (
 )
 from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
+from rtlynx.models.guards import refuse_foreign, refuse_meta, refuse_prepared
 from rtlynx.models.plan import Plan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
 from rtlynx.models.transaction import all_or_none
@@ -133,11 +134,14 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
         If the folder is missing or damaged, or was made for another architecture, shape, version or other
         weights. The model is then unchanged.
     ValueError
-        If the model is sparse already, or groups reach over tensor-parallel shards (`Recipe.tp_degree`).
+        If the model is sparse already, on "meta", or prepared in a way that has to come after; or groups
+        reach over tensor-parallel shards (`Recipe.tp_degree`).
     """
     model = target_model(model_or_pipeline)
-    if state_of(model) is not None:
+    if state_of(model) is not None or sparse_layers(model):
         raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
+    refuse_prepared(model)
+    refuse_meta(model)
     folder = Path(folder)
     with all_or_none(model):
         index = read_index(folder)
@@ -213,6 +217,10 @@ def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
 
 
 def _check_layers(model: nn.Module, layers: dict[str, Any], folder: Path) -> None:
+    try:
+        refuse_foreign(model, layers)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not fit this model: {error}") from None
     modules = dict(model.named_modules())
     for name, entry in layers.items():
         linear = modules.get(name)

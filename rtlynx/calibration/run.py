@@ -27,6 +27,7 @@ from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import Solution, judged, solve_layer
 from rtlynx.calibration.train import train_lowrank
+from rtlynx.models.guards import refuse_meta
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.sparsify import (
     densify,
@@ -44,6 +45,8 @@ TRAINING_TOKENS = 16384
 BUDGET_CALLS = 4
 
 
+# Hooks record what layers read, which code that was compiled before them would leave out.
+@torch.compiler.set_stance("force_eager")
 def calibrate(
     model_or_pipeline: Any,
     prompts: Sequence[str] | None = None,
@@ -99,6 +102,7 @@ def calibrate(
         "calibrate before enable_parallelism, one whole model a process, and load the checkpoint after it",
         context=True,
     )
+    refuse_meta(model)
     before = state_of(model)
     if before is not None and before.plan.recipe.needs_calibration:
         raise ValueError("the model has been calibrated already: call rtlynx.densify first")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rtlynx.call import CallState, enter_call, leave_call, step_of
-from rtlynx.models.guards import refuse_merged
+from rtlynx.models.guards import refuse_adapters, refuse_merged
 from rtlynx.models.plan import Plan
 from rtlynx.parallel import local_text_rows
 
@@ -24,12 +24,13 @@ def register_hooks(model: nn.Module, plan: Plan) -> list[Any]:
     return handles
 
 
-def begin_step(_model: nn.Module, _args: tuple[Any, ...]) -> None:
+def begin_step(model: nn.Module, _args: tuple[Any, ...]) -> None:
     """Tell torch.compile's CUDA graphs that a step begins.
 
     With mode "reduce-overhead" on blocks they otherwise take each block's call for one, and what a block
     gave for overwritten when the next reads it.
     """
+    refuse_adapters(model)
     if not torch.compiler.is_compiling() and "torch._inductor.compile_fx" in sys.modules:
         torch.compiler.cudagraph_mark_step_begin()
 

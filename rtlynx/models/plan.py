@@ -13,7 +13,7 @@ from rtlynx.kernels.reference import Norm
 from rtlynx.models.architecture import STRIDED_ROLES, Architecture, Candidate
 from rtlynx.models.flux import FLUX
 from rtlynx.models.generic import GENERIC
-from rtlynx.models.guards import refuse_prepared
+from rtlynx.models.guards import foreign_reason, refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.pattern import Pattern
@@ -125,15 +125,20 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     ------
     ValueError
         If the model has no linear layer that could be sparse, or a `skip` or `forms` pattern matches none, or
-        adapters, fused projections or group offloading came before.
+        adapters, fused projections, group offloading or compiled blocks came before, or it is a graph.
+    TypeError
+        If what is known to be a linear layer in this architecture is something else (quantised).
     """
     if isinstance(model, nn.Linear):
         raise ValueError("a single linear layer cannot be replaced in place: use SparseLinear.from_linear")
     refuse_prepared(model)
     architecture = architecture_of(model)
     candidates = architecture.candidates(model)
+    _refuse_replaced(model, architecture, recipe)
     if not candidates:
-        raise ValueError(f"{type(model).__name__} has no linear layers that can be made sparse")
+        kinds = {type(module).__name__ for module in model.modules() if _like_linear(module)}
+        instead = f" (it has {', '.join(sorted(kinds))})" if kinds else ""
+        raise ValueError(f"{type(model).__name__} has no linear layers that can be made sparse{instead}")
     names = [candidate.name for candidate in candidates]
     for setting, globs in (("skip", recipe.skip), ("forms", recipe.forms)):
         for glob in globs:
@@ -147,6 +152,22 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     modules: dict[str, Any] = dict(model.named_modules())
     layers = tuple(_plan_layer(modules[candidate.name], candidate, recipe) for candidate in candidates)
     return Plan(recipe, architecture, layers)
+
+
+def _refuse_replaced(model: nn.Module, architecture: Architecture, recipe: Recipe) -> None:
+    """TypeError where something else is in the place of a linear layer that the architecture has."""
+    for name, module in model.named_modules():
+        if not _like_linear(module) or not any(
+            fnmatch.fnmatchcase(name, rule.pattern) for rule in architecture.rules
+        ):
+            continue
+        if not any(fnmatch.fnmatchcase(name, glob) for glob in recipe.skip):
+            raise TypeError(f"{name} {foreign_reason(module)}")
+
+
+def _like_linear(module: nn.Module) -> bool:
+    """Whether it is made for the same as `nn.Linear`, which it is not."""
+    return not isinstance(module, nn.Linear) and hasattr(module, "in_features")
 
 
 def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> LayerPlan:

@@ -14,7 +14,7 @@ from rtlynx.context import SharedInput
 from rtlynx.fingerprint import weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
-from rtlynx.models.guards import guard, unguard
+from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
 from rtlynx.models.hooks import register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.models.transaction import all_or_none
@@ -44,16 +44,19 @@ class SparseState:
 def target_model(model_or_pipeline: Any) -> nn.Module:
     """The module to work on: the module itself, or a diffusers pipeline's transformer.
 
+    Of a module that torch.compile, DataParallel or peft has wrapped, it is what is inside; the wrapper then
+    runs what became of that.
+
     Raises
     ------
     TypeError
         If there is neither.
     """
-    if isinstance(model_or_pipeline, nn.Module):
-        return model_or_pipeline
-    transformer = getattr(model_or_pipeline, "transformer", None)
-    if isinstance(transformer, nn.Module):
-        return transformer
+    found = model_or_pipeline
+    if not isinstance(found, nn.Module):
+        found = getattr(model_or_pipeline, "transformer", None)
+    if isinstance(found, nn.Module):
+        return unwrapped(found)
     raise TypeError(
         f"expected a torch module or a diffusers pipeline with a transformer, "
         f"got {type(model_or_pipeline).__name__}"
@@ -87,8 +90,9 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
     Raises
     ------
     ValueError
-        If the recipe needs calibration, the model has no linears or is sparse already, or groups reach over
-        tensor-parallel shards (`Recipe.tp_degree`). The model is then unchanged.
+        If the recipe needs calibration, the model has no linears, is sparse already, on "meta", an exported
+        graph or prepared in a way that has to come after, or groups reach over tensor-parallel shards
+        (`Recipe.tp_degree`). The model is then unchanged.
     TypeError
         If it is neither a module nor a pipeline with a transformer, or a layer is no plain `nn.Linear`.
     """
@@ -100,15 +104,19 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
         )
     model = target_model(model_or_pipeline)
     with all_or_none(model):
-        apply_plan(model, make_plan_for_dense(model, recipe))
+        plan = make_plan_for_dense(model, recipe)
+        refuse_meta(model)
+        apply_plan(model, plan)
     return model_or_pipeline
 
 
 def make_plan_for_dense(model: nn.Module, recipe: Recipe) -> Plan:
-    """`make_plan`, refusing a model that is sparse already."""
+    """`make_plan`, refusing a model that is sparse already, and layers that cannot be made sparse."""
     if state_of(model) is not None or sparse_layers(model):
         raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
-    return make_plan(model, recipe)
+    plan = make_plan(model, recipe)
+    refuse_foreign(model, (layer.name for layer in plan.sparse))
+    return plan
 
 
 def apply_plan(
