@@ -53,8 +53,9 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     Parameters
     ----------
     model_or_pipeline : a model that `sparsify`, `calibrate` or `load` made sparse, or its pipeline.
-    folder : created, or its checkpoint replaced, also through a link. It is whole at every moment: readers, and
-        whoever comes after a kill, find the older checkpoint or the new one. Of several savers the last stays.
+    folder : created, or its checkpoint replaced, also through a link. It is whole at every moment: readers,
+        and whoever comes after a kill, find the older checkpoint or the new one. Several may save to it at
+        once; one of theirs stays.
 
     Raises
     ------

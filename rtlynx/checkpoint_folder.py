@@ -153,7 +153,8 @@ def _install(new: Path, target: Path) -> None:
             flush_folder(target)
         finally:
             _settle(target)
-            lock.unlink(missing_ok=True)
+            if taken is None:
+                lock.unlink(missing_ok=True)
 
 
 def _settle(target: Path) -> None:

@@ -1,7 +1,7 @@
 """Temporary places that a killed process cannot leave for ever.
 
-Each is a folder with a name that only this module gives, and its writer holds a lock. The next writer to the same place
-removes those whose lock is free.
+Each is a folder with a name that only this module gives, and its writer holds a lock. The next writer to the
+same place removes those whose lock is free.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _prefix(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: float = 0.0) -> Iterator[bool | None]:
-    """Hold the lock of a file, which is made if it is missing.
+    """Hold the lock of a file that is there for nothing else: it is made first and removed in the end.
 
     Yields True; or False where another holds it for longer than `wait` seconds; or None where there are no
     locks. A process that dies gives its locks up.
@@ -103,19 +103,21 @@ def locked(path: Path, wait: float = 0.0) -> Iterator[bool | None]:
     deadline = time.monotonic() + wait
     while True:
         with path.open("ab") as file:
-            taken = _take(file)
-            # Whoever held it before may have removed the file: then this lock is of nothing.
-            stale = taken is True and not _is_at(file, path)
-            if not stale and (taken is not False or time.monotonic() >= deadline):
+            taken: bool | None = False
+            try:
+                taken = _take(file, path)
                 if taken is None:
-                    file.close()  # Windows renames no open files
-                yield taken
-                return
-        if not stale:
-            time.sleep(_POLL)
+                    file.close()  # Windows removes no open files
+                if taken is not False or time.monotonic() >= deadline:
+                    yield taken
+                    return
+            finally:
+                if taken:
+                    path.unlink(missing_ok=True)
+        time.sleep(_POLL)
 
 
-def _take(file: IO[bytes]) -> bool | None:
+def _take(file: IO[bytes], path: Path) -> bool | None:
     if fcntl is None:
         return None
     try:
@@ -124,14 +126,10 @@ def _take(file: IO[bytes]) -> bool | None:
         return False
     except OSError:  # a file system without locks
         return None
-    return True
-
-
-def _is_at(file: IO[bytes], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
-        return False
+        return False  # whoever held it before has removed the file: this is a lock of nothing
 
 
 def is_regular(path: Path) -> bool:
