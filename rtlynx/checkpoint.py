@@ -18,9 +18,16 @@ from torch import Tensor, nn
 import rtlynx
 from rtlynx.calibration.apply import apply_solutions
 from rtlynx.calibration.solve import Solution
+from rtlynx.checkpoint_folder import (
+    INDEX,
+    TENSORS,
+    check_replaceable,
+    replaced_checkpoint,
+    tensors_of,
+    while_unchanged,
+)
 from rtlynx.files import (
     CheckpointError,
-    atomic_folder,
     read_json,
     read_tensors,
     sha256_of,
@@ -40,8 +47,6 @@ from rtlynx.recipe import Recipe
 
 # Version 2 knows fp8 layers.
 FORMAT_VERSION = 2
-INDEX = "rtlynx.json"
-TENSORS = "rtlynx.safetensors"
 
 
 def save(model_or_pipeline: Any, folder: str | Path) -> None:
@@ -50,19 +55,22 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     Parameters
     ----------
     model_or_pipeline : a model that `sparsify`, `calibrate` or `load` made sparse, or its pipeline.
-    folder : created, or replaced whole if it holds an older checkpoint.
+    folder : created, or its checkpoint replaced, also through a link. It is whole at every moment: readers,
+        and whoever comes after a kill, find the older checkpoint or the new one. Several may save to it at
+        once; one of theirs stays.
 
     Raises
     ------
     ValueError
         If the model is not sparse or sharded by tensor parallelism, or an adapter wraps a sparse layer.
     FileExistsError
-        If the folder holds other files.
+        If the folder holds anything that `save` did not write.
     OSError
-        If it cannot be written; nothing is left behind then.
+        If it cannot be written: found before any work where that can be known. Nothing is left behind then.
     """
     model = target_model(model_or_pipeline)
     body = describe(model)
+    check_replaceable(Path(folder))
     layers = sparse_layers(model)
     for name, layer in layers.items():
         unchanged = not layer.refitted and layer.precision == "bf16"
@@ -80,9 +88,9 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
         if layer.lowrank_down is not None and layer.lowrank_up is not None:
             tensors[f"{name}.lowrank_down"] = layer.lowrank_down
             tensors[f"{name}.lowrank_up"] = layer.lowrank_up
-    with atomic_folder(Path(folder), INDEX) as temporary:
-        write_tensors(temporary / TENSORS, tensors, {"format": "rtlynx"})
-        write_json(temporary / INDEX, signed({**body, "tensors_sha256": sha256_of(temporary / TENSORS)}))
+    with replaced_checkpoint(Path(folder)) as new:
+        write_tensors(new / TENSORS, tensors, {"format": "rtlynx"})
+        write_json(new / INDEX, signed({**body, "tensors_sha256": sha256_of(new / TENSORS)}))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -144,13 +152,17 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
     refuse_meta(model)
     folder = Path(folder)
     with all_or_none(model):
-        index = read_index(folder)
-        try:
-            plan, solutions = _read(model, index, folder)
-        except (KeyError, TypeError, AttributeError) as error:  # sound JSON, but not what `save` writes
-            raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from None
+        plan, solutions = while_unchanged(folder, lambda: _read_folder(model, folder))
         apply_solutions(model, plan, solutions)
     return model_or_pipeline
+
+
+def _read_folder(model: nn.Module, folder: Path) -> tuple[Plan, dict[str, Solution]]:
+    index = read_index(folder)
+    try:
+        return _read(model, index, folder)
+    except (KeyError, TypeError, AttributeError) as error:  # sound JSON, but not what `save` writes
+        raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from None
 
 
 def _read(model: nn.Module, index: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Solution]]:
@@ -162,7 +174,7 @@ def _read(model: nn.Module, index: dict[str, Any], folder: Path) -> tuple[Plan, 
         whole = shards[name].whole_linear(linear) if name in shards else linear
         if weight_fingerprint(whole.weight) != entry["base"]:
             raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
-    path = folder / TENSORS
+    path = tensors_of(folder, index)
     if path.is_file() and sha256_of(path) != index["tensors_sha256"]:
         raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
     tensors, _ = read_tensors(path)

@@ -28,12 +28,12 @@ from rtlynx.bench.overview import overview as bench_overview
 from rtlynx.bench.overview import step_overview
 from rtlynx.bench.results import write as write_results
 from rtlynx.bench.shapes import chosen as chosen_shapes
-from rtlynx.checkpoint import INDEX, read_index
+from rtlynx.checkpoint import read_index
+from rtlynx.checkpoint_folder import check_replaceable
 from rtlynx.doctor import examine, to_json
 from rtlynx.evaluate import compare
 from rtlynx.evaluate.demo import IMAGES, STEPS, run_demo
 from rtlynx.evaluate.layers import activation_energy_kept
-from rtlynx.files import check_replaceable
 from rtlynx.inspection import describe
 from rtlynx.kernels import cache, jit
 from rtlynx.models import sparse_layers, target_model
@@ -160,7 +160,7 @@ def calibrate(
     torchrun --nproc-per-node 2 -m rtlynx calibrate ...
     """
 
-    check_replaceable(folder, INDEX)  # before the work, not after it
+    check_replaceable(folder)  # before the work, not after it
     # What can be wrong is looked at before the model is loaded.
     chosen, texts = _recipe(recipe, settings, Recipe.recommended()), _prompts(prompts, model)
     how = _calibration_options(options, work, _pairs(pipeline))
@@ -187,6 +187,7 @@ def convert(
 ) -> None:
     """Make a model sparse without calibration (2:4 and norm compensation) and save the checkpoint."""
 
+    check_replaceable(folder)  # before the work, not after it
     chosen = _recipe(recipe, settings, Recipe.immediate())
     loaded = load_model(model)
     rtlynx.sparsify(loaded, chosen)

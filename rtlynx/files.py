@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from rtlynx.temporaries import flush_folder, is_regular, temporary_for
+
 
 class CheckpointError(ValueError):
     """A file or folder that cannot be used: missing, damaged, or made for something else."""
@@ -23,65 +24,28 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it on success and removed on any failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A temporary path beside `path`, renamed to it on success and removed on any failure.
 
-
-@contextlib.contextmanager
-def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
-    """A temporary folder that takes the place of `path` on success and is removed on any failure.
-
-    An existing folder is replaced only if nothing of others is lost: see `check_replaceable`.
+    Where `path` is a link, the file that it points to is replaced. A file that is replaced keeps its mode.
 
     Raises
     ------
     FileExistsError
-        If `path` is something else that must not be lost.
+        If `path` is something other than a file: a folder, a device, a pipe.
     """
-    check_replaceable(path, marker)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
+    path = Path(os.path.realpath(path))
+    exists = os.path.lexists(path)
+    if exists and not is_regular(path):
+        raise FileExistsError(f"{path} exists and is not a file")
+    with temporary_for(path) as temporary:
+        temporary.touch()
+        mode = (path if exists else temporary).stat().st_mode
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            old = temporary.with_suffix(".old")
-            os.rename(path, old)
-            try:
-                os.rename(temporary, path)
-            except OSError:
-                os.rename(old, path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_replaceable(path: Path, marker: str) -> None:
-    """FileExistsError unless `path` is free, empty, or a folder of nothing but files named like `marker`."""
-    if path.is_dir():
-        others = sorted(entry.name for entry in path.iterdir() if entry.stem != Path(marker).stem)
-        if others:
-            raise FileExistsError(f"{path} exists and holds other files ({others[0]}): choose another folder")
-    elif path.exists():
-        raise FileExistsError(f"{path} exists and is not a folder")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        with temporary.open("rb+") as file:
+            os.chmod(temporary, stat.S_IMODE(mode))  # safetensors makes files private
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        flush_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,10 @@
-"""What all tests share: the `gpu` marker, one thread each, and the command line."""
+"""What all tests share: the `gpu` marker, one thread each, the command line, a fast folder."""
 
+import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,3 +36,14 @@ def command(monkeypatch, capsys):
         return int(stop.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder in memory where there is such a thing: waiting for disks is not what is tested here."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)

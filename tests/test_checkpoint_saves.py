@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import stat
 
 import pytest
 import safetensors.torch
@@ -118,10 +120,16 @@ def test_half_written_tensors_are_removed(folder, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["lynx"]
 
 
-def test_saved_files_are_readable_by_others(folder):
-    assert folder.stat().st_mode & 0o055 == 0o055 & ~rtlynx.files._umask()
-    for path in folder.iterdir():
-        assert path.stat().st_mode & 0o044 == 0o044 & ~rtlynx.files._umask()
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_saved_files_are_readable_by_others_as_the_umask_says(tmp_path, mask):
+    old = os.umask(mask)
+    try:
+        save(make(RECIPES["immediate"]), tmp_path / "lynx")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "lynx").stat().st_mode) == 0o777 & ~mask
+    for path in (tmp_path / "lynx").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
 
 
 def test_a_merged_change_of_the_weight_is_not_lost_silently(tmp_path):
