@@ -97,7 +97,7 @@ class Recording:
             "seed": self.options.seed,
             "sequential": self.options.sequential,
             "pipeline_kwargs": json.dumps(dict(self.options.pipeline_kwargs), sort_keys=True, default=str),
-            "model": model_fingerprint(self.model, [layer.name for layer in self.plan.layers]),
+            "model": model_fingerprint(self.model),
         }
         path = folder / MANIFEST
         if path.is_file():
