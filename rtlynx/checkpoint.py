@@ -156,7 +156,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "recipe": state.plan.recipe.to_dict(),
         "layers": {name: _describe(layer, state.base[name]) for name, layer in layers.items()},
         "dense": {one.name: one.dense_reason for one in state.plan.layers if one.name not in layers},
-        **({"base_tensors": dict(state.tensors)} if state.tensors else {}),
+        **({"base_tensors": dict(sorted(state.tensors.items()))} if state.tensors else {}),
     }
 
 

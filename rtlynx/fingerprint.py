@@ -137,9 +137,9 @@ def _full_digest(tensor: Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
+def _bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, in order; a view where it is contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _stride(tensor: Tensor) -> int:
