@@ -19,6 +19,8 @@ _SAMPLES = 64
 # Tensors of up to this many entries are read whole, of others at least half as many are.
 _WHOLE = 1 << 17
 _REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16, E4M3, torch.float8_e5m2)
+# Bytes from which on threads take less time than starting them.
+_THREADED = 1 << 24
 # What a cast to these dtypes may change, relative to the norm. Eight bits leave nothing to compare.
 _LOSS = {"float16": 2.0**-7, "float8_e4m3fn": math.inf, "float8_e5m2": math.inf}
 # What it may change at least: float16 has no numbers below 2^-24.
@@ -154,9 +156,9 @@ def _stride(tensor: Tensor) -> int:
 
 
 def _each(function: Callable[[Tensor], str], tensors: Iterable[Tensor]) -> list[str]:
-    """`function` of each tensor, in threads where all are on the CPU (on a card, order is the stream's)."""
+    """`function` of each tensor, in threads if that pays and all are on the CPU (a card's streams are a thread's)."""
     tensors = list(tensors)
-    if any(tensor.device.type != "cpu" for tensor in tensors):
+    if any(tensor.device.type != "cpu" for tensor in tensors) or sum(t.nbytes for t in tensors) < _THREADED:
         return [function(tensor) for tensor in tensors]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, tensors))

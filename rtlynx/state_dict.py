@@ -1,7 +1,7 @@
 """What a state dict says of a sparse layer beside its tensors, so that it is loaded into a like layer alone.
 
 A refitted weight looks like any other. Which one it is travels in the metadata of the state dict, where
-PyTorch keeps the versions of modules. `torch.save` keeps it, and loaders that know tensors alone do not see it.
+PyTorch keeps the versions of modules. `torch.save` keeps it; loaders that know tensors alone do not see it.
 (An entry of its own, by `get_extra_state`, breaks safetensors and diffusers' loader.) A copy such as
 `dict(state_dict)` and a file of an older version have none. Those are loaded as long as the tensors agree.
 """
