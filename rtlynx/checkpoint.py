@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import rtlynx
@@ -28,25 +30,27 @@ from rtlynx.checkpoint_folder import (
 )
 from rtlynx.files import (
     CheckpointError,
+    open_regular,
     read_json,
     read_tensors,
     sha256_of,
     write_json,
     write_tensors,
 )
-from rtlynx.fingerprint import weight_fingerprint
+from rtlynx.fingerprint import base_tensors, records, same, weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.guards import refuse_foreign, refuse_meta, refuse_prepared
 from rtlynx.models.plan import Plan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
 from rtlynx.models.transaction import all_or_none
 from rtlynx.parallel import refuse_parallel, shards_of
-from rtlynx.pattern import Pattern
-from rtlynx.quantization import E4M3
 from rtlynx.recipe import Recipe
+from rtlynx.schema import check_schema, check_values, stored_pattern, wrong_numbers
 
 # Version 2 knows fp8 layers.
 FORMAT_VERSION = 2
+# Most that safetensors takes for the header of a file.
+_HEADER = 100 << 20
 
 
 def save(model_or_pipeline: Any, folder: str | Path) -> None:
@@ -62,7 +66,9 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     Raises
     ------
     ValueError
-        If the model is not sparse or sharded by tensor parallelism, or an adapter wraps a sparse layer.
+        If the model is not sparse or sharded by tensor parallelism, or an adapter wraps a layer. If any
+        tensor that the file does not hold has changed since the model was made sparse (a fused adapter,
+        training): the change would be lost.
     FileExistsError
         If the folder holds anything that `save` did not write.
     OSError
@@ -72,13 +78,7 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     body = describe(model)
     check_replaceable(Path(folder))
     layers = sparse_layers(model)
-    for name, layer in layers.items():
-        unchanged = not layer.refitted and layer.precision == "bf16"
-        if unchanged and weight_fingerprint(layer.weight) != body["layers"][name]["base"]:
-            raise ValueError(
-                f"the weight of {name} has changed since it was made sparse (a merged adapter?), and a "
-                "checkpoint holds refitted weights only: merge into the dense model, then make it sparse"
-            )
+    _refuse_changes(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if layer.weight_scale is not None:
@@ -88,9 +88,53 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
         if layer.lowrank_down is not None and layer.lowrank_up is not None:
             tensors[f"{name}.lowrank_down"] = layer.lowrank_down
             tensors[f"{name}.lowrank_up"] = layer.lowrank_up
+    _refuse_unreadable(layers, tensors)
     with replaced_checkpoint(Path(folder)) as new:
         write_tensors(new / TENSORS, tensors, {"format": "rtlynx"})
         write_json(new / INDEX, signed({**body, "tensors_sha256": sha256_of(new / TENSORS)}))
+
+
+def _refuse_changes(model: nn.Module) -> None:
+    """ValueError unless all that `load` will take from the base model is still what it was there."""
+    state = state_of(model)
+    assert state is not None
+    offloaded = [name for name, tensor in model.state_dict().items() if getattr(tensor, "is_meta", False)]
+    if offloaded:
+        raise ValueError(f"{offloaded[0]} is on 'meta' (offloaded?): remove the offloading, then save")
+    if state.tensors:
+        found = records(base_tensors(model))
+        changed = [
+            name
+            for name, one in found.items()
+            if name not in state.tensors or not same(state.tensors[name], one)
+        ]
+    else:  # it was loaded from files that say less
+        weights = {f"{name}.weight": layer for name, layer in sparse_layers(model).items()}
+        changed = [
+            name
+            for name, layer in weights.items()
+            if not layer.refitted
+            and layer.precision == "bf16"
+            and weight_fingerprint(layer.weight) != state.base[name.removesuffix(".weight")]
+        ]
+    if changed:
+        layer, _, kind = changed[0].rpartition(".")
+        more = f" and {len(changed) - 1} more tensors have" if len(changed) > 1 else " has"
+        raise ValueError(
+            f"the {kind} of {layer or 'the model'}{more} changed since the model was made sparse (a merged "
+            "adapter? training?), and a checkpoint holds only what making it sparse changed: save_pretrained "
+            "saves all weights; or merge into the dense model, then make it sparse"
+        )
+
+
+def _refuse_unreadable(layers: dict[str, SparseLinear], tensors: dict[str, Tensor]) -> None:
+    """ValueError for tensors that `load` would refuse."""
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        quantised, own = layers[name].precision == "fp8", layers[name].compute_dtype or tensor.dtype
+        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own)
+        if wrong is not None:
+            raise ValueError(f"{key} {wrong}, and a checkpoint of that could not be loaded")
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -111,6 +155,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     for name in layers:
         if name not in state.base:
             raise ValueError(f"{name} is not where it was made sparse: detach adapters before saving")
+    gone = [name for name in state.tensors or () if name not in model.state_dict()]
+    if gone:
+        raise ValueError(f"{gone[0]} is not where it was: detach adapters before saving")
     return {
         "format": "rtlynx",
         "version": FORMAT_VERSION,
@@ -119,6 +166,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "recipe": state.plan.recipe.to_dict(),
         "layers": {name: _describe(layer, state.base[name]) for name, layer in layers.items()},
         "dense": {one.name: one.dense_reason for one in state.plan.layers if one.name not in layers},
+        **({"base_tensors": dict(sorted(state.tensors.items()))} if state.tensors else {}),
     }
 
 
@@ -158,29 +206,60 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
 
 
 def _read_folder(model: nn.Module, folder: Path) -> tuple[Plan, dict[str, Solution]]:
-    index = read_index(folder)
-    try:
-        return _read(model, index, folder)
-    except (KeyError, TypeError, AttributeError) as error:  # sound JSON, but not what `save` writes
-        raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from None
+    return _read(model, read_index(folder), folder)
 
 
 def _read(model: nn.Module, index: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Solution]]:
     """The plan and the solutions of a checkpoint for `model`, all checked."""
     plan = stored_plan(model, index, folder)
+    _check_base(model, index, folder)
+    path, layers = tensors_of(folder, index), index["layers"]
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    if size > _HEADER + sum(map(_most_bytes, layers.values())):
+        raise CheckpointError(f"{path} is damaged: its {size} bytes are more than its layers can fill")
+    if sha256_of(path) != index["tensors_sha256"]:
+        raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
+    tensors, _ = read_tensors(path)
+    solutions = {}
+    for name, entry in layers.items():
+        linear: Any = model.get_submodule(name)
+        solutions[name] = _stored_solution(name, entry, tensors, path, linear.weight.dtype)
+    if tensors:
+        raise CheckpointError(f"{path} holds {sorted(tensors)[0]!r}, which {INDEX} does not know")
+    return plan, solutions
+
+
+def _most_bytes(entry: dict[str, Any]) -> int:
+    """Of the tensors of one layer, in the widest numbers."""
+    k, n, rank = entry["in_features"], entry["out_features"], entry["rank"]
+    return 8 * (k * n + rank * (k + n) + n)
+
+
+def _check_base(model: nn.Module, index: dict[str, Any], folder: Path) -> None:
+    """CheckpointError unless `model` is the base model that the checkpoint was made of."""
+    stored = index.get("base_tensors", {})
+    found = records(base_tensors(model)) if stored else {}
     shards = shards_of(model, index["layers"])
     for name, entry in index["layers"].items():
         linear: Any = model.get_submodule(name)
-        whole = shards[name].whole_linear(linear) if name in shards else linear
-        if weight_fingerprint(whole.weight) != entry["base"]:
+        if name in shards:
+            # Other tensor-parallel shards than these are not checked: gathering them for that alone is slow.
+            linear = shards[name].whole_linear(linear)
+            whole = {f"{name}.{kind}": one for kind, one in linear._parameters.items() if one is not None}
+            found.update(records(whole) if stored else {})
+        # The short one is for old files. It is exact, and a cast to float16 is not.
+        if f"{name}.weight" not in stored and weight_fingerprint(linear.weight) != entry["base"]:
             raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
-    path = tensors_of(folder, index)
-    if path.is_file() and sha256_of(path) != index["tensors_sha256"]:
-        raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
-    tensors, _ = read_tensors(path)
-    return plan, {
-        name: _stored_solution(name, entry, tensors, path) for name, entry in index["layers"].items()
-    }
+    if not stored:
+        return
+    for name in stored.keys() - model.state_dict().keys():
+        raise CheckpointError(f"{folder} was made for another architecture: this model has no {name}")
+    for name, one in found.items():
+        if name not in stored:
+            raise CheckpointError(f"{folder} was made for another architecture: its base model has no {name}")
+        if not same(stored[name], one):
+            raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -191,7 +270,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     CheckpointError
         If it is missing, damaged, or of another version.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder} is not a folder")
     path = folder / INDEX
     index = read_json(path)
@@ -199,13 +278,17 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def check_index(index: Any, path: Path) -> None:
-    """CheckpointError unless `index`, which was read from `path`, is what `signed(describe(...))` gave."""
+def check_index(index: Any, path: Path, *, whole_model: bool = False) -> None:
+    """CheckpointError unless `index`, which was read from `path`, is what `signed(describe(...))` gave.
+
+    `whole_model` tells that of a model that `save_pretrained` saved, which says more.
+    """
     if not isinstance(index, dict) or index.get("format") != "rtlynx":
         raise CheckpointError(f"{path} is not an rtlynx checkpoint")
+    check_values(index, path)
     version = index.get("version")
-    if version not in range(1, FORMAT_VERSION + 1):
-        newer = isinstance(version, int) and version > FORMAT_VERSION
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        newer = type(version) is int and version > FORMAT_VERSION
         raise CheckpointError(
             f"{path} is of format version {version}, this rtlynx reads versions 1 to {FORMAT_VERSION}"
             + (f": it was saved by rtlynx {index.get('rtlynx')}, upgrade to that" if newer else "")
@@ -213,6 +296,7 @@ def check_index(index: Any, path: Path) -> None:
     body = {key: value for key, value in index.items() if key != "sha256"}
     if index.get("sha256") != _digest(body):
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
+    check_schema(index, path, whole_model=whole_model)
 
 
 def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
@@ -256,8 +340,6 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
     ------
     CheckpointError
         If the checkpoint was made for another architecture or size.
-    KeyError, TypeError, AttributeError
-        If the index is not what `save` writes.
     """
     if index["model"] != type(model).__name__:
         raise CheckpointError(f"{folder} was made for {index['model']}, this is {type(model).__name__}")
@@ -276,52 +358,44 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
             reason = index["dense"].get(layer.name) or "not in the checkpoint"
             layers.append(layer.dense(reason))
             continue
-        stored = entry["pattern"]
-        parts = tuple(stored["parts"]) if isinstance(stored["parts"], list) else stored["parts"]
-        pattern = Pattern(stored["n"], stored["m"], stored["grouping"], parts)
         layers.append(
             replace(
                 layer,
-                pattern=pattern,
+                pattern=stored_pattern(entry),
                 norm=entry["norm"],
                 rank=entry["rank"],
-                precision=_stored_precision(entry),
+                precision=entry.get("precision", "bf16"),  # version 1 knew no other
                 dense_reason=None,
             )
         )
     return replace(plan, layers=tuple(layers))
 
 
-def _stored_solution(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Solution:
+def _stored_solution(
+    name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Path, own: torch.dtype
+) -> Solution:
+    """The solution of one layer, checked; its tensors are taken out of `tensors`."""
     k, n, rank = entry["in_features"], entry["out_features"], entry["rank"]
-    quantised = _stored_precision(entry) == "fp8"
+    quantised = entry.get("precision") == "fp8"
 
     def stored(kind: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = tensors.get(f"{name}.{kind}")
+        tensor = tensors.pop(f"{name}.{kind}", None)
         if tensor is None:
             raise CheckpointError(f"{path} lacks the tensor {name}.{kind}")
         if tensor.shape != shape:
             raise CheckpointError(f"{path}: {name}.{kind} is {tuple(tensor.shape)}, should be {shape}")
-        if (tensor.dtype is E4M3) is not (quantised and kind == "weight"):
-            raise CheckpointError(
-                f"{path}: {name}.{kind} is {tensor.dtype} in a layer of precision {_stored_precision(entry)}"
-            )
+        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own)
+        if wrong is not None:
+            raise CheckpointError(f"{path}: {name}.{kind} {wrong}")
         return tensor
 
     return Solution(
         weight=stored("weight", (n, k)) if entry["refitted"] or quantised else None,
         scale=stored("weight_scale", (n,)) if quantised else None,
-        refitted=bool(entry["refitted"]),
+        refitted=entry["refitted"],
         down=stored("lowrank_down", (rank, k)) if rank else None,
         up=stored("lowrank_up", (n, rank)) if rank else None,
     )
-
-
-def _stored_precision(entry: dict[str, Any]) -> Literal["bf16", "fp8"]:
-    precision = entry.get("precision", "bf16")  # version 1 knew no other
-    if precision not in ("bf16", "fp8"):
-        raise TypeError(f"unknown precision {precision!r}")
-    return precision
 
 
 def _digest(body: dict[str, Any]) -> str:

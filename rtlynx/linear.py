@@ -22,6 +22,7 @@ from rtlynx.kernels.reference import Norm
 from rtlynx.kernels.sm90.weights import Weights
 from rtlynx.pattern import Pattern
 from rtlynx.quantization import E4M3, Quantized, quantize_weight
+from rtlynx.state_dict import mark, refusal
 
 Precision = Literal["bf16", "fp8"]
 
@@ -198,18 +199,17 @@ class SparseLinear(nn.Linear):
         self.prepare()
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        mark(self, destination, prefix)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
     ) -> None:
         *_, error_messages = lists
-        weight = state_dict.get(f"{prefix}weight")
-        # PyTorch would cast one into the other, values without their scale.
-        if weight is not None and (weight.dtype is E4M3) is not (self.precision == "fp8"):
-            error_messages.append(
-                f"{prefix}weight is {weight.dtype}, and the layer is "
-                f"{'quantised to' if self.precision == 'fp8' else 'not quantised to'} {E4M3}: "
-                "load a quantised weight with its scale into a layer that is quantised"
-            )
+        reason = refusal(self, state_dict, prefix, local_metadata)
+        if reason is not None:
+            error_messages.append(reason)
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 

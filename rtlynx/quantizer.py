@@ -7,13 +7,15 @@ diffusers, which then hands the model over twice: with its layers on "meta", and
 
 from __future__ import annotations
 
+import json
+import os
 import weakref
 from collections.abc import Mapping
 from enum import StrEnum
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,8 @@ from torch import Tensor, nn
 from rtlynx.calibration.apply import install
 from rtlynx.calibration.solve import Solution
 from rtlynx.checkpoint import check_index, describe, load, read_index, signed, stored_plan
-from rtlynx.files import CheckpointError
-from rtlynx.fingerprint import weight_fingerprint
+from rtlynx.files import CheckpointError, first_line
+from rtlynx.fingerprint import full_digests, is_plain, weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.plan import Plan
 from rtlynx.models.sparsify import (
@@ -37,6 +39,7 @@ from rtlynx.models.sparsify import (
 )
 from rtlynx.quantization import E4M3
 from rtlynx.recipe import Recipe, refuse_unknown
+from rtlynx.schema import wrong_numbers
 
 _BaseConfig: Any = object
 _BaseQuantizer: Any = object
@@ -49,6 +52,9 @@ except ImportError as error:  # another diffusers, and all but this module works
     _unregistered = error
 else:
     _BaseConfig, _BaseQuantizer = QuantizationConfigMixin, DiffusersQuantizer
+
+
+_LONGEST_PATH = 4000
 
 
 class QuantMethod(StrEnum):
@@ -108,16 +114,19 @@ class RTLynxConfig(_BaseConfig):
 
         Raises
         ------
-        ValueError
+        CheckpointError
             For unknown keys and values that `RTLynxConfig` refuses.
         """
         values = {key: value for key, value in config_dict.items() if key != "quant_method"}
         if values.keys() & {"format", "layers"}:
             config = RTLynxConfig()
-            config.recipe, config.stored = None, values
+            config.recipe, config.stored = None, values  # checked when it is known which file it is from
         else:
-            refuse_unknown("quantization_config", values, {"recipe", "sidecar"})
-            config = RTLynxConfig(**values)
+            try:
+                refuse_unknown("quantization_config", values, {"recipe", "sidecar"})
+                config = RTLynxConfig(**values)
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"quantization_config (config.json): {first_line(error)}") from None
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any] | None:
@@ -163,6 +172,9 @@ class _ModelConfig(RTLynxConfig):
             entry = body["layers"][name]
             entry["weight"] = weight_fingerprint(layer.weight)
             entry["weight_dense"] = layer.weight_dense is not None
+        # All that `save_pretrained` writes beside.
+        body["tensors"] = full_digests(_plain_tensors(model.state_dict()))
+        body["config"] = _settings(model)
         return {"quant_method": self.quant_method.value, **signed(body)}
 
     to_diff_dict = to_dict
@@ -195,6 +207,7 @@ class RTLynxQuantizer(_BaseQuantizer):
         self._found: set[str] = set()  # names of the tensors in the checkpoint's files
         self._layers: dict[str, Any] = {}  # those that are made sparse
         self._loaded: set[str] = set()  # names of their tensors that came past here
+        self._shapes: dict[str, torch.Size] = {}  # of all tensors of the model
         self._quantised = False
 
     @property
@@ -239,47 +252,73 @@ class RTLynxQuantizer(_BaseQuantizer):
         config = self.quantization_config
         if config.stored is not None:
             plan = self._skeleton(model, config.stored)
+            self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         elif config.sidecar is not None:
-            try:
-                plan = stored_plan(model, read_index(config.sidecar), config.sidecar)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{config.sidecar} is damaged: {error!r}") from None
+            sidecar = self._sidecar()
+            plan = stored_plan(model, read_index(sidecar), sidecar)
         else:
             plan = make_plan_for_dense(model, config.recipe)
         self._layers = {layer.name: model.get_submodule(layer.name) for layer in plan.sparse}
         self._quantised = any(layer.precision == "fp8" for layer in plan.sparse)
         return model
 
+    def _sidecar(self) -> Path:
+        """The sidecar's folder: any that the caller named; where a file did, one inside the file's folder."""
+        given = self.quantization_config.sidecar
+        if not self.pre_quantized:
+            return Path(given)
+        place, home = self._folder / "config.json", os.path.realpath(self._folder)
+        path = os.path.join(home, given)
+        sound = len(path) <= _LONGEST_PATH and path.isprintable()
+        inside = os.path.realpath(path) if sound else ""
+        if not inside or os.path.commonpath((home, inside)) != home:
+            raise CheckpointError(
+                f"{place} names a sidecar outside its own folder, {str(given)[:80]!r}: if you trust it, take "
+                "it out of the file and give RTLynxConfig(sidecar=...) to from_pretrained"
+            )
+        return Path(inside)
+
     def _skeleton(self, model: nn.Module, stored: dict[str, Any]) -> Plan:
         """Put layers without data into `model` that take every tensor of the checkpoint as it is."""
         place = self._folder / "config.json"
-        check_index(stored, place)
+        check_index(stored, place, whole_model=True)
+        found = _settings(model)
+        for key, value in stored.get("config", {}).items():
+            if key in found and found[key] != value:
+                raise CheckpointError(
+                    f"{place}: {key} is {found[key]!r}, and the model was saved with {value!r}: fetch or "
+                    "save it again"
+                )
 
         def prepare(name: str, layer: SparseLinear) -> None:
             entry = stored["layers"][name]
             solution = _empty_solution(entry, layer.weight.dtype)
             install(layer, solution, keep_dense=bool(entry["weight_dense"]))
 
+        plan = stored_plan(model, stored, self._folder)
+        base = {name: entry["base"] for name, entry in stored["layers"].items()}
         try:
-            plan = stored_plan(model, stored, self._folder)
-            base = {name: str(entry["base"]) for name, entry in stored["layers"].items()}
             apply_plan(model, plan, prepare, base)
-        except CheckpointError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{place} is damaged: {error!r}") from None
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{place} does not fit this model: {first_line(error)}") from None
+        state = state_of(model)
+        assert state is not None
+        state.tensors = stored.get("base_tensors")
         return plan
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Refuse tensors of sparse layers that are missing or too many, where diffusers warns."""
-        missing = sorted(key for key in missing_keys if key.rpartition(".")[0] in self._layers)
+        sparse = {key for key in missing_keys if key.rpartition(".")[0] in self._layers}
+        missing = sorted(sparse) + sorted(self._signed().keys() - self._found - sparse)
         if missing:
             raise CheckpointError(
                 f"{self._folder} lacks {_some(missing)}: fetch or copy the folder again, all of it"
             )
         expected = set(model.state_dict())
         extra = sorted(
-            key for key in self._found - expected if any(key.startswith(f"{name}.") for name in self._layers)
+            key
+            for key in self._found - (self._signed().keys() or expected)
+            if self._signed() or any(key.startswith(f"{name}.") for name in self._layers)
         )
         if extra:
             raise CheckpointError(
@@ -294,9 +333,38 @@ class RTLynxQuantizer(_BaseQuantizer):
         stored = self.quantization_config.stored
         return stored is not None and param_name.rpartition(".")[0] in self._layers
 
-    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded: Tensor) -> bool:
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check the tensors of one file as they are there, before diffusers casts them."""
+        for name, tensor in state_dict.items():
+            shape = self._shapes.get(name, tensor.shape)
+            if tensor.shape != shape:
+                raise CheckpointError(
+                    f"{self._folder}: {name} is {tuple(tensor.shape)}, should be {tuple(shape)}"
+                )
+            layer, kind = self._layers.get(name.rpartition(".")[0]), name.rpartition(".")[2]
+            if layer is not None and self._shapes:
+                fp8 = layer.precision == "fp8"
+                of_base = kind == "weight" and not fp8 and not layer.refitted
+                own = layer.compute_dtype or torch.float32
+                wrong = wrong_numbers("bias" if of_base else kind, tensor, quantised=fp8, own=own)
+                if wrong is not None:
+                    raise CheckpointError(f"{self._folder}: {name} {wrong}")
+        digests = self._signed()
+        if digests:
+            for name, digest in full_digests(state_dict).items():
+                if digests.get(name) != digest:
+                    self._refuse_tensor(name)
+        return state_dict
+
+    def _signed(self) -> dict[str, str]:
+        """Name -> digest of the tensors in the files; none for those of older versions."""
+        stored = self.quantization_config.stored
+        return {} if stored is None else stored.get("tensors", {})
+
+    def _refuse_tensor(self, name: str) -> NoReturn:
         raise CheckpointError(
-            f"{self._folder}: {param_name} is {tuple(loaded.shape)}, should be {tuple(current_param.shape)}"
+            f"{self._folder}: {name} is not the tensor that its config.json was written for: is it damaged, "
+            "or are these files of two models? Save the model again, or fetch the folder again"
         )
 
     def create_quantized_param(
@@ -314,16 +382,10 @@ class RTLynxQuantizer(_BaseQuantizer):
         layer, stored = self._layers[name], state_dict[param_name]
         is_parameter = kind in layer._parameters
         skeleton = layer._parameters[kind] if is_parameter else layer._buffers[kind]
-        if (stored.dtype is E4M3) is not (skeleton.dtype is E4M3):
-            raise CheckpointError(
-                f"{self._folder}: {param_name} is {stored.dtype} in a layer of precision {layer.precision}"
-            )
-        fingerprint = self.quantization_config.stored["layers"][name]["weight"]
-        if kind == "weight" and weight_fingerprint(stored) != fingerprint:
-            raise CheckpointError(
-                f"{self._folder}: {param_name} is not the tensor that its config.json was written for: are "
-                "these files of two models? Save the model again, or fetch the folder again"
-            )
+        if kind == "weight" and not self._signed():
+            fingerprint = self.quantization_config.stored["layers"][name]["weight"]
+            if weight_fingerprint(stored) != fingerprint:
+                self._refuse_tensor(param_name)
         value = (stored if stored.dtype is E4M3 or kind == "weight_scale" else param_value).to(target_device)
         setattr(layer, kind, nn.Parameter(value, skeleton.requires_grad) if is_parameter else value)
         self._loaded.add(param_name)
@@ -331,7 +393,7 @@ class RTLynxQuantizer(_BaseQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if config.sidecar is not None:
-            return load(model, config.sidecar)
+            return load(model, self._sidecar())
         if config.recipe is not None:
             return sparsify(model, config.recipe)
         expected = {f"{name}.{kind}" for name, layer in self._layers.items() for kind in layer.state_dict()}
@@ -387,6 +449,20 @@ def _empty_solution(entry: dict[str, Any], dtype: torch.dtype) -> Solution:
         down=empty(rank, k) if rank else None,
         up=empty(n, rank) if rank else None,
     )
+
+
+def _plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if is_plain(tensor)}
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """What `config.json` says of the model itself, in JSON values."""
+    config = {
+        key: value
+        for key, value in getattr(model, "config", {}).items()
+        if not key.startswith("_") and key != "quantization_config"
+    }
+    return json.loads(json.dumps(config, default=str))
 
 
 def _some(names: list[str]) -> str:

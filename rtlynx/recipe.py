@@ -17,6 +17,8 @@ MIN_SHARE_RANK = 4
 # 2 % of 12,288 inputs most of what sparsity saves (`ours_paper_rank_us` in benchmarks/results/linear-*.json).
 SHARE, MOST_AUTO_RANK = 0.02, 64
 RECOMMENDED_SAVING = 0.9
+# More processes than any one layer is spread over; each adds parts to strided groups.
+MOST_TP_DEGREE = 1024
 
 # What a layer can be: selected inputs or all of them, weights in the model's dtype or in e4m3.
 Form = Literal["bf16-sparse", "fp8-sparse", "fp8-dense", "dense"]
@@ -138,8 +140,10 @@ class Recipe:
         _check_choice("balance", self.balance, ("kinds", "tokens"))
         _check_choice("text_stream", self.text_stream, ("dense", "sparse"))
         _check_choice("text_rows", self.text_rows, ("sparse", "dense"))
-        if not _is_whole(self.tp_degree) or self.tp_degree < 1:
-            raise ValueError(f"tp_degree is a whole number above 0, got {self.tp_degree!r}")
+        if not _is_whole(self.tp_degree) or not 1 <= self.tp_degree <= MOST_TP_DEGREE:
+            raise ValueError(
+                f"tp_degree is a whole number above 0 and at most {MOST_TP_DEGREE}, got {self.tp_degree!r}"
+            )
         if not isinstance(self.refit, bool):
             raise ValueError(f"refit is true or false, got {self.refit!r}")
         if self.rank is not None and self.rank != "auto":

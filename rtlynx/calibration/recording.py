@@ -112,7 +112,7 @@ class Recording:
             "pipeline_kwargs": digest(options.pipeline_kwargs),
             "pipeline": type(pipeline).__name__,
             "scheduler": digest(_description(getattr(pipeline, "scheduler", None))),
-            "model": digest([_description(self.model), _weights(self.model)]),
+            "model": digest([_description(self.model), model_fingerprint(self.model)]),
         }
         self.folder = WorkFolder(options.folder, settings)
         self.store = CallStore(self.folder)
@@ -137,10 +137,6 @@ def _description(component: Any) -> dict[str, Any]:
         "class": type(component).__name__,
         "config": {key: value for key, value in known.items() if not key.startswith("_")},
     }
-
-
-def _weights(model: nn.Module) -> dict[str, Any]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _split_prompts(prompts: list[str], heldout: float) -> dict[str, list[int]]:

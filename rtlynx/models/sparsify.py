@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.context import SharedInput
-from rtlynx.fingerprint import weight_fingerprint
+from rtlynx.fingerprint import base_tensors, records, weight_fingerprint
 from rtlynx.linear import SparseLinear
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
@@ -34,11 +34,13 @@ class SparseState:
 
     base : fingerprints of the original weights of the sparse layers.
     hooks : handles of the model's forward pre-hooks.
+    tensors : record of every tensor of the dense model (`fingerprint.record`), None where they are not known.
     """
 
     plan: Plan
     base: dict[str, str]
     hooks: Sequence[Any] = ()
+    tensors: Mapping[str, str] | None = None
 
 
 def target_model(model_or_pipeline: Any) -> nn.Module:
@@ -130,6 +132,7 @@ def apply_plan(
     `prepare` is called with each new layer before any takes its place, to give it factors and weights.
     `base` gives the fingerprints of the original weights where the model does not hold those ("meta").
     """
+    tensors = records(base_tensors(model)) if base is None else None
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
     # enough: they run one after the other.
     known = plan.architecture.find is None
@@ -165,7 +168,7 @@ def apply_plan(
         fingerprints[layer.name] = weight_fingerprint(whole.weight) if base is None else base[layer.name]
     _replace(model, replacements)
     guard(model)
-    setattr(model, _STATE, SparseState(plan, fingerprints, register_hooks(model, plan)))
+    setattr(model, _STATE, SparseState(plan, fingerprints, register_hooks(model, plan), tensors))
     fuse_blocks(model, plan.architecture)
     if not any(layer.weight.is_meta for layer in replacements.values()):
         prepare_layers(model)
