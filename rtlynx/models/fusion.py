@@ -51,7 +51,7 @@ def _forms_in(block: nn.Module) -> str:
     return hashlib.sha256(repr(forms).encode()).hexdigest()[:16]
 
 
-class FusedForward(partial):  # type: ignore[type-arg]
+class FusedForward(partial):
     """The forward of one block, in place of its class's.
 
     It knows its block weakly, so that a model is freed with the last reference to it. (A partial, since
