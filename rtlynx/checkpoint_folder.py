@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
-
 from rtlynx.files import CheckpointError
 from rtlynx.temporaries import (
     LOCK,
@@ -39,7 +37,7 @@ INDEX = "rtlynx.json"
 TENSORS = "rtlynx.safetensors"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NEW_TENSORS = re.compile(r"rtlynx-([0-9a-f]{64})\.safetensors")
-_MAX_INDEX_BYTES = 1 << 26
+_MAX_JSON_BYTES = 1 << 26
 _WAIT = 60.0  # seconds for another saver's three renames
 _TRIES = 100
 
@@ -209,21 +207,29 @@ def _is_ours(path: Path) -> bool:
 
 def _read_index(path: Path) -> dict[str, Any] | None:
     """What is in the file `path`, or None if it is no index of ours."""
-    if path.stat().st_size > _MAX_INDEX_BYTES:
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) and value.get("format") == "rtlynx" else None
+    with path.open("rb") as file:
+        text = file.read(_MAX_JSON_BYTES + 1)
+    index = _parsed(text) if len(text) <= _MAX_JSON_BYTES else {}
+    return index if index.get("format") == "rtlynx" else None
 
 
 def _holds_our_tensors(path: Path) -> bool:
+    with path.open("rb") as file:  # opened once: another saver may replace it
+        size = int.from_bytes(file.read(8), "little")
+        if size > _MAX_JSON_BYTES:
+            return False
+        header = _parsed(file.read(size))
+    metadata = header.get("__metadata__")
+    return isinstance(metadata, dict) and metadata.get("format") == "rtlynx"
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """A JSON object; an empty one if `text` is anything else."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == "rtlynx"
-    except (safetensors.SafetensorError, ValueError, RuntimeError):
-        return False
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _state(folder: Path) -> list[tuple[Any, ...]]:

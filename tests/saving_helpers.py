@@ -1,7 +1,6 @@
 """Two models to save over each other and ways to stop a saver: kills and Ctrl-C."""
 
 import copy
-import functools
 import os
 import signal
 import sys
@@ -23,6 +22,10 @@ def small():
     return tiny_flux(num_single_layers=0)
 
 
+# Copied for each load: seeds are no matter for threads.
+BASE = small()
+
+
 def two_models():
     """Two sparse models with other tensors, which `stored` tells apart."""
     fp8 = {"precision": "fp8"}
@@ -32,14 +35,9 @@ def two_models():
     }
 
 
-@functools.cache
-def base():
-    return small()
-
-
 def stored(folder):
     """Which of `models` is in `folder`; it must load."""
-    layers = sparse_layers(load(copy.deepcopy(base()), folder))
+    layers = sparse_layers(load(copy.deepcopy(BASE), folder))
     return "all" if any(name.endswith(".to_q") for name in layers) else "some"
 
 
