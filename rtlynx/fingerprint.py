@@ -156,7 +156,7 @@ def _stride(tensor: Tensor) -> int:
 
 
 def _each(function: Callable[[Tensor], str], tensors: Iterable[Tensor]) -> list[str]:
-    """`function` of each tensor, in threads if that pays and all are on the CPU (a card's streams are a thread's)."""
+    """`function` of each tensor; in threads if that pays, on the CPU alone (streams belong to threads)."""
     tensors = list(tensors)
     if any(tensor.device.type != "cpu" for tensor in tensors) or sum(t.nbytes for t in tensors) < _THREADED:
         return [function(tensor) for tensor in tensors]

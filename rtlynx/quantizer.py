@@ -307,9 +307,11 @@ class RTLynxQuantizer(_BaseQuantizer):
         return plan
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        """Refuse tensors of sparse layers that are missing or too many, where diffusers warns."""
-        sparse = {key for key in missing_keys if key.rpartition(".")[0] in self._layers}
-        missing = sorted(sparse) + sorted(self._signed().keys() - self._found - sparse)
+        """Refuse tensors of a sparse model that are missing or too many, where diffusers warns."""
+        if self.quantization_config.stored is None:
+            return missing_keys
+        lost = self._signed().keys() - self._found | set(missing_keys)
+        missing = sorted(lost, key=lambda key: (key.rpartition(".")[0] not in self._layers, key))
         if missing:
             raise CheckpointError(
                 f"{self._folder} lacks {_some(missing)}: fetch or copy the folder again, all of it"
@@ -437,7 +439,7 @@ def _keep_config(model: Any) -> None:
 def _empty_solution(entry: dict[str, Any], dtype: torch.dtype) -> Solution:
     """What a stored layer holds, without data."""
     k, n, rank = entry["in_features"], entry["out_features"], entry["rank"]
-    quantised = entry["precision"] == "fp8"
+    quantised = entry.get("precision") == "fp8"
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -83,22 +84,21 @@ def mutated_sidecar(seed, index, tensors):
 def test_mutated_sidecars_are_refused_or_right(folder):
     index, tensors = (folder / INDEX).read_bytes(), (folder / TENSORS).read_bytes()
     expected = output(load(tiny_flux(), folder), flux_call(9))
-    model, count = tiny_flux(), {"refused": 0, "right": 0}
+    model, said, unchanged = tiny_flux(), [], True
     for seed in range(2000):
         for name, data in zip((INDEX, TENSORS), mutated_sidecar(seed, index, tensors), strict=True):
             (folder / name).write_bytes(data)
         try:
             load(model, folder)
         except CheckpointError as error:
-            assert "\n" not in str(error), seed
-            assert state_of(model) is None, seed
-            count["refused"] += 1
+            said.append(str(error))
+            unchanged = unchanged and state_of(model) is None
         else:
             assert torch.equal(output(model, flux_call(9)), expected), seed
             model = tiny_flux()
-            count["right"] += 1
-    assert count["refused"] > 1800
-    assert count["right"] > 10
+    assert unchanged
+    assert 1800 < len(said) < 1990
+    assert not [one for one in said if "\n" in one or str(folder) not in one]
 
 
 def mutated_model(seed, config, weights):
@@ -111,7 +111,9 @@ def mutated_model(seed, config, weights):
         return config, change_tensors(random, weights)[0]
     if kind == 2:
         changed, how, name = change_tensors(random, weights)
-        if how not in PLAUSIBLE or name.endswith("_scale"):  # as if its files knew no digests
+        layer, _, kind = name.rpartition(".")
+        told = layer in stored["layers"] and kind != "bias"
+        if told and (how not in PLAUSIBLE or kind == "weight_scale"):  # as if its files knew no digests
             weights = changed
             stored = signed({key: value for key, value in stored.items() if key != "tensors"})
     else:
@@ -122,7 +124,7 @@ def mutated_model(seed, config, weights):
 def test_mutated_models_are_refused_or_right(whole):
     config, weights = json.loads((whole / "config.json").read_text()), (whole / WEIGHTS).read_bytes()
     expected = output(FluxTransformer2DModel.from_pretrained(whole), flux_call(9))
-    count = {"refused": 0, "right": 0}
+    said = []
     for seed in range(1000):
         changed, data = mutated_model(seed, config, weights)
         (whole / "config.json").write_text(json.dumps(changed))
@@ -130,13 +132,11 @@ def test_mutated_models_are_refused_or_right(whole):
         try:
             model = FluxTransformer2DModel.from_pretrained(whole)
         except CheckpointError as error:
-            assert "\n" not in str(error), seed
-            count["refused"] += 1
+            said.append(str(error))
         else:
             assert torch.equal(output(model, flux_call(9)), expected), seed
-            count["right"] += 1
-    assert count["refused"] > 800
-    assert count["right"] > 5
+    assert 700 < len(said) < 995
+    assert not [one for one in said if "\n" in one or not re.search(r"model|config\.json", one)]
 
 
 # ------------------------------------------------------------------------------------------ no such files
@@ -295,7 +295,7 @@ def test_every_bit_of_a_model_is_signed(whole, tmp_path):
     start = 8 + int.from_bytes(data[:8], "little")
     for seed in range(60):
         (whole / WEIGHTS).write_bytes(data[:start] + flip(rng(seed), data[start:]))
-        with pytest.raises(CheckpointError, match="is not the tensor|holds NaN|finite|scales are above 0"):
+        with pytest.raises(CheckpointError, match=r"is not the tensor|holds NaN|finite|scales are above 0"):
             FluxTransformer2DModel.from_pretrained(whole)
 
 
