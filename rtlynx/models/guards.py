@@ -205,7 +205,7 @@ def _foreign_weight(layer: nn.Linear) -> str | None:
 # is the original one no more where it was refitted or quantised.
 _ADDING = {"lora", "adalora", "loha", "lokr", "vera", "vblora", "randlora", "fourierft", "c3a", "gralora"}
 _ADDING |= {"waveft", "lily", "miss"}
-_SCALING = {"ia3", "oft", "boft", "road", "beft"}
+_EXACT = _ADDING | {"ia3", "oft", "boft", "road", "beft"}
 # Ways of making an adapter's first values, from nothing of the base layer.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "lycoris", "mini")
 
@@ -265,15 +265,15 @@ def _kind(wrapper: nn.Module) -> str:
 def _wrapper_reason(wrapper: nn.Module) -> str | None:
     """What an adapter beside a layer does that needs the layer's original weight; None if nothing."""
     kind = _kind(wrapper)
-    if kind not in _ADDING | _SCALING or type(wrapper).__name__ == "ParamWrapper":
+    if kind not in _EXACT or type(wrapper).__name__ == "ParamWrapper":
         return f"adapters of the kind {kind} ({type(wrapper).__name__}) are not known to leave it alone"
-    named: Any = wrapper
-    dora = [name for name, used in getattr(named, "use_dora", {}).items() if used]
-    if dora:
-        return f"DoRA (adapter {dora[0]!r}) divides by its norms"
-    for name, variant in getattr(named, "lora_variant", {}).items():
+    own = vars(wrapper)
+    for name, used in own.get("use_dora", {}).items():
+        if used:
+            return f"DoRA (adapter {name!r}) divides by its norms"
+    for name, variant in own.get("lora_variant", {}).items():
         return f"{type(variant).__name__} (adapter {name!r}) is not known to leave it alone"
-    if getattr(named, "miss_fn", None) == "bat":
+    if own.get("miss_fn") == "bat":
         return "MiSS with init_weights='bat' multiplies by it"
     return None
 
@@ -281,7 +281,7 @@ def _wrapper_reason(wrapper: nn.Module) -> str | None:
 def _config_reason(config: Any) -> str | None:
     """What an adapter of this peft config would do that needs the original weight; None if nothing."""
     kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
-    if kind not in _ADDING | _SCALING:
+    if kind not in _EXACT:
         return f"adapters of the kind {kind} are not known to leave it alone"
     if getattr(config, "use_dora", False):
         return "DoRA divides by its norms"
