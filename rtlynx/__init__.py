@@ -59,16 +59,23 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 def __getattr__(name: str) -> Any:
     """A public name or a submodule, imported when it is first asked for."""
     if name in _HOMES:
-        value = getattr(importlib.import_module(f"rtlynx.{_HOMES[name]}"), name)
+        value = getattr(_import(_HOMES[name]), name)
         globals()[name] = value
         return value
     if not name.startswith("_"):
         try:
-            return importlib.import_module(f"rtlynx.{name}")
+            return _import(name)
         except ModuleNotFoundError as error:
             if error.name != f"rtlynx.{name}":
                 raise
     raise AttributeError(f"module 'rtlynx' has no attribute {name!r}")
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(f"rtlynx.{module}")
+    except AttributeError as error:  # of a broken library, which Python would take for "no such name here"
+        raise ImportError(f"rtlynx.{module} cannot be imported: {error}", name=f"rtlynx.{module}") from error
 
 
 def __dir__() -> list[str]:

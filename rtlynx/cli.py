@@ -75,8 +75,10 @@ def _explain(error: Exception) -> str:
 
 
 def _while_importing(error: Exception) -> bool:
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_code.co_filename.startswith("<frozen importlib") for frame, _ in frames)
+    """Whether a module could not be found, compiled or run; not an ImportError that somebody words himself."""
+    if isinstance(error, SyntaxError) or (isinstance(error, ImportError) and error.name):
+        return True
+    return any(frame.f_code.co_name == "<module>" for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _complain(text: str) -> None:

@@ -68,10 +68,11 @@ def run(arguments: list[str]) -> tuple[int, str | None]:
         return (stop.exit_code if arguments else 2), None
     except typer.Abort:
         raise KeyboardInterrupt from None
-    except (_ClickError, UsageError) as error:
-        message = error.format_message() if isinstance(error, _ClickError) else str(error)
-        path = getattr(getattr(error, "ctx", None), "command_path", program)
-        return 2, f"{message.rstrip('. ')}; try: {path} --help"
+    except UsageError as error:
+        return 2, f"{error}; try: {program} {context.invoked_subcommand} --help"
+    except _ClickError as error:
+        where = error.ctx.command_path if error.ctx else program
+        return 2, f"{error.format_message().rstrip('. ')}; try: {where} --help"
     return 0, None
 
 
