@@ -75,7 +75,7 @@ def _explain(error: Exception) -> str:
 
 
 def _while_importing(error: Exception) -> bool:
-    """Whether a module could not be found, compiled or run; not an ImportError that somebody words himself."""
+    """Whether a module could not be found, compiled or run. An ImportError in our own words is no such."""
     if isinstance(error, SyntaxError) or (isinstance(error, ImportError) and error.name):
         return True
     return any(frame.f_code.co_name == "<module>" for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -45,7 +45,7 @@ Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1 ...; default cuda where there is one.", show_default=False),
 ]
-Seed = Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.", min=0, max=2**63 - 1)]
+Seed = Annotated[int, typer.Option(help="Picture i starts from noise of seed + i.", min=0, max=2**32 - 1)]
 PromptFile = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 # typer may bring a click of its own, so its base class is asked for here.
@@ -373,7 +373,9 @@ def _device(asked: str | None) -> str:
 
     from rtlynx.pipelines import usable_device
 
-    return usable_device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if asked is None:
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return usable_device(asked)
 
 
 def _check_target(folder: Path) -> None:

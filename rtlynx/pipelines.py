@@ -43,7 +43,8 @@ def load_model(source: str, *, device: str = "cpu", dtype: torch.dtype | None = 
         )
     loader = _loader(folder)
     try:
-        return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
+        with _no_loading_bar():
+            return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
     except Exception as error:  # of all kinds: diffusers checks little of what it reads
         reason = " ".join(str(error).split()) or "no reason given"
         raise ValueError(f"{source} could not be loaded ({type(error).__name__}): {reason}") from error
@@ -52,12 +53,13 @@ def load_model(source: str, *, device: str = "cpu", dtype: torch.dtype | None = 
 def _loader(folder: Path) -> Any:
     """The diffusers class that loads the model or pipeline in `folder`."""
     import diffusers
-    from diffusers import DiffusionPipeline
 
-    if (folder / "model_index.json").is_file():
-        if not isinstance(read_json(folder / "model_index.json"), dict):
-            raise CheckpointError(f"{folder}/model_index.json is not a JSON object")
-        return DiffusionPipeline
+    path = folder / "model_index.json"
+    if path.is_file():
+        index = read_json(path)
+        if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str | list):
+            raise CheckpointError(f"{path} is not a JSON object that names a pipeline as _class_name")
+        return diffusers.DiffusionPipeline  # which finds that class, also one that is not diffusers' own
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -77,6 +79,20 @@ def _loader(folder: Path) -> Any:
     ):
         raise CheckpointError(f"{path} names {name!r}, which is not a model of diffusers")
     return loader
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Hide diffusers' bar over a pipeline's components, under which an error is hard to see."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def usable_device(device: str) -> str:

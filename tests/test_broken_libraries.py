@@ -137,7 +137,8 @@ def test_plain_models_become_sparse_where_diffusers_is_broken(broken, fault):
 
 @pytest.mark.parametrize("faults", [
     {"torchvision": "RuntimeError"},
-    {"typer": "RuntimeError", "diffusers": "ImportError", "transformers": "AttributeError", "peft": "SystemExit"},
+    {"typer": "RuntimeError", "diffusers": "ImportError", "transformers": "AttributeError",
+     "peft": "SystemExit"},
     {"torch": "SyntaxError"},
     {"torch": "AttributeError", "rich": "ImportError", "numpy": "SystemExit", "matplotlib": "RuntimeError"},
 ])  # fmt: skip
