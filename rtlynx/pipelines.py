@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from rtlynx.files import CheckpointError, read_json
 from rtlynx.recipe import refuse_unknown
 
 ZOO_PREFIX = "zoo:"
@@ -30,6 +31,7 @@ def load_model(source: str, *, device: str = "cpu", dtype: torch.dtype | None = 
     ValueError, FileNotFoundError
         In one line, if there is no such model, or it is damaged.
     """
+    device = usable_device(device)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     if source.startswith(ZOO_PREFIX):
         from rtlynx import zoo
@@ -40,23 +42,89 @@ def load_model(source: str, *, device: str = "cpu", dtype: torch.dtype | None = 
         raise FileNotFoundError(
             f"no such model folder: {source} (a local diffusers folder, or zoo:flux-emoji)"
         )
+    loader = _loader(folder)
+    try:
+        with _no_loading_bar():
+            return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
+    except Exception as error:  # of all kinds: diffusers checks little of what it reads
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(f"{source} could not be loaded ({type(error).__name__}): {reason}") from error
+
+
+def _loader(folder: Path) -> Any:
+    """The diffusers class that loads the model or pipeline in `folder`."""
     import diffusers
 
-    if (folder / "model_index.json").is_file():
-        loader: Any = diffusers.DiffusionPipeline
-    elif (folder / "config.json").is_file():
-        class_name = json.loads((folder / "config.json").read_text()).get("_class_name", "")
-        loader = getattr(diffusers, class_name, None)
-        if loader is None:
-            raise ValueError(f"{folder}/config.json names {class_name!r}, which diffusers does not have")
-    else:
+    path = folder / "model_index.json"
+    if path.is_file():
+        index = read_json(path)
+        if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str | list):
+            raise CheckpointError(f"{path} is not a JSON object that names a pipeline as _class_name")
+        return diffusers.DiffusionPipeline  # which finds that class, also one that is not diffusers' own
+    path = folder / "config.json"
+    if not path.is_file():
         raise FileNotFoundError(
-            f"{source} has no model_index.json and no config.json: not a diffusers folder"
+            f"{folder} has no model_index.json and no config.json: not a diffusers folder"
         )
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path} names no class of diffusers (_class_name is {name!r})")
+    loader = getattr(diffusers, name, None)
+    if loader is None:
+        raise CheckpointError(f"{path} names {name!r}, which diffusers does not have")
+    if not (
+        isinstance(loader, type) and issubclass(loader, nn.Module) and hasattr(loader, "from_pretrained")
+    ):
+        raise CheckpointError(f"{path} names {name!r}, which is not a model of diffusers")
+    return loader
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Hide diffusers' bar over a pipeline's components, under which an error is hard to see."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
-    except (OSError, RuntimeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{source} could not be loaded: {str(error).splitlines()[0]}") from error
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def usable_device(device: str) -> str:
+    """`device`, if this machine has it.
+
+    Raises
+    ------
+    ValueError
+        In one line, if it does not, or `device` names none.
+    """
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, ValueError, TypeError):
+        raise ValueError(f"no device is called {device!r}: give cpu, cuda, or cuda:1 and so on") from None
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            reason = "sees no GPU" if torch.backends.cuda.is_built() else "is built for the CPU alone"
+            raise ValueError(f"device {device}: this PyTorch ({torch.__version__}) {reason}; use cpu")
+        if (parsed.index or 0) >= count:
+            last = f" to cuda:{count - 1}" if count > 1 else ""
+            raise ValueError(f"device {device}: there is only cuda:0{last}")
+    elif parsed.type == "meta":
+        raise ValueError("device meta holds no numbers: give cpu or cuda")
+    elif parsed.type != "cpu":
+        try:
+            torch.empty(1, device=parsed)
+        except Exception as error:  # each backend has errors of its own
+            reason = " ".join(str(error).split())
+            raise ValueError(f"device {device} cannot be used ({type(error).__name__}): {reason}") from None
+    return device
 
 
 @contextmanager

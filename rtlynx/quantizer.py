@@ -2,7 +2,8 @@
 
 A sparse model's `config.json` says under `quantization_config` what `rtlynx.json` says in a checkpoint of
 `rtlynx.save`; the tensors lie with the model's others. `import rtlynx` registers the method "rtlynx" with
-diffusers, which then hands the model over twice: with its layers on "meta", and with its weights loaded.
+diffusers as soon as both are imported (`rtlynx.registration`). diffusers then hands the model over twice:
+with its layers on "meta", and with its weights loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import weakref
 from collections.abc import Mapping
 from enum import StrEnum
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,12 +44,12 @@ from rtlynx.schema import wrong_numbers
 
 _BaseConfig: Any = object
 _BaseQuantizer: Any = object
-_unregistered: ImportError | None = None
+_unregistered: Exception | None = None
 try:
     from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from diffusers.quantizers.base import DiffusersQuantizer
     from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-except ImportError as error:  # another diffusers, and all but this module works with it
+except Exception as error:  # none, a broken or another one: all but this module works with it
     _unregistered = error
 else:
     _BaseConfig, _BaseQuantizer = QuantizationConfigMixin, DiffusersQuantizer
@@ -89,8 +90,9 @@ class RTLynxConfig(_BaseConfig):
         self, recipe: Recipe | Mapping[str, Any] | None = None, sidecar: str | Path | None = None
     ) -> None:
         if _unregistered is not None:
+            reason = f"{type(_unregistered).__name__}: {_unregistered}"
             raise ImportError(
-                f"rtlynx does not know the quantizers of diffusers {version('diffusers')} ({_unregistered}): "
+                f"rtlynx does not know the quantizers of diffusers{_diffusers_version()} ({reason}): "
                 "install diffusers 0.42, or use rtlynx.sparsify, rtlynx.save and rtlynx.load"
             ) from _unregistered
         if recipe is not None and sidecar is not None:
@@ -465,6 +467,13 @@ def _settings(model: Any) -> dict[str, Any]:
         if not key.startswith("_") and key != "quantization_config"
     }
     return json.loads(json.dumps(config, default=str))
+
+
+def _diffusers_version() -> str:
+    try:
+        return f" {version('diffusers')}"
+    except PackageNotFoundError:
+        return ", which is not installed"
 
 
 def _some(names: list[str]) -> str:

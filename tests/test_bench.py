@@ -49,7 +49,7 @@ def measured(monkeypatch):
         }
         return results.linear_row(shape, variants, taken, None, {"ours_gemm": "not today"})
 
-    monkeypatch.setattr("rtlynx.cli.Card", FakeCard)
+    monkeypatch.setattr("rtlynx.bench.card.Card", FakeCard)
     monkeypatch.setattr(linear, "measure_shape", measure_shape)
     monkeypatch.setattr(linear, "random_operands", lambda shape, generator, dtype: dtype)
     monkeypatch.setattr(linear, "Graphs", object)

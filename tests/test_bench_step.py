@@ -298,7 +298,7 @@ def document():
 
 def test_the_command_prints_and_writes_a_step(command, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr("rtlynx.cli.Card", lambda: "card")
+    monkeypatch.setattr("rtlynx.bench.card.Card", lambda: "card")
     monkeypatch.setattr(step, "run", lambda *args, **options: asked.append((args, options)) or document())
     file = tmp_path / "step.json"
     code, out, _ = command("bench", "--model", "flux1-dev", "--seconds", 2, "--out", file)

@@ -1,0 +1,117 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+out = Console()
+err = Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """JSON has no infinity and no NaN: they become null."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say(text: str) -> None:
+    """A line as it is: paths may have brackets in them, and are copied."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def memory(extra_bytes: int) -> str:
+    return f"{abs(extra_bytes) / 1e6:.1f} MB {'less' if extra_bytes < 0 else 'more'} memory"
+
+
+def report_json(report: Any, folder: Path) -> dict[str, Any]:
+    return {
+        "checkpoint": str(folder),
+        "layers": {
+            name: {"ridge": one.ridge, "error_before": one.error_before, "error": one.error}
+            for name, one in report.solutions.items()
+        },
+        "dense": report.dense,
+        "budget": None
+        if report.choice is None
+        else {
+            "output_error": report.choice.error,
+            "share_of_saving": report.choice.saving,
+            "forms": report.choice.forms,
+            "costs": [
+                {
+                    "layer": cost.name,
+                    "form": cost.form,
+                    "output_error": cost.error,
+                    "flops_saved": cost.saving,
+                }
+                for cost in report.costs
+            ],
+        },
+        "extra_bytes": report.extra_bytes,
+    }
+
+
+def print_report(report: Any) -> None:
+    table = Table("layer", "error before", "after", "ridge")
+    for name, one in report.solutions.items():
+        table.add_row(name, f"{one.error_before:.4f}", f"{one.error:.4f}", number(one.ridge, "g"))
+    out.print(table)
+    if report.choice is not None:
+        budget = Table("layer", "form", "error at the output", "GFLOP saved", "decision", title="Budget")
+        for cost in sorted(report.costs, key=lambda one: one.error / max(one.saving, 1e-9)):
+            decision = report.dense.get(cost.name) or report.choice.forms[cost.name]
+            numbers = f"{cost.error:.2e}", f"{cost.saving / 1e9:.3f}"
+            budget.add_row(cost.name, cost.form, *numbers, decision)
+        out.print(budget)
+        forms = Counter(report.choice.forms.values())
+        out.print(
+            f"{', '.join(f'{count} {form}' for form, count in forms.items())}: measured error at the output "
+            f"{report.choice.error:.3e}, {report.choice.saving:.0%} of the possible saving"
+        )
+    out.print(
+        f"{len(report.solutions)} layers changed, {len(report.dense)} left dense, "
+        + memory(report.extra_bytes)
+    )
+
+
+def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
+    columns = ["layer", "shape", "stream", "pattern", "rank", "state"] + (["energy kept"] if kept else [])
+    table = Table(*columns, title=f"{overview['model']}, rule: {overview['architecture']}")
+    for layer in overview["layers"]:
+        row = [
+            layer["name"],
+            f"{layer['in_features']} -> {layer['out_features']}",
+            layer["stream"],
+            layer["pattern"],
+            str(layer["rank"] or "-"),
+            f"dense: {layer['dense_reason']}" if layer["dense_reason"] else layer["form"],
+        ]
+        if kept:
+            row.append(number(kept.get(layer["name"]), ".3f"))
+        table.add_row(*row)
+    out.print(table)
+    out.print(
+        f"{overview['sparse_layers']} of {len(overview['layers'])} candidates sparse, "
+        f"{overview['sparse_share']:.1%} of the weights of all linear layers; "
+        + memory(overview["extra_bytes"])
+    )
+    if overview["undecided"]:
+        out.print("Calibration decides, by the budget, which of these stay dense or take another form.")
