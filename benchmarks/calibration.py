@@ -12,9 +12,9 @@ import torch
 from script import FOLDER, options_parser
 
 import rtlynx
-from rtlynx.bench.card import Card
-from rtlynx.bench.full_models import MODELS, Size, build, normals
-from rtlynx.bench.results import write
+from rtlynx.timing.card import Card
+from rtlynx.timing.full_models import MODELS, Size, build, normals
+from rtlynx.timing.results import write
 
 # A block of each kind by itself: all others stay dense.
 BLOCKS = {

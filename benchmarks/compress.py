@@ -13,15 +13,15 @@ from script import FOLDER, options_parser
 from targets import compress_targets
 from torch import Tensor
 
-import rtlynx.kernels.producers
-import rtlynx.kernels.quantizers  # noqa: F401  (both register torch.ops.rtlynx)
-from rtlynx.bench import results
-from rtlynx.bench.card import Card
-from rtlynx.bench.results import write
-from rtlynx.bench.shapes import set_count
-from rtlynx.bench.sustained import Call, Graphs, Sample, Timer, attempt, measure
-from rtlynx.kernels import jit
-from rtlynx.quantization import quantize_tokens
+import rtlynx.ops.compress_prologues
+import rtlynx.ops.quantize_prologues  # noqa: F401  (both register torch.ops.rtlynx)
+from rtlynx.cuda import jit
+from rtlynx.math.fp8 import quantize_tokens
+from rtlynx.timing import results
+from rtlynx.timing.card import Card
+from rtlynx.timing.results import write
+from rtlynx.timing.shapes import set_count
+from rtlynx.timing.sustained import Call, Graphs, Sample, Timer, attempt, measure
 
 M, RANK = 4096, 64
 WIDTHS = (3072, 12288)

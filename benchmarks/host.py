@@ -17,9 +17,9 @@ from script import FOLDER, options_parser
 from targets import host_targets
 from torch.nn.functional import linear
 
-from rtlynx.bench.card import Card
-from rtlynx.bench.results import write
-from rtlynx.linear import SparseLinear
+from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.timing.card import Card
+from rtlynx.timing.results import write
 
 CALLS, BATCH = 10_000, 100
 # Small, so that the card keeps up; and enough rows for the kernels to be chosen.

@@ -1,6 +1,6 @@
 """Whole linear layers against their peers: `python benchmarks/linear.py --dtype bf16` or `fp8`.
 
-What `rtlynx bench` measures (rtlynx/bench/linear.py), with our targets beside it.
+What `rtlynx bench` measures (rtlynx/timing/linear.py), with our targets beside it.
 Writes results/linear-<dtype>-<card>.json; with `--shapes` only where `--out` says so.
 """
 
@@ -9,10 +9,10 @@ from functools import partial
 from script import FOLDER, options_parser
 from targets import linear_targets
 
-from rtlynx.bench import linear
-from rtlynx.bench.card import Card
-from rtlynx.bench.results import write
-from rtlynx.bench.shapes import chosen
+from rtlynx.timing import linear
+from rtlynx.timing.card import Card
+from rtlynx.timing.results import write
+from rtlynx.timing.shapes import chosen
 
 
 def main() -> None:

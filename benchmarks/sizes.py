@@ -10,11 +10,11 @@ import torch
 from rich import print
 from script import FOLDER, options_parser
 
-from rtlynx.bench import step
-from rtlynx.bench.card import Card
-from rtlynx.bench.full_models import MODELS, FullModel, Size
-from rtlynx.bench.overview import step_overview
-from rtlynx.bench.results import REFERENCE, write
+from rtlynx.timing import step
+from rtlynx.timing.card import Card
+from rtlynx.timing.full_models import MODELS, FullModel, Size
+from rtlynx.timing.overview import step_overview
+from rtlynx.timing.results import REFERENCE, write
 
 VARIANTS = (REFERENCE, "rtlynx bf16-2:4", "rtlynx fp8-2:4")
 

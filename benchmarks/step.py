@@ -1,6 +1,6 @@
 """One denoising step of a full-size transformer, weights at random: `python benchmarks/step.py --model NAME`.
 
-What `rtlynx bench --model` measures (rtlynx/bench/step.py), with our targets beside it.
+What `rtlynx bench --model` measures (rtlynx/timing/step.py), with our targets beside it.
 Writes results/step-<model>-<card>.json; of other sizes or few variants only where `--out` or
 `--renew` says so.
 """
@@ -13,11 +13,11 @@ from rich import print
 from script import FOLDER, options_parser
 from targets import step_targets
 
-from rtlynx.bench import step
-from rtlynx.bench.card import Card
-from rtlynx.bench.full_models import MODELS, Size
-from rtlynx.bench.overview import step_overview
-from rtlynx.bench.results import write
+from rtlynx.timing import step
+from rtlynx.timing.card import Card
+from rtlynx.timing.full_models import MODELS, Size
+from rtlynx.timing.overview import step_overview
+from rtlynx.timing.results import write
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ The counters that say why one is missed, and the next ideas, are in NOTES.md, in
 
 from collections.abc import Iterable, Mapping
 
-from rtlynx.bench.results import BLOCK_GRAPHS, REFERENCE, ratio, step_speed_up
-from rtlynx.bench.shapes import Shape
+from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, ratio, step_speed_up
+from rtlynx.timing.shapes import Shape
 
 PRODUCT, LAYER, COMPRESSION = "What bounds the GEMM", "Where it stands", "Compression, version by version"
 PRODUCERS, HOST, FP8, STEP = "Producers, version by version", "Host time", "fp8", "A whole step"

@@ -2,18 +2,19 @@
 
 The whole layer (compress, norm, rank 64, bias) by the kernels, and the same function densely: select, mask
 and multiply in PyTorch; and the dense layer that it replaces, for scale.
-Writes results/threshold-<card>.json, on which `rtlynx.kernels.choice` relies.
+Writes results/threshold-<card>.json, on which `rtlynx.ops.dispatch` relies.
 """
 
 import torch
 from script import FOLDER, options_parser
 from torch.nn.functional import linear
 
-from rtlynx.bench.card import Card
-from rtlynx.bench.results import write
-from rtlynx.bench.sustained import Graphs, attempt, measure
-from rtlynx.kernels import ops, reference
-from rtlynx.pattern import Pattern
+from rtlynx.math import reference
+from rtlynx.math.selection import Pattern
+from rtlynx.ops import sparse_linear as ops
+from rtlynx.timing.card import Card
+from rtlynx.timing.results import write
+from rtlynx.timing.sustained import Graphs, attempt, measure
 
 TOKENS = (1, 8, 32, 64, 128, 256, 512)
 K, N, RANK = 3072, 3072, 64

@@ -1,6 +1,6 @@
 """Find the fastest tile of the product for many shapes: `python benchmarks/tune.py`.
 
-Times every candidate of `rtlynx.kernels.tuning` in sustained windows, rewrites the table that the package
+Times every candidate of `rtlynx.cuda.tuning` in sustained windows, rewrites the table that the package
 reads (entries of shapes that were not timed stay) and keeps all times in results/tune-<card>.json.
 """
 
@@ -12,12 +12,12 @@ import torch
 from script import FOLDER, options_parser
 from torch import Tensor
 
-import rtlynx.kernels.ops  # noqa: F401  (registers torch.ops.rtlynx)
-from rtlynx.bench.card import Card
-from rtlynx.bench.results import write
-from rtlynx.bench.shapes import SHAPES, Shape, chosen, set_count
-from rtlynx.bench.sustained import Graphs, attempt, measure
-from rtlynx.kernels import tuning
+import rtlynx.ops.sparse_linear  # noqa: F401  (registers torch.ops.rtlynx)
+from rtlynx.cuda import tuning
+from rtlynx.timing.card import Card
+from rtlynx.timing.results import write
+from rtlynx.timing.shapes import SHAPES, Shape, chosen, set_count
+from rtlynx.timing.sustained import Graphs, attempt, measure
 
 # Between the listed shapes: other token counts, and the widths that models have.
 GRID = tuple(

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from rtlynx.bench.results import REFERENCE, step_speed_up
+from rtlynx.timing.results import REFERENCE, step_speed_up
 
 DEMO = Path("docs/demo")
 STEP_COLUMNS = ("gpu_ms", "linear_ms", "attention_ms", "rest_ms", "wall_ms", "peak_gib")

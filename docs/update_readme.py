@@ -19,7 +19,7 @@ import study_tables
 import tables
 from tables import Place
 
-from rtlynx.files import sha256_of
+from rtlynx.storage.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results")

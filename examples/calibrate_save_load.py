@@ -8,10 +8,10 @@ import argparse
 from pathlib import Path
 
 import diffusers
+import rtlynx_zoo as zoo
 import torch
 
 import rtlynx
-from rtlynx import zoo
 
 
 def load(model: str | None) -> diffusers.DiffusionPipeline:

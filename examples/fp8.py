@@ -7,10 +7,10 @@ python examples/fp8.py --model Qwen/Qwen-Image --prompt "a lynx in the snow" --s
 import argparse
 
 import diffusers
+import rtlynx_zoo as zoo
 import torch
 
 import rtlynx
-from rtlynx import zoo
 
 
 def main() -> None:

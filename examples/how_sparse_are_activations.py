@@ -10,10 +10,11 @@ python examples/how_sparse_are_activations.py --model Tongyi-MAI/Z-Image-Turbo -
 import argparse
 
 import diffusers
+import rtlynx_zoo as zoo
 import torch
 
-from rtlynx import zoo
-from rtlynx.evaluate.layers import activation_energy_kept, gaussian_energy_kept
+from rtlynx.evaluate.activations import activation_energy_kept
+from rtlynx.evaluate.layers import gaussian_energy_kept
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ python examples/sparsify_a_pipeline.py --model black-forest-labs/FLUX.1-dev --pr
 import argparse
 
 import diffusers
+import rtlynx_zoo as zoo
 import torch
 
 import rtlynx
-from rtlynx import zoo
 
 
 def main() -> None:

@@ -7,20 +7,19 @@ used. It makes diffusers know sparse models, whichever of the two is imported fi
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rtlynx.registration import register_with_diffusers
+from rtlynx._version import __version__ as __version__
+from rtlynx.io.registration import register_with_diffusers
 
 if TYPE_CHECKING:
     from rtlynx.calibration import CalibrationError, CalibrationOptions, CalibrationReport, calibrate
-    from rtlynx.call import schedule
-    from rtlynx.checkpoint import load, save
-    from rtlynx.files import CheckpointError
-    from rtlynx.linear import SparseLinear
+    from rtlynx.io.checkpoint import load, save
+    from rtlynx.io.quantizer import RTLynxConfig
+    from rtlynx.math.selection import Pattern, nm_mask, norm_scale, pack, unpack
     from rtlynx.models import densify, sparsify
-    from rtlynx.pattern import Pattern, nm_mask, norm_scale, pack, unpack
-    from rtlynx.quantizer import RTLynxConfig
+    from rtlynx.nn.call import schedule
+    from rtlynx.nn.sparse_linear import SparseLinear
     from rtlynx.recipe import Budget, Recipe
-
-__version__ = "0.1.0"  # pyproject.toml reads it here
+    from rtlynx.storage.files import CheckpointError
 
 __all__ = [
     "Budget",
@@ -47,14 +46,14 @@ __all__ = [
 # Module -> the public names that it defines.
 _MODULES = {
     "calibration": ("CalibrationError", "CalibrationOptions", "CalibrationReport", "calibrate"),
-    "call": ("schedule",),
-    "checkpoint": ("load", "save"),
-    "files": ("CheckpointError",),
-    "linear": ("SparseLinear",),
+    "io.checkpoint": ("load", "save"),
+    "io.quantizer": ("RTLynxConfig",),
+    "math.selection": ("Pattern", "nm_mask", "norm_scale", "pack", "unpack"),
     "models": ("densify", "sparsify"),
-    "pattern": ("Pattern", "nm_mask", "norm_scale", "pack", "unpack"),
-    "quantizer": ("RTLynxConfig",),
+    "nn.call": ("schedule",),
+    "nn.sparse_linear": ("SparseLinear",),
     "recipe": ("Budget", "Recipe"),
+    "storage.files": ("CheckpointError",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,5 +1,5 @@
 """`python -m rtlynx`, also under torchrun."""
 
-from rtlynx.cli import main
+from rtlynx.cli.main import main
 
 main()

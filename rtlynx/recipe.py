@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from rtlynx.pattern import Pattern
+from rtlynx.math.selection import Pattern
 
 # A rank given as a share of K is never less than this: a handful of directions at toy widths.
 MIN_SHARE_RANK = 4

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtlynx.pattern import Pattern, pattern_mask, select
+from rtlynx.math.selection import Pattern, pattern_mask, select
 
 TWO_OF_FOUR = Pattern()
 RIA_POWER = 0.5

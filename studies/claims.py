@@ -15,7 +15,7 @@ from typing import Any
 
 from variants import VARIANTS
 
-from rtlynx.files import CheckpointError, read_json
+from rtlynx.storage.files import CheckpointError, read_json
 
 ENOUGH_DB = 0.5  # a rank is enough where more of it gains less than this
 WANTED_DB = 3.0

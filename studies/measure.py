@@ -29,10 +29,10 @@ from rtlynx.evaluate.layers import (
     weight_distributions,
 )
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
-from rtlynx.files import atomic_file
 from rtlynx.models.plan import make_plan
 from rtlynx.models.sparsify import target_model
 from rtlynx.recipe import Recipe
+from rtlynx.storage.files import atomic_file
 
 COMPARED = 16  # prompts on whose dense calls, at every step, errors inside the model are measured
 ATLAS_PICTURES, ATLAS_COLUMNS = 64, 8

@@ -9,11 +9,11 @@ from typing import Any
 
 import perceptual
 import torch
+from rtlynx_zoo.features import load_feature_network, real_features
+from rtlynx_zoo.prompts import category
 from torch import Tensor
 
 from rtlynx.evaluate.metrics import psnr, retrieval, ssim
-from rtlynx.zoo.features import load_feature_network, real_features
-from rtlynx.zoo.prompts import category
 
 FEATURE_SIZE = 64  # the box's feature network sees 64x64
 WORST = 8

@@ -18,13 +18,13 @@ from jobs import atlas_path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measure import read_atlas
+from rtlynx_zoo.pipeline import SIZE
+from rtlynx_zoo.prompts import demo_prompts
 from torch import Tensor
 
 from rtlynx.evaluate.grid import picture_grid, png_bytes
 from rtlynx.evaluate.layers import HISTOGRAM_BINS, HISTOGRAM_RANGE
-from rtlynx.files import CheckpointError, atomic_file, read_json, sha256_of
-from rtlynx.zoo.pipeline import SIZE
-from rtlynx.zoo.prompts import demo_prompts
+from rtlynx.storage.files import CheckpointError, atomic_file, read_json, sha256_of
 
 # The main variants, from bad to good, whose errors and pictures are shown.
 SHOWN = (

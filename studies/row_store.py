@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtlynx.files import read_json, write_json
+from rtlynx.storage.files import read_json, write_json
 
 # Header entries that must agree for rows to stand in one file.
 SAME = ("model", "dtype", "guidance", "calibration")

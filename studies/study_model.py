@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import ZImageTransformer2DModel
+from rtlynx_zoo.prompts import all_prompts, calibration_prompts, demo_prompts, evaluation_prompts
 from z_image_batch import batch_equal_pictures
 
+from rtlynx.models.pipelines import load_model
 from rtlynx.models.sparsify import target_model
-from rtlynx.pipelines import load_model
-from rtlynx.zoo.prompts import all_prompts, calibration_prompts, demo_prompts, evaluation_prompts
 
 GUIDANCE = 3.0
 # First seed of the noise of each of the study's seeds; further apart than there are pictures.

@@ -7,8 +7,11 @@ import torch
 from chain_helpers import NAMES, make_inputs, normal
 from torch import Tensor
 
-from rtlynx.kernels import chains, ops, producers, quantizers
-from rtlynx.quantization import quantize_weight
+from rtlynx.math.fp8 import quantize_weight
+from rtlynx.ops import compress_prologues as producers
+from rtlynx.ops import prologues as chains
+from rtlynx.ops import quantize_prologues as quantizers
+from rtlynx.ops import sparse_linear as ops
 
 K, N, ROWS = 64, 24, 70
 DTYPES = (torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.float8_e4m3fn)

@@ -6,7 +6,7 @@ import struct
 
 import torch
 
-from rtlynx.kernels.sm90 import compress as host
+from rtlynx.cuda.sm90 import compress as host
 
 K = 64
 NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs `rtlynx` with some arguments: its exit code, and what it wrote to stdout and stderr."""
-    from rtlynx.cli import main  # wants diffusers, without which the tests of the kernels run too
+    from rtlynx.cli.main import main
 
     def call(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["rtlynx", *map(str, arguments)])

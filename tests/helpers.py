@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
 
 from rtlynx import schedule
-from rtlynx.call import current_schedule
+from rtlynx.nn.call import current_schedule
 
 IMAGE_TOKENS, TEXT_TOKENS = 64, 8
 

@@ -6,7 +6,7 @@ from helpers import slow_mask
 from torch import nn
 
 from rtlynx import Pattern
-from rtlynx.call import calling
+from rtlynx.nn.call import calling
 
 K, N, RANK = 32, 24, 5
 PATTERNS = {

@@ -1,4 +1,4 @@
-"""What the tests of `rtlynx.quantizer` share: comparing models, reading their folders."""
+"""What the tests of `rtlynx.io.quantizer` share: comparing models, reading their folders."""
 
 import copy
 import json

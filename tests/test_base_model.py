@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from rtlynx import CalibrationOptions, CheckpointError, Recipe, calibrate, densify, load, save, sparsify
-from rtlynx.fingerprint import model_fingerprint, record, same
+from rtlynx.models.fingerprint import model_fingerprint, record, same
 
 TO_Q, TEXT = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_q_proj"
 EVERY = list(tiny_flux().state_dict())

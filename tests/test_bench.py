@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from rtlynx.bench import card, linear, results
-from rtlynx.bench.sustained import Window
+from rtlynx.timing import card, linear, results
+from rtlynx.timing.sustained import Window
 
 
 class FakeCard:
@@ -49,7 +49,7 @@ def measured(monkeypatch):
         }
         return results.linear_row(shape, variants, taken, None, {"ours_gemm": "not today"})
 
-    monkeypatch.setattr("rtlynx.bench.card.Card", FakeCard)
+    monkeypatch.setattr("rtlynx.timing.card.Card", FakeCard)
     monkeypatch.setattr(linear, "measure_shape", measure_shape)
     monkeypatch.setattr(linear, "random_operands", lambda shape, generator, dtype: dtype)
     monkeypatch.setattr(linear, "Graphs", object)

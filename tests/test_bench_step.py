@@ -10,17 +10,17 @@ import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
 from helpers import tiny_flux
 from rich.console import Console
+from rtlynx_zoo.prompts import ASSETS
 
 from rtlynx import Recipe, zoo
-from rtlynx.bench import step, step_variants
-from rtlynx.bench.full_models import MODELS, Size, full_model
-from rtlynx.bench.overview import step_overview
-from rtlynx.bench.results import step_speed_up
-from rtlynx.bench.step_split import kind
-from rtlynx.bench.sustained import Measurement
-from rtlynx.checkpoint import read_index
+from rtlynx.io.checkpoint import read_index
 from rtlynx.models import make_plan, sparse_layers
-from rtlynx.zoo.prompts import ASSETS
+from rtlynx.timing import step, step_variants
+from rtlynx.timing.full_models import MODELS, Size, full_model
+from rtlynx.timing.overview import step_overview
+from rtlynx.timing.results import step_speed_up
+from rtlynx.timing.step_split import kind
+from rtlynx.timing.sustained import Measurement
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from targets import step_targets
@@ -298,7 +298,7 @@ def document():
 
 def test_the_command_prints_and_writes_a_step(command, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr("rtlynx.bench.card.Card", lambda: "card")
+    monkeypatch.setattr("rtlynx.timing.card.Card", lambda: "card")
     monkeypatch.setattr(step, "run", lambda *args, **options: asked.append((args, options)) or document())
     file = tmp_path / "step.json"
     code, out, _ = command("bench", "--model", "flux1-dev", "--seconds", 2, "--out", file)

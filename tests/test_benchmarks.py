@@ -16,9 +16,17 @@ import script
 import targets
 import tune
 
-from rtlynx.bench import card, linear, operands, peers, results, shapes, sustained
-from rtlynx.kernels import jit, tuning
-from rtlynx.quantization import quantize_tokens
+from rtlynx.cuda import jit, tuning
+from rtlynx.math.fp8 import quantize_tokens
+from rtlynx.timing import (
+    card,
+    linear,
+    operands,
+    peers,
+    results,
+    shapes,
+    sustained,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the results of benchmarks/linear.py have at least.

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtlynx import Pattern, nm_mask
-from rtlynx.kernels.blocks import (
+from rtlynx.math.fp8 import quantize_tokens
+from rtlynx.math.tiles import (
     FP8,
     blocks_bytes,
     compute_order,
@@ -19,7 +20,6 @@ from rtlynx.kernels.blocks import (
     unpack_blocks,
     unpack_lowrank,
 )
-from rtlynx.quantization import quantize_tokens
 
 ADJACENT = Pattern()
 STRIDED = Pattern(grouping="strided")

@@ -57,8 +57,8 @@ def test_importing_rtlynx_imports_nothing_heavy_and_keeps_its_names():
         f"loaded = [name for name in {HEAVY} if name in sys.modules]\n"
         "assert not loaded, loaded\n"
         "assert set(rtlynx.__all__) <= set(dir(rtlynx))\n"
-        "import rtlynx.pattern, pickle\n"
-        "assert rtlynx.Pattern is rtlynx.pattern.Pattern\n"
+        "import rtlynx.math.selection, pickle\n"
+        "assert rtlynx.Pattern is rtlynx.math.selection.Pattern\n"
         "assert pickle.loads(pickle.dumps(rtlynx.Recipe())) == rtlynx.Recipe()\n"
         "assert rtlynx.models.sparsify is rtlynx.sparsify\n"
         "assert not hasattr(rtlynx, 'no_such_name')\n"
@@ -84,7 +84,7 @@ def test_diffusers_knows_the_method_in_every_order_of_imports(imports):
         f"{imports}\n"
         "import inspect, sys, diffusers.quantizers.auto as auto, rtlynx\n"
         "assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['rtlynx'] is rtlynx.RTLynxConfig\n"
-        "assert auto.AUTO_QUANTIZER_MAPPING['rtlynx'] is rtlynx.quantizer.RTLynxQuantizer\n"
+        "assert auto.AUTO_QUANTIZER_MAPPING['rtlynx'] is rtlynx.io.quantizer.RTLynxQuantizer\n"
         "assert 'DiffusersAutoQuantizer' in inspect.getsource(auto)\n"
         "assert not any('rtlynx' in type(finder).__module__ for finder in sys.meta_path)\n",
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rtlynx.kernels import cache, jit
+from rtlynx.cuda import cache, jit
 
 ENTRY = b"\x7fELF compiled"
 

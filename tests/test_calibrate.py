@@ -45,9 +45,9 @@ from rtlynx import (
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.solve import solve_lowrank
 from rtlynx.calibration.train import train_lowrank
+from rtlynx.math.selection import Pattern, select
 from rtlynx.models import sparse_layers
 from rtlynx.models.sparsify import state_of
-from rtlynx.pattern import Pattern, select
 
 # ---------------------------------------------------------------------------------------- what it solves
 

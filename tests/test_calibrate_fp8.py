@@ -6,8 +6,8 @@ from calibration_helpers import ALL_FIT, JOINT, RIDGE, SINGLE, assert_same, call
 from helpers import output, slow_mask, tiny_flux, watched
 
 from rtlynx import CalibrationOptions, Recipe, calibrate, sparsify
+from rtlynx.math.fp8 import quantize_tokens, quantize_weight
 from rtlynx.models import sparse_layers
-from rtlynx.quantization import quantize_tokens, quantize_weight
 
 FP8 = Recipe(rank=4, ridge=RIDGE, precision="fp8")
 FP8_REFIT = Recipe(rank=None, ridge=RIDGE, precision="fp8")

@@ -13,7 +13,7 @@ from helpers import IMAGE_TOKENS, TEXT_TOKENS, TinyPipeline, tiny_flux
 import rtlynx.calibration.recording
 from rtlynx import CalibrationError, CalibrationOptions, Recipe, calibrate, sparsify
 from rtlynx.evaluate import compare
-from rtlynx.evaluate.layers import activation_energy_kept
+from rtlynx.evaluate.activations import activation_energy_kept
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
 from rtlynx.models import sparse_layers
 

@@ -11,7 +11,7 @@ import torch
 from checkpoint_helpers import RECIPES, make
 from helpers import flux_call, output, tiny_flux
 
-import rtlynx.files
+import rtlynx.storage.files
 from rtlynx import Recipe, load, save, sparsify
 from rtlynx.models import sparse_layers
 
@@ -97,7 +97,7 @@ def test_a_failed_save_leaves_nothing_behind_and_the_older_one_whole(folder, mon
         elif where == "index":
             patch.setattr(json, "dumps", failure)
         else:
-            patch.setattr(rtlynx.files.os, "replace", failure)
+            patch.setattr(rtlynx.storage.files.os, "replace", failure)
         error = OSError if failure is full_disk else KeyboardInterrupt
         with pytest.raises(error):
             save(model, folder)

@@ -19,9 +19,9 @@ from saving_helpers import (
 )
 
 import rtlynx
-import rtlynx.files
+import rtlynx.storage.files
 from rtlynx import CheckpointError, load, save
-from rtlynx.checkpoint_folder import check_replaceable
+from rtlynx.storage.checkpoint_folder import check_replaceable
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_what_others_wrote_is_kept_and_named(place, models, monkeypatch, kind):
     save(models["all"], folder)
     name = foreign(kind, folder)
     before = {path: path.lstat() for path in [place, *place.rglob("*")]}
-    monkeypatch.setattr(rtlynx.checkpoint, "write_tensors", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(rtlynx.io.checkpoint, "write_tensors", lambda *_: pytest.fail("work was done"))
     with pytest.raises(FileExistsError) as error:
         save(models["some"], folder)
     assert str(folder) in str(error.value)
@@ -149,14 +149,14 @@ def test_what_others_wrote_is_kept_and_named(place, models, monkeypatch, kind):
 
 
 def test_what_others_write_during_a_save_is_kept(place, models, monkeypatch):
-    folder, write = place / "lynx", rtlynx.checkpoint.write_tensors
+    folder, write = place / "lynx", rtlynx.io.checkpoint.write_tensors
     save(models["all"], folder)
 
     def beside(*arguments):
         write(*arguments)
         (folder / "notes.txt").write_text("mine")
 
-    monkeypatch.setattr(rtlynx.checkpoint, "write_tensors", beside)
+    monkeypatch.setattr(rtlynx.io.checkpoint, "write_tensors", beside)
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
         save(models["some"], folder)
     assert listing(folder) == ["notes.txt", *NAMES]
@@ -195,7 +195,7 @@ def test_leftovers_stay_where_a_save_fails(place, models, monkeypatch):
     """One of them may be all that there is of the checkpoint."""
     save(models["all"], place / "lynx")
     (place / "lynx").rename(place / ".lynx.k1x_9abc.old")
-    monkeypatch.setattr(rtlynx.checkpoint, "write_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(rtlynx.io.checkpoint, "write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(models["some"], place / "lynx")
     assert listing(place) == [".lynx.k1x_9abc.old"]
@@ -248,7 +248,7 @@ def test_a_place_that_takes_no_checkpoint_is_refused_before_any_work(place, mode
         pytest.skip("no /proc")
     folder = unwritable(kind, place)
     before = sorted(place.rglob("*"))
-    monkeypatch.setattr(rtlynx.checkpoint, "weight_fingerprint", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(rtlynx.io.checkpoint, "weight_fingerprint", lambda *_: pytest.fail("work was done"))
     for work in (lambda: check_replaceable(folder), lambda: save(models["all"], folder)):
         with pytest.raises(OSError) as error:  # noqa: PT011
             work()
@@ -283,7 +283,7 @@ def test_the_check_changes_nothing(place, models):
 
 @pytest.mark.parametrize("command_name", ["convert", "calibrate"])
 def test_the_commands_look_at_the_place_before_they_load_a_model(place, command, monkeypatch, command_name):
-    monkeypatch.setattr("rtlynx.cli.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("rtlynx.cli.main.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (place / "mine").mkdir()
     (place / "mine" / "rtlynx.py").write_text("import this")
     for folder, reason in ((place / "mine", "rtlynx.py"), (place / "mine" / "rtlynx.py" / "x", "directory")):
@@ -294,7 +294,7 @@ def test_the_commands_look_at_the_place_before_they_load_a_model(place, command,
 
 
 def test_a_failed_save_leaves_no_parents_behind(place, models, monkeypatch):
-    monkeypatch.setattr(rtlynx.checkpoint, "write_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(rtlynx.io.checkpoint, "write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(models["all"], place / "a" / "b" / "lynx")
     assert listing(place) == []

@@ -18,7 +18,7 @@ from saving_helpers import (
 )
 
 import rtlynx
-import rtlynx.files
+import rtlynx.storage.files
 from rtlynx import save
 
 
@@ -192,7 +192,7 @@ def test_a_slow_saver_is_not_disturbed_by_a_fast_one(place, models, monkeypatch,
 
 def test_a_reader_that_is_overtaken_reads_again(place, models, monkeypatch):
     save(models["all"], place / "lynx")
-    digest, overtaken = rtlynx.checkpoint.sha256_of, []
+    digest, overtaken = rtlynx.io.checkpoint.sha256_of, []
 
     def then_save(path):
         result = digest(path)
@@ -201,5 +201,5 @@ def test_a_reader_that_is_overtaken_reads_again(place, models, monkeypatch):
             save(models["some"], place / "lynx")
         return result
 
-    monkeypatch.setattr(rtlynx.checkpoint, "sha256_of", then_save)
+    monkeypatch.setattr(rtlynx.io.checkpoint, "sha256_of", then_save)
     assert stored(place / "lynx") == "some"

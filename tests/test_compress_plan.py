@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rtlynx.kernels import jit, tuning
-from rtlynx.kernels.blocks import BF16, FP8
-from rtlynx.kernels.sm90 import compress as host
-from rtlynx.kernels.sm90 import gemm
-from rtlynx.kernels.sm90.compress import CompressOptions, Input
+from rtlynx.cuda import jit, tuning
+from rtlynx.cuda.sm90 import compress as host
+from rtlynx.cuda.sm90 import gemm
+from rtlynx.cuda.sm90.compress import CompressOptions, Input
+from rtlynx.math.tiles import BF16, FP8
 
 SMS, SHARED_PER_SM = 132, 228 * 1024
 

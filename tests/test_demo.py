@@ -6,21 +6,21 @@ import re
 from html import unescape
 
 import pytest
+import rtlynx_zoo as zoo
 import torch
 from PIL import Image
+from rtlynx_zoo.prompts import ASSETS, calibration_prompts, demo_prompts
 
 import rtlynx
-from rtlynx import zoo
-from rtlynx.checkpoint import read_index
 from rtlynx.evaluate import compare, sample_pictures
 from rtlynx.evaluate import demo as demo_module
+from rtlynx.evaluate.activations import activation_energy_kept
 from rtlynx.evaluate.demo import run_demo
-from rtlynx.evaluate.layers import activation_energy_kept
 from rtlynx.evaluate.report import findings
 from rtlynx.evaluate.variants import NAMES, build_variant, prune_weights
-from rtlynx.pattern import nm_mask
-from rtlynx.quantization import quantize_weight
-from rtlynx.zoo.prompts import ASSETS, calibration_prompts, demo_prompts
+from rtlynx.io.checkpoint import read_index
+from rtlynx.math.fp8 import quantize_weight
+from rtlynx.math.selection import nm_mask
 
 SMALL = {"images": 2, "steps": 2, "progress": False}
 FILES = {"results.json", "grid.png", "report.html"}

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from rtlynx.derived import Derived
+from rtlynx.nn.cached_tensor import Derived
 
 
 @pytest.fixture

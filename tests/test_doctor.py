@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rtlynx import doctor
-from rtlynx.kernels import jit
+from rtlynx.cli.main import doctor
+from rtlynx.cuda import jit
 
 
 @pytest.fixture

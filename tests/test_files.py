@@ -16,7 +16,7 @@ from saving_helpers import (
     needs_fork,
 )
 
-from rtlynx.files import atomic_file, write_json, write_tensors
+from rtlynx.storage.files import atomic_file, write_json, write_tensors
 
 
 @needs_fork

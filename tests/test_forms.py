@@ -7,11 +7,11 @@ import torch
 from helpers import flux_call, output, relative_error, tiny_flux
 
 from rtlynx import Budget, Recipe, SparseLinear, densify, sparsify
-from rtlynx.inspection import describe
+from rtlynx.cli.inspection import describe
+from rtlynx.math.fp8 import quantize_weight
 from rtlynx.models import sparse_layers
 from rtlynx.models.plan import make_plan
 from rtlynx.models.sparsify import extra_bytes
-from rtlynx.quantization import quantize_weight
 
 DOUBLE = "transformer_blocks.0."
 FP8 = Recipe.immediate(precision="fp8")

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from linear_helpers import PATTERNS, K, N, factors, mask_for, tokens
 
 from rtlynx import Pattern, norm_scale
-from rtlynx.kernels import fp8
-from rtlynx.kernels.choice import scaled_mm_serves
-from rtlynx.kernels.fp8 import (
+from rtlynx.math.fp8 import quantize_tokens, quantize_weight
+from rtlynx.ops import fp8_linear as fp8
+from rtlynx.ops.dispatch import scaled_mm_serves
+from rtlynx.ops.fp8_linear import (
     Fp8Parameters,
     compress_fp8,
     dense_linear_fp8,
@@ -18,7 +19,6 @@ from rtlynx.kernels.fp8 import (
     fold_up,
     linear_fp8,
 )
-from rtlynx.quantization import quantize_tokens, quantize_weight
 
 EVERYTHING = Pattern(1, 1)
 
@@ -138,7 +138,7 @@ def test_half_precision_rounds_the_folded_factors_and_the_result(dtype, lowrank)
 @pytest.mark.parametrize("lowrank", [False, True])
 def test_pytorchs_scaled_product_is_called_for_the_same_function(monkeypatch, bias, lowrank, k):
     """On a CPU, where PyTorch has that product too: scales, transposes and shapes are right."""
-    monkeypatch.setattr("rtlynx.kernels.fp8.scaled_mm_serves", lambda *_: True)
+    monkeypatch.setattr("rtlynx.ops.fp8_linear.scaled_mm_serves", lambda *_: True)
     wide = torch.cat((tokens(N, k), tokens(N, k, seed=8))) / 6  # 48 outputs
     _, up = factors()
     cast = (

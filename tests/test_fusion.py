@@ -18,13 +18,15 @@ from fusion_helpers import give_factors, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error, tiny_flux
 from torch import nn
 
-import rtlynx.linear
-import rtlynx.reading
+import rtlynx.nn.prologue
+import rtlynx.nn.sparse_linear
 from rtlynx import Recipe, densify, sparsify
-from rtlynx.kernels import ops, producers, quantizers
 from rtlynx.models import fusion
 from rtlynx.models.fusion import rotate
-from rtlynx.reading import adaln, read
+from rtlynx.nn.prologue import adaln, read
+from rtlynx.ops import compress_prologues as producers
+from rtlynx.ops import quantize_prologues as quantizers
+from rtlynx.ops import sparse_linear as ops
 
 RECIPES = {
     "bf16": Recipe.immediate(),
@@ -48,9 +50,9 @@ def _served(monkeypatch):
     def serves(x, *_):
         return x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
-    monkeypatch.setattr(rtlynx.linear, "kernels_serve", serves)
-    monkeypatch.setattr(rtlynx.reading, "quantizer_serves", lambda k, x, *_: serves(x))
-    monkeypatch.setattr(rtlynx.reading, "scaled_mm_serves", serves)
+    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", serves)
+    monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_serves", lambda k, x, *_: serves(x))
+    monkeypatch.setattr(rtlynx.nn.prologue, "scaled_mm_serves", serves)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rtlynx import Recipe
-from rtlynx.cli import main
+from rtlynx.cli.inputs import calibration_options, pairs, read_prompts, recipe_of
+from rtlynx.cli.main import main
 from rtlynx.evaluate import demo
-from rtlynx.inputs import calibration_options, pairs, read_prompts, recipe_of
-from rtlynx.pipelines import load_model
+from rtlynx.models.pipelines import load_model
 
 FLUX = ("calibrate", "zoo:flux-emoji", "--out", "x")
 
@@ -255,7 +255,7 @@ def test_any_failure_is_one_line(command, monkeypatch, error, said):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("rtlynx.pipelines.load_model", fail)
+    monkeypatch.setattr("rtlynx.models.pipelines.load_model", fail)
     refused(command("inspect", "zoo:flux-emoji"), 1, said)
     monkeypatch.setenv("RTLYNX_TRACEBACK", "1")
     with pytest.raises(type(error)):
@@ -266,14 +266,14 @@ def test_an_interrupt_is_one_line_and_130(command, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rtlynx.pipelines.load_model", interrupt)
+    monkeypatch.setattr("rtlynx.models.pipelines.load_model", interrupt)
     assert command("inspect", "zoo:flux-emoji") == (130, "", "interrupted\n")
 
 
 def test_a_figure_that_is_infinite_is_null_in_json(command, monkeypatch):
     overview = {"layers": [], "sparse_share": float("nan"), "extra_bytes": float("inf")}
-    monkeypatch.setattr("rtlynx.pipelines.load_model", lambda *_, **__: None)
-    monkeypatch.setattr("rtlynx.inspection.describe", lambda *_, **__: overview)
+    monkeypatch.setattr("rtlynx.models.pipelines.load_model", lambda *_, **__: None)
+    monkeypatch.setattr("rtlynx.cli.inspection.describe", lambda *_, **__: overview)
     code, out, _ = command("inspect", "zoo:flux-emoji", "--json")
     assert code == 0
     assert json.loads(out) == {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rtlynx.kernels import jit
+from rtlynx.cuda import jit
 
 SOURCE = """
 #include "constants.cuh"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtlynx.kernels import jit
+from rtlynx.cuda import jit
 
 INSTANTIATIONS = jit.instantiations()
 

@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rtlynx import Pattern, Recipe, SparseLinear, sparsify
-from rtlynx.call import calling
-from rtlynx.context import SharedInput
-from rtlynx.kernels import choice
-from rtlynx.kernels.fp8 import Fp8Parameters
-from rtlynx.quantization import dequantize, quantize_tokens, quantize_weight
+from rtlynx.math.fp8 import dequantize, quantize_tokens, quantize_weight
+from rtlynx.nn.call import calling
+from rtlynx.nn.input_cache import SharedInput
+from rtlynx.ops import dispatch as choice
+from rtlynx.ops.fp8_linear import Fp8Parameters
 
 EVERYTHING = Pattern(1, 1)
 
@@ -155,7 +155,7 @@ def test_layers_that_read_one_tensor_quantise_it_once(monkeypatch):
         layer.shared_input = shared
     calls = []
     original = quantize_tokens
-    monkeypatch.setattr("rtlynx.kernels.fp8.quantize_tokens", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr("rtlynx.ops.fp8_linear.quantize_tokens", lambda *a: calls.append(1) or original(*a))
     assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))
     assert calls == [1]
     other = SparseLinear.from_linear(linear(), norm="scale")

@@ -11,8 +11,8 @@ from linear_helpers import PATTERNS, RANK, K, N, factors, linear, mask_for, toke
 from torch import nn
 
 from rtlynx import Pattern, SparseLinear
-from rtlynx.context import SharedInput
-from rtlynx.kernels import reference
+from rtlynx.math import reference
+from rtlynx.nn.input_cache import SharedInput
 
 
 @pytest.fixture

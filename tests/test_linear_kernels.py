@@ -12,12 +12,12 @@ import torch._dynamo.testing
 from helpers import by_hand, flux_call, relative_error, slow_mask, tiny_flux
 from torch import nn
 
-import rtlynx.linear
+import rtlynx.nn.sparse_linear
 from rtlynx import Pattern, Recipe, SparseLinear, sparsify
-from rtlynx.call import calling
-from rtlynx.context import SharedInput
-from rtlynx.kernels import choice
 from rtlynx.models import sparse_layers
+from rtlynx.nn.call import calling
+from rtlynx.nn.input_cache import SharedInput
+from rtlynx.ops import dispatch as choice
 
 K, N, RANK = 64, 24, 5
 PATTERNS = {
@@ -32,7 +32,7 @@ LIMIT = 4e-3  # one rounding to bfloat16, and another of T
 def _served(monkeypatch):
     """All bfloat16 calls without gradients are served, on this CPU too."""
     monkeypatch.setattr(
-        rtlynx.linear,
+        rtlynx.nn.sparse_linear,
         "kernels_serve",
         lambda x, *_: x.dtype == torch.bfloat16 and not torch.is_grad_enabled(),
     )
@@ -45,13 +45,13 @@ def calls(monkeypatch):
     """Counts the calls of each operator."""
     count = Counter()
     for name in ("compress", "gemm", "linear"):
-        original = getattr(rtlynx.linear.ops, name)
+        original = getattr(rtlynx.nn.sparse_linear.ops, name)
 
         def counted(*args, name=name, original=original):
             count[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(rtlynx.linear.ops, name, counted)
+        monkeypatch.setattr(rtlynx.nn.sparse_linear.ops, name, counted)
     return count
 
 
@@ -138,7 +138,7 @@ def test_a_quantised_layer_gives_what_plain_pytorch_gives(name, norm, rank, sing
     x = normal(2, 35, K)
     y = layer(x)
     assert calls == ({"linear": 1} if single else {"compress": 1, "gemm": 1})
-    monkeypatch.setattr(rtlynx.linear, "kernels_serve", lambda *_: False)
+    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", lambda *_: False)
     assert relative_error(y, layer(x)) < 1e-3
     assert calls.total() <= 2
 
@@ -153,7 +153,7 @@ def test_changes_of_a_quantised_layers_factors_are_noticed(calls, monkeypatch):
     assert layer._folded.kept is folded
     layer.lowrank_up.mul_(-3)
     by_kernels = layer(x)
-    monkeypatch.setattr(rtlynx.linear, "kernels_serve", lambda *_: False)
+    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", lambda *_: False)
     assert relative_error(by_kernels, layer(x)) < 1e-3
 
 
@@ -171,7 +171,7 @@ def test_autocast_is_served_what_the_product_sees(calls):
 @pytest.mark.parametrize("kernels", [False, True])
 def test_dense_text_rows(rows, single, kernels, calls, monkeypatch):
     if not kernels:
-        monkeypatch.setattr(rtlynx.linear, "kernels_serve", lambda *_: False)
+        monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", lambda *_: False)
     layer = sparse("strided")
     layer.shared_input = SharedInput(single=single)
     x = normal(2, 40, K)
@@ -325,8 +325,10 @@ def test_a_change_of_pattern_is_noticed():
 
 def test_the_weight_is_put_in_order_once(monkeypatch):
     made = []
-    original = rtlynx.linear.compute_order
-    monkeypatch.setattr(rtlynx.linear, "compute_order", lambda *args: made.append(1) or original(*args))
+    original = rtlynx.nn.sparse_linear.compute_order
+    monkeypatch.setattr(
+        rtlynx.nn.sparse_linear, "compute_order", lambda *args: made.append(1) or original(*args)
+    )
     layer, adjacent = sparse("strided"), sparse("adjacent")
     for seed in range(3):
         x = normal(70, K, seed=seed)
@@ -404,7 +406,7 @@ def whole_decision(monkeypatch):
             choice._say_once(reason)
         return reason is None
 
-    monkeypatch.setattr(rtlynx.linear, "kernels_serve", decide)
+    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", decide)
 
 
 @pytest.mark.usefixtures("whole_decision")

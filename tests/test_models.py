@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import nn
 
 from rtlynx import Recipe, SparseLinear, densify, schedule, sparsify
-from rtlynx.kernels import reference
+from rtlynx.math import reference
 from rtlynx.models import make_plan, sparse_layers, state_of
 
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"

@@ -7,7 +7,10 @@ import torch
 from argument_helpers import Call, K, calls, changed
 from torch._subclasses import FakeTensorMode
 
-from rtlynx.kernels import checks, ops, producers, quantizers
+from rtlynx.ops import checks
+from rtlynx.ops import compress_prologues as producers
+from rtlynx.ops import quantize_prologues as quantizers
+from rtlynx.ops import sparse_linear as ops
 
 NAMES = list(calls())
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

@@ -9,10 +9,12 @@ from helpers import by_hand, relative_error, slow_mask
 from torch._subclasses import FakeTensorMode
 
 from rtlynx import Pattern, norm_scale
-from rtlynx.kernels import choice, jit, ops
-from rtlynx.kernels.blocks import compute_order, pack_blocks, unpack_lowrank
-from rtlynx.kernels.fp8 import fold_up
-from rtlynx.quantization import quantize_weight
+from rtlynx.cuda import jit
+from rtlynx.math.fp8 import quantize_weight
+from rtlynx.math.tiles import compute_order, pack_blocks, unpack_lowrank
+from rtlynx.ops import dispatch as choice
+from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.fp8_linear import fold_up
 
 K, N = 64, 24
 PATTERNS = {

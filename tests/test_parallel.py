@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-import rtlynx.linear
+import rtlynx.nn.sparse_linear
 from rtlynx import (
     Pattern,
     Recipe,
@@ -28,8 +28,8 @@ from rtlynx import (
     save,
     sparsify,
 )
+from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.models import sparse_layers
-from rtlynx.quantization import quantize_tokens
 
 LIMIT = 1e-5  # float32, summed in another order
 MODELS = {"flux": (tiny_flux, flux_call), "qwen": (tiny_qwen, qwen_call)}
@@ -111,17 +111,17 @@ def tp_shapes(folder):
     """What a process holds of a low-rank model, and how often an input is compressed."""
     model, call = sparse_after(tensor_parallel, folder, "flux", "refit")
     count = [0]
-    original = rtlynx.linear.reference.compress
+    original = rtlynx.nn.sparse_linear.reference.compress
 
     def counted(*args):
         count[0] += 1
         return original(*args)
 
-    rtlynx.linear.reference.compress = counted
+    rtlynx.nn.sparse_linear.reference.compress = counted
     try:
         output(model, call())
     finally:
-        rtlynx.linear.reference.compress = original
+        rtlynx.nn.sparse_linear.reference.compress = original
     held = {"compressed": torch.tensor(count[0])}
     for name, layer in sparse_layers(model).items():
         for key, tensor in layer.state_dict().items():
@@ -234,7 +234,7 @@ def row_parallel(norm, folder):
 
 def row_by_kernels(precision, rank, folder):
     """The operators that run on a card, here in their CPU implementation."""
-    rtlynx.linear.kernels_serve, original = (lambda *_: True), rtlynx.linear.kernels_serve
+    rtlynx.nn.sparse_linear.kernels_serve, original = (lambda *_: True), rtlynx.nn.sparse_linear.kernels_serve
     try:
         model = cut_by_hand(Pair().bfloat16())
         name = f"pair-{precision}-{rank}"
@@ -246,7 +246,7 @@ def row_by_kernels(precision, rank, folder):
         with torch.no_grad():
             return {"y": model(half)}
     finally:
-        rtlynx.linear.kernels_serve = original
+        rtlynx.nn.sparse_linear.kernels_serve = original
 
 
 def row_gradient(folder):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtlynx import Pattern, nm_mask, norm_scale, pack, unpack
-from rtlynx.pattern import Packed, from_groups, pattern_mask, select, to_groups
+from rtlynx.math.selection import Packed, from_groups, pattern_mask, select, to_groups
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 EXPONENT_BITS = {torch.float32: 0x7F80_0000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}

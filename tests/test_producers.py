@@ -20,9 +20,11 @@ from helpers import relative_error
 from torch._subclasses import FakeTensorMode
 
 from rtlynx import Pattern
-from rtlynx.kernels import chains, ops, producers
-from rtlynx.kernels.blocks import pack_blocks, unpack_blocks
-from rtlynx.kernels.sm90 import compress as host
+from rtlynx.cuda.sm90 import compress as host
+from rtlynx.math.tiles import pack_blocks, unpack_blocks
+from rtlynx.ops import compress_prologues as producers
+from rtlynx.ops import prologues as chains
+from rtlynx.ops import sparse_linear as ops
 
 
 def operator(name):

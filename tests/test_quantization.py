@@ -11,7 +11,7 @@ from helpers import slow_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtlynx.quantization import (
+from rtlynx.math.fp8 import (
     CHANNEL_SCALE_FLOOR,
     MULTIPLIERS,
     TOKEN_SCALE_FLOOR,

@@ -17,13 +17,13 @@ from diffusers import (
 from helpers import flux_call, output, qwen_call, tiny_flux, tiny_qwen, tiny_z_image, z_image_call
 from peft import LoraConfig
 from quantizer_helpers import E4M3, PROJ_OUT, TIMESTEPS, TO_Q, assert_same, config_of, outputs, stored_tensors
+from rtlynx_zoo.pipeline import EmojiPipeline
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import rtlynx.quantizer
+import rtlynx.io.quantizer
 from rtlynx import Recipe, RTLynxConfig, densify, load, save, sparsify
 from rtlynx.models import sparse_layers, state_of
-from rtlynx.zoo.pipeline import EmojiPipeline
 
 
 @pytest.fixture(scope="module")
@@ -192,14 +192,14 @@ def test_no_second_copy_of_the_weights_is_made(made, request, tmp_path, monkeypa
     request.getfixturevalue(made).save_pretrained(tmp_path)
     size = sum(tensor.nbytes for tensor in stored_tensors(tmp_path).values())
     skeletons, new = [], NewBytes()
-    inner = rtlynx.quantizer.RTLynxQuantizer.preprocess_model
+    inner = rtlynx.io.quantizer.RTLynxQuantizer.preprocess_model
 
     def watch(self, model, **kwargs):
         new.total = 0  # until here it is accelerate, whose layers are on the CPU for a moment
         inner(self, model, **kwargs)
         skeletons.append({one.device.type for one in (*model.parameters(), *model.buffers())})
 
-    monkeypatch.setattr(rtlynx.quantizer.RTLynxQuantizer, "preprocess_model", watch)
+    monkeypatch.setattr(rtlynx.io.quantizer.RTLynxQuantizer, "preprocess_model", watch)
     with new:
         FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
     assert skeletons == [{"meta"}]

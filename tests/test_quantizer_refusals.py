@@ -14,7 +14,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from helpers import tiny_flux
 from quantizer_helpers import E4M3, PROJ_OUT, TO_Q, config_of
 
-import rtlynx.quantizer
+import rtlynx.io.quantizer
 from rtlynx import CheckpointError, RTLynxConfig, sparsify
 
 
@@ -138,7 +138,7 @@ def test_ways_around_the_loader_are_refused(folder):
 def test_registering_again_changes_nothing():
     configs, quantizers = dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)
     assert configs["rtlynx"] is RTLynxConfig
-    rtlynx.quantizer.register()
+    rtlynx.io.quantizer.register()
     assert (configs, quantizers) == (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
     assert RTLynxConfig().quant_method.value == RTLynxConfig().quant_method == "rtlynx"
 

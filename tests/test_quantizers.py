@@ -20,10 +20,13 @@ from chain_helpers import (
 )
 from torch._subclasses import FakeTensorMode
 
-from rtlynx.kernels import chains, choice, fp8, quantizers
-from rtlynx.kernels.sm90 import compress, quantize
-from rtlynx.pattern import Pattern
-from rtlynx.quantization import E4M3, quantize_tokens
+from rtlynx.cuda.sm90 import compress, quantize
+from rtlynx.math.fp8 import E4M3, quantize_tokens
+from rtlynx.math.selection import Pattern
+from rtlynx.ops import dispatch as choice
+from rtlynx.ops import fp8_linear as fp8
+from rtlynx.ops import prologues as chains
+from rtlynx.ops import quantize_prologues as quantizers
 
 OPERATORS = ("quantize", *(f"{name}_quantize" for name in NAMES))
 

@@ -18,7 +18,7 @@ import tables
 import update_readme
 from plots import PLOTS
 
-from rtlynx.files import sha256_of
+from rtlynx.storage.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

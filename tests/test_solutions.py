@@ -3,17 +3,17 @@
 import copy
 
 import pytest
+import rtlynx_zoo as zoo
 import torch
 from helpers import relative_error
+from rtlynx_zoo.prompts import ASSETS, calibration_prompts, evaluation_prompts
 
 import rtlynx
-from rtlynx import zoo
-from rtlynx.checkpoint import read_index
 from rtlynx.evaluate.layers import layer_errors
 from rtlynx.evaluate.sampling import sample_and_record
 from rtlynx.evaluate.variants import CALIBRATED
+from rtlynx.io.checkpoint import read_index
 from rtlynx.models import sparse_layers
-from rtlynx.zoo.prompts import ASSETS, calibration_prompts, evaluation_prompts
 
 BRANCHED = ("paper", "refit")  # a low-rank branch in every layer of the image
 BLOCK = "transformer_blocks.1."

@@ -7,8 +7,8 @@ import torch
 
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.solve import RIDGES, solve_joint, solve_layer, solve_lowrank, solve_refit
-from rtlynx.pattern import nm_mask, norm_scale, select
-from rtlynx.quantization import dequantize, quantize_tokens, quantize_weight
+from rtlynx.math.fp8 import dequantize, quantize_tokens, quantize_weight
+from rtlynx.math.selection import nm_mask, norm_scale, select
 
 M, K, N, RANK = 300, 16, 12, 3
 

@@ -21,8 +21,8 @@ from helpers import (
 from torch import nn
 
 from rtlynx import CalibrationOptions, Recipe, calibrate, schedule, sparsify
-from rtlynx.call import calling, current_call, step_of
 from rtlynx.models import sparse_layers
+from rtlynx.nn.call import calling, current_call, step_of
 
 # ---------------------------------------------------------------------------------- which step a call is
 

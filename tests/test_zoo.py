@@ -5,11 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+import rtlynx_zoo as zoo
 import torch
 from PIL import Image
-
-from rtlynx import zoo
-from rtlynx.zoo import features, prompts, text
+from rtlynx_zoo import features, prompts, text
 
 
 @pytest.fixture(scope="module")

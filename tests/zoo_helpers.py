@@ -3,8 +3,7 @@
 import diffusers
 import numpy as np
 import torch
-
-from rtlynx.zoo.pipeline import EmojiPipeline
+from rtlynx_zoo.pipeline import EmojiPipeline
 
 TINY = {
     "flux": dict(num_layers=1, num_single_layers=1, attention_head_dim=32, axes_dims_rope=(8, 12, 12)),
@@ -34,7 +33,7 @@ def seeds(*numbers):
 
 
 def write_archive(file, pictures=8):
-    """Random pictures in the format of rtlynx.zoo.training.data."""
+    """Random pictures in the format of training.data."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 17, pictures)
     np.savez(

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from rtlynx.calibration.solve import Solution
-from rtlynx.linear import SparseLinear
+from rtlynx.math.fp8 import Quantized
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.sparsify import apply_plan
-from rtlynx.quantization import Quantized
+from rtlynx.nn.sparse_linear import SparseLinear
 
 
 def apply_solutions(model: nn.Module, plan: Plan, solutions: Mapping[str, Solution]) -> None:

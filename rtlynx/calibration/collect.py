@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from rtlynx.calibration.calls import CalibrationError, CallStore
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.processes import distributed, world
-from rtlynx.kernels.fp8 import compress_fp8
-from rtlynx.kernels.reference import compress
+from rtlynx.math.reference import compress
 from rtlynx.models.architecture import Architecture
 from rtlynx.models.plan import LayerPlan
+from rtlynx.ops.fp8_linear import compress_fp8
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtlynx.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
+from rtlynx.storage.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
 
 MANIFEST = "calibration.json"
 FORMAT = 2

@@ -12,10 +12,10 @@ from rtlynx.calibration.calls import CalibrationError, Call, CallStore, record_c
 from rtlynx.calibration.folder import WorkFolder, digest
 from rtlynx.calibration.options import CalibrationOptions
 from rtlynx.calibration.processes import rank, world
-from rtlynx.fingerprint import model_fingerprint
+from rtlynx.calibration.progress import ProgressBar
+from rtlynx.models.fingerprint import model_fingerprint
+from rtlynx.models.pipelines import check_call, draw
 from rtlynx.models.plan import Plan
-from rtlynx.pipelines import check_call, draw
-from rtlynx.progress import ProgressBar
 
 
 class Recording:

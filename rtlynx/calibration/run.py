@@ -23,6 +23,7 @@ from rtlynx.calibration.collect import (
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport
 from rtlynx.calibration.processes import agree, rank, world
+from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import Solution, judged, solve_layer
@@ -37,8 +38,7 @@ from rtlynx.models.sparsify import (
     target_model,
 )
 from rtlynx.models.transaction import all_or_none
-from rtlynx.parallel import refuse_parallel
-from rtlynx.progress import ProgressBar
+from rtlynx.nn.tensor_parallel import refuse_parallel
 from rtlynx.recipe import Form, Recipe
 
 TRAINING_TOKENS = 16384

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.calibration.moments import Moments
-from rtlynx.quantization import dequantize, quantize_weight
+from rtlynx.math.fp8 import dequantize, quantize_weight
 
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # Of ridges whose held-out errors are this close to the best, the strongest is taken: pictures prefer it.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rtlynx.kernels.reference import Norm, compress
-from rtlynx.pattern import Pattern
+from rtlynx.math.reference import Norm, compress
+from rtlynx.math.selection import Pattern
 
 LEARNING_RATE = 1e-3
 TOKENS_PER_STEP = 2048

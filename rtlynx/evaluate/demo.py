@@ -10,12 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import rtlynx_zoo as zoo
 import torch
+from rtlynx_zoo.features import real_features
+from rtlynx_zoo.prompts import calibration_prompts, demo_prompts
 from torch import Tensor
 
-import rtlynx
-from rtlynx import zoo
+from rtlynx._version import __version__
 from rtlynx.calibration.calls import Call
+from rtlynx.calibration.progress import ProgressBar
 from rtlynx.evaluate.grid import picture_grid, png_bytes
 from rtlynx.evaluate.layers import (
     activation_distributions,
@@ -27,12 +30,9 @@ from rtlynx.evaluate.metrics import KernelDistance, kid, picture_features, psnr,
 from rtlynx.evaluate.report import render_report
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
 from rtlynx.evaluate.variants import LIVE_PROMPTS, NAMES, Variant, build_variant
-from rtlynx.files import atomic_file, write_json
 from rtlynx.models.plan import make_plan
-from rtlynx.progress import ProgressBar
 from rtlynx.recipe import Recipe
-from rtlynx.zoo.features import real_features
-from rtlynx.zoo.prompts import calibration_prompts, demo_prompts
+from rtlynx.storage.files import atomic_file, write_json
 
 MODEL = "flux-emoji"
 # Two dozen pictures, and as many steps as keep the demo well under five minutes on two cores.
@@ -74,7 +74,7 @@ def run_demo(
     device : str
         Where the transformer runs, in float32.
     model : str
-        One of `rtlynx.zoo.names()`.
+        One of `rtlynx_zoo.names()`.
 
     Returns
     -------
@@ -146,7 +146,7 @@ def run_demo(
         "images": images,
         "seed": seed,
         "variants": rows,
-        "rtlynx": rtlynx.__version__,
+        "rtlynx": __version__,
         "machine": _machine(),
         "transformer": type(transformer).__name__,
         "parameters": sum(p.numel() for p in transformer.parameters()),

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.calibration.calls import Call, CallStore
-from rtlynx.call import calling
-from rtlynx.models.plan import LayerPlan, architecture_of, make_plan
-from rtlynx.models.sparsify import sparse_layers, state_of, target_model
-from rtlynx.pattern import Pattern, pattern_mask, select
-from rtlynx.recipe import Recipe
+from rtlynx.math.selection import Pattern, pattern_mask, select
+from rtlynx.models.plan import LayerPlan, architecture_of
+from rtlynx.nn.call import calling
 
 # Histograms are of entries divided by the root mean square of their tensor; the outer bins take the rest.
 HISTOGRAM_RANGE = 5.0
@@ -147,44 +145,13 @@ def activation_distributions(
     pattern: Pattern | None = None,
 ) -> dict[str, Distribution]:
     """Layer name -> distribution of its inputs in `calls`. Layers that read one tensor share one object."""
-    with _distributions(model, layers, pattern or Pattern(), histogram=True) as found:
+    with distributions(model, layers, pattern or Pattern(), histogram=True) as found:
         _replay(model, calls)
     return found
 
 
-def activation_energy_kept(
-    pipeline: Any, prompts: Sequence[str], *, pipeline_kwargs: Mapping[str, Any] | None = None
-) -> dict[str, float]:
-    """Share of the energy of each candidate layer's input that 2:4 (adjacent) keeps, while drawing prompts.
-
-    Parameters
-    ----------
-    pipeline : diffusers pipeline
-        Dense. Candidates whose inputs do not split into groups of 4, or that did not run, are left out.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is a bare model, which cannot draw prompts, or sparse already, or its transformer did not run.
-    """
-    if isinstance(pipeline, nn.Module):
-        raise TypeError("a bare transformer cannot draw prompts: give a pipeline folder")
-    model = target_model(pipeline)
-    if state_of(model) is not None or sparse_layers(model):
-        raise ValueError(f"{type(model).__name__} is sparse: activations are measured in the dense model")
-    from rtlynx.evaluate.sampling import sample_pictures
-
-    layers = make_plan(model, Recipe(grouping="adjacent")).layers
-    with _distributions(model, layers, Pattern(), histogram=False) as found:
-        sample_pictures(pipeline, prompts, pipeline_kwargs=pipeline_kwargs)
-    shares = {name: one.share for name, one in found.items() if one.total}
-    if found and not shares:
-        raise ValueError(f"no layer of {type(model).__name__} ran while the pipeline drew the prompts")
-    return shares
-
-
 @contextmanager
-def _distributions(
+def distributions(
     model: nn.Module, layers: Sequence[LayerPlan], pattern: Pattern, *, histogram: bool
 ) -> Iterator[dict[str, Distribution]]:
     """Distributions of layer inputs that fill while the model runs, one for each distinct input."""

@@ -119,7 +119,7 @@ def _jackknife_variance(without: Tensor) -> Tensor:
 
 def retrieval(features: Tensor, prompts: Sequence[str]) -> float:
     """Share of samples (features (n, 128) of unit length) whose nearest real picture is the prompted one."""
-    from rtlynx.zoo.features import retrieve
+    from rtlynx_zoo.features import retrieve
 
     if len(features) != len(prompts) or not prompts:
         raise ValueError(f"{len(features)} samples for {len(prompts)} prompts")
@@ -130,7 +130,7 @@ def retrieval(features: Tensor, prompts: Sequence[str]) -> float:
 @torch.no_grad()
 def picture_features(pictures: Tensor, *, batch_size: int = 32) -> Tensor:
     """Features (n, 128), unit length, of pictures (n, 3, 64, 64) in [0, 1], by the zoo's feature network."""
-    from rtlynx.zoo.features import load_feature_network
+    from rtlynx_zoo.features import load_feature_network
 
     network = load_feature_network()
     return torch.cat([network(part.float().cpu()) for part in pictures.split(batch_size)])

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.calibration.calls import Call, calls_by_step, chosen_steps
+from rtlynx.calibration.progress import ProgressBar
 from rtlynx.evaluate.layers import layer_errors, mean_error
 from rtlynx.evaluate.metrics import psnr, ssim
+from rtlynx.models.pipelines import check_call, draw
 from rtlynx.models.plan import architecture_of
 from rtlynx.models.sparsify import sparse_layers, target_model
-from rtlynx.pipelines import check_call, draw
-from rtlynx.progress import ProgressBar
 
 # Sampling steps of each batch at which layer inputs are compared.
 COMPARED_STEPS = 2

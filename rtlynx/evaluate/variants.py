@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from rtlynx.calibration import CalibrationOptions, calibrate
-from rtlynx.checkpoint import load
+from rtlynx.io.checkpoint import load
+from rtlynx.math.selection import Pattern, pattern_mask, select
 from rtlynx.models.plan import make_plan
 from rtlynx.models.sparsify import sparse_layers, sparsify, target_model
-from rtlynx.pattern import Pattern, pattern_mask, select
 from rtlynx.recipe import Form, Recipe
 
 NAMES = (

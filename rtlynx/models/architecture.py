@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from rtlynx.call import TextRows
+from rtlynx.nn.call import TextRows
 
 Role = Literal["attention-in", "attention-out", "mlp-up", "mlp-down", "single-out", "linear"]
 Stream = Literal["image", "text", "joint"]
@@ -61,8 +61,8 @@ class Architecture:
     class_name : the model's class name.
     descending : whether the `timestep` argument falls while sampling.
     text_rows : maps the model's call (argument name -> value) to the range of text tokens in joint blocks.
-    fused : class name of a block -> a `forward` of it that lets linear layers read chains (`rtlynx.reading`);
-        its arguments are the block, its class's own forward, and what that takes.
+    fused : class name of a block -> a `forward` of it that lets linear layers read chains
+        (`rtlynx.nn.prologue`); its arguments are the block, its class's own forward, and what that takes.
     """
 
     class_name: str

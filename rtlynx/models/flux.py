@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, LayerRule, TextRows
 from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
-from rtlynx.reading import adaln, beside_activated, read
+from rtlynx.nn.prologue import adaln, beside_activated, read
 
 DOUBLE = "transformer_blocks.*"
 SINGLE = "single_transformer_blocks.*"

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rtlynx.compressed import PreparedInput
-from rtlynx.linear import SparseLinear
 from rtlynx.models.architecture import Architecture
-from rtlynx.reading import Chain, activated, adaln, read, untouched
+from rtlynx.nn.prepared import PreparedInput
+from rtlynx.nn.prologue import Chain, activated, adaln, read, untouched
+from rtlynx.nn.sparse_linear import SparseLinear
 
 
 def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
@@ -107,7 +107,7 @@ _HANDING_ON = {
 
 
 def read_by_attention(attn: Any, chain: Chain, *layers: nn.Module) -> Tensor | PreparedInput:
-    """`rtlynx.reading.read` for layers that `attn` calls with its input; others' processors get tensors."""
+    """`rtlynx.nn.prologue.read` for layers that `attn` calls with its input; other processors get tensors."""
     if type(attn.processor).__name__ in _HANDING_ON and untouched(attn):
         return read(chain, *layers)
     return chain.dense()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from rtlynx.linear import SparseLinear
+from rtlynx.nn.sparse_linear import SparseLinear
 
 
 def guard(model: nn.Module) -> None:

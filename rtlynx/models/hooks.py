@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rtlynx.call import CallState, enter_call, leave_call, step_of
 from rtlynx.models.guards import refuse_adapters, refuse_merged
 from rtlynx.models.plan import Plan
-from rtlynx.parallel import local_text_rows
+from rtlynx.nn.call import CallState, enter_call, leave_call, step_of
+from rtlynx.nn.tensor_parallel import local_text_rows
 
 
 def register_hooks(model: nn.Module, plan: Plan) -> list[Any]:

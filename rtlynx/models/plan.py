@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from rtlynx.kernels.reference import Norm
+from rtlynx.math.reference import Norm
+from rtlynx.math.selection import Pattern
 from rtlynx.models.architecture import STRIDED_ROLES, Architecture, Candidate
 from rtlynx.models.flux import FLUX
 from rtlynx.models.generic import GENERIC
 from rtlynx.models.guards import foreign_reason, refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.z_image import Z_IMAGE
-from rtlynx.pattern import Pattern
 from rtlynx.recipe import Form, Recipe
 
 ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, QWEN_IMAGE, Z_IMAGE)}

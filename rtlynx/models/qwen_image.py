@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.compressed import PreparedInput
 from rtlynx.models.architecture import Architecture, LayerRule
 from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, read_by_attention
-from rtlynx.reading import adaln
+from rtlynx.nn.prepared import PreparedInput
+from rtlynx.nn.prologue import adaln
 
 BLOCK = "transformer_blocks.*"
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtlynx.context import SharedInput
-from rtlynx.fingerprint import base_tensors, records, weight_fingerprint
-from rtlynx.linear import SparseLinear
+from rtlynx.models.fingerprint import base_tensors, records, weight_fingerprint
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
 from rtlynx.models.hooks import register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.models.transaction import all_or_none
-from rtlynx.parallel import TensorParallelLinear, shards_of
+from rtlynx.nn.input_cache import SharedInput
+from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.nn.tensor_parallel import TensorParallelLinear, shards_of
 from rtlynx.recipe import Recipe
 
 # Attribute of a sparse model that holds its `SparseState`.

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rtlynx.compressed import PreparedInput
 from rtlynx.models.architecture import Architecture, LayerRule, Stream, TextRows
 from rtlynx.models.fusion import attend, follows, heads, read_by_attention
-from rtlynx.reading import read, rmsnorm, silu_gated, untouched
+from rtlynx.nn.prepared import PreparedInput
+from rtlynx.nn.prologue import read, rmsnorm, silu_gated, untouched
 
 # Z-Image pads the tokens of each picture and caption to a multiple of this (SEQ_MULTI_OF in diffusers).
 TOKEN_MULTIPLE = 32

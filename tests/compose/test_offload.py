@@ -6,10 +6,10 @@ import torch
 from compose_helpers import adapter, refit, sparse_flux
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import flux_call, output, relative_error, tiny_flux
+from rtlynx_zoo.pipeline import EmojiPipeline
 
 from rtlynx import Recipe, calibrate, sparsify, zoo
 from rtlynx.models import sparse_layers
-from rtlynx.zoo.pipeline import EmojiPipeline
 
 GROUPS = {
     "blocks": {"offload_type": "block_level", "num_blocks_per_group": 1},

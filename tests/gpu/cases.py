@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rtlynx import Pattern
-from rtlynx.kernels import ops
-from rtlynx.kernels.blocks import compute_order, pack_blocks, pack_blocks_fp8, unpack_lowrank
-from rtlynx.pattern import pattern_mask
-from rtlynx.quantization import quantize_tokens, quantize_weight
+from rtlynx.math.fp8 import quantize_tokens, quantize_weight
+from rtlynx.math.selection import pattern_mask
+from rtlynx.math.tiles import compute_order, pack_blocks, pack_blocks_fp8, unpack_lowrank
+from rtlynx.ops import sparse_linear as ops
 
 LIMIT = 2.5e-3  # of Y; rounding to bfloat16 alone is 1.7e-3
 LIMIT_FP8 = 3e-3  # on the same quantised operands: tensor cores add e4m3 products to fewer bits
@@ -168,7 +168,7 @@ class Expected:
 
 
 def expect(x: Tensor, pattern: Pattern, fp8: bool = False) -> Expected:
-    """Selection and norm scale of X (M, K), by `rtlynx.pattern` and in float64."""
+    """Selection and norm scale of X (M, K), by `rtlynx.math.selection` and in float64."""
     mask = pattern_mask(x, pattern)
     wide = x.double()
     kept = torch.where(mask, wide, 0.0)

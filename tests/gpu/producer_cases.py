@@ -16,9 +16,10 @@ from cases import FEW, Case, check_compressed, expect, poisoned
 from torch import Tensor
 
 from rtlynx import Pattern
-from rtlynx.kernels import chains, producers
-from rtlynx.kernels.blocks import format_of
-from rtlynx.kernels.sm90.compress import CompressOptions
+from rtlynx.cuda.sm90.compress import CompressOptions
+from rtlynx.math.tiles import format_of
+from rtlynx.ops import compress_prologues as producers
+from rtlynx.ops import prologues as chains
 
 NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
 MODULATED = ("adaln", "rmsnorm")

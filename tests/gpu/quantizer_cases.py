@@ -1,6 +1,6 @@
 """One call of a quantiser as a value: its inputs, what must come out, and the comparison.
 
-A matrix is compared bit for bit with `rtlynx.quantization.quantize_tokens`. Of a chain, the dense tensor that
+A matrix is compared bit for bit with `rtlynx.math.fp8.quantize_tokens`. Of a chain, the dense tensor that
 the kernel writes in its test mode is compared with float64, as for producers, and the rest with that tensor.
 """
 
@@ -18,8 +18,9 @@ from cases import Case, poisoned
 from producer_cases import ProducerCase, assert_same_bits, check_chain
 from torch import Tensor
 
-from rtlynx.kernels import chains, quantizers
-from rtlynx.quantization import E4M3, quantize_tokens
+from rtlynx.math.fp8 import E4M3, quantize_tokens
+from rtlynx.ops import prologues as chains
+from rtlynx.ops import quantize_prologues as quantizers
 
 MATRIX = "matrix"
 NAMES = (MATRIX, *producer_cases.NAMES)

@@ -20,9 +20,9 @@ from cases import Case, check
 from producer_cases import ProducerCase
 from quantizer_cases import QuantizerCase
 
-from rtlynx.kernels import tuning
-from rtlynx.kernels.blocks import FP8
-from rtlynx.kernels.sm90 import gemm
+from rtlynx.cuda import tuning
+from rtlynx.cuda.sm90 import gemm
+from rtlynx.math.tiles import FP8
 
 # Of products: fewer than a card runs, so that small shapes are several tiles each and share some.
 CTAS = 6

@@ -11,7 +11,7 @@ from fusion_helpers import give_factors, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error
 
 from rtlynx import Recipe, sparsify
-from rtlynx.compressed import CompressedInput, MixedInput, PreparedInput, QuantizedInput
+from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 
 pytestmark = pytest.mark.gpu
 

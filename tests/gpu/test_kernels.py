@@ -1,4 +1,4 @@
-"""The kernels on a Hopper card against `rtlynx.pattern` bit for bit and against float64."""
+"""The kernels on a Hopper card against `rtlynx.math.selection` bit for bit and against float64."""
 
 import itertools
 import random
@@ -24,9 +24,9 @@ from cases import (
 )
 
 from rtlynx import Pattern
-from rtlynx.bench.shapes import SHAPES
-from rtlynx.kernels import ops
-from rtlynx.kernels.blocks import compute_order
+from rtlynx.math.tiles import compute_order
+from rtlynx.ops import sparse_linear as ops
+from rtlynx.timing.shapes import SHAPES
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from rtlynx import Pattern, SparseLinear
-from rtlynx.call import calling
-from rtlynx.context import SharedInput
-from rtlynx.kernels import choice, fp8
-from rtlynx.kernels.choice import kernels_serve
+from rtlynx.nn.call import calling
+from rtlynx.nn.input_cache import SharedInput
+from rtlynx.ops import dispatch as choice
+from rtlynx.ops import fp8_linear as fp8
+from rtlynx.ops.dispatch import kernels_serve
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [

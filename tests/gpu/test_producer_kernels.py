@@ -20,7 +20,7 @@ from producer_cases import (
     with_changes,
 )
 
-from rtlynx.kernels import producers
+from rtlynx.ops import compress_prologues as producers
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [

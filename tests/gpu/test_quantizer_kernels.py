@@ -12,10 +12,12 @@ from producer_cases import MODULATED, MODULATIONS, misaligned, with_changes
 from quantizer_cases import MATRIX, NAMES, QuantizerCase, check, compare, make_inputs, operator
 
 from rtlynx import Pattern, SparseLinear
-from rtlynx.compressed import QuantizedInput
-from rtlynx.kernels import choice, fp8, quantizers
-from rtlynx.kernels.sm90.quantize import MAX_COLUMNS
-from rtlynx.reading import activated, read
+from rtlynx.cuda.sm90.quantize import MAX_COLUMNS
+from rtlynx.nn.prepared import QuantizedInput
+from rtlynx.nn.prologue import activated, read
+from rtlynx.ops import dispatch as choice
+from rtlynx.ops import fp8_linear as fp8
+from rtlynx.ops import quantize_prologues as quantizers
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [

@@ -5,10 +5,9 @@ from helpers import tiny_flux
 from make_variant import Calibration
 from measure import Study
 from picture_figures import Judges
+from rtlynx_zoo.pipeline import EmojiPipeline
+from rtlynx_zoo.prompts import ASSETS, calibration_prompts, demo_prompts
 from study_model import StudyModel
-
-from rtlynx.zoo.pipeline import EmojiPipeline
-from rtlynx.zoo.prompts import ASSETS, calibration_prompts, demo_prompts
 
 STEPS = 3
 SMALL = Calibration(steps=2, recorded=1, batch_size=4, prompts=4, train_steps=5)

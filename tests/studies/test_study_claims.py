@@ -12,7 +12,7 @@ from measure import write_atlas
 from PIL import Image
 from plots import pareto, write_plots
 
-from rtlynx.files import sha256_of
+from rtlynx.storage.files import sha256_of
 
 # Invented: name -> PSNR, modelled milliseconds, layer error.
 INVENTED = {

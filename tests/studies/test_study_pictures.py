@@ -9,10 +9,9 @@ import pytest
 import torch
 from perceptual import Vgg16Stages, distances, load_arrays
 from picture_figures import Judges, frechet, picture_groups, thin_strokes
+from rtlynx_zoo.features import real_features
+from rtlynx_zoo.prompts import all_prompts
 from torch import nn
-
-from rtlynx.zoo.features import real_features
-from rtlynx.zoo.prompts import all_prompts
 
 
 def rand(*shape, seed=0):

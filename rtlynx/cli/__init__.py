@@ -1,0 +1,1 @@
+"""The command line. `main` needs the standard library alone."""

@@ -1,0 +1,1 @@
+"""Kernels for Hopper cards: compiled at first use (`jit`), kept on disk (`cache`), launched (`driver`)."""

@@ -1,0 +1,402 @@
+"""Save what rtlynx did to a model, and do it to the same base model again.
+
+A checkpoint is a folder: `rtlynx.json` (recipe, layers, digests) and `rtlynx.safetensors` (low-rank factors,
+refitted weights, quantised weights and their scales, in natural column order). It goes onto the base model
+that it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtlynx._version import __version__
+from rtlynx.calibration.apply import apply_solutions
+from rtlynx.calibration.solve import Solution
+from rtlynx.io.schema import check_schema, check_values, stored_pattern, wrong_numbers
+from rtlynx.models.fingerprint import base_tensors, records, same, weight_fingerprint
+from rtlynx.models.guards import refuse_foreign, refuse_meta, refuse_prepared
+from rtlynx.models.plan import Plan, make_plan
+from rtlynx.models.sparsify import sparse_layers, state_of, target_model
+from rtlynx.models.transaction import all_or_none
+from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.nn.tensor_parallel import refuse_parallel, shards_of
+from rtlynx.recipe import Recipe
+from rtlynx.storage.checkpoint_folder import (
+    INDEX,
+    TENSORS,
+    check_replaceable,
+    replaced_checkpoint,
+    tensors_of,
+    while_unchanged,
+)
+from rtlynx.storage.files import (
+    CheckpointError,
+    open_regular,
+    read_json,
+    read_tensors,
+    sha256_of,
+    write_json,
+    write_tensors,
+)
+
+# Version 2 knows fp8 layers.
+FORMAT_VERSION = 2
+# Most that safetensors takes for the header of a file.
+_HEADER = 100 << 20
+
+
+def save(model_or_pipeline: Any, folder: str | Path) -> None:
+    """Save what makes a model sparse: recipe, low-rank factors, refitted and quantised weights.
+
+    Parameters
+    ----------
+    model_or_pipeline : a model that `sparsify`, `calibrate` or `load` made sparse, or its pipeline.
+    folder : created, or its checkpoint replaced, also through a link. It is whole at every moment: readers,
+        and whoever comes after a kill, find the older checkpoint or the new one. Several may save to it at
+        once; one of theirs stays.
+
+    Raises
+    ------
+    ValueError
+        If the model is not sparse or sharded by tensor parallelism, or an adapter wraps a layer. If any
+        tensor that the file does not hold has changed since the model was made sparse (a fused adapter,
+        training): the change would be lost.
+    FileExistsError
+        If the folder holds anything that `save` did not write.
+    OSError
+        If it cannot be written: found before any work where that can be known. Nothing is left behind then.
+    """
+    model = target_model(model_or_pipeline)
+    body = describe(model)
+    check_replaceable(Path(folder))
+    layers = sparse_layers(model)
+    _refuse_changes(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if layer.weight_scale is not None:
+            tensors[f"{name}.weight_scale"] = layer.weight_scale
+        if layer.refitted or layer.precision == "fp8":
+            tensors[f"{name}.weight"] = layer.weight
+        if layer.lowrank_down is not None and layer.lowrank_up is not None:
+            tensors[f"{name}.lowrank_down"] = layer.lowrank_down
+            tensors[f"{name}.lowrank_up"] = layer.lowrank_up
+    _refuse_unreadable(layers, tensors)
+    with replaced_checkpoint(Path(folder)) as new:
+        write_tensors(new / TENSORS, tensors, {"format": "rtlynx"})
+        write_json(new / INDEX, signed({**body, "tensors_sha256": sha256_of(new / TENSORS)}))
+
+
+def _refuse_changes(model: nn.Module) -> None:
+    """ValueError unless all that `load` will take from the base model is still what it was there."""
+    state = state_of(model)
+    assert state is not None
+    offloaded = [name for name, tensor in model.state_dict().items() if getattr(tensor, "is_meta", False)]
+    if offloaded:
+        raise ValueError(f"{offloaded[0]} is on 'meta' (offloaded?): remove the offloading, then save")
+    if state.tensors:
+        found = records(base_tensors(model))
+        changed = [
+            name
+            for name, one in found.items()
+            if name not in state.tensors or not same(state.tensors[name], one)
+        ]
+    else:  # it was loaded from files that say less
+        weights = {f"{name}.weight": layer for name, layer in sparse_layers(model).items()}
+        changed = [
+            name
+            for name, layer in weights.items()
+            if not layer.refitted
+            and layer.precision == "bf16"
+            and weight_fingerprint(layer.weight) != state.base[name.removesuffix(".weight")]
+        ]
+    if changed:
+        layer, _, kind = changed[0].rpartition(".")
+        more = f" and {len(changed) - 1} more tensors have" if len(changed) > 1 else " has"
+        raise ValueError(
+            f"the {kind} of {layer or 'the model'}{more} changed since the model was made sparse (a merged "
+            "adapter? training?), and a checkpoint holds only what making it sparse changed: save_pretrained "
+            "saves all weights; or merge into the dense model, then make it sparse"
+        )
+
+
+def _refuse_unreadable(layers: dict[str, SparseLinear], tensors: dict[str, Tensor]) -> None:
+    """ValueError for tensors that `load` would refuse."""
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        quantised, own = layers[name].precision == "fp8", layers[name].compute_dtype or tensor.dtype
+        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own)
+        if wrong is not None:
+            raise ValueError(f"{key} {wrong}, and a checkpoint of that could not be loaded")
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """How a model is sparse, in JSON values: recipe, layers, digests of their original weights.
+
+    Raises
+    ------
+    ValueError
+        If the model is not sparse or is spread over processes, or an adapter wraps a sparse layer.
+    """
+    state = state_of(model)
+    if state is None:
+        raise ValueError(
+            f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
+        )
+    refuse_parallel(model, "save it before it is sharded (load goes onto sharded models too)", context=False)
+    layers = sparse_layers(model)
+    for name in layers:
+        if name not in state.base:
+            raise ValueError(f"{name} is not where it was made sparse: detach adapters before saving")
+    gone = [name for name in state.tensors or () if name not in model.state_dict()]
+    if gone:
+        raise ValueError(f"{gone[0]} is not where it was: detach adapters before saving")
+    return {
+        "format": "rtlynx",
+        "version": FORMAT_VERSION,
+        "rtlynx": __version__,
+        "model": type(model).__name__,
+        "recipe": state.plan.recipe.to_dict(),
+        "layers": {name: _describe(layer, state.base[name]) for name, layer in layers.items()},
+        "dense": {one.name: one.dense_reason for one in state.plan.layers if one.name not in layers},
+        **({"base_tensors": dict(sorted(state.tensors.items()))} if state.tensors else {}),
+    }
+
+
+def signed(body: dict[str, Any]) -> dict[str, Any]:
+    """`body` with its digest, as `check_index` wants it."""
+    return {**body, "sha256": _digest(body)}
+
+
+def load(model_or_pipeline: Any, folder: str | Path) -> Any:
+    """Make a dense model sparse as a checkpoint says, in place.
+
+    A model that diffusers' tensor parallelism has sharded takes its shards; all processes call this.
+
+    Returns
+    -------
+    The same object.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is missing or damaged, or was made for another architecture, shape, version or other
+        weights. The model is then unchanged.
+    ValueError
+        If the model is sparse already, on "meta", or prepared in a way that has to come after; or groups
+        reach over tensor-parallel shards (`Recipe.tp_degree`).
+    """
+    model = target_model(model_or_pipeline)
+    if state_of(model) is not None or sparse_layers(model):
+        raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
+    refuse_prepared(model)
+    refuse_meta(model)
+    folder = Path(folder)
+    with all_or_none(model):
+        plan, solutions = while_unchanged(folder, lambda: _read_folder(model, folder))
+        apply_solutions(model, plan, solutions)
+    return model_or_pipeline
+
+
+def _read_folder(model: nn.Module, folder: Path) -> tuple[Plan, dict[str, Solution]]:
+    return _read(model, read_index(folder), folder)
+
+
+def _read(model: nn.Module, index: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Solution]]:
+    """The plan and the solutions of a checkpoint for `model`, all checked."""
+    plan = stored_plan(model, index, folder)
+    _check_base(model, index, folder)
+    path, layers = tensors_of(folder, index), index["layers"]
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    if size > _HEADER + sum(map(_most_bytes, layers.values())):
+        raise CheckpointError(f"{path} is damaged: its {size} bytes are more than its layers can fill")
+    if sha256_of(path) != index["tensors_sha256"]:
+        raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
+    tensors, _ = read_tensors(path)
+    solutions = {}
+    for name, entry in layers.items():
+        linear: Any = model.get_submodule(name)
+        solutions[name] = _stored_solution(name, entry, tensors, path, linear.weight.dtype)
+    if tensors:
+        raise CheckpointError(f"{path} holds {sorted(tensors)[0]!r}, which {INDEX} does not know")
+    return plan, solutions
+
+
+def _most_bytes(entry: dict[str, Any]) -> int:
+    """Of the tensors of one layer, in the widest numbers."""
+    k, n, rank = entry["in_features"], entry["out_features"], entry["rank"]
+    return 8 * (k * n + rank * (k + n) + n)
+
+
+def _check_base(model: nn.Module, index: dict[str, Any], folder: Path) -> None:
+    """CheckpointError unless `model` is the base model that the checkpoint was made of."""
+    stored = index.get("base_tensors", {})
+    found = records(base_tensors(model)) if stored else {}
+    shards = shards_of(model, index["layers"])
+    for name, entry in index["layers"].items():
+        linear: Any = model.get_submodule(name)
+        if name in shards:
+            # Other tensor-parallel shards than these are not checked: gathering them for that alone is slow.
+            linear = shards[name].whole_linear(linear)
+            whole = {f"{name}.{kind}": one for kind, one in linear._parameters.items() if one is not None}
+            found.update(records(whole) if stored else {})
+        # The short one is for old files. It is exact, and a cast to float16 is not.
+        if f"{name}.weight" not in stored and weight_fingerprint(linear.weight) != entry["base"]:
+            raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
+    if not stored:
+        return
+    for name in stored.keys() - model.state_dict().keys():
+        raise CheckpointError(f"{folder} was made for another architecture: this model has no {name}")
+    for name, one in found.items():
+        if name not in stored:
+            raise CheckpointError(f"{folder} was made for another architecture: its base model has no {name}")
+        if not same(stored[name], one):
+            raise CheckpointError(f"{folder} was made for other weights: {name} differs from its base model")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The checked `rtlynx.json` of a checkpoint folder.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing, damaged, or of another version.
+    """
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} is not a folder")
+    path = folder / INDEX
+    index = read_json(path)
+    check_index(index, path)
+    return index
+
+
+def check_index(index: Any, path: Path, *, whole_model: bool = False) -> None:
+    """CheckpointError unless `index`, which was read from `path`, is what `signed(describe(...))` gave.
+
+    `whole_model` tells that of a model that `save_pretrained` saved, which says more.
+    """
+    if not isinstance(index, dict) or index.get("format") != "rtlynx":
+        raise CheckpointError(f"{path} is not an rtlynx checkpoint")
+    check_values(index, path)
+    version = index.get("version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        newer = type(version) is int and version > FORMAT_VERSION
+        raise CheckpointError(
+            f"{path} is of format version {version}, this rtlynx reads versions 1 to {FORMAT_VERSION}"
+            + (f": it was saved by rtlynx {index.get('rtlynx')}, upgrade to that" if newer else "")
+        )
+    body = {key: value for key, value in index.items() if key != "sha256"}
+    if index.get("sha256") != _digest(body):
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest")
+    check_schema(index, path, whole_model=whole_model)
+
+
+def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "pattern": asdict(layer.pattern),
+        "norm": layer.norm,
+        "precision": layer.precision,
+        "rank": layer.rank,
+        "refitted": layer.refitted,
+        "base": base,
+    }
+
+
+def _check_layers(model: nn.Module, layers: dict[str, Any], folder: Path) -> None:
+    try:
+        refuse_foreign(model, layers)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not fit this model: {error}") from None
+    modules = dict(model.named_modules())
+    for name, entry in layers.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(
+                f"{folder} was made for another architecture: this model has no linear {name}"
+            )
+        expected = (entry["in_features"], entry["out_features"])
+        found = (linear.in_features, linear.out_features)
+        if found != expected:
+            raise CheckpointError(
+                f"{folder} was made for another size: {name} maps {expected[0]} -> {expected[1]} there, "
+                f"{found[0]} -> {found[1]} here"
+            )
+
+
+def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
+    """The plan of a checkpoint for a dense model of the right class and shapes, which may be on "meta".
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint was made for another architecture or size.
+    """
+    if index["model"] != type(model).__name__:
+        raise CheckpointError(f"{folder} was made for {index['model']}, this is {type(model).__name__}")
+    _check_layers(model, index["layers"], folder)
+    try:
+        plan = make_plan(model, Recipe.from_dict(index["recipe"]))
+    except ValueError as error:
+        raise CheckpointError(f"{folder} does not fit this model: {error}") from None
+    unknown = index["layers"].keys() - {layer.name for layer in plan.layers}
+    if unknown:
+        raise CheckpointError(f"{folder} makes layers sparse that cannot be: {', '.join(sorted(unknown))}")
+    layers = []
+    for layer in plan.layers:
+        entry = index["layers"].get(layer.name)
+        if entry is None:
+            reason = index["dense"].get(layer.name) or "not in the checkpoint"
+            layers.append(layer.dense(reason))
+            continue
+        layers.append(
+            replace(
+                layer,
+                pattern=stored_pattern(entry),
+                norm=entry["norm"],
+                rank=entry["rank"],
+                precision=entry.get("precision", "bf16"),  # version 1 knew no other
+                dense_reason=None,
+            )
+        )
+    return replace(plan, layers=tuple(layers))
+
+
+def _stored_solution(
+    name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Path, own: torch.dtype
+) -> Solution:
+    """The solution of one layer, checked; its tensors are taken out of `tensors`."""
+    k, n, rank = entry["in_features"], entry["out_features"], entry["rank"]
+    quantised = entry.get("precision") == "fp8"
+
+    def stored(kind: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = tensors.pop(f"{name}.{kind}", None)
+        if tensor is None:
+            raise CheckpointError(f"{path} lacks the tensor {name}.{kind}")
+        if tensor.shape != shape:
+            raise CheckpointError(f"{path}: {name}.{kind} is {tuple(tensor.shape)}, should be {shape}")
+        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own)
+        if wrong is not None:
+            raise CheckpointError(f"{path}: {name}.{kind} {wrong}")
+        return tensor
+
+    return Solution(
+        weight=stored("weight", (n, k)) if entry["refitted"] or quantised else None,
+        scale=stored("weight_scale", (n,)) if quantised else None,
+        refitted=entry["refitted"],
+        down=stored("lowrank_down", (rank, k)) if rank else None,
+        up=stored("lowrank_up", (n, rank)) if rank else None,
+    )
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

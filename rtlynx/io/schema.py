@@ -1,0 +1,212 @@
+"""What the index of a checkpoint may say. All of it is checked here before anything uses any of it.
+
+The index is `rtlynx.json`, or the `quantization_config` of a model's `config.json`, which other JSON readers
+have read: they let NaN pass, and integers of any size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtlynx.math.fp8 import E4M3
+from rtlynx.math.selection import Pattern
+from rtlynx.models.fingerprint import RECORD
+from rtlynx.recipe import Recipe
+from rtlynx.storage.files import CheckpointError, first_line
+
+_DEPTH, _ITEMS, _LONGEST = 16, 1 << 20, 4096
+_LARGEST = 2**53
+# Of layers: far beyond any model, and small enough that no product of two overflows.
+_MOST_FEATURES, _MOST_RANK, _MOST_GLOBS, _LONGEST_NAME = 1 << 24, 1 << 20, 1000, 500
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+# A check of one value, and what it should be.
+_Check = tuple[Callable[[Any], bool], str]
+
+
+def _whole(least: int, most: int) -> _Check:
+    return lambda value: type(value) is int and least <= value <= most, f"a whole number {least} to {most}"
+
+
+def _one_of(*names: str) -> _Check:
+    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
+
+
+def _text(pattern: str, what: str) -> _Check:
+    return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value)), what
+
+
+_FLAG: _Check = (lambda value: isinstance(value, bool), "true or false")
+_MAPPING: _Check = (lambda value: isinstance(value, dict), "an object")
+_NAME = _text(rf".{{1,{_LONGEST_NAME}}}", "a name")
+_DIGEST = _text("[0-9a-f]{16}", "a digest of 16 digits")
+
+_INDEX: dict[str, _Check] = {
+    "rtlynx": _NAME,
+    "model": _NAME,
+    "recipe": _MAPPING,
+    "layers": _MAPPING,
+    "dense": _MAPPING,
+}
+_SIDECAR: dict[str, _Check] = {"tensors_sha256": _text("[0-9a-f]{64}", "a digest of 64 digits")}
+_LAYER: dict[str, _Check] = {
+    "in_features": _whole(1, _MOST_FEATURES),
+    "out_features": _whole(1, _MOST_FEATURES),
+    "pattern": _MAPPING,
+    "norm": _one_of("none", "scale", "paper"),
+    "precision": _one_of("bf16", "fp8"),
+    "rank": _whole(0, _MOST_RANK),
+    "refitted": _FLAG,
+    "base": _DIGEST,
+}
+_STORED_LAYER: dict[str, _Check] = {"weight": _DIGEST, "weight_dense": _FLAG}
+_PATTERN: dict[str, _Check] = {
+    "n": _whole(1, _MOST_FEATURES),
+    "m": _whole(1, _MOST_FEATURES),
+    "grouping": _one_of("adjacent", "strided"),
+    "parts": (lambda value: type(value) is int or isinstance(value, list), "a number or a list of widths"),
+}
+# Name -> what each value of a mapping is. Old files have none of these.
+_TABLES: dict[str, _Check] = {
+    "base_tensors": _text(RECORD, "a record of a tensor"),
+    "tensors": _text("[0-9a-f]{32}", "a digest of 32 digits"),
+}
+
+
+def check_values(value: Any, path: Path) -> None:
+    """CheckpointError unless `value` is JSON of bounded size, depth and numbers, and prints in one line."""
+    left = _ITEMS
+
+    def check(one: Any, depth: int) -> None:
+        nonlocal left
+        left -= 1
+        if depth > _DEPTH or left < 0:
+            raise CheckpointError(f"{path} is damaged: it is nested too deeply, or holds too much")
+        if isinstance(one, dict | list):
+            for key in one if isinstance(one, dict) else ():
+                if not isinstance(key, str):
+                    raise CheckpointError(f"{path} is damaged: it has a key that is a {type(key).__name__}")
+                check(key, depth)
+            for item in one.values() if isinstance(one, dict) else one:
+                check(item, depth + 1)
+        elif isinstance(one, str):
+            if len(one) > _LONGEST or not one.isprintable():
+                raise CheckpointError(f"{path} is damaged: it holds {one[:40]!r}, which is no name")
+        elif isinstance(one, float):
+            if not math.isfinite(one):
+                raise CheckpointError(f"{path} is damaged: it holds the number {one}")
+        elif isinstance(one, int) and not isinstance(one, bool):
+            if abs(one) > _LARGEST:
+                raise CheckpointError(f"{path} is damaged: it holds a number of {one.bit_length()} bits")
+        elif one is not None and not isinstance(one, bool):
+            raise CheckpointError(f"{path} is damaged: it holds a {type(one).__name__}")
+
+    check(value, 0)
+
+
+def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Recipe:
+    """The recipe of `index`; CheckpointError unless all is of the type and within the range that it must be.
+
+    `whole_model` tells the index of a whole model's files, of which each layer says more. The values must
+    have passed `check_values`.
+    """
+    _check_keys(index, _INDEX if whole_model else {**_INDEX, **_SIDECAR}, "", path)
+    for table, (good, what) in _TABLES.items():
+        entries = index.get(table, {})
+        if not isinstance(entries, dict) or not all(map(good, entries.values())):
+            raise CheckpointError(f"{path} is damaged: {table} is an object, in it for each name {what}")
+    if not all(reason is None or isinstance(reason, str) for reason in index["dense"].values()):
+        raise CheckpointError(f"{path} is damaged: dense says for each layer why it is")
+    for name, entry in index["layers"].items():
+        where = f" of {name[:_LONGEST_NAME]}"
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{path} is damaged: what it says{where} is no object")
+        layer = {"precision": "bf16", **entry}  # version 1 knew no other
+        _check_keys(layer, {**_LAYER, **_STORED_LAYER} if whole_model else _LAYER, where, path)
+        _check_keys(entry["pattern"], _PATTERN, where, path)
+        if layer["precision"] == "fp8" and layer["norm"] == "paper":
+            raise CheckpointError(f"{path} is damaged: a layer of precision fp8 with norm 'paper',{where}")
+        try:
+            stored_pattern(entry).widths(entry["in_features"])
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: the pattern{where}: {first_line(error)}") from None
+    return _recipe(index["recipe"], path)
+
+
+def _check_keys(values: dict[str, Any], checks: dict[str, _Check], where: str, path: Path) -> None:
+    for key, (good, what) in checks.items():
+        if key not in values:
+            raise CheckpointError(f"{path} is damaged: it lacks {key}{where}")
+        if not good(values[key]):
+            raise CheckpointError(
+                f"{path} is damaged: unknown {key} {_short(values[key])}{where}, should be {what}"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def stored_pattern(entry: dict[str, Any]) -> Pattern:
+    """The pattern of one layer of an index; ValueError where it is none."""
+    pattern = entry["pattern"]
+    parts, features = pattern["parts"], entry["in_features"]
+    widths = parts if isinstance(parts, list) else [parts]
+    if not all(type(width) is int and 1 <= width <= features for width in widths):
+        raise ValueError(f"parts are whole numbers from 1 to {features}")
+    parts = tuple(parts) if isinstance(parts, list) else parts
+    return Pattern(pattern["n"], pattern["m"], pattern["grouping"], parts)
+
+
+def _recipe(settings: dict[str, Any], path: Path) -> Recipe:
+    globs = [settings.get("skip"), settings.get("forms")]
+    if any(
+        isinstance(some, list | dict)
+        and (
+            len(some) > _MOST_GLOBS
+            or any(len(glob) > _LONGEST_NAME for glob in some if isinstance(glob, str))
+        )
+        for some in globs
+    ):
+        raise CheckpointError(f"{path} is damaged: its recipe has too many or too long patterns")
+    try:
+        return Recipe.from_dict(settings)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: its recipe: {first_line(error)}") from None
+
+
+def wrong_numbers(kind: str, tensor: Tensor, *, quantised: bool, own: torch.dtype) -> str | None:
+    """Why `tensor` cannot be the `kind` of a layer, `quantised` or not; None where it can.
+
+    Parameters
+    ----------
+    kind : "weight" | "weight_scale" | "lowrank_down" | "lowrank_up" | "weight_dense" | "bias"
+    own : dtype of the model; float64 is right in such a one alone.
+    """
+    precision = "fp8" if quantised else "bf16"
+    eight_bits = quantised and kind == "weight"
+    floats = (*_FLOATS, torch.float64) if own is torch.float64 else _FLOATS
+    allowed = (E4M3,) if eight_bits else (torch.float32,) if kind == "weight_scale" else floats
+    if tensor.dtype not in allowed:
+        return f"is {tensor.dtype} in a layer of precision {precision}"
+    if kind in ("bias", "weight_dense") or tensor.numel() == 0:
+        return None  # the base model's, whatever it holds
+    if eight_bits:
+        bits = tensor.reshape(-1).view(torch.uint8)  # 0x7F and 0xFF are NaN
+        nan = int(bits.max()) == 0xFF or int(bits.view(torch.int8).max()) == 0x7F
+        return "holds NaN" if nan else None
+    least, most = (float(end) for end in tensor.detach().aminmax())
+    if not (math.isfinite(least) and math.isfinite(most)):
+        return "holds numbers that are not finite"
+    if kind == "weight_scale" and least <= 0:
+        return f"holds {least}, and scales are above 0"
+    return None

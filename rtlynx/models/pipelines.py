@@ -1,0 +1,203 @@
+"""Diffusers pipelines: from what a user types to a loaded one, and how one is driven here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtlynx.recipe import refuse_unknown
+from rtlynx.storage.files import CheckpointError, read_json
+
+ZOO_PREFIX = "zoo:"
+
+
+def load_model(source: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """A pipeline from the zoo or a local diffusers folder, or the bare transformer of a model folder.
+
+    Parameters
+    ----------
+    source : "zoo:NAME", or a folder with `model_index.json` (pipeline) or `config.json` (transformer).
+    device : torch device.
+    dtype : of the weights; default float32 on the CPU, bfloat16 elsewhere.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        In one line, if there is no such model, or it is damaged.
+    """
+    device = usable_device(device)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    if source.startswith(ZOO_PREFIX):
+        try:
+            import rtlynx_zoo as zoo
+        except ModuleNotFoundError:
+            raise ValueError(
+                f"{source} is a model of the package rtlynx-zoo, which is not installed: in a checkout of rtlynx, "
+                "pip install ./zoo"
+            ) from None
+        return zoo.load(source.removeprefix(ZOO_PREFIX), device=device, dtype=dtype)
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no such model folder: {source} (a local diffusers folder, or zoo:flux-emoji)"
+        )
+    loader = _loader(folder)
+    try:
+        with _no_loading_bar():
+            return loader.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device)
+    except Exception as error:  # of all kinds: diffusers checks little of what it reads
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(f"{source} could not be loaded ({type(error).__name__}): {reason}") from error
+
+
+def _loader(folder: Path) -> Any:
+    """The diffusers class that loads the model or pipeline in `folder`."""
+    import diffusers
+
+    path = folder / "model_index.json"
+    if path.is_file():
+        index = read_json(path)
+        if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str | list):
+            raise CheckpointError(f"{path} is not a JSON object that names a pipeline as _class_name")
+        return diffusers.DiffusionPipeline  # which finds that class, also one that is not diffusers' own
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no model_index.json and no config.json: not a diffusers folder"
+        )
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path} names no class of diffusers (_class_name is {name!r})")
+    loader = getattr(diffusers, name, None)
+    if loader is None:
+        raise CheckpointError(f"{path} names {name!r}, which diffusers does not have")
+    if not (
+        isinstance(loader, type) and issubclass(loader, nn.Module) and hasattr(loader, "from_pretrained")
+    ):
+        raise CheckpointError(f"{path} names {name!r}, which is not a model of diffusers")
+    return loader
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Hide diffusers' bar over a pipeline's components, under which an error is hard to see."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def usable_device(device: str) -> str:
+    """`device`, if this machine has it.
+
+    Raises
+    ------
+    ValueError
+        In one line, if it does not, or `device` names none.
+    """
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, ValueError, TypeError):
+        raise ValueError(f"no device is called {device!r}: give cpu, cuda, or cuda:1 and so on") from None
+    if parsed.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            reason = "sees no GPU" if torch.backends.cuda.is_built() else "is built for the CPU alone"
+            raise ValueError(f"device {device}: this PyTorch ({torch.__version__}) {reason}; use cpu")
+        if (parsed.index or 0) >= count:
+            last = f" to cuda:{count - 1}" if count > 1 else ""
+            raise ValueError(f"device {device}: there is only cuda:0{last}")
+    elif parsed.type == "meta":
+        raise ValueError("device meta holds no numbers: give cpu or cuda")
+    elif parsed.type != "cpu":
+        try:
+            torch.empty(1, device=parsed)
+        except Exception as error:  # each backend has errors of its own
+            reason = " ".join(str(error).split())
+            raise ValueError(f"device {device} cannot be used ({type(error).__name__}): {reason}") from None
+    return device
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Hide the pipeline's own progress bar, where it has one; ours counts pictures."""
+    configure = getattr(pipeline, "set_progress_bar_config", None)
+    if configure is None:
+        yield
+        return
+    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
+    configure(**{**shown, "disable": True})
+    try:
+        yield
+    finally:
+        configure(**shown)
+
+
+def check_call(pipeline: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse, before any work, settings with which `draw` could not call `pipeline`.
+
+    Raises
+    ------
+    TypeError
+        If it is no pipeline.
+    ValueError
+        If it takes no prompts, does not know one of the settings, or needs one more.
+    """
+    name = type(pipeline).__name__
+    if not callable(pipeline):
+        raise TypeError(f"a {name} cannot draw prompts: give a pipeline")
+    named, anything = _parameters(pipeline)
+    given = {"prompt", "generator", "output_type", *settings}
+    missing = [key for key, one in named.items() if one.default is one.empty and key not in given]
+    if "prompt" not in named and (missing or not anything):
+        raise ValueError(
+            f"{name} takes no prompt (but {', '.join(named)}), so it cannot draw prompts: "
+            "record calls of its transformer yourself, and calibrate on them by calls=..."
+        )
+    for own, why in (("prompt", "prompts are given apart"), ("generator", "noise comes from `seed`")):
+        if own in settings:
+            raise ValueError(f"pipeline_kwargs cannot hold {own!r}: {why}")
+    if not anything:
+        refuse_unknown("pipeline_kwargs", settings, set(named))
+    if missing:
+        raise ValueError(f"{name} needs {missing[0]!r}: give it in pipeline_kwargs")
+
+
+def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]) -> Any:
+    """Call `pipeline`, picture i from noise of `seeds[i]`; `output_type` is left out where it takes none.
+
+    A pipeline that takes no generator draws from torch's own, which starts from the first seed.
+    """
+    named, anything = _parameters(pipeline)
+    given = {
+        key: value for key, value in settings.items() if anything or key != "output_type" or key in named
+    }
+    with ExitStack() as stack:
+        stack.enter_context(quiet(pipeline))
+        if anything or "generator" in named:
+            given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        else:
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(seeds[0])
+        return pipeline(prompt=list(prompts), **given)
+
+
+def _parameters(pipeline: Any) -> tuple[dict[str, inspect.Parameter], bool]:
+    """What a pipeline call takes by name, and whether it takes any other name too."""
+    parameters = inspect.signature(pipeline).parameters.values()
+    named = {one.name: one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    return named, any(one.kind is one.VAR_KEYWORD for one in parameters)

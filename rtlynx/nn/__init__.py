@@ -1,0 +1,1 @@
+"""`SparseLinear`, and what it shares with its model while it runs."""

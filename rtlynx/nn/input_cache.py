@@ -1,0 +1,132 @@
+"""What layers that read one input share: its compressed form, and one low-rank factor."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rtlynx.math.tiles import LOWRANK_COLUMNS
+from rtlynx.nn.cached_tensor import Derived
+
+_T = TypeVar("_T")
+
+
+class SharedInput:
+    """Remembers the compressed form of the last input, for layers that read the same tensor (q, k, v).
+
+    Safe by construction: an entry is used only for the very same tensor object at the same version, in the
+    same stream or the same capture of a CUDA graph, and dies with the tensor. Nothing is remembered where
+    versions are not tracked (inference mode), where the input needs a gradient, or under torch.compile.
+
+    Parameters
+    ----------
+    single : bool
+        Whether one layer alone is known to read its input, so that there is nothing to remember.
+    """
+
+    def __init__(self, *, single: bool = False) -> None:
+        self.single = single
+        self._entry: tuple[weakref.ref[Tensor], Tensor | None, object, Any] | None = None
+        self._compared: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], object, bool]]
+        self._compared = {}
+        self._one_factor = False
+        self._joined = Derived()
+
+    def compress(self, x: Tensor, key: object, compute: Callable[[], _T], down: Tensor | None = None) -> _T:
+        """`compute()` for `x`, or what it gave when last called for this `x`, `key` and low-rank factor."""
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        if self.single or torch.compiler.is_compiling() or differentiable or x.is_inference():
+            return compute()
+        if down is not None and down.is_inference():
+            return compute()
+        place = _place(x) if x.is_cuda else None
+        entry = self._entry
+        if entry is not None and entry[0]() is x:
+            remembered = entry[1]
+            state = (x._version, None if remembered is None else remembered._version, place, key)
+            if entry[2] == state and self._same(remembered, down):
+                return entry[3]
+        result = compute()
+        state = (x._version, None if down is None else down._version, place, key)
+        self._entry = (weakref.ref(x, self._forget), down, state, result)
+        return result
+
+    def factor(self, downs: Sequence[Tensor | None]) -> tuple[Tensor | None, list[int]]:
+        """A^T of layers that read one input, as one tensor, and the first of its rows that are each one's.
+
+        Factors that are equal are one. Under torch.compile they are if they were when last asked for.
+        """
+        first = downs[0]
+        if first is None:
+            return None, [0] * len(downs)
+        if not torch.compiler.is_compiling():
+            self._one_factor = all(self._same(first, other) for other in downs[1:])
+        if self._one_factor or len(downs) == 1:
+            return first, [0] * len(downs)
+        given = [down for down in downs if down is not None]
+        starts = accumulate(
+            (-(-len(down) // LOWRANK_COLUMNS) * LOWRANK_COLUMNS for down in given[:-1]), initial=0
+        )
+        return self._joined.get(tuple(given), None, partial(_beside, given)), list(starts)
+
+    def forget_factors(self) -> None:
+        """A factor was replaced."""
+        self._one_factor = False
+
+    def _same(self, one: Tensor | None, other: Tensor | None) -> bool:
+        """Whether two factors are one or equal (by default they are); compared once for their versions."""
+        if one is other:
+            return True
+        if one is None or other is None:
+            return False
+        if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+            return False
+        versions = (one._version, other._version)
+        known = self._compared.get((id(one), id(other)))
+        if known is None or known[0]() is not one or known[1]() is not other or known[2] != versions:
+            if one.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False  # comparing waits for the card
+            known = (weakref.ref(one), weakref.ref(other), versions, torch.equal(one, other))
+            self._compared[id(one), id(other)] = known
+        return known[3]
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        if self._entry is not None and self._entry[0] is dead:
+            self._entry = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        # A copy of the model shares nothing with the tensors seen by the original.
+        return SharedInput(single=self.single)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"_one_factor": self._one_factor, "_joined": Derived()}
+        return {"single": self.single, "_entry": None, "_compared": {}, **kept}
+
+
+def _beside(downs: Sequence[Tensor]) -> Tensor:
+    """A^T of several layers, each from a multiple of LOWRANK_COLUMNS on."""
+    *others, last = downs
+    return torch.cat([*(pad(down, (0, 0, 0, -len(down) % LOWRANK_COLUMNS)) for down in others), last])
+
+
+def _place(x: Tensor) -> object:
+    """Where work on `x` goes: its stream, or the capture under way there.
+
+    What one capture computed is nothing to another, or to a run outside: the tensor that a graph reads keeps
+    its version, but only replays of that graph fill what was made of it.
+    """
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+    if not torch.cuda.is_current_stream_capturing():
+        return stream
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return object()  # equal to nothing
+    return stream, int(driver.cuStreamGetCaptureInfo(stream)[2])

@@ -1,0 +1,120 @@
+"""Inputs that exist only in the form that products read, and the outputs of the layers that read them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rtlynx.ops import fp8_linear as fp8
+from rtlynx.ops import sparse_linear as ops
+
+if TYPE_CHECKING:
+    from rtlynx.nn.sparse_linear import SparseLinear
+
+
+@dataclass
+class PreparedInput:
+    """Stands for an input (..., K) that exists in another form alone, for the layers that it was made for.
+
+    Attributes
+    ----------
+    shape, dtype, device
+        Of the dense input.
+    readers : the layers; they can be called with this in place of a tensor, each once or more
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    readers: tuple[SparseLinear, ...]
+
+    def output_of(self, layer: SparseLinear) -> Tensor:
+        """Y (..., N) of one of the layers.
+
+        Raises
+        ------
+        TypeError
+            If the input was not made for this layer.
+        """
+        for index, reader in enumerate(self.readers):
+            if reader is layer:
+                return self._output(index)
+        raise TypeError("this input was prepared for other layers: call the layer with a tensor")
+
+    def _output(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass
+class CompressedInput(PreparedInput):
+    """An input that exists compressed alone; one product serves all layers, when the first is called.
+
+    Attributes
+    ----------
+    compressed : blocks, scale and blocks of T, as from `rtlynx::compress`
+    first_ranks : first of each layer's columns of T
+    """
+
+    compressed: tuple[Tensor, Tensor, Tensor]
+    first_ranks: list[int]
+    _outputs: list[Tensor] = field(default_factory=list)
+
+    def _output(self, index: int) -> Tensor:
+        if not self._outputs:
+            self._outputs = self._multiply()
+        return self._outputs[index]
+
+    def _multiply(self) -> list[Tensor]:
+        blocks, scale, lowrank = self.compressed
+        rows = math.prod(self.shape[:-1])
+        of = [reader.multiplied() for reader in self.readers]
+        biases, ups, scales = (
+            [tensor for tensor in tensors if tensor is not None]
+            for tensors in (
+                [one.bias for one in of],
+                [one.up for one in of],
+                [one.column_scale for one in of],
+            )
+        )
+        y = ops.gemm_joint(
+            *(blocks, scale, lowrank),
+            *([one.weight for one in of], ups, biases, scales, self.first_ranks, rows),
+        )
+        y = y.view(*self.shape[:-1], y.shape[-1])
+        return list(y.split([reader.out_features for reader in self.readers], dim=-1))
+
+
+@dataclass
+class QuantizedInput(PreparedInput):
+    """An input that exists in e4m3 alone, all of it; each layer is a product of PyTorch's.
+
+    Attributes
+    ----------
+    quantized : values (..., K) and scale (..., 1), as from `rtlynx::quantize`
+    """
+
+    quantized: fp8.CompressedFp8
+
+    def _output(self, index: int) -> Tensor:
+        return fp8.scaled_product(self.quantized, self.readers[index].fp8_parameters())
+
+
+@dataclass
+class MixedInput(PreparedInput):
+    """An input in several forms, for layers of which some drop entries and others do not.
+
+    Attributes
+    ----------
+    parts : one for the layers of each form
+    """
+
+    parts: tuple[PreparedInput, ...]
+
+    def _output(self, index: int) -> Tensor:
+        layer = self.readers[index]
+        (part,) = [part for part in self.parts if any(reader is layer for reader in part.readers)]
+        return part.output_of(layer)

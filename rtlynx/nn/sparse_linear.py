@@ -1,0 +1,523 @@
+"""`SparseLinear`: an `nn.Linear` whose input is N:M-sparse."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from rtlynx.cuda.sm90.weights import Weights
+from rtlynx.math import reference
+from rtlynx.math.fp8 import E4M3, Quantized, quantize_weight
+from rtlynx.math.reference import Norm
+from rtlynx.math.selection import Pattern
+from rtlynx.math.tiles import compute_order
+from rtlynx.nn.cached_tensor import Derived, WatchedWeight
+from rtlynx.nn.call import CallState, RowRanges, current_call
+from rtlynx.nn.input_cache import SharedInput
+from rtlynx.nn.prepared import PreparedInput
+from rtlynx.nn.state_dict import mark, refusal
+from rtlynx.ops import fp8_linear as fp8
+from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.dispatch import kernels_serve, obstacle
+
+Precision = Literal["bf16", "fp8"]
+
+
+class SparseLinear(nn.Linear):
+    """Y = s ⊙ (S(X) W'^T) + (X A) B^T + b, S keeping n of every m entries of each token.
+
+    A subclass of `nn.Linear` that keeps `weight` and `bias`, so peft, offloading and tensor-parallel styles
+    see an ordinary linear layer. All parameters are in natural column order whatever the grouping.
+
+    In bfloat16 or fp8 on a Hopper card, without gradients, the layer runs on sparse tensor cores
+    (`rtlynx.ops.dispatch`). With strided groups it then keeps a copy of the weight in the order of the
+    groups, as large as the parameter. The copy is private, in no `state_dict`, and made anew when the
+    weight is replaced, moved, changed in place or taken from the layer by name (peft merges into
+    `layer.weight.data`). Not seen is a change through `.data` of a reference taken before: read
+    `layer.weight` after it.
+
+    A quantised layer (`quantize`) multiplies eight-bit values: Y = (s t) ⊙ (Xq Wq^T) ⊙ c + (X A) B^T + b, a
+    scale t for each token and c for each output channel (`rtlynx.math.fp8`). Pattern 1:1 makes it dense
+    fp8, which runs on PyTorch's own kernel on cards with fp8. It is for inference: its weight takes no
+    gradient and its input gets none. Casts (`layer.to(dtype)`) leave the weight and its scale alone.
+
+    Attributes
+    ----------
+    weight : Parameter (N, K)
+        W, or the refitted W' where `refitted`; in a quantised layer its float8_e4m3fn values.
+    weight_scale : buffer (N,) float32 or None
+        c of a quantised layer.
+    lowrank_down : Parameter (r, K) or None
+        A^T of the low-rank branch, which reads the dense input.
+    lowrank_up : Parameter (N, r) or None
+        B.
+    weight_dense : buffer (N, K) or None
+        The original W beside a refitted or quantised one, kept only where some rows or steps run dense.
+    pattern : Pattern
+    precision : "bf16" | "fp8"
+        "fp8" where the weight is quantised; else the layer computes in the dtype of its input.
+    norm : "none" | "scale" | "paper"
+        Whether the norm scale s is applied ("paper": with the paper's printed epsilon).
+    dense_reason : str or None
+        Why the layer runs densely all the same (its K does not split into groups), or None.
+    text_rows_dense, dense_steps : bool
+        Whether text rows, or all rows in some steps, run dense, as the model's call says (`rtlynx.nn.call`).
+        Such a layer cannot be called outside a call of its model.
+    """
+
+    pattern: Pattern
+    norm: Norm
+    precision: Precision
+    refitted: bool
+    dense_reason: str | None
+    lowrank_down: nn.Parameter | None
+    lowrank_up: nn.Parameter | None
+    weight_dense: Tensor | None
+    weight_scale: Tensor | None
+    text_rows_dense: bool
+    dense_steps: bool
+    shared_input: SharedInput
+    _ordered: Derived
+    _folded: Derived
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        pattern: Pattern | None = None,
+        norm: Norm = "scale",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._become_sparse(pattern or Pattern(), norm)
+
+    def _become_sparse(self, pattern: Pattern, norm: Norm) -> None:
+        if norm not in ("none", "scale", "paper"):
+            raise ValueError(f"norm is 'none', 'scale' or 'paper', got {norm!r}")
+        self.pattern = pattern
+        self.norm = norm
+        self.precision = "bf16"
+        self.refitted = False
+        self.dense_reason = pattern.misfit(self.in_features)
+        self.text_rows_dense = False
+        self.dense_steps = False
+        self.shared_input = SharedInput(single=True)
+        self._ordered = Derived()
+        self._folded = Derived()
+        self.register_parameter("lowrank_down", None)
+        self.register_parameter("lowrank_up", None)
+        self.register_buffer("weight_dense", None)
+        self.register_buffer("weight_scale", None)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, pattern: Pattern | None = None, norm: Norm = "scale"
+    ) -> SparseLinear:
+        """A sparse layer over the parameters of `linear` (shared, not copied), with its hooks and mode.
+
+        A K that does not split into groups gives a layer that stays dense and says why in `dense_reason`.
+
+        Raises
+        ------
+        TypeError
+            If `linear` is not a plain `nn.Linear`: a subclass with its own forward, or a layer whose forward
+            an offload hook has replaced, would silently lose that behaviour.
+        """
+        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+            raise TypeError(f"SparseLinear replaces a plain nn.Linear, got {type(linear).__name__}")
+        if "forward" in linear.__dict__:
+            raise TypeError(
+                "the layer's forward has been replaced (an offload hook?): sparsify the model first, "
+                "then enable offloading"
+            )
+        layer = cls.__new__(cls)
+        # Shares parameters and custom attributes; copies the registries, so that neither layer sees what is
+        # registered on the other later.
+        layer.__dict__.update(
+            {
+                key: copy.copy(value) if isinstance(value, dict) else value
+                for key, value in vars(linear).items()
+            }
+        )
+        layer._become_sparse(pattern or Pattern(), norm)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """A plain `nn.Linear` over the original weight (shared, not copied).
+
+        Raises
+        ------
+        RuntimeError
+            If the weight was refitted or quantised and the original was not kept.
+        """
+        weight = self.original_weight()
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        for key, value in vars(self).items():
+            if key not in SparseLinear.__annotations__:
+                plain.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+        for name in ("lowrank_down", "lowrank_up"):
+            plain._parameters.pop(name, None)
+        for name in ("weight_dense", "weight_scale"):
+            plain._buffers.pop(name, None)
+        if weight is not self.weight:
+            plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        return plain
+
+    if not TYPE_CHECKING:  # to a type checker it is the attribute of nn.Linear
+        weight = WatchedWeight()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if hasattr(param, "placements"):  # a DTensor: tensor parallelism would cut the factors wrongly
+            raise RuntimeError(
+                "this layer is sparse already: enable tensor parallelism first, then make the model sparse"
+            )
+        super().register_parameter(name, param)
+
+    def _own_weight(self) -> Tensor:
+        weight = self._parameters.get("weight")
+        return self.weight if weight is None else weight  # (not a parameter where it is parametrised)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        self._ordered.drop()  # or it would stay on a device that the layer leaves
+        self._folded.drop()
+        fp8_only = (self._parameters.get("weight"), self.weight_scale) if self.precision == "fp8" else ()
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype is tensor.dtype or not any(tensor is one for one in fp8_only):
+                return moved
+            return tensor.to(moved.device)  # a cast of the model is none of eight-bit values and their scale
+
+        super()._apply(move, recurse)
+        self.prepare()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        mark(self, destination, prefix)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        *_, error_messages = lists
+        reason = refusal(self, state_dict, prefix, local_metadata)
+        if reason is not None:
+            error_messages.append(reason)
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank branch, 0 without one."""
+        return 0 if self.lowrank_down is None else self.lowrank_down.shape[0]
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Dtype of what is not quantised; None where a quantised layer has no bias, factors or original.
+
+        By this name peft finds the dtype that an adapter beside the layer gets.
+        """
+        if self.precision == "bf16":
+            return self._own_weight().dtype
+        full = (self.lowrank_down, self.bias, self.weight_dense)
+        return next((tensor.dtype for tensor in full if tensor is not None), None)
+
+    def set_lowrank(self, down: Tensor, up: Tensor) -> None:
+        """Set the low-rank branch: `down` A^T (r, K), `up` B (N, r), cast like the weight.
+
+        Beside a quantised weight they are cast to `compute_dtype`.
+        """
+        rank = down.shape[0]
+        if rank < 1 or down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
+            raise ValueError(
+                f"low-rank factors of a {self.in_features} -> {self.out_features} layer are "
+                f"(r, {self.in_features}) and ({self.out_features}, r), "
+                f"got {tuple(down.shape)} and {tuple(up.shape)}"
+            )
+        train, device, dtype = self.weight.requires_grad, self.weight.device, self.weight.dtype
+        if self.precision == "fp8":
+            dtype = self.compute_dtype or down.dtype
+        self.shared_input.forget_factors()
+        for name, factor in (("lowrank_down", down), ("lowrank_up", up)):
+            new = factor.detach().to(device, dtype, copy=True).contiguous()  # layers may be given one A
+            setattr(self, name, nn.Parameter(new, requires_grad=train))
+
+    def set_refit(self, weight: Tensor, *, keep_dense: bool = False) -> None:
+        """Replace W by the refitted W' (N, K); `keep_dense` keeps W beside it for dense rows and steps.
+
+        Raises
+        ------
+        ValueError
+            If the weight is of another shape.
+        RuntimeError
+            If the layer is quantised: refit first.
+        """
+        if self.precision == "fp8":
+            raise RuntimeError("the layer is quantised: refit its weight first, then quantise it")
+        if weight.shape != self.weight.shape:
+            raise ValueError(
+                f"a refitted weight here is {tuple(self.weight.shape)}, got {tuple(weight.shape)}"
+            )
+        if keep_dense and self.weight_dense is None:
+            self.weight_dense = self.weight.detach()
+        new = weight.detach().to(self.weight).contiguous()  # safetensors saves nothing else
+        self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
+        self.refitted = True
+
+    def quantize(self, gram: Tensor | None = None, *, keep_dense: bool = False) -> None:
+        """Quantise the weight to e4m3, in place: from now on the layer is fp8.
+
+        Parameters
+        ----------
+        gram : Tensor (K, K) or None
+            Second moments of what the weight multiplies, S^T S, to choose the scales on
+            (`rtlynx.math.fp8.quantize_weight`); None takes the plain ones.
+        keep_dense : bool
+            Keep the original W (N, K) beside it, for dense rows and steps.
+
+        Raises
+        ------
+        ValueError
+            If the weight is not finite, or `norm` is "paper", which fp8 layers do not know.
+        RuntimeError
+            If the layer is quantised already, does not run sparse, or `keep_dense` comes after a refit that
+            did not keep the original.
+        """
+        if self.precision == "fp8":
+            raise RuntimeError("the layer is quantised already")
+        self.set_quantized(quantize_weight(self._own_weight(), gram), keep_dense=keep_dense)
+
+    def set_quantized(self, weight: Quantized, *, keep_dense: bool = False, refitted: bool = False) -> None:
+        """Take a weight that was quantised elsewhere: values (N, K) and scale (N,); see `quantize`.
+
+        `refitted` says that it is a refitted weight W' that was quantised.
+        """
+        values, scale = weight
+        shape = (self.out_features, self.in_features)
+        if values.dtype is not E4M3 or values.shape != shape or scale.shape != shape[:1]:
+            raise ValueError(
+                f"a quantised weight here is {shape} of {E4M3} with a scale of {shape[:1]}, got "
+                f"{tuple(values.shape)} of {values.dtype} with a scale of {tuple(scale.shape)}"
+            )
+        if self.norm == "paper":
+            raise ValueError("fp8 layers know the norm scale 'scale', not the paper's printed formula")
+        if self.dense_reason is not None:
+            raise RuntimeError(f"the layer runs dense and is not quantised: {self.dense_reason}")
+        if keep_dense and self.weight_dense is None:
+            self.weight_dense = self.original_weight().detach()
+        device = self.weight.device
+        self.weight = nn.Parameter(values.detach().to(device).contiguous(), requires_grad=False)
+        self.weight_scale = scale.detach().to(device, torch.float32).contiguous()
+        self.precision = "fp8"
+        self.refitted = self.refitted or refitted
+
+    def forward(self, input: Tensor | PreparedInput) -> Tensor:
+        """X (..., K) -> Y (..., N); X a tensor, or what `rtlynx.nn.prologue.read` made of it."""
+        if isinstance(input, PreparedInput):
+            return input.output_of(self)
+        x = input
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+            # Select on what the product will see.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.dense_reason is not None:
+            return self._dense(x)
+        call = self.call()
+        if call is not None and call.dense:
+            return self._dense(x)
+        split = call.split(x.shape[-2]) if call is not None and self.text_rows_dense else None
+        if split is None:
+            return self._sparse(input, x, None)[0]
+        (start, stop), spans = split
+        pieces = self._sparse(input, x, spans) if spans else []
+        pieces.insert(1 if start > 0 else 0, self._dense(x[..., start:stop, :]))
+        return torch.cat(pieces, dim=-2)
+
+    def call(self) -> CallState | None:
+        """The state of the model's call under way; None where the layer does the same in every call.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer depends on the call and none is under way.
+        """
+        return current_call() if self.depends_on_call else None
+
+    @property
+    def depends_on_call(self) -> bool:
+        """Whether some rows or steps run dense, with the original weight."""
+        return self.text_rows_dense or self.dense_steps
+
+    def _sparse(self, input: Tensor, x: Tensor, spans: RowRanges | None) -> list[Tensor]:
+        """The output for each span of tokens of `x`, or for all of them; `input` is x before a cast."""
+        parameters = self._parameters
+        down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
+        if self.precision == "fp8" and self.pattern.n == self.pattern.m:
+            return self._by_fp8(input, x, spans, fp8.dense_linear_fp8)
+        if self.served(x):
+            return self._by_kernels(input, x, spans)
+        if self.precision == "fp8":
+            return self._by_fp8(input, x, spans, fp8.linear_fp8)
+        weight = self._own_weight()
+        key = (self.pattern, self.norm, x.dtype)
+        compressed = self.shared_input.compress(input, key, lambda: self._compress(x))
+        outputs = []
+        for span in spans or (None,):
+            piece, kept = x, compressed
+            if span is not None:
+                piece, kept = x[..., slice(*span), :], compressed.rows(slice(*span))
+            lowrank = None if down is None else linear(piece, down)
+            outputs.append(reference.sparse_linear(kept, weight, bias, lowrank, up))
+        return outputs
+
+    def _by_fp8(
+        self, input: Tensor, x: Tensor, spans: RowRanges | None, product: Callable[..., Tensor]
+    ) -> list[Tensor]:
+        """`_sparse` of a quantised layer by a product of `rtlynx.ops.fp8_linear`."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "a quantised layer passes no gradient to its input: call the model under torch.no_grad()"
+            )
+        of = self.fp8_parameters()
+        key = ("fp8", self.pattern, self.norm, x.dtype, spans)
+        pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
+        # Apart, since cuBLAS wants scales that begin at a multiple of 16 bytes.
+        compressed = self.shared_input.compress(input, key, lambda: [*map(self._compress_fp8, pieces)])
+        return [product(piece, kept, of) for piece, kept in zip(pieces, compressed, strict=True)]
+
+    def fp8_parameters(self) -> fp8.Fp8Parameters:
+        """What a quantised layer multiplies with where the sparse kernels do not."""
+        of, scale = self._parameters, self.weight_scale
+        assert scale is not None
+        return fp8.Fp8Parameters(self._own_weight(), scale, of["bias"], of["lowrank_down"], of["lowrank_up"])
+
+    def prepare(self) -> None:
+        """Make what kernels, where they serve, read in place of parameters: compiled code finds it."""
+        weight = self._own_weight()
+        if weight.is_cuda and self.dense_reason is None:
+            with torch.no_grad():
+                x = weight.new_empty(0, self.in_features, dtype=torch.bfloat16)
+                if obstacle(x, *self._form()) is None:
+                    self.multiplied()
+
+    def kept_copies(self) -> list[Tensor]:
+        """What the layer holds beside its parameters and buffers at present."""
+        return [kept for kept in (self._ordered.kept, self._folded.kept) if kept is not None]
+
+    def train(self, mode: bool = True) -> SparseLinear:
+        """As of any module; what was made of the parameters, which training changes, is made anew."""
+        self._ordered.drop()
+        self._folded.drop()
+        if not mode:
+            self.prepare()
+        return super().train(mode)
+
+    def served(self, x: Tensor) -> bool:
+        """Whether the kernels serve this layer for the input `x` (..., K)."""
+        return kernels_serve(x, *self._form())
+
+    def _form(self) -> tuple[Pattern, Norm, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What decides whether kernels serve the layer, as `rtlynx.ops.dispatch` takes it."""
+        of = self._parameters
+        factors = of["lowrank_down"], of["lowrank_up"]
+        return self.pattern, self.norm, self._own_weight(), of["bias"], *factors
+
+    def multiplied(self) -> Weights:
+        """What the kernels multiply with."""
+        weight, scale, pattern = self._own_weight(), self.weight_scale, self.pattern
+        up: Tensor | None = self._parameters["lowrank_up"]
+        if pattern.grouping != "adjacent":
+            weight = self._ordered.get((weight,), pattern, partial(compute_order, weight, pattern))
+        if up is not None and scale is not None:
+            up = self._folded.get((up, scale), None, partial(fp8.fold_up, up, scale))
+        return Weights(weight, up, self._parameters["bias"], scale)
+
+    def _by_kernels(self, input: Tensor, x: Tensor, spans: RowRanges | None) -> list[Tensor]:
+        down, pattern, norm = self._parameters["lowrank_down"], self.pattern, self.norm == "scale"
+        weight, up, bias, weight_scale = self.multiplied()
+        quantized = weight_scale is not None
+        grouping, parts = pattern.grouping, ops.pattern_parts(pattern, self.in_features)
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        # Blocks cannot be sliced by rows: spans are compressed one by one.
+        pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
+        if self.shared_input.single:
+            return [
+                ops.linear(piece, weight, bias, down, up, grouping, parts, norm, weight_scale)
+                for piece in pieces
+            ]
+        # T comes out of the same pass, so a layer with another A compresses again.
+        compressed = self.shared_input.compress(
+            input,
+            ("kernels", pattern, norm, quantized, spans),
+            lambda: [self._compress_blocks(piece, down, parts) for piece in pieces],
+            down,
+        )
+        return [
+            ops.gemm(
+                blocks,
+                scale if norm or quantized else None,
+                None if down is None else lowrank,
+                weight,
+                up,
+                bias,
+                piece.numel() // self.in_features,
+                weight_scale,
+            ).view(*piece.shape[:-1], self.out_features)
+            for piece, (blocks, scale, lowrank) in zip(pieces, compressed, strict=True)
+        ]
+
+    # What a pass over X yields, in each of the three forms: a shard of a layer knows part of X alone.
+
+    def _compress(self, x: Tensor) -> reference.Compressed:
+        return reference.compress(x, self.pattern, self.norm)
+
+    def _compress_fp8(self, x: Tensor) -> fp8.CompressedFp8:
+        return fp8.compress_fp8(x, self.pattern, self.norm)
+
+    def _compress_blocks(
+        self, x: Tensor, down: Tensor | None, parts: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        quantized = self.precision == "fp8"
+        return ops.compress(x, down, self.pattern.grouping, parts, self.norm == "scale", quantized)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        return linear(x, self._original_weight(), self.bias)
+
+    def original_weight(self) -> Tensor:
+        """The weight of the dense layer.
+
+        Raises
+        ------
+        RuntimeError
+            If the weight was refitted or quantised and the original was not kept.
+        """
+        self._ordered.drop()  # for the reason given at `weight`
+        return self._original_weight()
+
+    def _original_weight(self) -> Tensor:
+        if self.weight_dense is not None:
+            return self.weight_dense
+        if self.refitted or self.precision == "fp8":
+            raise RuntimeError(
+                f"this layer was {'refitted' if self.refitted else 'quantised'} without keeping its original "
+                "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "
+                "dense_steps > 0 to keep both"
+            )
+        return self._own_weight()
+
+    def extra_repr(self) -> str:
+        pattern = f"{self.pattern.n}:{self.pattern.m} {self.pattern.grouping}"
+        if self.precision == "fp8":
+            pattern = f"fp8, {pattern}"
+        state = f"dense: {self.dense_reason}" if self.dense_reason else f"{pattern}, norm={self.norm}"
+        rank = f", rank={self.rank}" if self.rank else ""
+        return f"{super().extra_repr()}, {state}{rank}{', refitted' if self.refitted else ''}"

@@ -1,0 +1,259 @@
+"""What the torch operators refuse, and in which words: the same with fake tensors, in PyTorch and on a card.
+
+Kernels are handed addresses, so each tensor passes `check_tensor` first. Alignment is no matter here: what
+lies at no multiple of 16 bytes is copied, or read otherwise (`rtlynx.cuda.sm90`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rtlynx.cuda.sm90.gemm import MAX_LAYERS
+from rtlynx.cuda.sm90.weights import Weights
+from rtlynx.math.tiles import BF16, FP8, LOWRANK_COLUMNS, Format, blocks_bytes, lowrank_bytes
+from rtlynx.ops.registry import refuse_gradients
+
+# Of rows and columns: kernels count them in 32 bits, and the rows that a tile has beyond the last.
+MAX_SIZE = 2**31 - 257
+BFLOAT16, FLOATS = (torch.bfloat16,), (torch.bfloat16, torch.float32)
+_NAMES = (("weight", "up", "bias", "weight_scale"),)
+JOINT_NAMES = [
+    (f"weights[{i}]", f"ups[{i}]", f"biases[{i}]", f"weight_scales[{i}]") for i in range(MAX_LAYERS)
+]
+_FLOAT32, _BYTES = (torch.float32,), (torch.uint8,)
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    like: Tensor,
+    dtypes: tuple[torch.dtype, ...] = BFLOAT16,
+    axes: tuple[str, ...] | None = None,
+    *,
+    packed: bool = False,
+) -> None:
+    """What kernels take for granted of the memory that they are handed; the sizes are the caller's matter.
+
+    like : the first input, on whose device `tensor` is
+    axes : their names, where the number of axes is fixed
+    packed : entries of a vector lie one after the other
+    """
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        why = ": rtlynx operators take bfloat16 inputs and factors" if dtypes is BFLOAT16 else ""
+        raise TypeError(f"{name} is {allowed}{why}, got {tensor.dtype}")
+    if tensor is not like and tensor.device != like.device:
+        raise ValueError(f"{name} is on {like.device} like the first input, got {tensor.device}")
+    if axes is not None and tensor.ndim != len(axes):
+        wanted = ", ".join(axes) + ("," if len(axes) == 1 else "")
+        raise ValueError(f"{name} is ({wanted}), got shape {tuple(tensor.shape)}")
+    if packed and tensor.stride(0) != 1:
+        raise ValueError(f"{name} is contiguous, got strides {tensor.stride()}: call {name}.contiguous()")
+
+
+def check_size(name: str, size: int) -> None:
+    if not 0 <= size <= MAX_SIZE:
+        raise ValueError(f"{name} are 0 to {MAX_SIZE}, got {size}")
+
+
+# ------------------------------------------------------------------------------------------ compression
+
+
+def check_compress(x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int]) -> None:
+    check_tensor("x", x, x)
+    check_selection(x, x.shape, down, grouping, parts)
+    if x.stride(-1) != 1:
+        raise ValueError(f"the last stride of x is 1, got strides {x.stride()}: call x.contiguous()")
+    refuse_gradients(x, down)
+
+
+def check_selection(
+    like: Tensor, shape: Sequence[int], down: Tensor | None, grouping: str, parts: Sequence[int]
+) -> None:
+    """Groups of what has `shape` (..., K) and is on the device of `like`, and the low-rank factor."""
+    k = shape[-1] if shape else 0
+    if k % 4 or not k:
+        raise ValueError(f"x is (..., K) with K a multiple of 4, got K = {k}")
+    check_size("columns of x", k)
+    check_size("rows of x", math.prod(shape[:-1]))
+    if grouping == "strided":
+        if parts and (sum(parts) != k or any(width % 4 or width < 4 for width in parts)):
+            raise ValueError(f"parts are multiples of 4 that add up to K = {k}, got {list(parts)}")
+    elif grouping != "adjacent" or parts:
+        raise ValueError(
+            f"grouping is 'adjacent' without parts, or 'strided', got {grouping!r}, {list(parts)}"
+        )
+    if down is not None:
+        check_tensor("down", down, like, BFLOAT16, ("r", "K"))
+        if down.shape[1] != k or not down.shape[0]:
+            raise ValueError(f"down is (r, {k}) with r > 0, got {tuple(down.shape)}")
+
+
+# --------------------------------------------------------------------------------------------- products
+
+
+def layers_of(
+    weights: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    first_ranks: Sequence[int],
+) -> list[Weights]:
+    """What the lists of `gemm_joint` say of each layer."""
+    count = len(weights)
+    if not 1 <= count <= MAX_LAYERS:
+        raise ValueError(f"one product serves 1 to {MAX_LAYERS} layers, got {count} weights")
+    for name, given in (("ups", ups), ("biases", biases), ("weight_scales", weight_scales)):
+        if len(given) not in (0, count):
+            raise ValueError(f"{name} is empty or has one of each of {count} layers, got {len(given)}")
+    if len(first_ranks) != count or any(
+        not 0 <= first <= MAX_SIZE or first % LOWRANK_COLUMNS for first in first_ranks
+    ):
+        raise ValueError(
+            f"first_ranks has one multiple of {LOWRANK_COLUMNS} for each of {count} layers, "
+            f"got {list(first_ranks)}"
+        )
+    for weight in weights[:-1]:
+        if not weight.ndim or weight.shape[0] % 8:
+            raise ValueError(
+                "weights: layers of one product have outputs in multiples of 8, all but the last, "
+                f"got {[weight.shape[0] if weight.ndim else 'none' for weight in weights]}"
+            )
+    if len({bias.dtype for bias in biases}) > 1:
+        raise TypeError(f"biases of one product are of one dtype, got {[bias.dtype for bias in biases]}")
+    return [
+        Weights(
+            weight,
+            ups[i] if ups else None,
+            biases[i] if biases else None,
+            weight_scales[i] if weight_scales else None,
+        )
+        for i, weight in enumerate(weights)
+    ]
+
+
+def check_gemm(
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    layers: Sequence[Weights],
+    first_ranks: Sequence[int],
+    rows: int,
+    names: Sequence[tuple[str, ...]] = _NAMES,
+) -> None:
+    """`names` are those of the arguments, for each layer."""
+    check_size("rows", rows)
+    check_tensor("blocks", blocks, blocks, _BYTES, ("bytes",), packed=True)
+    for of, called in zip(layers, names, strict=False):
+        _check_weights(blocks, of, called)
+    k, held = layers[0].weight.shape[1], layers[0].held
+    if len(layers) > 1:
+        _check_together([of.weight for of in layers], k)
+    _check_blocks(blocks, rows, k, held)
+    _check_scale(scale, blocks, rows, held)
+    if lowrank is not None:
+        check_tensor("lowrank", lowrank, blocks, _BYTES, ("bytes",), packed=True)
+    _check_lowrank(lowrank, rows, _rank(layers, first_ranks))
+    refuse_gradients(blocks, scale)
+
+
+def _check_together(weights: Sequence[Tensor], k: int) -> None:
+    columns = 0
+    for weight in weights:
+        n, own = weight.shape
+        if own != k:
+            raise ValueError(f"weights of one product read K = {k} columns, got ({n}, {own})")
+        columns += n
+    check_size("outputs of weights", columns)
+
+
+def _check_blocks(blocks: Tensor, rows: int, k: int, held: Format) -> None:
+    expected = blocks_bytes(rows, k, held)
+    if blocks.shape[0] != expected:
+        raise ValueError(
+            f"blocks of {rows} rows and {k} columns of {held.dtype} are {expected} bytes, "
+            f"got shape {tuple(blocks.shape)}; columns and dtype are those of weight"
+        )
+
+
+def _check_scale(scale: Tensor | None, blocks: Tensor, rows: int, held: Format) -> None:
+    if scale is None:
+        if held is FP8:
+            raise ValueError("blocks of float8 values come with a scale, and it is missing")
+        return
+    check_tensor("scale", scale, blocks, _FLOAT32, ("rows",), packed=True)
+    if scale.shape[0] not in ((rows,) if held is FP8 else (0, rows)):
+        raise ValueError(f"scale is (rows,) = ({rows},) or empty, got {tuple(scale.shape)}")
+
+
+def _check_lowrank(lowrank: Tensor | None, rows: int, rank: int) -> None:
+    if rank == 0:
+        if lowrank is not None and lowrank.shape[0]:
+            raise ValueError("lowrank comes with up, the other low-rank factor, and it is missing")
+        return
+    expected = lowrank_bytes(rows, rank)
+    if expected != (0 if lowrank is None else lowrank.shape[0]):
+        found = "none" if lowrank is None else f"shape {tuple(lowrank.shape)}"
+        raise ValueError(
+            f"lowrank, low-rank blocks of {rows} rows and rank {rank} are {expected} bytes, got {found}; "
+            "the rank is that of up"
+        )
+
+
+def _rank(layers: Sequence[Weights], first_ranks: Sequence[int]) -> int:
+    """Columns of T that all layers together read from the first to the last."""
+    return max(
+        0 if of.up is None else first + of.up.shape[1] for of, first in zip(layers, first_ranks, strict=True)
+    )
+
+
+def _check_weights(like: Tensor, of: Weights, called: tuple[str, ...]) -> None:
+    """Weight, factor, bias and scale of one layer, on the device of `like`. Their strides are free."""
+    weight, up, bias, weight_scale = of
+    held = BF16 if weight_scale is None else FP8
+    if weight.dtype is not held.dtype:
+        found = weight.dtype if up is None else f"{weight.dtype} and {up.dtype}"
+        raise TypeError(
+            f"{called[0]}: rtlynx operators take weights of bfloat16, or of float8_e4m3fn with weight_scale, "
+            f"and bfloat16 factors; got {found} {'without' if weight_scale is None else 'with'} weight_scale"
+        )
+    check_tensor(called[0], weight, like, (held.dtype,), ("N", "K"))
+    n, k = weight.shape
+    if k % 4 or not k:
+        raise ValueError(f"{called[0]} is (N, K) with K a multiple of 4, got ({n}, {k})")
+    check_size("outputs of weight", n)
+    if up is not None:
+        check_tensor(called[1], up, like, BFLOAT16, ("N", "r"))
+        if up.shape[0] != n or not up.shape[1]:
+            raise ValueError(f"{called[1]} is ({n}, r) with r > 0, got {tuple(up.shape)}")
+    if weight_scale is not None:
+        if weight_scale.dtype is not torch.float32 or weight_scale.shape != (n,):
+            found = f"{weight_scale.dtype} {tuple(weight_scale.shape)}"
+            raise ValueError(f"{called[3]} is float32 ({n},), got {found}")
+        check_tensor(called[3], weight_scale, like, _FLOAT32)
+    if bias is not None:
+        check_tensor(called[2], bias, like, FLOATS, ("N",))
+        if bias.shape[0] != n:
+            raise ValueError(f"{called[2]} is ({n},), got {tuple(bias.shape)}")
+    refuse_gradients(weight, up, bias, weight_scale)
+
+
+# ------------------------------------------------------------------------------------------ whole layers
+
+
+def check_linear(x: Tensor, of: Weights, down: Tensor | None, grouping: str, parts: Sequence[int]) -> None:
+    check_compress(x, down, grouping, parts)
+    _check_weights(x, of, _NAMES[0])
+    weight, up = of.weight, of.up
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight is (N, {x.shape[-1]}) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if (down is None) is not (up is None):
+        raise ValueError("down and up come together: both or neither")
+    if down is not None and up is not None and down.shape[0] != up.shape[1]:
+        raise ValueError(f"down is (r, K) and up (N, r), got {tuple(down.shape)} and {tuple(up.shape)}")

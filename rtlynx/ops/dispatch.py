@@ -1,0 +1,150 @@
+"""Whether fast kernels serve a call, decided before it runs, and a word where they do not."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rtlynx.cuda import jit
+from rtlynx.cuda.sm90.compress import MAX_COLUMNS_FP8, MAX_PARTS
+from rtlynx.cuda.sm90.quantize import takes
+from rtlynx.math.fp8 import E4M3
+from rtlynx.math.reference import Norm
+from rtlynx.math.selection import Pattern
+
+if TYPE_CHECKING:
+    from rtlynx.ops.fp8_linear import Fp8Parameters
+
+_cards: dict[int, str | None] = {}
+_said: set[str] = set()
+_GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a result of `tensors` would be differentiated."""
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+
+
+def kernels_serve(
+    x: Tensor,
+    pattern: Pattern,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+) -> bool:
+    """Whether the kernels serve a layer for the input `x` (..., K); on a CUDA device, a no is explained once.
+
+    `down` (r, K) and `up` (N, r) are the layer's low-rank factors. There is no least number of tokens: with
+    one, the kernels take a fifth of the time of the same function in plain PyTorch (threshold-h100.json).
+    """
+    if not x.is_cuda:
+        return False
+    reason = obstacle(x, pattern, norm, weight, bias, down, up)
+    if reason is None:
+        return True
+    _say_once(reason)
+    return False
+
+
+def obstacle(
+    x: Tensor,
+    pattern: Pattern,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+) -> str | None:
+    """Why the kernels do not serve a layer for an input `x` (..., K) on a CUDA device; None where they do."""
+    if wants_gradient(x, weight, bias, down, up):
+        return _GRADIENTS
+    bf16, fp8 = torch.bfloat16, weight.dtype is E4M3
+    if not (x.dtype is bf16 and (fp8 or weight.dtype is bf16) and (down is None or down.dtype is bf16)):
+        return "the kernels take bfloat16 inputs and factors, and weights of bfloat16 or quantised to fp8"
+    if pattern.n != 2 or pattern.m != 4:
+        return "the kernels keep 2 of every 4 entries, not other patterns"
+    if pattern.grouping == "strided" and _count(pattern.parts) > MAX_PARTS:
+        return f"the kernels take strided groups in at most {MAX_PARTS} parts"
+    if norm == "paper":
+        return "the kernels know the norm scale 'scale', not the paper's printed formula"
+    k = weight.shape[1]
+    if k % (16 if fp8 else 8):
+        return "the kernels take layers whose number of inputs is a multiple of 8, in fp8 of 16"
+    if fp8 and k > MAX_COLUMNS_FP8:
+        return f"the fp8 kernels take layers of at most {MAX_COLUMNS_FP8} inputs"
+    if not weight.is_contiguous() or (not torch.compiler.is_compiling() and weight.data_ptr() % 16):
+        return "the weight of a layer is not contiguous at a multiple of 16 bytes"
+    if bias is not None and bias.dtype is not bf16 and bias.dtype is not torch.float32:
+        return "the kernels take bfloat16 or float32 biases"
+    return card_obstacle(x.get_device())
+
+
+def quantizer_serves(k: int, x: Tensor, *others: Tensor) -> bool:
+    """Whether one kernel quantises what is made of `x` and `others`, (..., k).
+
+    Where it does not, PyTorch quantises to the same bits in several kernels: nothing to warn of.
+    """
+    if not x.is_cuda or wants_gradient(x, *others) or x.dtype is not torch.bfloat16:
+        return False
+    return takes(k) and card_obstacle(x.get_device()) is None
+
+
+def scaled_mm_serves(x: Tensor, of: Fp8Parameters) -> bool:
+    """Whether PyTorch's row-wise scaled product serves a dense fp8 layer for the input `x` (..., K).
+
+    On a CUDA device, a no is explained once.
+    """
+    if not x.is_cuda or not x.numel():
+        return False
+    reason = _scaled_mm_obstacle(x, of)
+    if reason is None:
+        return True
+    _say_once(reason)
+    return False
+
+
+def _scaled_mm_obstacle(x: Tensor, of: Fp8Parameters) -> str | None:
+    weight = of.weight
+    beside = [tensor for tensor in (of.bias, of.down, of.up) if tensor is not None]
+    if wants_gradient(*beside):
+        return _GRADIENTS
+    if any(tensor.dtype is not torch.bfloat16 for tensor in (x, *beside)):
+        return "dense fp8 products take bfloat16 inputs, biases and factors"
+    if weight.shape[0] % 16 or weight.shape[1] % 16 or not weight.is_contiguous():
+        return "dense fp8 products take layers whose numbers of inputs and outputs are multiples of 16"
+    if not _has_fp8(x.get_device()):
+        return "dense fp8 products need compute capability 8.9 or more"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_fp8(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 9)
+
+
+def _count(parts: int | tuple[int, ...]) -> int:
+    return parts if isinstance(parts, int) else len(parts)
+
+
+@torch.compiler.assume_constant_result
+def card_obstacle(index: int) -> str | None:
+    """Why the kernels cannot run on CUDA device `index`, or None where they can."""
+    if index not in _cards:
+        _cards[index] = jit.obstacle(index) or None
+    return _cards[index]
+
+
+@torch.compiler.assume_constant_result
+def _say_once(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(
+            f"rtlynx runs some layers in plain PyTorch, right but not faster: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,342 @@
+"""The torch operators `rtlynx::compress`, `rtlynx::gemm`, `rtlynx::gemm_joint` and `rtlynx::linear`.
+
+Inference only, 2:4, bfloat16 in and out; in between bfloat16 or e4m3. On a Hopper card they launch the
+kernels of `rtlynx.cuda.sm90`. On a CPU and on other cards they run in plain PyTorch over the same packed
+blocks (`rtlynx.math.tiles`): slow, and there so that everything above can be tested anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rtlynx.cuda.sm90.compress import CompressOptions, launch_compress
+from rtlynx.cuda.sm90.gemm import launch_gemm
+from rtlynx.cuda.sm90.linear import launch_linear
+from rtlynx.cuda.sm90.weights import Weights
+from rtlynx.math.reference import product_in_float32
+from rtlynx.math.selection import Pattern, norm_scale, pattern_mask
+from rtlynx.math.tiles import (
+    LOWRANK_COLUMNS,
+    blocks_bytes,
+    format_of,
+    lowrank_bytes,
+    pack_blocks,
+    pack_blocks_fp8,
+    pack_lowrank,
+    unpack_blocks,
+    unpack_lowrank,
+)
+from rtlynx.ops.checks import JOINT_NAMES, check_compress, check_gemm, check_linear, layers_of
+from rtlynx.ops.registry import operator
+
+
+def pattern_parts(pattern: Pattern, k: int) -> list[int]:
+    """The `parts` argument of the operators: widths, or nothing where there is one part."""
+    if pattern.grouping == "adjacent":
+        return []
+    widths = pattern.widths(k)
+    return list(widths) if len(widths) > 1 else []
+
+
+# ------------------------------------------------------------------------------------- in plain PyTorch
+
+
+def _pattern(grouping: str, parts: Sequence[int]) -> Pattern:
+    return Pattern(2, 4, grouping, tuple(parts) or 1)  # type: ignore[arg-type]  # checked before
+
+
+def compress_reference(
+    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_compress(x, down, grouping, parts)
+    x = x.detach().reshape(-1, x.shape[-1])
+    pattern = _pattern(grouping, parts)
+    scale = x.new_empty(0, dtype=torch.float32)
+    if norm:
+        scale = norm_scale(x, pattern_mask(x, pattern)).squeeze(-1)
+    if fp8:
+        blocks, t = pack_blocks_fp8(x, pattern)
+        scale = scale * t if norm else t
+    else:
+        blocks = pack_blocks(x, pattern)
+    lowrank = x.new_empty(0, dtype=torch.uint8)
+    if down is not None:
+        product = product_in_float32(x, down.detach())
+        lowrank = pack_lowrank((product / scale.unsqueeze(-1) if norm or fp8 else product).bfloat16())
+    return blocks, scale, lowrank
+
+
+def _product_reference(
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    layers: Sequence[Weights],
+    first_ranks: Sequence[int],
+    rows: int,
+) -> Tensor:
+    k, held = layers[0].weight.shape[1], layers[0].held
+    x = unpack_blocks(blocks, rows, k, held)
+    t = None
+    if rows and lowrank is not None and lowrank.shape[0]:
+        t = unpack_lowrank(lowrank, rows, lowrank.shape[0] // lowrank_bytes(rows, 1) * LOWRANK_COLUMNS)
+    outputs = []
+    for of, first in zip(layers, first_ranks, strict=True):
+        y = product_in_float32(x, of.weight.detach())
+        if t is not None and of.up is not None:
+            y += product_in_float32(t[:, first : first + of.up.shape[1]], of.up.detach())
+        if of.column_scale is not None:
+            y = y * of.column_scale
+        if scale is not None and scale.shape[0]:
+            y = y * scale.unsqueeze(-1)
+        outputs.append((y if of.bias is None else y + of.bias.detach()).bfloat16())
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    grouping: str,
+    parts: Sequence[int],
+    norm: bool,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    of = Weights(weight, up, bias, weight_scale)
+    check_linear(x, of, down, grouping, parts)
+    blocks, scale, lowrank = compress_reference(x, down, grouping, parts, norm, weight_scale is not None)
+    y = _product_reference(blocks, scale, lowrank, [of], (0,), math.prod(x.shape[:-1]))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+# ------------------------------------------------------------------------------------------ shapes alone
+
+
+def compress_fake(
+    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_compress(x, down, grouping, parts)
+    rows = math.prod(x.shape[:-1])
+    return (
+        x.new_empty(blocks_bytes(rows, x.shape[-1], format_of(fp8)), dtype=torch.uint8),
+        x.new_empty(rows if norm or fp8 else 0, dtype=torch.float32),
+        x.new_empty(0 if down is None else lowrank_bytes(rows, down.shape[0]), dtype=torch.uint8),
+    )
+
+
+def _product_fake(
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    layers: Sequence[Weights],
+    first_ranks: Sequence[int],
+    rows: int,
+) -> Tensor:
+    n = sum(of.weight.shape[0] for of in layers)
+    return blocks.new_empty((rows, n), dtype=torch.bfloat16)
+
+
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    grouping: str,
+    parts: Sequence[int],
+    norm: bool,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    check_linear(x, Weights(weight, up, bias, weight_scale), down, grouping, parts)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+# ------------------------------------------------------------------------------------------------ Hopper
+
+
+def _compress_hopper(
+    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_compress(x, down, grouping, parts)
+    return launch_compress(x, down, CompressOptions(grouping, tuple(parts), norm, format_of(fp8)))
+
+
+def _product_hopper(
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    layers: Sequence[Weights],
+    first_ranks: Sequence[int],
+    rows: int,
+) -> Tensor:
+    return launch_gemm(blocks, scale, lowrank, layers, rows, first_ranks)
+
+
+def _linear_hopper(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    grouping: str,
+    parts: Sequence[int],
+    norm: bool,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    of = Weights(weight, up, bias, weight_scale)
+    check_linear(x, of, down, grouping, parts)
+    y = launch_linear(x, of, down, CompressOptions(grouping, tuple(parts), norm, of.held))
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+# --------------------------------------------------------------------------------------------- operators
+
+compress = operator(
+    "compress(Tensor x, Tensor? down, str grouping, int[] parts, bool norm, bool fp8=False)"
+    " -> (Tensor blocks, Tensor scale, Tensor lowrank)",
+    hopper=_compress_hopper,
+    reference=compress_reference,
+    fake=compress_fake,
+)
+"""Select 2 of 4 entries of every group of `x`, and what the product needs beside them, in one pass.
+
+Parameters
+----------
+x : Tensor (..., K) bfloat16
+    The last stride is 1, all others are free.
+down : Tensor (r, K) bfloat16 or None
+    A^T of the low-rank branch, in natural column order.
+grouping : "adjacent" | "strided"
+parts : list of int
+    Widths of the parts of strided groups in order (`pattern_parts`); empty for one part.
+norm : bool
+    Whether the product is scaled by s.
+fp8 : bool
+    Quantise what is kept to e4m3, each token by its own scale t (`rtlynx.math.fp8.quantize_tokens`).
+
+Returns
+-------
+blocks : Tensor uint8
+    Kept entries and indices, see `rtlynx.math.tiles`.
+scale : Tensor (M,) float32
+    s, in fp8 s t, by which rows of the product are multiplied; (0,) in bfloat16 without `norm`. In fp8 NaN
+    for a token that is not finite, and t = 1 for a token of zeros.
+lowrank : Tensor uint8
+    Blocks of (X A) / scale, or (0,) without `down`.
+"""
+
+
+def _gemm(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`gemm` by an implementation of products."""
+
+    def gemm(
+        blocks: Tensor,
+        scale: Tensor | None,
+        lowrank: Tensor | None,
+        weight: Tensor,
+        up: Tensor | None,
+        bias: Tensor | None,
+        rows: int,
+        weight_scale: Tensor | None = None,
+    ) -> Tensor:
+        layers = [Weights(weight, up, bias, weight_scale)]
+        check_gemm(blocks, scale, lowrank, layers, (0,), rows)
+        return product(blocks, scale, lowrank, layers, (0,), rows)
+
+    return gemm
+
+
+def _gemm_joint(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`gemm_joint`, likewise."""
+
+    def gemm_joint(
+        blocks: Tensor,
+        scale: Tensor | None,
+        lowrank: Tensor | None,
+        weights: Sequence[Tensor],
+        ups: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        weight_scales: Sequence[Tensor],
+        first_ranks: Sequence[int],
+        rows: int,
+    ) -> Tensor:
+        layers = layers_of(weights, ups, biases, weight_scales, first_ranks)
+        check_gemm(blocks, scale, lowrank, layers, first_ranks, rows, JOINT_NAMES)
+        return product(blocks, scale, lowrank, layers, first_ranks, rows)
+
+    return gemm_joint
+
+
+gemm = operator(
+    "gemm(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? up, Tensor? bias,"
+    " SymInt rows, Tensor? weight_scale=None) -> Tensor",
+    hopper=_gemm(_product_hopper),
+    reference=_gemm(_product_reference),
+    fake=_gemm(_product_fake),
+)
+"""Y = s ⊙ (X~ W^T + T B^T) ⊙ c + b of what `compress` returned; c = 1 in bfloat16.
+
+Parameters
+----------
+blocks, scale, lowrank
+    As from `compress`; `scale` and `lowrank` may be None instead of empty.
+weight : Tensor (N, K) bfloat16, or float8_e4m3fn where `weight_scale` is given
+    In compute order (`rtlynx.math.tiles.compute_order`).
+up : Tensor (N, r) bfloat16 or None
+    B; in fp8 B / c, each output channel's divided beforehand.
+bias : Tensor (N,) bfloat16 | float32, or None
+rows : int
+    M.
+weight_scale : Tensor (N,) float32, or None
+    c, the scale of each output channel of a weight in e4m3; `blocks` then are of `compress(..., fp8=True)`.
+
+Returns
+-------
+Tensor (M, N) bfloat16
+"""
+
+gemm_joint = operator(
+    "gemm_joint(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor[] weights, Tensor[] ups,"
+    " Tensor[] biases, Tensor[] weight_scales, int[] first_ranks, SymInt rows) -> Tensor",
+    hopper=_gemm_joint(_product_hopper),
+    reference=_gemm_joint(_product_reference),
+    fake=_gemm_joint(_product_fake),
+)
+"""`gemm` of up to four layers that read one input, in one launch.
+
+Parameters
+----------
+blocks, scale, lowrank
+    As of `gemm`.
+weights : list of Tensor (N_i, K)
+    N_i multiples of 8, all but the last.
+ups, biases, weight_scales : lists of Tensor
+    One of each layer, or empty where no layer has any; see `gemm`.
+first_ranks : list of int
+    First of a layer's columns of T, multiples of 32: 0 for all that share one A. From a layer's rank on to
+    the next multiple of 32, T is finite.
+rows : int
+    M.
+
+Returns
+-------
+Tensor (M, sum of N_i) bfloat16
+    Outputs beside each other.
+"""
+
+linear = operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, str grouping, int[] parts,"
+    " bool norm, Tensor? weight_scale=None) -> Tensor",
+    hopper=_linear_hopper,
+    reference=_linear_reference,
+    fake=_linear_fake,
+)
+"""`compress` and `gemm` in one call: (..., K) -> (..., N), for an input that no other layer reads.
+
+In fp8 where `weight_scale` is given.
+"""

@@ -1,0 +1,154 @@
+"""Operands of one linear layer, what we call with them, and what must come out."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import rtlynx.ops.sparse_linear  # noqa: F401  (registers torch.ops.rtlynx)
+from rtlynx.math.fp8 import Quantized, quantize_tokens, quantize_weight
+from rtlynx.math.selection import nm_mask
+from rtlynx.ops.fp8_linear import fold_up
+from rtlynx.timing.shapes import Shape, paper_rank
+from rtlynx.timing.sustained import Call
+
+RANK = 64
+
+
+class Operands(NamedTuple):
+    """One layer: x (M, K), weight (N, K), bias (N,), and low-rank factors of the two ranks; all bf16.
+
+    quantized : the weight in e4m3 where the layer is to run in fp8
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    down: Tensor
+    up: Tensor
+    paper_down: Tensor
+    paper_up: Tensor
+    quantized: Quantized | None = None
+
+    @property
+    def held(self) -> Tensor:
+        """The weight that our kernels multiply with."""
+        return self.weight if self.quantized is None else self.quantized.values
+
+    @property
+    def weight_scale(self) -> Tensor | None:
+        return None if self.quantized is None else self.quantized.scale
+
+    def folded(self, up: Tensor) -> Tensor:
+        """A factor as our kernels take it; made once, not in a call."""
+        return up if self.quantized is None else fold_up(up, self.quantized.scale)
+
+
+def random_operands(shape: Shape, generator: torch.Generator, dtype: str = "bf16") -> Operands:
+    """Fresh operands whose sparse product, low-rank term and bias are of one order."""
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        drawn = torch.randn(*size, device=generator.device, generator=generator, dtype=torch.bfloat16)
+        return drawn.mul_(scale)
+
+    rank, (_, m, k, n) = paper_rank(shape.k), shape
+    weight = normal(n, k, scale=k**-0.5)
+    return Operands(
+        normal(m, k),
+        weight,
+        normal(n),
+        normal(RANK, k, scale=k**-0.5),
+        normal(n, RANK, scale=RANK**-0.5),
+        normal(rank, k, scale=k**-0.5),
+        normal(n, rank, scale=rank**-0.5),
+        quantize_weight(weight) if dtype == "fp8" else None,
+    )
+
+
+def layer_call(of: Operands, down: Tensor, up: Tensor) -> Callable[[], Tensor]:
+    up = of.folded(up)
+    return lambda: torch.ops.rtlynx.linear(
+        of.x, of.held, of.bias, down, up, "adjacent", [], True, of.weight_scale
+    )
+
+
+def product_call(
+    of: Operands,
+    blocks: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+) -> Call:
+    rows = of.x.shape[0]
+    return lambda: torch.ops.rtlynx.gemm(blocks, scale, lowrank, of.held, up, bias, rows, of.weight_scale)
+
+
+def compress(of: Operands, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.rtlynx.compress(of.x, down, "adjacent", [], True, of.quantized is not None)
+
+
+def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
+    """The calls of each of our variants, made when asked for: compression comes before the product alone."""
+
+    def products() -> list[Call]:
+        """The product alone; in fp8 with its scales, without which it is none."""
+        inputs = [compress(of, None) for of in sets]
+        return [
+            product_call(of, blocks, scale if of.quantized else None, None, None, None)
+            for of, (blocks, scale, _) in zip(sets, inputs, strict=True)
+        ]
+
+    def products_with_lowrank() -> list[Call]:
+        inputs = [compress(of, of.down) for of in sets]
+        return [
+            product_call(of, *given, of.folded(of.up), of.bias)
+            for of, given in zip(sets, inputs, strict=True)
+        ]
+
+    calls: dict[str, Callable[[], list[Call]]] = {
+        "ours": lambda: [layer_call(of, of.down, of.up) for of in sets],
+        "ours_gemm": products,
+        "ours_gemm_lowrank": products_with_lowrank,
+        "ours_compress": lambda: [partial(compress, of, of.down) for of in sets],
+        "ours_compress_plain": lambda: [partial(compress, of, None) for of in sets],
+    }
+    if sets[0].paper_down.shape != sets[0].down.shape:
+        calls["ours_paper_rank"] = lambda: [layer_call(of, of.paper_down, of.paper_up) for of in sets]
+    return calls
+
+
+class Errors(NamedTuple):
+    """Relative errors (Frobenius norm) on evenly spaced rows.
+
+    of_kernels : our layer against float64 on the very operands that it multiplies
+    of_quantization : what those operands, quantised, give against what they were; None in bf16
+    """
+
+    of_kernels: float
+    of_quantization: float | None
+
+
+def relative_errors(of: Operands, rows: int = 1024) -> Errors:
+    picked = torch.linspace(0, of.x.shape[0] - 1, min(rows, of.x.shape[0]), device=of.x.device).long()
+    x = of.x[picked]
+    mask = nm_mask(x)
+    kept = x.double() * mask
+    scale = (x.double().square().sum(-1, keepdim=True) / kept.square().sum(-1, keepdim=True)).sqrt()
+
+    def layer(kept: Tensor, weight: Tensor) -> Tensor:
+        lowrank = x.double() @ of.down.double().T @ of.up.double().T
+        return scale * (kept @ weight.T) + lowrank + of.bias.double()
+
+    wanted = exact = layer(kept, of.weight.double())
+    if of.quantized is not None:
+        seen = quantize_tokens(x, mask).dequantize().double()
+        wanted = layer(seen, of.quantized.dequantize().double())
+    got = layer_call(of, of.down, of.up)()[picked].double()
+
+    def relative(one: Tensor, other: Tensor) -> float:
+        return float((one - other).norm() / other.norm())
+
+    return Errors(relative(got, wanted), None if of.quantized is None else relative(wanted, exact))

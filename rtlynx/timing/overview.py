@@ -1,0 +1,58 @@
+"""A measurement as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from rtlynx.timing.results import ratio, step_speed_up
+
+
+def overview(document: Mapping[str, Any]) -> Table:
+    """Whole layers of `rtlynx.timing.linear.run`, a row a shape, and the mean speed-up."""
+    fp8 = document["dtype"] == "fp8"
+    columns = {
+        "cuBLAS bf16": "cublas_us",
+        **({"dense fp8": "fp8_linear_us"} if fp8 else {}),
+        "rtlynx": "ours_us",
+    }
+    table = Table(title=f"One linear layer, {document['dtype']}, {document['device']}, microseconds")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("M, K, N", *columns, "speed-up"):
+        table.add_column(heading, justify="right")
+    for row in document["rows"]:
+        times = (_microseconds(row[name]) for name in columns.values())
+        size = f"{row['M']}, {row['K']}, {row['N']}"
+        table.add_row(row["shape"], size, *times, _times(ratio(row, "cublas_us", "ours_us")))
+    mean = document["geomean"]["linear_vs_cublas_bf16" if fp8 else "linear_vs_cublas"]
+    table.add_section()
+    table.add_row("geometric mean", *[""] * (1 + len(columns)), _times(mean))
+    return table
+
+
+def step_overview(document: Mapping[str, Any]) -> Table:
+    """`rtlynx.timing.step.run`, a row a variant, and the speed-ups over compiled bfloat16."""
+    rows = document["variants"]
+    title = f"One step of {document['model']}, {document['resolution']}², batch {document['batch']}"
+    table = Table(title=f"{title}, {document['device']}, milliseconds")
+    table.add_column("variant", no_wrap=True)
+    for heading in ("GPU", "wall", "linear", "attention", "rest", "GiB", "speed-up", "by wall"):
+        table.add_column(heading, justify="right")
+    columns = ("gpu_ms", "wall_ms", "linear_ms", "attention_ms", "rest_ms", "peak_gib")
+    for row in rows:
+        cells = ("-" if row.get(name) is None else f"{row[name]:.1f}" for name in columns)
+        speed_ups = (_times(step_speed_up(rows, row["name"], time=time)) for time in ("gpu_ms", "wall_ms"))
+        table.add_row(row["name"], *cells, *speed_ups)
+        if row.get("reason"):
+            table.add_row(f"  {row['reason']}")
+    return table
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _microseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"

@@ -1,0 +1,282 @@
+"""One denoising step of a full-size transformer with random weights, as users run it.
+
+GPU time is that of a replayed CUDA graph, wall time that of calls without one; windows of all variants take
+turns in one process. Where variants do not fit the card together each is measured beside compiled bfloat16
+alone, which is measured before and after.
+"""
+
+import copy
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.timing.card import Card
+from rtlynx.timing.full_models import MODELS, Call, Size, build, normals
+from rtlynx.timing.results import REFERENCE
+from rtlynx.timing.step_split import split
+from rtlynx.timing.step_variants import DESIGNS, OURS, VARIANTS, Variant
+from rtlynx.timing.sustained import (
+    Graphs,
+    Measurement,
+    Sample,
+    Timer,
+    Window,
+    attempt,
+    measure,
+)
+
+
+class WallTimer:
+    """Steps one after the other, as a sampler makes them, without a graph."""
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        self._step = step
+
+    def window(self, seconds: float, sample: Sample, discard: float) -> Window:
+        window = Window([], [], [])
+        for length in (discard, seconds):
+            torch.cuda.synchronize()
+            start, count = perf_counter(), 0
+            while perf_counter() - start < length:
+                self._step()
+                count += 1
+            torch.cuda.synchronize()
+            elapsed = perf_counter() - start
+        window.call_us.append(elapsed / count * 1e6)
+        window.note(sample())
+        return window
+
+
+class Ready(NamedTuple):
+    """A variant that can be timed. `gpu` is None where no graph holds it."""
+
+    gpu: Timer | None
+    wall: Timer
+    shares: dict[str, float]
+    peak_gib: float
+
+
+def step_of(model: nn.Module, calls: list[Call]) -> Callable[[], list[Tensor]]:
+    @torch.no_grad()
+    def step() -> list[Tensor]:
+        outputs = []
+        for call in calls:
+            torch.compiler.cudagraph_mark_step_begin()  # for dense blocks in mode "reduce-overhead"
+            (y,) = model(**call, return_dict=False)
+            outputs += y if isinstance(y, list) else [y]
+        return outputs
+
+    return step
+
+
+def prepare(variant: Variant, model: nn.Module, calls: list[Call], missing: dict[str, str]) -> Ready:
+    """Make the variant, compile it, capture it; RuntimeError and the like where it does not run."""
+    twin: Any = copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
+    variant.change(twin)
+    if variant.compiled:
+        twin.compile_repeated_blocks(fullgraph=True, mode=variant.mode)
+    step = step_of(twin, calls)
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before + held_bytes(twin)
+    gpu = None
+    if variant.mode == "default":
+        gpu = attempt(missing, f"{variant.name}, graph", partial(Graphs().timer, [step], replay_ms=1.0))
+    return Ready(gpu, WallTimer(step), split(step), peak / 2**30)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Of a model's parameters, buffers and what sparse layers keep beside them, each storage once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            tensors += module.kept_copies()
+    storages = [plain.untyped_storage() for one in tensors for plain in _plain(one)]
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
+
+def _plain(tensor: Any) -> list[Tensor]:
+    """What a quantised tensor of another library holds; any other tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    inner, _ = tensor.__tensor_flatten__()
+    return [plain for name in inner for plain in _plain(getattr(tensor, name))]
+
+
+def variant_row(name: str, ready: Ready, taken: dict[str, Measurement], missing: dict[str, str]) -> dict:
+    """Of a results file; its reason says why a time is missing, of `missing` where there is one."""
+    reasons = [missing[key] for key in (f"{name}, graph", f"{name}/gpu", f"{name}/wall") if key in missing]
+    gpu, wall = taken.get(f"{name}/gpu"), taken.get(f"{name}/wall")
+    total = gpu and gpu.us / 1e3
+    parts = {f"{part}_ms": total and round(total * share, 3) for part, share in ready.shares.items()}
+    return {
+        "name": name,
+        "gpu_ms": total and round(total, 3),
+        "wall_ms": wall and round(wall.us / 1e3, 3),
+        "gpu_rounds_ms": gpu and [round(us / 1e3, 3) for us in gpu.rounds_us],
+        "wall_rounds_ms": wall and [round(us / 1e3, 3) for us in wall.rounds_us],
+        "clock_mhz": gpu and gpu.clock_mhz,
+        "power_w": gpu and gpu.power_w,
+        **parts,
+        "peak_gib": round(ready.peak_gib, 2),
+        "reason": "; ".join(reasons) or None,
+    }
+
+
+class Bench(NamedTuple):
+    """What variants are made of, and how they are measured."""
+
+    model: nn.Module
+    calls: list[Call]
+    sample: Sample
+    seconds: float
+    rounds: int
+    report: Callable[[str], object]
+
+
+def measure_together(variants: Sequence[Variant], of: Bench) -> list[dict]:
+    """A row a variant, windows of all interleaved."""
+    ready: dict[str, Ready] = {}
+    missing: dict[str, str] = {}
+    # cudagraph trees, of reduce-overhead, free cuBLAS's workspaces, which graphs captured before would read.
+    for variant in sorted(variants, key=lambda one: one.mode == "default"):
+        started = perf_counter()
+        made = attempt(missing, variant.name, partial(prepare, variant, of.model, of.calls, missing))
+        if made is not None:
+            ready[variant.name] = made
+        why = f": {missing[variant.name]}" if variant.name in missing else ""
+        of.report(
+            f"{variant.name} {'does not run' if why else 'ready'} after {perf_counter() - started:.0f} s{why}"
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
+    timers: dict[str, Timer] = {}
+    for name, one in ready.items():
+        if one.gpu is not None:
+            timers[f"{name}/gpu"] = one.gpu
+        timers[f"{name}/wall"] = one.wall
+    taken = measure(timers, of.seconds, of.rounds, of.sample, missing)
+    return [
+        variant_row(one.name, ready[one.name], taken, missing)
+        if one.name in ready
+        else {"name": one.name, "gpu_ms": None, "wall_ms": None, "reason": missing[one.name]}
+        for one in variants
+    ]
+
+
+def run(
+    name: str,
+    card: Card,
+    *,
+    seconds: float,
+    rounds: int = 2,
+    size: Size | None = None,
+    variants: Sequence[str] | None = None,
+    attention: str = "_native_cudnn",
+    commit: str | None = None,
+    report: Callable[[str], object] = print,
+) -> dict:
+    """Measure a step of MODELS[`name`] on `card`: the document of a results file, without targets.
+
+    Parameters
+    ----------
+    seconds : length of a window.
+    rounds : windows of each variant and kind of time.
+    size : default one picture of 1024 x 1024 with a common prompt.
+    variants : names; default all.
+    attention : diffusers attention backend.
+    commit : what the figures belong to, where it cannot be found out.
+    report : takes a line whenever a variant is ready.
+    """
+    of = MODELS[name]
+    size = size or Size(text_tokens=of.text_tokens)
+    taken = [one for one in VARIANTS + DESIGNS if one.name in variants] if variants else list(VARIANTS)
+    torch._dynamo.config.recompile_limit = 64  # blocks of all variants run the same code objects
+    model: Any = build(of)
+    model.set_attention_backend(attention)
+    calls = of.calls(size, normals(7))
+    together = fits_together(model)
+    rows = (measure_together if together else measure_pairwise)(
+        taken, Bench(model, calls, card.sample, seconds, rounds, report)
+    )
+    return {
+        **card.describe(commit),
+        "model": name,
+        "resolution": size.side,
+        "batch": size.batch,
+        "text_tokens": size.text_tokens,
+        "forwards": len(calls),
+        "attention": attention,
+        "ours": OURS,
+        "window_s": seconds,
+        "rounds": rounds,
+        "together": together,
+        "variants": rows,
+    }
+
+
+def fits_together(model: nn.Module) -> bool:
+    """Whether the card holds the weights in bfloat16 once and in eight bits twice, and room to work."""
+    weights = sum(one.numel() * one.element_size() for one in model.parameters())
+    return 2.3 * weights < torch.cuda.get_device_properties().total_memory
+
+
+def measure_pairwise(variants: Sequence[Variant], of: Bench) -> list[dict]:
+    """Each variant beside the reference alone. `drift` says how far the reference moved between them."""
+    (reference,) = (variant for variant in VARIANTS if variant.name == REFERENCE)
+    rows, seen = [], []
+    for variant in variants:
+        if variant is reference:
+            continue
+        pair = measure_together((reference, variant), of)
+        by_name = {row["name"]: row for row in pair}
+        beside = by_name[REFERENCE]
+        seen.append(beside)
+        rows.append(
+            by_name[variant.name] | {"beside": {key: beside.get(key) for key in ("gpu_ms", "wall_ms")}}
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
+    return [seen[0] | {"drift": drift(seen)}, *rows]
+
+
+def drift(seen: Iterable[Mapping]) -> float | None:
+    """How far GPU times of one variant lie apart, over the least."""
+    times = [row["gpu_ms"] for row in seen if row["gpu_ms"]]
+    return max(times) / min(times) - 1 if times else None
+
+
+def renewed(document: Mapping, again: Mapping) -> dict:
+    """`document` with those variants that were measured `again`, each with the commit that it belongs to.
+
+    For variants measured in pairs: each has a reference of its own beside it. The first reference stays.
+
+    Raises
+    ------
+    ValueError
+        Where variants were measured together, or the two are not of one card, model and size.
+    """
+    own = ("commit", "variants", "targets")
+    unlike = sorted(
+        key for key in document.keys() | again if key not in own and document.get(key) != again.get(key)
+    )
+    if unlike or document["together"]:
+        why = f"differ in {', '.join(unlike)}" if unlike else "hold variants measured together"
+        raise ValueError(f"rows of one results file can't renew another's: they {why}; measure all again")
+    rows = {row["name"]: row for row in document["variants"]}
+    of = {"commit": again["commit"]}
+    rows |= {row["name"]: row | of for row in again["variants"] if row["name"] != REFERENCE}
+    apart = drift(row["beside"] for row in rows.values() if "beside" in row)
+    rows[REFERENCE] = rows[REFERENCE] | {"drift": apart}
+    return {**document, "variants": list(rows.values())}

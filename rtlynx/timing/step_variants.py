@@ -1,0 +1,170 @@
+"""Variants of a full-size transformer that one step is measured of: dense, ours, and what others offer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from rtlynx.models import make_plan
+from rtlynx.models.plan import LayerPlan, architecture_of
+from rtlynx.models.sparsify import apply_plan, sparsify
+from rtlynx.recipe import RECOMMENDED_SAVING, Form, Recipe
+from rtlynx.timing.full_models import normals
+from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
+
+RANK = 64
+OURS = "the recommended recipe"  # the form of ours, unless a variant's name says otherwise
+# By role, the share of layers that the recommended recipe leaves whole in eight bits, in the model of the box
+# (solutions/recommended): which layers a budget takes depends on weights, and these are random.
+WHOLE_IN_FP8 = {
+    "attention-in": 10 / 27,
+    "attention-out": 2 / 3,
+    "mlp-up": 2 / 9,
+    "mlp-down": 0.0,
+    "single-out": 1 / 2,
+}
+
+
+class Variant(NamedTuple):
+    """`change` makes a copy of the model, which shares its parameters, into what is measured.
+
+    `mode` is torch.compile's. With "reduce-overhead" each block is a CUDA graph of its own, which a graph of
+    the whole step cannot hold: no GPU time.
+    """
+
+    name: str
+    change: Callable[[nn.Module], object]
+    compiled: bool = True
+    mode: Literal["default", "reduce-overhead"] = "default"
+
+
+def torchao_fp8(model: nn.Module) -> None:
+    """Row-wise dynamic fp8 of all linears in the repeated blocks, as torchao's users have it.
+
+    Without its setting of Inductor that tunes each elementwise kernel step by step, which takes many minutes;
+    without fast accumulation for few text tokens of many columns, which cuBLAS refuses with a bias.
+    """
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    repeated: Any = model._repeated_blocks
+    blocks = tuple(name for name, module in model.named_modules() if type(module).__name__ in repeated)
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        wide = isinstance(module, nn.Linear) and min(module.in_features, module.out_features) >= 1024
+        modulation = "mod" in name or ".norm" in name or "adaLN" in name  # of one token: nothing to gain
+        return wide and not modulation and name.startswith(blocks)
+
+    def refused(module: nn.Module, name: str) -> bool:
+        return chosen(module, name) and name.endswith(".txt_mlp.net.2")  # Qwen-Image: of 12,288 columns
+
+    config = partial(
+        Float8DynamicActivationFloat8WeightConfig, granularity=PerRow(), set_inductor_config=False
+    )
+    quantize_(model, config(mm_config=Float8MMConfig(use_fast_accum=False)), filter_fn=refused)
+    quantize_(model, config(), filter_fn=lambda one, name: chosen(one, name) and not refused(one, name))
+
+
+def every_layer(
+    precision: Literal["bf16", "fp8"],
+    *,
+    rank: int | None = RANK,
+    text: Form | None = None,
+    text_rows: Literal["sparse", "dense"] = "sparse",
+) -> Callable[[nn.Module], None]:
+    """The form of `Recipe()`: refitted weights, a low-rank branch in every layer; factors are random too.
+
+    `text` is what layers of the text stream are, where that is not what the recipe makes of them; `text_rows`
+    are those of layers that image and text share.
+    """
+
+    def change(model: nn.Module) -> None:
+        candidates = architecture_of(model).candidates(model)
+        forms = {one.name: text for one in candidates if text and one.stream == "text"}
+        recipe = Recipe(rank=rank, refit=True, precision=precision, forms=forms, text_rows=text_rows)
+        plan = make_plan(model, recipe)
+        normal, downs = normals(3), {}
+
+        def prepare(name: str, layer: Any) -> None:
+            k, n = layer.in_features, layer.out_features
+            if rank is None or layer.pattern.n == layer.pattern.m:
+                return
+            if layer.shared_input not in downs:
+                downs[layer.shared_input] = normal(rank, k) * k**-0.5
+            layer.set_lowrank(downs[layer.shared_input], normal(n, rank) * (0.1 * rank**-0.5))
+
+        apply_plan(model, plan, prepare)
+
+    return change
+
+
+def recommended(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None]:
+    """The form of `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 some whole.
+
+    The former are taken as trained models have them: outputs of attention and of single-stream blocks, then
+    of MLPs.
+    """
+
+    def change(model: nn.Module) -> None:
+        plan = make_plan(model, Recipe.recommended(precision=precision, budget=None))
+        layers = [layer for layer in plan.sparse if layer.pattern.n < layer.pattern.m]
+        if precision == "fp8":
+            plan = plan.in_forms(dict.fromkeys(spread_out(layers, WHOLE_IN_FP8), "fp8-dense"))
+        else:
+            plan = plan.leave_dense(dict.fromkeys(spread_out(layers, output_shares(layers)), "budget"))
+        apply_plan(model, plan)
+
+    return change
+
+
+def output_shares(layers: Sequence[LayerPlan], share: float = 1 - RECOMMENDED_SAVING) -> dict[str, float]:
+    """By role, shares of output layers that together hold `share` of all multiplications of `layers`."""
+    work = {layer.name: layer.in_features * layer.out_features for layer in layers}
+    left = share * sum(work.values())
+    shares: dict[str, float] = {}
+    for roles in (("attention-out", "single-out"), ("mlp-down",)):
+        whole = sum(work[layer.name] for layer in layers if layer.candidate.role in roles)
+        taken = min(1.0, left / whole) if whole else 0.0
+        shares |= dict.fromkeys(roles, taken)
+        left -= taken * whole
+    return shares
+
+
+def spread_out(layers: Sequence[LayerPlan], shares: Mapping[str, float]) -> list[str]:
+    """Names of these shares of the layers of each role, evenly spaced over the depth."""
+    names = []
+    for role, share in shares.items():
+        some = [layer.name for layer in layers if layer.candidate.role == role]
+        names += [name for i, name in enumerate(some) if int((i + 1) * share) > int(i * share)]
+    return names
+
+
+def nothing_dropped(model: nn.Module) -> None:
+    """Every layer in eight bits, whole."""
+    sparsify(model, Recipe.immediate(forms={"*": "fp8-dense"}))
+
+
+VARIANTS = (
+    Variant("bf16 eager", lambda model: None, compiled=False),
+    Variant(REFERENCE, lambda model: None),
+    Variant("rtlynx bf16-2:4", recommended("bf16")),
+    Variant("rtlynx fp8-2:4", recommended("fp8")),
+    # What a user sets where the host cannot keep up.
+    Variant(f"{REFERENCE}{BLOCK_GRAPHS}", lambda model: None, mode="reduce-overhead"),
+    Variant(f"rtlynx bf16-2:4{BLOCK_GRAPHS}", recommended("bf16"), mode="reduce-overhead"),
+    Variant(f"rtlynx fp8-2:4{BLOCK_GRAPHS}", recommended("fp8"), mode="reduce-overhead"),
+    Variant("fp8 compiled (torchao)", torchao_fp8),  # the slowest to compile
+)
+# Other designs than the recommended recipe's, measured where they are named.
+DESIGNS = (
+    Variant("rtlynx fp8 (nothing dropped)", nothing_dropped),
+    Variant("rtlynx bf16-2:4 (every layer)", every_layer("bf16", rank=None)),
+    Variant("rtlynx fp8-2:4 (every layer)", every_layer("fp8", rank=None)),
+    Variant(f"rtlynx bf16-2:4 (every layer, rank {RANK})", every_layer("bf16")),
+    Variant(f"rtlynx fp8-2:4 (every layer, rank {RANK})", every_layer("fp8")),
+    Variant("rtlynx fp8-2:4 (every layer, text bf16)", every_layer("fp8", rank=None, text="dense")),
+    Variant(
+        "rtlynx bf16-2:4 (every layer, text rows dense)", every_layer("bf16", rank=None, text_rows="dense")
+    ),
+)

@@ -1,0 +1,79 @@
+"""Small models trained for this library, so that everything can be tried and measured offline.
+
+pipe = rtlynx_zoo.load()
+pipe("hot dog").images[0].save("hot-dog.png")
+
+flux-emoji is in the wheel. The others, of other architectures, are trained on the same pictures with the same
+recipe; their weights are in the repository only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from rtlynx_zoo.pipeline import EmojiPipeline
+
+# Name -> its transformer's class in diffusers.
+_CLASSES = {
+    "flux-emoji": "FluxTransformer2DModel",
+    "qwen-emoji": "QwenImageTransformer2DModel",
+    "z-image-emoji": "ZImageTransformer2DModel",
+}
+_BOXED = ("flux-emoji",)
+_PACKAGE = Path(__file__).parent
+_REPOSITORY_MODELS = _PACKAGE.parents[1] / "studies" / "models"
+
+
+def names() -> tuple[str, ...]:
+    """The models that `load` knows. All but the first need a checkout of the repository."""
+    return tuple(_CLASSES)
+
+
+def folder(name: str) -> Path:
+    """Where the files of a model are: a diffusers pipeline folder, beside it its `solutions` if it has any.
+
+    Raises ValueError for an unknown name. The folder may be missing: `load` says so.
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(_CLASSES)}")
+    return (_PACKAGE / "assets" if name in _BOXED else _REPOSITORY_MODELS) / name
+
+
+def load(
+    name: str = "flux-emoji", *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> EmojiPipeline:
+    """A trained model as a ready diffusers pipeline. Reads installed files only, never the network.
+
+    Parameters
+    ----------
+    name:
+        One of `names()`.
+    device, dtype:
+        Where the transformer goes, and in which floating-point type (default float32; stored as bfloat16).
+
+    Raises ValueError for an unknown name, FileNotFoundError for a model whose weights are not here.
+    """
+    files = folder(name)
+    if not (files / "transformer" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the weights of zoo:{name} are not here: they are in studies/models/{name} of the rtlynx "
+            "repository, not in the wheel; install from a checkout (pip install -e .). "
+            f"Looked in {files}"
+        )
+    # diffusers takes seconds to import: only those who load a model pay for it.
+    import diffusers
+    import torch
+
+    from rtlynx_zoo.pipeline import EmojiPipeline
+
+    transformer = getattr(diffusers, _CLASSES[name]).from_pretrained(
+        files / "transformer", dtype=dtype or torch.float32, local_files_only=True, low_cpu_mem_usage=False
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
+        files / "scheduler", local_files_only=True
+    )
+    return EmojiPipeline(transformer.eval(), scheduler).to(device)

