@@ -41,6 +41,7 @@ from rtlynx.models.sparsify import (
 from rtlynx.quantization import E4M3
 from rtlynx.recipe import Recipe, refuse_unknown
 from rtlynx.schema import wrong_numbers
+from rtlynx.state_dict import OWN
 
 _BaseConfig: Any = object
 _BaseQuantizer: Any = object
@@ -319,10 +320,11 @@ class RTLynxQuantizer(_BaseQuantizer):
                 f"{self._folder} lacks {_some(missing)}: fetch or copy the folder again, all of it"
             )
         expected = set(model.state_dict())
+        unknown = self._found - expected
         extra = sorted(
-            key
-            for key in self._found - (self._signed().keys() or expected)
-            if self._signed() or any(key.startswith(f"{name}.") for name in self._layers)
+            {key for key in unknown if key.rpartition(".")[2] in OWN}
+            | {key for key in unknown if any(key.startswith(f"{name}.") for name in self._layers)}
+            | (self._found - self._signed().keys() if self._signed() else set())
         )
         if extra:
             raise CheckpointError(
