@@ -58,10 +58,10 @@ def change_json(rng, body, keep=()):
     return body, path
 
 
-def change_tensors(rng, data):
-    """The safetensors file `data` with one or two tensors made wrong."""
+def change_tensors(rng, data, among=None):
+    """The safetensors file `data` with one tensor, or two, made wrong; how, and which."""
     tensors = safetensors.torch.load(data)
-    name, other = rng.sample(sorted(tensors), 2)
+    name, other = rng.sample(among or sorted(tensors), 2)
     tensor = tensors[name]
     value = rng.choice((float("nan"), float("inf"), -float("inf")))
     if tensor.dtype is torch.float8_e4m3fn:  # it has no Inf

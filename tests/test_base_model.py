@@ -43,7 +43,7 @@ def test_any_tensor_of_the_base_model_tells(folder, name):
 
 
 def test_any_change_that_the_file_does_not_hold_is_not_saved(tmp_path):
-    for name in EVERY:
+    for name in EVERY[::3]:
         model = sparsify(tiny_flux(), Recipe.immediate(skip=["*.proj_mlp"]))
         layer, _, kind = name.rpartition(".")
         with pytest.raises(ValueError, match=rf"the {kind} of {layer} has changed .*save_pretrained"):

@@ -39,6 +39,7 @@ from rtlynx.models.sparsify import (
     state_of,
 )
 from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.nn.state_dict import OWN
 from rtlynx.recipe import Recipe, refuse_unknown
 from rtlynx.storage.files import CheckpointError, first_line
 
@@ -319,10 +320,11 @@ class RTLynxQuantizer(_BaseQuantizer):
                 f"{self._folder} lacks {_some(missing)}: fetch or copy the folder again, all of it"
             )
         expected = set(model.state_dict())
+        unknown = self._found - expected
         extra = sorted(
-            key
-            for key in self._found - (self._signed().keys() or expected)
-            if self._signed() or any(key.startswith(f"{name}.") for name in self._layers)
+            {key for key in unknown if key.rpartition(".")[2] in OWN}
+            | {key for key in unknown if any(key.startswith(f"{name}.") for name in self._layers)}
+            | (self._found - self._signed().keys() if self._signed() else set())
         )
         if extra:
             raise CheckpointError(

@@ -123,6 +123,8 @@ def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Rec
         entries = index.get(table, {})
         if not isinstance(entries, dict) or not all(map(good, entries.values())):
             raise CheckpointError(f"{path} is damaged: {table} is an object, in it for each name {what}")
+    if not isinstance(index.get("config", {}), dict):
+        raise CheckpointError(f"{path} is damaged: config is no object")
     if not all(reason is None or isinstance(reason, str) for reason in index["dense"].values()):
         raise CheckpointError(f"{path} is damaged: dense says for each layer why it is")
     for name, entry in index["layers"].items():

@@ -38,8 +38,8 @@ def load_model(source: str, *, device: str = "cpu", dtype: torch.dtype | None = 
             import rtlynx_zoo as zoo
         except ModuleNotFoundError:
             raise ValueError(
-                f"{source} is a model of the package rtlynx-zoo, which is not installed: in a checkout of rtlynx, "
-                "pip install ./zoo"
+                f"{source} is a model of the package rtlynx-zoo, which is not installed: "
+                "pip install ./zoo in a checkout of rtlynx"
             ) from None
         return zoo.load(source.removeprefix(ZOO_PREFIX), device=device, dtype=dtype)
     folder = Path(source)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rtlynx.nn.sparse_linear import SparseLinear
 
 _REFITTED = "rtlynx_refitted"
-_OWN = ("lowrank_down", "lowrank_up", "weight_scale", "weight_dense")
+# Tensors that dense layers have not.
+OWN = ("lowrank_down", "lowrank_up", "weight_scale", "weight_dense")
 
 
 def mark(layer: SparseLinear, state_dict: Any, prefix: str) -> None:
@@ -49,7 +50,7 @@ def refusal(
             "(rtlynx.save and rtlynx.load keep that with the weights)"
         )
     # Without `strict` PyTorch would take the weight and drop what belongs to it.
-    lost = [kind for kind in _OWN if f"{prefix}{kind}" in state_dict and getattr(layer, kind) is None]
+    lost = [kind for kind in OWN if f"{prefix}{kind}" in state_dict and getattr(layer, kind) is None]
     if lost:
         return (
             f"{prefix}weight comes with a {lost[0]}, and the layer has none: load it into a model that was "
