@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rtlynx.cli.main import doctor
+from rtlynx.cli import doctor
 from rtlynx.cuda import jit
 
 

@@ -44,10 +44,10 @@ def _run(arguments: list[str]) -> int:
         print(__version__)
         return DONE
     try:
-        from rtlynx.cli.main import commands  # typer and rich
+        from rtlynx.cli import commands  # typer and rich
     except Exception:
         if arguments[:1] == ["doctor"]:
-            from rtlynx.cli.main import doctor
+            from rtlynx.cli import doctor
 
             return doctor.print_plainly(as_json="--json" in arguments)
         raise
