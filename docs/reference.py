@@ -9,7 +9,7 @@ import rtlynx
 
 # What the page says in which order; every public name is in one of these groups.
 GROUPS = {
-    "Models": ("sparsify", "calibrate", "save", "load", "densify", "RTLynxConfig"),
+    "Models": ("sparsify", "calibrate", "save", "load", "densify", "schedule", "RTLynxConfig"),
     "Choices": ("Recipe", "Budget", "CalibrationOptions", "CalibrationReport"),
     "The layer": ("SparseLinear", "Pattern"),
     "Selection": ("nm_mask", "norm_scale", "pack", "unpack"),

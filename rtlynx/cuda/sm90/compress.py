@@ -160,7 +160,7 @@ class _Configuration(NamedTuple):
 INSTANTIATIONS = [
     Instantiation("compress.cu", "compress", variant.defines)
     for held in (BF16, FP8)
-    for source in range(6)
+    for source in SOURCE_BYTES
     for mode in ((_ADJACENT, _STRIDED, _GATHER) if source == MATRIX else (_ADJACENT, _STRIDED))
     for rank in _RANKS
     for variant in _Configuration(held, source, mode, rank).variants
