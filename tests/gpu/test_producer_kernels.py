@@ -29,7 +29,13 @@ pytestmark = [
 ]
 
 ROWS = (1, 7, 129, 1000, 4099)
-WIDTHS = {"adaln": 3072, "rmsnorm": 3840, "gelu": 12288, "silu_gate": 10240, "concat_gelu": 15360}
+WIDTHS = {
+    "adaln": 3072,
+    "rmsnorm": 3840,
+    "gelu": 12288,
+    "silu_gate": 10240,
+    "concat_gelu": 15360,
+}
 PARTS = {"concat_gelu": (3072, 12288)}
 RANKS = (0, 5, 64, 130)
 GROUPINGS = ("adjacent", "strided")
