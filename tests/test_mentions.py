@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_architecture import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("rtlynx", "zoo", "studies", "tests", "benchmarks", "docs", "examples")
@@ -80,6 +81,32 @@ def test_what_docstrings_and_comments_name_exists():
         if bad:
             wrong[name_of(source)] = bad
     assert not wrong
+
+
+def test_the_map_shows_the_floors_as_they_are():
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    picture = contributing.partition("<!-- floors -->")[2].partition("## ")[0]
+    drawn = [tuple(re.findall(r"│ (\w+)", line)) for line in picture.splitlines() if re.search(r"│ \w", line)]
+    assert drawn == list(reversed(FLOORS))
+    for package in (name for floor in FLOORS for name in floor):
+        assert re.search(rf"^\| `rtlynx/{package}(?:\.py)?` \|", contributing, re.MULTILINE)
+
+
+def test_old_modules_of_the_changelog_are_gone_and_new_ones_there():
+    rows = re.findall(r"^  \| (`rtlynx.*?) \| (.*?) \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for old, new in rows:
+        for one in re.findall(r"`(rtlynx[\w.]+)`", old):
+            assert not resolves(one)
+        for one in re.findall(r"`(rtlynx[\w.]+)`", new):
+            assert resolves(one)
+
+
+def test_linters_before_a_commit_are_those_of_the_constraints():
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    hooks = re.findall(r"\[([\w-]+)==([\d.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert {name for name, _ in hooks} == {"ruff", "clang-format"}
+    assert set(hooks) <= set(pinned.items())
 
 
 def test_a_name_that_is_not_there_is_found():

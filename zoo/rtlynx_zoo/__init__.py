@@ -61,7 +61,7 @@ def load(
     if not (files / "transformer" / "config.json").is_file():
         raise FileNotFoundError(
             f"the weights of zoo:{name} are not here: they are in studies/models/{name} of the rtlynx "
-            "repository, not in the wheel; install from a checkout (pip install -e .). "
+            "repository, not in the wheel; install from a checkout (pip install -e ./zoo). "
             f"Looked in {files}"
         )
     # diffusers takes seconds to import: only those who load a model pay for it.
