@@ -81,7 +81,7 @@ def killed_at(count, work):
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills children that were forked")
 
 PACKAGE = Path(rtlynx.__file__).parent
-TRACED = {str(PACKAGE / name) for name in ("checkpoint_folder.py", "temporaries.py", "files.py")}
+TRACED = {str(PACKAGE / "storage" / name) for name in ("checkpoint_folder.py", "temporaries.py", "files.py")}
 
 
 class Interrupter:

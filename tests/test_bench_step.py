@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import rtlynx_zoo as zoo
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
 from helpers import tiny_flux
 from rich.console import Console
 from rtlynx_zoo.prompts import ASSETS
 
-from rtlynx import Recipe, zoo
+from rtlynx import Recipe
 from rtlynx.io.checkpoint import read_index
 from rtlynx.models import make_plan, sparse_layers
 from rtlynx.timing import step, step_variants

@@ -283,7 +283,9 @@ def test_the_check_changes_nothing(place, models):
 
 @pytest.mark.parametrize("command_name", ["convert", "calibrate"])
 def test_the_commands_look_at_the_place_before_they_load_a_model(place, command, monkeypatch, command_name):
-    monkeypatch.setattr("rtlynx.cli.main.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "rtlynx.models.pipelines.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     (place / "mine").mkdir()
     (place / "mine" / "rtlynx.py").write_text("import this")
     for folder, reason in ((place / "mine", "rtlynx.py"), (place / "mine" / "rtlynx.py" / "x", "directory")):
@@ -308,5 +310,5 @@ def test_a_checkpoint_whose_saver_was_killed_is_not_read_from_outside(place, mod
     del body["sha256"]
     body["sha256"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(body))
-    with pytest.raises(CheckpointError, match=r"rtlynx\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"rtlynx\.json is damaged: unknown tensors_sha256"):
         load(small(), place / "lynx")

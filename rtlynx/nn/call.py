@@ -63,13 +63,9 @@ class CallState:
         return self._bounds is not None
 
 
-class _Thread(threading.local):
-    """The state of the call that runs in this thread. (torch.compile cannot read a `ContextVar`.)"""
-
-    call: CallState | None = None
-
-
-_thread = _Thread()
+# The state of the call that runs in each thread, as its attribute `call`. Not a `ContextVar`, which torch.compile
+# cannot read; nor a class of our own, of which torch 2.11 reads the class's attribute.
+_thread = threading.local()
 
 
 def current_call() -> CallState:
@@ -80,7 +76,7 @@ def current_call() -> CallState:
     RuntimeError
         If none does: the layer was called by itself, or again in a backward pass.
     """
-    call = _thread.call
+    call: CallState | None = getattr(_thread, "call", None)
     if call is None:
         raise RuntimeError(
             "this layer runs some rows or steps dense, as the model's call says, and no call is under way: "
@@ -92,7 +88,7 @@ def current_call() -> CallState:
 
 def enter_call(call: CallState, owner: object) -> None:
     """Make `call` the one that runs in this thread, until `leave_call` of the same owner."""
-    outer = _thread.call
+    outer: CallState | None = getattr(_thread, "call", None)
     while outer is not None and outer.owner is owner:  # left behind by Ctrl-C
         outer = outer.outer
     call.owner, call.outer, _thread.call = owner, outer, call
@@ -100,7 +96,7 @@ def enter_call(call: CallState, owner: object) -> None:
 
 def leave_call(owner: object) -> None:
     """Back to the call around that of `owner`, if that has one under way."""
-    call = _thread.call
+    call = getattr(_thread, "call", None)
     if call is not None and call.owner is owner:
         _thread.call = call.outer
 

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import rtlynx_zoo as zoo
 import torch
 from compose_helpers import formulas, sparse_flux, with_formulas
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -19,7 +20,7 @@ from helpers import (
     z_image_call,
 )
 
-from rtlynx import Recipe, densify, sparsify, zoo
+from rtlynx import Recipe, densify, sparsify
 from rtlynx.models import sparse_layers
 
 CLOSE = 3e-4  # the last bit of an input decides between entries that are nearly a tie

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compose_helpers import REFIT, adapter, formulas, refit, sparse_flux
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from helpers import (
+from helpers import TEXT_TOKENS, (
     flux_call,
     output,
     qwen_call,
@@ -19,6 +19,7 @@ from helpers import (
 )
 
 from rtlynx import Recipe, densify, sparsify
+from rtlynx.nn.call import calling
 from rtlynx.models import sparse_layers
 
 CLOSE = 2e-6
@@ -59,12 +60,11 @@ def test_beside_layers_of_other_recipes(recipe):
     deltas = load(model)
 
     def expected(name, x):
-        layer = twin.get_submodule(name)
-        layer.context = model.get_submodule(name).base_layer.context  # the step and text rows of this call
-        with torch.no_grad():
-            return layer(x) + x @ deltas[name].T
+        with torch.no_grad(), calling(dense=dense, text_rows=(0, TEXT_TOKENS)):
+            return twin.get_submodule(name)(x) + x @ deltas[name].T
 
     for timestep in (1.0, 0.5):
+        dense = "dense_steps" in recipe and timestep == 1.0
         check_layers(model, deltas, expected, flux_call(timestep=timestep))
 
 

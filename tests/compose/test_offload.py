@@ -2,13 +2,14 @@
 
 import accelerate
 import pytest
+import rtlynx_zoo as zoo
 import torch
 from compose_helpers import adapter, refit, sparse_flux
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import flux_call, output, relative_error, tiny_flux
 from rtlynx_zoo.pipeline import EmojiPipeline
 
-from rtlynx import Recipe, calibrate, sparsify, zoo
+from rtlynx import Recipe, calibrate, sparsify
 from rtlynx.models import sparse_layers
 
 GROUPS = {

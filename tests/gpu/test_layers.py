@@ -132,8 +132,8 @@ def test_gradients_run_in_plain_pytorch():
 
 def test_dense_text_rows():
     layer, x = sparse("strided"), tokens(2, ROWS, K)
-    layer.text_rows_dense = True
     whole, dense = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    layer.text_rows_dense = True
     for start, stop in ((0, 64), (200, ROWS), (70, 90)):
         with calling(text_rows=(start, stop)):
             y = layer(x)
