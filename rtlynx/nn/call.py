@@ -63,8 +63,8 @@ class CallState:
         return self._bounds is not None
 
 
-# The state of the call that runs in each thread, as its attribute `call`. Not a `ContextVar`, which torch.compile
-# cannot read; nor a class of our own, of which torch 2.11 reads the class's attribute.
+# The state of the call that runs in each thread, as its attribute `call`. Not a `ContextVar`, which
+# torch.compile cannot read; nor a class of our own, of which torch 2.11 reads the class's attribute.
 _thread = threading.local()
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from compose_helpers import REFIT, adapter, formulas, refit, sparse_flux
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from helpers import TEXT_TOKENS, (
+from helpers import (
+    TEXT_TOKENS,
     flux_call,
     output,
     qwen_call,
@@ -19,8 +20,8 @@ from helpers import TEXT_TOKENS, (
 )
 
 from rtlynx import Recipe, densify, sparsify
-from rtlynx.nn.call import calling
 from rtlynx.models import sparse_layers
+from rtlynx.nn.call import calling
 
 CLOSE = 2e-6
 KINDS = ("immediate", "strided", "refit")
