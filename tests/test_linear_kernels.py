@@ -15,6 +15,7 @@ from torch import nn
 import rtlynx.nn.sparse_linear
 from rtlynx import Pattern, Recipe, SparseLinear, sparsify
 from rtlynx.models import sparse_layers
+from rtlynx.nn.backends import REFERENCE, REFERENCE_FP8
 from rtlynx.nn.call import calling
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.ops import dispatch as choice
@@ -45,13 +46,13 @@ def calls(monkeypatch):
     """Counts the calls of each operator."""
     count = Counter()
     for name in ("compress", "gemm", "linear"):
-        original = getattr(rtlynx.nn.sparse_linear.ops, name)
+        original = getattr(rtlynx.nn.backends.ops, name)
 
         def counted(*args, name=name, original=original):
             count[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(rtlynx.nn.sparse_linear.ops, name, counted)
+        monkeypatch.setattr(rtlynx.nn.backends.ops, name, counted)
     return count
 
 
@@ -131,19 +132,19 @@ def test_dense_steps_use_no_kernel(calls):
 @pytest.mark.parametrize("norm", ["none", "scale"])
 @pytest.mark.parametrize("rank", [0, RANK])
 @pytest.mark.parametrize("single", [False, True])
-def test_a_quantised_layer_gives_what_plain_pytorch_gives(name, norm, rank, single, calls, monkeypatch):
+def test_a_quantised_layer_gives_what_plain_pytorch_gives(name, norm, rank, single, calls):
     layer = sparse(name, norm, rank)
     layer.quantize()
     layer.shared_input = SharedInput(single=single)
     x = normal(2, 35, K)
     y = layer(x)
     assert calls == ({"linear": 1} if single else {"compress": 1, "gemm": 1})
-    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", lambda *_: False)
+    layer.backend = REFERENCE_FP8
     assert relative_error(y, layer(x)) < 1e-3
     assert calls.total() <= 2
 
 
-def test_changes_of_a_quantised_layers_factors_are_noticed(calls, monkeypatch):
+def test_changes_of_a_quantised_layers_factors_are_noticed(calls):
     layer = sparse("strided")
     layer.quantize()
     x = normal(70, K)
@@ -153,7 +154,7 @@ def test_changes_of_a_quantised_layers_factors_are_noticed(calls, monkeypatch):
     assert layer._folded.kept is folded
     layer.lowrank_up.mul_(-3)
     by_kernels = layer(x)
-    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", lambda *_: False)
+    layer.backend = REFERENCE_FP8
     assert relative_error(by_kernels, layer(x)) < 1e-3
 
 
@@ -169,10 +170,9 @@ def test_autocast_is_served_what_the_product_sees(calls):
 @pytest.mark.parametrize("rows", [(0, 8), (32, None), (10, 20), (0, None), (0, 0), (40, 40)])
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("kernels", [False, True])
-def test_dense_text_rows(rows, single, kernels, calls, monkeypatch):
-    if not kernels:
-        monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", lambda *_: False)
+def test_dense_text_rows(rows, single, kernels, calls):
     layer = sparse("strided")
+    layer.backend = None if kernels else REFERENCE
     layer.shared_input = SharedInput(single=single)
     x = normal(2, 40, K)
     whole = layer(x)

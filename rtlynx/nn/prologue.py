@@ -68,7 +68,7 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
         # Adapters wrap a layer; hooks want the input that it would get.
         if type(layer) is not SparseLinear or not untouched(layer):
             return None
-        if layer.dense_reason is not None:
+        if layer.dense_reason is not None or layer.backend is not None:
             return None
         call = layer.call()
         if call is not None and (call.dense or (layer.text_rows_dense and call.has_text)):

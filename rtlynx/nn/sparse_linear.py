@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rtlynx.cuda.sm90.weights import Weights
-from rtlynx.math import reference
 from rtlynx.math.fp8 import E4M3, Quantized, quantize_weight
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
 from rtlynx.math.tiles import compute_order
+from rtlynx.nn.backends import Backend, choose_backend
 from rtlynx.nn.cached_tensor import Derived, WatchedWeight
 from rtlynx.nn.call import CallState, RowRanges, current_call
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.state_dict import mark, refusal
 from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import kernels_serve, obstacle
 
 Precision = Literal["bf16", "fp8"]
@@ -66,6 +65,8 @@ class SparseLinear(nn.Linear):
         Whether the norm scale s is applied ("paper": with the paper's printed epsilon).
     dense_reason : str or None
         Why the layer runs densely all the same (its K does not split into groups), or None.
+    backend : Backend or None
+        What computes the layer (`rtlynx.nn.backends`); None takes the fastest that serves the call.
     text_rows_dense, dense_steps : bool
         Whether text rows, or all rows in some steps, run dense, as the model's call says (`rtlynx.nn.call`).
         Such a layer cannot be called outside a call of its model.
@@ -83,6 +84,7 @@ class SparseLinear(nn.Linear):
     text_rows_dense: bool
     dense_steps: bool
     shared_input: SharedInput
+    backend: Backend | None
     _ordered: Derived
     _folded: Derived
 
@@ -111,6 +113,7 @@ class SparseLinear(nn.Linear):
         self.text_rows_dense = False
         self.dense_steps = False
         self.shared_input = SharedInput(single=True)
+        self.backend = None
         self._ordered = Derived()
         self._folded = Derived()
         self.register_parameter("lowrank_down", None)
@@ -172,6 +175,11 @@ class SparseLinear(nn.Linear):
             plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         return plain
 
+    @property
+    def whole_scale(self) -> Callable[..., Tensor] | None:
+        """How a shard of a layer finds the norm scale of whole tokens; None where the layer sees those."""
+        return None
+
     if not TYPE_CHECKING:  # to a type checker it is the attribute of nn.Linear
         weight = WatchedWeight()
 
@@ -182,7 +190,8 @@ class SparseLinear(nn.Linear):
             )
         super().register_parameter(name, param)
 
-    def _own_weight(self) -> Tensor:
+    def own_weight(self) -> Tensor:
+        """The attribute `weight`, without dropping what was made of it."""
         weight = self._parameters.get("weight")
         return self.weight if weight is None else weight  # (not a parameter where it is parametrised)
 
@@ -227,7 +236,7 @@ class SparseLinear(nn.Linear):
         By this name peft finds the dtype that an adapter beside the layer gets.
         """
         if self.precision == "bf16":
-            return self._own_weight().dtype
+            return self.own_weight().dtype
         full = (self.lowrank_down, self.bias, self.weight_dense)
         return next((tensor.dtype for tensor in full if tensor is not None), None)
 
@@ -294,7 +303,7 @@ class SparseLinear(nn.Linear):
         """
         if self.precision == "fp8":
             raise RuntimeError("the layer is quantised already")
-        self.set_quantized(quantize_weight(self._own_weight(), gram), keep_dense=keep_dense)
+        self.set_quantized(quantize_weight(self.own_weight(), gram), keep_dense=keep_dense)
 
     def set_quantized(self, weight: Quantized, *, keep_dense: bool = False, refitted: bool = False) -> None:
         """Take a weight that was quantised elsewhere: values (N, K) and scale (N,); see `quantize`.
@@ -324,22 +333,32 @@ class SparseLinear(nn.Linear):
         """X (..., K) -> Y (..., N); X a tensor, or what `rtlynx.nn.prologue.read` made of it."""
         if isinstance(input, PreparedInput):
             return input.output_of(self)
-        x = input
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-            # Select on what the product will see.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = _as_multiplied(input)
         if self.dense_reason is not None:
             return self._dense(x)
         call = self.call()
         if call is not None and call.dense:
             return self._dense(x)
-        split = call.split(x.shape[-2]) if call is not None and self.text_rows_dense else None
-        if split is None:
+        ranges = call.split(x.shape[-2]) if call is not None and self.text_rows_dense else None
+        if ranges is None:
             return self._sparse(input, x, None)[0]
-        (start, stop), spans = split
-        pieces = self._sparse(input, x, spans) if spans else []
+        (start, stop), others = ranges
+        pieces = self._sparse(input, x, others) if others else []
         pieces.insert(1 if start > 0 else 0, self._dense(x[..., start:stop, :]))
         return torch.cat(pieces, dim=-2)
+
+    def _sparse(self, input: Tensor, x: Tensor, ranges: RowRanges | None) -> list[Tensor]:
+        """The output for each range of tokens of `x`, or for all of them; `input` is x before a cast."""
+        backend = self.backend or choose_backend(self, x)
+        # Apart, since packed tiles cannot be sliced, and cuBLAS wants scales at a multiple of 16 bytes.
+        pieces = [x] if ranges is None else [x[..., slice(*one), :] for one in ranges]
+        prepared = self.shared_input.compress(
+            input,
+            (type(backend), self.pattern, self.norm, self.precision, x.dtype, ranges),
+            lambda: [backend.prepare(self, piece) for piece in pieces],
+            backend.lowrank_factor(self),
+        )
+        return [backend.multiply(self, piece, one) for piece, one in zip(pieces, prepared, strict=True)]
 
     def call(self) -> CallState | None:
         """The state of the model's call under way; None where the layer does the same in every call.
@@ -356,52 +375,15 @@ class SparseLinear(nn.Linear):
         """Whether some rows or steps run dense, with the original weight."""
         return self.text_rows_dense or self.dense_steps
 
-    def _sparse(self, input: Tensor, x: Tensor, spans: RowRanges | None) -> list[Tensor]:
-        """The output for each span of tokens of `x`, or for all of them; `input` is x before a cast."""
-        parameters = self._parameters
-        down, up, bias = parameters["lowrank_down"], parameters["lowrank_up"], parameters["bias"]
-        if self.precision == "fp8" and self.pattern.n == self.pattern.m:
-            return self._by_fp8(input, x, spans, fp8.dense_linear_fp8)
-        if self.served(x):
-            return self._by_kernels(input, x, spans)
-        if self.precision == "fp8":
-            return self._by_fp8(input, x, spans, fp8.linear_fp8)
-        weight = self._own_weight()
-        key = (self.pattern, self.norm, x.dtype)
-        compressed = self.shared_input.compress(input, key, lambda: self._compress(x))
-        outputs = []
-        for span in spans or (None,):
-            piece, kept = x, compressed
-            if span is not None:
-                piece, kept = x[..., slice(*span), :], compressed.rows(slice(*span))
-            lowrank = None if down is None else linear(piece, down)
-            outputs.append(reference.sparse_linear(kept, weight, bias, lowrank, up))
-        return outputs
-
-    def _by_fp8(
-        self, input: Tensor, x: Tensor, spans: RowRanges | None, product: Callable[..., Tensor]
-    ) -> list[Tensor]:
-        """`_sparse` of a quantised layer by a product of `rtlynx.ops.fp8_linear`."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(
-                "a quantised layer passes no gradient to its input: call the model under torch.no_grad()"
-            )
-        of = self.fp8_parameters()
-        key = ("fp8", self.pattern, self.norm, x.dtype, spans)
-        pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
-        # Apart, since cuBLAS wants scales that begin at a multiple of 16 bytes.
-        compressed = self.shared_input.compress(input, key, lambda: [*map(self._compress_fp8, pieces)])
-        return [product(piece, kept, of) for piece, kept in zip(pieces, compressed, strict=True)]
-
     def fp8_parameters(self) -> fp8.Fp8Parameters:
         """What a quantised layer multiplies with where the sparse kernels do not."""
         of, scale = self._parameters, self.weight_scale
         assert scale is not None
-        return fp8.Fp8Parameters(self._own_weight(), scale, of["bias"], of["lowrank_down"], of["lowrank_up"])
+        return fp8.Fp8Parameters(self.own_weight(), scale, of["bias"], of["lowrank_down"], of["lowrank_up"])
 
     def prepare(self) -> None:
         """Make what kernels, where they serve, read in place of parameters: compiled code finds it."""
-        weight = self._own_weight()
+        weight = self.own_weight()
         if weight.is_cuda and self.dense_reason is None:
             with torch.no_grad():
                 x = weight.new_empty(0, self.in_features, dtype=torch.bfloat16)
@@ -428,66 +410,17 @@ class SparseLinear(nn.Linear):
         """What decides whether kernels serve the layer, as `rtlynx.ops.dispatch` takes it."""
         of = self._parameters
         factors = of["lowrank_down"], of["lowrank_up"]
-        return self.pattern, self.norm, self._own_weight(), of["bias"], *factors
+        return self.pattern, self.norm, self.own_weight(), of["bias"], *factors
 
     def multiplied(self) -> Weights:
         """What the kernels multiply with."""
-        weight, scale, pattern = self._own_weight(), self.weight_scale, self.pattern
+        weight, scale, pattern = self.own_weight(), self.weight_scale, self.pattern
         up: Tensor | None = self._parameters["lowrank_up"]
         if pattern.grouping != "adjacent":
             weight = self._ordered.get((weight,), pattern, partial(compute_order, weight, pattern))
         if up is not None and scale is not None:
             up = self._folded.get((up, scale), None, partial(fp8.fold_up, up, scale))
         return Weights(weight, up, self._parameters["bias"], scale)
-
-    def _by_kernels(self, input: Tensor, x: Tensor, spans: RowRanges | None) -> list[Tensor]:
-        down, pattern, norm = self._parameters["lowrank_down"], self.pattern, self.norm == "scale"
-        weight, up, bias, weight_scale = self.multiplied()
-        quantized = weight_scale is not None
-        grouping, parts = pattern.grouping, ops.pattern_parts(pattern, self.in_features)
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        # Blocks cannot be sliced by rows: spans are compressed one by one.
-        pieces = [x] if spans is None else [x[..., slice(*span), :] for span in spans]
-        if self.shared_input.single:
-            return [
-                ops.linear(piece, weight, bias, down, up, grouping, parts, norm, weight_scale)
-                for piece in pieces
-            ]
-        # T comes out of the same pass, so a layer with another A compresses again.
-        compressed = self.shared_input.compress(
-            input,
-            ("kernels", pattern, norm, quantized, spans),
-            lambda: [self._compress_blocks(piece, down, parts) for piece in pieces],
-            down,
-        )
-        return [
-            ops.gemm(
-                blocks,
-                scale if norm or quantized else None,
-                None if down is None else lowrank,
-                weight,
-                up,
-                bias,
-                piece.numel() // self.in_features,
-                weight_scale,
-            ).view(*piece.shape[:-1], self.out_features)
-            for piece, (blocks, scale, lowrank) in zip(pieces, compressed, strict=True)
-        ]
-
-    # What a pass over X yields, in each of the three forms: a shard of a layer knows part of X alone.
-
-    def _compress(self, x: Tensor) -> reference.Compressed:
-        return reference.compress(x, self.pattern, self.norm)
-
-    def _compress_fp8(self, x: Tensor) -> fp8.CompressedFp8:
-        return fp8.compress_fp8(x, self.pattern, self.norm)
-
-    def _compress_blocks(
-        self, x: Tensor, down: Tensor | None, parts: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        quantized = self.precision == "fp8"
-        return ops.compress(x, down, self.pattern.grouping, parts, self.norm == "scale", quantized)
 
     def _dense(self, x: Tensor) -> Tensor:
         return linear(x, self._original_weight(), self.bias)
@@ -512,7 +445,7 @@ class SparseLinear(nn.Linear):
                 "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "
                 "dense_steps > 0 to keep both"
             )
-        return self._own_weight()
+        return self.own_weight()
 
     def extra_repr(self) -> str:
         pattern = f"{self.pattern.n}:{self.pattern.m} {self.pattern.grouping}"
@@ -521,3 +454,10 @@ class SparseLinear(nn.Linear):
         state = f"dense: {self.dense_reason}" if self.dense_reason else f"{pattern}, norm={self.norm}"
         rank = f", rank={self.rank}" if self.rank else ""
         return f"{super().extra_repr()}, {state}{rank}{', refitted' if self.refitted else ''}"
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    """`x` as the product will see it: selection is of that."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x

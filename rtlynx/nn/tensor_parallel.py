@@ -18,7 +18,7 @@ gather or sum its output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -26,15 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from rtlynx.math import reference
-from rtlynx.math.selection import Pattern, pattern_mask, select
-from rtlynx.math.tiles import pack_lowrank
+from rtlynx.math.selection import Pattern
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.sparse_linear import SparseLinear
-from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops import sparse_linear as ops
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -251,35 +246,9 @@ class TensorParallelLinear(SparseLinear):
         placement = Placement(y.ndim - 1) if self.shard.dim == 0 else Partial()
         return DTensor.from_local(y, self.shard.mesh, (placement,), run_check=False)
 
-    def _compress(self, x: Tensor) -> reference.Compressed:
-        if not self._compensated:
-            return super()._compress(x)
-        mask = pattern_mask(x, self.pattern)
-        return reference.Compressed(select(x, mask), self._whole_scale(x, mask=mask))
-
-    def _compress_fp8(self, x: Tensor) -> fp8.CompressedFp8:
-        if not self._compensated:
-            return super()._compress_fp8(x)
-        values, token = fp8.compress_fp8(x, self.pattern, "none")
-        return fp8.CompressedFp8(values, self._whole_scale(x, mask=pattern_mask(x, self.pattern)) * token)
-
-    def _compress_blocks(
-        self, x: Tensor, down: Tensor | None, parts: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not self._compensated:
-            return super()._compress_blocks(x, down, parts)
-        grouping = self.pattern.grouping
-        # The kernel's own s, of this shard, tells the norm of what is kept of it.
-        blocks, local, _ = ops.compress(x, None, grouping, parts, True, False)
-        scale = self._whole_scale(x, local=local.view(*x.shape[:-1], 1)).flatten()
-        if self.precision == "fp8":
-            blocks, token, _ = ops.compress(x, None, grouping, parts, False, True)
-            scale = scale * token
-        lowrank = x.new_empty(0, dtype=torch.uint8)
-        if down is not None:  # a pass of its own: T is to be divided by a scale that no pass over X knows
-            product = linear(x.reshape(-1, x.shape[-1]), down).float()
-            lowrank = pack_lowrank((product / scale.unsqueeze(-1)).bfloat16())
-        return blocks, scale, lowrank
+    @property
+    def whole_scale(self) -> Callable[..., Tensor] | None:
+        return self._whole_scale if self._compensated else None
 
     def _whole_scale(self, x: Tensor, *, mask: Tensor | None = None, local: Tensor | None = None) -> Tensor:
         """s (..., 1) float32 of whole tokens, of which `x` is this process's part (see `pattern.norm_scale`).
