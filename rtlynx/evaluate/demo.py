@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import rtlynx_zoo as zoo
 import torch
 from rtlynx_zoo.features import real_features
 from rtlynx_zoo.prompts import calibration_prompts, demo_prompts
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtlynx._version import __version__
 from rtlynx.calibration.calls import Call
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.evaluate.grid import picture_grid, png_bytes
 from rtlynx.evaluate.layers import (
+    Distribution,
     activation_distributions,
     layer_errors,
     mean_error,
@@ -69,12 +70,8 @@ def run_demo(
         Picture i starts from noise of seed + i.
     calibrate : bool
         Calibrate live, on fewer prompts, instead of loading the shipped solutions.
-    progress : bool
-        Show progress bars.
-    device : str
-        Where the transformer runs, in float32.
-    model : str
-        One of `rtlynx_zoo.names()`.
+    progress : bool, device : str, model : str
+        Show progress bars; where the transformer runs, in float32; one of `rtlynx_zoo.names()`.
 
     Returns
     -------
@@ -95,97 +92,109 @@ def run_demo(
     prompts = demo_prompts(images)
     start = time.perf_counter()
     dense = zoo.load(model, device=device)
-    variants = [
-        build_variant(
-            name,
-            dense,
-            solutions=None if calibrate else zoo.folder(model) / "solutions",
-            calibration_prompts=calibration_prompts(LIVE_PROMPTS) if calibrate else (),
-            progress=progress,
-        )
-        for name in NAMES
-    ]
-    pictures: dict[str, Tensor] = {}
-    seconds: dict[str, float] = {}
-    calls: list[Call] = []
-    settings = {"guidance_scale": GUIDANCE, "num_inference_steps": steps}
-    with ProgressBar("drawing", len(variants) * images, show=progress) as advance:
-        for variant in variants:
-            common: dict[str, Any] = {"seed": seed, "batch_size": BATCH, "advance": advance}
-            began = time.perf_counter()
-            if variant.name == "dense":
-                pictures[variant.name], calls = sample_and_record(
-                    variant.pipeline,
-                    prompts,
-                    steps=steps,
-                    recorded=RECORDED_STEPS,
-                    pipeline_kwargs={"guidance_scale": GUIDANCE},
-                    **common,
-                )
-            else:
-                pictures[variant.name] = sample_pictures(
-                    variant.pipeline, prompts, pipeline_kwargs=settings, **common
-                )
-            seconds[variant.name] = time.perf_counter() - began
+    variants = _variants(dense, None if calibrate else zoo.folder(model) / "solutions", progress=progress)
+    drawn = _draw(variants, prompts, steps=steps, seed=seed, progress=progress)
     transformer = dense.transformer
-    with ProgressBar("measuring layers", len(calls), show=progress) as advance:
-        by_variant = {variant.name: variant.layers for variant in variants}
-        errors = layer_errors(transformer, by_variant, _counted(calls, advance))
-    rows = [
-        _row(variant, pictures, prompts, errors[variant.name], seconds[variant.name]) for variant in variants
-    ]
+    rows = _rows(transformer, variants, drawn, prompts, progress=progress)
     layers = make_plan(transformer, Recipe.immediate(grouping="adjacent")).sparse
     weights = weight_distributions(transformer, layers)
-    spread = calls[:: max(1, len(calls) // DISTRIBUTION_CALLS)]
+    spread = drawn.calls[:: max(1, len(drawn.calls) // DISTRIBUTION_CALLS)]
     activations = activation_distributions(transformer, layers, spread)
     results: dict[str, Any] = {
         "model": f"zoo:{model}",
         "device": device,
-        "torch": torch.__version__,
         "steps": steps,
         "images": images,
         "seed": seed,
         "variants": rows,
-        "rtlynx": __version__,
-        "machine": _machine(),
+        **_machine(),
         "transformer": type(transformer).__name__,
         "parameters": sum(p.numel() for p in transformer.parameters()),
         "guidance": GUIDANCE,
         "prompts": prompts,
         "real_pictures": len(real_features()[0]),
         "kid_of_real_pictures": _kid_of_real(prompts).value if images > 1 else None,
-        "calibration": {
-            "live": calibrate,
-            "prompts": LIVE_PROMPTS if calibrate else None,
-            "seconds": {
-                variant.name: round(variant.calibration_seconds, 1)
-                for variant in variants
-                if variant.calibration_seconds is not None
-            },
-        },
-        "energy_kept": {
-            layer.name: {"weights": weights[layer.name].share, "activations": activations[layer.name].share}
-            for layer in layers
-        },
+        "calibration": _calibration(variants, live=calibrate),
+        "energy_kept": {one.name: _energy_kept(weights, activations, one.name) for one in layers},
     }
     results["seconds"] = round(time.perf_counter() - start, 1)
-    notes = {row["name"]: f"PSNR {row['psnr']:.1f} dB" for row in rows if row["psnr"] is not None}
-    grid = picture_grid(pictures, prompts[:GRID_COLUMNS], notes)
-    shown = {name: some[:GRID_COLUMNS] for name, some in pictures.items()}
+    shown = {name: some[:GRID_COLUMNS] for name, some in drawn.pictures.items()}
     report = render_report(results, shown, layers, weights, activations)
-    _write(out, results, png_bytes(grid), report)
+    _write(out, results, _grid(drawn, rows, prompts), report)
     return results
 
 
-def _row(
-    variant: Variant,
-    pictures: dict[str, Tensor],
-    prompts: list[str],
-    errors: dict[str, float],
-    seconds: float,
-) -> dict[str, Any]:
+def _variants(dense: Any, solutions: Path | None, *, progress: bool) -> list[Variant]:
+    """All of `NAMES`, from solutions or, without, calibrated here."""
+    prompts = calibration_prompts(LIVE_PROMPTS) if solutions is None else ()
+    return [
+        build_variant(name, dense, solutions=solutions, calibration_prompts=prompts, progress=progress)
+        for name in NAMES
+    ]
+
+
+def _energy_kept(
+    weights: Mapping[str, Distribution], activations: Mapping[str, Distribution], name: str
+) -> dict[str, float]:
+    return {"weights": weights[name].share, "activations": activations[name].share}
+
+
+def _rows(
+    transformer: nn.Module, variants: Sequence[Variant], drawn: _Drawn, prompts: list[str], *, progress: bool
+) -> list[dict[str, Any]]:
+    with ProgressBar("measuring layers", len(drawn.calls), show=progress) as advance:
+        by_variant = {variant.name: variant.layers for variant in variants}
+        errors = layer_errors(transformer, by_variant, _counted(drawn.calls, advance))
+    return [_row(variant, drawn, prompts, errors[variant.name]) for variant in variants]
+
+
+def _grid(drawn: _Drawn, rows: list[dict[str, Any]], prompts: list[str]) -> bytes:
+    notes = {row["name"]: f"PSNR {row['psnr']:.1f} dB" for row in rows if row["psnr"] is not None}
+    return png_bytes(picture_grid(drawn.pictures, prompts[:GRID_COLUMNS], notes))
+
+
+class _Drawn(NamedTuple):
+    """What drawing gave: pictures and seconds by variant, and some calls of the dense transformer."""
+
+    pictures: dict[str, Tensor]
+    seconds: dict[str, float]
+    calls: list[Call]
+
+
+def _draw(
+    variants: Sequence[Variant], prompts: list[str], *, steps: int, seed: int, progress: bool
+) -> _Drawn:
+    drawn = _Drawn({}, {}, [])
+    with ProgressBar("drawing", len(variants) * len(prompts), show=progress) as advance:
+        for variant in variants:
+            common: dict[str, Any] = {"seed": seed, "batch_size": BATCH, "advance": advance}
+            common["pipeline_kwargs"] = {"guidance_scale": GUIDANCE, "num_inference_steps": steps}
+            began = time.perf_counter()
+            if variant.name == "dense":
+                pictures, calls = sample_and_record(
+                    variant.pipeline, prompts, recorded=RECORDED_STEPS, **common
+                )
+                drawn.calls.extend(calls)
+            else:
+                pictures = sample_pictures(variant.pipeline, prompts, **common)
+            drawn.pictures[variant.name] = pictures
+            drawn.seconds[variant.name] = time.perf_counter() - began
+    return drawn
+
+
+def _calibration(variants: Sequence[Variant], *, live: bool) -> dict[str, Any]:
+    """Whether variants were calibrated here, on how many prompts and how long."""
+    seconds = {variant.name: variant.calibration_seconds for variant in variants}
+    return {
+        "live": live,
+        "prompts": LIVE_PROMPTS if live else None,
+        "seconds": {name: round(one, 1) for name, one in seconds.items() if one is not None},
+    }
+
+
+def _row(variant: Variant, drawn: _Drawn, prompts: list[str], errors: dict[str, float]) -> dict[str, Any]:
     """One variant's entry in results.json."""
-    mine, reference = pictures[variant.name], pictures["dense"]
+    mine, reference = drawn.pictures[variant.name], drawn.pictures["dense"]
     features = picture_features(mine)
     distance = _kid(features)
     return {
@@ -197,7 +206,7 @@ def _row(
         "kid_stderr": distance.stderr if distance else None,
         "retrieval": retrieval(features, prompts),
         "sparse_layers": len(variant.layers),
-        "seconds": round(seconds, 2),
+        "seconds": round(drawn.seconds[variant.name], 2),
         "layers": errors,
     }
 
@@ -221,12 +230,15 @@ def _counted(calls: Iterable[Call], advance: Callable[[int], None]) -> Iterator[
 
 
 def _machine() -> dict[str, Any]:
-    return {
+    """What drew, in which version."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores,
         "threads": torch.get_num_threads(),
     }
+    return {"rtlynx": __version__, "torch": torch.__version__, "machine": machine}
 
 
 def _write(out: Path, results: dict[str, Any], grid: bytes, report: str) -> None:
