@@ -111,17 +111,17 @@ def tp_shapes(folder):
     """What a process holds of a low-rank model, and how often an input is compressed."""
     model, call = sparse_after(tensor_parallel, folder, "flux", "refit")
     count = [0]
-    original = rtlynx.nn.sparse_linear.reference.compress
+    original = rtlynx.nn.backends.reference.compress
 
     def counted(*args):
         count[0] += 1
         return original(*args)
 
-    rtlynx.nn.sparse_linear.reference.compress = counted
+    rtlynx.nn.backends.reference.compress = counted
     try:
         output(model, call())
     finally:
-        rtlynx.nn.sparse_linear.reference.compress = original
+        rtlynx.nn.backends.reference.compress = original
     held = {"compressed": torch.tensor(count[0])}
     for name, layer in sparse_layers(model).items():
         for key, tensor in layer.state_dict().items():
