@@ -1,6 +1,11 @@
 """What all tests share: the `gpu` marker, one thread each, the command line, a fast folder."""
 
 import os
+
+# Before NumPy and torch are imported, here and in processes that tests start: two workers with two threads
+# each spend more time on waiting for each other than on work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 import sys
 import tempfile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -97,9 +98,9 @@ def record(tensor: Tensor) -> str:
     norm = projection = 0.0
     if tensor.dtype in _REAL:
         values = sample.float().numpy().astype(np.float64)
-        index = np.arange(len(values), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        signs = (index >> np.uint64(40) & np.uint64(1)).astype(np.float64) * 2 - 1
-        norm, projection = float(np.linalg.norm(values)), float(values @ signs)
+        # Not by BLAS, whose threads would spin for each small tensor.
+        norm = math.sqrt(float(np.square(values).sum()))
+        projection = float((values * _signs(len(values))).sum())
         sample = sample.to(torch.bfloat16)
     shape = "x".join(map(str, tensor.shape))
     kind = "" if tensor.dtype in _REAL else str(tensor.dtype)
@@ -107,6 +108,13 @@ def record(tensor: Tensor) -> str:
     digest.update(_bytes(sample))
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{digest.hexdigest()[:16]} {dtype} {shape} {norm:.6e} {projection:.6e}"
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(count: int) -> np.ndarray:
+    """+1 or -1 for each of `count` entries, without a pattern."""
+    index = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (index >> np.uint64(40) & np.uint64(1)).astype(np.float64) * 2 - 1
 
 
 def same(one: str, other: str) -> bool:
