@@ -15,7 +15,7 @@ from torch import nn
 import rtlynx.nn.sparse_linear
 from rtlynx import Pattern, Recipe, SparseLinear, sparsify
 from rtlynx.models import sparse_layers
-from rtlynx.nn.backends import REFERENCE, REFERENCE_FP8
+from rtlynx.nn.backends import REFERENCE, REFERENCE_FP8, Reference
 from rtlynx.nn.call import calling
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.ops import dispatch as choice
@@ -464,3 +464,41 @@ def test_a_model_runs_through_the_kernels(calls):
     assert calls["gemm"] == 4
     with torch.enable_grad():
         assert relative_error(y, model(**call, return_dict=False)[0]) < 3e-2
+
+
+def test_backends_of_one_class_do_not_share_what_they_prepared():
+    class Scaled(Reference):
+        def __init__(self, factor):
+            self.factor = factor
+
+        def prepare(self, layer, x):
+            return super().prepare(layer, self.factor * x)
+
+    first, second = readers(0, 0)
+    first.backend, second.backend = Scaled(1.0), Scaled(3.0)
+    x = normal(70, K)
+    first(x)
+    assert torch.equal(second(x), second(x.clone()))
+
+
+def test_compiled_code_notices_a_state_dict_that_is_loaded():
+    layer, other = sparse("strided"), sparse("strided", seed=1)
+    torch._dynamo.reset()
+    compiled, x = torch.compile(layer, backend="eager", fullgraph=True), normal(70, K)
+    compiled(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(compiled(x), other(x))
+
+
+def test_factors_made_in_inference_mode_are_joined():
+    layers = readers(5, 5)
+    with torch.inference_mode():
+        downs = [layer.lowrank_down.clone() for layer in layers]
+    joined, starts = SharedInput().factor(downs)
+    assert joined.shape[0] > 5
+    assert starts[0] == 0 < starts[1]
+
+
+def test_data_parallel_copies_are_refused():
+    with pytest.raises(RuntimeError, match="one process a card"):
+        sparse()._replicate_for_data_parallel()

@@ -1,5 +1,7 @@
 """Dense first steps and dense text rows, told apart by the model's own call."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -199,6 +201,36 @@ def test_a_diffusers_pipeline_tells_the_step_by_its_own_loop():
         pipeline(text_to_image, stop_after=1)
     states.clear()
     pipeline(image_to_image)
+    assert "".join(states) == "DDs"
+
+
+class WithComprehension(DiffusersPipeline):
+    """As ControlNet pipelines, whose loop's `timesteps` a comprehension reads too."""
+
+    @torch.no_grad()
+    def __call__(self, timesteps):
+        shares = [i / len(timesteps) for i in range(len(timesteps))]
+        for _, t in zip(shares, timesteps, strict=True):
+            self.transformer(**{**flux_call(), "timestep": (t / 1000).expand(1)})
+
+
+class WithCurrentTimestep(DiffusersPipeline):
+    """As DiTPipeline, which calls the current timestep `timesteps`."""
+
+    @torch.no_grad()
+    def __call__(self, timesteps):
+        self.scheduler = SimpleNamespace(timesteps=timesteps)
+        for t in self.scheduler.timesteps:
+            timesteps = t
+            timesteps = timesteps[None].expand(2)
+            self.transformer(**{**flux_call(), "timestep": timesteps[:1] / 1000})
+
+
+@pytest.mark.parametrize("kind", [WithComprehension, WithCurrentTimestep])
+def test_pipelines_that_name_things_otherwise(kind):
+    transformer, states = sparsify(tiny_flux(), Recipe.immediate(dense_steps=2)), []
+    transformer.register_forward_hook(lambda *_: states.append("Ds"[not current_call().dense]), prepend=True)
+    kind(transformer)(torch.tensor([1000.0, 750.0, 500.0]))
     assert "".join(states) == "DDs"
 
 

@@ -178,12 +178,17 @@ def _denoising_loop() -> tuple[float, list[float]] | None:
     """
     frame = sys._getframe(1)
     while frame is not None:
-        names = frame.f_code.co_varnames
+        code = frame.f_code
+        names = {*code.co_varnames, *code.co_cellvars}  # (a comprehension makes a cell of what it reads)
         if "t" in names and ("timesteps" in names or "block_state" in names):
             found = frame.f_locals
+            pipeline = found.get("self")
             timesteps = found.get("timesteps", getattr(found.get("block_state"), "timesteps", None))
-            if "t" in found and timesteps is not None and _is_of_diffusers(found.get("self")):
-                return _single(found["t"]), _values(timesteps)
+            if "t" in found and timesteps is not None and _is_of_diffusers(pipeline):
+                values = _values(timesteps)
+                if len(set(values)) == 1:  # DiTPipeline calls the current one so
+                    values = _values(getattr(getattr(pipeline, "scheduler", None), "timesteps", values))
+                return _single(found["t"]), values
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

@@ -79,6 +79,7 @@ class SharedInput:
     def forget_factors(self) -> None:
         """A factor was replaced."""
         self._one_factor = False
+        self._joined.drop()
 
     def _same(self, one: Tensor | None, other: Tensor | None) -> bool:
         """Whether two factors are one or equal (by default they are); compared once for their versions."""
@@ -88,6 +89,8 @@ class SharedInput:
             return False
         if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
             return False
+        if one.is_inference() or other.is_inference():
+            return False  # without versions nothing can be remembered, and each may have its own
         versions = (one._version, other._version)
         known = self._compared.get((id(one), id(other)))
         if known is None or known[0]() is not one or known[1]() is not other or known[2] != versions:

@@ -162,6 +162,11 @@ class SparseLinear(nn.Linear):
         RuntimeError
             If the weight was refitted or quantised and the original was not kept.
         """
+        if "forward" in self.__dict__:  # of a hook, which would go on calling this layer
+            raise RuntimeError(
+                "the layer's forward has been replaced (an offload or casting hook?): remove offloading and "
+                "layerwise casting first, then make the model dense"
+            )
         weight = self.original_weight()
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         for key, value in vars(self).items():
@@ -223,6 +228,15 @@ class SparseLinear(nn.Linear):
             error_messages.append(reason)
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self._ordered.drop()  # compiled code would go on with what was made of the old ones
+        self._folded.drop()
+        self.shared_input.forget_factors()
+        self.prepare()
+
+    def _replicate_for_data_parallel(self) -> SparseLinear:
+        raise RuntimeError(
+            "DataParallel copies layers to other cards without their parameters: use one process a card"
+        )
 
     @property
     def rank(self) -> int:
@@ -354,7 +368,7 @@ class SparseLinear(nn.Linear):
         pieces = [x] if ranges is None else [x[..., slice(*one), :] for one in ranges]
         prepared = self.shared_input.compress(
             input,
-            (type(backend), self.pattern, self.norm, self.precision, x.dtype, ranges),
+            (backend, self.pattern, self.norm, self.precision, x.dtype, ranges),
             lambda: [backend.prepare(self, piece) for piece in pieces],
             backend.lowrank_factor(self),
         )

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import flux_call, output, relative_error, tiny_flux
 from rtlynx_zoo.pipeline import EmojiPipeline
 
-from rtlynx import Recipe, calibrate, sparsify
+from rtlynx import Recipe, calibrate, densify, sparsify
 from rtlynx.models import sparse_layers
 
 GROUPS = {
@@ -175,3 +175,15 @@ def test_layerwise_casting_before_is_refused():
     with pytest.raises(TypeError, match="forward has been replaced"):
         sparsify(model)
     assert not sparse_layers(model)
+
+
+def test_a_model_with_hooks_on_its_layers_is_not_made_dense():
+    """Their forwards would go on calling the sparse layers."""
+    model = sparsify(tiny_flux())
+    expected = output(model, flux_call())
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    before = output(model, flux_call())
+    with pytest.raises(RuntimeError, match="remove offloading and layerwise casting first"):
+        densify(model)
+    assert torch.equal(output(model, flux_call()), before)
+    assert relative_error(before, expected) < 1e-1
