@@ -15,13 +15,18 @@ from rtlynx.models.sparsify import apply_plan
 from rtlynx.nn.sparse_linear import SparseLinear
 
 
-def apply_solutions(model: nn.Module, plan: Plan, solutions: Mapping[str, Solution]) -> None:
-    """Make `model` sparse by `plan`, each layer with its solution; callers make it `all_or_none`."""
+def apply_solutions(
+    model: nn.Module,
+    plan: Plan,
+    solutions: Mapping[str, Solution],
+    tensors: dict[str, str] | None = None,
+) -> None:
+    """Make `model` sparse by `plan`, each layer with its solution; see `apply_plan`, also for `tensors`."""
 
     def prepare(name: str, layer: SparseLinear) -> None:
         install(layer, solutions[name], keep_dense=layer.depends_on_call)
 
-    apply_plan(model, plan, prepare)
+    apply_plan(model, plan, prepare, tensors=tensors)
 
 
 def install(layer: SparseLinear, solution: Solution, *, keep_dense: bool) -> None:

@@ -7,9 +7,11 @@ that it was made from.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,7 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     for name, layer in layers.items():
         if layer.weight_scale is not None:
             tensors[f"{name}.weight_scale"] = layer.weight_scale
-        if layer.refitted or layer.precision == "fp8":
+        if layer.weight_changed:
             tensors[f"{name}.weight"] = layer.weight
         if layer.lowrank_down is not None and layer.lowrank_up is not None:
             tensors[f"{name}.lowrank_down"] = layer.lowrank_down
@@ -200,19 +202,20 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
     refuse_meta(model)
     folder = Path(folder)
     with all_or_none(model):
-        plan, solutions = while_unchanged(folder, lambda: _read_folder(model, folder))
-        apply_solutions(model, plan, solutions)
+        # Once, and not before the folder turns out to be one: it reads much of the model.
+        base = functools.cache(lambda: records(base_tensors(model)))
+        plan, solutions = while_unchanged(folder, lambda: _read_folder(model, folder, base))
+        apply_solutions(model, plan, solutions, base())
     return model_or_pipeline
 
 
-def _read_folder(model: nn.Module, folder: Path) -> tuple[Plan, dict[str, Solution]]:
-    return _read(model, read_index(folder), folder)
-
-
-def _read(model: nn.Module, index: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Solution]]:
-    """The plan and the solutions of a checkpoint for `model`, all checked."""
+def _read_folder(
+    model: nn.Module, folder: Path, base: Callable[[], dict[str, str]]
+) -> tuple[Plan, dict[str, Solution]]:
+    """The plan and the solutions of a checkpoint for `model`, whose records `base` takes, all checked."""
+    index = read_index(folder)
     plan = stored_plan(model, index, folder)
-    _check_base(model, index, folder)
+    _check_base(model, index, folder, base())
     path, layers = tensors_of(folder, index), index["layers"]
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -236,10 +239,10 @@ def _most_bytes(entry: dict[str, Any]) -> int:
     return 8 * (k * n + rank * (k + n) + n)
 
 
-def _check_base(model: nn.Module, index: dict[str, Any], folder: Path) -> None:
+def _check_base(model: nn.Module, index: dict[str, Any], folder: Path, base: dict[str, str]) -> None:
     """CheckpointError unless `model` is the base model that the checkpoint was made of."""
     stored = index.get("base_tensors", {})
-    found = records(base_tensors(model)) if stored else {}
+    found = dict(base)
     shards = shards_of(model, index["layers"])
     for name, entry in index["layers"].items():
         linear: Any = model.get_submodule(name)

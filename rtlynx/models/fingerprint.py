@@ -64,7 +64,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         original = tensors.pop(f"{prefix}weight_dense", None)
         if original is not None:
             tensors[f"{prefix}weight"] = original
-        elif module.refitted or module.precision == "fp8":
+        elif module.weight_changed:
             tensors.pop(f"{prefix}weight", None)
     return {name: tensor for name, tensor in tensors.items() if is_plain(tensor)}
 

@@ -218,7 +218,7 @@ def refuse_adapters(model: nn.Module) -> None:
     if torch.compiler.is_compiling() or not getattr(model, "peft_config", None):
         return
     for wrapper, layer in _adapted(model):
-        reason = _wrapper_reason(wrapper) if _changed(layer) else None
+        reason = _wrapper_reason(wrapper) if layer.weight_changed else None
         if reason is not None:
             name = next(name for name, module in model.named_modules() if module is wrapper)
             _refuse_adapter(name, layer, reason)
@@ -249,11 +249,6 @@ def _wrapped_layer(module: nn.Module) -> nn.Module:
         if inner is None:
             return module
         module = inner
-
-
-def _changed(layer: SparseLinear) -> bool:
-    """Whether the layer's weight is another than the original one."""
-    return layer.refitted or layer.precision == "fp8"
 
 
 def _kind(wrapper: nn.Module) -> str:
@@ -314,7 +309,7 @@ def _check_injection(
     config = tuner.peft_config[adapter]
     reason = _config_reason(config)
     for name, layer in model.named_modules():
-        if not isinstance(layer, SparseLinear) or not _changed(layer):
+        if not isinstance(layer, SparseLinear) or not layer.weight_changed:
             continue
         name = name.removesuffix(".base_layer")
         if reason is None or not _targeted(tuner, config, name, state_dict):

@@ -25,10 +25,10 @@ def register_hooks(model: nn.Module, plan: Plan) -> list[Any]:
 
 
 def begin_step(model: nn.Module, _args: tuple[Any, ...]) -> None:
-    """Tell torch.compile's CUDA graphs that a step begins.
+    """Refuse adapters that need the original weights, and tell CUDA graphs that a step begins.
 
-    With mode "reduce-overhead" on blocks they otherwise take each block's call for one, and what a block
-    gave for overwritten when the next reads it.
+    Those of torch.compile's mode "reduce-overhead" on blocks otherwise take each block's call for a step,
+    and what a block gave for overwritten when the next reads it.
     """
     refuse_adapters(model)
     if not torch.compiler.is_compiling() and "torch._inductor.compile_fx" in sys.modules:

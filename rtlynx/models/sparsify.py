@@ -126,13 +126,16 @@ def apply_plan(
     plan: Plan,
     prepare: Callable[[str, SparseLinear], None] | None = None,
     base: Mapping[str, str] | None = None,
+    tensors: dict[str, str] | None = None,
 ) -> None:
     """Replace the planned layers of `model` by sparse ones; callers make it `all_or_none`.
 
     `prepare` is called with each new layer before any takes its place, to give it factors and weights.
     `base` gives the fingerprints of the original weights where the model does not hold those ("meta").
+    `tensors` are the `records` of its `base_tensors`, where they have been taken already.
     """
-    tensors = records(base_tensors(model)) if base is None else None
+    if tensors is None and base is None:
+        tensors = records(base_tensors(model))
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
     # enough: they run one after the other.
     known = plan.architecture.find is None

@@ -195,6 +195,11 @@ class SparseLinear(nn.Linear):
             )
         super().register_parameter(name, param)
 
+    @property
+    def weight_changed(self) -> bool:
+        """Whether `weight` is another than that of the dense layer: refitted or quantised."""
+        return self.refitted or self.precision == "fp8"
+
     def own_weight(self) -> Tensor:
         """The attribute `weight`, without dropping what was made of it."""
         weight = self._parameters.get("weight")
@@ -453,7 +458,7 @@ class SparseLinear(nn.Linear):
     def _original_weight(self) -> Tensor:
         if self.weight_dense is not None:
             return self.weight_dense
-        if self.refitted or self.precision == "fp8":
+        if self.weight_changed:
             raise RuntimeError(
                 f"this layer was {'refitted' if self.refitted else 'quantised'} without keeping its original "
                 "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "

@@ -188,11 +188,10 @@ class TensorParallelLinear(SparseLinear):
         Where the weight is the original one, it is that of `dense` from now on, not a copy.
         """
         pattern = shard.pattern(self.pattern, self.in_features)  # (raises before anything is changed)
-        unchanged = not self.refitted and self.precision == "bf16"
         for name, dim in _CUT[shard.dim].items():
             tensor = self._parameters.get(name)
             if tensor is not None:
-                if name == "weight" and unchanged:
+                if name == "weight" and not self.weight_changed:
                     part = cast(Any, dense._parameters[name]).detach().to_local()
                 else:
                     part = shard.cut(tensor.detach(), dim)
