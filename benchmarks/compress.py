@@ -80,13 +80,13 @@ def make_timers(calls: dict[str, list[Call]], graphs: Graphs, missing: dict[str,
     return {name: timer for name, timer in made.items() if timer is not None}
 
 
-def compress_calls(inputs: list[Tensor], downs: list[Tensor], grouping: str) -> dict[str, list[Call]]:
+def compress_calls(inputs: list[Tensor], lowrank_as: list[Tensor], grouping: str) -> dict[str, list[Call]]:
     compress = torch.ops.rtlynx.compress
     return {
         f"compress_{grouping}": [lambda x=x: compress(x, None, grouping, [], True) for x in inputs],
         f"compress_{grouping}_lowrank": [
-            lambda x=x, down=down: compress(x, down, grouping, [], True)
-            for x, down in zip(inputs, downs, strict=True)
+            lambda x=x, lowrank_a=lowrank_a: compress(x, lowrank_a, grouping, [], True)
+            for x, lowrank_a in zip(inputs, lowrank_as, strict=True)
         ],
     }
 
@@ -95,13 +95,13 @@ def compress_row(k: int, card: Card, normal: Callable[..., Tensor], seconds: flo
     """Compression of (M, k) with and without T, and the copy."""
     count = set_count(2 * M * k, card.l2_bytes)
     inputs = [normal(M, k) for _ in range(count)]
-    downs = [normal(RANK, k).mul_(k**-0.5) for _ in range(count)]
+    lowrank_as = [normal(RANK, k).mul_(k**-0.5) for _ in range(count)]
     graphs, timers, missing = Graphs(), {}, {}
     copy = attempt(missing, "copy", lambda: fastest_copy(inputs, graphs, card.sample, 9))
     if copy is not None:
         timers["copy"] = copy[1]
     for grouping in GROUPINGS:
-        timers |= make_timers(compress_calls(inputs, downs, grouping), graphs, missing)
+        timers |= make_timers(compress_calls(inputs, lowrank_as, grouping), graphs, missing)
     measured = measure(timers, seconds, rounds, card.sample, missing)
     row: dict = {"M": M, "K": k, "copy_variant": None if copy is None else copy[0]}
     row |= {f"{name}_us": round(taken.us, 3) for name, taken in measured.items()}

@@ -66,11 +66,11 @@ def main() -> None:
         [torch.randn(M, K, device="cuda", generator=generator, dtype=torch.bfloat16) for _ in range(2)]
     )
     plain, lowrank = layer(generator, 0), layer(generator, RANK)
-    weight, bias, down, up = lowrank.weight, lowrank.bias, lowrank.lowrank_down, lowrank.lowrank_up
+    weight, bias, lowrank_a, lowrank_b = lowrank.weight, lowrank.bias, lowrank.lowrank_a, lowrank.lowrank_b
     calls: dict[str, Callable[[], object]] = {
         "F.linear": lambda: linear(next(inputs), weight, bias),
         "torch.ops.rtlynx.linear, rank 64": lambda: torch.ops.rtlynx.linear(
-            next(inputs), weight, bias, down, up, "adjacent", [], True
+            next(inputs), weight, bias, lowrank_a, lowrank_b, "adjacent", [], True
         ),
         "SparseLinear": lambda: plain(next(inputs)),
         "SparseLinear, rank 64": lambda: lowrank(next(inputs)),

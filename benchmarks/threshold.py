@@ -30,14 +30,14 @@ def main() -> None:
 
     rows = []
     weights = [normal(N, K) / K**0.5 for _ in range(SETS)]
-    bias, down, up = normal(N), normal(RANK, K) / K**0.5, normal(N, RANK)
+    bias, lowrank_a, lowrank_b = normal(N), normal(RANK, K) / K**0.5, normal(N, RANK)
     with torch.no_grad():
         for tokens in TOKENS:
             inputs = [normal(tokens, K) for _ in range(SETS)]
             variants = {
-                "kernels": lambda x, w: ops.linear(x, w, bias, down, up, "adjacent", [], True),
+                "kernels": lambda x, w: ops.linear(x, w, bias, lowrank_a, lowrank_b, "adjacent", [], True),
                 "masked in PyTorch": lambda x, w: reference.sparse_linear(
-                    reference.compress(x, Pattern(), "scale"), w, bias, linear(x, down), up
+                    reference.compress(x, Pattern(), "scale"), w, bias, linear(x, lowrank_a), lowrank_b
                 ),
                 "dense": lambda x, w: linear(x, w, bias),
             }

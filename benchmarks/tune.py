@@ -39,9 +39,9 @@ def time_tiles(
         return torch.randn(*size, device=generator.device, generator=generator, dtype=torch.bfloat16)
 
     def operands() -> tuple[Tensor | None, ...]:
-        down, up = (normal(rank, k), normal(n, rank)) if rank else (None, None)
-        blocks, scale, lowrank = torch.ops.rtlynx.compress(normal(m, k), down, "adjacent", [], True)
-        return blocks, scale, lowrank, normal(n, k), up, normal(n)
+        lowrank_a, lowrank_b = (normal(rank, k), normal(n, rank)) if rank else (None, None)
+        blocks, scale, lowrank = torch.ops.rtlynx.compress(normal(m, k), lowrank_a, "adjacent", [], True)
+        return blocks, scale, lowrank, normal(n, k), lowrank_b, normal(n)
 
     count = set_count(9 * m * k // 8 + 2 * n * k, card.l2_bytes)
     sets = [operands() for _ in range(count)]

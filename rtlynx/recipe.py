@@ -262,7 +262,7 @@ class Recipe:
         """Whether what a layer does depends on the model's call: its step, or where its text is."""
         return self.dense_steps > 0 or self.text_rows == "dense"
 
-    def fixed_form(self, name: str) -> Form | None:
+    def fixed_format(self, name: str) -> Form | None:
         """The form that `forms` gives the layer `name`, or None."""
         return next((form for glob, form in self.forms.items() if fnmatch.fnmatchcase(name, glob)), None)
 

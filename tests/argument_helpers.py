@@ -43,27 +43,27 @@ def calls(device="cpu") -> dict[str, Call]:
     made = {}
     for fp8 in (False, True):
         of = "-fp8" if fp8 else ""
-        x, down, up = normal(2, 35, K), normal(5, K, seed=3), normal(N, 5, seed=4)
+        x, lowrank_a, lowrank_b = normal(2, 35, K), normal(5, K, seed=3), normal(N, 5, seed=4)
         weight, bias, weight_scale = normal(N, K, seed=1), normal(N, seed=2).float(), None
         if fp8:
             weight, weight_scale = quantize_weight(weight)
         how = {"grouping": "strided", "parts": [32, 32], "norm": True}
-        blocks, scale, lowrank = ops.compress(x, down, **how, fp8=fp8)
+        blocks, scale, lowrank = ops.compress(x, lowrank_a, **how, fp8=fp8)
         compressed = {"blocks": blocks, "scale": scale, "lowrank": lowrank}
-        made[f"compress{of}"] = Call(ops.compress, {"x": x, "down": down, **how, "fp8": fp8})
-        one = {"weight": weight, "up": up, "bias": bias}
+        made[f"compress{of}"] = Call(ops.compress, {"x": x, "lowrank_a": lowrank_a, **how, "fp8": fp8})
+        one = {"weight": weight, "lowrank_b": lowrank_b, "bias": bias}
         made[f"gemm{of}"] = Call(ops.gemm, {**compressed, **one, "rows": ROWS, "weight_scale": weight_scale})
-        lists = {"weights": [weight] * 2, "ups": [up] * 2, "biases": [bias] * 2}
+        lists = {"weights": [weight] * 2, "lowrank_bs": [lowrank_b] * 2, "biases": [bias] * 2}
         lists |= {"weight_scales": [weight_scale] * 2 if fp8 else [], "first_ranks": [0, 0], "rows": ROWS}
         made[f"gemm_joint{of}"] = Call(ops.gemm_joint, {**compressed, **lists})
-        layer = {"x": x, **one, "down": down, **how, "weight_scale": weight_scale}
+        layer = {"x": x, **one, "lowrank_a": lowrank_a, **how, "weight_scale": weight_scale}
         made[f"linear{of}"] = Call(ops.linear, layer)
     made["quantize"] = Call(quantizers.quantize, {"x": normal(2, 35, K)})
     for name in NAMES:
         names = [part.split()[1] for part in chains.PRODUCERS[name].inputs.split(", ")]
         inputs = dict(zip(names, make_inputs(name, 2, 35), strict=True))
         made[f"{name}_quantize"] = Call(getattr(quantizers, f"{name}_quantize"), inputs)
-        tail = {"down": normal(5, K, seed=3), "grouping": "adjacent", "parts": [], "norm": True}
+        tail = {"lowrank_a": normal(5, K, seed=3), "grouping": "adjacent", "parts": [], "norm": True}
         made[f"{name}_compress"] = Call(getattr(producers, f"{name}_compress"), {**inputs, **tail})
     return {name: call.map(lambda one: one.to(device)) for name, call in made.items()}
 

@@ -18,9 +18,9 @@ def unfused(model):
 def give_factors(model, rank, shared=True):
     """Low-rank branches: layers that read one tensor share A, or do not."""
     generator = torch.Generator().manual_seed(3)
-    downs = {}
+    lowrank_as = {}
     for name, layer in sparse_layers(model).items():
         key = layer.shared_input if shared else name
-        down = torch.randn(rank, layer.in_features, generator=generator) * layer.in_features**-0.5
-        up = 0.1 * torch.randn(layer.out_features, rank, generator=generator)
-        layer.set_lowrank(downs.setdefault(key, down).bfloat16(), up.bfloat16())
+        lowrank_a = torch.randn(rank, layer.in_features, generator=generator) * layer.in_features**-0.5
+        lowrank_b = 0.1 * torch.randn(layer.out_features, rank, generator=generator)
+        layer.set_lowrank(lowrank_as.setdefault(key, lowrank_a).bfloat16(), lowrank_b.bfloat16())

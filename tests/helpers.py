@@ -53,7 +53,7 @@ def slow_mask(x, n=2, m=4, grouping="adjacent", widths=None):
     return torch.tensor(kept, dtype=torch.bool).reshape(x.shape)
 
 
-def by_hand(x, weight, bias=None, *, mask, norm="none", down=None, up=None):
+def by_hand(x, weight, bias=None, *, mask, norm="none", lowrank_a=None, lowrank_b=None):
     """The compensated layer as the paper writes it, in float64."""
     x, weight = x.detach().double(), weight.detach().double()
     kept = x * mask
@@ -62,8 +62,8 @@ def by_hand(x, weight, bias=None, *, mask, norm="none", down=None, up=None):
         total, left = (t.square().sum(-1, keepdim=True) for t in (x, kept))
         kept = kept * torch.where(total > 0, total / (left + epsilon), 0.0).sqrt()  # (0 · s = 0)
     y = kept @ weight.T
-    if down is not None:
-        y = y + x @ down.detach().double().T @ up.detach().double().T
+    if lowrank_a is not None:
+        y = y + x @ lowrank_a.detach().double().T @ lowrank_b.detach().double().T
     return y if bias is None else y + bias.detach().double()
 
 

@@ -194,7 +194,7 @@ def test_a_state_dict_goes_into_what_it_came_from(tmp_path, strict, through_file
 
 def test_factors_are_not_dropped_where_keys_may_be():
     model, other = sparsify(tiny_flux()), make(RECIPES["refit and low-rank"])
-    with pytest.raises(RuntimeError, match="comes with a lowrank_down, and the layer has none"):
+    with pytest.raises(RuntimeError, match="comes with a lowrank_a, and the layer has none"):
         model.load_state_dict(dict(other.state_dict()), strict=False)  # without metadata
     dense = tiny_flux().state_dict()
     assert all(torch.equal(tensor, dense[name]) for name, tensor in densify(model).state_dict().items())

@@ -132,7 +132,7 @@ def test_designs_are_what_their_names_say(monkeypatch):
     assert {layer.rank for layer in layers.values() if layer not in text} == {step_variants.RANK}
     assert {layer.norm for layer in layers.values()} == {"none"}  # as beside a refitted weight
     attention = model.transformer_blocks[0].attn
-    assert torch.equal(attention.to_q.lowrank_down, attention.to_v.lowrank_down)
+    assert torch.equal(attention.to_q.lowrank_a, attention.to_v.lowrank_a)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from rtlynx import Pattern, nm_mask
 from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.math.tiles import (
     FP8,
-    blocks_bytes,
     compute_order,
     lowrank_bytes,
-    pack_blocks,
-    pack_blocks_fp8,
+    pack_a,
+    pack_a_fp8,
     pack_lowrank,
-    unpack_blocks,
+    packed_a_bytes,
+    unpack_a,
     unpack_lowrank,
 )
 
@@ -144,8 +144,8 @@ def pattern_for(pattern, k):
 def test_format_is_the_description(rows, k, pattern):
     pattern = pattern_for(pattern, k)
     x = random_bits(rows, k)
-    blocks = pack_blocks(x, pattern)
-    assert blocks.shape == (blocks_bytes(rows, k),)
+    blocks = pack_a(x, pattern)
+    assert blocks.shape == (packed_a_bytes(rows, k),)
     assert blocks.tolist() == slow_blocks(to_bits(x), k, pattern)
 
 
@@ -155,8 +155,8 @@ def test_fp8_format_is_the_description(rows, k, pattern):
     pattern = pattern_for(pattern, k)
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[0, :4] = 0.0
-    blocks, scale = pack_blocks_fp8(x, pattern)
-    assert blocks.shape == (blocks_bytes(rows, k, FP8),)
+    blocks, scale = pack_a_fp8(x, pattern)
+    assert blocks.shape == (packed_a_bytes(rows, k, FP8),)
     torch.testing.assert_close(scale, x.float().abs().amax(-1) / 448)
     assert blocks.tolist() == slow_blocks_fp8(to_bits(x), k, pattern, scale)
 
@@ -167,9 +167,9 @@ def test_fp8_round_trip_at_size(pattern):
     pattern = pattern_for(pattern, k)
     x = torch.randn(300, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     mask = nm_mask(x, 2, 4, pattern.grouping, pattern.parts)
-    blocks, scale = pack_blocks_fp8(x, pattern)
+    blocks, scale = pack_a_fp8(x, pattern)
     expected = quantize_tokens(x, mask)
-    unpacked = unpack_blocks(blocks, 300, k, FP8)
+    unpacked = unpack_a(blocks, 300, k, FP8)
     assert unpacked.dtype == torch.float8_e4m3fn
     assert torch.equal(unpacked.float(), compute_order(expected.values.float(), pattern))
     assert torch.equal(scale, expected.scale[:, 0])
@@ -179,7 +179,7 @@ def test_fp8_round_trip_at_size(pattern):
 @pytest.mark.parametrize("pattern", [ADJACENT, STRIDED])
 def test_an_odd_number_of_groups(k, pattern):
     x = random_bits(65, k)
-    assert pack_blocks(x, pattern).tolist() == slow_blocks(to_bits(x), k, pattern)
+    assert pack_a(x, pattern).tolist() == slow_blocks(to_bits(x), k, pattern)
 
 
 bit_patterns = st.one_of(
@@ -196,11 +196,11 @@ def test_any_bits_in_any_groups(data):
     pattern = data.draw(st.sampled_from([ADJACENT, Pattern(grouping="strided", parts=tuple(widths))]))
     bits = [data.draw(st.lists(bit_patterns, min_size=k, max_size=k)) for _ in range(rows)]
     x = from_bits(bits)
-    blocks = pack_blocks(x, pattern)
+    blocks = pack_a(x, pattern)
     assert blocks.tolist() == slow_blocks(bits, k, pattern)
     kept = torch.where(nm_mask(x, 2, 4, pattern.grouping, pattern.parts), x.view(torch.int16), 0)
     expected = compute_order(kept, pattern)
-    assert torch.equal(unpack_blocks(blocks, rows, k).view(torch.int16), expected)
+    assert torch.equal(unpack_a(blocks, rows, k).view(torch.int16), expected)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["adjacent", "strided", "halves", "uneven"])
@@ -209,7 +209,7 @@ def test_round_trip_at_size(pattern):
     pattern = pattern_for(pattern, k)
     x = torch.randn(300, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     kept = x * nm_mask(x, 2, 4, pattern.grouping, pattern.parts)
-    unpacked = unpack_blocks(pack_blocks(x, pattern), 300, k)
+    unpacked = unpack_a(pack_a(x, pattern), 300, k)
     assert torch.equal(unpacked, compute_order(kept, pattern))
     weight = torch.randn(7, k).double()
     # The product does not see the order.
@@ -226,13 +226,13 @@ def test_compute_order_of_a_strided_weight():
 def test_rows_of_any_stride():
     whole = random_bits(40, 3 * 64)
     part = whole[::2, 64:128]
-    assert torch.equal(pack_blocks(part, ADJACENT), pack_blocks(part.contiguous(), ADJACENT))
+    assert torch.equal(pack_a(part, ADJACENT), pack_a(part.contiguous(), ADJACENT))
 
 
 def test_no_rows():
-    blocks = pack_blocks(torch.empty(0, 64, dtype=torch.bfloat16), ADJACENT)
+    blocks = pack_a(torch.empty(0, 64, dtype=torch.bfloat16), ADJACENT)
     assert blocks.shape == (0,)
-    assert unpack_blocks(blocks, 0, 64).shape == (0, 64)
+    assert unpack_a(blocks, 0, 64).shape == (0, 64)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 32, 33, 64, 320])
@@ -255,26 +255,26 @@ def test_lowrank_blocks_are_the_description(rows, rank):
 
 
 def test_illegal_indices_are_refused():
-    blocks = pack_blocks(random_bits(3, 64), ADJACENT)
+    blocks = pack_a(random_bits(3, 64), ADJACENT)
     for nibble in (0x0, 0x5, 0xA, 0xF, 0x1, 0x6):  # equal, or out of order
         damaged = blocks.clone()
         damaged[4096] = damaged[4096] & 0xF0 | nibble
         with pytest.raises(ValueError, match="illegal index pair"):
-            unpack_blocks(damaged, 3, 64)
+            unpack_a(damaged, 3, 64)
 
 
 def test_what_blocks_cannot_hold_is_refused():
     x = random_bits(3, 64)
     with pytest.raises(ValueError, match=r"bfloat16 matrix, got torch\.float32"):
-        pack_blocks(x.float(), ADJACENT)
+        pack_a(x.float(), ADJACENT)
     with pytest.raises(ValueError, match="bfloat16 matrix"):
-        pack_blocks(x[None], ADJACENT)
+        pack_a(x[None], ADJACENT)
     with pytest.raises(ValueError, match="a pattern 4:8"):
-        pack_blocks(x, Pattern(4, 8))
+        pack_a(x, Pattern(4, 8))
     with pytest.raises(ValueError, match="62 entries do not split"):
-        pack_blocks(x[:, :62], ADJACENT)
-    blocks = pack_blocks(x, ADJACENT)
+        pack_a(x[:, :62], ADJACENT)
+    blocks = pack_a(x, ADJACENT)
     with pytest.raises(ValueError, match=r"blocks of X of shape \(65, 64\) are 9216 bytes"):
-        unpack_blocks(blocks, 65, 64)
+        unpack_a(blocks, 65, 64)
     with pytest.raises(ValueError, match=r"low-rank blocks of T of shape \(3, 5\) are 4096 bytes"):
         unpack_lowrank(blocks, 3, 5)

@@ -139,7 +139,7 @@ def test_what_is_fixed_uses_up_the_error():
 def test_modelled_time_of_each_form():
     layer = make_plan(tiny_flux(), Recipe(rank=4, precision="fp8")).sparse[0]
     product, lowrank = 2 * 100 * 128 * 128, 2 * 100 * 4 * (128 + 128 / 3)
-    saved = {form: flops_saved(layer.in_form(form), 100, 3) for form in FORMS}
+    saved = {form: flops_saved(layer.in_format(form), 100, 3) for form in FORMS}
     assert saved["bf16-sparse"] == pytest.approx(product * (1 - PRODUCT_TIME["bf16-sparse"]) - lowrank)
     assert saved["fp8-dense"] == pytest.approx(product * (1 - PRODUCT_TIME["fp8-dense"]))
     assert saved["fp8-sparse"] == pytest.approx(product * (1 - PRODUCT_TIME["fp8-sparse"]) - lowrank)

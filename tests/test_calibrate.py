@@ -142,7 +142,7 @@ def test_readers_of_one_tensor_share_their_down_factor_or_do_not():
         model, _ = run(recipe=recipe, data=calls(3))
         q, k = (model.get_submodule(f"{SINGLE}.{name}") for name in ("attn.to_q", "proj_mlp"))
         assert q.rank == k.rank == 4
-        assert torch.equal(q.lowrank_down, k.lowrank_down) == shared
+        assert torch.equal(q.lowrank_a, k.lowrank_a) == shared
 
 
 def test_default_rank_and_extra_bytes():
@@ -216,8 +216,8 @@ def test_trained_low_rank_approaches_the_closed_form_and_never_beats_it():
     s = select(x, nm_mask(x))
     target = (x - s) @ w.T
 
-    def error(down, up):
-        return float((x.double() @ down.double().T @ up.double().T - target).square().sum())
+    def error(lowrank_a, lowrank_b):
+        return float((x.double() @ lowrank_a.double().T @ lowrank_b.double().T - target).square().sum())
 
     moments = Moments(24, dtype=torch.float64)
     moments.add(x, s)
@@ -328,6 +328,6 @@ def test_two_processes_match_one(tmp_path):
             if "lowrank" not in key:  # the sign of a factor is free; their product is not
                 assert relative_error(ours[key], tensor) < 1e-3, key
         for layer_name, layer in sparse_layers(model).items():
-            product = ours[f"{layer_name}.lowrank_up"] @ ours[f"{layer_name}.lowrank_down"]
-            assert relative_error(product, layer.lowrank_up @ layer.lowrank_down) < 2e-2, layer_name
+            product = ours[f"{layer_name}.lowrank_b"] @ ours[f"{layer_name}.lowrank_a"]
+            assert relative_error(product, layer.lowrank_b @ layer.lowrank_a) < 2e-2, layer_name
         assert not math.isnan(sum(errors))

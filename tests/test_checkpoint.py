@@ -129,7 +129,7 @@ def test_files_hold_natural_column_order_and_only_what_is_needed(tmp_path):
     save(model, tmp_path / "refit")
     tensors = safetensors.torch.load_file(tmp_path / "refit" / "rtlynx.safetensors")
     expected = {
-        f"{name}.{kind}" for name in sparse_layers(model) for kind in ("weight", "lowrank_down", "lowrank_up")
+        f"{name}.{kind}" for name in sparse_layers(model) for kind in ("weight", "lowrank_a", "lowrank_b")
     }
     assert set(tensors) == expected  # not the original weights: the base model has them
     name = "single_transformer_blocks.0.proj_out"
@@ -156,7 +156,7 @@ def test_quantised_weights_survive_a_cast_base_model(saved_fp8):
     model = load(tiny_flux().to(torch.bfloat16), saved_fp8)
     layer = model.get_submodule("transformer_blocks.0.attn.to_q")
     assert (layer.weight.dtype, layer.weight_scale.dtype) == (torch.float8_e4m3fn, torch.float32)
-    assert layer.lowrank_up.dtype == layer.bias.dtype == torch.bfloat16
+    assert layer.lowrank_b.dtype == layer.bias.dtype == torch.bfloat16
 
 
 def test_a_checkpoint_of_the_first_version_still_loads(folder):
@@ -188,7 +188,7 @@ def test_a_pipeline_stands_for_its_transformer(folder, tmp_path):
 def test_a_cast_base_model_is_the_same_base(folder):
     model = load(tiny_flux().to(torch.bfloat16), folder)
     layer = model.get_submodule("transformer_blocks.0.attn.to_q")
-    assert layer.weight.dtype == layer.lowrank_up.dtype == torch.bfloat16
+    assert layer.weight.dtype == layer.lowrank_b.dtype == torch.bfloat16
 
 
 # --------------------------------------------------------------------------------- another, or missing
@@ -288,8 +288,8 @@ def test_damage_that_the_digest_cannot_tell(folder):
     damage = {
         "missing tensor": {k: v for k, v in tensors.items() if k != f"{name}.weight"},
         "weight of another shape": {**tensors, f"{name}.weight": torch.zeros(128, 64)},
-        "factor of another shape": {**tensors, f"{name}.lowrank_up": torch.zeros(64, 6)},
-        "factor of another rank": {**tensors, f"{name}.lowrank_down": torch.zeros(2, 128)},
+        "factor of another shape": {**tensors, f"{name}.lowrank_b": torch.zeros(64, 6)},
+        "factor of another rank": {**tensors, f"{name}.lowrank_a": torch.zeros(2, 128)},
     }
     for what, changed in damage.items():
         safetensors.torch.save_file(changed, path)

@@ -36,8 +36,8 @@ def card(monkeypatch):
 
 def plan(rows, k, rank=64, grouping="adjacent", held=FP8, device=0):
     x = Input(host.MATRIX, b"", rows, k, torch.device("cuda", device), True)
-    down = torch.empty(rank, k, dtype=torch.bfloat16, device="meta") if rank else None
-    return host.plan_compress(x, down, CompressOptions(grouping, (), True, held))
+    lowrank_a = torch.empty(rank, k, dtype=torch.bfloat16, device="meta") if rank else None
+    return host.plan_compress(x, lowrank_a, CompressOptions(grouping, (), True, held))
 
 
 @pytest.mark.parametrize("grouping", ["adjacent", "strided"])

@@ -210,7 +210,7 @@ def test_fp8_variants_are_the_same_layers_in_eight_bits(pipeline):
         quantised = quantize_weight(plain[name].weight)
         assert torch.equal(layer.weight.view(torch.uint8), quantised.values.view(torch.uint8))
         assert torch.equal(layer.weight_scale, quantised.scale)
-        assert torch.equal(layer.lowrank_up, plain[name].lowrank_up)
+        assert torch.equal(layer.lowrank_b, plain[name].lowrank_b)
         assert (layer.pattern, layer.norm) == (plain[name].pattern, plain[name].norm)
         original = quantize_weight(pipeline.transformer.get_submodule(name).weight)
         assert torch.equal(dense[name].weight.view(torch.uint8), original.values.view(torch.uint8))

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from rtlynx.nn.cached_tensor import Derived
+from rtlynx.nn.cached_tensor import CachedTensor
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def many_switches():
 @pytest.mark.usefixtures("many_switches")
 def test_threads_get_a_right_tensor_while_others_drop_it():
     sources = [torch.full((4,), float(value)) for value in range(3)]
-    derived, wrong, done = Derived(), [], threading.Event()
+    derived, wrong, done = CachedTensor(), [], threading.Event()
 
     def ask(source):
         try:
@@ -51,7 +51,7 @@ def test_threads_get_a_right_tensor_while_others_drop_it():
 def test_dropped_between_two_reads():
     """Another thread's `drop`, at the worst moment: while `get` compares what is kept."""
     source = torch.ones(4)
-    derived = Derived()
+    derived = CachedTensor()
 
     class Key:
         def __eq__(self, other):

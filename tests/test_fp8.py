@@ -10,13 +10,13 @@ from linear_helpers import PATTERNS, K, N, factors, mask_for, tokens
 from rtlynx import Pattern, norm_scale
 from rtlynx.math.fp8 import quantize_tokens, quantize_weight
 from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops.dispatch import scaled_mm_serves
+from rtlynx.ops.dispatch import scaled_mm_supports
 from rtlynx.ops.fp8_linear import (
     Fp8Parameters,
     compress_fp8,
     dense_linear_fp8,
     fold_lowrank,
-    fold_up,
+    fold_lowrank_b,
     linear_fp8,
 )
 
@@ -25,9 +25,10 @@ EVERYTHING = Pattern(1, 1)
 
 def parameters(bias=True, lowrank=False, dtype=torch.float32, seed=5):
     weight = tokens(N, K, seed=seed) / 6
-    down, up = factors() if lowrank else (None, None)
+    lowrank_a, lowrank_b = factors() if lowrank else (None, None)
     cast = (
-        None if t is None else t.to(dtype) for t in (tokens(N, seed=seed + 1) if bias else None, down, up)
+        None if t is None else t.to(dtype)
+        for t in (tokens(N, seed=seed + 1) if bias else None, lowrank_a, lowrank_b)
     )
     return weight, Fp8Parameters(*quantize_weight(weight), *cast)
 
@@ -36,8 +37,8 @@ def eight_bits(compressed, of, x):
     """The product in float64 from the eight-bit values, with unrounded factors."""
     seen = compressed.values.double() * compressed.scale.double()
     y = seen @ (of.weight.double() * of.scale.double().unsqueeze(-1)).T
-    if of.down is not None:
-        y = y + x.double() @ of.down.double().T @ of.up.double().T
+    if of.lowrank_a is not None:
+        y = y + x.double() @ of.lowrank_a.double().T @ of.lowrank_b.double().T
     return y if of.bias is None else y + of.bias.double()
 
 
@@ -123,11 +124,11 @@ def test_half_precision_rounds_the_folded_factors_and_the_result(dtype, lowrank)
     # by hand: T' and B' in bfloat16 (float16 would overflow: c is about 1e-3), sums in float64
     acc = compressed.values.double() @ of.weight.double().T
     if lowrank:
-        t = (x.double() @ of.down.double().T / compressed.scale).bfloat16()
-        up = (of.up.double() / of.scale.unsqueeze(-1)).bfloat16()
-        assert relative_error(fold_lowrank(x, of.down, compressed.scale), t) < 1e-4
-        assert relative_error(fold_up(of.up, of.scale), up) < 1e-4
-        acc = acc + t.double() @ up.double().T
+        t = (x.double() @ of.lowrank_a.double().T / compressed.scale).bfloat16()
+        lowrank_b = (of.lowrank_b.double() / of.scale.unsqueeze(-1)).bfloat16()
+        assert relative_error(fold_lowrank(x, of.lowrank_a, compressed.scale), t) < 1e-4
+        assert relative_error(fold_lowrank_b(of.lowrank_b, of.scale), lowrank_b) < 1e-4
+        acc = acc + t.double() @ lowrank_b.double().T
     expected = acc * of.scale * compressed.scale + of.bias.double()
     half_step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
     torch.testing.assert_close(y.double(), expected, rtol=1.01 * half_step, atol=1e-6)
@@ -138,15 +139,15 @@ def test_half_precision_rounds_the_folded_factors_and_the_result(dtype, lowrank)
 @pytest.mark.parametrize("lowrank", [False, True])
 def test_pytorchs_scaled_product_is_called_for_the_same_function(monkeypatch, bias, lowrank, k):
     """On a CPU, where PyTorch has that product too: scales, transposes and shapes are right."""
-    monkeypatch.setattr("rtlynx.ops.fp8_linear.scaled_mm_serves", lambda *_: True)
+    monkeypatch.setattr("rtlynx.ops.fp8_linear.scaled_mm_supports", lambda *_: True)
     wide = torch.cat((tokens(N, k), tokens(N, k, seed=8))) / 6  # 48 outputs
-    _, up = factors()
+    _, lowrank_b = factors()
     cast = (
         t.bfloat16() if wanted else None
         for t, wanted in (
             (tokens(2 * N), bias),
-            (tokens(up.shape[1], k, seed=9), lowrank),
-            (torch.cat((up, -up)), lowrank),
+            (tokens(lowrank_b.shape[1], k, seed=9), lowrank),
+            (torch.cat((lowrank_b, -lowrank_b)), lowrank),
         )
     )
     of = Fp8Parameters(*quantize_weight(wide), *cast)
@@ -275,7 +276,7 @@ def test_dense_fp8_on_a_card(bias, lowrank, n, k):
         x = torch.randn(*shape, generator=gen).to(CARD, torch.bfloat16)
         compressed = compress_fp8(x, EVERYTHING, "none")
         if CARD == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-            assert scaled_mm_serves(x, of)
+            assert scaled_mm_supports(x, of)
         y = dense_linear_fp8(x, compressed, of)
         assert (y.shape, y.dtype) == ((*shape[:-1], n), torch.bfloat16)
         # tensor cores sum e4m3 products in some 14 bits

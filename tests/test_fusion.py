@@ -50,9 +50,9 @@ def _served(monkeypatch):
     def serves(x, *_):
         return x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
-    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", serves)
-    monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_serves", lambda k, x, *_: serves(x))
-    monkeypatch.setattr(rtlynx.nn.prologue, "scaled_mm_serves", serves)
+    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_support", serves)
+    monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_supports", lambda k, x, *_: serves(x))
+    monkeypatch.setattr(rtlynx.nn.prologue, "scaled_mm_supports", serves)
 
 
 @pytest.fixture

@@ -152,9 +152,9 @@ def test_without_the_compiler_the_obstacle_says_what_to_install(monkeypatch):
         raise jit.CompileError("NVRTC is missing: pip install nvidia-cuda-nvrtc")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: jit.HOPPER)
-    assert jit.obstacle(0) == ""
+    assert jit.unsupported_reason(0) == ""
     monkeypatch.setattr(jit, "nvrtc", missing)
-    assert "pip install nvidia-cuda-nvrtc" in jit.obstacle(0)
+    assert "pip install nvidia-cuda-nvrtc" in jit.unsupported_reason(0)
 
 
 def test_precompiling_fills_the_cache_once(sources, monkeypatch):
@@ -176,7 +176,7 @@ def test_the_switch_precompiles_at_the_first_kernel(monkeypatch, switch, calls):
         monkeypatch.setenv("RTLYNX_PRECOMPILE", switch)
     made = []
     monkeypatch.setattr(jit, "_kernels", {})
-    monkeypatch.setattr(jit, "obstacle", lambda device: "")
+    monkeypatch.setattr(jit, "unsupported_reason", lambda device: "")
     monkeypatch.setattr(jit, "precompile", lambda: made.append(1))
     monkeypatch.setattr(jit, "_handle", lambda *unit: None)
     monkeypatch.setattr(ctypes, "CDLL", FakeDriver)

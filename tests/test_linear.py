@@ -24,14 +24,16 @@ def test_output_is_the_formula(grouping, norm, bias, lowrank, refit):
     dense = linear(bias)
     layer = SparseLinear.from_linear(dense, pattern=PATTERNS[grouping][0], norm=norm)
     weight = dense.weight
-    down, up = factors() if lowrank else (None, None)
+    lowrank_a, lowrank_b = factors() if lowrank else (None, None)
     if lowrank:
-        layer.set_lowrank(down, up)
+        layer.set_lowrank(lowrank_a, lowrank_b)
     if refit:
         weight = tokens(N, K, seed=3) / 6
         layer.set_refit(weight)
     x = tokens()
-    expected = by_hand(x, weight, dense.bias, mask=mask_for(x, grouping), norm=norm, down=down, up=up)
+    expected = by_hand(
+        x, weight, dense.bias, mask=mask_for(x, grouping), norm=norm, lowrank_a=lowrank_a, lowrank_b=lowrank_b
+    )
     assert relative_error(layer(x), expected) < 1e-6
     assert layer.rank == (RANK if lowrank else 0)
 
@@ -42,7 +44,7 @@ def test_scale_multiplies_the_sparse_product_only():
     x = torch.ones(1, K)  # half of the energy goes: s = sqrt(2)
     kept = torch.tensor([1.0, 1.0, 0.0, 0.0] * (K // 4))
     sparse = 2**0.5 * (layer.weight @ kept)
-    expected = sparse + layer.lowrank_up @ (layer.lowrank_down @ x[0]) + layer.bias
+    expected = sparse + layer.lowrank_b @ (layer.lowrank_a @ x[0]) + layer.bias
     torch.testing.assert_close(layer(x)[0], expected)
 
 
@@ -86,13 +88,19 @@ def test_non_contiguous_input():
 def test_half_precision(dtype, limit, norm):
     layer = SparseLinear.from_linear(linear().to(dtype), norm=norm)
     layer.set_lowrank(*factors())
-    assert layer.lowrank_down.dtype == dtype
+    assert layer.lowrank_a.dtype == dtype
     x = tokens().to(dtype)
     y = layer(x)
     assert y.dtype == dtype
     mask = slow_mask(x)
     expected = by_hand(
-        x, layer.weight, layer.bias, mask=mask, norm=norm, down=layer.lowrank_down, up=layer.lowrank_up
+        x,
+        layer.weight,
+        layer.bias,
+        mask=mask,
+        norm=norm,
+        lowrank_a=layer.lowrank_a,
+        lowrank_b=layer.lowrank_b,
     )
     assert relative_error(y, expected) < limit
 
@@ -109,8 +117,8 @@ def test_to_moves_everything_and_keeps_the_pattern():
         layer.weight,
         layer.bias,
         mask=mask_for(x, "parts"),
-        down=layer.lowrank_down,
-        up=layer.lowrank_up,
+        lowrank_a=layer.lowrank_a,
+        lowrank_b=layer.lowrank_b,
     )
     assert relative_error(layer(x), expected) < 1e-14
 
@@ -132,8 +140,8 @@ def test_autocast_selects_on_what_the_product_sees(norm):
         layer.bias,
         mask=slow_mask(x.to(torch.bfloat16)),
         norm=norm,
-        down=layer.lowrank_down,
-        up=layer.lowrank_up,
+        lowrank_a=layer.lowrank_a,
+        lowrank_b=layer.lowrank_b,
     )
     assert relative_error(y, expected) < 1e-2
     assert layer(x).dtype == torch.float32  # nothing of autocast is remembered
@@ -222,7 +230,7 @@ def test_deepcopy_and_pickle_are_independent():
         assert torch.equal(twin(x), expected)
         with torch.no_grad():
             twin.weight.zero_()
-            twin.lowrank_up.zero_()
+            twin.lowrank_b.zero_()
         twin.dense_steps = True
         assert torch.equal(layer(x), expected)
 
@@ -241,11 +249,11 @@ def test_from_linear_shares_parameters_and_keeps_hooks_mode_and_attributes():
     layer(tokens())
     assert calls == [1]
     layer.set_lowrank(*factors())
-    assert not layer.lowrank_up.requires_grad  # trained exactly where the weight is
+    assert not layer.lowrank_b.requires_grad  # trained exactly where the weight is
     layer.register_forward_hook(lambda *_: calls.append(2))
     dense(tokens())
     assert calls == [1, 1]  # a hook on the new layer is not one on the old
-    assert "lowrank_up" not in dense._parameters
+    assert "lowrank_b" not in dense._parameters
 
 
 def test_what_is_no_plain_linear_is_refused():
@@ -294,8 +302,14 @@ def test_refitting_twice_keeps_the_first_original():
 
 def test_solutions_of_another_shape_are_refused():
     layer = SparseLinear.from_linear(linear())
-    down, up = factors()
-    for bad in ((down.T, up), (down, up.T), (down[:, :-4], up), (down[:2], up), (down[:0], up[:, :0])):
+    lowrank_a, lowrank_b = factors()
+    for bad in (
+        (lowrank_a.T, lowrank_b),
+        (lowrank_a, lowrank_b.T),
+        (lowrank_a[:, :-4], lowrank_b),
+        (lowrank_a[:2], lowrank_b),
+        (lowrank_a[:0], lowrank_b[:, :0]),
+    ):
         with pytest.raises(ValueError, match="low-rank factors"):
             layer.set_lowrank(*bad)
     with pytest.raises(ValueError, match="refitted weight"):

@@ -50,9 +50,9 @@ def test_output_is_the_formula(grouping, norm, lowrank, refit):
     dense = linear()
     layer = SparseLinear.from_linear(dense, pattern=PATTERNS[grouping][0], norm=norm)
     weight = dense.weight
-    down, up = factors() if lowrank else (None, None)
+    lowrank_a, lowrank_b = factors() if lowrank else (None, None)
     if lowrank:
-        layer.set_lowrank(down, up)
+        layer.set_lowrank(lowrank_a, lowrank_b)
     if refit:
         weight = tokens(N, K, seed=3) / 6
         layer.set_refit(weight)
@@ -68,9 +68,11 @@ def test_output_is_the_formula(grouping, norm, lowrank, refit):
         ).sqrt()
     expected = seen(x, mask) * s @ w.double().T + dense.bias.double()
     if lowrank:
-        expected = expected + x.double() @ down.double().T @ up.double().T
+        expected = expected + x.double() @ lowrank_a.double().T @ lowrank_b.double().T
     assert relative_error(layer(x), expected) < 1e-6
-    unquantised = by_hand(x, weight, dense.bias, mask=mask, norm=norm, down=down, up=up)
+    unquantised = by_hand(
+        x, weight, dense.bias, mask=mask, norm=norm, lowrank_a=lowrank_a, lowrank_b=lowrank_b
+    )
     assert 1e-3 < relative_error(layer(x), unquantised) < 0.05
 
 
@@ -81,7 +83,7 @@ def test_pattern_one_to_one_is_dense_fp8(lowrank):
     w = dequantize(layer.weight, layer.weight_scale).double()
     expected = seen(x, torch.ones_like(x, dtype=torch.bool)) @ w.T + layer.bias.double()
     if lowrank:
-        expected += x.double() @ layer.lowrank_down.double().T @ layer.lowrank_up.double().T
+        expected += x.double() @ layer.lowrank_a.double().T @ layer.lowrank_b.double().T
     assert relative_error(layer(x), expected) < 1e-6
 
 
@@ -210,7 +212,7 @@ def test_casts_leave_the_eight_bit_weight_and_its_scale_alone(cast):
     assert torch.equal(layer.weight_scale, before.weight_scale)
     assert layer.weight_scale.dtype == torch.float32
     dtype = {"half": torch.float16, "double": torch.float64, "float": torch.float32}.get(cast, torch.bfloat16)
-    assert {t.dtype for t in (layer.bias, layer.lowrank_up, layer.weight_dense)} == {dtype}
+    assert {t.dtype for t in (layer.bias, layer.lowrank_b, layer.weight_dense)} == {dtype}
     x = tokens().to(dtype)
     assert relative_error(layer(x), before(x.float())) < 2e-2
 
@@ -243,7 +245,7 @@ def test_copies_are_independent():
 
 def test_state_dict_round_trip(tmp_path):
     layer = quantised(norm="scale", lowrank=True, keep_dense=True)
-    names = ["bias", "lowrank_down", "lowrank_up", "weight", "weight_dense", "weight_scale"]
+    names = ["bias", "lowrank_a", "lowrank_b", "weight", "weight_dense", "weight_scale"]
     assert sorted(layer.state_dict()) == names
     safetensors.torch.save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     other = SparseLinear.from_linear(linear(seed=7), norm="scale")
@@ -268,12 +270,12 @@ def test_weights_of_another_precision_are_not_loaded():
 def test_factors_given_after_quantising_are_not_cast_to_eight_bits():
     before, after = quantised(lowrank=True, dtype=torch.bfloat16), quantised(dtype=torch.bfloat16)
     after.set_lowrank(*factors())
-    assert after.lowrank_down.dtype == torch.bfloat16
+    assert after.lowrank_a.dtype == torch.bfloat16
     x = tokens().bfloat16()
     assert torch.equal(after(x), before(x))
     bare = quantised(bias=False)
     bare.set_lowrank(*(t.half() for t in factors()))
-    assert bare.lowrank_up.dtype == torch.float16
+    assert bare.lowrank_b.dtype == torch.float16
 
 
 def test_adapters_go_on_top_and_are_not_merged_into_eight_bits():
@@ -293,8 +295,8 @@ def test_adapters_go_on_top_and_are_not_merged_into_eight_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_lora_loaded_by_diffusers_is_not_cast_to_eight_bits(dtype):
     name = "transformer_blocks.0.attn.to_q"
-    down, up = tokens(4, 128) / 30, tokens(128, 4)
-    state = {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+    lowrank_a, lowrank_b = tokens(4, 128) / 30, tokens(128, 4)
+    state = {f"transformer.{name}.lora_A.weight": lowrank_a, f"transformer.{name}.lora_B.weight": lowrank_b}
     model = sparsify(tiny_flux().to(dtype), Recipe.immediate(precision="fp8"))
     model.load_lora_adapter(state, prefix="transformer")
     adapter = model.get_submodule(name)
@@ -303,7 +305,9 @@ def test_a_lora_loaded_by_diffusers_is_not_cast_to_eight_bits(dtype):
     x = tokens(3, 128).to(dtype)
     with torch.no_grad():
         delta = adapter(x) - adapter.base_layer(x)
-    assert relative_error(delta, x.float() @ down.T @ up.T) < (1e-4 if dtype == torch.float32 else 3e-2)
+    assert relative_error(delta, x.float() @ lowrank_a.T @ lowrank_b.T) < (
+        1e-4 if dtype == torch.float32 else 3e-2
+    )
 
 
 def test_repr_says_fp8():
@@ -391,7 +395,7 @@ def test_what_pytorchs_scaled_product_serves(monkeypatch, changes, message):
     weight = quantize_weight(tokens(changes.get("n", 2 * N), K))
     of = Fp8Parameters(*weight, changes.get("bias"), None, None)
     with warnings.catch_warnings(record=True) as said:
-        assert choice.scaled_mm_serves(OnCuda(), of) == (message is None)
-        assert choice.scaled_mm_serves(OnCuda(), of) == (message is None)
+        assert choice.scaled_mm_supports(OnCuda(), of) == (message is None)
+        assert choice.scaled_mm_supports(OnCuda(), of) == (message is None)
     assert [message in str(one.message) for one in said] == ([] if message is None else [True])
-    assert not choice.scaled_mm_serves(tokens().bfloat16(), of)  # on no card
+    assert not choice.scaled_mm_supports(tokens().bfloat16(), of)  # on no card

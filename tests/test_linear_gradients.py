@@ -42,13 +42,13 @@ def test_gradients_are_those_of_the_formula_with_a_fixed_mask(norm, grouping):
     upstream = tokens(2, 3, N, seed=5)
     layer(x).backward(upstream)
 
-    names = ["weight", "bias", "lowrank_down", "lowrank_up"]
+    names = ["weight", "bias", "lowrank_a", "lowrank_b"]
     own = {name: getattr(layer, name).detach().double().requires_grad_() for name in names}
     x64 = x.detach().double().requires_grad_()
     kept = x64 * mask_for(x, grouping)
     if norm == "scale":
         kept = kept * x64.norm(dim=-1, keepdim=True) / kept.norm(dim=-1, keepdim=True)
-    low = x64 @ own["lowrank_down"].T @ own["lowrank_up"].T
+    low = x64 @ own["lowrank_a"].T @ own["lowrank_b"].T
     (kept @ own["weight"].T + low + own["bias"]).backward(upstream.double())
     assert relative_error(x.grad, x64.grad) < 1e-5
     for name in names:
@@ -57,8 +57,8 @@ def test_gradients_are_those_of_the_formula_with_a_fixed_mask(norm, grouping):
 
 def test_gradcheck_in_double_precision():
     layer = SparseLinear.from_linear(linear(k=8, n=4).double(), norm="none")
-    down, up = factors()
-    layer.set_lowrank(down[:2, :8], up[:4, :2])
+    lowrank_a, lowrank_b = factors()
+    layer.set_lowrank(lowrank_a[:2, :8], lowrank_b[:4, :2])
     x = torch.linspace(1, 2, 16).reshape(2, 8)[:, torch.randperm(8)].double().requires_grad_()
     assert torch.autograd.gradcheck(layer, (x,))
 
@@ -93,7 +93,7 @@ def test_training_a_peft_adapter():
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    for name, p in adapter.items():  # down-projections move from the second step on: up starts at zero
+    for name, p in adapter.items():  # down-projections move from the second step on: lowrank_b starts at zero
         assert bool(p.grad.any()), name
         assert not torch.equal(p, before[name]), name
     assert losses[2] < losses[0]
@@ -241,8 +241,8 @@ def test_cuda_matches_the_formula(grouping, dtype):
         layer.bias.cpu(),
         mask=mask_for(x, grouping),
         norm="scale",
-        down=layer.lowrank_down.cpu(),
-        up=layer.lowrank_up.cpu(),
+        lowrank_a=layer.lowrank_a.cpu(),
+        lowrank_b=layer.lowrank_b.cpu(),
     )
     limit = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
     assert relative_error(layer(x.cuda()).cpu(), expected) < limit

@@ -34,7 +34,7 @@ def _served(monkeypatch):
     """All bfloat16 calls without gradients are served, on this CPU too."""
     monkeypatch.setattr(
         rtlynx.nn.sparse_linear,
-        "kernels_serve",
+        "kernels_support",
         lambda x, *_: x.dtype == torch.bfloat16 and not torch.is_grad_enabled(),
     )
     with torch.no_grad():
@@ -81,8 +81,8 @@ def formula(layer, x, name="adjacent"):
         parameters.get("bias"),
         mask=slow_mask(x, 2, 4, pattern.grouping, widths),
         norm=layer.norm,
-        down=parameters.get("lowrank_down"),
-        up=parameters.get("lowrank_up"),
+        lowrank_a=parameters.get("lowrank_a"),
+        lowrank_b=parameters.get("lowrank_b"),
     )
 
 
@@ -149,10 +149,10 @@ def test_changes_of_a_quantised_layers_factors_are_noticed(calls):
     layer.quantize()
     x = normal(70, K)
     layer(x)
-    folded = layer._folded.kept
+    folded = layer._folded_lowrank_b.kept
     layer(x)
-    assert layer._folded.kept is folded
-    layer.lowrank_up.mul_(-3)
+    assert layer._folded_lowrank_b.kept is folded
+    layer.lowrank_b.mul_(-3)
     by_kernels = layer(x)
     layer.backend = REFERENCE_FP8
     assert relative_error(by_kernels, layer(x)) < 1e-3
@@ -217,8 +217,8 @@ def test_layers_that_read_one_tensor_compress_once(calls):
 @pytest.mark.parametrize("how", ["one parameter", "equal parameters"])
 def test_one_a_is_applied_once_and_others_are_not_confused(calls, how):
     layers = readers(5, 5, 7)
-    down = layers[0].lowrank_down
-    layers[1].lowrank_down = down if how == "one parameter" else nn.Parameter(down.clone())
+    lowrank_a = layers[0].lowrank_a
+    layers[1].lowrank_a = lowrank_a if how == "one parameter" else nn.Parameter(lowrank_a.clone())
 
     def right(x, compressions):
         calls.clear()
@@ -229,11 +229,11 @@ def test_one_a_is_applied_once_and_others_are_not_confused(calls, how):
     assert right(normal(70, K), 2)
     x = normal(70, K, seed=1)
     assert right(x, 2)
-    layers[2].lowrank_down.mul_(2)
+    layers[2].lowrank_a.mul_(2)
     assert torch.equal(layers[2](x), alone(layers[2])(x))
-    layers[1].load_state_dict({**layers[1].state_dict(), "lowrank_down": -down})
+    layers[1].load_state_dict({**layers[1].state_dict(), "lowrank_a": -lowrank_a})
     assert right(normal(70, K, seed=2), 2 if how == "one parameter" else 3)
-    layers[0].load_state_dict({**layers[0].state_dict(), "lowrank_down": layers[1].lowrank_down})
+    layers[0].load_state_dict({**layers[0].state_dict(), "lowrank_a": layers[1].lowrank_a})
     assert right(normal(70, K, seed=3), 2)
 
 
@@ -345,12 +345,12 @@ def test_the_copy_is_private():
     layer, x = sparse("strided"), normal(70, K)
     before = list(layer.state_dict())
     expected = layer(x)
-    ordered = weakref.ref(layer._ordered.kept)
+    ordered = weakref.ref(layer._packed_weight.kept)
     assert list(layer.state_dict()) == before
-    assert "_ordered" not in vars(layer.to_linear())
+    assert "_packed_weight" not in vars(layer.to_linear())
     twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
     for twin in twins:
-        assert twin._ordered._entry is None
+        assert twin._packed_weight._entry is None
         assert torch.equal(twin(x), expected)
     layer.to("cpu")  # a move, if not a far one
     assert ordered() is None
@@ -401,12 +401,12 @@ def whole_decision(monkeypatch):
     monkeypatch.setattr(choice, "_said", set())
 
     def decide(x, *others):
-        reason = choice.obstacle(x, *others)
+        reason = choice.unsupported_reason(x, *others)
         if reason is not None:
             choice._say_once(reason)
         return reason is None
 
-    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_serve", decide)
+    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_support", decide)
 
 
 @pytest.mark.usefixtures("whole_decision")
@@ -493,8 +493,8 @@ def test_compiled_code_notices_a_state_dict_that_is_loaded():
 def test_factors_made_in_inference_mode_are_joined():
     layers = readers(5, 5)
     with torch.inference_mode():
-        downs = [layer.lowrank_down.clone() for layer in layers]
-    joined, starts = SharedInput().factor(downs)
+        lowrank_as = [layer.lowrank_a.clone() for layer in layers]
+    joined, starts = SharedInput().factor(lowrank_as)
     assert joined.shape[0] > 5
     assert starts[0] == 0 < starts[1]
 

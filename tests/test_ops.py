@@ -11,10 +11,10 @@ from torch._subclasses import FakeTensorMode
 from rtlynx import Pattern, norm_scale
 from rtlynx.cuda import jit
 from rtlynx.math.fp8 import quantize_weight
-from rtlynx.math.tiles import compute_order, pack_blocks, unpack_lowrank
+from rtlynx.math.tiles import compute_order, pack_a, unpack_lowrank
 from rtlynx.ops import dispatch as choice
 from rtlynx.ops import sparse_linear as ops
-from rtlynx.ops.fp8_linear import fold_up
+from rtlynx.ops.fp8_linear import fold_lowrank_b
 
 K, N = 64, 24
 PATTERNS = {
@@ -30,8 +30,10 @@ def normal(*shape, seed=0, scale=1.0):
 
 def layer(rank, k=K, n=N, bias=torch.float32):
     """Weight, bias and factors; the low-rank branch is a correction, not the bulk of the output."""
-    down, up = (normal(rank, k, seed=3, scale=k**-0.5), normal(n, rank, seed=4)) if rank else (None, None)
-    return normal(n, k, seed=1), None if bias is None else normal(n, seed=2).to(bias), down, up
+    lowrank_a, lowrank_b = (
+        (normal(rank, k, seed=3, scale=k**-0.5), normal(n, rank, seed=4)) if rank else (None, None)
+    )
+    return normal(n, k, seed=1), None if bias is None else normal(n, seed=2).to(bias), lowrank_a, lowrank_b
 
 
 def selection(x, name):
@@ -48,13 +50,19 @@ def selection(x, name):
 @pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float32])
 def test_linear_is_the_formula(name, norm, rank, bias):
     pattern = PATTERNS[name][0]
-    weight, bias, down, up = layer(rank, bias=bias)
+    weight, bias, lowrank_a, lowrank_b = layer(rank, bias=bias)
     x = normal(70, K, seed=5)
     arguments = (pattern.grouping, ops.pattern_parts(pattern, K), norm)
-    y = ops.linear(x, compute_order(weight, pattern), bias, down, up, *arguments)
+    y = ops.linear(x, compute_order(weight, pattern), bias, lowrank_a, lowrank_b, *arguments)
     assert y.dtype == torch.bfloat16
     expected = by_hand(
-        x, weight, bias, mask=selection(x, name), norm="scale" if norm else "none", down=down, up=up
+        x,
+        weight,
+        bias,
+        mask=selection(x, name),
+        norm="scale" if norm else "none",
+        lowrank_a=lowrank_a,
+        lowrank_b=lowrank_b,
     )
     assert relative_error(y, expected) < 2.5e-3
 
@@ -62,13 +70,13 @@ def test_linear_is_the_formula(name, norm, rank, bias):
 @pytest.mark.parametrize("name", PATTERNS)
 def test_compress_is_the_packed_selection_the_scale_and_t(name):
     pattern = PATTERNS[name][0]
-    down = layer(40)[2]
+    lowrank_a = layer(40)[2]
     x = normal(3, 30, K) * torch.logspace(-30, 30, 30)[:, None].bfloat16()
     x[0, 3] = 0.0
     x[1, 4, 7] = float("nan")
-    blocks, scale, lowrank = ops.compress(x, down, pattern.grouping, ops.pattern_parts(pattern, K), True)
+    blocks, scale, lowrank = ops.compress(x, lowrank_a, pattern.grouping, ops.pattern_parts(pattern, K), True)
     flat = x.reshape(-1, K)
-    assert torch.equal(blocks, pack_blocks(flat, pattern))
+    assert torch.equal(blocks, pack_a(flat, pattern))
     expected = norm_scale(flat, selection(flat, name))[:, 0]
     assert scale.dtype == torch.float32
     torch.testing.assert_close(scale, expected, rtol=1e-6, atol=0)
@@ -76,7 +84,7 @@ def test_compress_is_the_packed_selection_the_scale_and_t(name):
     assert scale[34] == 1.0
     t = unpack_lowrank(lowrank, 90, 40)
     finite = [row for row in range(90) if row != 34]
-    exact = (flat.double() @ down.double().T / expected.double()[:, None])[finite]
+    exact = (flat.double() @ lowrank_a.double().T / expected.double()[:, None])[finite]
     for row, exact_row in zip(t[finite], exact, strict=True):  # (each, as rows differ by 1e60)
         assert relative_error(row, exact_row) < 4e-3
     assert bool(t[34].isnan().all())
@@ -90,13 +98,13 @@ def test_compress_is_the_packed_selection_the_scale_and_t(name):
 @pytest.mark.parametrize("rank", [0, 33])
 def test_fp8_linear_is_the_formula_on_quantised_operands(name, norm, rank):
     pattern = PATTERNS[name][0]
-    weight, bias, down, up = layer(rank)
+    weight, bias, lowrank_a, lowrank_b = layer(rank)
     quantized = quantize_weight(weight)
-    divided = None if up is None else (up / quantized.scale[:, None]).bfloat16()
+    divided = None if lowrank_b is None else (lowrank_b / quantized.scale[:, None]).bfloat16()
     x = normal(70, K, seed=5) * torch.logspace(-3, 3, 70)[:, None].bfloat16()
     values = compute_order(quantized.values.view(torch.uint8), pattern).view(torch.float8_e4m3fn)
     arguments = (pattern.grouping, ops.pattern_parts(pattern, K), norm)
-    y = ops.linear(x, values, bias, down, divided, *arguments, quantized.scale)
+    y = ops.linear(x, values, bias, lowrank_a, divided, *arguments, quantized.scale)
     mask = selection(x, name)
     kept = x.double() * mask
     t = kept.float().abs().amax(-1, keepdim=True) * torch.tensor(
@@ -106,19 +114,19 @@ def test_fp8_linear_is_the_formula_on_quantised_operands(name, norm, rank):
     s = (x.double().norm(dim=-1) / kept.norm(dim=-1))[:, None] if norm else 1.0
     expected = s * (kept_fp8 @ quantized.dequantize().double().T) + bias.double()
     if rank:
-        expected += x.double() @ down.double().T @ up.double().T
+        expected += x.double() @ lowrank_a.double().T @ lowrank_b.double().T
     for row, expected_row in zip(y, expected, strict=True):
         assert relative_error(row, expected_row) < 4e-3
-    blocks, scale, lowrank = ops.compress(x, down, *arguments, True)
+    blocks, scale, lowrank = ops.compress(x, lowrank_a, *arguments, True)
     assert scale.shape == (70,)
     operands = (blocks, scale, lowrank if rank else None, values, divided, bias, 70)
     assert torch.equal(ops.gemm(*operands, quantized.scale), y)
 
 
 def test_fp8_tokens_of_zeros_and_of_nan_touch_no_other():
-    weight, bias, down, up = layer(5)
+    weight, bias, lowrank_a, lowrank_b = layer(5)
     quantized = quantize_weight(weight)
-    arguments = (bias, down, (up / quantized.scale[:, None]).bfloat16(), "adjacent", [], True)
+    arguments = (bias, lowrank_a, (lowrank_b / quantized.scale[:, None]).bfloat16(), "adjacent", [], True)
     x = normal(70, K)
     clean = ops.linear(x, quantized.values, *arguments, quantized.scale)
     x[3], x[7, 5], x[9, 1] = 0.0, float("nan"), float("inf")
@@ -138,21 +146,21 @@ def test_what_is_not_asked_for_is_empty():
 
 @pytest.mark.parametrize("shape", [(K,), (1, K), (0, K), (2, 0, K), (2, 3, K), (2, 3, 4, K)])
 def test_any_leading_dimensions(shape):
-    weight, bias, down, up = layer(5)
+    weight, bias, lowrank_a, lowrank_b = layer(5)
     x = normal(*shape)
-    y = ops.linear(x, weight, bias, down, up, "adjacent", [], True)
+    y = ops.linear(x, weight, bias, lowrank_a, lowrank_b, "adjacent", [], True)
     assert y.shape == (*shape[:-1], N)
-    blocks, scale, lowrank = ops.compress(x, down, "adjacent", [], True)
+    blocks, scale, lowrank = ops.compress(x, lowrank_a, "adjacent", [], True)
     rows = x.numel() // K
-    assert torch.equal(y.reshape(rows, N), ops.gemm(blocks, scale, lowrank, weight, up, bias, rows))
+    assert torch.equal(y.reshape(rows, N), ops.gemm(blocks, scale, lowrank, weight, lowrank_b, bias, rows))
 
 
 def test_rows_of_any_stride():
-    weight, bias, down, up = layer(5)
+    weight, bias, lowrank_a, lowrank_b = layer(5)
     for x in (normal(2, 9, K)[:, 4:], normal(2, 9, K).transpose(0, 1), normal(3, 2 * K)[:, 8 : 8 + K]):
         assert not x.is_contiguous()
-        expected = ops.linear(x.contiguous(), weight, bias, down, up, "adjacent", [], True)
-        assert torch.equal(ops.linear(x, weight, bias, down, up, "adjacent", [], True), expected)
+        expected = ops.linear(x.contiguous(), weight, bias, lowrank_a, lowrank_b, "adjacent", [], True)
+        assert torch.equal(ops.linear(x, weight, bias, lowrank_a, lowrank_b, "adjacent", [], True), expected)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own-factors", "one-down-factor"])
@@ -162,20 +170,25 @@ def test_a_joint_product_is_that_of_each_layer(shared, fp8):
     ranks, sizes = ((16,) * 3 if shared else (5, 40, 16)), (8, 24, 20)
     layers = [layer(rank, n=n) for rank, n in zip(ranks, sizes, strict=True)]
     if shared:
-        layers = [(weight, bias, layers[0][2], up) for weight, bias, _, up in layers]
-    down, first_ranks = layers[0][2], [0, 0, 0]
+        layers = [(weight, bias, layers[0][2], lowrank_b) for weight, bias, _, lowrank_b in layers]
+    lowrank_a, first_ranks = layers[0][2], [0, 0, 0]
     if not shared:
-        padded = [torch.nn.functional.pad(down, (0, 0, 0, -len(down) % 32)) for _, _, down, _ in layers[:-1]]
-        down, first_ranks = torch.cat([*padded, layers[-1][2]]), [0, 32, 96]
-    weights, biases, downs, ups = (list(of) for of in zip(*layers, strict=True))
+        padded = [
+            torch.nn.functional.pad(lowrank_a, (0, 0, 0, -len(lowrank_a) % 32))
+            for _, _, lowrank_a, _ in layers[:-1]
+        ]
+        lowrank_a, first_ranks = torch.cat([*padded, layers[-1][2]]), [0, 32, 96]
+    weights, biases, lowrank_as, lowrank_bs = (list(of) for of in zip(*layers, strict=True))
     scales = []
     if fp8:
         weights, scales = (list(of) for of in zip(*map(quantize_weight, weights), strict=True))
-        ups = [fold_up(up, scale) for up, scale in zip(ups, scales, strict=True)]
-    compressed = ops.compress(x, down, "adjacent", [], True, fp8)
-    y = ops.gemm_joint(*compressed, weights, ups, biases, scales, first_ranks, 70)
+        lowrank_bs = [
+            fold_lowrank_b(lowrank_b, scale) for lowrank_b, scale in zip(lowrank_bs, scales, strict=True)
+        ]
+    compressed = ops.compress(x, lowrank_a, "adjacent", [], True, fp8)
+    y = ops.gemm_joint(*compressed, weights, lowrank_bs, biases, scales, first_ranks, 70)
     for i, part in enumerate(y.split(sizes, dim=1)):
-        alone = (x, weights[i], biases[i], downs[i], ups[i], "adjacent", [], True)
+        alone = (x, weights[i], biases[i], lowrank_as[i], lowrank_bs[i], "adjacent", [], True)
         assert torch.equal(part, ops.linear(*alone, scales[i] if fp8 else None))
 
 
@@ -183,34 +196,42 @@ def test_a_joint_product_is_that_of_each_layer(shared, fp8):
 
 
 def sample_calls(rank=5, norm=True):
-    weight, bias, down, up = layer(rank)
+    weight, bias, lowrank_a, lowrank_b = layer(rank)
     x = normal(2, 35, K)
-    blocks, scale, lowrank = ops.compress(x, down, "strided", [24, 40], norm)
+    blocks, scale, lowrank = ops.compress(x, lowrank_a, "strided", [24, 40], norm)
     return {
-        "compress": (x, down, "strided", [24, 40], norm),
-        "gemm": (blocks, scale if norm else None, lowrank if rank else None, weight, up, bias, 70),
+        "compress": (x, lowrank_a, "strided", [24, 40], norm),
+        "gemm": (blocks, scale if norm else None, lowrank if rank else None, weight, lowrank_b, bias, 70),
         "gemm_joint": (
             *(blocks, scale if norm else None, lowrank if rank else None),
-            *([weight, weight], [up, up] if rank else [], [bias, bias], [], [0, 0], 70),
+            *([weight, weight], [lowrank_b, lowrank_b] if rank else [], [bias, bias], [], [0, 0], 70),
         ),
-        "linear": (x, weight, bias, down, up, "strided", [24, 40], norm),
+        "linear": (x, weight, bias, lowrank_a, lowrank_b, "strided", [24, 40], norm),
     }
 
 
 def sample_calls_fp8(rank=5, norm=True):
-    weight, bias, down, up = layer(rank)
+    weight, bias, lowrank_a, lowrank_b = layer(rank)
     values, scale_of_weight = quantize_weight(weight)
     x = normal(2, 35, K)
-    blocks, scale, lowrank = ops.compress(x, down, "strided", [24, 40], norm, True)
+    blocks, scale, lowrank = ops.compress(x, lowrank_a, "strided", [24, 40], norm, True)
     lowrank = lowrank if rank else None
     return {
-        "compress": (x, down, "strided", [24, 40], norm, True),
-        "gemm": (blocks, scale, lowrank, values, up, bias, 70, scale_of_weight),
+        "compress": (x, lowrank_a, "strided", [24, 40], norm, True),
+        "gemm": (blocks, scale, lowrank, values, lowrank_b, bias, 70, scale_of_weight),
         "gemm_joint": (
-            *(blocks, scale, lowrank, [values, values], [up, up] if rank else [], [], [scale_of_weight] * 2),
+            *(
+                blocks,
+                scale,
+                lowrank,
+                [values, values],
+                [lowrank_b, lowrank_b] if rank else [],
+                [],
+                [scale_of_weight] * 2,
+            ),
             *([0, 0], 70),
         ),
-        "linear": (x, values, bias, down, up, "strided", [24, 40], norm, scale_of_weight),
+        "linear": (x, values, bias, lowrank_a, lowrank_b, "strided", [24, 40], norm, scale_of_weight),
     }
 
 
@@ -250,12 +271,12 @@ def test_shapes_alone_are_those_of_the_values(precision, name, rank):
 
 
 def test_one_compilation_serves_any_number_of_rows():
-    weight, bias, down, up = layer(33)
+    weight, bias, lowrank_a, lowrank_b = layer(33)
 
     def both(x):
-        blocks, scale, lowrank = ops.compress(x, down, "adjacent", [], True)
-        y = ops.gemm(blocks, scale, lowrank, weight, up, bias, x.shape[0])
-        return y + ops.linear(x, weight, bias, down, up, "adjacent", [], True)
+        blocks, scale, lowrank = ops.compress(x, lowrank_a, "adjacent", [], True)
+        y = ops.gemm(blocks, scale, lowrank, weight, lowrank_b, bias, x.shape[0])
+        return y + ops.linear(x, weight, bias, lowrank_a, lowrank_b, "adjacent", [], True)
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -279,13 +300,13 @@ def test_one_compilation_serves_any_number_of_rows():
         ({"grouping": "adjacent", "parts": [24, 40]}, ValueError, "grouping is 'adjacent' without parts"),
         ({"parts": [24, 44]}, ValueError, "parts are multiples of 4 that add up to K = 64"),
         ({"parts": [22, 42]}, ValueError, "parts are multiples of 4"),
-        ({"down": normal(5, 60)}, ValueError, r"down is \(r, 64\)"),
-        ({"down": normal(0, K)}, ValueError, "r > 0"),
-        ({"down": normal(5, K).float()}, TypeError, "inputs and factors"),
+        ({"lowrank_a": normal(5, 60)}, ValueError, r"lowrank_a is \(r, 64\)"),
+        ({"lowrank_a": normal(0, K)}, ValueError, "r > 0"),
+        ({"lowrank_a": normal(5, K).float()}, TypeError, "inputs and factors"),
     ],
 )
 def test_compress_says_what_is_wrong(changes, error, match):
-    call = {"x": normal(3, K), "down": None, "grouping": "strided", "parts": [24, 40], "norm": True}
+    call = {"x": normal(3, K), "lowrank_a": None, "grouping": "strided", "parts": [24, 40], "norm": True}
     with pytest.raises(error, match=match):
         ops.compress(**{**call, **changes})
 
@@ -295,10 +316,10 @@ def test_compress_says_what_is_wrong(changes, error, match):
     [
         ({"rows": 140}, ValueError, "blocks of 140 rows and 64 columns of torch.bfloat16 are 13824 bytes"),
         ({"scale": torch.ones(69)}, ValueError, "scale is .* = .70,. or empty"),
-        ({"up": None}, ValueError, "comes with up"),
+        ({"lowrank_b": None}, ValueError, "comes with lowrank_b"),
         ({"lowrank": None}, ValueError, "low-rank blocks of 70 rows and rank 5 are 8192 bytes, got none"),
-        ({"up": normal(N, 33)}, ValueError, "rank 33 are 16384 bytes"),
-        ({"up": normal(N - 1, 5)}, ValueError, r"up is \(24, r\)"),
+        ({"lowrank_b": normal(N, 33)}, ValueError, "rank 33 are 16384 bytes"),
+        ({"lowrank_b": normal(N - 1, 5)}, ValueError, r"lowrank_b is \(24, r\)"),
         ({"weight": normal(N, K).float()}, TypeError, r"weights of bfloat16, .* got torch\.float32"),
         ({"weight": normal(K)}, ValueError, r"weight is \(N, K\)"),
         ({"bias": torch.ones(N).double()}, TypeError, "bias is bfloat16 or float32"),
@@ -306,7 +327,7 @@ def test_compress_says_what_is_wrong(changes, error, match):
     ],
 )
 def test_gemm_says_what_is_wrong(changes, error, match):
-    names = ("blocks", "scale", "lowrank", "weight", "up", "bias", "rows")
+    names = ("blocks", "scale", "lowrank", "weight", "lowrank_b", "bias", "rows")
     call = dict(zip(names, sample_calls()["gemm"], strict=True))
     with pytest.raises(error, match=match):
         ops.gemm(**{**call, **changes})
@@ -329,7 +350,7 @@ def test_gemm_says_what_is_wrong(changes, error, match):
     ],
 )
 def test_fp8_gemm_says_what_is_wrong(changes, error, match):
-    names = ("blocks", "scale", "lowrank", "weight", "up", "bias", "rows", "weight_scale")
+    names = ("blocks", "scale", "lowrank", "weight", "lowrank_b", "bias", "rows", "weight_scale")
     call = dict(zip(names, sample_calls_fp8()["gemm"], strict=True))
     with pytest.raises(error, match=match):
         ops.gemm(**{**call, **changes})
@@ -340,7 +361,11 @@ def test_fp8_gemm_says_what_is_wrong(changes, error, match):
     [
         ({"weights": []}, ValueError, "1 to 4 layers, got 0"),
         ({"weights": [normal(N, K)] * 5}, ValueError, "1 to 4 layers, got 5"),
-        ({"ups": [normal(N, 5)]}, ValueError, "ups is empty or has one of each of 2 layers, got 1"),
+        (
+            {"lowrank_bs": [normal(N, 5)]},
+            ValueError,
+            "lowrank_bs is empty or has one of each of 2 layers, got 1",
+        ),
         ({"weights": [normal(20, K), normal(N, K)]}, ValueError, r"multiples of 8, .* got \[20, 24\]"),
         ({"weights": [normal(N, K), normal(N, 2 * K)]}, ValueError, r"read K = 64 columns, got \(24, 128\)"),
         ({"biases": [torch.ones(N), normal(N)]}, TypeError, "biases of one product are of one dtype"),
@@ -351,7 +376,17 @@ def test_fp8_gemm_says_what_is_wrong(changes, error, match):
 )
 def test_joint_gemm_says_what_is_wrong(changes, error, match):
     names = (
-        *("blocks", "scale", "lowrank", "weights", "ups", "biases", "weight_scales", "first_ranks", "rows"),
+        *(
+            "blocks",
+            "scale",
+            "lowrank",
+            "weights",
+            "lowrank_bs",
+            "biases",
+            "weight_scales",
+            "first_ranks",
+            "rows",
+        ),
     )
     call = dict(zip(names, sample_calls()["gemm_joint"], strict=True))
     with pytest.raises(error, match=match):
@@ -359,13 +394,13 @@ def test_joint_gemm_says_what_is_wrong(changes, error, match):
 
 
 def test_linear_says_what_is_wrong():
-    x, weight, bias, down, up, *rest = sample_calls()["linear"]
+    x, weight, bias, lowrank_a, lowrank_b, *rest = sample_calls()["linear"]
     with pytest.raises(ValueError, match=r"weight is \(N, 64\) for x of shape"):
-        ops.linear(x, weight[:, :60], bias, down, up, *rest)
-    with pytest.raises(ValueError, match="down and up come together"):
-        ops.linear(x, weight, bias, down, None, *rest)
-    with pytest.raises(ValueError, match=r"down is \(r, K\) and up \(N, r\)"):
-        ops.linear(x, weight, bias, down, up[:, :4], *rest)
+        ops.linear(x, weight[:, :60], bias, lowrank_a, lowrank_b, *rest)
+    with pytest.raises(ValueError, match="lowrank_a and lowrank_b come together"):
+        ops.linear(x, weight, bias, lowrank_a, None, *rest)
+    with pytest.raises(ValueError, match=r"lowrank_a is \(r, K\) and lowrank_b \(N, r\)"):
+        ops.linear(x, weight, bias, lowrank_a, lowrank_b[:, :4], *rest)
 
 
 @pytest.mark.parametrize(("name", "index"), [("compress", 0), ("compress", 1), ("gemm", 3), ("linear", 2)])
@@ -396,11 +431,11 @@ def served(rows=64, k=K, pattern=None, norm="scale", dtype=torch.bfloat16, devic
         "x": torch.empty(rows, k, device=device, dtype=dtype),
         "weight": torch.empty(N, k, device=device, dtype=dtype),
         "bias": None,
-        "down": None,
-        "up": None,
+        "lowrank_a": None,
+        "lowrank_b": None,
         **changes,
     }
-    return choice.kernels_serve(tensors.pop("x"), pattern or Pattern(), norm, **tensors)
+    return choice.kernels_support(tensors.pop("x"), pattern or Pattern(), norm, **tensors)
 
 
 def test_a_hopper_card_is_served(hopper):
@@ -442,11 +477,11 @@ def test_parameters_that_the_kernels_cannot_read(hopper):
         ({"weight": empty(K, N).T}, "not contiguous"),
         ({"weight": empty(N, K, dtype=torch.float32)}, "bfloat16 inputs and factors, and weights of"),
         ({"bias": empty(N, dtype=torch.float64)}, "float32 biases"),
-        ({"down": empty(5, K).requires_grad_(), "up": empty(N, 5)}, "under torch.no_grad"),
+        ({"lowrank_a": empty(5, K).requires_grad_(), "lowrank_b": empty(N, 5)}, "under torch.no_grad"),
     ):
         with pytest.warns(RuntimeWarning, match=reason):
             assert not served(**changes)
-    assert not served(down=empty(5, K, dtype=torch.float32), up=empty(N, 5))
+    assert not served(lowrank_a=empty(5, K, dtype=torch.float32), lowrank_b=empty(N, 5))
 
 
 def test_quantised_weights_are_served(hopper):
@@ -468,11 +503,11 @@ def test_a_cpu_is_not_served_and_nothing_is_said(hopper):
         assert not served(device="cpu")
 
 
-@pytest.mark.parametrize("obstacle", ["", "the kernels need a Hopper card"])
-def test_a_card_is_examined_once(monkeypatch, obstacle):
+@pytest.mark.parametrize("unsupported_reason", ["", "the kernels need a Hopper card"])
+def test_a_card_is_examined_once(monkeypatch, unsupported_reason):
     asked = []
     monkeypatch.setattr(choice, "_cards", {})
-    monkeypatch.setattr(jit, "obstacle", lambda index: asked.append(index) or obstacle)
+    monkeypatch.setattr(jit, "unsupported_reason", lambda index: asked.append(index) or unsupported_reason)
     for _ in range(2):
-        assert choice.card_obstacle(1) == (obstacle or None)
+        assert choice.card_unsupported_reason(1) == (unsupported_reason or None)
     assert asked == [1]

@@ -234,7 +234,10 @@ def row_parallel(norm, folder):
 
 def row_by_kernels(precision, rank, folder):
     """The operators that run on a card, here in their CPU implementation."""
-    rtlynx.nn.sparse_linear.kernels_serve, original = (lambda *_: True), rtlynx.nn.sparse_linear.kernels_serve
+    rtlynx.nn.sparse_linear.kernels_support, original = (
+        (lambda *_: True),
+        rtlynx.nn.sparse_linear.kernels_support,
+    )
     try:
         model = cut_by_hand(Pair().bfloat16())
         name = f"pair-{precision}-{rank}"
@@ -246,7 +249,7 @@ def row_by_kernels(precision, rank, folder):
         with torch.no_grad():
             return {"y": model(half)}
     finally:
-        rtlynx.nn.sparse_linear.kernels_serve = original
+        rtlynx.nn.sparse_linear.kernels_support = original
 
 
 def row_gradient(folder):
@@ -385,7 +388,7 @@ class ByShards(nn.Module):
             y = y + scale * token * (values.double() @ of.weight[:, columns].double().T)
         y = y * of.weight_scale + of.bias
         if of.rank:
-            y = y + x.double() @ of.lowrank_down.double().T @ of.lowrank_up.double().T
+            y = y + x.double() @ of.lowrank_a.double().T @ of.lowrank_b.double().T
         return y.to(x.dtype)
 
 
@@ -430,7 +433,7 @@ def test_norm_scale_beside_kernels(results, pairs, precision, rank):
     if precision == "fp8":
         weight = weight * layer.weight_scale.double().unsqueeze(-1)
         kept = torch.cat([quantize_tokens(x[:, h], mask[:, h]).dequantize().double() for h in halves], dim=-1)
-    lowrank = x.double() @ layer.lowrank_down.double().T @ layer.lowrank_up.double().T if rank else 0.0
+    lowrank = x.double() @ layer.lowrank_a.double().T @ layer.lowrank_b.double().T if rank else 0.0
     expected = norm_scale(x, mask).double() * (kept @ weight.T) + lowrank + layer.bias.double()
     alone = torch.cat([norm_scale(x[:, h], mask[:, h]).double() * kept[:, h] for h in halves], dim=-1)
     assert relative_error(alone @ weight.T + lowrank + layer.bias.double(), expected) > 0.03
@@ -445,9 +448,9 @@ def test_shards_hold_their_part_alone(results, models):
         n, k, r = layer.out_features, layer.in_features, layer.rank
         row = name.endswith(ROWS)
         shapes = (
-            {"weight": [n, k // 2], "lowrank_down": [r, k // 2], "lowrank_up": [n, r]}
+            {"weight": [n, k // 2], "lowrank_a": [r, k // 2], "lowrank_b": [n, r]}
             if row
-            else {"weight": [n // 2, k], "lowrank_down": [r, k], "lowrank_up": [n // 2, r]}
+            else {"weight": [n // 2, k], "lowrank_a": [r, k], "lowrank_b": [n // 2, r]}
         )
         for process in range(PROCESSES):
             for key, shape in shapes.items():

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 
 from rtlynx import Pattern
 from rtlynx.cuda.sm90 import compress as host
-from rtlynx.math.tiles import pack_blocks, unpack_blocks
+from rtlynx.math.tiles import pack_a, unpack_a
 from rtlynx.ops import compress_prologues as producers
 from rtlynx.ops import prologues as chains
 from rtlynx.ops import sparse_linear as ops
@@ -33,7 +33,7 @@ def operator(name):
 
 def dense(result, rows, k=K):
     """What adjacent groups were selected from, with zeros for what they dropped."""
-    return unpack_blocks(result[0], rows, k)
+    return unpack_a(result[0], rows, k)
 
 
 # ------------------------------------------------------------------------------------------- the values
@@ -59,14 +59,12 @@ def test_the_selected_values_are_those_of_the_formula(name, leading):
 @pytest.mark.parametrize(("grouping", "parts"), [("adjacent", []), ("strided", []), ("strided", [24, 40])])
 def test_compressed_as_the_rounded_output_of_the_chain(name, norm, rank, grouping, parts):
     inputs = make_inputs(name, 2, 35)
-    down = normal(rank, K, seed=9, scale=K**-0.5) if rank else None
-    result = operator(name)(*inputs, down, grouping, parts, norm)
+    lowrank_a = normal(rank, K, seed=9, scale=K**-0.5) if rank else None
+    result = operator(name)(*inputs, lowrank_a, grouping, parts, norm)
     rounded = chains.PRODUCERS[name].chain(*inputs).bfloat16()
-    for one, other in zip(result, ops.compress(rounded, down, grouping, parts, norm), strict=True):
+    for one, other in zip(result, ops.compress(rounded, lowrank_a, grouping, parts, norm), strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(
-        result[0], pack_blocks(rounded.view(70, K), Pattern(2, 4, grouping, tuple(parts) or 1))
-    )
+    assert torch.equal(result[0], pack_a(rounded.view(70, K), Pattern(2, 4, grouping, tuple(parts) or 1)))
 
 
 @pytest.mark.parametrize("name", ["adaln", "rmsnorm"])
@@ -121,8 +119,8 @@ def test_any_leading_dimensions(name, leading):
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("norm", [False, True])
 def test_opcheck(name, rank, norm):
-    down = normal(rank, K) if rank else None
-    torch.library.opcheck(operator(name), (*make_inputs(name, 2, 35), down, "strided", [24, 40], norm))
+    lowrank_a = normal(rank, K) if rank else None
+    torch.library.opcheck(operator(name), (*make_inputs(name, 2, 35), lowrank_a, "strided", [24, 40], norm))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,10 +138,10 @@ def test_shapes_alone_are_those_of_the_values(name, rank):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_compilation_serves_any_number_of_rows(name):
-    down = normal(5, K)
+    lowrank_a = normal(5, K)
 
     def call(*inputs):
-        return operator(name)(*inputs, down, "adjacent", [], True)
+        return operator(name)(*inputs, lowrank_a, "adjacent", [], True)
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -164,21 +162,21 @@ def test_one_compilation_serves_any_number_of_rows(name):
 def handed(monkeypatch):
     """Launches end here, with the dense tensor that the kernel would have selected from."""
 
-    def launch(x, down, options, dense):
-        if down is not None:
-            assert down.data_ptr() % 16 == 0
-            assert down.stride(-1) == 1
+    def launch(x, lowrank_a, options, dense):
+        if lowrank_a is not None:
+            assert lowrank_a.data_ptr() % 16 == 0
+            assert lowrank_a.stride(-1) == 1
         assert len(x.structure) == host.SOURCE_BYTES[x.source]
         dense.copy_(read_source(x))
-        return ops.compress(dense, down, options.grouping, list(options.parts), options.norm)
+        return ops.compress(dense, lowrank_a, options.grouping, list(options.parts), options.norm)
 
     monkeypatch.setattr(host, "launch", launch)
 
-    def run(name, inputs, down=None, grouping="adjacent", parts=()):
+    def run(name, inputs, lowrank_a=None, grouping="adjacent", parts=()):
         shape = chains.PRODUCERS[name].shape(*inputs)
         dense = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=torch.bfloat16)
         result = producers.launch(
-            name, inputs, down, host.CompressOptions(grouping, tuple(parts), True), dense
+            name, inputs, lowrank_a, host.CompressOptions(grouping, tuple(parts), True), dense
         )
         return None if result is None else dense
 
@@ -190,12 +188,12 @@ def handed(monkeypatch):
 def test_the_kernel_finds_its_operands(handed, name, leading):
     inputs = make_inputs(name, *leading)
     expected = by_formula(name, *inputs).reshape(-1, K)
-    down = misaligned(normal(5, K))
+    lowrank_a = misaligned(normal(5, K))
     for changed in (
         inputs,
         [torch.cat([one, one], -2)[..., 7:, :] if is_tokens(one) else one for one in inputs],
     ):
-        dense = handed(name, changed, down)
+        dense = handed(name, changed, lowrank_a)
         assert relative_error(dense, expected) < 3e-3
 
 
@@ -260,7 +258,7 @@ def test_what_the_kernel_cannot_read_is_left_to_pytorch(handed, name):
         ("concat_gelu", {0: normal(2, 6, 16)}, ValueError, "differ in columns alone"),
         ("concat_gelu", {0: normal(10, 16)}, ValueError, r"got \(10, 16\) and \(2, 5, 48\)"),
         ("concat_gelu", {0: normal(2, 5, 0)}, ValueError, "differ in columns alone"),
-        ("concat_gelu", {-4: normal(5, 60)}, ValueError, r"down is \(r, 64\)"),
+        ("concat_gelu", {-4: normal(5, 60)}, ValueError, r"lowrank_a is \(r, 64\)"),
         *((name, {-4: normal(5, K).float()}, TypeError, "inputs and factors") for name in NAMES),
         *((name, {-3: "diagonal", -2: []}, ValueError, "grouping is 'adjacent'") for name in NAMES),
         *((name, {-2: [24, 44]}, ValueError, "parts are multiples of 4") for name in NAMES),

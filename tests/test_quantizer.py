@@ -165,7 +165,7 @@ def test_a_dtype_casts_what_a_cast_of_the_model_casts(made, request, tmp_path):
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert_same(loaded, model.to(torch.bfloat16))
     layer = loaded.get_submodule(TO_Q)
-    assert layer.lowrank_down.dtype == layer.bias.dtype == torch.bfloat16
+    assert layer.lowrank_a.dtype == layer.bias.dtype == torch.bfloat16
     if made == "quantised":
         assert (layer.weight.dtype, layer.weight_scale.dtype) == (E4M3, torch.float32)
 
@@ -311,9 +311,9 @@ def test_what_is_saved_is_the_model_as_it_is_then(tmp_path):
 
 def test_layers_that_were_given_one_factor_are_saved(tmp_path):
     model = sparsify(tiny_flux())
-    down = torch.randn(4, 128)
+    lowrank_a = torch.randn(4, 128)
     for name in (TO_Q, TO_Q.replace("to_q", "to_k")):
-        model.get_submodule(name).set_lowrank(down, torch.randn(128, 4))
+        model.get_submodule(name).set_lowrank(lowrank_a, torch.randn(128, 4))
     model.save_pretrained(tmp_path)
     for ours, theirs in zip(
         outputs(FluxTransformer2DModel.from_pretrained(tmp_path)), outputs(model), strict=True

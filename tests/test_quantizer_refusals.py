@@ -91,13 +91,15 @@ def test_a_plan_for_another_class_is_refused(folder):
 def test_tensors_that_do_not_fit_the_plan_are_refused(folder, tmp_path):
     path = folder / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.torch.load_file(path)
-    weight, up, extra = f"{TO_Q}.weight", f"{TO_Q}.lowrank_up", f"{TO_Q}.weight_scale"
+    weight, lowrank_b, extra = f"{TO_Q}.weight", f"{TO_Q}.lowrank_b", f"{TO_Q}.weight_scale"
     damage = {
-        rf"lacks {TO_Q}.lowrank_up": {k: v for k, v in tensors.items() if k != up},
-        rf"lacks {TO_Q}.lowrank_up and 1 more": {k: v for k, v in tensors.items() if k not in (up, weight)},
+        rf"lacks {TO_Q}.lowrank_b": {k: v for k, v in tensors.items() if k != lowrank_b},
+        rf"lacks {TO_Q}.lowrank_b and 1 more": {
+            k: v for k, v in tensors.items() if k not in (lowrank_b, weight)
+        },
         rf"has {TO_Q}.weight_scale, which": {**tensors, extra: torch.ones(128)},
         r"weight is \(128, 64\), should be \(128, 128\)": {**tensors, weight: torch.zeros(128, 64)},
-        r"lowrank_up is \(64, 6\), should be": {**tensors, up: torch.zeros(64, 6)},
+        r"lowrank_b is \(64, 6\), should be": {**tensors, lowrank_b: torch.zeros(64, 6)},
         r"weight is torch.float8_e4m3fn in a layer of precision bf16": {
             **tensors,
             weight: tensors[weight].to(E4M3),

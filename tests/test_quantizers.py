@@ -258,23 +258,23 @@ class OnCuda:
 
 def test_what_the_quantiser_serves(monkeypatch):
     monkeypatch.setattr(choice, "_cards", {0: None})
-    assert choice.quantizer_serves(3072, OnCuda())
-    assert not choice.quantizer_serves(3072, normal(2, 3072))
-    assert not choice.quantizer_serves(3072, OnCuda(torch.float16))
-    assert not choice.quantizer_serves(3076, OnCuda())
-    assert not choice.quantizer_serves(quantize.MAX_COLUMNS + 8, OnCuda())
-    assert not choice.quantizer_serves(3072, OnCuda(), normal(2).requires_grad_())
+    assert choice.quantizer_supports(3072, OnCuda())
+    assert not choice.quantizer_supports(3072, normal(2, 3072))
+    assert not choice.quantizer_supports(3072, OnCuda(torch.float16))
+    assert not choice.quantizer_supports(3076, OnCuda())
+    assert not choice.quantizer_supports(quantize.MAX_COLUMNS + 8, OnCuda())
+    assert not choice.quantizer_supports(3072, OnCuda(), normal(2).requires_grad_())
     with torch.no_grad():
-        assert choice.quantizer_serves(3072, OnCuda(), normal(2).requires_grad_())
+        assert choice.quantizer_supports(3072, OnCuda(), normal(2).requires_grad_())
     monkeypatch.setattr(choice, "_cards", {0: "an older card"})
-    assert not choice.quantizer_serves(3072, OnCuda())
+    assert not choice.quantizer_supports(3072, OnCuda())
 
 
 @torch.no_grad()
 def test_a_dense_fp8_layer_quantises_with_it_to_the_same_bits(monkeypatch):
     x, calls = normal(3, 5, K), []
     expected = fp8.compress_fp8(x, Pattern(1, 1), "none")
-    monkeypatch.setattr(fp8, "quantizer_serves", lambda k, x: True)
+    monkeypatch.setattr(fp8, "quantizer_supports", lambda k, x: True)
     monkeypatch.setattr(
         quantizers, "quantize", lambda x, of=quantizers.quantize: calls.append(x.shape) or of(x)
     )

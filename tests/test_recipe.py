@@ -241,6 +241,6 @@ def test_what_needs_what():
 
 def test_the_first_form_that_matches_counts():
     recipe = Recipe(forms={"blocks.0.*": "dense", "*.to_v": "fp8-dense"})
-    assert recipe.fixed_form("blocks.0.to_v") == "dense"
-    assert recipe.fixed_form("blocks.1.to_v") == "fp8-dense"
-    assert recipe.fixed_form("blocks.1.to_q") is None
+    assert recipe.fixed_format("blocks.0.to_v") == "dense"
+    assert recipe.fixed_format("blocks.1.to_v") == "fp8-dense"
+    assert recipe.fixed_format("blocks.1.to_q") is None

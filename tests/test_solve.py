@@ -65,8 +65,8 @@ def test_refit_reaches_what_descent_reaches(lam):
 @pytest.mark.parametrize("norm", [False, True])
 def test_lowrank_reaches_what_descent_reaches(mu, norm):
     x, s, w, moments = problem(2, norm)
-    down, up = solve_lowrank(moments, w, RANK, mu)
-    closed = float(objective(x, s, w, w, (up @ down).T, 0.0, mu))
+    lowrank_a, lowrank_b = solve_lowrank(moments, w, RANK, mu)
+    closed = float(objective(x, s, w, w, (lowrank_b @ lowrank_a).T, 0.0, mu))
     found = min(descend(x, s, w, 0.0, mu, refit=False, rank=RANK, seed=seed) for seed in range(3))
     assert closed <= found * (1 + 1e-6)
     assert closed == pytest.approx(found, rel=1e-4)
@@ -75,8 +75,8 @@ def test_lowrank_reaches_what_descent_reaches(mu, norm):
 @pytest.mark.parametrize(("lam", "mu"), [(1.0, 1.0), (100.0, 10.0), (3000.0, 3000.0)])
 def test_joint_reaches_what_descent_reaches(lam, mu):
     x, s, w, moments = problem(3)
-    new, down, up = solve_joint(moments, w, RANK, lam, mu)
-    closed = float(objective(x, s, w, new, (up @ down).T, lam, mu))
+    new, lowrank_a, lowrank_b = solve_joint(moments, w, RANK, lam, mu)
+    closed = float(objective(x, s, w, new, (lowrank_b @ lowrank_a).T, lam, mu))
     found = min(descend(x, s, w, lam, mu, refit=True, rank=RANK, seed=seed) for seed in range(3))
     assert closed <= found * (1 + 1e-6)
     assert closed == pytest.approx(found, rel=1e-4)
@@ -85,8 +85,8 @@ def test_joint_reaches_what_descent_reaches(lam, mu):
 def test_joint_beats_one_after_the_other():
     x, s, w, moments = problem(4)
     lam = mu = 300.0
-    new, down, up = solve_joint(moments, w, RANK, lam, mu)
-    joint = objective(x, s, w, new, (up @ down).T, lam, mu)
+    new, lowrank_a, lowrank_b = solve_joint(moments, w, RANK, lam, mu)
+    joint = objective(x, s, w, new, (lowrank_b @ lowrank_a).T, lam, mu)
     alone = solve_refit(moments, w, lam)
     rest = x @ w.T - s @ alone.T
     left, sigma, right = torch.linalg.svd(torch.linalg.lstsq(x, rest).solution, full_matrices=False)
@@ -98,8 +98,8 @@ def test_joint_beats_one_after_the_other():
 def test_random_search_around_the_solution_never_beats_it(seed):
     x, s, w, moments = problem(5)
     lam, mu = 50.0, 50.0
-    new, down, up = solve_joint(moments, w, RANK, lam, mu)
-    best = float(objective(x, s, w, new, (up @ down).T, lam, mu))
+    new, lowrank_a, lowrank_b = solve_joint(moments, w, RANK, lam, mu)
+    best = float(objective(x, s, w, new, (lowrank_b @ lowrank_a).T, lam, mu))
     gen = torch.Generator().manual_seed(seed)
 
     def jitter(t, step):
@@ -107,7 +107,7 @@ def test_random_search_around_the_solution_never_beats_it(seed):
 
     for step in (1e-3, 1e-2, 1e-1):
         for _ in range(100):
-            low = (jitter(up, step) @ jitter(down, step)).T
+            low = (jitter(lowrank_b, step) @ jitter(lowrank_a, step)).T
             tried = float(objective(x, s, w, jitter(new, step), low, lam, mu))
             assert tried >= best * (1 - 1e-9)
 
@@ -116,25 +116,27 @@ def test_more_outputs_than_inputs_gives_the_same_optimum():
     gen = torch.Generator().manual_seed(6)
     x, s, _, moments = problem(6)
     w = torch.randn(3 * K, K, generator=gen, dtype=torch.float64)
-    down, up = solve_lowrank(moments, w, RANK, 10.0)
-    assert down.shape == (RANK, K)
-    assert up.shape == (3 * K, RANK)
+    lowrank_a, lowrank_b = solve_lowrank(moments, w, RANK, 10.0)
+    assert lowrank_a.shape == (RANK, K)
+    assert lowrank_b.shape == (3 * K, RANK)
     error = x @ w.T - s @ w.T
     gram = x.T @ x + 10.0 * torch.eye(K, dtype=torch.float64)
     full = torch.linalg.solve(gram, x.T @ error)
     root = torch.linalg.cholesky(gram).T
     sigma = torch.linalg.svdvals(root @ full)
     expected = error.square().sum() - sigma[:RANK].square().sum()
-    found = (error - x @ (up @ down).T).square().sum() + 10.0 * (up @ down).square().sum()
+    found = (error - x @ (lowrank_b @ lowrank_a).T).square().sum() + 10.0 * (
+        lowrank_b @ lowrank_a
+    ).square().sum()
     assert float(found) == pytest.approx(float(expected), rel=1e-8)
 
 
 def test_layer_error_from_moments_is_the_error_of_the_outputs():
     x, s, w, moments = problem(7)
-    new, down, up = solve_joint(moments, w, RANK, 10.0, 10.0)
+    new, lowrank_a, lowrank_b = solve_joint(moments, w, RANK, 10.0, 10.0)
     y = x @ w.T
-    direct = (s @ new.T + x @ down.T @ up.T - y).square().sum() / y.square().sum()
-    assert moments.layer_error(w, new, down, up) == pytest.approx(float(direct), rel=1e-9)
+    direct = (s @ new.T + x @ lowrank_a.T @ lowrank_b.T - y).square().sum() / y.square().sum()
+    assert moments.layer_error(w, new, lowrank_a, lowrank_b) == pytest.approx(float(direct), rel=1e-9)
 
 
 def one_token(x, s):
@@ -169,7 +171,7 @@ def test_ill_conditioned_moments_give_finite_solutions_that_do_no_harm(make, dty
     moments = Moments(K, dtype=dtype)
     moments.add(x, s)
     solution = solve_layer(moments.mean(), w, rank=rank, refit=refit, ridge=1e-2)
-    for tensor in (solution.weight, solution.down, solution.up):
+    for tensor in (solution.weight, solution.lowrank_a, solution.lowrank_b):
         assert tensor is None or bool(torch.isfinite(tensor).all())
     assert math.isfinite(solution.error)
     assert solution.error <= solution.error_before + 1e-9
@@ -249,8 +251,8 @@ def fp8_problem(seed):
 def output_error(x, s, w, solution):
     new = dequantize(solution.weight, solution.scale).double()
     error = s @ new.T - x @ w.T
-    if solution.down is not None:
-        error = error + x @ solution.down.T @ solution.up.T
+    if solution.lowrank_a is not None:
+        error = error + x @ solution.lowrank_a.T @ solution.lowrank_b.T
     return float(error.square().sum() / (x @ w.T).square().sum())
 
 
@@ -258,8 +260,8 @@ def output_error(x, s, w, solution):
 def test_lowrank_beside_a_settled_weight_reaches_what_descent_reaches(mu):
     x, s, w, moments = fp8_problem(20)
     settled = quantize_weight(w).dequantize().double()
-    down, up = solve_lowrank(moments, w, RANK, mu, settled)
-    closed = float(objective(x, s, w, settled, (up @ down).T, 0.0, mu))
+    lowrank_a, lowrank_b = solve_lowrank(moments, w, RANK, mu, settled)
+    closed = float(objective(x, s, w, settled, (lowrank_b @ lowrank_a).T, 0.0, mu))
     # descent sees the same problem as one without a sparse product: what is left of Y is the target
     rest = x @ w.T - s @ settled.T
     found = []
@@ -290,7 +292,7 @@ def test_a_quantised_solution_reports_its_own_error(rank, refit):
     solution = solve_layer(moments.mean(), w, rank=rank, refit=refit, ridge=1e-2, quantised=True)
     assert solution.weight.dtype == torch.float8_e4m3fn
     assert solution.refitted == refit
-    assert (solution.down is None) == (rank == 0)
+    assert (solution.lowrank_a is None) == (rank == 0)
     assert solution.error == pytest.approx(output_error(x, s, w, solution), rel=1e-5)
     plain = quantize_weight(w).dequantize().double()
     before = (s @ plain.T - x @ w.T).square().sum() / (x @ w.T).square().sum()
@@ -305,7 +307,7 @@ def test_lowrank_solved_last_is_better_than_lowrank_solved_before_quantising():
     first = solve_layer(moments.mean(), w, rank=RANK, refit=True, ridge=ridge)
     searched = quantize_weight(first.weight, moments.kept)
     assert torch.equal(last.scale, searched.scale)  # the refit is the same, its scales chosen on G
-    before = s @ searched.dequantize().double().T + x @ first.down.T @ first.up.T - x @ w.T
+    before = s @ searched.dequantize().double().T + x @ first.lowrank_a.T @ first.lowrank_b.T - x @ w.T
     assert output_error(x, s, w, last) < float(before.square().sum() / (x @ w.T).square().sum())
 
 

@@ -253,8 +253,8 @@ def expected_rows(layer, x, text):
         layer.bias,
         mask=mask,
         norm=layer.norm,
-        down=layer.lowrank_down,
-        up=layer.lowrank_up,
+        lowrank_a=layer.lowrank_a,
+        lowrank_b=layer.lowrank_b,
     )
     original = layer.weight if layer.weight_dense is None else layer.weight_dense
     if text is not None:

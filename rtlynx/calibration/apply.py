@@ -31,8 +31,8 @@ def apply_solutions(
 
 def install(layer: SparseLinear, solution: Solution, *, keep_dense: bool) -> None:
     """Give one sparse layer its refitted or quantised weight and its low-rank factors."""
-    if solution.down is not None and solution.up is not None:
-        layer.set_lowrank(solution.down, solution.up)
+    if solution.lowrank_a is not None and solution.lowrank_b is not None:
+        layer.set_lowrank(solution.lowrank_a, solution.lowrank_b)
     if solution.weight is None:
         return
     if solution.scale is None:

@@ -74,8 +74,8 @@ class Moments:
         self,
         original: Tensor,
         weight: Tensor,
-        down: Tensor | None = None,
-        up: Tensor | None = None,
+        lowrank_a: Tensor | None = None,
+        lowrank_b: Tensor | None = None,
     ) -> float:
         """||S W'^T + X A B^T - X W^T||² / ||X W^T||² over the tokens seen, 0 where no output has any energy.
 
@@ -83,13 +83,13 @@ class Moments:
         ----------
         original : Tensor (N, K), W
         weight : Tensor (N, K), W'
-        down : Tensor (r, K), A^T
-        up : Tensor (N, r), B
+        lowrank_a : Tensor (r, K), A^T
+        lowrank_b : Tensor (N, r), B
         """
         original, weight = original.to(self.dense), weight.to(self.dense)
         residual = -original  # what multiplies the dense X: (A B^T - W^T)^T
-        if down is not None and up is not None:
-            residual = residual + up.to(self.dense) @ down.to(self.dense)
+        if lowrank_a is not None and lowrank_b is not None:
+            residual = residual + lowrank_b.to(self.dense) @ lowrank_a.to(self.dense)
         energy = ((original @ self.dense) * original).sum()
         error = (
             ((weight @ self.kept) * weight).sum()

@@ -155,7 +155,7 @@ class _Calibration:
         choice = None
         if self.recipe.budget is not None:
             costs, choice = self._choose(plan)
-            plan = plan.in_forms(choice.forms).leave_dense(choice.dense)
+            plan = plan.in_formats(choice.forms).leave_dense(choice.dense)
             if not plan.sparse:
                 raise CalibrationError(f"{self.recipe.budget} leaves no layer sparse: allow more")
         solutions = self.solutions.of(plan.sparse)
@@ -235,7 +235,7 @@ class _Calibration:
                 heldout=heldout,
                 quantised=layer.precision == "fp8",
             )
-        down, up = train_lowrank(
+        lowrank_a, lowrank_b = train_lowrank(
             torch.cat(group.tokens),
             weight,
             layer.pattern,
@@ -244,7 +244,7 @@ class _Calibration:
             steps=recipe.train_steps,
             seed=self.options.seed,
         )
-        return judged(heldout or fit, weight, Solution(down=down, up=up))
+        return judged(heldout or fit, weight, Solution(lowrank_a=lowrank_a, lowrank_b=lowrank_b))
 
     def _weight(self, layer: LayerPlan) -> Tensor:
         linear = self.model.get_submodule(layer.name)
@@ -268,7 +268,7 @@ class _Calibration:
             raise CalibrationError("a budget under torchrun needs a folder that all processes share")
         calls = list(itertools.islice(store.replay(numbers, self.device), BUDGET_CALLS))
         layers = {(layer.name, layer.form): layer for layer in plan.alternatives()}
-        fixed = {layer.name: layer.form for layer in plan.sparse if self.recipe.fixed_form(layer.name)}
+        fixed = {layer.name: layer.form for layer in plan.sparse if self.recipe.fixed_format(layer.name)}
         tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.sparse], calls[0])
         shared = self.recipe.lowrank_sharing == "shared"
         readers = Counter(layer.candidate.reads for layer in plan.sparse) if shared else {}

@@ -14,7 +14,7 @@ from rtlynx.calibration.solve import Solution
 from rtlynx.models.plan import LayerPlan
 from rtlynx.recipe import Form
 
-_TENSORS = ("weight", "down", "up", "scale")
+_TENSORS = ("weight", "lowrank_a", "lowrank_b", "scale")
 
 
 class SolutionStore:
@@ -35,9 +35,9 @@ class SolutionStore:
         tensors, numbers = self.folder.read(_file(group))
         for layer in group.layers:
             ridge, before, error, refitted = numbers[layer.name]
-            weight, down, up, scale = (tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS)
+            weight, lowrank_a, lowrank_b, scale = (tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS)
             self._solutions[layer.name, layer.form] = Solution(
-                weight, down, up, ridge, before, error, scale, bool(refitted)
+                weight, lowrank_a, lowrank_b, ridge, before, error, scale, bool(refitted)
             )
         return True
 

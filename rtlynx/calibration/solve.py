@@ -27,7 +27,7 @@ class Solution:
     """What calibration found for one layer.
 
     weight : (N, K) refitted W', or None where W stays; e4m3 values of W' or W for an fp8 layer.
-    down, up : (r, K) and (N, r) low-rank factors A^T and B, or None.
+    lowrank_a, lowrank_b : (r, K) and (N, r) low-rank factors A^T and B, or None.
     ridge : relative regularisation used, None where none was (trained factors).
     error_before, error : relative squared layer error without and with the solution, on held-out tokens
         where there are any.
@@ -36,8 +36,8 @@ class Solution:
     """
 
     weight: Tensor | None = None
-    down: Tensor | None = None
-    up: Tensor | None = None
+    lowrank_a: Tensor | None = None
+    lowrank_b: Tensor | None = None
     ridge: float | None = None
     error_before: float = float("nan")
     error: float = float("nan")
@@ -49,7 +49,7 @@ class Solution:
         return replace(
             self,
             weight=None if self.weight is None else self.weight[start:stop],
-            up=None if self.up is None else self.up[start:stop],
+            lowrank_b=None if self.lowrank_b is None else self.lowrank_b[start:stop],
             scale=None if self.scale is None else self.scale[start:stop],
         )
 
@@ -86,9 +86,9 @@ def solve_joint(
     explained = torch.cholesky_solve(moments.cross, gain)  # (G + lam)^-1 F
     metric = moments.dense - moments.cross.T @ explained
     metric = (metric + metric.T) / 2
-    down, up = _reduced_rank(metric, (metric - lam * explained.T) @ target, rank, mu)
-    right = (moments.cross - moments.kept) @ target - (moments.cross @ down.T) @ up.T
-    return (target + torch.cholesky_solve(right, gain)).T, down, up
+    lowrank_a, lowrank_b = _reduced_rank(metric, (metric - lam * explained.T) @ target, rank, mu)
+    right = (moments.cross - moments.kept) @ target - (moments.cross @ lowrank_a.T) @ lowrank_b.T
+    return (target + torch.cholesky_solve(right, gain)).T, lowrank_a, lowrank_b
 
 
 def solve_layer(
@@ -150,7 +150,7 @@ def judged(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
     return replace(
         solution,
         error_before=moments.layer_error(weight, before),
-        error=moments.layer_error(weight, new, solution.down, solution.up),
+        error=moments.layer_error(weight, new, solution.lowrank_a, solution.lowrank_b),
     )
 
 
@@ -158,13 +158,13 @@ def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, ridge: f
     lam = ridge * _mean_diagonal(moments.kept)
     mu = ridge * _mean_diagonal(moments.dense)
     if refit and rank:
-        new, down, up = solve_joint(moments, weight, rank, lam, mu)
-        return Solution(new, down, up, ridge)
+        new, lowrank_a, lowrank_b = solve_joint(moments, weight, rank, lam, mu)
+        return Solution(new, lowrank_a, lowrank_b, ridge)
     if refit:
         return Solution(weight=solve_refit(moments, weight, lam), ridge=ridge)
     if rank:
-        down, up = solve_lowrank(moments, weight, rank, mu)
-        return Solution(None, down, up, ridge)
+        lowrank_a, lowrank_b = solve_lowrank(moments, weight, rank, mu)
+        return Solution(None, lowrank_a, lowrank_b, ridge)
     return Solution(ridge=ridge)
 
 
@@ -172,11 +172,13 @@ def _quantised(moments: Moments, weight: Tensor, solution: Solution) -> Solution
     """`solution` for an fp8 layer: its weight quantised, and its low-rank branch solved again for that."""
     values, scale = quantize_weight(weight if solution.weight is None else solution.weight, moments.kept)
     result = replace(solution, weight=values, scale=scale, refitted=solution.weight is not None)
-    if solution.down is None or solution.ridge is None:
+    if solution.lowrank_a is None or solution.ridge is None:
         return result
     mu = solution.ridge * _mean_diagonal(moments.dense)
-    down, up = solve_lowrank(moments, weight, len(solution.down), mu, dequantize(values, scale))
-    return replace(result, down=down, up=up)
+    lowrank_a, lowrank_b = solve_lowrank(
+        moments, weight, len(solution.lowrank_a), mu, dequantize(values, scale)
+    )
+    return replace(result, lowrank_a=lowrank_a, lowrank_b=lowrank_b)
 
 
 def _reduced_rank(metric: Tensor, linear: Tensor, rank: int, mu: float) -> tuple[Tensor, Tensor]:
@@ -186,13 +188,13 @@ def _reduced_rank(metric: Tensor, linear: Tensor, rank: int, mu: float) -> tuple
     k, n = whitened.shape
     rank = min(rank, k, n)
     if n <= k:
-        up = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -rank:]
-        left = whitened @ up
+        lowrank_b = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -rank:]
+        left = whitened @ lowrank_b
     else:
         left = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -rank:]
-        up = whitened.T @ left
-    down = torch.linalg.solve_triangular(factor.T, left, upper=True)
-    return down.T, up
+        lowrank_b = whitened.T @ left
+    lowrank_a = torch.linalg.solve_triangular(factor.T, left, upper=True)
+    return lowrank_a.T, lowrank_b
 
 
 def _mean_diagonal(matrix: Tensor) -> float:

@@ -41,22 +41,24 @@ def train_lowrank(
     tokens, weight = tokens.float(), weight.detach().float()
     device, (m, k), n = weight.device, tokens.shape, weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    down = torch.randn(rank, k, generator=generator).div_(k**0.5).to(device).requires_grad_()
-    up = torch.zeros(n, rank, device=device, requires_grad=True)
+    lowrank_a = torch.randn(rank, k, generator=generator).div_(k**0.5).to(device).requires_grad_()
+    lowrank_b = torch.zeros(n, rank, device=device, requires_grad=True)
     kept, scale = compress(tokens, pattern, norm)
     seen = kept if scale is None else kept * scale
     rest = (tokens - seen).to(device) @ weight.T  # what the sparse path misses
     tokens = tokens.to(device)
     unit = rest.square().mean().clamp_min(1e-30)  # a relative loss, so that one learning rate fits all layers
     batches = torch.randint(m, (steps, min(m, TOKENS_PER_STEP)), generator=generator).to(device)
-    optimiser = torch.optim.AdamW((down, up), lr=LEARNING_RATE, weight_decay=0.0, fused=device.type == "cuda")
+    optimiser = torch.optim.AdamW(
+        (lowrank_a, lowrank_b), lr=LEARNING_RATE, weight_decay=0.0, fused=device.type == "cuda"
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     with torch.enable_grad():
         for rows in batches:
-            missing = tokens[rows] @ down.T @ up.T - rest[rows]
+            missing = tokens[rows] @ lowrank_a.T @ lowrank_b.T - rest[rows]
             loss = missing.square().mean() / unit
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
             schedule.step()
-    return down.detach(), up.detach()
+    return lowrank_a.detach(), lowrank_b.detach()

@@ -229,7 +229,7 @@ def _kernel_check() -> Check:
     name = "hopper kernels"
     devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     hopper = [device for device in devices if torch.cuda.get_device_capability(device) == jit.HOPPER]
-    reason = jit.obstacle(hopper[0] if hopper else next(iter(devices), None))
+    reason = jit.unsupported_reason(hopper[0] if hopper else next(iter(devices), None))
     if reason:
         # On a Hopper card they should run; elsewhere layers are right without them.
         return Check(name, False if hopper else None, f"sparse layers run in plain PyTorch: {reason}")

@@ -390,7 +390,7 @@ def _handle(source: str, entry: str, defines: Defines, folder: Path) -> Any:
     return handle
 
 
-def obstacle(device: int | None) -> str:
+def unsupported_reason(device: int | None) -> str:
     """Why kernels cannot run on CUDA device `device` (None: there is none), or an empty string."""
     if device is None:
         return "the kernels need a Hopper card, and torch sees no CUDA device"
@@ -412,5 +412,5 @@ def obstacle(device: int | None) -> str:
 
 
 def _require_hopper(device: int | None) -> None:
-    if reason := obstacle(device):
+    if reason := unsupported_reason(device):
         raise RuntimeError(reason)

@@ -87,9 +87,9 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
             tensors[f"{name}.weight_scale"] = layer.weight_scale
         if layer.weight_changed:
             tensors[f"{name}.weight"] = layer.weight
-        if layer.lowrank_down is not None and layer.lowrank_up is not None:
-            tensors[f"{name}.lowrank_down"] = layer.lowrank_down
-            tensors[f"{name}.lowrank_up"] = layer.lowrank_up
+        if layer.lowrank_a is not None and layer.lowrank_b is not None:
+            tensors[f"{name}.lowrank_a"] = layer.lowrank_a
+            tensors[f"{name}.lowrank_b"] = layer.lowrank_b
     _refuse_unreadable(layers, tensors)
     with replaced_checkpoint(Path(folder)) as new:
         write_tensors(new / TENSORS, tensors, {"format": "rtlynx"})
@@ -396,8 +396,8 @@ def _stored_solution(
         weight=stored("weight", (n, k)) if entry["refitted"] or quantised else None,
         scale=stored("weight_scale", (n,)) if quantised else None,
         refitted=entry["refitted"],
-        down=stored("lowrank_down", (rank, k)) if rank else None,
-        up=stored("lowrank_up", (n, rank)) if rank else None,
+        lowrank_a=stored("lowrank_a", (rank, k)) if rank else None,
+        lowrank_b=stored("lowrank_b", (n, rank)) if rank else None,
     )
 
 

@@ -452,8 +452,8 @@ def _empty_solution(entry: dict[str, Any], dtype: torch.dtype) -> Solution:
         weight=empty(n, k, of=E4M3 if quantised else dtype) if entry["refitted"] or quantised else None,
         scale=empty(n, of=torch.float32) if quantised else None,
         refitted=bool(entry["refitted"]),
-        down=empty(rank, k) if rank else None,
-        up=empty(n, rank) if rank else None,
+        lowrank_a=empty(rank, k) if rank else None,
+        lowrank_b=empty(n, rank) if rank else None,
     )
 
 

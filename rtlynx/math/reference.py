@@ -46,7 +46,7 @@ def sparse_linear(
     weight: Tensor,
     bias: Tensor | None,
     lowrank: Tensor | None = None,
-    up: Tensor | None = None,
+    lowrank_b: Tensor | None = None,
 ) -> Tensor:
     """Y = s ⊙ (X~ W'^T) + T B^T + b (RT-Lynx, equation of the compensated layer).
 
@@ -58,7 +58,7 @@ def sparse_linear(
     bias : Tensor (N,) or None
     lowrank : Tensor (..., r) or None
         T = X A, from the *dense* input.
-    up : Tensor (N, r) or None
+    lowrank_b : Tensor (N, r) or None
         B.
 
     Returns
@@ -74,8 +74,8 @@ def sparse_linear(
         y = y.float()
     if scale is not None:
         y = y * scale
-    if lowrank is not None and up is not None:
-        y = y + linear(lowrank, up)
+    if lowrank is not None and lowrank_b is not None:
+        y = y + linear(lowrank, lowrank_b)
     if bias is not None:
         y = y + bias
     return y.to(out_dtype)

@@ -66,7 +66,7 @@ def format_of(fp8: bool) -> Format:
     return FP8 if fp8 else BF16
 
 
-def blocks_bytes(rows: int, k: int, held: Format = BF16) -> int:
+def packed_a_bytes(rows: int, k: int, held: Format = BF16) -> int:
     """Size of the blocks of X (rows, k)."""
     return -(-rows // BLOCK_ROWS) * -(-k // held.block_k) * held.block_bytes
 
@@ -83,8 +83,8 @@ def compute_order(weight: Tensor, pattern: Pattern) -> Tensor:
     return to_groups(weight, pattern).flatten(-2)
 
 
-def pack_blocks(x: Tensor, pattern: Pattern) -> Tensor:
-    """Select 2 of 4 entries of `x` (M, K) bf16 and lay them out in blocks: uint8 (blocks_bytes(M, K),).
+def pack_a(x: Tensor, pattern: Pattern) -> Tensor:
+    """Select 2 of 4 entries of `x` (M, K) bf16 and lay them out in blocks: uint8 (packed_a_bytes(M, K),).
 
     Raises
     ------
@@ -95,13 +95,13 @@ def pack_blocks(x: Tensor, pattern: Pattern) -> Tensor:
     return _packed(kept.view(torch.uint8), nibbles, BF16)
 
 
-def pack_blocks_fp8(x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def pack_a_fp8(x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """Select 2 of 4 entries of `x` (M, K) bf16 and quantise them: blocks and the scale t (M,) of each row.
 
     Raises
     ------
     ValueError
-        As `pack_blocks`.
+        As `pack_a`.
     """
     kept, nibbles = _select(x, pattern)
     quantized = quantize_tokens(pad(kept, (0, -kept.shape[1] % 64)))
@@ -129,7 +129,7 @@ def _packed(kept: Tensor, nibbles: Tensor, held: Format) -> Tensor:
     return torch.cat((values, words), dim=-1).flatten()
 
 
-def unpack_blocks(blocks: Tensor, rows: int, k: int, held: Format = BF16) -> Tensor:
+def unpack_a(blocks: Tensor, rows: int, k: int, held: Format = BF16) -> Tensor:
     """Inverse of packing: X~ (rows, k) of `held.dtype`, zeros where entries were dropped, in compute order.
 
     Raises
@@ -137,7 +137,7 @@ def unpack_blocks(blocks: Tensor, rows: int, k: int, held: Format = BF16) -> Ten
     ValueError
         If the size is not that of (rows, k), or an index pair is one that the tensor cores leave undefined.
     """
-    _check_size("blocks", blocks, blocks_bytes(rows, k, held), f"X of shape ({rows}, {k})")
+    _check_size("blocks", blocks, packed_a_bytes(rows, k, held), f"X of shape ({rows}, {k})")
     row_blocks, column_blocks = -(-rows // BLOCK_ROWS), -(-k // held.block_k)
     split = blocks.view(row_blocks, column_blocks, held.block_bytes)
     element = held.dtype.itemsize

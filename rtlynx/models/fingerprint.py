@@ -59,7 +59,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(module, SparseLinear):
             continue
         prefix = f"{name}." if name else ""
-        for kind in ("lowrank_down", "lowrank_up", "weight_scale"):
+        for kind in ("lowrank_a", "lowrank_b", "weight_scale"):
             tensors.pop(f"{prefix}{kind}", None)
         original = tensors.pop(f"{prefix}weight_dense", None)
         if original is not None:

@@ -31,7 +31,7 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 
 # What a budget chooses among beside dense.
-_AUTO_FORMS: tuple[Form, ...] = ("fp8-dense", "fp8-sparse")
+_AUTO_FORMATS: tuple[Form, ...] = ("fp8-dense", "fp8-sparse")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LayerPlan:
             return "bf16-sparse"
         return "fp8-dense" if self.pattern.n == self.pattern.m else "fp8-sparse"
 
-    def in_form(self, form: Form, reason: str = "") -> LayerPlan:
+    def in_format(self, form: Form, reason: str = "") -> LayerPlan:
         """A layer that is planned sparse, in another form; `reason` says why where that is dense."""
         if form == "dense":
             return self.dense(reason)
@@ -94,9 +94,11 @@ class Plan:
         )
         return replace(self, layers=tuple(layers))
 
-    def in_forms(self, forms: Mapping[str, Form]) -> Plan:
+    def in_formats(self, forms: Mapping[str, Form]) -> Plan:
         """The same plan with sparse layers in other forms (name -> form)."""
-        layers = (layer.in_form(forms[layer.name]) if layer.name in forms else layer for layer in self.layers)
+        layers = (
+            layer.in_format(forms[layer.name]) if layer.name in forms else layer for layer in self.layers
+        )
         return replace(self, layers=tuple(layers))
 
     def alternatives(self) -> list[LayerPlan]:
@@ -112,8 +114,8 @@ class Plan:
             for layer in self.sparse
             for one in (
                 [layer]
-                if self.recipe.fixed_form(layer.name) or layer.form == "fp8-dense"
-                else [layer.in_form(form) for form in _AUTO_FORMS]
+                if self.recipe.fixed_format(layer.name) or layer.form == "fp8-dense"
+                else [layer.in_format(form) for form in _AUTO_FORMATS]
             )
         ]
 
@@ -171,7 +173,7 @@ def _like_linear(module: nn.Module) -> bool:
 
 
 def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> LayerPlan:
-    fixed = recipe.fixed_form(candidate.name)
+    fixed = recipe.fixed_format(candidate.name)
     whole = fixed is None and candidate.stream == "text" and recipe.text_stream == "dense"
     eight_bits: Form = "fp8-dense" if whole else "fp8-sparse"
     layer = LayerPlan(
@@ -183,7 +185,7 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> Laye
         recipe.rank_for(linear.in_features),
         recipe.text_rows == "dense" and candidate.stream == "joint",
         None,
-    ).in_form(fixed or ("bf16-sparse" if recipe.precision == "bf16" else eight_bits), "dense by 'forms'")
+    ).in_format(fixed or ("bf16-sparse" if recipe.precision == "bf16" else eight_bits), "dense by 'forms'")
     reason = layer.dense_reason or layer.pattern.misfit(linear.in_features)
     if reason is None and whole and recipe.precision == "bf16":
         reason = "text stream"

@@ -182,12 +182,12 @@ def prepare_layers(model: nn.Module) -> None:
     """What compiled code cannot do: order weights for the kernels, and ask whether factors are one."""
     readers: dict[SharedInput, list[Tensor | None]] = {}
     for layer in sparse_layers(model).values():
-        readers.setdefault(layer.shared_input, []).append(layer.lowrank_down)
+        readers.setdefault(layer.shared_input, []).append(layer.lowrank_a)
         layer.prepare()
     state = state_of(model)
     if state is not None and state.plan.architecture.fused:
-        for shared, downs in readers.items():
-            shared.factor(downs)
+        for shared, lowrank_as in readers.items():
+            shared.factor(lowrank_as)
 
 
 def _memory(layer: LayerPlan, known: bool) -> str:
@@ -225,7 +225,7 @@ def extra_bytes(model: nn.Module) -> int:
     """
     total = 0
     for layer in sparse_layers(model).values():
-        for tensor in (layer.lowrank_down, layer.lowrank_up, layer.weight_dense, layer.weight_scale):
+        for tensor in (layer.lowrank_a, layer.lowrank_b, layer.weight_dense, layer.weight_scale):
             total += 0 if tensor is None else tensor.numel() * tensor.element_size()
         if layer.precision == "fp8":
             full = layer.compute_dtype or torch.bfloat16

@@ -47,8 +47,8 @@ class Reference:
         return reference.Compressed(select(x, mask), layer.whole_scale(x, mask=mask))
 
     def multiply(self, layer: SparseLinear, x: Tensor, prepared: reference.Compressed) -> Tensor:
-        lowrank = None if layer.lowrank_down is None else linear(x, layer.lowrank_down)
-        return reference.sparse_linear(prepared, layer.own_weight(), layer.bias, lowrank, layer.lowrank_up)
+        lowrank = None if layer.lowrank_a is None else linear(x, layer.lowrank_a)
+        return reference.sparse_linear(prepared, layer.own_weight(), layer.bias, lowrank, layer.lowrank_b)
 
     def lowrank_factor(self, layer: SparseLinear) -> Tensor | None:
         return None
@@ -89,9 +89,9 @@ class Hopper:
             return None  # `multiply` does both in one call: half the host time
         x, norm, quantised = _unit_stride(x), layer.norm == "scale", layer.precision == "fp8"
         form = layer.pattern.grouping, ops.pattern_parts(layer.pattern, layer.in_features)
-        down = self.lowrank_factor(layer)
+        lowrank_a = self.lowrank_factor(layer)
         if layer.whole_scale is None:
-            return ops.compress(x, down, *form, norm, quantised)
+            return ops.compress(x, lowrank_a, *form, norm, quantised)
         # The kernel's own s, of this shard, tells the norm of what is kept of it.
         tiles, local, _ = ops.compress(x, None, *form, True, False)
         scale = layer.whole_scale(x, local=local.view(*x.shape[:-1], 1)).flatten()
@@ -99,29 +99,31 @@ class Hopper:
             tiles, token, _ = ops.compress(x, None, *form, False, True)
             scale = scale * token
         lowrank = x.new_empty(0, dtype=torch.uint8)
-        if down is not None:  # a pass of its own: T is to be divided by a scale that no pass over X knows
-            product = linear(x.reshape(-1, x.shape[-1]), down).float()
+        if (
+            lowrank_a is not None
+        ):  # a pass of its own: T is to be divided by a scale that no pass over X knows
+            product = linear(x.reshape(-1, x.shape[-1]), lowrank_a).float()
             lowrank = pack_lowrank((product / scale.unsqueeze(-1)).bfloat16())
         return tiles, scale, lowrank
 
     def multiply(
         self, layer: SparseLinear, x: Tensor, prepared: tuple[Tensor, Tensor, Tensor] | None
     ) -> Tensor:
-        weight, up, bias, weight_scale = layer.multiplied()
-        down, norm = self.lowrank_factor(layer), layer.norm == "scale"
+        weight, lowrank_b, bias, weight_scale = layer.multiplied()
+        lowrank_a, norm = self.lowrank_factor(layer), layer.norm == "scale"
         if prepared is None:
             parts = ops.pattern_parts(layer.pattern, layer.in_features)
             form = layer.pattern.grouping, parts, norm, weight_scale
-            return ops.linear(_unit_stride(x), weight, bias, down, up, *form)
+            return ops.linear(_unit_stride(x), weight, bias, lowrank_a, lowrank_b, *form)
         tiles, scale, lowrank = prepared
         scaled = scale if norm or weight_scale is not None else None
         rows = x.numel() // layer.in_features
-        beside = None if down is None else lowrank
-        y = ops.gemm(tiles, scaled, beside, weight, up, bias, rows, weight_scale)
+        beside = None if lowrank_a is None else lowrank
+        y = ops.gemm(tiles, scaled, beside, weight, lowrank_b, bias, rows, weight_scale)
         return y.view(*x.shape[:-1], layer.out_features)
 
     def lowrank_factor(self, layer: SparseLinear) -> Tensor | None:
-        return layer.lowrank_down
+        return layer.lowrank_a
 
 
 REFERENCE, REFERENCE_FP8, DENSE_FP8, HOPPER = Reference(), ReferenceFp8(), DenseFp8(), Hopper()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Derived:
+class CachedTensor:
     """One tensor made of parameters, kept, and made anew when one of those may have changed.
 
     Compiled code cannot ask whether they have: there the tensor that was kept last serves until dropped.
@@ -52,8 +52,8 @@ class Derived:
     def drop(self) -> None:
         self._entry = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Derived:
-        return Derived()
+    def __deepcopy__(self, memo: dict[int, Any]) -> CachedTensor:
+        return CachedTensor()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_entry": None}
@@ -68,6 +68,6 @@ class WatchedWeight:
     def __get__(self, layer: Any, owner: type) -> Any:
         if layer is None:
             return self
-        if "_ordered" in layer.__dict__:
-            layer._ordered.drop()
+        if "_packed_weight" in layer.__dict__:
+            layer._packed_weight.drop()
         return nn.Module.__getattr__(layer, "weight")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rtlynx.math.tiles import LOWRANK_COLUMNS
-from rtlynx.nn.cached_tensor import Derived
+from rtlynx.nn.cached_tensor import CachedTensor
 
 _T = TypeVar("_T")
 
@@ -37,42 +37,44 @@ class SharedInput:
         self._compared: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], object, bool]]
         self._compared = {}
         self._one_factor = False
-        self._joined = Derived()
+        self._joined = CachedTensor()
 
-    def compress(self, x: Tensor, key: object, compute: Callable[[], _T], down: Tensor | None = None) -> _T:
+    def compress(
+        self, x: Tensor, key: object, compute: Callable[[], _T], lowrank_a: Tensor | None = None
+    ) -> _T:
         """`compute()` for `x`, or what it gave when last called for this `x`, `key` and low-rank factor."""
         differentiable = torch.is_grad_enabled() and x.requires_grad
         if self.single or torch.compiler.is_compiling() or differentiable or x.is_inference():
             return compute()
-        if down is not None and down.is_inference():
+        if lowrank_a is not None and lowrank_a.is_inference():
             return compute()
         place = _place(x) if x.is_cuda else None
         entry = self._entry
         if entry is not None and entry[0]() is x:
             remembered = entry[1]
             state = (x._version, None if remembered is None else remembered._version, place, key)
-            if entry[2] == state and self._same(remembered, down):
+            if entry[2] == state and self._same(remembered, lowrank_a):
                 return entry[3]
         result = compute()
-        state = (x._version, None if down is None else down._version, place, key)
-        self._entry = (weakref.ref(x, self._forget), down, state, result)
+        state = (x._version, None if lowrank_a is None else lowrank_a._version, place, key)
+        self._entry = (weakref.ref(x, self._forget), lowrank_a, state, result)
         return result
 
-    def factor(self, downs: Sequence[Tensor | None]) -> tuple[Tensor | None, list[int]]:
+    def factor(self, lowrank_as: Sequence[Tensor | None]) -> tuple[Tensor | None, list[int]]:
         """A^T of layers that read one input, as one tensor, and the first of its rows that are each one's.
 
         Factors that are equal are one. Under torch.compile they are if they were when last asked for.
         """
-        first = downs[0]
+        first = lowrank_as[0]
         if first is None:
-            return None, [0] * len(downs)
+            return None, [0] * len(lowrank_as)
         if not torch.compiler.is_compiling():
-            self._one_factor = all(self._same(first, other) for other in downs[1:])
-        if self._one_factor or len(downs) == 1:
-            return first, [0] * len(downs)
-        given = [down for down in downs if down is not None]
+            self._one_factor = all(self._same(first, other) for other in lowrank_as[1:])
+        if self._one_factor or len(lowrank_as) == 1:
+            return first, [0] * len(lowrank_as)
+        given = [lowrank_a for lowrank_a in lowrank_as if lowrank_a is not None]
         starts = accumulate(
-            (-(-len(down) // LOWRANK_COLUMNS) * LOWRANK_COLUMNS for down in given[:-1]), initial=0
+            (-(-len(lowrank_a) // LOWRANK_COLUMNS) * LOWRANK_COLUMNS for lowrank_a in given[:-1]), initial=0
         )
         return self._joined.get(tuple(given), None, partial(_beside, given)), list(starts)
 
@@ -109,14 +111,16 @@ class SharedInput:
         return SharedInput(single=self.single)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"_one_factor": self._one_factor, "_joined": Derived()}
+        kept = {"_one_factor": self._one_factor, "_joined": CachedTensor()}
         return {"single": self.single, "_entry": None, "_compared": {}, **kept}
 
 
-def _beside(downs: Sequence[Tensor]) -> Tensor:
+def _beside(lowrank_as: Sequence[Tensor]) -> Tensor:
     """A^T of several layers, each from a multiple of LOWRANK_COLUMNS on."""
-    *others, last = downs
-    return torch.cat([*(pad(down, (0, 0, 0, -len(down) % LOWRANK_COLUMNS)) for down in others), last])
+    *others, last = lowrank_as
+    return torch.cat(
+        [*(pad(lowrank_a, (0, 0, 0, -len(lowrank_a) % LOWRANK_COLUMNS)) for lowrank_a in others), last]
+    )
 
 
 def _place(x: Tensor) -> object:

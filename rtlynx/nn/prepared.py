@@ -72,17 +72,17 @@ class CompressedInput(PreparedInput):
         blocks, scale, lowrank = self.compressed
         rows = math.prod(self.shape[:-1])
         of = [reader.multiplied() for reader in self.readers]
-        biases, ups, scales = (
+        biases, lowrank_bs, scales = (
             [tensor for tensor in tensors if tensor is not None]
             for tensors in (
                 [one.bias for one in of],
-                [one.up for one in of],
+                [one.lowrank_b for one in of],
                 [one.column_scale for one in of],
             )
         )
         y = ops.gemm_joint(
             *(blocks, scale, lowrank),
-            *([one.weight for one in of], ups, biases, scales, self.first_ranks, rows),
+            *([one.weight for one in of], lowrank_bs, biases, scales, self.first_ranks, rows),
         )
         y = y.view(*self.shape[:-1], y.shape[-1])
         return list(y.split([reader.out_features for reader in self.readers], dim=-1))

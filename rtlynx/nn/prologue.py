@@ -19,7 +19,7 @@ from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.ops import compress_prologues as producers
 from rtlynx.ops import quantize_prologues as quantizers
 from rtlynx.ops import sparse_linear as ops
-from rtlynx.ops.dispatch import quantizer_serves, scaled_mm_serves
+from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports
 from rtlynx.ops.fp8_linear import CompressedFp8
 
 
@@ -28,7 +28,7 @@ class Chain(NamedTuple):
 
     compress : an operator of `rtlynx.ops.compress_prologues`
     quantize : an operator of `rtlynx.ops.quantize_prologues`
-    inputs : what they read, the arguments of `compress` before `down`; a bfloat16 tensor first
+    inputs : what they read, the arguments of `compress` before `lowrank_a`; a bfloat16 tensor first
     dense : the chain as the model computes it, (..., K)
     """
 
@@ -50,7 +50,7 @@ def read(chain: Chain, *layers: nn.Module) -> Tensor | PreparedInput:
         return chain.dense()
     whole = tuple(layer for layer in found if layer.pattern.n == layer.pattern.m)
     dropping = tuple(layer for layer in found if layer.pattern.n < layer.pattern.m)
-    if not (_quantizer_serves(chain, whole) and _compression_serves(chain, dropping)):
+    if not (_quantizer_supports(chain, whole) and _compression_supported(chain, dropping)):
         return chain.dense()
     if len(whole) == len(found):
         return _quantized(chain, whole)
@@ -77,26 +77,32 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
     return tuple(found)
 
 
-def _compression_serves(chain: Chain, found: tuple[SparseLinear, ...]) -> bool:
+def _compression_supported(chain: Chain, found: tuple[SparseLinear, ...]) -> bool:
     """Whether kernels serve layers that drop entries, as one product; true of no layers."""
     x = chain.inputs[0]
-    return len(found) == 0 or (_of_one_form(found) and all(layer.served(x) for layer in found))
+    return len(found) == 0 or (_of_one_format(found) and all(layer.served(x) for layer in found))
 
 
 def _compressed(chain: Chain, found: tuple[SparseLinear, ...]) -> CompressedInput:
     """The chain compressed for layers that drop entries."""
     x, first = chain.inputs[0], found[0]
-    down, first_ranks = first.shared_input.factor([layer.lowrank_down for layer in found])
+    lowrank_a, first_ranks = first.shared_input.factor([layer.lowrank_a for layer in found])
     pattern, fp8 = first.pattern, first.precision == "fp8"
     compressed = chain.compress(
         *chain.inputs,
-        *(down, pattern.grouping, ops.pattern_parts(pattern, first.in_features), first.norm == "scale", fp8),
+        *(
+            lowrank_a,
+            pattern.grouping,
+            ops.pattern_parts(pattern, first.in_features),
+            first.norm == "scale",
+            fp8,
+        ),
     )
     shape = torch.Size((*x.shape[:-1], first.in_features))
     return CompressedInput(shape, x.dtype, x.device, found, compressed, first_ranks)
 
 
-def _of_one_form(found: Sequence[SparseLinear]) -> bool:
+def _of_one_format(found: Sequence[SparseLinear]) -> bool:
     """Whether one product can serve all the layers."""
     if len(found) > MAX_LAYERS or any(layer.out_features % 8 for layer in found[:-1]):
         return False
@@ -109,7 +115,7 @@ def _of_one_form(found: Sequence[SparseLinear]) -> bool:
     return True
 
 
-def _quantizer_serves(chain: Chain, found: tuple[SparseLinear, ...]) -> bool:
+def _quantizer_supports(chain: Chain, found: tuple[SparseLinear, ...]) -> bool:
     """Whether kernels serve layers that drop nothing; true of no layers."""
     if len(found) == 0:
         return True
@@ -117,9 +123,9 @@ def _quantizer_serves(chain: Chain, found: tuple[SparseLinear, ...]) -> bool:
     if any(layer.precision != "fp8" or layer.rank for layer in found):
         return False
     tensors = [one for one in chain.inputs if isinstance(one, Tensor)]
-    if not quantizer_serves(found[0].in_features, *tensors):
+    if not quantizer_supports(found[0].in_features, *tensors):
         return False
-    return all(scaled_mm_serves(tensors[0], layer.fp8_parameters()) for layer in found)
+    return all(scaled_mm_supports(tensors[0], layer.fp8_parameters()) for layer in found)
 
 
 def _quantized(chain: Chain, found: tuple[SparseLinear, ...]) -> QuantizedInput:

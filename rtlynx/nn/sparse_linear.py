@@ -17,13 +17,13 @@ from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
 from rtlynx.math.tiles import compute_order
 from rtlynx.nn.backends import Backend, choose_backend
-from rtlynx.nn.cached_tensor import Derived, WatchedWeight
+from rtlynx.nn.cached_tensor import CachedTensor, WatchedWeight
 from rtlynx.nn.call import CallState, RowRanges, current_call
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.state_dict import mark, refusal
 from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops.dispatch import kernels_serve, obstacle
+from rtlynx.ops.dispatch import kernels_support, unsupported_reason
 
 Precision = Literal["bf16", "fp8"]
 
@@ -52,9 +52,9 @@ class SparseLinear(nn.Linear):
         W, or the refitted W' where `refitted`; in a quantised layer its float8_e4m3fn values.
     weight_scale : buffer (N,) float32 or None
         c of a quantised layer.
-    lowrank_down : Parameter (r, K) or None
+    lowrank_a : Parameter (r, K) or None
         A^T of the low-rank branch, which reads the dense input.
-    lowrank_up : Parameter (N, r) or None
+    lowrank_b : Parameter (N, r) or None
         B.
     weight_dense : buffer (N, K) or None
         The original W beside a refitted or quantised one, kept only where some rows or steps run dense.
@@ -77,16 +77,16 @@ class SparseLinear(nn.Linear):
     precision: Precision
     refitted: bool
     dense_reason: str | None
-    lowrank_down: nn.Parameter | None
-    lowrank_up: nn.Parameter | None
+    lowrank_a: nn.Parameter | None
+    lowrank_b: nn.Parameter | None
     weight_dense: Tensor | None
     weight_scale: Tensor | None
     text_rows_dense: bool
     dense_steps: bool
     shared_input: SharedInput
     backend: Backend | None
-    _ordered: Derived
-    _folded: Derived
+    _packed_weight: CachedTensor
+    _folded_lowrank_b: CachedTensor
 
     def __init__(
         self,
@@ -114,10 +114,10 @@ class SparseLinear(nn.Linear):
         self.dense_steps = False
         self.shared_input = SharedInput(single=True)
         self.backend = None
-        self._ordered = Derived()
-        self._folded = Derived()
-        self.register_parameter("lowrank_down", None)
-        self.register_parameter("lowrank_up", None)
+        self._packed_weight = CachedTensor()
+        self._folded_lowrank_b = CachedTensor()
+        self.register_parameter("lowrank_a", None)
+        self.register_parameter("lowrank_b", None)
         self.register_buffer("weight_dense", None)
         self.register_buffer("weight_scale", None)
 
@@ -172,7 +172,7 @@ class SparseLinear(nn.Linear):
         for key, value in vars(self).items():
             if key not in SparseLinear.__annotations__:
                 plain.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
-        for name in ("lowrank_down", "lowrank_up"):
+        for name in ("lowrank_a", "lowrank_b"):
             plain._parameters.pop(name, None)
         for name in ("weight_dense", "weight_scale"):
             plain._buffers.pop(name, None)
@@ -206,8 +206,8 @@ class SparseLinear(nn.Linear):
         return self.weight if weight is None else weight  # (not a parameter where it is parametrised)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        self._ordered.drop()  # or it would stay on a device that the layer leaves
-        self._folded.drop()
+        self._packed_weight.drop()  # or it would stay on a device that the layer leaves
+        self._folded_lowrank_b.drop()
         fp8_only = (self._parameters.get("weight"), self.weight_scale) if self.precision == "fp8" else ()
 
         def move(tensor: Tensor) -> Tensor:
@@ -233,8 +233,8 @@ class SparseLinear(nn.Linear):
             error_messages.append(reason)
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        self._ordered.drop()  # compiled code would go on with what was made of the old ones
-        self._folded.drop()
+        self._packed_weight.drop()  # compiled code would go on with what was made of the old ones
+        self._folded_lowrank_b.drop()
         self.shared_input.forget_factors()
         self.prepare()
 
@@ -246,7 +246,7 @@ class SparseLinear(nn.Linear):
     @property
     def rank(self) -> int:
         """Rank of the low-rank branch, 0 without one."""
-        return 0 if self.lowrank_down is None else self.lowrank_down.shape[0]
+        return 0 if self.lowrank_a is None else self.lowrank_a.shape[0]
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -256,26 +256,30 @@ class SparseLinear(nn.Linear):
         """
         if self.precision == "bf16":
             return self.own_weight().dtype
-        full = (self.lowrank_down, self.bias, self.weight_dense)
+        full = (self.lowrank_a, self.bias, self.weight_dense)
         return next((tensor.dtype for tensor in full if tensor is not None), None)
 
-    def set_lowrank(self, down: Tensor, up: Tensor) -> None:
-        """Set the low-rank branch: `down` A^T (r, K), `up` B (N, r), cast like the weight.
+    def set_lowrank(self, lowrank_a: Tensor, lowrank_b: Tensor) -> None:
+        """Set the low-rank branch: `lowrank_a` A^T (r, K), `lowrank_b` B (N, r), cast like the weight.
 
         Beside a quantised weight they are cast to `compute_dtype`.
         """
-        rank = down.shape[0]
-        if rank < 1 or down.shape != (rank, self.in_features) or up.shape != (self.out_features, rank):
+        rank = lowrank_a.shape[0]
+        if (
+            rank < 1
+            or lowrank_a.shape != (rank, self.in_features)
+            or lowrank_b.shape != (self.out_features, rank)
+        ):
             raise ValueError(
                 f"low-rank factors of a {self.in_features} -> {self.out_features} layer are "
                 f"(r, {self.in_features}) and ({self.out_features}, r), "
-                f"got {tuple(down.shape)} and {tuple(up.shape)}"
+                f"got {tuple(lowrank_a.shape)} and {tuple(lowrank_b.shape)}"
             )
         train, device, dtype = self.weight.requires_grad, self.weight.device, self.weight.dtype
         if self.precision == "fp8":
-            dtype = self.compute_dtype or down.dtype
+            dtype = self.compute_dtype or lowrank_a.dtype
         self.shared_input.forget_factors()
-        for name, factor in (("lowrank_down", down), ("lowrank_up", up)):
+        for name, factor in (("lowrank_a", lowrank_a), ("lowrank_b", lowrank_b)):
             new = factor.detach().to(device, dtype, copy=True).contiguous()  # layers may be given one A
             setattr(self, name, nn.Parameter(new, requires_grad=train))
 
@@ -398,7 +402,7 @@ class SparseLinear(nn.Linear):
         """What a quantised layer multiplies with where the sparse kernels do not."""
         of, scale = self._parameters, self.weight_scale
         assert scale is not None
-        return fp8.Fp8Parameters(self.own_weight(), scale, of["bias"], of["lowrank_down"], of["lowrank_up"])
+        return fp8.Fp8Parameters(self.own_weight(), scale, of["bias"], of["lowrank_a"], of["lowrank_b"])
 
     def prepare(self) -> None:
         """Make what kernels, where they serve, read in place of parameters: compiled code finds it."""
@@ -406,40 +410,42 @@ class SparseLinear(nn.Linear):
         if weight.is_cuda and self.dense_reason is None:
             with torch.no_grad():
                 x = weight.new_empty(0, self.in_features, dtype=torch.bfloat16)
-                if obstacle(x, *self._form()) is None:
+                if unsupported_reason(x, *self._form()) is None:
                     self.multiplied()
 
     def kept_copies(self) -> list[Tensor]:
         """What the layer holds beside its parameters and buffers at present."""
-        return [kept for kept in (self._ordered.kept, self._folded.kept) if kept is not None]
+        return [kept for kept in (self._packed_weight.kept, self._folded_lowrank_b.kept) if kept is not None]
 
     def train(self, mode: bool = True) -> SparseLinear:
         """As of any module; what was made of the parameters, which training changes, is made anew."""
-        self._ordered.drop()
-        self._folded.drop()
+        self._packed_weight.drop()
+        self._folded_lowrank_b.drop()
         if not mode:
             self.prepare()
         return super().train(mode)
 
     def served(self, x: Tensor) -> bool:
         """Whether the kernels serve this layer for the input `x` (..., K)."""
-        return kernels_serve(x, *self._form())
+        return kernels_support(x, *self._form())
 
     def _form(self) -> tuple[Pattern, Norm, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What decides whether kernels serve the layer, as `rtlynx.ops.dispatch` takes it."""
         of = self._parameters
-        factors = of["lowrank_down"], of["lowrank_up"]
+        factors = of["lowrank_a"], of["lowrank_b"]
         return self.pattern, self.norm, self.own_weight(), of["bias"], *factors
 
     def multiplied(self) -> Weights:
         """What the kernels multiply with."""
         weight, scale, pattern = self.own_weight(), self.weight_scale, self.pattern
-        up: Tensor | None = self._parameters["lowrank_up"]
+        lowrank_b: Tensor | None = self._parameters["lowrank_b"]
         if pattern.grouping != "adjacent":
-            weight = self._ordered.get((weight,), pattern, partial(compute_order, weight, pattern))
-        if up is not None and scale is not None:
-            up = self._folded.get((up, scale), None, partial(fp8.fold_up, up, scale))
-        return Weights(weight, up, self._parameters["bias"], scale)
+            weight = self._packed_weight.get((weight,), pattern, partial(compute_order, weight, pattern))
+        if lowrank_b is not None and scale is not None:
+            lowrank_b = self._folded_lowrank_b.get(
+                (lowrank_b, scale), None, partial(fp8.fold_lowrank_b, lowrank_b, scale)
+            )
+        return Weights(weight, lowrank_b, self._parameters["bias"], scale)
 
     def _dense(self, x: Tensor) -> Tensor:
         return linear(x, self._original_weight(), self.bias)
@@ -452,7 +458,7 @@ class SparseLinear(nn.Linear):
         RuntimeError
             If the weight was refitted or quantised and the original was not kept.
         """
-        self._ordered.drop()  # for the reason given at `weight`
+        self._packed_weight.drop()  # for the reason given at `weight`
         return self._original_weight()
 
     def _original_weight(self) -> Tensor:

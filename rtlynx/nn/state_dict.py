@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _REFITTED = "rtlynx_refitted"
 # Tensors that dense layers have not.
-OWN = ("lowrank_down", "lowrank_up", "weight_scale", "weight_dense")
+OWN = ("lowrank_a", "lowrank_b", "weight_scale", "weight_dense")
 
 
 def mark(layer: SparseLinear, state_dict: Any, prefix: str) -> None:

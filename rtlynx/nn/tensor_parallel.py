@@ -6,10 +6,10 @@ sparse, each layer whole for a moment (its digest, its calibrated weight, its qu
 process keeps its shard. PyTorch's hooks of the dense layer stay: they turn its input into a `DTensor` and
 gather or sum its output.
 
-- Column-parallel (to_q, to_k, to_v, MLP up): all K inputs, N/t outputs. The down factor is whole, the up
+- Column-parallel (to_q, to_k, to_v, MLP up): all K inputs, N/t outputs. The first factor (A) is whole, the second
   factor cut like the weight. Everything else is as in one process.
 - Row-parallel (to_out, MLP down, proj_out): K/t inputs, and outputs are sums over processes. The down factor
-  is cut like the weight, the up factor whole; the bias is added by process 0 alone. The norm scale is that of
+  is cut like the weight, B whole; the bias is added by process 0 alone. The norm scale is that of
   the whole token: processes exchange three numbers a token. The scale of a token in fp8 is that of the shard
   alone: each process applies its own to its own sum, which is as right, rounds no coarser, costs nothing, and
   is what the kernels compute anyway.
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 # The axis along which a layer's tensors are cut; those that are not named are whole on every process.
 _CUT: dict[int, dict[str, int]] = {
-    0: {"weight": 0, "weight_dense": 0, "weight_scale": 0, "bias": 0, "lowrank_up": 0},
-    1: {"weight": 1, "weight_dense": 1, "lowrank_down": 1},
+    0: {"weight": 0, "weight_dense": 0, "weight_scale": 0, "bias": 0, "lowrank_b": 0},
+    1: {"weight": 1, "weight_dense": 1, "lowrank_a": 1},
 }
 
 

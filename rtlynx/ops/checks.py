@@ -14,15 +14,15 @@ from torch import Tensor
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
 from rtlynx.cuda.sm90.weights import Weights
-from rtlynx.math.tiles import BF16, FP8, LOWRANK_COLUMNS, Format, blocks_bytes, lowrank_bytes
+from rtlynx.math.tiles import BF16, FP8, LOWRANK_COLUMNS, Format, lowrank_bytes, packed_a_bytes
 from rtlynx.ops.registry import refuse_gradients
 
 # Of rows and columns: kernels count them in 32 bits, and the rows that a tile has beyond the last.
 MAX_SIZE = 2**31 - 257
 BFLOAT16, FLOATS = (torch.bfloat16,), (torch.bfloat16, torch.float32)
-_NAMES = (("weight", "up", "bias", "weight_scale"),)
+_NAMES = (("weight", "lowrank_b", "bias", "weight_scale"),)
 JOINT_NAMES = [
-    (f"weights[{i}]", f"ups[{i}]", f"biases[{i}]", f"weight_scales[{i}]") for i in range(MAX_LAYERS)
+    (f"weights[{i}]", f"lowrank_bs[{i}]", f"biases[{i}]", f"weight_scales[{i}]") for i in range(MAX_LAYERS)
 ]
 _FLOAT32, _BYTES = (torch.float32,), (torch.uint8,)
 
@@ -63,16 +63,16 @@ def check_size(name: str, size: int) -> None:
 # ------------------------------------------------------------------------------------------ compression
 
 
-def check_compress(x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int]) -> None:
+def check_compress(x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int]) -> None:
     check_tensor("x", x, x)
-    check_selection(x, x.shape, down, grouping, parts)
+    check_selection(x, x.shape, lowrank_a, grouping, parts)
     if x.stride(-1) != 1:
         raise ValueError(f"the last stride of x is 1, got strides {x.stride()}: call x.contiguous()")
-    refuse_gradients(x, down)
+    refuse_gradients(x, lowrank_a)
 
 
 def check_selection(
-    like: Tensor, shape: Sequence[int], down: Tensor | None, grouping: str, parts: Sequence[int]
+    like: Tensor, shape: Sequence[int], lowrank_a: Tensor | None, grouping: str, parts: Sequence[int]
 ) -> None:
     """Groups of what has `shape` (..., K) and is on the device of `like`, and the low-rank factor."""
     k = shape[-1] if shape else 0
@@ -87,10 +87,10 @@ def check_selection(
         raise ValueError(
             f"grouping is 'adjacent' without parts, or 'strided', got {grouping!r}, {list(parts)}"
         )
-    if down is not None:
-        check_tensor("down", down, like, BFLOAT16, ("r", "K"))
-        if down.shape[1] != k or not down.shape[0]:
-            raise ValueError(f"down is (r, {k}) with r > 0, got {tuple(down.shape)}")
+    if lowrank_a is not None:
+        check_tensor("lowrank_a", lowrank_a, like, BFLOAT16, ("r", "K"))
+        if lowrank_a.shape[1] != k or not lowrank_a.shape[0]:
+            raise ValueError(f"lowrank_a is (r, {k}) with r > 0, got {tuple(lowrank_a.shape)}")
 
 
 # --------------------------------------------------------------------------------------------- products
@@ -98,7 +98,7 @@ def check_selection(
 
 def layers_of(
     weights: Sequence[Tensor],
-    ups: Sequence[Tensor],
+    lowrank_bs: Sequence[Tensor],
     biases: Sequence[Tensor],
     weight_scales: Sequence[Tensor],
     first_ranks: Sequence[int],
@@ -107,7 +107,7 @@ def layers_of(
     count = len(weights)
     if not 1 <= count <= MAX_LAYERS:
         raise ValueError(f"one product serves 1 to {MAX_LAYERS} layers, got {count} weights")
-    for name, given in (("ups", ups), ("biases", biases), ("weight_scales", weight_scales)):
+    for name, given in (("lowrank_bs", lowrank_bs), ("biases", biases), ("weight_scales", weight_scales)):
         if len(given) not in (0, count):
             raise ValueError(f"{name} is empty or has one of each of {count} layers, got {len(given)}")
     if len(first_ranks) != count or any(
@@ -128,7 +128,7 @@ def layers_of(
     return [
         Weights(
             weight,
-            ups[i] if ups else None,
+            lowrank_bs[i] if lowrank_bs else None,
             biases[i] if biases else None,
             weight_scales[i] if weight_scales else None,
         )
@@ -172,7 +172,7 @@ def _check_together(weights: Sequence[Tensor], k: int) -> None:
 
 
 def _check_blocks(blocks: Tensor, rows: int, k: int, held: Format) -> None:
-    expected = blocks_bytes(rows, k, held)
+    expected = packed_a_bytes(rows, k, held)
     if blocks.shape[0] != expected:
         raise ValueError(
             f"blocks of {rows} rows and {k} columns of {held.dtype} are {expected} bytes, "
@@ -193,30 +193,31 @@ def _check_scale(scale: Tensor | None, blocks: Tensor, rows: int, held: Format) 
 def _check_lowrank(lowrank: Tensor | None, rows: int, rank: int) -> None:
     if rank == 0:
         if lowrank is not None and lowrank.shape[0]:
-            raise ValueError("lowrank comes with up, the other low-rank factor, and it is missing")
+            raise ValueError("lowrank comes with lowrank_b, the other low-rank factor, and it is missing")
         return
     expected = lowrank_bytes(rows, rank)
     if expected != (0 if lowrank is None else lowrank.shape[0]):
         found = "none" if lowrank is None else f"shape {tuple(lowrank.shape)}"
         raise ValueError(
             f"lowrank, low-rank blocks of {rows} rows and rank {rank} are {expected} bytes, got {found}; "
-            "the rank is that of up"
+            "the rank is that of lowrank_b"
         )
 
 
 def _rank(layers: Sequence[Weights], first_ranks: Sequence[int]) -> int:
     """Columns of T that all layers together read from the first to the last."""
     return max(
-        0 if of.up is None else first + of.up.shape[1] for of, first in zip(layers, first_ranks, strict=True)
+        0 if of.lowrank_b is None else first + of.lowrank_b.shape[1]
+        for of, first in zip(layers, first_ranks, strict=True)
     )
 
 
 def _check_weights(like: Tensor, of: Weights, called: tuple[str, ...]) -> None:
     """Weight, factor, bias and scale of one layer, on the device of `like`. Their strides are free."""
-    weight, up, bias, weight_scale = of
+    weight, lowrank_b, bias, weight_scale = of
     held = BF16 if weight_scale is None else FP8
     if weight.dtype is not held.dtype:
-        found = weight.dtype if up is None else f"{weight.dtype} and {up.dtype}"
+        found = weight.dtype if lowrank_b is None else f"{weight.dtype} and {lowrank_b.dtype}"
         raise TypeError(
             f"{called[0]}: rtlynx operators take weights of bfloat16, or of float8_e4m3fn with weight_scale, "
             f"and bfloat16 factors; got {found} {'without' if weight_scale is None else 'with'} weight_scale"
@@ -226,10 +227,10 @@ def _check_weights(like: Tensor, of: Weights, called: tuple[str, ...]) -> None:
     if k % 4 or not k:
         raise ValueError(f"{called[0]} is (N, K) with K a multiple of 4, got ({n}, {k})")
     check_size("outputs of weight", n)
-    if up is not None:
-        check_tensor(called[1], up, like, BFLOAT16, ("N", "r"))
-        if up.shape[0] != n or not up.shape[1]:
-            raise ValueError(f"{called[1]} is ({n}, r) with r > 0, got {tuple(up.shape)}")
+    if lowrank_b is not None:
+        check_tensor(called[1], lowrank_b, like, BFLOAT16, ("N", "r"))
+        if lowrank_b.shape[0] != n or not lowrank_b.shape[1]:
+            raise ValueError(f"{called[1]} is ({n}, r) with r > 0, got {tuple(lowrank_b.shape)}")
     if weight_scale is not None:
         if weight_scale.dtype is not torch.float32 or weight_scale.shape != (n,):
             found = f"{weight_scale.dtype} {tuple(weight_scale.shape)}"
@@ -239,21 +240,25 @@ def _check_weights(like: Tensor, of: Weights, called: tuple[str, ...]) -> None:
         check_tensor(called[2], bias, like, FLOATS, ("N",))
         if bias.shape[0] != n:
             raise ValueError(f"{called[2]} is ({n},), got {tuple(bias.shape)}")
-    refuse_gradients(weight, up, bias, weight_scale)
+    refuse_gradients(weight, lowrank_b, bias, weight_scale)
 
 
 # ------------------------------------------------------------------------------------------ whole layers
 
 
-def check_linear(x: Tensor, of: Weights, down: Tensor | None, grouping: str, parts: Sequence[int]) -> None:
-    check_compress(x, down, grouping, parts)
+def check_linear(
+    x: Tensor, of: Weights, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int]
+) -> None:
+    check_compress(x, lowrank_a, grouping, parts)
     _check_weights(x, of, _NAMES[0])
-    weight, up = of.weight, of.up
+    weight, lowrank_b = of.weight, of.lowrank_b
     if weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight is (N, {x.shape[-1]}) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
         )
-    if (down is None) is not (up is None):
-        raise ValueError("down and up come together: both or neither")
-    if down is not None and up is not None and down.shape[0] != up.shape[1]:
-        raise ValueError(f"down is (r, K) and up (N, r), got {tuple(down.shape)} and {tuple(up.shape)}")
+    if (lowrank_a is None) is not (lowrank_b is None):
+        raise ValueError("lowrank_a and lowrank_b come together: both or neither")
+    if lowrank_a is not None and lowrank_b is not None and lowrank_a.shape[0] != lowrank_b.shape[1]:
+        raise ValueError(
+            f"lowrank_a is (r, K) and lowrank_b (N, r), got {tuple(lowrank_a.shape)} and {tuple(lowrank_b.shape)}"
+        )

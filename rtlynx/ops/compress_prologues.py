@@ -1,7 +1,7 @@
 """Torch operators that compress the output of an elementwise chain without storing it.
 
 Each computes its chain (`rtlynx.ops.prologues`) and goes on like `rtlynx::compress`. They all end with its
-arguments `down`, `grouping`, `parts`, `norm` and `fp8` and return what it does (`rtlynx.ops.sparse_linear`).
+arguments `lowrank_a`, `grouping`, `parts`, `norm` and `fp8` and return what it does (`rtlynx.ops.sparse_linear`).
 The strides of their inputs are free.
 
 On a Hopper card one kernel does it all where it can read 16 bytes at a time: widths are multiples of 8,
@@ -30,7 +30,7 @@ Compressed = tuple[Tensor, Tensor, Tensor]
 def launch(
     name: str,
     inputs: Sequence[Any],
-    down: Tensor | None,
+    lowrank_a: Tensor | None,
     options: CompressOptions,
     dense: Tensor | None = None,
 ) -> Compressed | None:
@@ -45,7 +45,7 @@ def launch(
     source, _kept = found
     if not compress.vectors_fit(options.grouping, options.parts, source.columns):
         return None
-    return compress.launch(source, None if down is None else readable(down), options, dense)
+    return compress.launch(source, None if lowrank_a is None else readable(lowrank_a), options, dense)
 
 
 # --------------------------------------------------------------------------------------------- operators
@@ -58,17 +58,17 @@ def _register(name: str) -> Any:
     def checked(arguments: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]:
         """Shape of the dense tensor, inputs of the chain, and how it is compressed."""
         inputs, tail = arguments[:count], arguments[count:]
-        down, grouping, parts, *_ = tail
+        lowrank_a, grouping, parts, *_ = tail
         found = shape(*inputs)
-        check_selection(inputs[0], found, down, grouping, parts)
-        refuse_gradients(down)
+        check_selection(inputs[0], found, lowrank_a, grouping, parts)
+        refuse_gradients(lowrank_a)
         return found, inputs, tail
 
     def hopper(*arguments: Any) -> Compressed:
-        _, inputs, (down, grouping, parts, norm, *fp8) = checked(arguments)
+        _, inputs, (lowrank_a, grouping, parts, norm, *fp8) = checked(arguments)
         options = CompressOptions(grouping, tuple(parts), norm, format_of(any(fp8)))
-        return launch(name, inputs, down, options) or compress.launch_compress(
-            rounded(chain, inputs), down, options
+        return launch(name, inputs, lowrank_a, options) or compress.launch_compress(
+            rounded(chain, inputs), lowrank_a, options
         )
 
     def reference(*arguments: Any) -> Compressed:
@@ -80,7 +80,7 @@ def _register(name: str) -> Any:
         return compress_fake(inputs[0].new_empty(found), *tail)
 
     return operator(
-        f"{name}_compress({inputs_schema}, Tensor? down, str grouping, int[] parts, bool norm,"
+        f"{name}_compress({inputs_schema}, Tensor? lowrank_a, str grouping, int[] parts, bool norm,"
         " bool fp8=False) -> (Tensor blocks, Tensor s, Tensor lowrank)",
         hopper=hopper,
         reference=reference,
@@ -97,7 +97,7 @@ x : Tensor (B, T, K) or (T, K) bfloat16
 shift, scale : Tensor (B, K), (B, 1, K) or (K,), B also 1 for all, bfloat16 or (slower) float32
 eps : float
     Added to the variance.
-down, grouping, parts, norm, fp8
+lowrank_a, grouping, parts, norm, fp8
     As of `rtlynx.ops.sparse_linear.compress`.
 
 Returns
@@ -108,7 +108,7 @@ blocks, scale, lowrank
 Raises
 ------
 TypeError
-    If `x` or `down` is not bfloat16, or a parameter neither bfloat16 nor float32.
+    If `x` or `lowrank_a` is not bfloat16, or a parameter neither bfloat16 nor float32.
 ValueError
     If shapes or devices do not fit, or K does not split into the groups.
 RuntimeError
@@ -125,7 +125,7 @@ weight : Tensor (K,) bfloat16 or (slower) float32
 scale : Tensor (B, K), (B, 1, K) or (K,), B also 1 for all, bfloat16 or (slower) float32
 eps : float
     Added to the mean square.
-down, grouping, parts, norm, fp8
+lowrank_a, grouping, parts, norm, fp8
     As of `rtlynx.ops.sparse_linear.compress`.
 
 Returns
@@ -145,7 +145,7 @@ gelu_compress = _register("gelu")
 Parameters
 ----------
 x : Tensor (..., K) bfloat16
-down, grouping, parts, norm, fp8
+lowrank_a, grouping, parts, norm, fp8
     As of `rtlynx.ops.sparse_linear.compress`.
 
 Returns
@@ -156,7 +156,7 @@ blocks, scale, lowrank
 Raises
 ------
 TypeError
-    If an input or `down` is not bfloat16.
+    If an input or `lowrank_a` is not bfloat16.
 ValueError
     If shapes or devices do not fit, or K does not split into the groups.
 RuntimeError
@@ -170,7 +170,7 @@ Parameters
 ----------
 a, b : Tensor (..., K) bfloat16
     Of one shape; halves of one product's output are read where they are.
-down, grouping, parts, norm, fp8
+lowrank_a, grouping, parts, norm, fp8
     As of `rtlynx.ops.sparse_linear.compress`.
 
 Returns
@@ -192,7 +192,7 @@ Parameters
 a : Tensor (..., K1) bfloat16
 b : Tensor (..., K2) bfloat16
     K = K1 + K2.
-down, grouping, parts, norm, fp8
+lowrank_a, grouping, parts, norm, fp8
     As of `rtlynx.ops.sparse_linear.compress`.
 
 Returns

@@ -28,43 +28,45 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
 
-def kernels_serve(
+def kernels_support(
     x: Tensor,
     pattern: Pattern,
     norm: Norm,
     weight: Tensor,
     bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
 ) -> bool:
     """Whether the kernels serve a layer for the input `x` (..., K); on a CUDA device, a no is explained once.
 
-    `down` (r, K) and `up` (N, r) are the layer's low-rank factors. There is no least number of tokens: with
+    `lowrank_a` (r, K) and `lowrank_b` (N, r) are the layer's low-rank factors. There is no least number of tokens: with
     one, the kernels take a fifth of the time of the same function in plain PyTorch (threshold-h100.json).
     """
     if not x.is_cuda:
         return False
-    reason = obstacle(x, pattern, norm, weight, bias, down, up)
+    reason = unsupported_reason(x, pattern, norm, weight, bias, lowrank_a, lowrank_b)
     if reason is None:
         return True
     _say_once(reason)
     return False
 
 
-def obstacle(
+def unsupported_reason(
     x: Tensor,
     pattern: Pattern,
     norm: Norm,
     weight: Tensor,
     bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
 ) -> str | None:
     """Why the kernels do not serve a layer for an input `x` (..., K) on a CUDA device; None where they do."""
-    if wants_gradient(x, weight, bias, down, up):
+    if wants_gradient(x, weight, bias, lowrank_a, lowrank_b):
         return _GRADIENTS
     bf16, fp8 = torch.bfloat16, weight.dtype is E4M3
-    if not (x.dtype is bf16 and (fp8 or weight.dtype is bf16) and (down is None or down.dtype is bf16)):
+    if not (
+        x.dtype is bf16 and (fp8 or weight.dtype is bf16) and (lowrank_a is None or lowrank_a.dtype is bf16)
+    ):
         return "the kernels take bfloat16 inputs and factors, and weights of bfloat16 or quantised to fp8"
     if pattern.n != 2 or pattern.m != 4:
         return "the kernels keep 2 of every 4 entries, not other patterns"
@@ -81,36 +83,36 @@ def obstacle(
         return "the weight of a layer is not contiguous at a multiple of 16 bytes"
     if bias is not None and bias.dtype is not bf16 and bias.dtype is not torch.float32:
         return "the kernels take bfloat16 or float32 biases"
-    return card_obstacle(x.get_device())
+    return card_unsupported_reason(x.get_device())
 
 
-def quantizer_serves(k: int, x: Tensor, *others: Tensor) -> bool:
+def quantizer_supports(k: int, x: Tensor, *others: Tensor) -> bool:
     """Whether one kernel quantises what is made of `x` and `others`, (..., k).
 
     Where it does not, PyTorch quantises to the same bits in several kernels: nothing to warn of.
     """
     if not x.is_cuda or wants_gradient(x, *others) or x.dtype is not torch.bfloat16:
         return False
-    return takes(k) and card_obstacle(x.get_device()) is None
+    return takes(k) and card_unsupported_reason(x.get_device()) is None
 
 
-def scaled_mm_serves(x: Tensor, of: Fp8Parameters) -> bool:
+def scaled_mm_supports(x: Tensor, of: Fp8Parameters) -> bool:
     """Whether PyTorch's row-wise scaled product serves a dense fp8 layer for the input `x` (..., K).
 
     On a CUDA device, a no is explained once.
     """
     if not x.is_cuda or not x.numel():
         return False
-    reason = _scaled_mm_obstacle(x, of)
+    reason = _scaled_mm_unsupported_reason(x, of)
     if reason is None:
         return True
     _say_once(reason)
     return False
 
 
-def _scaled_mm_obstacle(x: Tensor, of: Fp8Parameters) -> str | None:
+def _scaled_mm_unsupported_reason(x: Tensor, of: Fp8Parameters) -> str | None:
     weight = of.weight
-    beside = [tensor for tensor in (of.bias, of.down, of.up) if tensor is not None]
+    beside = [tensor for tensor in (of.bias, of.lowrank_a, of.lowrank_b) if tensor is not None]
     if wants_gradient(*beside):
         return _GRADIENTS
     if any(tensor.dtype is not torch.bfloat16 for tensor in (x, *beside)):
@@ -132,10 +134,10 @@ def _count(parts: int | tuple[int, ...]) -> int:
 
 
 @torch.compiler.assume_constant_result
-def card_obstacle(index: int) -> str | None:
+def card_unsupported_reason(index: int) -> str | None:
     """Why the kernels cannot run on CUDA device `index`, or None where they can."""
     if index not in _cards:
-        _cards[index] = jit.obstacle(index) or None
+        _cards[index] = jit.unsupported_reason(index) or None
     return _cards[index]
 
 

@@ -17,7 +17,7 @@ from rtlynx.math.fp8 import dequantize, quantize_tokens
 from rtlynx.math.reference import Norm, product_in_float32
 from rtlynx.math.selection import Pattern, norm_scale, pattern_mask
 from rtlynx.ops import quantize_prologues as quantizers
-from rtlynx.ops.dispatch import quantizer_serves, scaled_mm_serves
+from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports
 
 # cuBLAS refuses fast accumulation for few rows of many columns (CUBLAS_STATUS_NOT_SUPPORTED): 12.9 always, as
 # in pytorch/ao issue 4582, 13.0 with a bias (28 rows of 10,240). Compiled code does not know the number of
@@ -47,14 +47,14 @@ class Fp8Parameters(NamedTuple):
     weight : (N, K) float8_e4m3fn, in natural column order.
     scale : (N,) float32, c of each output channel.
     bias : (N,) or None.
-    down, up : (r, K) and (N, r), A^T and B of the low-rank branch, unscaled; or None.
+    lowrank_a, lowrank_b : (r, K) and (N, r), A^T and B of the low-rank branch, unscaled; or None.
     """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
-    down: Tensor | None
-    up: Tensor | None
+    lowrank_a: Tensor | None
+    lowrank_b: Tensor | None
 
 
 def compress_fp8(x: Tensor, pattern: Pattern, norm: Norm) -> CompressedFp8:
@@ -70,7 +70,7 @@ def compress_fp8(x: Tensor, pattern: Pattern, norm: Norm) -> CompressedFp8:
     if pattern.n == pattern.m:
         pattern.widths(x.shape[-1])
         # To the same bits. torch.compile makes one pass of quantisation with what is around it.
-        if not torch.compiler.is_compiling() and quantizer_serves(x.shape[-1], x):
+        if not torch.compiler.is_compiling() and quantizer_supports(x.shape[-1], x):
             return CompressedFp8(*quantizers.quantize(x))
         return CompressedFp8(*quantize_tokens(x))
     mask = pattern_mask(x, pattern)
@@ -78,17 +78,17 @@ def compress_fp8(x: Tensor, pattern: Pattern, norm: Norm) -> CompressedFp8:
     return CompressedFp8(values, scale if norm == "none" else norm_scale(x.detach(), mask) * scale)
 
 
-def fold_lowrank(x: Tensor, down: Tensor, scale: Tensor) -> Tensor:
+def fold_lowrank(x: Tensor, lowrank_a: Tensor, scale: Tensor) -> Tensor:
     """T' = (X A) / (s t) (..., r): from the dense X, summed in float32, rounded once.
 
     bfloat16 for half-precision X (float16 would overflow), else in the dtype of X.
     """
-    return (product_in_float32(x, down) / scale).to(_folded_dtype(x.dtype))
+    return (product_in_float32(x, lowrank_a) / scale).to(_folded_dtype(x.dtype))
 
 
-def fold_up(up: Tensor, scale: Tensor) -> Tensor:
+def fold_lowrank_b(lowrank_b: Tensor, scale: Tensor) -> Tensor:
     """B' = B / c (N, r), in float32 and rounded once, as `fold_lowrank`; can be made offline."""
-    return (up.float() / scale.unsqueeze(-1)).to(_folded_dtype(up.dtype))
+    return (lowrank_b.float() / scale.unsqueeze(-1)).to(_folded_dtype(lowrank_b.dtype))
 
 
 def linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
@@ -108,22 +108,24 @@ def linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tenso
     -------
     Tensor (..., N) in the dtype of `x`.
     """
-    weight, channel, bias, down, up = of
+    weight, channel, bias, lowrank_a, lowrank_b = of
     acc = product_in_float32(compressed.values, weight)
-    if down is not None and up is not None:
-        acc = acc + product_in_float32(fold_lowrank(x, down, compressed.scale), fold_up(up, channel))
+    if lowrank_a is not None and lowrank_b is not None:
+        acc = acc + product_in_float32(
+            fold_lowrank(x, lowrank_a, compressed.scale), fold_lowrank_b(lowrank_b, channel)
+        )
     y = acc * channel * compressed.scale
     return (y if bias is None else y + bias).to(x.dtype)
 
 
 def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
     """`linear_fp8` of a `compressed` that keeps everything, by `torch._scaled_mm` where that serves."""
-    if not scaled_mm_serves(x, of):
+    if not scaled_mm_supports(x, of):
         return linear_fp8(x, compressed, of)
-    if of.down is None or of.up is None:
+    if of.lowrank_a is None or of.lowrank_b is None:
         return scaled_product(compressed, of)
     y = scaled_product(compressed, of._replace(bias=None))
-    rest = product_in_float32(linear(x, of.down), of.up)
+    rest = product_in_float32(linear(x, of.lowrank_a), of.lowrank_b)
     return (y.float() + (rest if of.bias is None else rest + of.bias)).bfloat16()
 
 

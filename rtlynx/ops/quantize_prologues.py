@@ -134,7 +134,7 @@ def _register(name: str) -> Any:
 
 
 adaln_quantize = _register("adaln")
-"""Quantise layer_norm(x) * (1 + scale) + shift; arguments as of `producers.adaln_compress` before `down`.
+"""Quantise layer_norm(x) * (1 + scale) + shift; arguments as of `producers.adaln_compress` before `lowrank_a`.
 
 Raises
 ------

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.ops.dispatch import card_obstacle, wants_gradient
+from rtlynx.ops.dispatch import card_unsupported_reason, wants_gradient
 
 _LIBRARY = torch.library.Library("rtlynx", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -37,7 +37,7 @@ def operator(
 def _on_cuda(hopper: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(first: Tensor, *rest: Any) -> Any:
         index = first.get_device()
-        if index < 0 or card_obstacle(index) is not None:  # (-1: another argument is on the card)
+        if index < 0 or card_unsupported_reason(index) is not None:  # (-1: another argument is on the card)
             return reference(first, *rest)
         if index == torch.cuda.current_device():
             return hopper(first, *rest)

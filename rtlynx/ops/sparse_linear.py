@@ -21,13 +21,13 @@ from rtlynx.math.reference import product_in_float32
 from rtlynx.math.selection import Pattern, norm_scale, pattern_mask
 from rtlynx.math.tiles import (
     LOWRANK_COLUMNS,
-    blocks_bytes,
     format_of,
     lowrank_bytes,
-    pack_blocks,
-    pack_blocks_fp8,
+    pack_a,
+    pack_a_fp8,
     pack_lowrank,
-    unpack_blocks,
+    packed_a_bytes,
+    unpack_a,
     unpack_lowrank,
 )
 from rtlynx.ops.checks import JOINT_NAMES, check_compress, check_gemm, check_linear, layers_of
@@ -50,22 +50,22 @@ def _pattern(grouping: str, parts: Sequence[int]) -> Pattern:
 
 
 def compress_reference(
-    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
+    x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_compress(x, down, grouping, parts)
+    check_compress(x, lowrank_a, grouping, parts)
     x = x.detach().reshape(-1, x.shape[-1])
     pattern = _pattern(grouping, parts)
     scale = x.new_empty(0, dtype=torch.float32)
     if norm:
         scale = norm_scale(x, pattern_mask(x, pattern)).squeeze(-1)
     if fp8:
-        blocks, t = pack_blocks_fp8(x, pattern)
+        blocks, t = pack_a_fp8(x, pattern)
         scale = scale * t if norm else t
     else:
-        blocks = pack_blocks(x, pattern)
+        blocks = pack_a(x, pattern)
     lowrank = x.new_empty(0, dtype=torch.uint8)
-    if down is not None:
-        product = product_in_float32(x, down.detach())
+    if lowrank_a is not None:
+        product = product_in_float32(x, lowrank_a.detach())
         lowrank = pack_lowrank((product / scale.unsqueeze(-1) if norm or fp8 else product).bfloat16())
     return blocks, scale, lowrank
 
@@ -79,15 +79,15 @@ def _product_reference(
     rows: int,
 ) -> Tensor:
     k, held = layers[0].weight.shape[1], layers[0].held
-    x = unpack_blocks(blocks, rows, k, held)
+    x = unpack_a(blocks, rows, k, held)
     t = None
     if rows and lowrank is not None and lowrank.shape[0]:
         t = unpack_lowrank(lowrank, rows, lowrank.shape[0] // lowrank_bytes(rows, 1) * LOWRANK_COLUMNS)
     outputs = []
     for of, first in zip(layers, first_ranks, strict=True):
         y = product_in_float32(x, of.weight.detach())
-        if t is not None and of.up is not None:
-            y += product_in_float32(t[:, first : first + of.up.shape[1]], of.up.detach())
+        if t is not None and of.lowrank_b is not None:
+            y += product_in_float32(t[:, first : first + of.lowrank_b.shape[1]], of.lowrank_b.detach())
         if of.column_scale is not None:
             y = y * of.column_scale
         if scale is not None and scale.shape[0]:
@@ -100,16 +100,16 @@ def _linear_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
     grouping: str,
     parts: Sequence[int],
     norm: bool,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    of = Weights(weight, up, bias, weight_scale)
-    check_linear(x, of, down, grouping, parts)
-    blocks, scale, lowrank = compress_reference(x, down, grouping, parts, norm, weight_scale is not None)
+    of = Weights(weight, lowrank_b, bias, weight_scale)
+    check_linear(x, of, lowrank_a, grouping, parts)
+    blocks, scale, lowrank = compress_reference(x, lowrank_a, grouping, parts, norm, weight_scale is not None)
     y = _product_reference(blocks, scale, lowrank, [of], (0,), math.prod(x.shape[:-1]))
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -118,14 +118,14 @@ def _linear_reference(
 
 
 def compress_fake(
-    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
+    x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_compress(x, down, grouping, parts)
+    check_compress(x, lowrank_a, grouping, parts)
     rows = math.prod(x.shape[:-1])
     return (
-        x.new_empty(blocks_bytes(rows, x.shape[-1], format_of(fp8)), dtype=torch.uint8),
+        x.new_empty(packed_a_bytes(rows, x.shape[-1], format_of(fp8)), dtype=torch.uint8),
         x.new_empty(rows if norm or fp8 else 0, dtype=torch.float32),
-        x.new_empty(0 if down is None else lowrank_bytes(rows, down.shape[0]), dtype=torch.uint8),
+        x.new_empty(0 if lowrank_a is None else lowrank_bytes(rows, lowrank_a.shape[0]), dtype=torch.uint8),
     )
 
 
@@ -145,14 +145,14 @@ def _linear_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
     grouping: str,
     parts: Sequence[int],
     norm: bool,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    check_linear(x, Weights(weight, up, bias, weight_scale), down, grouping, parts)
+    check_linear(x, Weights(weight, lowrank_b, bias, weight_scale), lowrank_a, grouping, parts)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -160,10 +160,10 @@ def _linear_fake(
 
 
 def _compress_hopper(
-    x: Tensor, down: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
+    x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_compress(x, down, grouping, parts)
-    return launch_compress(x, down, CompressOptions(grouping, tuple(parts), norm, format_of(fp8)))
+    check_compress(x, lowrank_a, grouping, parts)
+    return launch_compress(x, lowrank_a, CompressOptions(grouping, tuple(parts), norm, format_of(fp8)))
 
 
 def _product_hopper(
@@ -181,23 +181,23 @@ def _linear_hopper(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
     grouping: str,
     parts: Sequence[int],
     norm: bool,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    of = Weights(weight, up, bias, weight_scale)
-    check_linear(x, of, down, grouping, parts)
-    y = launch_linear(x, of, down, CompressOptions(grouping, tuple(parts), norm, of.held))
+    of = Weights(weight, lowrank_b, bias, weight_scale)
+    check_linear(x, of, lowrank_a, grouping, parts)
+    y = launch_linear(x, of, lowrank_a, CompressOptions(grouping, tuple(parts), norm, of.held))
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 # --------------------------------------------------------------------------------------------- operators
 
 compress = operator(
-    "compress(Tensor x, Tensor? down, str grouping, int[] parts, bool norm, bool fp8=False)"
+    "compress(Tensor x, Tensor? lowrank_a, str grouping, int[] parts, bool norm, bool fp8=False)"
     " -> (Tensor blocks, Tensor scale, Tensor lowrank)",
     hopper=_compress_hopper,
     reference=compress_reference,
@@ -209,7 +209,7 @@ Parameters
 ----------
 x : Tensor (..., K) bfloat16
     The last stride is 1, all others are free.
-down : Tensor (r, K) bfloat16 or None
+lowrank_a : Tensor (r, K) bfloat16 or None
     A^T of the low-rank branch, in natural column order.
 grouping : "adjacent" | "strided"
 parts : list of int
@@ -227,7 +227,7 @@ scale : Tensor (M,) float32
     s, in fp8 s t, by which rows of the product are multiplied; (0,) in bfloat16 without `norm`. In fp8 NaN
     for a token that is not finite, and t = 1 for a token of zeros.
 lowrank : Tensor uint8
-    Blocks of (X A) / scale, or (0,) without `down`.
+    Blocks of (X A) / scale, or (0,) without `lowrank_a`.
 """
 
 
@@ -239,12 +239,12 @@ def _gemm(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
         scale: Tensor | None,
         lowrank: Tensor | None,
         weight: Tensor,
-        up: Tensor | None,
+        lowrank_b: Tensor | None,
         bias: Tensor | None,
         rows: int,
         weight_scale: Tensor | None = None,
     ) -> Tensor:
-        layers = [Weights(weight, up, bias, weight_scale)]
+        layers = [Weights(weight, lowrank_b, bias, weight_scale)]
         check_gemm(blocks, scale, lowrank, layers, (0,), rows)
         return product(blocks, scale, lowrank, layers, (0,), rows)
 
@@ -259,13 +259,13 @@ def _gemm_joint(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
         scale: Tensor | None,
         lowrank: Tensor | None,
         weights: Sequence[Tensor],
-        ups: Sequence[Tensor],
+        lowrank_bs: Sequence[Tensor],
         biases: Sequence[Tensor],
         weight_scales: Sequence[Tensor],
         first_ranks: Sequence[int],
         rows: int,
     ) -> Tensor:
-        layers = layers_of(weights, ups, biases, weight_scales, first_ranks)
+        layers = layers_of(weights, lowrank_bs, biases, weight_scales, first_ranks)
         check_gemm(blocks, scale, lowrank, layers, first_ranks, rows, JOINT_NAMES)
         return product(blocks, scale, lowrank, layers, first_ranks, rows)
 
@@ -273,7 +273,7 @@ def _gemm_joint(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 gemm = operator(
-    "gemm(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? up, Tensor? bias,"
+    "gemm(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? lowrank_b, Tensor? bias,"
     " SymInt rows, Tensor? weight_scale=None) -> Tensor",
     hopper=_gemm(_product_hopper),
     reference=_gemm(_product_reference),
@@ -287,7 +287,7 @@ blocks, scale, lowrank
     As from `compress`; `scale` and `lowrank` may be None instead of empty.
 weight : Tensor (N, K) bfloat16, or float8_e4m3fn where `weight_scale` is given
     In compute order (`rtlynx.math.tiles.compute_order`).
-up : Tensor (N, r) bfloat16 or None
+lowrank_b : Tensor (N, r) bfloat16 or None
     B; in fp8 B / c, each output channel's divided beforehand.
 bias : Tensor (N,) bfloat16 | float32, or None
 rows : int
@@ -301,7 +301,7 @@ Tensor (M, N) bfloat16
 """
 
 gemm_joint = operator(
-    "gemm_joint(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor[] weights, Tensor[] ups,"
+    "gemm_joint(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor[] weights, Tensor[] lowrank_bs,"
     " Tensor[] biases, Tensor[] weight_scales, int[] first_ranks, SymInt rows) -> Tensor",
     hopper=_gemm_joint(_product_hopper),
     reference=_gemm_joint(_product_reference),
@@ -315,7 +315,7 @@ blocks, scale, lowrank
     As of `gemm`.
 weights : list of Tensor (N_i, K)
     N_i multiples of 8, all but the last.
-ups, biases, weight_scales : lists of Tensor
+lowrank_bs, biases, weight_scales : lists of Tensor
     One of each layer, or empty where no layer has any; see `gemm`.
 first_ranks : list of int
     First of a layer's columns of T, multiples of 32: 0 for all that share one A. From a layer's rank on to
@@ -330,7 +330,7 @@ Tensor (M, sum of N_i) bfloat16
 """
 
 linear = operator(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, str grouping, int[] parts,"
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lowrank_a, Tensor? lowrank_b, str grouping, int[] parts,"
     " bool norm, Tensor? weight_scale=None) -> Tensor",
     hopper=_linear_hopper,
     reference=_linear_reference,

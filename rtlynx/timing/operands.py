@@ -10,7 +10,7 @@ from torch import Tensor
 import rtlynx.ops.sparse_linear  # noqa: F401  (registers torch.ops.rtlynx)
 from rtlynx.math.fp8 import Quantized, quantize_tokens, quantize_weight
 from rtlynx.math.selection import nm_mask
-from rtlynx.ops.fp8_linear import fold_up
+from rtlynx.ops.fp8_linear import fold_lowrank_b
 from rtlynx.timing.shapes import Shape, paper_rank
 from rtlynx.timing.sustained import Call
 
@@ -26,10 +26,10 @@ class Operands(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor
-    down: Tensor
-    up: Tensor
-    paper_down: Tensor
-    paper_up: Tensor
+    lowrank_a: Tensor
+    lowrank_b: Tensor
+    paper_lowrank_a: Tensor
+    paper_lowrank_b: Tensor
     quantized: Quantized | None = None
 
     @property
@@ -41,9 +41,9 @@ class Operands(NamedTuple):
     def weight_scale(self) -> Tensor | None:
         return None if self.quantized is None else self.quantized.scale
 
-    def folded(self, up: Tensor) -> Tensor:
+    def folded(self, lowrank_b: Tensor) -> Tensor:
         """A factor as our kernels take it; made once, not in a call."""
-        return up if self.quantized is None else fold_up(up, self.quantized.scale)
+        return lowrank_b if self.quantized is None else fold_lowrank_b(lowrank_b, self.quantized.scale)
 
 
 def random_operands(shape: Shape, generator: torch.Generator, dtype: str = "bf16") -> Operands:
@@ -67,10 +67,10 @@ def random_operands(shape: Shape, generator: torch.Generator, dtype: str = "bf16
     )
 
 
-def layer_call(of: Operands, down: Tensor, up: Tensor) -> Callable[[], Tensor]:
-    up = of.folded(up)
+def layer_call(of: Operands, lowrank_a: Tensor, lowrank_b: Tensor) -> Callable[[], Tensor]:
+    lowrank_b = of.folded(lowrank_b)
     return lambda: torch.ops.rtlynx.linear(
-        of.x, of.held, of.bias, down, up, "adjacent", [], True, of.weight_scale
+        of.x, of.held, of.bias, lowrank_a, lowrank_b, "adjacent", [], True, of.weight_scale
     )
 
 
@@ -79,15 +79,17 @@ def product_call(
     blocks: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
-    up: Tensor | None,
+    lowrank_b: Tensor | None,
     bias: Tensor | None,
 ) -> Call:
     rows = of.x.shape[0]
-    return lambda: torch.ops.rtlynx.gemm(blocks, scale, lowrank, of.held, up, bias, rows, of.weight_scale)
+    return lambda: torch.ops.rtlynx.gemm(
+        blocks, scale, lowrank, of.held, lowrank_b, bias, rows, of.weight_scale
+    )
 
 
-def compress(of: Operands, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.rtlynx.compress(of.x, down, "adjacent", [], True, of.quantized is not None)
+def compress(of: Operands, lowrank_a: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.rtlynx.compress(of.x, lowrank_a, "adjacent", [], True, of.quantized is not None)
 
 
 def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
@@ -102,21 +104,23 @@ def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
         ]
 
     def products_with_lowrank() -> list[Call]:
-        inputs = [compress(of, of.down) for of in sets]
+        inputs = [compress(of, of.lowrank_a) for of in sets]
         return [
-            product_call(of, *given, of.folded(of.up), of.bias)
+            product_call(of, *given, of.folded(of.lowrank_b), of.bias)
             for of, given in zip(sets, inputs, strict=True)
         ]
 
     calls: dict[str, Callable[[], list[Call]]] = {
-        "ours": lambda: [layer_call(of, of.down, of.up) for of in sets],
+        "ours": lambda: [layer_call(of, of.lowrank_a, of.lowrank_b) for of in sets],
         "ours_gemm": products,
         "ours_gemm_lowrank": products_with_lowrank,
-        "ours_compress": lambda: [partial(compress, of, of.down) for of in sets],
+        "ours_compress": lambda: [partial(compress, of, of.lowrank_a) for of in sets],
         "ours_compress_plain": lambda: [partial(compress, of, None) for of in sets],
     }
-    if sets[0].paper_down.shape != sets[0].down.shape:
-        calls["ours_paper_rank"] = lambda: [layer_call(of, of.paper_down, of.paper_up) for of in sets]
+    if sets[0].paper_lowrank_a.shape != sets[0].lowrank_a.shape:
+        calls["ours_paper_rank"] = lambda: [
+            layer_call(of, of.paper_lowrank_a, of.paper_lowrank_b) for of in sets
+        ]
     return calls
 
 
@@ -139,14 +143,14 @@ def relative_errors(of: Operands, rows: int = 1024) -> Errors:
     scale = (x.double().square().sum(-1, keepdim=True) / kept.square().sum(-1, keepdim=True)).sqrt()
 
     def layer(kept: Tensor, weight: Tensor) -> Tensor:
-        lowrank = x.double() @ of.down.double().T @ of.up.double().T
+        lowrank = x.double() @ of.lowrank_a.double().T @ of.lowrank_b.double().T
         return scale * (kept @ weight.T) + lowrank + of.bias.double()
 
     wanted = exact = layer(kept, of.weight.double())
     if of.quantized is not None:
         seen = quantize_tokens(x, mask).dequantize().double()
         wanted = layer(seen, of.quantized.dequantize().double())
-    got = layer_call(of, of.down, of.up)()[picked].double()
+    got = layer_call(of, of.lowrank_a, of.lowrank_b)()[picked].double()
 
     def relative(one: Tensor, other: Tensor) -> float:
         return float((one - other).norm() / other.norm())

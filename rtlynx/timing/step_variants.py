@@ -84,15 +84,15 @@ def every_layer(
         forms = {one.name: text for one in candidates if text and one.stream == "text"}
         recipe = Recipe(rank=rank, refit=True, precision=precision, forms=forms, text_rows=text_rows)
         plan = make_plan(model, recipe)
-        normal, downs = normals(3), {}
+        normal, lowrank_as = normals(3), {}
 
         def prepare(name: str, layer: Any) -> None:
             k, n = layer.in_features, layer.out_features
             if rank is None or layer.pattern.n == layer.pattern.m:
                 return
-            if layer.shared_input not in downs:
-                downs[layer.shared_input] = normal(rank, k) * k**-0.5
-            layer.set_lowrank(downs[layer.shared_input], normal(n, rank) * (0.1 * rank**-0.5))
+            if layer.shared_input not in lowrank_as:
+                lowrank_as[layer.shared_input] = normal(rank, k) * k**-0.5
+            layer.set_lowrank(lowrank_as[layer.shared_input], normal(n, rank) * (0.1 * rank**-0.5))
 
         apply_plan(model, plan, prepare)
 
@@ -110,7 +110,7 @@ def recommended(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None
         plan = make_plan(model, Recipe.recommended(precision=precision, budget=None))
         layers = [layer for layer in plan.sparse if layer.pattern.n < layer.pattern.m]
         if precision == "fp8":
-            plan = plan.in_forms(dict.fromkeys(spread_out(layers, WHOLE_IN_FP8), "fp8-dense"))
+            plan = plan.in_formats(dict.fromkeys(spread_out(layers, WHOLE_IN_FP8), "fp8-dense"))
         else:
             plan = plan.leave_dense(dict.fromkeys(spread_out(layers, output_shares(layers)), "budget"))
         apply_plan(model, plan)

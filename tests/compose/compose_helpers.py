@@ -39,7 +39,7 @@ class Formula(nn.Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
         self.weight = layer.weight
         self.bias = layer.bias
-        self.factors = {"down": layer.lowrank_down, "up": layer.lowrank_up}
+        self.factors = {"lowrank_a": layer.lowrank_a, "lowrank_b": layer.lowrank_b}
         self.norm = layer.norm
         groups = group_indices(
             layer.in_features, 4, layer.pattern.grouping, layer.pattern.widths(layer.in_features)
@@ -84,9 +84,9 @@ def adapter(model, names, seed=0, rank=4):
     state, deltas = {}, {}
     for name in names:
         layer = model.get_submodule(name)
-        down = torch.randn(rank, layer.in_features, generator=gen) / layer.in_features
-        up = torch.randn(layer.out_features, rank, generator=gen)
-        state[f"transformer.{name}.lora_A.weight"] = down
-        state[f"transformer.{name}.lora_B.weight"] = up
-        deltas[name] = up @ down
+        lowrank_a = torch.randn(rank, layer.in_features, generator=gen) / layer.in_features
+        lowrank_b = torch.randn(layer.out_features, rank, generator=gen)
+        state[f"transformer.{name}.lora_A.weight"] = lowrank_a
+        state[f"transformer.{name}.lora_B.weight"] = lowrank_b
+        deltas[name] = lowrank_b @ lowrank_a
     return state, deltas

@@ -166,7 +166,7 @@ def test_layerwise_casting_rounds_what_is_stored(kind, storage):
     if kind == "fp8":
         assert layer.weight_scale.dtype == torch.float32
     if kind != "immediate":
-        assert {layer.lowrank_down.dtype, layer.weight_dense.dtype} == {storage}
+        assert {layer.lowrank_a.dtype, layer.weight_dense.dtype} == {storage}
 
 
 def test_layerwise_casting_before_is_refused():

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from rtlynx import Pattern
 from rtlynx.math.fp8 import quantize_tokens, quantize_weight
 from rtlynx.math.selection import pattern_mask
-from rtlynx.math.tiles import compute_order, pack_blocks, pack_blocks_fp8, unpack_lowrank
+from rtlynx.math.tiles import compute_order, pack_a, pack_a_fp8, unpack_lowrank
 from rtlynx.ops import sparse_linear as ops
 
 LIMIT = 2.5e-3  # of Y; rounding to bfloat16 alone is 1.7e-3
@@ -64,24 +64,27 @@ class Case:
 class Layer:
     """Parameters of one layer, in natural column order.
 
-    With `weight_scale` c the weight is e4m3 and `up` B / c.
+    With `weight_scale` c the weight is e4m3 and `lowrank_b` B / c.
     """
 
     weight: Tensor
     bias: Tensor | None
-    down: Tensor | None
-    up: Tensor | None
+    lowrank_a: Tensor | None
+    lowrank_b: Tensor | None
     weight_scale: Tensor | None = None
 
     def quantized(self) -> Layer:
         values, scale = quantize_weight(self.weight)
-        up = None if self.up is None else (self.up / scale.unsqueeze(-1)).bfloat16()
-        return Layer(values, self.bias, self.down, up, scale)
+        lowrank_b = None if self.lowrank_b is None else (self.lowrank_b / scale.unsqueeze(-1)).bfloat16()
+        return Layer(values, self.bias, self.lowrank_a, lowrank_b, scale)
 
     def in_float64(self) -> tuple[Tensor, Tensor | None]:
         """W and B, scales multiplied in."""
         scale = 1.0 if self.weight_scale is None else self.weight_scale.double().unsqueeze(-1)
-        return self.weight.float().double() * scale, None if self.up is None else self.up.double() * scale
+        return (
+            self.weight.float().double() * scale,
+            None if self.lowrank_b is None else self.lowrank_b.double() * scale,
+        )
 
 
 def _generator(case: Case) -> torch.Generator:
@@ -187,10 +190,10 @@ def product(x: Tensor, layer: Layer, expected: Expected, norm: bool) -> tuple[Te
     The size (M, 1) is at least the usual one: where terms happen to cancel, their errors do not.
     """
     kept = expected.kept * expected.scale.unsqueeze(-1) if norm else expected.kept
-    weight, up = layer.in_float64()
+    weight, lowrank_b = layer.in_float64()
     y, square = _random_product(kept, weight)
-    if layer.down is not None and up is not None:
-        low, size = _random_product(x.double() @ layer.down.double().T, up)
+    if layer.lowrank_a is not None and lowrank_b is not None:
+        low, size = _random_product(x.double() @ layer.lowrank_a.double().T, lowrank_b)
         y, square = y + low, square + size
     if layer.bias is not None:
         y, square = y + layer.bias.double(), square + layer.bias.double().square().sum()
@@ -228,10 +231,10 @@ def check(case: Case) -> None:
     x, layers = make_input(case), make_layers(case)
     flat = x.reshape(-1, case.k)
     expected = expect(flat, case.pattern, case.fp8)
-    down, first_ranks = joined(layers)
+    lowrank_a, first_ranks = joined(layers)
     with poisoned():
-        blocks, scale, lowrank = ops.compress(x, down, *arguments(case), case.fp8)
-    check_compressed(case, flat, expected, down, (blocks, scale, lowrank))
+        blocks, scale, lowrank = ops.compress(x, lowrank_a, *arguments(case), case.fp8)
+    check_compressed(case, flat, expected, lowrank_a, (blocks, scale, lowrank))
     if case.data == "bits":
         return
     ordered = [replace(layer, weight=in_compute_order(layer.weight, case.pattern)) for layer in layers]
@@ -251,7 +254,7 @@ def check(case: Case) -> None:
         (layer,) = ordered
         with poisoned():
             once = ops.linear(
-                x, layer.weight, layer.bias, down, layer.up, *arguments(case), layer.weight_scale
+                x, layer.weight, layer.bias, lowrank_a, layer.lowrank_b, *arguments(case), layer.weight_scale
             )
         assert once.shape == (*x.shape[:-1], case.n)
         assert torch.equal(once.reshape(y.shape), y), "linear gives other bits than compress and gemm"
@@ -263,17 +266,17 @@ def multiply(
     """The product with one layer, or with several in one launch."""
     if len(layers) == 1:
         (layer,) = layers
-        return ops.gemm(*compressed, layer.weight, layer.up, layer.bias, case.rows, layer.weight_scale)
-    ups, biases, weight_scales = (
+        return ops.gemm(*compressed, layer.weight, layer.lowrank_b, layer.bias, case.rows, layer.weight_scale)
+    lowrank_bs, biases, weight_scales = (
         [vector for vector in vectors if vector is not None]
         for vectors in (
-            [layer.up for layer in layers],
+            [layer.lowrank_b for layer in layers],
             [layer.bias for layer in layers],
             [layer.weight_scale for layer in layers],
         )
     )
     weights = [layer.weight for layer in layers]
-    return ops.gemm_joint(*compressed, weights, ups, biases, weight_scales, first_ranks, case.rows)
+    return ops.gemm_joint(*compressed, weights, lowrank_bs, biases, weight_scales, first_ranks, case.rows)
 
 
 def in_compute_order(weight: Tensor, pattern: Pattern) -> Tensor:
@@ -284,29 +287,35 @@ def in_compute_order(weight: Tensor, pattern: Pattern) -> Tensor:
 
 def joined(layers: list[Layer]) -> tuple[Tensor | None, list[int]]:
     """A^T of all layers as `compress` takes them, and where the columns of T of each begin."""
-    if len(layers) == 1 or layers[0].down is None:
-        return layers[0].down, [0] * len(layers)
-    downs, firsts, first = [], [], 0
+    if len(layers) == 1 or layers[0].lowrank_a is None:
+        return layers[0].lowrank_a, [0] * len(layers)
+    lowrank_as, firsts, first = [], [], 0
     for layer in layers:
-        assert layer.down is not None
-        rank = layer.down.shape[0]
+        assert layer.lowrank_a is not None
+        rank = layer.lowrank_a.shape[0]
         # T ends with the last layer's columns.
-        downs.append(layer.down if layer is layers[-1] else pad(layer.down, (0, 0, 0, -rank % 32)))
+        lowrank_as.append(
+            layer.lowrank_a if layer is layers[-1] else pad(layer.lowrank_a, (0, 0, 0, -rank % 32))
+        )
         firsts.append(first)
         first += rank + -rank % 32
-    return torch.cat(downs), firsts
+    return torch.cat(lowrank_as), firsts
 
 
 def check_compressed(
-    case: Case, x: Tensor, expected: Expected, down: Tensor | None, compressed: tuple[Tensor, Tensor, Tensor]
+    case: Case,
+    x: Tensor,
+    expected: Expected,
+    lowrank_a: Tensor | None,
+    compressed: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Blocks bit for bit, the scale and T against float64."""
     blocks, scale, lowrank = compressed
     token_scale = torch.ones(case.rows, device=x.device)
     if case.fp8:
-        truth, token_scale = pack_blocks_fp8(x, case.pattern)
+        truth, token_scale = pack_a_fp8(x, case.pattern)
     else:
-        truth = pack_blocks(x, case.pattern)
+        truth = pack_a(x, case.pattern)
     assert blocks.shape == truth.shape
     wrong = (blocks != truth).nonzero()
     assert not len(wrong), f"{len(wrong)} bytes of the blocks differ, the first at {int(wrong[0])}"
@@ -322,10 +331,10 @@ def check_compressed(
         )
     elif case.fp8:
         assert torch.equal(scale.nan_to_num(nan=-1.0), token_scale.nan_to_num(nan=-1.0)), "another scale t"
-    if down is None:
+    if lowrank_a is None:
         assert lowrank.shape == (0,)
         return
-    rank = down.shape[0]
+    rank = lowrank_a.shape[0]
     columns = -(-rank // 32) * 32
     t = unpack_lowrank(lowrank, case.rows, columns)[~expected.broken].double()
     assert not bool(t[:, rank:].any()), "T is not zero beyond the rank"
@@ -333,9 +342,9 @@ def check_compressed(
         return  # float32 overflows
     divisor = token_scale.double() * (expected.scale if case.norm else 1.0)
     wide = x.double()[~expected.broken] / divisor[~expected.broken].unsqueeze(-1)
-    exact = wide @ down.double().T
+    exact = wide @ lowrank_a.double().T
     # One rounding to bfloat16, and sums in float32 whose terms may cancel.
-    size = wide.norm(dim=-1, keepdim=True) * down.double().norm(dim=-1)
+    size = wide.norm(dim=-1, keepdim=True) * lowrank_a.double().norm(dim=-1)
     excess = (t[:, :rank] - exact).abs() - (2**-8 * exact.abs() + 1e-5 * size + 1e-38)
     assert not excess.numel() or float(excess.max()) <= 0, f"T is off by {float(excess.max()):.1e} too much"
 

@@ -29,7 +29,7 @@ LIMIT = 2.5e-3  # of a bf16 rounding the expectation is 1.7e-3; few values scatt
 MANY = 64  # columns
 SMALL = 1e-32  # where a sigmoid leaves the range of float32
 
-Tail = tuple[Tensor | None, str, list[int], bool, bool]  # down, grouping, parts, norm, fp8
+Tail = tuple[Tensor | None, str, list[int], bool, bool]  # lowrank_a, grouping, parts, norm, fp8
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def make_tail(case: ProducerCase) -> Tail:
-    down = None
+    lowrank_a = None
     if case.rank:
         generator = torch.Generator("cuda").manual_seed(case.seed + 1)
-        down = torch.randn(case.rank, case.k, generator=generator, device="cuda") * case.k**-0.5
-        down = down.bfloat16()
-    return down, case.grouping, list(case.parts), case.norm, case.fp8
+        lowrank_a = torch.randn(case.rank, case.k, generator=generator, device="cuda") * case.k**-0.5
+        lowrank_a = lowrank_a.bfloat16()
+    return lowrank_a, case.grouping, list(case.parts), case.norm, case.fp8
 
 
 # --------------------------------------------------------------------------------------- in float64
@@ -179,22 +179,22 @@ def compare(
 
     served : whether one kernel must do it all, or PyTorch must compute the chain; None where either may be.
     """
-    down, grouping, parts, norm, fp8 = tail
+    lowrank_a, grouping, parts, norm, fp8 = tail
     options = CompressOptions(grouping, tuple(parts), norm, format_of(fp8))
     shape = chains.PRODUCERS[name].shape(*inputs)
     rows, k = math.prod(shape[:-1]), shape[-1]
     with poisoned():
         dense = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
-        fused = producers.launch(name, inputs, down, options, dense)
+        fused = producers.launch(name, inputs, lowrank_a, options, dense)
         result = getattr(producers, f"{name}_compress")(*inputs, *tail)
     assert served is None or served is (fused is not None), "served otherwise than expected"
     if fused is not None:
         assert_same_bits(fused, result)
     dense = check_chain(name, inputs, None if fused is None else dense)
     pattern = Pattern(2, 4, grouping, tuple(parts) or 1)
-    rank = 0 if down is None else down.shape[0]
+    rank = 0 if lowrank_a is None else lowrank_a.shape[0]
     as_matrix = Case(rows, k, 8, rank, grouping, tuple(parts), norm, data=data, fp8=fp8)
-    check_compressed(as_matrix, dense, expect(dense, pattern, fp8), down, result)
+    check_compressed(as_matrix, dense, expect(dense, pattern, fp8), lowrank_a, result)
 
 
 def assert_same_bits(fused: Sequence[Tensor], result: Sequence[Tensor]) -> None:

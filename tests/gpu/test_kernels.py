@@ -172,7 +172,14 @@ def test_scale_of_rows_of_subnormals(fp8):
 def test_output_is_never_finite_where_the_input_was_not_and_no_other_row_is_touched(bad, rank, fp8):
     case = Case(300, 512, 264, rank, bias="f32", fp8=fp8)
     x, (layer,) = make_input(case), make_layers(case)
-    operands = (layer.weight, layer.bias, layer.down, layer.up, *arguments(case), layer.weight_scale)
+    operands = (
+        layer.weight,
+        layer.bias,
+        layer.lowrank_a,
+        layer.lowrank_b,
+        *arguments(case),
+        layer.weight_scale,
+    )
     clean = ops.linear(x, *operands)
     rows = [0, 63, 64, 130, 299]
     for number, row in enumerate(rows):
@@ -188,7 +195,7 @@ def test_output_is_never_finite_where_the_input_was_not_and_no_other_row_is_touc
 
 def a_layer(case):
     (layer,) = make_layers(case)
-    operands = (in_compute_order(layer.weight, case.pattern), layer.bias, layer.down, layer.up)
+    operands = (in_compute_order(layer.weight, case.pattern), layer.bias, layer.lowrank_a, layer.lowrank_b)
     return lambda x: ops.linear(x, *operands, *arguments(case), layer.weight_scale)
 
 
@@ -278,7 +285,7 @@ def test_tensors_of_a_device_that_is_not_current():
     case = Case(300, 512, 264, 64, bias="f32")
     (layer,), x = make_layers(case), make_input(case)
     expected = a_layer(case)(x)
-    there = [t.to("cuda:1") for t in (x, layer.weight, layer.bias, layer.down, layer.up)]
+    there = [t.to("cuda:1") for t in (x, layer.weight, layer.bias, layer.lowrank_a, layer.lowrank_b)]
     y = ops.linear(*there, *arguments(case))
     assert y.device == torch.device("cuda:1")
     assert torch.equal(y.cpu(), expected.cpu())
@@ -298,11 +305,11 @@ def test_no_rows_and_no_kernel():
 def test_opcheck(norm, rank, fp8):
     case = Case(70, 192, 72, rank, norm=norm, bias="bf16", fp8=fp8)
     (layer,), x = make_layers(case), make_input(case)
-    blocks, scale, lowrank = ops.compress(x, layer.down, *arguments(case), fp8)
+    blocks, scale, lowrank = ops.compress(x, layer.lowrank_a, *arguments(case), fp8)
     # (test_schema compares arguments before and after by arithmetic that PyTorch lacks for float8.)
     without_schema = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     checks = {"test_utils": without_schema} if fp8 else {}
-    torch.library.opcheck(ops.compress, (x, layer.down, *arguments(case), fp8))
+    torch.library.opcheck(ops.compress, (x, layer.lowrank_a, *arguments(case), fp8))
     torch.library.opcheck(
         ops.gemm,
         (
@@ -310,14 +317,22 @@ def test_opcheck(norm, rank, fp8):
             scale if norm or fp8 else None,
             lowrank if rank else None,
             layer.weight,
-            layer.up,
+            layer.lowrank_b,
             layer.bias,
             70,
             layer.weight_scale,
         ),
         **checks,
     )
-    operands = (x, layer.weight, layer.bias, layer.down, layer.up, *arguments(case), layer.weight_scale)
+    operands = (
+        x,
+        layer.weight,
+        layer.bias,
+        layer.lowrank_a,
+        layer.lowrank_b,
+        *arguments(case),
+        layer.weight_scale,
+    )
     torch.library.opcheck(ops.linear, operands, **checks)
 
 
@@ -325,7 +340,7 @@ def test_opcheck(norm, rank, fp8):
 def test_the_cpu_computes_the_same(fp8):
     case = Case(300, 512, 264, 64, bias="f32", fp8=fp8, **GROUPINGS["uneven"](512))
     (layer,), x = make_layers(case), make_input(case)
-    operands = (x, in_compute_order(layer.weight, case.pattern), layer.bias, layer.down, layer.up)
+    operands = (x, in_compute_order(layer.weight, case.pattern), layer.bias, layer.lowrank_a, layer.lowrank_b)
     scale = layer.weight_scale
     with poisoned():
         y = ops.linear(*operands, *arguments(case), scale)

@@ -11,7 +11,7 @@ from rtlynx.nn.call import calling
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.ops import dispatch as choice
 from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops.dispatch import kernels_serve
+from rtlynx.ops.dispatch import kernels_support
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -74,8 +74,8 @@ def difference(actual, expected):
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_kernels_and_plain_pytorch_agree(name, rank, single, precision):
     layer, x = sparse(name, rank, single=single, precision=precision), tokens(2, ROWS, K)
-    assert kernels_serve(
-        x, layer.pattern, layer.norm, layer.weight, layer.bias, layer.lowrank_down, layer.lowrank_up
+    assert kernels_support(
+        x, layer.pattern, layer.norm, layer.weight, layer.bias, layer.lowrank_a, layer.lowrank_b
     )
     assert difference(layer(x), plainly(layer, x)) < LIMIT
 
@@ -92,8 +92,8 @@ def test_dense_fp8_runs_on_pytorchs_product(rank, bias, k):
     layer.quantize()
     layer.requires_grad_(False)
     x = tokens(2, ROWS, k)
-    of = fp8.Fp8Parameters(layer.weight, layer.weight_scale, layer.bias, layer.lowrank_down, layer.lowrank_up)
-    assert choice.scaled_mm_serves(x, of)
+    of = fp8.Fp8Parameters(layer.weight, layer.weight_scale, layer.bias, layer.lowrank_a, layer.lowrank_b)
+    assert choice.scaled_mm_supports(x, of)
     expected = fp8.linear_fp8(x, fp8.compress_fp8(x, layer.pattern, layer.norm), of)
     assert difference(layer(x), expected) < LIMIT
     assert bool(torch.isfinite(layer(torch.zeros_like(x))).all())
@@ -156,7 +156,7 @@ def test_changes_of_a_strided_weight_are_noticed():
 
 def readers():
     layers = [sparse(seed=0), sparse(seed=1), sparse("strided", seed=2)]
-    layers[1].lowrank_down = nn.Parameter(layers[0].lowrank_down.clone(), requires_grad=False)
+    layers[1].lowrank_a = nn.Parameter(layers[0].lowrank_a.clone(), requires_grad=False)
     shared = SharedInput()
     for layer in layers:
         layer.shared_input = shared

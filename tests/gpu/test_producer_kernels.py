@@ -180,8 +180,12 @@ def test_shifts_and_scales_that_lie_differently(first):
 @pytest.mark.parametrize("name", NAMES)
 def test_factors_at_any_address(name):
     inputs = changed(name)
-    down = make_tail(ProducerCase(name, 150, 384, rank=16))[0]
-    for factor in (misaligned(down), down.T.contiguous().T, torch.cat([down, down], 1)[:, :384]):
+    lowrank_a = make_tail(ProducerCase(name, 150, 384, rank=16))[0]
+    for factor in (
+        misaligned(lowrank_a),
+        lowrank_a.T.contiguous().T,
+        torch.cat([lowrank_a, lowrank_a], 1)[:, :384],
+    ):
         compare(name, inputs, (factor, "adjacent", [], True, False), served=True)
 
 

@@ -259,7 +259,7 @@ def test_a_layer_called_by_itself_quantises_in_one_kernel(monkeypatch):
     monkeypatch.setattr(quantizers, "quantize", lambda x, of=quantizers.quantize: called.append(1) or of(x))
     y = layer(x)
     assert called
-    monkeypatch.setattr(fp8, "quantizer_serves", lambda k, x: False)
+    monkeypatch.setattr(fp8, "quantizer_supports", lambda k, x: False)
     assert torch.equal(layer(x.clone()), y)
-    assert choice.quantizer_serves(512, x)
-    assert not choice.quantizer_serves(512, x.half())
+    assert choice.quantizer_supports(512, x)
+    assert not choice.quantizer_supports(512, x.half())

@@ -300,11 +300,11 @@ def expressible(x: Tensor) -> Tensor:
 
 
 def launch_compress(
-    x: Tensor, down: Tensor | None, options: CompressOptions
+    x: Tensor, lowrank_a: Tensor | None, options: CompressOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rtlynx::compress` of checked arguments: blocks, scale, blocks of T (`rtlynx.ops.sparse_linear`)."""
     x = expressible(x)
-    return launch(matrix_input(x), down, options)
+    return launch(matrix_input(x), lowrank_a, options)
 
 
 def matrix_input(x: Tensor) -> Input:
@@ -315,19 +315,19 @@ def matrix_input(x: Tensor) -> Input:
 
 
 def launch(
-    x: Input, down: Tensor | None, options: CompressOptions, dense: Tensor | None = None
+    x: Input, lowrank_a: Tensor | None, options: CompressOptions, dense: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compress `x`; a producer also writes what it selected from to `dense` (rows, columns), to be tested."""
-    if down is not None and not down.is_contiguous():
-        down = down.contiguous()
-    plan = plan_compress(x, down, options)
-    blocks = torch.empty(plan.blocks_bytes, dtype=torch.uint8, device=x.device)
+    if lowrank_a is not None and not lowrank_a.is_contiguous():
+        lowrank_a = lowrank_a.contiguous()
+    plan = plan_compress(x, lowrank_a, options)
+    blocks = torch.empty(plan.packed_a_bytes, dtype=torch.uint8, device=x.device)
     lowrank = torch.empty(plan.lowrank_bytes, dtype=torch.uint8, device=x.device)
     scale = torch.empty(plan.scales, dtype=torch.float32, device=x.device)
     start_compress(
         plan,
         x,
-        address_of(down),
+        address_of(lowrank_a),
         Addresses(blocks.data_ptr(), scale.data_ptr() if plan.scales else 0, lowrank.data_ptr()),
         address_of(dense),
     )
@@ -347,17 +347,17 @@ class Addresses(NamedTuple):
     lowrank: int
 
 
-def plan_compress(x: Input, down: Tensor | None, options: CompressOptions) -> CompressPlan:
-    """How to compress `x`, with `down` contiguous."""
-    rank = 0 if down is None else down.shape[0]
-    aligned = x.aligned and address_of(down) % 16 == 0
+def plan_compress(x: Input, lowrank_a: Tensor | None, options: CompressOptions) -> CompressPlan:
+    """How to compress `x`, with `lowrank_a` contiguous."""
+    rank = 0 if lowrank_a is None else lowrank_a.shape[0]
+    aligned = x.aligned and address_of(lowrank_a) % 16 == 0
     return _plan(x.source, x.rows, x.columns, rank, options, aligned, x.device.index)
 
 
-def start_compress(plan: CompressPlan, x: Input, down: int, to: Addresses, dense: int = 0) -> None:
-    """Launch on the current stream; `down` and `dense` are addresses or 0."""
+def start_compress(plan: CompressPlan, x: Input, lowrank_a: int, to: Addresses, dense: int = 0) -> None:
+    """Launch on the current stream; `lowrank_a` and `dense` are addresses or 0."""
     if x.rows:
-        addresses = _pack_addresses(down, to.blocks, to.scale, to.lowrank, dense)
+        addresses = _pack_addresses(lowrank_a, to.blocks, to.scale, to.lowrank, dense)
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)
         kernel = _kernel(plan.configuration, plan.cluster, plan.shared_bytes)
         kernel.launch(plan.grid, stream, b"".join((x.structure, addresses, plan.shape)))
@@ -373,7 +373,7 @@ class CompressPlan(NamedTuple):
     cluster: int
     shared_bytes: int
     grid: tuple[int, int, int]
-    blocks_bytes: int
+    packed_a_bytes: int
     lowrank_bytes: int
     scales: int
     shape: bytes

@@ -128,7 +128,7 @@ def launch_gemm(
         return out[:, :n]
     layers = [readable_weights(of) for of in layers]
     blocks, lowrank = aligned(blocks), None if lowrank is None else aligned(lowrank)
-    lowrank_bytes = lowrank.shape[0] if lowrank is not None and layers[0].up is not None else 0
+    lowrank_bytes = lowrank.shape[0] if lowrank is not None and layers[0].lowrank_b is not None else 0
     plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes)
     workspace = 0
     if plan.workspace_bytes:
@@ -152,7 +152,7 @@ def plan_gemm(
     from `first_ranks` on are a layer's.
     """
     widths = tuple(of.weight.shape[0] for of in layers)
-    ranks = tuple(0 if of.up is None else of.up.shape[1] for of in layers)
+    ranks = tuple(0 if of.lowrank_b is None else of.lowrank_b.shape[1] for of in layers)
     weight, held = layers[0].weight, layers[0].held
     count = multiprocessors(weight.get_device())
     tile = tuning.choose(rows, sum(widths), weight.shape[1], held, count)
@@ -167,7 +167,10 @@ def start_gemm(plan: GemmPlan, given: Addresses, layers: Sequence[Weights], out:
     operands = _pack_operands(
         b"".join([_tensor_map(of.weight, block_k, columns) for of in layers]),
         b"".join(
-            [_NO_MAP if of.up is None else _tensor_map(of.up, LOWRANK_COLUMNS, columns) for of in layers]
+            [
+                _NO_MAP if of.lowrank_b is None else _tensor_map(of.lowrank_b, LOWRANK_COLUMNS, columns)
+                for of in layers
+            ]
         ),
         given.blocks,
         given.lowrank,

@@ -21,7 +21,7 @@ from rtlynx.cuda.sm90.weights import Weights, readable_weights, stored_columns
 _ALIGNMENT = 16
 
 
-def launch_linear(x: Tensor, of: Weights, down: Tensor | None, options: CompressOptions) -> Tensor:
+def launch_linear(x: Tensor, of: Weights, lowrank_a: Tensor | None, options: CompressOptions) -> Tensor:
     """Y (rows, N) of `rtlynx::linear`; see `rtlynx.ops.sparse_linear`, which checks."""
     x = expressible(x)
     n = of.weight.shape[0]
@@ -32,19 +32,19 @@ def launch_linear(x: Tensor, of: Weights, down: Tensor | None, options: Compress
     if rows == 0 or n == 0:
         return out[:, :n]
     of = readable_weights(of)
-    if down is not None and not down.is_contiguous():
-        down = down.contiguous()
-    compression = plan_compress(given, down, options)
+    if lowrank_a is not None and not lowrank_a.is_contiguous():
+        lowrank_a = lowrank_a.contiguous()
+    compression = plan_compress(given, lowrank_a, options)
     product = plan_gemm([of], rows, (0,), compression.lowrank_bytes)
 
     scale_bytes = -(-compression.scales * 4 // _ALIGNMENT) * _ALIGNMENT
-    to_lowrank = compression.blocks_bytes
+    to_lowrank = compression.packed_a_bytes
     to_scale = to_lowrank + compression.lowrank_bytes
     to_sums = to_scale + scale_bytes
     workspace = x.new_empty(to_sums + product.workspace_bytes, dtype=torch.uint8)
     start = workspace.data_ptr()
     compressed = Addresses(start, start + to_scale if compression.scales else 0, start + to_lowrank)
-    start_compress(compression, given, address_of(down), compressed)
+    start_compress(compression, given, address_of(lowrank_a), compressed)
     sums = start + to_sums if product.workspace_bytes else 0
     start_gemm(product, compressed, [of], out.data_ptr(), sums)
     return out if columns == n else out[:, :n].contiguous()

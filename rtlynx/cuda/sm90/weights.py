@@ -18,13 +18,13 @@ class Weights(NamedTuple):
     """What a product multiplies by, on its device; `readable_weights` makes it so that kernels can read it.
 
     weight : (N, K) bf16 or e4m3, in compute order
-    up : (N, r) bf16 or None
+    lowrank_b : (N, r) bf16 or None
     bias : (N,) bf16 or float32, or None
     column_scale : (N,) float32 of an e4m3 weight, else None
     """
 
     weight: Tensor
-    up: Tensor | None
+    lowrank_b: Tensor | None
     bias: Tensor | None
     column_scale: Tensor | None = None
 
@@ -47,7 +47,7 @@ def readable_weights(of: Weights) -> Weights:
     """`of`, with copies where rows start at no multiples of 16 bytes, or vectors end before Y is stored."""
     return Weights(
         _mapped(of.weight),
-        None if of.up is None else _mapped(of.up),
+        None if of.lowrank_b is None else _mapped(of.lowrank_b),
         _readable_vector(of.bias),
         _readable_vector(of.column_scale),
     )
