@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from producers import MATRIX, PRODUCERS, Producer, Tail
+from prologues import MATRIX, PROLOGUES, Prologue, Tail
 from script import FOLDER, options_parser
 from targets import compress_targets
 from torch import Tensor
 
-import rtlynx.ops.compress_prologues
-import rtlynx.ops.quantize_prologues  # noqa: F401  (both register torch.ops.rtlynx)
+import rtlynx.ops.prologues  # noqa: F401  (registers torch.ops.rtlynx)
 from rtlynx.cuda import jit
 from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.timing import results
@@ -116,11 +115,11 @@ def compress_row(k: int, card: Card, normal: Callable[..., Tensor], seconds: flo
     }
 
 
-def producer_row(
-    producer: Producer, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int
+def prologue_row(
+    prologue: Prologue, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int
 ) -> dict:
-    """One fused producer, with and without T, and the compiled chain."""
-    name, m, k, make, chain, fused, _ = producer
+    """One fused prologue, with and without T, and the compiled chain."""
+    name, m, k, make, chain, fused, _ = prologue
     sets = [make(m, k, normal) for _ in range(set_count(2 * m * k, card.l2_bytes))]
     compiled = torch.compile(chain, dynamic=False)
     plain: Tail = (None, "adjacent", [], True)
@@ -144,12 +143,12 @@ def producer_row(
 
 
 def quantizer_row(
-    producer: Producer, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int
+    prologue: Prologue, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int
 ) -> dict:
     """A chain quantised in one kernel, compiled with the quantisation, and the copy of as many bytes."""
-    m, k, chain, quantized = producer.m, producer.k, producer.chain, producer.quantized
+    m, k, chain, quantized = prologue.m, prologue.k, prologue.chain, prologue.quantized
     count = set_count(2 * m * k, card.l2_bytes)
-    sets = [producer.inputs(m, k, normal) for _ in range(count)]
+    sets = [prologue.inputs(m, k, normal) for _ in range(count)]
     read = sum(one.numel() for one in sets[0] if one.ndim == 3) // (m * k)  # beside modulations
     bytes_read = [torch.empty(m, read * k, dtype=torch.bfloat16, device="cuda") for _ in range(count)]
     compiled = torch.compile(lambda *given: quantize_tokens(chain(*given)), dynamic=False)
@@ -163,7 +162,7 @@ def quantizer_row(
     if copy is not None:
         timers["copy"] = copy[1]
     measured = measure(timers, seconds, rounds, card.sample, missing)
-    row: dict = {"name": producer.name, "M": m, "K": k, "copy_variant": None if copy is None else copy[0]}
+    row: dict = {"name": prologue.name, "M": m, "K": k, "copy_variant": None if copy is None else copy[0]}
     row |= {f"{variant}_us": round(measured[variant].us, 3) for variant in measured}
     if "quantizer" in measured:
         row["quantizer_gb_per_s"] = round(m * k * (2 * read + 1) / measured["quantizer"].us * 1e-3, 1)
@@ -188,15 +187,15 @@ def main() -> None:
             relation = "" if speed is None else f", {speed:.1%} of the copy's speed"
             print(f"  {name:28}{row[f'{name}_us']:9.2f} us{relation}", flush=True)
     producers = []
-    for producer in PRODUCERS:
-        row = producer_row(producer, card, normal, options.seconds, options.rounds)
+    for prologue in PROLOGUES:
+        row = prologue_row(prologue, card, normal, options.seconds, options.rounds)
         torch.cuda.empty_cache()
         producers.append(row)
         figures = ", ".join(f"{key} {row[key]}" for key in row if key.endswith("_us") or "ratio" in key)
         print(f"{row['name']:12} {figures}", flush=True)
     quantizers = []
-    for producer in (MATRIX, *PRODUCERS):
-        row = quantizer_row(producer, card, normal, options.seconds, options.rounds)
+    for prologue in (MATRIX, *PROLOGUES):
+        row = quantizer_row(prologue, card, normal, options.seconds, options.rounds)
         torch.cuda.empty_cache()
         quantizers.append(row)
         figures = ", ".join(

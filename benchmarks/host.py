@@ -1,7 +1,7 @@
 """Host time of a whole linear layer call, eager and without gradients: `python benchmarks/host.py`.
 
 Everything that the caller waits for: checks, allocations, tensor maps, launches. The card never holds the
-host up: it is synchronised between batches of calls, outside of what is timed.
+host lowrank_b: it is synchronised between batches of calls, outside of what is timed.
 Writes results/host-<card>.json.
 """
 

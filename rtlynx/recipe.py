@@ -4,52 +4,95 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
+from rtlynx.math.formats import FORMAT_NAMES, FormatName
+from rtlynx.math.scores import MAGNITUDE
 from rtlynx.math.selection import Pattern
+
+_T = TypeVar("_T")
 
 # A rank given as a share of K is never less than this: a handful of directions at toy widths.
 MIN_SHARE_RANK = 4
 # The paper's share of the inputs, and where "auto" stops: up to 64 columns of T cost little on the kernels,
 # 2 % of 12,288 inputs most of what sparsity saves (`ours_paper_rank_us` in benchmarks/results/linear-*.json).
 SHARE, MOST_AUTO_RANK = 0.02, 64
-RECOMMENDED_SAVING = 0.9
+RECOMMENDED_SPEEDUP_SHARE = 0.9
 # More processes than any one layer is spread over; each adds parts to strided groups.
 MOST_TP_DEGREE = 1024
 
-# What a layer can be: selected inputs or all of them, weights in the model's dtype or in e4m3.
-Form = Literal["bf16-sparse", "fp8-sparse", "fp8-dense", "dense"]
-FORMS: tuple[Form, ...] = get_args(Form)
+# Fields by their names of version 0.1, which files and code may still use.
+_FORMER_RECIPE, _FORMER_BUDGET = {"forms": "formats"}, {"saving": "speedup_share"}
 
 
+def _renamed(former: Mapping[str, str]) -> Callable[[type[_T]], type[_T]]:
+    """Let a dataclass take and show fields by their former names, with a DeprecationWarning."""
+
+    def decorate(kind: type[_T]) -> type[_T]:
+        init: Callable[..., None] = kind.__init__
+
+        @functools.wraps(init)
+        def with_former(self: _T, *args: Any, **settings: Any) -> None:
+            for old in settings.keys() & former.keys():
+                if former[old] in settings:
+                    raise ValueError(f"{old} is the former name of {former[old]}: give one of them")
+                _warn(kind, old, former[old])
+            init(self, *args, **{former.get(key, key): value for key, value in settings.items()})
+
+        def shown(old: str, new: str) -> property:
+            def get(self: _T) -> Any:
+                _warn(kind, old, new)
+                return getattr(self, new)
+
+            return property(get, doc=f"Former name of `{new}`.")
+
+        kind.__init__ = with_former  # type: ignore[method-assign,assignment]
+        for old, new in former.items():
+            setattr(kind, old, shown(old, new))
+        return kind
+
+    return decorate
+
+
+def _warn(kind: type, old: str, new: str) -> None:
+    warnings.warn(f"{kind.__name__}.{old} is called {new} now", DeprecationWarning, stacklevel=3)
+
+
+@_renamed(_FORMER_BUDGET)
 @dataclass(frozen=True)
 class Budget:
-    """Which layers stay dense, by rule, and with precision "auto" which form the others take. Give one limit.
+    """Which layers stay dense, by rule, and with precision "auto" which format the others take. Give one
+    limit.
 
     Parameters
     ----------
     error : float, optional
         Sparsify the layers of best time saved per error while the relative squared error added to the
         model's own output, summed over layers, stays at or below this.
-    saving : float in (0, 1], optional
+    speedup_share : float in (0, 1], optional
         Sparsify as few, as harmless layers as reach this share of the time that sparsifying all would save.
     """
 
     error: float | None = None
-    saving: float | None = None
+    speedup_share: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.error is None) == (self.saving is None):
-            raise ValueError("a budget has one limit: error or saving")
+        if (self.error is None) == (self.speedup_share is None):
+            raise ValueError("a budget has one limit: error or speedup_share")
         if self.error is not None and not (_is_number(self.error) and self.error > 0):
             raise ValueError(f"budget error is a number above 0, got {self.error!r}")
-        if self.saving is not None and not (_is_number(self.saving) and 0 < self.saving <= 1):
-            raise ValueError(f"budget saving is a share in (0, 1], got {self.saving!r}")
+        if self.speedup_share is not None and not (
+            _is_number(self.speedup_share) and 0 < self.speedup_share <= 1
+        ):
+            raise ValueError(f"budget speedup_share is a share in (0, 1], got {self.speedup_share!r}")
 
 
+@_renamed(_FORMER_RECIPE)
 @dataclass(frozen=True)
 class Recipe:
     """How a model is made sparse. `Recipe.recommended` is what calibration uses where none is given.
@@ -100,10 +143,12 @@ class Recipe:
         Of the sparse layers' products: the model's own dtype, or e4m3 weights and inputs with a scale for
         each output channel and token. Auto: the budget chooses for each layer between fp8 that drops
         activations, fp8 that drops none, and dense.
-    forms : mapping
+    formats : mapping
         Glob pattern of layer names -> what these layers are, whatever else the recipe says but `skip`:
         "bf16-sparse" | "fp8-sparse" | "fp8-dense" (quantised, nothing dropped, not compensated) | "dense".
         The first pattern that matches counts.
+    score : str
+        Which n of m are kept: those of highest score (`rtlynx.math.scores`).
 
     Raises
     ------
@@ -129,10 +174,11 @@ class Recipe:
     skip: tuple[str, ...] = ()
     budget: Budget | None = None
     precision: Literal["bf16", "fp8", "auto"] = "bf16"
-    forms: Mapping[str, Form] = field(default_factory=dict, hash=False)
+    formats: Mapping[str, FormatName] = field(default_factory=dict, hash=False)
+    score: str = MAGNITUDE.name
 
     def __post_init__(self) -> None:
-        Pattern(self.n, self.m)
+        Pattern(self.n, self.m, score=self.score)
         _check_choice("grouping", self.grouping, ("auto", "adjacent", "strided"))
         _check_choice("norm", self.norm, ("auto", "none", "scale", "paper"))
         _check_choice("lowrank_solver", self.lowrank_solver, ("closed-form", "trained"))
@@ -166,11 +212,11 @@ class Recipe:
             raise ValueError(f"skip is a list of glob patterns, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
         _check_choice("precision", self.precision, ("bf16", "fp8", "auto"))
-        if not isinstance(self.forms, Mapping) or not all(isinstance(glob, str) for glob in self.forms):
-            raise ValueError(f"forms is a mapping from glob patterns to forms, got {self.forms!r}")
-        for glob, form in self.forms.items():
-            _check_choice(f"the form of {glob!r}", form, FORMS)
-        object.__setattr__(self, "forms", dict(self.forms))
+        if not isinstance(self.formats, Mapping) or not all(isinstance(glob, str) for glob in self.formats):
+            raise ValueError(f"formats is a mapping from glob patterns to formats, got {self.formats!r}")
+        for glob, format in self.formats.items():
+            _check_choice(f"the format of {glob!r}", format, FORMAT_NAMES)
+        object.__setattr__(self, "formats", dict(self.formats))
         if self.precision == "auto" and self.budget is None:
             raise ValueError(
                 "precision 'auto' lets the budget choose: give a budget, or precision fp8 or bf16"
@@ -195,7 +241,11 @@ class Recipe:
         more there, left to a few layers, than as a branch in all of them, and eight bits cost less than
         dropped activations.
         """
-        settings = {"rank": None, "precision": "auto", "budget": Budget(saving=RECOMMENDED_SAVING)}
+        settings = {
+            "rank": None,
+            "precision": "auto",
+            "budget": Budget(speedup_share=RECOMMENDED_SPEEDUP_SHARE),
+        }
         return cls(**{**settings, **changes})
 
     @classmethod
@@ -219,14 +269,14 @@ class Recipe:
         ValueError
             For unknown keys, with the nearest known one, and for values that `Recipe` refuses.
         """
-        known = {field.name for field in fields(cls)}
-        refuse_unknown("recipe", settings, known)
-        values = dict(settings)
+        values = {_FORMER_RECIPE.get(key, key): value for key, value in settings.items()}
+        refuse_unknown("recipe", values, {field.name for field in fields(cls)})
         if isinstance(values.get("budget"), Mapping):
-            refuse_unknown("budget", values["budget"], {field.name for field in fields(Budget)})
-            values["budget"] = Budget(**values["budget"])
+            limits = {_FORMER_BUDGET.get(key, key): value for key, value in values["budget"].items()}
+            refuse_unknown("budget", limits, {field.name for field in fields(Budget)})
+            values["budget"] = Budget(**limits)
         if values.get("budget") is not None and not isinstance(values["budget"], Budget):
-            raise ValueError(f"budget is {{'error': x}} or {{'saving': x}}, got {values['budget']!r}")
+            raise ValueError(f"budget is {{'error': x}} or {{'speedup_share': x}}, got {values['budget']!r}")
         return cls(**values)
 
     @classmethod
@@ -244,7 +294,7 @@ class Recipe:
         """Plain JSON values; inverse of `from_dict`."""
         values = asdict(self)
         values["skip"] = list(self.skip)
-        values["forms"] = dict(self.forms)
+        values["formats"] = dict(self.formats)
         return values
 
     @property
@@ -255,16 +305,18 @@ class Recipe:
     @property
     def uses_fp8(self) -> bool:
         """Whether any layer may be quantised."""
-        return self.precision != "bf16" or any(form.startswith("fp8") for form in self.forms.values())
+        return self.precision != "bf16" or any(format.startswith("fp8") for format in self.formats.values())
 
     @property
     def depends_on_call(self) -> bool:
         """Whether what a layer does depends on the model's call: its step, or where its text is."""
         return self.dense_steps > 0 or self.text_rows == "dense"
 
-    def fixed_format(self, name: str) -> Form | None:
-        """The form that `forms` gives the layer `name`, or None."""
-        return next((form for glob, form in self.forms.items() if fnmatch.fnmatchcase(name, glob)), None)
+    def fixed_format(self, name: str) -> FormatName | None:
+        """The format that `formats` gives the layer `name`, or None."""
+        return next(
+            (format for glob, format in self.formats.items() if fnmatch.fnmatchcase(name, glob)), None
+        )
 
     @property
     def layer_norm(self) -> Literal["none", "scale", "paper"]:

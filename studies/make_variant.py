@@ -152,7 +152,7 @@ def by_budget(
     """
     options = _options(variant, study, calibration)
     prompts = _calibration_prompts(study, variant, calibration)
-    everything = replace(recipe, budget=Budget(saving=1.0))  # so that calibration measures each layer
+    everything = replace(recipe, budget=Budget(speedup_share=1.0))  # so that calibration measures each layer
     report = rtlynx.calibrate(study.copy_of_pipeline(), prompts, everything, options, progress=False)
     dense_ms = planned_ms(study, recipe, only=())
     saved = {cost.name: dense_ms - planned_ms(study, recipe, only=(cost.name,)) for cost in report.costs}
@@ -199,8 +199,8 @@ def _in_plan(layer: LayerPlan, recipe: Recipe) -> Layer:
     # A share stays one: at toy widths the layer's own rank is the least that the library gives.
     rank = recipe.rank if isinstance(recipe.rank, float) else layer.rank / layer.in_features
     return Layer(
-        layer.form,
-        rank if layer.rank and layer.form not in ("dense", "fp8-dense") else 0.0,
+        layer.format.name,
+        rank if layer.rank and layer.format.name not in ("dense", "fp8-dense") else 0.0,
         recipe.lowrank_sharing == "shared",
         layer.text_rows_dense,
     )

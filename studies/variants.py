@@ -126,7 +126,7 @@ def _sweep(sweep: str, name: str, recipe: Recipe | None = None, **settings: Any)
 
 def _leaving(saving: float) -> Iterator[Variant]:
     """The library's budget rule: as few layers as keep this share of what all of them save."""
-    percent, budget = f"{100 * saving:g}%", Budget(saving=saving)
+    percent, budget = f"{100 * saving:g}%", Budget(speedup_share=saving)
     yield _sweep("saving", f"norm-{percent}", Recipe.immediate(budget=budget))
     yield _sweep("saving", f"refit-{percent}", replace(BF16, budget=budget))
     yield _sweep("saving", f"refit-rows-dense-{percent}", replace(BF16, text_rows="dense", budget=budget))

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from chain_helpers import NAMES, make_inputs, normal
+from prologue_helpers import NAMES, make_inputs, normal
 from torch import Tensor
 
+from rtlynx.cuda.sm90.prologues import PROLOGUES
 from rtlynx.math.fp8 import quantize_weight
-from rtlynx.ops import compress_prologues as producers
-from rtlynx.ops import prologues as chains
-from rtlynx.ops import quantize_prologues as quantizers
 from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.prologues import COMPRESS, QUANTIZE, quantize
 
 K, N, ROWS = 64, 24, 70
 DTYPES = (torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.float8_e4m3fn)
@@ -48,9 +47,10 @@ def calls(device="cpu") -> dict[str, Call]:
         if fp8:
             weight, weight_scale = quantize_weight(weight)
         how = {"grouping": "strided", "parts": [32, 32], "norm": True}
-        blocks, scale, lowrank = ops.compress(x, lowrank_a, **how, fp8=fp8)
-        compressed = {"blocks": blocks, "scale": scale, "lowrank": lowrank}
-        made[f"compress{of}"] = Call(ops.compress, {"x": x, "lowrank_a": lowrank_a, **how, "fp8": fp8})
+        format = "fp8-sparse" if fp8 else "bf16-sparse"
+        packed_a, scale, lowrank = ops.compress(x, lowrank_a, **how, format=format)
+        compressed = {"packed_a": packed_a, "scale": scale, "lowrank": lowrank}
+        made[f"compress{of}"] = Call(ops.compress, {"x": x, "lowrank_a": lowrank_a, **how, "format": format})
         one = {"weight": weight, "lowrank_b": lowrank_b, "bias": bias}
         made[f"gemm{of}"] = Call(ops.gemm, {**compressed, **one, "rows": ROWS, "weight_scale": weight_scale})
         lists = {"weights": [weight] * 2, "lowrank_bs": [lowrank_b] * 2, "biases": [bias] * 2}
@@ -58,13 +58,13 @@ def calls(device="cpu") -> dict[str, Call]:
         made[f"gemm_joint{of}"] = Call(ops.gemm_joint, {**compressed, **lists})
         layer = {"x": x, **one, "lowrank_a": lowrank_a, **how, "weight_scale": weight_scale}
         made[f"linear{of}"] = Call(ops.linear, layer)
-    made["quantize"] = Call(quantizers.quantize, {"x": normal(2, 35, K)})
+    made["quantize"] = Call(quantize, {"x": normal(2, 35, K)})
     for name in NAMES:
-        names = [part.split()[1] for part in chains.PRODUCERS[name].inputs.split(", ")]
+        names = [argument for argument, _ in PROLOGUES[name].arguments]
         inputs = dict(zip(names, make_inputs(name, 2, 35), strict=True))
-        made[f"{name}_quantize"] = Call(getattr(quantizers, f"{name}_quantize"), inputs)
+        made[f"{name}_quantize"] = Call(QUANTIZE[name], inputs)
         tail = {"lowrank_a": normal(5, K, seed=3), "grouping": "adjacent", "parts": [], "norm": True}
-        made[f"{name}_compress"] = Call(getattr(producers, f"{name}_compress"), {**inputs, **tail})
+        made[f"{name}_compress"] = Call(COMPRESS[name], {**inputs, **tail})
     return {name: call.map(lambda one: one.to(device)) for name, call in made.items()}
 
 

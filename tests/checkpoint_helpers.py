@@ -15,12 +15,12 @@ RECIPES = {
     "refit": Recipe(rank=None, ridge=RIDGE),
     "refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, grouping="strided"),
     "refit, dense steps and rows": Recipe(ridge=RIDGE, dense_steps=2, text_rows="dense"),
-    "budget": Recipe(rank=4, ridge=RIDGE, budget=Budget(saving=0.5)),
+    "budget": Recipe(rank=4, ridge=RIDGE, budget=Budget(speedup_share=0.5)),
     "fp8, immediate": Recipe.immediate(precision="fp8"),
     "fp8, dense steps and rows": Recipe.immediate(precision="fp8", dense_steps=2, text_rows="dense"),
     "fp8, refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, precision="fp8"),
-    "every form": Recipe(
-        rank=4, ridge=RIDGE, forms={"*.to_q": "fp8-sparse", "*.to_k": "fp8-dense", "*.to_v": "dense"}
+    "every format": Recipe(
+        rank=4, ridge=RIDGE, formats={"*.to_q": "fp8-sparse", "*.to_k": "fp8-dense", "*.to_v": "dense"}
     ),
 }
 

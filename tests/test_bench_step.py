@@ -95,8 +95,10 @@ def test_layers_whole_in_fp8_are_those_of_the_box_s_recommended_solution():
 def test_nothing_dropped_is_every_layer_in_eight_bits():
     model = tiny_flux()
     step_variants.nothing_dropped(model)
-    forms = {(layer.precision, layer.pattern.n == layer.pattern.m) for layer in sparse_layers(model).values()}
-    assert forms == {("fp8", True)}
+    formats = {
+        (layer.precision, layer.pattern.n == layer.pattern.m) for layer in sparse_layers(model).values()
+    }
+    assert formats == {("fp8", True)}
 
 
 def test_spared_layers_hold_their_share_and_lie_evenly():

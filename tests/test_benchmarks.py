@@ -11,7 +11,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import host
-import producers
+import prologues
 import script
 import targets
 import tune
@@ -232,13 +232,13 @@ def test_rows_tell_the_state_of_the_card():
     assert results.card_state(rows) == {"clock_mhz": 1450.0, "power_w": None}
 
 
-@pytest.mark.parametrize("producer", producers.PRODUCERS, ids=lambda producer: producer.name)
-def test_chains_end_with_what_a_layer_reads(producer):
-    inputs = producer.inputs(8, 60, lambda *size: torch.randn(*size, dtype=torch.bfloat16))
-    out = producer.chain(*inputs)
+@pytest.mark.parametrize("prologue", prologues.PROLOGUES, ids=lambda prologue: prologue.name)
+def test_chains_end_with_what_a_layer_reads(prologue):
+    inputs = prologue.inputs(8, 60, lambda *size: torch.randn(*size, dtype=torch.bfloat16))
+    out = prologue.chain(*inputs)
     assert out.shape == (1, 8, 60)
     assert out.dtype is torch.bfloat16
-    values, scale = producer.quantized(*inputs)
+    values, scale = prologue.quantized(*inputs)
     assert (values.shape, scale.shape) == ((1, 8, 60), (1, 8, 1))
 
 

@@ -161,9 +161,9 @@ def test_without_a_recipe_the_recommended_one_is_applied():
     assert state_of(model).plan.recipe == Recipe.recommended()
     assert report.choice is not None
     assert report.choice.saving >= 0.9
-    halved = [cost for cost in report.costs if cost.form == "fp8-sparse"]
+    halved = [cost for cost in report.costs if cost.format == "fp8-sparse"]
     worst = max(halved, key=lambda cost: cost.error / cost.saving)
-    assert report.choice.forms.get(worst.name) != "fp8-sparse"
+    assert report.choice.formats.get(worst.name) != "fp8-sparse"
     assert {layer.rank for layer in sparse_layers(model).values()} == {0}
 
 

@@ -65,18 +65,18 @@ def test_the_refit_is_least_squares_on_quantised_tokens():
 
 
 def test_readers_of_one_tensor_in_different_forms_are_solved_apart():
-    forms = {"*.attn.to_q": "bf16-sparse", "*.attn.to_k": "fp8-dense", "*.proj_mlp": "dense"}
-    mixed, report = run(recipe=Recipe(rank=4, ridge=RIDGE, precision="fp8", forms=forms), data=calls(4))
+    formats = {"*.attn.to_q": "bf16-sparse", "*.attn.to_k": "fp8-dense", "*.proj_mlp": "dense"}
+    mixed, report = run(recipe=Recipe(rank=4, ridge=RIDGE, precision="fp8", formats=formats), data=calls(4))
     layers = sparse_layers(mixed)
     q, k, v = (layers[f"{SINGLE}.attn.to_{name}"] for name in "qkv")
     assert (q.precision, q.rank, q.refitted) == ("bf16", 4, True)
     assert (k.precision, k.rank, k.refitted, k.pattern.n == k.pattern.m) == ("fp8", 0, False, True)
     assert (v.precision, v.rank, v.refitted) == ("fp8", 4, True)
-    assert report.dense[f"{SINGLE}.proj_mlp"] == "dense by 'forms'"
+    assert report.dense[f"{SINGLE}.proj_mlp"] == "dense by 'formats'"
     # each as if the others were not there
     alone = sparse_layers(
         run(
-            recipe=Recipe(rank=4, ridge=RIDGE, forms={f"{SINGLE}.attn.to_q": "bf16-sparse", "*": "dense"}),
+            recipe=Recipe(rank=4, ridge=RIDGE, formats={f"{SINGLE}.attn.to_q": "bf16-sparse", "*": "dense"}),
             data=calls(4),
         )[0]
     )

@@ -194,7 +194,7 @@ def test_budget_by_saving(share):
         if name.startswith(SINGLE) and not name.endswith("proj_out"):
             shared_by = 4
         savings[name] = flops(layer, 72 if name.startswith(SINGLE) else 64, shared_by)
-    model, report = run(recipe=Recipe(rank=4, ridge=RIDGE, budget=Budget(saving=share)))
+    model, report = run(recipe=Recipe(rank=4, ridge=RIDGE, budget=Budget(speedup_share=share)))
     for cost in report.costs:
         assert cost.saving == pytest.approx(savings[cost.name])
     reached = sum(savings[name] for name in sparse_layers(model)) / sum(savings.values())

@@ -104,7 +104,7 @@ def test_a_finished_folder_gives_the_same_again_and_serves_another_budget(tmp_pa
     sample(second, JOINT, options_in(tmp_path))
     assert second.batches == []
     assert_same(solution(second.transformer), solution(first.transformer))
-    sample(third, Recipe(rank=4, ridge=RIDGE, budget=Budget(saving=0.5)), options_in(tmp_path))
+    sample(third, Recipe(rank=4, ridge=RIDGE, budget=Budget(speedup_share=0.5)), options_in(tmp_path))
     assert third.batches == []
     assert 0 < len(sparse_layers(third.transformer)) < 11
 

@@ -55,7 +55,7 @@ def test_inspect_lists_every_candidate_with_its_reason(run):
     layers = {layer["name"]: layer for layer in overview["layers"]}
     assert overview["architecture"] == "FluxTransformer2DModel"
     assert len(layers) == 3 * 12 + 6 * 5
-    assert layers["transformer_blocks.0.attn.add_q_proj"]["form"] == "fp8-dense"  # the text stream
+    assert layers["transformer_blocks.0.attn.add_q_proj"]["format"] == "fp8-dense"  # the text stream
     assert layers["single_transformer_blocks.0.proj_out"]["pattern"] == "2:4 strided"
     assert overview["sparse_layers"] == 3 * 6 + 6 * 5
 
@@ -86,14 +86,14 @@ def test_convert_then_evaluate(run, tmp_path, prompts):
 
 
 def test_convert_to_fp8(run, tmp_path):
-    folder, forms = tmp_path / "fp8", json.dumps({"*.ff.net.2": "fp8-dense"})
-    settings = ("--set", "precision=fp8", "--set", f"forms={forms}")
+    folder, formats = tmp_path / "fp8", json.dumps({"*.ff.net.2": "fp8-dense"})
+    settings = ("--set", "precision=fp8", "--set", f"formats={formats}")
     assert run("convert", "zoo:flux-emoji", "--out", folder, *settings)[0] == 0
     code, out, _ = run("inspect", "zoo:flux-emoji", "--checkpoint", folder, "--json")
     assert code == 0
     overview = json.loads(out)
-    found = [layer["form"] for layer in overview["layers"]]
-    assert {form: found.count(form) for form in found} == {"fp8-sparse": 45, "fp8-dense": 21}
+    found = [layer["format"] for layer in overview["layers"]]
+    assert {format: found.count(format) for format in found} == {"fp8-sparse": 45, "fp8-dense": 21}
     assert overview["extra_bytes"] < -2e7
     code, out, _ = run("inspect", "zoo:flux-emoji", *settings)
     assert code == 0
@@ -116,8 +116,8 @@ def test_calibrate_tells_which_forms_the_budget_chose(run, tmp_path, prompts, as
         return
     report = json.loads(out)
     assert len(report["budget"]["costs"]) == 2 * 4
-    assert {cost["form"] for cost in report["budget"]["costs"]} == {"fp8-sparse", "fp8-dense"}
-    assert set(report["budget"]["forms"]) == set(report["layers"])
+    assert {cost["format"] for cost in report["budget"]["costs"]} == {"fp8-sparse", "fp8-dense"}
+    assert set(report["budget"]["formats"]) == set(report["layers"])
 
 
 def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts):
@@ -137,14 +137,14 @@ def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts)
     assert overview["recipe"]["text_rows"] == "dense"
     sparse = {layer["name"]: layer for layer in overview["layers"] if not layer["dense_reason"]}
     assert set(sparse) == set(report["layers"])
-    halved = [layer for layer in sparse.values() if layer["form"] == "fp8-sparse"]
+    halved = [layer for layer in sparse.values() if layer["format"] == "fp8-sparse"]
     assert 0 < len(halved) == overview["sparse_layers"] < len(sparse)  # some drop nothing
     assert {layer["rank"] for layer in halved} == {4}
     assert not overview["undecided"]
 
 
 def test_inspect_says_that_a_budget_has_not_decided_yet(run):
-    said = "Calibration decides, by the budget, which of these stay dense or take another form."
+    said = "Calibration decides, by the budget, which of these stay dense or take another format."
     code, out, _ = run("inspect", "zoo:flux-emoji")
     assert code == 0
     assert said in " ".join(out.split())

@@ -6,8 +6,9 @@ import torch
 from rtlynx.cuda import jit, tuning
 from rtlynx.cuda.sm90 import compress as host
 from rtlynx.cuda.sm90 import gemm
-from rtlynx.cuda.sm90.compress import CompressOptions, Input
-from rtlynx.math.tiles import BF16, FP8
+from rtlynx.cuda.sm90.compress import CompressOptions
+from rtlynx.cuda.sm90.prologues import IDENTITY, BoundPrologue
+from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE
 
 SMS, SHARED_PER_SM = 132, 228 * 1024
 
@@ -16,7 +17,7 @@ class StandInKernel:
     """A kernel of a card that is one field of multiprocessors, without the borders of a real one."""
 
     def __init__(self, configuration, cluster, shared_bytes):
-        blocks = min(configuration.blocks_per_sm, SHARED_PER_SM // (shared_bytes + 4096))
+        blocks = min(configuration.ctas_per_sm, SHARED_PER_SM // (shared_bytes + 4096))
         self.clusters = SMS * blocks // cluster
 
     def most_clusters(self):
@@ -34,10 +35,10 @@ def card(monkeypatch):
     host._most_clusters.cache_clear()
 
 
-def plan(rows, k, rank=64, grouping="adjacent", held=FP8, device=0):
-    x = Input(host.MATRIX, b"", rows, k, torch.device("cuda", device), True)
+def plan(rows, k, rank=64, grouping="adjacent", format=FP8_SPARSE, device=0):
+    x = BoundPrologue(IDENTITY, b"", rows, k, torch.device("cuda", device), True)
     lowrank_a = torch.empty(rank, k, dtype=torch.bfloat16, device="meta") if rank else None
-    return host.plan_compress(x, lowrank_a, CompressOptions(grouping, (), True, held))
+    return host.plan_compress(x, lowrank_a, CompressOptions(grouping, (), True, format))
 
 
 @pytest.mark.parametrize("grouping", ["adjacent", "strided"])
@@ -76,10 +77,10 @@ def test_more_columns_than_fit_are_refused(card):
 def test_cards_of_one_machine_are_cut_for_each_as_it_is(card, monkeypatch):
     counts = {0: 132, 1: 40}
     monkeypatch.setattr(host, "multiprocessors", counts.get)
-    for held in (BF16, FP8):
-        large, small = (plan(4096, 3072, held=held, device=device) for device in counts)
+    for format in (BF16_SPARSE, FP8_SPARSE):
+        large, small = (plan(4096, 3072, format=format, device=device) for device in counts)
         assert large.cluster > small.cluster
-        assert small == plan(4096, 3072, held=held, device=1)
+        assert small == plan(4096, 3072, format=format, device=1)
 
 
 def test_the_tile_of_a_product_is_that_of_the_card():
@@ -90,9 +91,9 @@ def test_the_tile_of_a_product_is_that_of_the_card():
 
 @pytest.mark.parametrize("columns", [32, 96])
 def test_tiles_that_would_not_be_stored_whole_are_refused(columns):
-    tile = tuning.Tile(columns, 4)
+    config = tuning.GemmConfig(columns, 4)
     with pytest.raises(ValueError, match="multiple of 64"):
-        gemm._defines(tile)
-    defines = dict(gemm.INSTANTIATIONS[0].defines) | {"BN": columns}
-    with pytest.raises(jit.CompileError, match=r"stored 64 columns at a time|BN is one of"):
+        gemm._defines(config)
+    defines = dict(gemm.INSTANTIATIONS[0].defines) | {"BLOCK_N": columns}
+    with pytest.raises(jit.CompileError, match=r"stored 64 columns at a time|BLOCK_N is one of"):
         jit.compile("gemm.cu", tuple(defines.items()))

@@ -227,8 +227,8 @@ def test_live_calibration_of_fp8_sees_the_eight_bits(pipeline, monkeypatch):
         build_variant(name, pipeline, solutions=None, calibration_prompts=calibration_prompts(2))
     plain, fp8 = recipes.values()
     assert (plain.precision, fp8.precision) == ("bf16", "fp8")
-    assert set(fp8.forms.values()) == {"dense"}  # the text stream's
-    assert {**plain.to_dict(), "precision": "fp8", "forms": fp8.forms} == fp8.to_dict()
+    assert set(fp8.formats.values()) == {"dense"}  # the text stream's
+    assert {**plain.to_dict(), "precision": "fp8", "formats": fp8.formats} == fp8.to_dict()
 
 
 def test_pruned_weights_keep_two_of_four(pipeline):

@@ -1,4 +1,4 @@
-"""Blocks whose layers read prepared chains: the same model, in fewer passes. Kernels in their CPU form."""
+"""Blocks whose layers read prologues: the same model, in fewer passes. Kernels run as their reference."""
 
 import copy
 import gc
@@ -24,17 +24,16 @@ from rtlynx import Recipe, densify, sparsify
 from rtlynx.models import fusion
 from rtlynx.models.fusion import rotate
 from rtlynx.nn.prologue import adaln, read
-from rtlynx.ops import compress_prologues as producers
-from rtlynx.ops import quantize_prologues as quantizers
 from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.prologues import COMPRESS, QUANTIZE
 
 RECIPES = {
     "bf16": Recipe.immediate(),
     "adjacent": Recipe.immediate(grouping="adjacent"),
     "fp8": Recipe.immediate(precision="fp8"),
     "text": Recipe.immediate(text_stream="sparse"),
-    "whole": Recipe.immediate(forms={"*": "fp8-dense"}),
-    "mixed": Recipe.immediate(precision="fp8", forms={"*.to_k": "fp8-dense"}),
+    "whole": Recipe.immediate(formats={"*": "fp8-dense"}),
+    "mixed": Recipe.immediate(precision="fp8", formats={"*.to_k": "fp8-dense"}),
 }
 
 
@@ -57,21 +56,22 @@ def _served(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts producers and products."""
+    """Counts prologues and products."""
     count = Counter()
 
     def watch(module, name):
-        original = getattr(module, name)
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
 
-        def counted(*args):
+    def counted(name, original):
+        def call(*args):
             count[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(module, name, counted)
+        return call
 
-    for name in ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu"):
-        watch(producers, f"{name}_compress")
-        watch(quantizers, f"{name}_quantize")
+    for kind, table in (("compress", COMPRESS), ("quantize", QUANTIZE)):
+        for name, original in table.items():
+            monkeypatch.setitem(table, name, counted(f"{name}_{kind}", original))
     for name in ("compress", "gemm", "gemm_joint", "linear"):
         watch(ops, name)
     return count
@@ -145,17 +145,18 @@ def test_each_input_of_dense_fp8_layers_is_quantised_once(calls):
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
 @pytest.mark.parametrize(
-    ("forms", "quantised", "compressed"),
+    ("formats", "quantised", "compressed"),
     [
-        # q, k and v of the image, and with the MLP in the single block; text's and the MLPs are of one form.
+        # q, k and v of the image, and with the MLP in the single block; text's and the MLPs are of one
+        # format.
         ({"*.attn.to_k": "fp8-sparse", "*": "fp8-dense"}, 5, 2),
         ({"*.attn.to_k": "dense", "*": "fp8-dense"}, 3, 0),  # what stays dense wants the dense chain
         ({"*.attn.to_[qv]": "bf16-sparse", "*.attn.to_k": "fp8-dense", "*": "dense"}, 1, 1),
     ],
 )
-def test_layers_of_several_forms_read_the_chain_in_each(forms, quantised, compressed, calls):
+def test_layers_of_several_forms_read_the_chain_in_each(formats, quantised, compressed, calls):
     model, call = model_and_call("flux")
-    sparsify(model, Recipe.immediate(forms=forms))
+    sparsify(model, Recipe.immediate(formats=formats))
     expected = output(unfused(model), call)
     calls.clear()
     y = output(model, call)
@@ -167,7 +168,7 @@ def test_layers_of_several_forms_read_the_chain_in_each(forms, quantised, compre
 @pytest.mark.usefixtures("_served")
 def test_text_rows_in_the_original_weight_read_the_dense_chain(calls):
     model, call = model_and_call("flux")
-    sparsify(model, Recipe.immediate(forms={"*": "fp8-dense"}, text_rows="dense"))
+    sparsify(model, Recipe.immediate(formats={"*": "fp8-dense"}, text_rows="dense"))
     expected = output(unfused(model), call)
     calls.clear()
     y = output(model, call)
@@ -250,21 +251,21 @@ def test_it_compiles_as_one_graph_a_block(name, recipe):
 @pytest.mark.usefixtures("_served")
 def test_blocks_of_many_forms_compile_once_for_each():
     """A budget chooses for each layer; Dynamo allows one code object eight compilations."""
-    forms = {
+    formats = {
         f"single_transformer_blocks.{block}.{layer}": "fp8-dense"
         for block in range(24)
         for bit, layer in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
         if block % 12 >> bit & 1
     }
     model = tiny_flux(num_layers=1, num_single_layers=24).bfloat16()
-    sparsify(model, Recipe.immediate(precision="fp8", forms=forms))
+    sparsify(model, Recipe.immediate(precision="fp8", formats=formats))
     call = in_dtype(flux_call(), torch.bfloat16)
     expected = output(model, call)
     assert torch._dynamo.config.recompile_limit < 12
     counter = torch._dynamo.testing.CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     assert torch.equal(output(model, call), expected)
-    # The double block; the first single block's form twice, as its inputs are no parts of one tensor yet.
+    # The double block; the first single block's format twice, as its inputs are no parts of one tensor yet.
     assert counter.frame_count == 1 + 12 + 1
 
 

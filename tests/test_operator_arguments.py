@@ -8,9 +8,8 @@ from argument_helpers import Call, K, calls, changed
 from torch._subclasses import FakeTensorMode
 
 from rtlynx.ops import checks
-from rtlynx.ops import compress_prologues as producers
-from rtlynx.ops import quantize_prologues as quantizers
 from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.prologues import COMPRESS, quantize
 
 NAMES = list(calls())
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -103,10 +102,10 @@ def test_all_elsewhere_is_shapes_alone(name):
 
 
 @pytest.mark.parametrize("shape", [(2**31, K), (2**16, 2**16, K), (4, 2**32)])
-@pytest.mark.parametrize("run", [ops.compress, producers.gelu_compress])
+@pytest.mark.parametrize("run", [ops.compress, COMPRESS["gelu"]])
 def test_sizes_that_kernels_cannot_count(run, shape):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     with pytest.raises(ValueError, match=rf"of x are 0 to {checks.MAX_SIZE}, got"):
         run(x, None, "adjacent", [], False)
     with pytest.raises(ValueError, match=rf"of x are 0 to {checks.MAX_SIZE}, got"):
-        quantizers.quantize(x)
+        quantize(x)

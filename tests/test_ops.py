@@ -74,9 +74,11 @@ def test_compress_is_the_packed_selection_the_scale_and_t(name):
     x = normal(3, 30, K) * torch.logspace(-30, 30, 30)[:, None].bfloat16()
     x[0, 3] = 0.0
     x[1, 4, 7] = float("nan")
-    blocks, scale, lowrank = ops.compress(x, lowrank_a, pattern.grouping, ops.pattern_parts(pattern, K), True)
+    packed_a, scale, lowrank = ops.compress(
+        x, lowrank_a, pattern.grouping, ops.pattern_parts(pattern, K), True
+    )
     flat = x.reshape(-1, K)
-    assert torch.equal(blocks, pack_a(flat, pattern))
+    assert torch.equal(packed_a, pack_a(flat, pattern))
     expected = norm_scale(flat, selection(flat, name))[:, 0]
     assert scale.dtype == torch.float32
     torch.testing.assert_close(scale, expected, rtol=1e-6, atol=0)
@@ -89,7 +91,7 @@ def test_compress_is_the_packed_selection_the_scale_and_t(name):
         assert relative_error(row, exact_row) < 4e-3
     assert bool(t[34].isnan().all())
     assert torch.equal(
-        ops.compress(x, None, pattern.grouping, ops.pattern_parts(pattern, K), False)[0], blocks
+        ops.compress(x, None, pattern.grouping, ops.pattern_parts(pattern, K), False)[0], packed_a
     )
 
 
@@ -117,9 +119,9 @@ def test_fp8_linear_is_the_formula_on_quantised_operands(name, norm, rank):
         expected += x.double() @ lowrank_a.double().T @ lowrank_b.double().T
     for row, expected_row in zip(y, expected, strict=True):
         assert relative_error(row, expected_row) < 4e-3
-    blocks, scale, lowrank = ops.compress(x, lowrank_a, *arguments, True)
+    packed_a, scale, lowrank = ops.compress(x, lowrank_a, *arguments, "fp8-sparse")
     assert scale.shape == (70,)
-    operands = (blocks, scale, lowrank if rank else None, values, divided, bias, 70)
+    operands = (packed_a, scale, lowrank if rank else None, values, divided, bias, 70)
     assert torch.equal(ops.gemm(*operands, quantized.scale), y)
 
 
@@ -150,9 +152,9 @@ def test_any_leading_dimensions(shape):
     x = normal(*shape)
     y = ops.linear(x, weight, bias, lowrank_a, lowrank_b, "adjacent", [], True)
     assert y.shape == (*shape[:-1], N)
-    blocks, scale, lowrank = ops.compress(x, lowrank_a, "adjacent", [], True)
+    packed_a, scale, lowrank = ops.compress(x, lowrank_a, "adjacent", [], True)
     rows = x.numel() // K
-    assert torch.equal(y.reshape(rows, N), ops.gemm(blocks, scale, lowrank, weight, lowrank_b, bias, rows))
+    assert torch.equal(y.reshape(rows, N), ops.gemm(packed_a, scale, lowrank, weight, lowrank_b, bias, rows))
 
 
 def test_rows_of_any_stride():
@@ -185,7 +187,7 @@ def test_a_joint_product_is_that_of_each_layer(shared, fp8):
         lowrank_bs = [
             fold_lowrank_b(lowrank_b, scale) for lowrank_b, scale in zip(lowrank_bs, scales, strict=True)
         ]
-    compressed = ops.compress(x, lowrank_a, "adjacent", [], True, fp8)
+    compressed = ops.compress(x, lowrank_a, "adjacent", [], True, "fp8-sparse" if fp8 else "bf16-sparse")
     y = ops.gemm_joint(*compressed, weights, lowrank_bs, biases, scales, first_ranks, 70)
     for i, part in enumerate(y.split(sizes, dim=1)):
         alone = (x, weights[i], biases[i], lowrank_as[i], lowrank_bs[i], "adjacent", [], True)
@@ -198,12 +200,12 @@ def test_a_joint_product_is_that_of_each_layer(shared, fp8):
 def sample_calls(rank=5, norm=True):
     weight, bias, lowrank_a, lowrank_b = layer(rank)
     x = normal(2, 35, K)
-    blocks, scale, lowrank = ops.compress(x, lowrank_a, "strided", [24, 40], norm)
+    packed_a, scale, lowrank = ops.compress(x, lowrank_a, "strided", [24, 40], norm)
     return {
         "compress": (x, lowrank_a, "strided", [24, 40], norm),
-        "gemm": (blocks, scale if norm else None, lowrank if rank else None, weight, lowrank_b, bias, 70),
+        "gemm": (packed_a, scale if norm else None, lowrank if rank else None, weight, lowrank_b, bias, 70),
         "gemm_joint": (
-            *(blocks, scale if norm else None, lowrank if rank else None),
+            *(packed_a, scale if norm else None, lowrank if rank else None),
             *([weight, weight], [lowrank_b, lowrank_b] if rank else [], [bias, bias], [], [0, 0], 70),
         ),
         "linear": (x, weight, bias, lowrank_a, lowrank_b, "strided", [24, 40], norm),
@@ -214,14 +216,14 @@ def sample_calls_fp8(rank=5, norm=True):
     weight, bias, lowrank_a, lowrank_b = layer(rank)
     values, scale_of_weight = quantize_weight(weight)
     x = normal(2, 35, K)
-    blocks, scale, lowrank = ops.compress(x, lowrank_a, "strided", [24, 40], norm, True)
+    packed_a, scale, lowrank = ops.compress(x, lowrank_a, "strided", [24, 40], norm, "fp8-sparse")
     lowrank = lowrank if rank else None
     return {
-        "compress": (x, lowrank_a, "strided", [24, 40], norm, True),
-        "gemm": (blocks, scale, lowrank, values, lowrank_b, bias, 70, scale_of_weight),
+        "compress": (x, lowrank_a, "strided", [24, 40], norm, "fp8-sparse"),
+        "gemm": (packed_a, scale, lowrank, values, lowrank_b, bias, 70, scale_of_weight),
         "gemm_joint": (
             *(
-                blocks,
+                packed_a,
                 scale,
                 lowrank,
                 [values, values],
@@ -274,8 +276,8 @@ def test_one_compilation_serves_any_number_of_rows():
     weight, bias, lowrank_a, lowrank_b = layer(33)
 
     def both(x):
-        blocks, scale, lowrank = ops.compress(x, lowrank_a, "adjacent", [], True)
-        y = ops.gemm(blocks, scale, lowrank, weight, lowrank_b, bias, x.shape[0])
+        packed_a, scale, lowrank = ops.compress(x, lowrank_a, "adjacent", [], True)
+        y = ops.gemm(packed_a, scale, lowrank, weight, lowrank_b, bias, x.shape[0])
         return y + ops.linear(x, weight, bias, lowrank_a, lowrank_b, "adjacent", [], True)
 
     torch._dynamo.reset()
@@ -314,10 +316,10 @@ def test_compress_says_what_is_wrong(changes, error, match):
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"rows": 140}, ValueError, "blocks of 140 rows and 64 columns of torch.bfloat16 are 13824 bytes"),
+        ({"rows": 140}, ValueError, "packed_a of 140 rows and 64 columns of torch.bfloat16 are 13824 bytes"),
         ({"scale": torch.ones(69)}, ValueError, "scale is .* = .70,. or empty"),
         ({"lowrank_b": None}, ValueError, "comes with lowrank_b"),
-        ({"lowrank": None}, ValueError, "low-rank blocks of 70 rows and rank 5 are 8192 bytes, got none"),
+        ({"lowrank": None}, ValueError, "low-rank packed_a of 70 rows and rank 5 are 8192 bytes, got none"),
         ({"lowrank_b": normal(N, 33)}, ValueError, "rank 33 are 16384 bytes"),
         ({"lowrank_b": normal(N - 1, 5)}, ValueError, r"lowrank_b is \(24, r\)"),
         ({"weight": normal(N, K).float()}, TypeError, r"weights of bfloat16, .* got torch\.float32"),
@@ -327,7 +329,7 @@ def test_compress_says_what_is_wrong(changes, error, match):
     ],
 )
 def test_gemm_says_what_is_wrong(changes, error, match):
-    names = ("blocks", "scale", "lowrank", "weight", "lowrank_b", "bias", "rows")
+    names = ("packed_a", "scale", "lowrank", "weight", "lowrank_b", "bias", "rows")
     call = dict(zip(names, sample_calls()["gemm"], strict=True))
     with pytest.raises(error, match=match):
         ops.gemm(**{**call, **changes})
@@ -350,7 +352,7 @@ def test_gemm_says_what_is_wrong(changes, error, match):
     ],
 )
 def test_fp8_gemm_says_what_is_wrong(changes, error, match):
-    names = ("blocks", "scale", "lowrank", "weight", "lowrank_b", "bias", "rows", "weight_scale")
+    names = ("packed_a", "scale", "lowrank", "weight", "lowrank_b", "bias", "rows", "weight_scale")
     call = dict(zip(names, sample_calls_fp8()["gemm"], strict=True))
     with pytest.raises(error, match=match):
         ops.gemm(**{**call, **changes})
@@ -377,7 +379,7 @@ def test_fp8_gemm_says_what_is_wrong(changes, error, match):
 def test_joint_gemm_says_what_is_wrong(changes, error, match):
     names = (
         *(
-            "blocks",
+            "packed_a",
             "scale",
             "lowrank",
             "weights",
@@ -492,7 +494,7 @@ def test_quantised_weights_are_served(hopper):
         warnings.simplefilter("error", RuntimeWarning)
         assert served(weight=weight(K))
         assert served(k=20480, weight=weight(20480))
-    for k, reason in ((72, "in fp8 of 16"), (20544, "at most 20480 inputs")):
+    for k, reason in ((72, "are a multiple of 16"), (20544, "at most 20480 inputs")):
         with pytest.warns(RuntimeWarning, match=reason):
             assert not served(k=k, weight=weight(k))
 

@@ -43,7 +43,7 @@ RECIPES = {
     "kept": Recipe(rank=4, ridge=RIDGE, tp_degree=2, text_rows="dense", dense_steps=1),
     "fp8": Recipe.immediate(tp_degree=2, precision="fp8"),
     "fp8-refit": Recipe(rank=0.05, ridge=RIDGE, tp_degree=2, precision="fp8"),
-    "fp8-dense": Recipe.immediate(tp_degree=2, forms={"*": "fp8-dense"}),
+    "fp8-dense": Recipe.immediate(tp_degree=2, formats={"*": "fp8-dense"}),
 }
 QWEN_RECIPES = ("norm", "low-rank", "refit")
 PAIRS = [*(("flux", recipe) for recipe in RECIPES), *(("qwen", recipe) for recipe in QWEN_RECIPES)]

@@ -1,4 +1,4 @@
-"""The operators that quantise all of a tensor, or of what an elementwise chain yields, on the CPU."""
+"""The operators that quantise all of a tensor, or of the result of a prologue, on the CPU."""
 
 import math
 import struct
@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 import torch._dynamo.testing
-from chain_helpers import (
+from prologue_helpers import (
     NAMES,
     K,
     by_formula,
@@ -15,33 +15,34 @@ from chain_helpers import (
     make_inputs,
     misaligned,
     normal,
+    read_bound,
     read_matrix,
-    read_source,
 )
 from torch._subclasses import FakeTensorMode
 
-from rtlynx.cuda.sm90 import compress, quantize
+from rtlynx.cuda.sm90 import quantize
+from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES, bind_matrix, rounded
 from rtlynx.math.fp8 import E4M3, quantize_tokens
 from rtlynx.math.selection import Pattern
 from rtlynx.ops import dispatch as choice
 from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops import prologues as chains
-from rtlynx.ops import quantize_prologues as quantizers
+from rtlynx.ops import prologues
+from rtlynx.ops.checks import check_prologue
+from rtlynx.ops.prologues import QUANTIZE, launch_quantize
 
 OPERATORS = ("quantize", *(f"{name}_quantize" for name in NAMES))
 
 
 def operator(name):
-    return getattr(quantizers, f"{name}_quantize")
+    return QUANTIZE[name]
 
 
 def make_call(operator_name, *leading, k=K):
     """An operator and its arguments for a result (*leading, k)."""
     if operator_name == "quantize":
-        return quantizers.quantize, (normal(*leading, k, seed=1),)
-    return getattr(quantizers, operator_name), make_inputs(
-        operator_name.removesuffix("_quantize"), *leading, k=k
-    )
+        return QUANTIZE["identity"], (normal(*leading, k, seed=1),)
+    name = operator_name.removesuffix("_quantize")
+    return QUANTIZE[name], make_inputs(name, *leading, k=k)
 
 
 def assert_same_bits(result, expected):
@@ -70,17 +71,17 @@ def test_values_times_scale_are_those_of_the_formula(name, leading):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_quantised_as_the_rounded_output_of_the_chain(name):
+def test_quantised_as_the_rounded_result(name):
     inputs = make_inputs(name, 2, 35)
-    rounded = chains.PRODUCERS[name].chain(*inputs).bfloat16()
-    assert_same_bits(operator(name)(*inputs), quantize_tokens(rounded))
-    assert_same_bits(quantizers.quantize(rounded), quantize_tokens(rounded))
+    dense = rounded(PROLOGUES[name], inputs)
+    assert_same_bits(operator(name)(*inputs), quantize_tokens(dense))
+    assert_same_bits(QUANTIZE["identity"](dense), quantize_tokens(dense))
 
 
 def test_awkward_tokens_are_quantised_as_the_definition_says():
     x = normal(12, K) * torch.logspace(-38, 38, 12).unsqueeze(-1).bfloat16()
     x[3], x[4, 0], x[5, 7], x[6, 8] = 0, -0.0, math.nan, -math.inf
-    values, scale = quantizers.quantize(x)
+    values, scale = QUANTIZE["identity"](x)
     assert_same_bits((values, scale), quantize_tokens(x))
     assert float(scale[3]) == 1
     assert bool(values[3].view(torch.uint8).eq(0).all())
@@ -154,8 +155,8 @@ def handed(monkeypatch):
     """Launches end here, in plain PyTorch over what the kernel would have found in memory."""
 
     def launch(x, shape, dense=None):
-        assert len(x.structure) == compress.SOURCE_BYTES[x.source]
-        found = read_source(x).bfloat16()
+        assert len(x.parameters) == x.prologue.layout.size
+        found = read_bound(x).bfloat16()
         if dense is not None:
             dense.copy_(found)
         return quantize_tokens(found.view(tuple(shape)))
@@ -165,9 +166,9 @@ def handed(monkeypatch):
 
 def run_handed(name, inputs):
     """The tensor that the kernel quantises, or None where it cannot read the inputs."""
-    shape = chains.PRODUCERS[name].shape(*inputs)
+    shape = check_prologue(PROLOGUES[name], inputs)
     dense = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=torch.bfloat16)
-    result = quantizers.launch(name, inputs, shape, dense)
+    result = launch_quantize(PROLOGUES[name], inputs, shape, dense)
     if result is not None:
         assert_same_bits(result, quantize_tokens(dense.view(shape)))
     return None if result is None else dense
@@ -204,20 +205,20 @@ def test_a_tensor_is_read_where_it_lies(shape):
     wide = torch.cat([x, x], -1)[..., K:]
     swapped = x.transpose(0, -2).contiguous().transpose(0, -2) if len(shape) > 2 else x
     for one in (x, wide, swapped, x.mT.contiguous().mT if len(shape) > 1 else x, misaligned(x)):
-        assert_same_bits(quantizers._quantize_hopper(one), quantize_tokens(x))
+        assert_same_bits(prologues._quantize_matrix(one), quantize_tokens(x))
 
 
-@pytest.mark.parametrize("source", range(6))
+@pytest.mark.parametrize("prologue", PROLOGUES.values(), ids=PROLOGUES)
 @pytest.mark.parametrize("columns", [8, 256, 264, 3072, 3840, 4096, 4104, 10240, 12288, 15360, 16384])
-def test_threads_hold_whole_rows(source, columns):
-    form = quantize._form(source, columns)
-    threads = form.threads(columns)
+def test_threads_hold_whole_rows(prologue, columns):
+    config = quantize._config(prologue, columns)
+    threads = config.threads(columns)
     assert threads % 32 == 0
-    assert threads - 32 < columns / (8 * form.chunks) <= threads
-    defines = dict(quantize._defines(source, form))
+    assert threads - 32 < columns / (8 * config.chunks) <= threads
+    defines = dict(quantize._defines(prologue, config))
     assert threads <= defines["MAX_THREADS"] <= 1024
     assert defines["MAX_THREADS"] * defines["MIN_CTAS"] <= 2048
-    assert any(one.defines == quantize._defines(source, form) for one in quantize.INSTANTIATIONS)
+    assert any(one.defines == quantize._defines(prologue, config) for one in quantize.INSTANTIATIONS)
 
 
 @pytest.mark.parametrize(("columns", "blocks"), [(64, 4), (4096, 4), (4104, 7)])
@@ -228,18 +229,18 @@ def test_what_a_launch_says(monkeypatch, columns, blocks):
         def launch(self, grid, stream, parameters):
             launched.append((grid, stream, parameters))
 
-    monkeypatch.setattr(quantize, "_kernel", lambda source, columns: Kernel())
+    monkeypatch.setattr(quantize, "_kernel", lambda prologue, columns: Kernel())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
     x = normal(7, columns)
-    values, scale = quantize.launch(compress.matrix_input(x), x.shape)
+    values, scale = quantize.launch(bind_matrix(x), x.shape)
     assert (values.shape, scale.shape) == ((7, columns), (7, 1))
     ((grid, stream, parameters),) = launched
     assert (grid, stream) == ((blocks, 1, 1), 5)
-    form = quantize._form(compress.MATRIX, columns)
-    assert len(parameters) == dict(quantize._defines(compress.MATRIX, form))["PARAMETER_BYTES"]
+    config = quantize._config(IDENTITY, columns)
+    assert len(parameters) == dict(quantize._defines(IDENTITY, config))["PARAMETER_BYTES"]
     assert torch.equal(read_matrix(parameters, 0, 7, columns)[0], x)
     assert struct.unpack_from("<3Q2i", parameters, 32) == (values.data_ptr(), scale.data_ptr(), 0, 7, columns)
-    quantize.launch(compress.matrix_input(x[:0]), (0, columns))
+    quantize.launch(bind_matrix(x[:0]), (0, columns))
     assert len(launched) == 1  # nothing to do
 
 
@@ -275,9 +276,7 @@ def test_a_dense_fp8_layer_quantises_with_it_to_the_same_bits(monkeypatch):
     x, calls = normal(3, 5, K), []
     expected = fp8.compress_fp8(x, Pattern(1, 1), "none")
     monkeypatch.setattr(fp8, "quantizer_supports", lambda k, x: True)
-    monkeypatch.setattr(
-        quantizers, "quantize", lambda x, of=quantizers.quantize: calls.append(x.shape) or of(x)
-    )
+    monkeypatch.setattr(fp8, "quantize", lambda x, of=fp8.quantize: calls.append(x.shape) or of(x))
     assert_same_bits(fp8.compress_fp8(x, Pattern(1, 1), "none"), expected)
     assert calls == [x.shape]
     fp8.compress_fp8(x, Pattern(), "none")  # (what drops entries is another pass)

@@ -26,16 +26,17 @@ EVERYTHING = {
     "text_rows": "dense",
     "dense_steps": 3,
     "skip": ["*.to_v", "blocks.0.*"],
-    "budget": {"error": 0.01, "saving": None},
+    "budget": {"error": 0.01, "speedup_share": None},
     "precision": "bf16",
-    "forms": {},
+    "formats": {},
+    "score": "magnitude",
 }
 # What does not go together with the paper's formula and training.
 IN_FP8 = {
     "norm": "scale",
     "lowrank_solver": "closed-form",
     "precision": "auto",
-    "forms": {"*.to_v": "fp8-dense", "*.to_out.0": "dense", "*": "bf16-sparse"},
+    "formats": {"*.to_v": "fp8-dense", "*.to_out.0": "dense", "*": "bf16-sparse"},
 }
 
 
@@ -84,24 +85,24 @@ IN_FP8 = {
         ({"skip": None}, "skip is a list"),
         ({"budget": 0.5}, "budget"),
         ({"budget": {}}, "one limit"),
-        ({"budget": {"error": 0.1, "saving": 0.5}}, "one limit"),
+        ({"budget": {"error": 0.1, "speedup_share": 0.5}}, "one limit"),
         ({"budget": {"error": 0}}, "error is a number above 0"),
         ({"budget": {"error": "small"}}, "error is a number above 0"),
-        ({"budget": {"saving": 1.5}}, "saving is a share"),
-        ({"budget": {"saving": 0}}, "saving is a share"),
+        ({"budget": {"speedup_share": 1.5}}, "speedup_share is a share"),
+        ({"budget": {"speedup_share": 0}}, "speedup_share is a share"),
         ({"precision": "int8"}, "precision is one of bf16, fp8, auto"),
         ({"precision": None}, "precision is one of"),
-        ({"forms": ["*"]}, "forms is a mapping"),
-        ({"forms": {1: "dense"}}, "forms is a mapping"),
+        ({"formats": ["*"]}, "formats is a mapping"),
+        ({"formats": {1: "dense"}}, "formats is a mapping"),
         (
-            {"forms": {"*.to_v": "fp8"}},
-            r"the form of '\*.to_v' is one of bf16-sparse, fp8-sparse, fp8-dense, d",
+            {"formats": {"*.to_v": "fp8"}},
+            r"the format of '\*.to_v' is one of bf16-sparse, fp8-sparse, fp8-dense, d",
         ),
         # contradictions
         ({"precision": "auto"}, "give a budget"),
         ({"precision": "fp8", "norm": "paper", "refit": False}, "fp8 layers know neither"),
         (
-            {"forms": {"*": "fp8-dense"}, "lowrank_solver": "trained", "refit": False},
+            {"formats": {"*": "fp8-dense"}, "lowrank_solver": "trained", "refit": False},
             "fp8 layers know neither",
         ),
         ({"refit": True, "norm": "scale"}, "norm compensation stays off"),
@@ -144,7 +145,7 @@ def test_json_that_is_no_recipe_is_refused(text):
 @pytest.mark.parametrize("key", EVERYTHING)
 def test_each_setting_survives_json(key):
     assert key in Recipe().to_dict()
-    settings = {**EVERYTHING, **IN_FP8} if key in ("precision", "forms") else EVERYTHING
+    settings = {**EVERYTHING, **IN_FP8} if key in ("precision", "formats") else EVERYTHING
     assert settings[key] != Recipe().to_dict()[key]
     recipe = Recipe.from_dict(settings)
     assert json.loads(json.dumps(recipe.to_dict()))[key] == settings[key]
@@ -161,14 +162,14 @@ def test_round_trip():
 
 
 def test_the_dictionary_is_not_changed_or_kept():
-    settings = {"skip": ["a"], "budget": {"saving": 0.5}, "forms": {"a": "dense"}}
+    settings = {"skip": ["a"], "budget": {"speedup_share": 0.5}, "formats": {"a": "dense"}}
     recipe = Recipe.from_dict(settings)
-    settings["forms"]["b"] = "dense"
-    assert recipe.forms == {"a": "dense"}
+    settings["formats"]["b"] = "dense"
+    assert recipe.formats == {"a": "dense"}
     settings["skip"].append("b")
-    settings["budget"]["saving"] = 0.1
+    settings["budget"]["speedup_share"] = 0.1
     assert recipe.skip == ("a",)
-    assert recipe.budget == Budget(saving=0.5)
+    assert recipe.budget == Budget(speedup_share=0.5)
     assert Recipe(skip=["x", "y"]).skip == ("x", "y")
 
 
@@ -215,7 +216,7 @@ def test_default_is_the_one_that_draws_best():
 def test_the_recommended_recipe_has_no_branch_and_leaves_layers_dense():
     recipe = Recipe.recommended()
     assert (recipe.refit, recipe.rank, recipe.precision) == (True, None, "auto")
-    assert recipe.budget == Budget(saving=0.9)
+    assert recipe.budget == Budget(speedup_share=0.9)
     assert recipe.needs_calibration
     changed = Recipe.recommended(precision="bf16", budget=Budget(error=0.01))
     assert (changed.precision, changed.budget, changed.rank) == ("bf16", Budget(error=0.01), None)
@@ -227,7 +228,7 @@ def test_what_needs_what():
     assert Recipe.immediate(norm="none").layer_norm == "none"
     assert Recipe.immediate(rank=4).needs_calibration
     assert Recipe.immediate(refit=True).needs_calibration
-    assert Recipe.immediate(budget=Budget(saving=0.5)).needs_calibration
+    assert Recipe.immediate(budget=Budget(speedup_share=0.5)).needs_calibration
     paper = Recipe.paper()
     assert (paper.layer_norm, paper.refit, paper.grouping, paper.lowrank_sharing) == (
         "scale",
@@ -235,12 +236,26 @@ def test_what_needs_what():
         "adjacent",
         "own",
     )
-    for fp8 in ({"precision": "fp8"}, {"forms": {"*": "fp8-dense"}}):
+    for fp8 in ({"precision": "fp8"}, {"formats": {"*": "fp8-dense"}}):
         assert not Recipe.immediate(**fp8).needs_calibration
 
 
 def test_the_first_form_that_matches_counts():
-    recipe = Recipe(forms={"blocks.0.*": "dense", "*.to_v": "fp8-dense"})
+    recipe = Recipe(formats={"blocks.0.*": "dense", "*.to_v": "fp8-dense"})
     assert recipe.fixed_format("blocks.0.to_v") == "dense"
     assert recipe.fixed_format("blocks.1.to_v") == "fp8-dense"
     assert recipe.fixed_format("blocks.1.to_q") is None
+
+
+def test_former_names_are_read_and_warned_of():
+    former = {"forms": {"*.to_v": "dense"}, "budget": {"saving": 0.5}}
+    recipe = Recipe.from_dict(former)  # a file of an older version: nothing to warn of
+    assert recipe == Recipe(formats={"*.to_v": "dense"}, budget=Budget(speedup_share=0.5))
+    with pytest.warns(DeprecationWarning, match="Recipe.forms is called formats now"):
+        assert Recipe(forms={"*.to_v": "dense"}).formats == {"*.to_v": "dense"}
+    with pytest.warns(DeprecationWarning, match="Budget.saving is called speedup_share now"):
+        assert Budget(saving=0.5) == Budget(speedup_share=0.5)
+    with pytest.warns(DeprecationWarning, match="called formats now"):
+        assert recipe.forms == recipe.formats
+    with pytest.raises(ValueError, match="former name of formats: give one of them"):
+        Recipe(forms={}, formats={})

@@ -60,7 +60,7 @@ def calibrate(model, folder):
 
 
 def calibrate_with_budget(model, folder):
-    recipe = Recipe(rank=None, ridge=0.1, budget=Budget(saving=0.5), skip=("transformer_blocks.*",))
+    recipe = Recipe(rank=None, ridge=0.1, budget=Budget(speedup_share=0.5), skip=("transformer_blocks.*",))
     rtlynx.calibrate(model, calls=calls(2), recipe=recipe, options=ALL_FIT, progress=False)
 
 

@@ -1,16 +1,17 @@
-"""Which form each layer gets, by rule: error added to the model's output against time saved."""
+"""Which format each layer gets, by rule: error added to the model's output against time saved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.plan import LayerPlan
-from rtlynx.recipe import Budget, Form
+from rtlynx.recipe import Budget
 
 # Time of the product relative to the dense bfloat16 one, measured on an H100: geometric means over the layers
 # of benchmarks/results/linear-bf16-h100.json and linear-fp8-h100.json. Sparse ones are 2:4.
-PRODUCT_TIME: dict[Form, float] = {
+PRODUCT_TIME: dict[FormatName, float] = {
     "dense": 1.0,
     "bf16-sparse": 0.665,
     "fp8-dense": 0.552,
@@ -26,13 +27,13 @@ def flops_saved(layer: LayerPlan, tokens: int, readers: int = 1) -> float:
     one tensor with one A. Selecting and quantising are counted as free.
     """
     k, n, pattern = layer.in_features, layer.out_features, layer.pattern
-    time = PRODUCT_TIME[layer.form] * (1.0 if layer.form == "fp8-dense" else 2 * pattern.n / pattern.m)
+    time = PRODUCT_TIME[layer.format.name] * (1.0 if layer.format is FP8_DENSE else 2 * pattern.n / pattern.m)
     return 2 * tokens * k * n * (1 - time) - 2 * tokens * layer.rank * (n + k / readers)
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer in one form in the balance.
+    """One layer in one format in the balance.
 
     error : relative squared error that it alone adds to the model's output.
     saving : dense bfloat16 FLOPs whose time it saves in one forward pass.
@@ -41,7 +42,7 @@ class LayerCost:
     name: str
     error: float
     saving: float
-    form: Form = "bf16-sparse"
+    format: FormatName = "bf16-sparse"
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,20 @@ class Choice:
     sparse : names that do not stay dense, best first.
     dense : name -> reason.
     error : relative squared error of the model's output with exactly these layers changed, measured.
-    saving : share of the possible saving that they reach.
-    forms : form of each layer in `sparse`.
+    speedup_share : share of the possible saving that they reach.
+    formats : format of each layer in `sparse`.
     """
 
     sparse: tuple[str, ...]
     dense: dict[str, str]
     error: float
-    saving: float
-    forms: dict[str, Form]
+    speedup_share: float
+    formats: dict[str, FormatName]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """From one form of a layer (None: dense) to the next on its convex hull."""
+    """From one format of a layer (None: dense) to the next on its convex hull."""
 
     start: LayerCost | None
     end: LayerCost
@@ -81,20 +82,21 @@ class _Step:
 def choose(
     costs: Sequence[LayerCost],
     budget: Budget,
-    measure: Callable[[Mapping[str, Form]], float],
-    fixed: Mapping[str, Form] | None = None,
+    measure: Callable[[Mapping[str, FormatName]], float],
+    fixed: Mapping[str, FormatName] | None = None,
 ) -> Choice:
-    """Pick forms by saving per error until the budget is spent, then check on the model's real output.
+    """Pick formats by saving per error until the budget is spent, then check on the model's real output.
 
-    Greedy over steps: each layer starts dense and climbs the convex hull of its forms (error over saving),
+    Greedy over steps: each layer starts dense and climbs the convex hull of its formats (error over saving),
     whose steps save less and less per error, so that they come in order.
 
     Parameters
     ----------
-    costs : what each layer costs and saves alone, in each form that it may take.
+    costs : what each layer costs and saves alone, in each format that it may take.
     budget : Budget
-    measure : relative squared error of the model's output with layers in these forms together (name -> form).
-    fixed : forms that are not up for choice. Their error counts, their saving does not.
+    measure : relative squared error of the model's output with layers in these formats together (name ->
+        format).
+    fixed : formats that are not up for choice. Their error counts, their saving does not.
 
     Returns
     -------
@@ -127,7 +129,7 @@ def choose(
             dense[name] = f"budget: adds {step.error:.2e} to the output's error"
             stopped.add(name)
             continue
-        if budget.saving is not None and saving >= budget.saving * possible * (1 - 1e-9):
+        if budget.speedup_share is not None and saving >= budget.speedup_share * possible * (1 - 1e-9):
             dense[name] = "budget: enough saved without it"
             stopped.add(name)
             continue
@@ -135,16 +137,16 @@ def choose(
         error += step.error
         saving += step.saving
 
-    def forms() -> dict[str, Form]:
-        return {step.end.name: step.end.form for step in chosen}
+    def formats() -> dict[str, FormatName]:
+        return {step.end.name: step.end.format for step in chosen}
 
-    together = measure({**fixed, **forms()}) if chosen or fixed else 0.0
+    together = measure({**fixed, **formats()}) if chosen or fixed else 0.0
     while budget.error is not None and chosen and together > budget.error:
         worst = chosen.pop()
         dense[worst.end.name] = "budget: errors together exceed it"
-        together = measure({**fixed, **forms()}) if chosen or fixed else 0.0
+        together = measure({**fixed, **formats()}) if chosen or fixed else 0.0
     reached = sum(step.saving for step in chosen) / possible if possible else 0.0
-    found = forms()
+    found = formats()
     left = {name: reason for name, reason in dense.items() if name not in found}
     return Choice(tuple(found), left, together, reached, found)
 

@@ -39,7 +39,7 @@ class InputGroup:
     def key(self) -> str:
         layer = self.layers[0]
         reads = layer.candidate.reads
-        return reads if layer.precision == "bf16" else f"{reads}.{layer.form}"
+        return f"{reads}.{layer.format.name}" if layer.quantized else reads
 
     @property
     def k(self) -> int:
@@ -86,7 +86,7 @@ def input_groups(layers: Sequence[LayerPlan]) -> list[InputGroup]:
     """Group layers by the tensor they read and what they see of it, in the order given."""
     groups: dict[object, list[LayerPlan]] = {}
     for layer in layers:
-        key = (layer.candidate.reads, layer.pattern, layer.norm, layer.precision)
+        key = (layer.candidate.reads, layer.pattern, layer.norm, layer.quantized)
         groups.setdefault(key, []).append(layer)
     return [InputGroup(tuple(members)) for members in groups.values()]
 
@@ -207,7 +207,7 @@ class Collector:
 
 def _seen(tokens: Tensor, layer: LayerPlan) -> Tensor:
     """What the layer's sparse product sees of `tokens` (M, K), in float32."""
-    if layer.precision == "fp8":
+    if layer.quantized:
         return compress_fp8(tokens, layer.pattern, layer.norm).dequantize()
     kept, scale = compress(tokens, layer.pattern, layer.norm)
     return kept.float() if scale is None else kept.float() * scale

@@ -15,7 +15,7 @@ from torch import Tensor
 from rtlynx.storage.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
 
 MANIFEST = "calibration.json"
-FORMAT = 2
+FORMAT = 3
 _FILES = ("calls-*", "solution-*")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rtlynx.calibration.budget import Choice, LayerCost
-from rtlynx.calibration.solve import Solution
+from rtlynx.nn.solution import Solution
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class CalibrationReport:
 
     solutions : per layer: ridge, error before and after (relative, squared, on held-out prompts).
     dense : candidates that stayed dense, with the reason.
-    costs : per layer and form, where the recipe has a budget: error at the output and modelled saving.
+    costs : per layer and format, where the recipe has a budget: error at the output and modelled saving.
     choice : what the budget decided, or None.
     extra_bytes : memory added to the model (factors, scales, and original weights that are kept), less what
         eight-bit weights save.

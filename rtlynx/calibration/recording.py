@@ -13,6 +13,7 @@ from rtlynx.calibration.folder import WorkFolder, digest
 from rtlynx.calibration.options import CalibrationOptions
 from rtlynx.calibration.processes import rank, world
 from rtlynx.calibration.progress import ProgressBar
+from rtlynx.math.formats import FP8_DENSE
 from rtlynx.models.fingerprint import model_fingerprint
 from rtlynx.models.pipelines import check_call, draw
 from rtlynx.models.plan import Plan
@@ -89,7 +90,8 @@ class Recording:
         """Before any work: a ridge that is chosen on held-out prompts needs some."""
         recipe = self.plan.recipe
         solved = recipe.lowrank_solver == "closed-form" and any(
-            layer.rank or (recipe.refit and layer.form != "fp8-dense") for layer in self.plan.alternatives()
+            layer.rank or (recipe.refit and layer.format is not FP8_DENSE)
+            for layer in self.plan.alternatives()
         )
         if solved and recipe.ridge == "auto" and not splits["heldout"]:
             raise ValueError(

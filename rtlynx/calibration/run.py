@@ -26,8 +26,9 @@ from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.solutions import SolutionStore
-from rtlynx.calibration.solve import Solution, judged, solve_layer
+from rtlynx.calibration.solve import judged, solve_layer
 from rtlynx.calibration.train import train_lowrank
+from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.guards import refuse_meta
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.sparsify import (
@@ -38,8 +39,9 @@ from rtlynx.models.sparsify import (
     target_model,
 )
 from rtlynx.models.transaction import all_or_none
+from rtlynx.nn.solution import Solution
 from rtlynx.nn.tensor_parallel import refuse_parallel
-from rtlynx.recipe import Form, Recipe
+from rtlynx.recipe import Recipe
 
 TRAINING_TOKENS = 16384
 BUDGET_CALLS = 4
@@ -94,7 +96,7 @@ def calibrate(
     if recipe.precision == "auto" and options.sequential:
         raise ValueError(
             "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
-            "chooses their forms at the end: calibrate one-shot, or with precision fp8 or bf16"
+            "chooses their formats at the end: calibrate one-shot, or with precision fp8 or bf16"
         )
     model = target_model(model_or_pipeline)
     refuse_parallel(
@@ -155,7 +157,7 @@ class _Calibration:
         choice = None
         if self.recipe.budget is not None:
             costs, choice = self._choose(plan)
-            plan = plan.in_formats(choice.forms).leave_dense(choice.dense)
+            plan = plan.in_formats(choice.formats).leave_dense(choice.dense)
             if not plan.sparse:
                 raise CalibrationError(f"{self.recipe.budget} leaves no layer sparse: allow more")
         solutions = self.solutions.of(plan.sparse)
@@ -230,10 +232,10 @@ class _Calibration:
                 fit,
                 weight,
                 rank=layer.rank,
-                refit=recipe.refit and layer.form != "fp8-dense",
+                refit=recipe.refit and layer.format is not FP8_DENSE,
                 ridge=recipe.ridge,
                 heldout=heldout,
-                quantised=layer.precision == "fp8",
+                quantised=layer.quantized,
             )
         lowrank_a, lowrank_b = train_lowrank(
             torch.cat(group.tokens),
@@ -260,22 +262,24 @@ class _Calibration:
                 self.model.set_submodule(layer.name, sparse)
 
     def _choose(self, plan: Plan) -> tuple[tuple[LayerCost, ...], Choice]:
-        """Measure each solved layer alone, in each form, on a few calls, and let the budget decide."""
+        """Measure each solved layer alone, in each format, on a few calls, and let the budget decide."""
         assert self.recipe.budget is not None
         store = self.recording.store
         numbers = agree(self.recording.batches["heldout"] or self.recording.batches["fit"])
         if not all(store.has(number) for number in numbers):
             raise CalibrationError("a budget under torchrun needs a folder that all processes share")
         calls = list(itertools.islice(store.replay(numbers, self.device), BUDGET_CALLS))
-        layers = {(layer.name, layer.form): layer for layer in plan.alternatives()}
-        fixed = {layer.name: layer.form for layer in plan.sparse if self.recipe.fixed_format(layer.name)}
+        layers = {(layer.name, layer.format.name): layer for layer in plan.alternatives()}
+        fixed = {
+            layer.name: layer.format.name for layer in plan.sparse if self.recipe.fixed_format(layer.name)
+        }
         tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.sparse], calls[0])
         shared = self.recipe.lowrank_sharing == "shared"
         readers = Counter(layer.candidate.reads for layer in plan.sparse) if shared else {}
         references = [_output(self.model, call) for call in calls]
 
-        def measure(forms: Mapping[str, Form]) -> float:
-            chosen = [layers[item] for item in forms.items()]
+        def measure(formats: Mapping[str, FormatName]) -> float:
+            chosen = [layers[item] for item in formats.items()]
             with temporarily_sparse(self.model, chosen, self.solutions.of(chosen)):
                 outputs = [_output(self.model, call) for call in calls]
             error = sum(float((y - ref).square().sum()) for y, ref in zip(outputs, references, strict=True))
@@ -283,10 +287,10 @@ class _Calibration:
 
         costs = []
         with ProgressBar("measuring layers", len(layers), show=self.show) as advance:
-            for (name, form), layer in layers.items():
+            for (name, format), layer in layers.items():
                 if name not in fixed:
                     saving = flops_saved(layer, tokens[name], readers.get(layer.candidate.reads, 1))
-                    costs.append(LayerCost(name, measure({name: form}), saving, form))
+                    costs.append(LayerCost(name, measure({name: format}), saving, format))
                 advance(1)
         return tuple(costs), choose(costs, self.recipe.budget, measure, fixed)
 

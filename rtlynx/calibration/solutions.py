@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
 from rtlynx.calibration.calls import CalibrationError
 from rtlynx.calibration.collect import InputGroup
 from rtlynx.calibration.folder import WorkFolder
-from rtlynx.calibration.solve import Solution
+from rtlynx.math.formats import FormatName
 from rtlynx.models.plan import LayerPlan
-from rtlynx.recipe import Form
-
-_TENSORS = ("weight", "lowrank_a", "lowrank_b", "scale")
+from rtlynx.nn.solution import Solution
 
 
 class SolutionStore:
-    """Solutions by name and form of a layer; one file for each group of layers that see the same."""
+    """Solutions by name and format of a layer; one file for each group of layers that see the same."""
 
     def __init__(self, folder: WorkFolder | None) -> None:
         self.folder = folder
-        self._solutions: dict[tuple[str, Form], Solution] = {}
+        self._solutions: dict[tuple[str, FormatName], Solution] = {}
 
     def of(self, layers: Iterable[LayerPlan]) -> dict[str, Solution]:
-        """Name -> solution of `layers` in the forms that they are planned in."""
-        return {layer.name: self._solutions[layer.name, layer.form] for layer in layers}
+        """Name -> solution of `layers` in the formats that they are planned in."""
+        return {layer.name: self._solutions[layer.name, layer.format.name] for layer in layers}
 
     def has(self, group: InputGroup) -> bool:
         """Whether an earlier run solved `group`; its solutions are then read."""
@@ -35,9 +34,12 @@ class SolutionStore:
         tensors, numbers = self.folder.read(_file(group))
         for layer in group.layers:
             ridge, before, error, refitted = numbers[layer.name]
-            weight, lowrank_a, lowrank_b, scale = (tensors.get(f"{layer.name}.{kind}") for kind in _TENSORS)
-            self._solutions[layer.name, layer.form] = Solution(
-                weight, lowrank_a, lowrank_b, ridge, before, error, scale, bool(refitted)
+            own = f"{layer.name}."
+            found: dict[str, Any] = {
+                key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)
+            }
+            self._solutions[layer.name, layer.format.name] = Solution(
+                **found, refitted=bool(refitted), ridge=ridge, error_before=before, error=error
             )
         return True
 
@@ -46,16 +48,13 @@ class SolutionStore:
         tensors: dict[str, Tensor] = {}
         numbers = {}
         for name, solution in solutions.items():
-            for kind in _TENSORS:
-                tensor = getattr(solution, kind)
-                if tensor is None:
-                    continue
+            for kind, tensor in solution.tensors.items():
                 if not bool(tensor.float().isfinite().all()):
                     raise CalibrationError(f"the solved {kind} of {name} is not finite: take a larger ridge")
                 tensors[f"{name}.{kind}"] = tensor
             numbers[name] = [solution.ridge, solution.error_before, solution.error, solution.refitted]
         for layer in group.layers:
-            self._solutions[layer.name, layer.form] = solutions[layer.name]
+            self._solutions[layer.name, layer.format.name] = solutions[layer.name]
         if self.folder is not None and write:
             self.folder.write(_file(group), tensors, numbers)
 

@@ -9,49 +9,18 @@ quantised product leaves: so it repairs the quantisation of weight and input too
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rtlynx.calibration.moments import Moments
 from rtlynx.math.fp8 import dequantize, quantize_weight
+from rtlynx.nn.solution import Solution
 
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # Of ridges whose held-out errors are this close to the best, the strongest is taken: pictures prefer it.
 RIDGE_TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What calibration found for one layer.
-
-    weight : (N, K) refitted W', or None where W stays; e4m3 values of W' or W for an fp8 layer.
-    lowrank_a, lowrank_b : (r, K) and (N, r) low-rank factors A^T and B, or None.
-    ridge : relative regularisation used, None where none was (trained factors).
-    error_before, error : relative squared layer error without and with the solution, on held-out tokens
-        where there are any.
-    scale : (N,) of a quantised `weight`, or None.
-    refitted : whether a quantised `weight` is W'.
-    """
-
-    weight: Tensor | None = None
-    lowrank_a: Tensor | None = None
-    lowrank_b: Tensor | None = None
-    ridge: float | None = None
-    error_before: float = float("nan")
-    error: float = float("nan")
-    scale: Tensor | None = None
-    refitted: bool = False
-
-    def rows(self, start: int, stop: int) -> Solution:
-        """The part of a solution over concatenated outputs that belongs to outputs `start` ... `stop` - 1."""
-        return replace(
-            self,
-            weight=None if self.weight is None else self.weight[start:stop],
-            lowrank_b=None if self.lowrank_b is None else self.lowrank_b[start:stop],
-            scale=None if self.scale is None else self.scale[start:stop],
-        )
 
 
 def solve_refit(moments: Moments, weight: Tensor, lam: float) -> Tensor:
@@ -145,8 +114,8 @@ def solve_layer(
 def judged(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
     """`solution` with its errors on the tokens of `moments`, for the original `weight` (N, K)."""
     before, new = weight, weight if solution.weight is None else solution.weight
-    if solution.scale is not None:
-        before, new = quantize_weight(weight).dequantize(), dequantize(new, solution.scale)
+    if solution.weight_scale is not None:
+        before, new = quantize_weight(weight).dequantize(), dequantize(new, solution.weight_scale)
     return replace(
         solution,
         error_before=moments.layer_error(weight, before),
@@ -159,19 +128,19 @@ def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, ridge: f
     mu = ridge * _mean_diagonal(moments.dense)
     if refit and rank:
         new, lowrank_a, lowrank_b = solve_joint(moments, weight, rank, lam, mu)
-        return Solution(new, lowrank_a, lowrank_b, ridge)
+        return Solution(new, lowrank_a, lowrank_b, ridge=ridge)
     if refit:
         return Solution(weight=solve_refit(moments, weight, lam), ridge=ridge)
     if rank:
         lowrank_a, lowrank_b = solve_lowrank(moments, weight, rank, mu)
-        return Solution(None, lowrank_a, lowrank_b, ridge)
+        return Solution(None, lowrank_a, lowrank_b, ridge=ridge)
     return Solution(ridge=ridge)
 
 
 def _quantised(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
     """`solution` for an fp8 layer: its weight quantised, and its low-rank branch solved again for that."""
     values, scale = quantize_weight(weight if solution.weight is None else solution.weight, moments.kept)
-    result = replace(solution, weight=values, scale=scale, refitted=solution.weight is not None)
+    result = replace(solution, weight=values, weight_scale=scale, refitted=solution.weight is not None)
     if solution.lowrank_a is None or solution.ridge is None:
         return result
     mu = solution.ridge * _mean_diagonal(moments.dense)

@@ -342,7 +342,7 @@ def bench(
 ) -> None:
     """Measure linear layers, or a whole step, on this machine's Hopper card, beside what else there is."""
     if model is not None and (shapes is not None or dtype is not None):
-        raise UsageError("--model measures a whole step in all its forms: leave out --shapes and --dtype")
+        raise UsageError("--model measures a whole step in all its formats: leave out --shapes and --dtype")
     if file is not None and (file.is_dir() or (file.exists() and not os.access(file, os.W_OK))):
         raise ValueError(f"--out {file} is not a file that can be written")
 

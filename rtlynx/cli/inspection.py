@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from rtlynx.math.formats import FP8_DENSE
 from rtlynx.models.plan import LayerPlan, make_plan
 from rtlynx.models.sparsify import extra_bytes, state_of, target_model
 from rtlynx.recipe import Recipe
@@ -17,16 +18,16 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     Returns
     -------
     dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, pattern,
-    rank, form, dense_reason), `sparse_layers` (how many drop activations), `sparse_share` (their share of the
-    weights of all linears), `extra_bytes` (memory beyond the dense model's, negative where quantised weights
-    save more) and `undecided` (whether a budget is still to decide).
+    rank, format, dense_reason), `sparse_layers` (how many drop activations), `sparse_share` (their share of
+    the weights of all linears), `extra_bytes` (memory beyond the dense model's, negative where quantised
+    weights save more) and `undecided` (whether a budget is still to decide).
     """
     model = target_model(model_or_pipeline)
     state = state_of(model)
     plan = make_plan(model, recipe or Recipe.recommended()) if state is None else state.plan
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(linear.in_features * linear.out_features for linear in linears)
-    halved = [layer for layer in plan.sparse if layer.form != "fp8-dense"]
+    halved = [layer for layer in plan.sparse if layer.format is not FP8_DENSE]
     sparse = sum(layer.in_features * layer.out_features for layer in halved)
     bytes_each = next((parameter.element_size() for parameter in model.parameters()), 0)
     planned = sum(_planned_extra(layer, plan.recipe, bytes_each) for layer in plan.sparse)
@@ -54,7 +55,7 @@ def _describe_layer(layer: LayerPlan) -> dict[str, Any]:
         "pattern": f"{pattern.n}:{pattern.m} {pattern.grouping}",
         "norm": layer.norm,
         "rank": layer.rank,
-        "form": layer.form,
+        "format": layer.format.name,
         "dense_reason": layer.dense_reason,
     }
 
@@ -64,8 +65,8 @@ def _planned_extra(layer: LayerPlan, recipe: Recipe, bytes_each: int) -> int:
     weight = layer.in_features * layer.out_features
     extra = layer.rank * (layer.in_features + layer.out_features) * bytes_each
     depends_on_call = layer.text_rows_dense or recipe.dense_steps > 0
-    if depends_on_call and (recipe.refit or layer.precision == "fp8"):
+    if depends_on_call and (recipe.refit or layer.quantized):
         extra += weight * bytes_each
-    if layer.precision == "fp8":
+    if layer.quantized:
         extra += 4 * layer.out_features - weight * (bytes_each - 1)
     return extra

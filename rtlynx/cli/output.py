@@ -53,12 +53,12 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
         if report.choice is None
         else {
             "output_error": report.choice.error,
-            "share_of_saving": report.choice.saving,
-            "forms": report.choice.forms,
+            "speedup_share": report.choice.speedup_share,
+            "formats": report.choice.formats,
             "costs": [
                 {
                     "layer": cost.name,
-                    "form": cost.form,
+                    "format": cost.format,
                     "output_error": cost.error,
                     "flops_saved": cost.saving,
                 }
@@ -75,17 +75,16 @@ def print_report(report: Any) -> None:
         table.add_row(name, f"{one.error_before:.4f}", f"{one.error:.4f}", number(one.ridge, "g"))
     out.print(table)
     if report.choice is not None:
-        budget = Table("layer", "form", "error at the output", "GFLOP saved", "decision", title="Budget")
+        budget = Table("layer", "format", "error at the output", "GFLOP saved", "decision", title="Budget")
         for cost in sorted(report.costs, key=lambda one: one.error / max(one.saving, 1e-9)):
-            decision = report.dense.get(cost.name) or report.choice.forms[cost.name]
+            decision = report.dense.get(cost.name) or report.choice.formats[cost.name]
             numbers = f"{cost.error:.2e}", f"{cost.saving / 1e9:.3f}"
-            budget.add_row(cost.name, cost.form, *numbers, decision)
+            budget.add_row(cost.name, cost.format, *numbers, decision)
         out.print(budget)
-        forms = Counter(report.choice.forms.values())
-        out.print(
-            f"{', '.join(f'{count} {form}' for form, count in forms.items())}: measured error at the output "
-            f"{report.choice.error:.3e}, {report.choice.saving:.0%} of the possible saving"
-        )
+        formats = Counter(report.choice.formats.values())
+        counts = ", ".join(f"{count} {format}" for format, count in formats.items())
+        reached = f"{report.choice.speedup_share:.0%} of the possible saving"
+        out.print(f"{counts}: measured error at the output {report.choice.error:.3e}, {reached}")
     out.print(
         f"{len(report.solutions)} layers changed, {len(report.dense)} left dense, "
         + memory(report.extra_bytes)
@@ -102,7 +101,7 @@ def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
             layer["stream"],
             layer["pattern"],
             str(layer["rank"] or "-"),
-            f"dense: {layer['dense_reason']}" if layer["dense_reason"] else layer["form"],
+            f"dense: {layer['dense_reason']}" if layer["dense_reason"] else layer["format"],
         ]
         if kept:
             row.append(number(kept.get(layer["name"]), ".3f"))
@@ -114,4 +113,4 @@ def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
         + memory(overview["extra_bytes"])
     )
     if overview["undecided"]:
-        out.print("Calibration decides, by the budget, which of these stay dense or take another form.")
+        out.print("Calibration decides, by the budget, which of these stay dense or take another format.")

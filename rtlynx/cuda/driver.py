@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from rtlynx.cuda.tuning import SMS
+from rtlynx.cuda.tuning import H100_SMS
 
 INVALID_CONTEXT = 201
 _ADVICE = {
@@ -61,7 +61,7 @@ def fail(status: int, doing: str) -> NoReturn:
 def multiprocessors(device: int | None) -> int:
     """Of CUDA device `device`; an H100's where torch sees none, so that plans can be looked at anywhere."""
     if not torch.cuda.is_available():
-        return SMS
+        return H100_SMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

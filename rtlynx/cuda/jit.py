@@ -35,7 +35,7 @@ SOURCES = Path(__file__).parent / "sm90"
 PTXAS_FLAGS = ("-v", "--warn-on-spills", "--warn-on-local-memory-usage")
 PRECOMPILE_SWITCH = "RTLYNX_PRECOMPILE"
 
-Defines = tuple[tuple[str, int], ...]
+Defines = tuple[tuple[str, int | str], ...]
 
 
 class CompileError(RuntimeError):
@@ -130,7 +130,10 @@ def _nvrtc(source: str, defines: Defines, folder: Path) -> tuple[bytes, str]:
     try:
         cubin = bytes(Program(code, "c++", options).compile("cubin", logs=log).code)
     except Exception as error:  # cuda-core's errors share no base, and a missing library comes here too
-        given = " ".join(f"{name}={value}" for name, value in defines) or "no definitions"
+        given = (
+            " ".join(f"{name}={value}" for name, value in defines if isinstance(value, int))
+            or "no definitions"
+        )
         raise CompileError(f"{source} ({given}) does not compile for {ARCH}:\n{error}") from None
     return cubin, log.text
 

@@ -1,4 +1,4 @@
-"""How the GEMM cuts a shape: the tile, from what was measured (tiles.json) or a model, and the last wave."""
+"""How the GEMM cuts a shape: its tiles, as measured (tiles.json) or modelled, and the last wave."""
 
 from __future__ import annotations
 
@@ -10,48 +10,50 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rtlynx.math.tiles import BF16, FP8, Format
+from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE, Format
 
 TABLE = Path(__file__).parent / "tiles.json"
-TILE_ROWS = 256
-SMS = 132  # of an H100; what runs on a card asks the card (`rtlynx.cuda.driver.multiprocessors`)
-STORED_COLUMNS = 64  # of a tile leave at a time: what is beyond the last whole 64 would be lost
+BLOCK_M = 256
+H100_SMS = 132  # for planning without a card; what runs asks (`rtlynx.cuda.driver.multiprocessors`)
+STORE_N = 64  # of a tile leave at a time: what is beyond the last whole 64 would be lost
 
 
-class Tile(NamedTuple):
-    """A GEMM instantiation: 256 x `columns` of Y a CTA, `stages` of a block's k in shared memory.
+class GemmConfig(NamedTuple):
+    """A GEMM instantiation: 256 x `block_n` of Y a CTA, `stages` of `format.tile_k` columns in shared memory.
 
-    columns : a multiple of `STORED_COLUMNS`
+    block_n : a multiple of `STORE_N`
     skew : stages by which the second warpgroup runs behind the first.
-    held : what blocks of X, and the weight, hold.
+    format : of X and the weight.
     """
 
-    columns: int
+    block_n: int
     stages: int
     skew: int = 2
-    held: Format = BF16
+    format: Format = BF16_SPARSE
 
     @property
     def name(self) -> str:
-        return f"{self.columns}x{self.stages}s{self.skew}"
+        return f"{self.block_n}x{self.stages}s{self.skew}"
 
 
-CANDIDATES = (Tile(192, 5), Tile(128, 6))
-CANDIDATES_FP8 = (Tile(192, 4, held=FP8), Tile(128, 5, held=FP8))
+CANDIDATES: dict[Format, tuple[GemmConfig, ...]] = {
+    BF16_SPARSE: (GemmConfig(192, 5), GemmConfig(128, 6)),
+    FP8_SPARSE: (GemmConfig(192, 4, format=FP8_SPARSE), GemmConfig(128, 5, format=FP8_SPARSE)),
+}
 # Time of a tile relative to its width: narrower ones fetch more for what they multiply.
 _OVERHEAD_COLUMNS = 48
 
 # Of a split tile, in stages: the least share, what handing one over costs, and what splitting must save.
 _LEAST_SHARE, _EXCHANGE, _LEAST_SAVING = 8, 5, 24
 
-_forced: Tile | None = None
+_forced: GemmConfig | None = None
 
 
 @contextlib.contextmanager
-def forced(tile: Tile) -> Iterator[None]:
-    """Use `tile` for every shape of its format, to measure it."""
+def forced(config: GemmConfig) -> Iterator[None]:
+    """Use `config` for every shape of its format, to measure it."""
     global _forced
-    before, _forced = _forced, tile
+    before, _forced = _forced, config
     choose.cache_clear()
     try:
         yield
@@ -102,22 +104,26 @@ def split(tiles: int, ctas: int, stages: int) -> Split:
     return Split(tiles - rest, rest, sharing, stages)
 
 
-def modelled_cost(m: int, n: int, k: int, tile: Tile, multiprocessors: int = SMS) -> float:
-    """Columns of tile that the busiest CTA computes, with an allowance for what a tile costs beside."""
-    tiles = -(-m // TILE_ROWS) * -(-n // tile.columns)
-    cut = split(tiles, multiprocessors, -(-k // tile.held.block_k))
+def modelled_cost(m: int, n: int, k: int, config: GemmConfig, multiprocessors: int = H100_SMS) -> float:
+    """Columns of tiles that the busiest CTA computes, with an allowance for what a tile costs beside."""
+    tiles = -(-m // BLOCK_M) * -(-n // config.block_n)
+    cut = split(tiles, multiprocessors, -(-k // config.format.tile_k))
     waves = -(-cut.whole_tiles // multiprocessors) + (cut.tiles / cut.ctas if cut.ctas else 0)
-    return waves * (tile.columns + _OVERHEAD_COLUMNS)
+    return waves * (config.block_n + _OVERHEAD_COLUMNS)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(m: int, n: int, k: int, held: Format = BF16, multiprocessors: int = SMS) -> Tile:
+def choose(
+    m: int, n: int, k: int, format: Format = BF16_SPARSE, multiprocessors: int = H100_SMS
+) -> GemmConfig:
     """The tile for Y (m, n) from X (m, k) on a card with so many multiprocessors."""
-    if _forced is not None and _forced.held is held:
+    if _forced is not None and _forced.format is format:
         return _forced
-    measured = _table().get((m, n, k)) if held is BF16 else None
-    candidates = CANDIDATES if held is BF16 else CANDIDATES_FP8
-    for tile in candidates:
-        if tile.name == measured:
-            return tile
-    return min(candidates, key=lambda tile: (modelled_cost(m, n, k, tile, multiprocessors), -tile.columns))
+    measured = _table().get((m, n, k)) if format is BF16_SPARSE else None
+    candidates = CANDIDATES[format]
+    for config in candidates:
+        if config.name == measured:
+            return config
+    return min(
+        candidates, key=lambda config: (modelled_cost(m, n, k, config, multiprocessors), -config.block_n)
+    )

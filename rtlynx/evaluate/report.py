@@ -151,7 +151,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     recommended = rows["recommended"]
     if recommended["psnr"] is not None:
         said.append(
-            f"The recommended recipe, which chooses a form for each layer, draws at "
+            f"The recommended recipe, which chooses a format for each layer, draws at "
             f"{recommended['psnr']:.1f}{_NBSP}dB."
         )
     image_only, everything = rows["activation-2:4+norm"], rows["activation-2:4+norm:all-layers"]

@@ -14,10 +14,11 @@ from torch import nn
 
 from rtlynx.calibration import CalibrationOptions, calibrate
 from rtlynx.io.checkpoint import load
+from rtlynx.math.formats import FormatName
 from rtlynx.math.selection import Pattern, pattern_mask, select
 from rtlynx.models.plan import make_plan
 from rtlynx.models.sparsify import sparse_layers, sparsify, target_model
-from rtlynx.recipe import Form, Recipe
+from rtlynx.recipe import Recipe
 
 NAMES = (
     "dense",
@@ -43,7 +44,7 @@ CALIBRATED = {
 _FP8 = "fp8+activation-2:4+refit+lowrank"
 
 # FLUX's text stream keeps its dtype in fp8 rows too, so that rows differ in one thing.
-_TEXT_IN_BF16: dict[str, Form] = {
+_TEXT_IN_BF16: dict[str, FormatName] = {
     "*.add_?_proj": "dense",
     "*.to_add_out": "dense",
     "*.ff_context.*": "dense",
@@ -51,7 +52,9 @@ _TEXT_IN_BF16: dict[str, Form] = {
 _IMMEDIATE = {
     "activation-2:4": Recipe.immediate(grouping="adjacent", norm="none"),
     "activation-2:4+norm": Recipe.immediate(grouping="adjacent"),
-    "fp8": Recipe.immediate(n=1, m=1, grouping="adjacent", norm="none", precision="fp8", forms=_TEXT_IN_BF16),
+    "fp8": Recipe.immediate(
+        n=1, m=1, grouping="adjacent", norm="none", precision="fp8", formats=_TEXT_IN_BF16
+    ),
     "activation-2:4+norm:all-layers": Recipe.immediate(grouping="adjacent", text_stream="sparse"),
 }
 _SOLUTIONS = {
@@ -128,7 +131,7 @@ def build_variant(
         options = CalibrationOptions(steps_per_prompt=2, pipeline_kwargs=settings)
         recipe = CALIBRATED[_SOLUTIONS[name]]
         if name == _FP8:
-            recipe = replace(recipe, precision="fp8", forms=_TEXT_IN_BF16)
+            recipe = replace(recipe, precision="fp8", formats=_TEXT_IN_BF16)
         calibrate(pipeline, calibration_prompts, recipe, options, progress=progress)
         seconds = time.perf_counter() - start
     return Variant(name, pipeline, dict(sparse_layers(model)), seconds)

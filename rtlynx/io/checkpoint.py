@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from rtlynx._version import __version__
 from rtlynx.calibration.apply import apply_solutions
-from rtlynx.calibration.solve import Solution
 from rtlynx.io.schema import check_schema, check_values, stored_pattern, wrong_numbers
 from rtlynx.models.fingerprint import base_tensors, records, same, weight_fingerprint
 from rtlynx.models.guards import refuse_foreign, refuse_meta, refuse_prepared
 from rtlynx.models.plan import Plan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
 from rtlynx.models.transaction import all_or_none
+from rtlynx.nn.solution import Solution, stored_shapes
 from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.nn.state_dict import current_key
 from rtlynx.nn.tensor_parallel import refuse_parallel, shards_of
 from rtlynx.recipe import Recipe
 from rtlynx.storage.checkpoint_folder import (
@@ -50,7 +51,7 @@ from rtlynx.storage.files import (
 )
 
 # Version 2 knows fp8 layers.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Most that safetensors takes for the header of a file.
 _HEADER = 100 << 20
 
@@ -83,13 +84,8 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     _refuse_changes(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        if layer.weight_scale is not None:
-            tensors[f"{name}.weight_scale"] = layer.weight_scale
-        if layer.weight_changed:
-            tensors[f"{name}.weight"] = layer.weight
-        if layer.lowrank_a is not None and layer.lowrank_b is not None:
-            tensors[f"{name}.lowrank_a"] = layer.lowrank_a
-            tensors[f"{name}.lowrank_b"] = layer.lowrank_b
+        for kind in solution_shapes(body["layers"][name]):
+            tensors[f"{name}.{kind}"] = getattr(layer, kind)
     _refuse_unreadable(layers, tensors)
     with replaced_checkpoint(Path(folder)) as new:
         write_tensors(new / TENSORS, tensors, {"format": "rtlynx"})
@@ -116,7 +112,7 @@ def _refuse_changes(model: nn.Module) -> None:
             name
             for name, layer in weights.items()
             if not layer.refitted
-            and layer.precision == "bf16"
+            and not layer.format.quantized
             and weight_fingerprint(layer.weight) != state.base[name.removesuffix(".weight")]
         ]
     if changed:
@@ -133,7 +129,7 @@ def _refuse_unreadable(layers: dict[str, SparseLinear], tensors: dict[str, Tenso
     """ValueError for tensors that `load` would refuse."""
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition(".")
-        quantised, own = layers[name].precision == "fp8", layers[name].compute_dtype or tensor.dtype
+        quantised, own = layers[name].format.quantized, layers[name].compute_dtype or tensor.dtype
         wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own)
         if wrong is not None:
             raise ValueError(f"{key} {wrong}, and a checkpoint of that could not be loaded")
@@ -223,7 +219,7 @@ def _read_folder(
         raise CheckpointError(f"{path} is damaged: its {size} bytes are more than its layers can fill")
     if sha256_of(path) != index["tensors_sha256"]:
         raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
-    tensors, _ = read_tensors(path)
+    tensors = {current_key(key): tensor for key, tensor in read_tensors(path)[0].items()}
     solutions = {}
     for name, entry in layers.items():
         linear: Any = model.get_submodule(name)
@@ -367,7 +363,7 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
                 pattern=stored_pattern(entry),
                 norm=entry["norm"],
                 rank=entry["rank"],
-                precision=entry.get("precision", "bf16"),  # version 1 knew no other
+                quantized=entry.get("precision") == "fp8",  # version 1 knew no other
                 dense_reason=None,
             )
         )
@@ -378,7 +374,6 @@ def _stored_solution(
     name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Path, own: torch.dtype
 ) -> Solution:
     """The solution of one layer, checked; its tensors are taken out of `tensors`."""
-    k, n, rank = entry["in_features"], entry["out_features"], entry["rank"]
     quantised = entry.get("precision") == "fp8"
 
     def stored(kind: str, shape: tuple[int, ...]) -> Tensor:
@@ -392,13 +387,15 @@ def _stored_solution(
             raise CheckpointError(f"{path}: {name}.{kind} {wrong}")
         return tensor
 
-    return Solution(
-        weight=stored("weight", (n, k)) if entry["refitted"] or quantised else None,
-        scale=stored("weight_scale", (n,)) if quantised else None,
-        refitted=entry["refitted"],
-        lowrank_a=stored("lowrank_a", (rank, k)) if rank else None,
-        lowrank_b=stored("lowrank_b", (n, rank)) if rank else None,
-    )
+    found: dict[str, Any] = {kind: stored(kind, shape) for kind, shape in solution_shapes(entry).items()}
+    return Solution(**found, refitted=entry["refitted"])
+
+
+def solution_shapes(entry: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors that a checkpoint has of one layer."""
+    sizes = entry["in_features"], entry["out_features"], entry["rank"]
+    quantized = entry.get("precision") == "fp8"  # version 1 knew no other
+    return stored_shapes(*sizes, quantized=quantized, refitted=entry["refitted"])
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -21,9 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rtlynx.calibration.apply import install
-from rtlynx.calibration.solve import Solution
-from rtlynx.io.checkpoint import check_index, describe, load, read_index, signed, stored_plan
+from rtlynx.io.checkpoint import check_index, describe, load, read_index, signed, solution_shapes, stored_plan
 from rtlynx.io.schema import wrong_numbers
 from rtlynx.math.fp8 import E4M3
 from rtlynx.models.fingerprint import full_digests, is_plain, weight_fingerprint
@@ -38,8 +36,9 @@ from rtlynx.models.sparsify import (
     sparsify,
     state_of,
 )
+from rtlynx.nn.solution import Solution
 from rtlynx.nn.sparse_linear import SparseLinear
-from rtlynx.nn.state_dict import OWN
+from rtlynx.nn.state_dict import OWN, current_key
 from rtlynx.recipe import Recipe, refuse_unknown
 from rtlynx.storage.files import CheckpointError, first_line
 
@@ -243,6 +242,7 @@ class RTLynxQuantizer(_BaseQuantizer):
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        loaded_keys = [current_key(key) for key in loaded_keys]
         self._found = set(loaded_keys)
         self._folder = Path(checkpoint_files[0]).parent
         return loaded_keys
@@ -262,7 +262,7 @@ class RTLynxQuantizer(_BaseQuantizer):
         else:
             plan = make_plan_for_dense(model, config.recipe)
         self._layers = {layer.name: model.get_submodule(layer.name) for layer in plan.sparse}
-        self._quantised = any(layer.precision == "fp8" for layer in plan.sparse)
+        self._quantised = any(layer.quantized for layer in plan.sparse)
         return model
 
     def _sidecar(self) -> Path:
@@ -296,7 +296,7 @@ class RTLynxQuantizer(_BaseQuantizer):
         def prepare(name: str, layer: SparseLinear) -> None:
             entry = stored["layers"][name]
             solution = _empty_solution(entry, layer.weight.dtype)
-            install(layer, solution, keep_dense=bool(entry["weight_dense"]))
+            solution.install(layer, keep_dense=bool(entry["weight_dense"]))
 
         plan = stored_plan(model, stored, self._folder)
         base = {name: entry["base"] for name, entry in stored["layers"].items()}
@@ -341,6 +341,7 @@ class RTLynxQuantizer(_BaseQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Check the tensors of one file as they are there, before diffusers casts them."""
+        state_dict = {current_key(name): tensor for name, tensor in state_dict.items()}
         for name, tensor in state_dict.items():
             shape = self._shapes.get(name, tensor.shape)
             if tensor.shape != shape:
@@ -349,7 +350,7 @@ class RTLynxQuantizer(_BaseQuantizer):
                 )
             layer, kind = self._layers.get(name.rpartition(".")[0]), name.rpartition(".")[2]
             if layer is not None and self._shapes:
-                fp8 = layer.precision == "fp8"
+                fp8 = layer.format.quantized
                 of_base = kind == "weight" and not fp8 and not layer.refitted
                 own = layer.compute_dtype or torch.float32
                 wrong = wrong_numbers("bias" if of_base else kind, tensor, quantised=fp8, own=own)
@@ -365,7 +366,8 @@ class RTLynxQuantizer(_BaseQuantizer):
     def _signed(self) -> dict[str, str]:
         """Name -> digest of the tensors in the files; none for those of older versions."""
         stored = self.quantization_config.stored
-        return {} if stored is None else stored.get("tensors", {})
+        tensors = {} if stored is None else stored.get("tensors", {})
+        return {current_key(name): digest for name, digest in tensors.items()}
 
     def _refuse_tensor(self, name: str) -> NoReturn:
         raise CheckpointError(
@@ -442,19 +444,13 @@ def _keep_config(model: Any) -> None:
 
 def _empty_solution(entry: dict[str, Any], dtype: torch.dtype) -> Solution:
     """What a stored layer holds, without data."""
-    k, n, rank = entry["in_features"], entry["out_features"], entry["rank"]
-    quantised = entry.get("precision") == "fp8"
-
-    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    return Solution(
-        weight=empty(n, k, of=E4M3 if quantised else dtype) if entry["refitted"] or quantised else None,
-        scale=empty(n, of=torch.float32) if quantised else None,
-        refitted=bool(entry["refitted"]),
-        lowrank_a=empty(rank, k) if rank else None,
-        lowrank_b=empty(n, rank) if rank else None,
-    )
+    quantized = entry.get("precision") == "fp8"
+    dtypes = {"weight": E4M3 if quantized else dtype, "weight_scale": torch.float32}
+    empty: dict[str, Any] = {
+        kind: torch.empty(shape, dtype=dtypes.get(kind, dtype), device="meta")
+        for kind, shape in solution_shapes(entry).items()
+    }
+    return Solution(**empty, refitted=bool(entry["refitted"]))
 
 
 def _plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.math.fp8 import E4M3
+from rtlynx.math.scores import MAGNITUDE, SCORES
 from rtlynx.math.selection import Pattern
 from rtlynx.models.fingerprint import RECORD
 from rtlynx.recipe import Recipe
@@ -72,6 +73,7 @@ _PATTERN: dict[str, _Check] = {
     "n": _whole(1, _MOST_FEATURES),
     "m": _whole(1, _MOST_FEATURES),
     "grouping": _one_of("adjacent", "strided"),
+    "score": _one_of(*SCORES),
     "parts": (lambda value: type(value) is int or isinstance(value, list), "a number or a list of widths"),
 }
 # Name -> what each value of a mapping is. Old files have none of these.
@@ -133,7 +135,9 @@ def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Rec
             raise CheckpointError(f"{path} is damaged: what it says{where} is no object")
         layer = {"precision": "bf16", **entry}  # version 1 knew no other
         _check_keys(layer, {**_LAYER, **_STORED_LAYER} if whole_model else _LAYER, where, path)
-        _check_keys(entry["pattern"], _PATTERN, where, path)
+        _check_keys(
+            {"score": MAGNITUDE.name, **entry["pattern"]}, _PATTERN, where, path
+        )  # added in version 3
         if layer["precision"] == "fp8" and layer["norm"] == "paper":
             raise CheckpointError(f"{path} is damaged: a layer of precision fp8 with norm 'paper',{where}")
         try:
@@ -166,11 +170,13 @@ def stored_pattern(entry: dict[str, Any]) -> Pattern:
     if not all(type(width) is int and 1 <= width <= features for width in widths):
         raise ValueError(f"parts are whole numbers from 1 to {features}")
     parts = tuple(parts) if isinstance(parts, list) else parts
-    return Pattern(pattern["n"], pattern["m"], pattern["grouping"], parts)
+    return Pattern(
+        pattern["n"], pattern["m"], pattern["grouping"], parts, pattern.get("score", MAGNITUDE.name)
+    )
 
 
 def _recipe(settings: dict[str, Any], path: Path) -> Recipe:
-    globs = [settings.get("skip"), settings.get("forms")]
+    globs = [settings.get("skip"), settings.get("formats", settings.get("forms"))]
     if any(
         isinstance(some, list | dict)
         and (

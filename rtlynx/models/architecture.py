@@ -61,7 +61,7 @@ class Architecture:
     class_name : the model's class name.
     descending : whether the `timestep` argument falls while sampling.
     text_rows : maps the model's call (argument name -> value) to the range of text tokens in joint blocks.
-    fused : class name of a block -> a `forward` of it that lets linear layers read chains
+    fused : class name of a block -> a `forward` of it that lets linear layers read prologues
         (`rtlynx.nn.prologue`); its arguments are the block, its class's own forward, and what that takes.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, LayerRule, TextRows
 from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
-from rtlynx.nn.prologue import adaln, beside_activated, read
+from rtlynx.nn.prologue import adaln, concat_activated, read
 
 DOUBLE = "transformer_blocks.*"
 SINGLE = "single_transformer_blocks.*"
@@ -69,11 +69,11 @@ def single_block(
     attn, norm, text_tokens = block.attn, block.norm, encoder_hidden_states.shape[1]
     both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
-    chain = adaln(norm.norm, both, shift, scale)
-    x = read_by_attention(attn, chain, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
+    prologue = adaln(norm.norm, both, shift, scale)
+    x = read_by_attention(attn, prologue, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
     mlp = block.proj_mlp(x)
     attention = attn(hidden_states=x, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-    out = block.proj_out(read(beside_activated(attention, block.act_mlp, mlp), block.proj_out))
+    out = block.proj_out(read(concat_activated(attention, block.act_mlp, mlp), block.proj_out))
     both = finite_half(both + gate.unsqueeze(1) * out)
     return both[:, :text_tokens], both[:, text_tokens:]
 

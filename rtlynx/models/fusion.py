@@ -1,4 +1,4 @@
-"""Forwards of blocks whose linear layers read the ends of elementwise chains: installed, and in parts."""
+"""Forwards of blocks whose linear layers read prologues: installed, and in parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rtlynx.models.architecture import Architecture
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.prologue import Chain, activated, adaln, read, untouched
+from rtlynx.nn.prologue import PrologueCall, activated, adaln, read, untouched
 from rtlynx.nn.sparse_linear import SparseLinear
 
 
@@ -45,7 +45,7 @@ def _forms_in(block: nn.Module) -> str:
     """A short name for what compiled code of a block depends on: its layers' forms."""
     layers = ((name, layer) for name, layer in block.named_modules() if isinstance(layer, SparseLinear))
     forms = [
-        (name, layer.pattern, layer.norm, layer.precision, layer.rank, layer.text_rows_dense)
+        (name, layer.pattern, layer.norm, layer.format.name, layer.rank, layer.text_rows_dense)
         for name, layer in layers
     ]
     return hashlib.sha256(repr(forms).encode()).hexdigest()[:16]
@@ -60,7 +60,7 @@ class FusedForward(partial):
 
     @classmethod
     def of(cls, block: nn.Module, forward: Callable[..., Any], forms: str) -> FusedForward:
-        """`forward`, one of `Architecture.fused`, for `block`, whose layers are of these `forms`."""
+        """`forward`, one of `Architecture.fused`, for `block`, whose layers are of these formats."""
         return cls(_with_own_code(forms), weakref.ref(block), type(block).forward, forward, forms)
 
     @property
@@ -106,11 +106,11 @@ _HANDING_ON = {
 }
 
 
-def read_by_attention(attn: Any, chain: Chain, *layers: nn.Module) -> Tensor | PreparedInput:
+def read_by_attention(attn: Any, prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
     """`rtlynx.nn.prologue.read` for layers that `attn` calls with its input; other processors get tensors."""
     if type(attn.processor).__name__ in _HANDING_ON and untouched(attn):
-        return read(chain, *layers)
-    return chain.dense()
+        return read(prologue, *layers)
+    return prologue.dense()
 
 
 def follows(attn: Any, processor: str) -> bool:
@@ -162,12 +162,12 @@ def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     return y.flatten(2, 3).to(query.dtype)
 
 
-def feed_forward(ff: Any, chain: Chain) -> Tensor:
-    """diffusers' FeedForward with tanh GELU, of what `chain` yields."""
+def feed_forward(ff: Any, prologue: PrologueCall) -> Tensor:
+    """diffusers' FeedForward with tanh GELU, of what `prologue` yields."""
     if not untouched(ff):
-        return ff(chain.dense())
+        return ff(prologue.dense())
     up, dropout, down = ff.net
-    hidden = up.proj(read(chain, up.proj))
+    hidden = up.proj(read(prologue, up.proj))
     return down(read(activated(lambda h: dropout(up.gelu(h)), hidden), down))
 
 

@@ -24,7 +24,7 @@ def guard(model: nn.Module) -> None:
         if callable(getattr(module, "fuse_projections", None)):
             module.fuse_projections = _refuse_fused_projections  # type: ignore[assignment]
     layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    if any(layer.precision == "fp8" or layer.weight_dense is not None for layer in layers):
+    if any(not layer.mergeable for layer in layers):
         model.fuse_lora = _refuse_merge  # type: ignore[assignment]
 
 
@@ -291,7 +291,7 @@ def _config_reason(config: Any) -> str | None:
 
 
 def _refuse_adapter(name: str, layer: SparseLinear, reason: str) -> NoReturn:
-    what = "quantised to eight bits" if layer.precision == "fp8" else "refitted"
+    what = "quantised to eight bits" if layer.format.quantized else "refitted"
     raise RuntimeError(
         f"this adapter needs the original weight of {name}, which was {what}: {reason}. Use a plain LoRA, "
         "which is exact beside the layer; or fuse the adapter into the dense model, then make that sparse; "
@@ -339,7 +339,7 @@ def _saved_whole(config: Any, name: str) -> bool:
 
 def _takes_merge(wrapper: nn.Module, layer: SparseLinear) -> bool:
     """Whether an adapter may become part of the layer's weight, and the layer then gives the whole of it."""
-    if layer.precision == "fp8" or layer.weight_dense is not None:
+    if not layer.mergeable:
         return False
     adds = _kind(wrapper) in _ADDING and _wrapper_reason(wrapper) is None
     return adds or not layer.rank  # scaled weights beside a branch that is not
@@ -354,7 +354,7 @@ def _guard_peft(tuner: type[Any]) -> None:
         _check_injection(self, model, adapter_name, kwargs.get("state_dict"))
         inject(self, model, adapter_name, *args, **kwargs)
         for wrapper, layer in _adapted(model):
-            if layer.precision == "fp8":
+            if layer.format.quantized or layer.pattern.grouping != "adjacent":
                 wrapper.merge = _refuse_merge_of_layer  # type: ignore[assignment]
 
     @wraps(check_merge)
@@ -393,8 +393,9 @@ def _refuse_fused_projections(*_: Any, **__: Any) -> NoReturn:
 def _refuse_merge(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError(
         "adapters are not merged into this model: its weights are quantised, or what is kept beside them "
-        "(original weights for dense rows and steps, low-rank branches) would miss the adapter. Leave out "
-        "fuse_lora() or the merge: beside the layers the adapter is exact"
+        "(original weights for dense rows and steps, low-rank branches, weights in the order of strided "
+        "groups) would miss the adapter. Leave out fuse_lora() or the merge: beside the layers the adapter "
+        "is exact. Or merge it into the dense model, then make that sparse"
     )
 
 

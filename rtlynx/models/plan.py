@@ -5,10 +5,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from rtlynx.math.formats import BF16_SPARSE, DENSE, FORMATS, FP8_DENSE, FP8_SPARSE, Format, FormatName
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
 from rtlynx.models.architecture import STRIDED_ROLES, Architecture, Candidate
@@ -17,7 +18,7 @@ from rtlynx.models.generic import GENERIC
 from rtlynx.models.guards import foreign_reason, refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.z_image import Z_IMAGE
-from rtlynx.recipe import Form, Recipe
+from rtlynx.recipe import Recipe
 
 ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, QWEN_IMAGE, Z_IMAGE)}
 
@@ -31,7 +32,7 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 
 # What a budget chooses among beside dense.
-_AUTO_FORMATS: tuple[Form, ...] = ("fp8-dense", "fp8-sparse")
+_AUTO_FORMATS: tuple[FormatName, ...] = ("fp8-dense", "fp8-sparse")
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,28 @@ class LayerPlan:
     rank: int
     text_rows_dense: bool
     dense_reason: str | None
-    precision: Literal["bf16", "fp8"] = "bf16"
+    quantized: bool = False
 
     @property
     def name(self) -> str:
         return self.candidate.name
 
     @property
-    def form(self) -> Form:
+    def format(self) -> Format:
         """What the layer becomes."""
         if self.dense_reason is not None:
-            return "dense"
-        if self.precision == "bf16":
-            return "bf16-sparse"
-        return "fp8-dense" if self.pattern.n == self.pattern.m else "fp8-sparse"
+            return DENSE
+        if not self.quantized:
+            return BF16_SPARSE
+        return FP8_DENSE if self.pattern.n == self.pattern.m else FP8_SPARSE
 
-    def in_format(self, form: Form, reason: str = "") -> LayerPlan:
-        """A layer that is planned sparse, in another form; `reason` says why where that is dense."""
-        if form == "dense":
+    def in_format(self, format: FormatName, reason: str = "") -> LayerPlan:
+        """A layer that is planned sparse, in another format; `reason` says why where that is dense."""
+        if format == "dense":
             return self.dense(reason)
-        if form == "fp8-dense":
-            return replace(self, pattern=Pattern(1, 1), norm="none", rank=0, precision="fp8")
-        return replace(self, precision="fp8" if form == "fp8-sparse" else "bf16")
+        if format == "fp8-dense":
+            return replace(self, pattern=Pattern(1, 1), norm="none", rank=0, quantized=True)
+        return replace(self, quantized=FORMATS[format].quantized)
 
     def dense(self, reason: str) -> LayerPlan:
         """The same layer, left dense."""
@@ -94,15 +95,15 @@ class Plan:
         )
         return replace(self, layers=tuple(layers))
 
-    def in_formats(self, forms: Mapping[str, Form]) -> Plan:
-        """The same plan with sparse layers in other forms (name -> form)."""
+    def in_formats(self, formats: Mapping[str, FormatName]) -> Plan:
+        """The same plan with sparse layers in other formats (name -> format)."""
         layers = (
-            layer.in_format(forms[layer.name]) if layer.name in forms else layer for layer in self.layers
+            layer.in_format(formats[layer.name]) if layer.name in formats else layer for layer in self.layers
         )
         return replace(self, layers=tuple(layers))
 
     def alternatives(self) -> list[LayerPlan]:
-        """Each sparse layer in every form that it may take: several where the budget is to choose.
+        """Each sparse layer in every format that it may take: several where the budget is to choose.
 
         Dense is always one of them; what is to drop nothing has one more. (bf16-sparse is none: fp8-dense
         takes less time and loses less.)
@@ -114,8 +115,8 @@ class Plan:
             for layer in self.sparse
             for one in (
                 [layer]
-                if self.recipe.fixed_format(layer.name) or layer.form == "fp8-dense"
-                else [layer.in_format(form) for form in _AUTO_FORMATS]
+                if self.recipe.fixed_format(layer.name) or layer.format is FP8_DENSE
+                else [layer.in_format(format) for format in _AUTO_FORMATS]
             )
         ]
 
@@ -126,8 +127,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     Raises
     ------
     ValueError
-        If the model has no linear layer that could be sparse, or a `skip` or `forms` pattern matches none, or
-        adapters, fused projections, group offloading or compiled blocks came before, or it is a graph.
+        If the model has no linear layer that could be sparse, or a `skip` or `formats` pattern matches none,
+        or adapters, fused projections, group offloading or compiled blocks came before, or it is a graph.
     TypeError
         If what is known to be a linear layer in this architecture is something else (quantised).
     """
@@ -142,7 +143,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         instead = f" (it has {', '.join(sorted(kinds))})" if kinds else ""
         raise ValueError(f"{type(model).__name__} has no linear layers that can be made sparse{instead}")
     names = [candidate.name for candidate in candidates]
-    for setting, globs in (("skip", recipe.skip), ("forms", recipe.forms)):
+    for setting, globs in (("skip", recipe.skip), ("formats", recipe.formats)):
         for glob in globs:
             if not fnmatch.filter(names, glob):
                 raise ValueError(f"{setting} pattern {glob!r} matches no layer of {type(model).__name__}")
@@ -174,8 +175,8 @@ def _like_linear(module: nn.Module) -> bool:
 
 def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> LayerPlan:
     fixed = recipe.fixed_format(candidate.name)
-    whole = fixed is None and candidate.stream == "text" and recipe.text_stream == "dense"
-    eight_bits: Form = "fp8-dense" if whole else "fp8-sparse"
+    keep_all = fixed is None and candidate.stream == "text" and recipe.text_stream == "dense"
+    eight_bits: FormatName = "fp8-dense" if keep_all else "fp8-sparse"
     layer = LayerPlan(
         candidate,
         linear.in_features,
@@ -185,9 +186,9 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> Laye
         recipe.rank_for(linear.in_features),
         recipe.text_rows == "dense" and candidate.stream == "joint",
         None,
-    ).in_format(fixed or ("bf16-sparse" if recipe.precision == "bf16" else eight_bits), "dense by 'forms'")
+    ).in_format(fixed or ("bf16-sparse" if recipe.precision == "bf16" else eight_bits), "dense by 'formats'")
     reason = layer.dense_reason or layer.pattern.misfit(linear.in_features)
-    if reason is None and whole and recipe.precision == "bf16":
+    if reason is None and keep_all and recipe.precision == "bf16":
         reason = "text stream"
     if reason is None:
         glob = next((glob for glob in recipe.skip if fnmatch.fnmatchcase(candidate.name, glob)), None)
@@ -198,9 +199,9 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> Laye
 def _pattern_for(candidate: Candidate, recipe: Recipe) -> Pattern:
     strided = recipe.grouping == "strided" or (recipe.grouping == "auto" and candidate.role in STRIDED_ROLES)
     if not strided:
-        return Pattern(recipe.n, recipe.m)
+        return Pattern(recipe.n, recipe.m, score=recipe.score)
     parts, degree = candidate.parts, recipe.tp_degree
     if isinstance(parts, int):
-        return Pattern(recipe.n, recipe.m, "strided", parts * degree)
+        return Pattern(recipe.n, recipe.m, "strided", parts * degree, recipe.score)
     shards = tuple(width // degree for width in parts for _ in range(degree))
-    return Pattern(recipe.n, recipe.m, "strided", shards)
+    return Pattern(recipe.n, recipe.m, "strided", shards, recipe.score)

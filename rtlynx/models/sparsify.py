@@ -157,7 +157,7 @@ def apply_plan(
         sparse.shared_input = shared[_memory(layer, known)]
         if prepare is not None:
             prepare(layer.name, sparse)
-        if layer.precision == "fp8" and sparse.precision == "bf16":  # nothing was calibrated: plain scales
+        if layer.quantized and not sparse.format.quantized:  # nothing was calibrated: plain scales
             try:
                 sparse.quantize(keep_dense=sparse.depends_on_call)
             except ValueError as error:
@@ -227,7 +227,7 @@ def extra_bytes(model: nn.Module) -> int:
     for layer in sparse_layers(model).values():
         for tensor in (layer.lowrank_a, layer.lowrank_b, layer.weight_dense, layer.weight_scale):
             total += 0 if tensor is None else tensor.numel() * tensor.element_size()
-        if layer.precision == "fp8":
+        if layer.format.quantized:
             full = layer.compute_dtype or torch.bfloat16
             total -= layer.weight.numel() * (full.itemsize - layer.weight.element_size())
     return total

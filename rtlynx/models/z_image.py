@@ -66,16 +66,16 @@ def block(
         return original(block, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)
     attn, ff = block.attention, block.feed_forward
     scale, gate, mlp_scale, mlp_gate = block.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
-    chain = rmsnorm(block.attention_norm1, x, 1.0 + scale)
-    hidden = read_by_attention(attn, chain, attn.to_q, attn.to_k, attn.to_v)
+    prologue = rmsnorm(block.attention_norm1, x, 1.0 + scale)
+    hidden = read_by_attention(attn, prologue, attn.to_q, attn.to_k, attn.to_v)
     out = attention(attn, hidden, attn_mask, freqs_cis)
     x = x + gate.tanh() * block.attention_norm2(out)
-    chain = rmsnorm(block.ffn_norm1, x, 1.0 + mlp_scale)
+    prologue = rmsnorm(block.ffn_norm1, x, 1.0 + mlp_scale)
     if untouched(ff):
-        hidden = read(chain, ff.w1, ff.w3)
+        hidden = read(prologue, ff.w1, ff.w3)
         out = ff.w2(read(silu_gated(ff.w1(hidden), ff.w3(hidden), ff._forward_silu_gating), ff.w2))
     else:
-        out = ff(chain.dense())
+        out = ff(prologue.dense())
     return x + mlp_gate.tanh() * block.ffn_norm2(out)
 
 

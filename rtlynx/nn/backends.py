@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rtlynx.math import reference
+from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE
 from rtlynx.math.selection import pattern_mask, select
 from rtlynx.math.tiles import pack_lowrank
 from rtlynx.ops import fp8_linear as fp8
@@ -48,7 +49,7 @@ class Reference:
 
     def multiply(self, layer: SparseLinear, x: Tensor, prepared: reference.Compressed) -> Tensor:
         lowrank = None if layer.lowrank_a is None else linear(x, layer.lowrank_a)
-        return reference.sparse_linear(prepared, layer.own_weight(), layer.bias, lowrank, layer.lowrank_b)
+        return reference.sparse_linear(prepared, layer.weight, layer.bias, lowrank, layer.lowrank_b)
 
     def lowrank_factor(self, layer: SparseLinear) -> Tensor | None:
         return None
@@ -87,16 +88,21 @@ class Hopper:
     def prepare(self, layer: SparseLinear, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         if layer.shared_input.single and layer.whole_scale is None:
             return None  # `multiply` does both in one call: half the host time
-        x, norm, quantised = _unit_stride(x), layer.norm == "scale", layer.precision == "fp8"
-        form = layer.pattern.grouping, ops.pattern_parts(layer.pattern, layer.in_features)
+        x, norm, format, score = (
+            _unit_stride(x),
+            layer.norm == "scale",
+            layer.format.name,
+            layer.pattern.score,
+        )
+        groups = layer.pattern.grouping, ops.pattern_parts(layer.pattern, layer.in_features)
         lowrank_a = self.lowrank_factor(layer)
         if layer.whole_scale is None:
-            return ops.compress(x, lowrank_a, *form, norm, quantised)
+            return ops.compress(x, lowrank_a, *groups, norm, format, score)
         # The kernel's own s, of this shard, tells the norm of what is kept of it.
-        tiles, local, _ = ops.compress(x, None, *form, True, False)
+        tiles, local, _ = ops.compress(x, None, *groups, True, BF16_SPARSE.name, score)
         scale = layer.whole_scale(x, local=local.view(*x.shape[:-1], 1)).flatten()
-        if quantised:
-            tiles, token, _ = ops.compress(x, None, *form, False, True)
+        if layer.format.quantized:
+            tiles, token, _ = ops.compress(x, None, *groups, False, format, score)
             scale = scale * token
         lowrank = x.new_empty(0, dtype=torch.uint8)
         if (
@@ -113,8 +119,8 @@ class Hopper:
         lowrank_a, norm = self.lowrank_factor(layer), layer.norm == "scale"
         if prepared is None:
             parts = ops.pattern_parts(layer.pattern, layer.in_features)
-            form = layer.pattern.grouping, parts, norm, weight_scale
-            return ops.linear(_unit_stride(x), weight, bias, lowrank_a, lowrank_b, *form)
+            how = layer.pattern.grouping, parts, norm, weight_scale, layer.pattern.score
+            return ops.linear(_unit_stride(x), weight, bias, lowrank_a, lowrank_b, *how)
         tiles, scale, lowrank = prepared
         scaled = scale if norm or weight_scale is not None else None
         rows = x.numel() // layer.in_features
@@ -131,11 +137,11 @@ REFERENCE, REFERENCE_FP8, DENSE_FP8, HOPPER = Reference(), ReferenceFp8(), Dense
 
 def choose_backend(layer: SparseLinear, x: Tensor) -> Backend:
     """What serves `layer` for an input like `x` (..., K)."""
-    if layer.precision == "fp8" and layer.pattern.n == layer.pattern.m:
+    if layer.format is FP8_DENSE:
         return DENSE_FP8
-    if layer.served(x):
+    if layer.supported(x):
         return HOPPER
-    return REFERENCE_FP8 if layer.precision == "fp8" else REFERENCE
+    return REFERENCE_FP8 if layer.format.quantized else REFERENCE
 
 
 def _unit_stride(x: Tensor) -> Tensor:

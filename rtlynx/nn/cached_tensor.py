@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class CachedTensor:
@@ -57,17 +57,3 @@ class CachedTensor:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_entry": None}
-
-
-class WatchedWeight:
-    """`SparseLinear.weight` to everyone but the layer itself: drops the copy in compute order.
-
-    Who asks for the weight may change it behind its version's back; peft merges into `weight.data`.
-    """
-
-    def __get__(self, layer: Any, owner: type) -> Any:
-        if layer is None:
-            return self
-        if "_packed_weight" in layer.__dict__:
-            layer._packed_weight.drop()
-        return nn.Module.__getattr__(layer, "weight")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PreparedInput:
-    """Stands for an input (..., K) that exists in another form alone, for the layers that it was made for.
+    """Stands for an input (..., K) that exists in another format alone, for the layers that it was made for.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class CompressedInput(PreparedInput):
 
     Attributes
     ----------
-    compressed : blocks, scale and blocks of T, as from `rtlynx::compress`
+    compressed : packed A, scale and tiles of T, as from `rtlynx::compress`
     first_ranks : first of each layer's columns of T
     """
 
@@ -69,7 +69,7 @@ class CompressedInput(PreparedInput):
         return self._outputs[index]
 
     def _multiply(self) -> list[Tensor]:
-        blocks, scale, lowrank = self.compressed
+        packed_a, scale, lowrank = self.compressed
         rows = math.prod(self.shape[:-1])
         of = [reader.multiplied() for reader in self.readers]
         biases, lowrank_bs, scales = (
@@ -81,7 +81,7 @@ class CompressedInput(PreparedInput):
             )
         )
         y = ops.gemm_joint(
-            *(blocks, scale, lowrank),
+            *(packed_a, scale, lowrank),
             *([one.weight for one in of], lowrank_bs, biases, scales, self.first_ranks, rows),
         )
         y = y.view(*self.shape[:-1], y.shape[-1])
@@ -105,11 +105,11 @@ class QuantizedInput(PreparedInput):
 
 @dataclass
 class MixedInput(PreparedInput):
-    """An input in several forms, for layers of which some drop entries and others do not.
+    """An input in several formats, for layers of which some drop entries and others do not.
 
     Attributes
     ----------
-    parts : one for the layers of each form
+    parts : one for the layers of each format
     """
 
     parts: tuple[PreparedInput, ...]

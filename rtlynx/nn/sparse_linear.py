@@ -5,27 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rtlynx.cuda.sm90.weights import Weights
+from rtlynx.math.formats import Format, format_of
 from rtlynx.math.fp8 import E4M3, Quantized, quantize_weight
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
 from rtlynx.math.tiles import compute_order
 from rtlynx.nn.backends import Backend, choose_backend
-from rtlynx.nn.cached_tensor import CachedTensor, WatchedWeight
+from rtlynx.nn.cached_tensor import CachedTensor
 from rtlynx.nn.call import CallState, RowRanges, current_call
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.state_dict import mark, refusal
+from rtlynx.nn.state_dict import mark, refusal, rename_former
 from rtlynx.ops import fp8_linear as fp8
 from rtlynx.ops.dispatch import kernels_support, unsupported_reason
-
-Precision = Literal["bf16", "fp8"]
 
 
 class SparseLinear(nn.Linear):
@@ -37,9 +36,8 @@ class SparseLinear(nn.Linear):
     In bfloat16 or fp8 on a Hopper card, without gradients, the layer runs on sparse tensor cores
     (`rtlynx.ops.dispatch`). With strided groups it then keeps a copy of the weight in the order of the
     groups, as large as the parameter. The copy is private, in no `state_dict`, and made anew when the
-    weight is replaced, moved, changed in place or taken from the layer by name (peft merges into
-    `layer.weight.data`). Not seen is a change through `.data` of a reference taken before: read
-    `layer.weight` after it.
+    weight is replaced, moved or changed in place. A change through `weight.data` has no version and is not
+    seen: assign a new `weight` instead. So adapters are not merged into such layers (`mergeable`).
 
     A quantised layer (`quantize`) multiplies eight-bit values: Y = (s t) ⊙ (Xq Wq^T) ⊙ c + (X A) B^T + b, a
     scale t for each token and c for each output channel (`rtlynx.math.fp8`). Pattern 1:1 makes it dense
@@ -59,8 +57,11 @@ class SparseLinear(nn.Linear):
     weight_dense : buffer (N, K) or None
         The original W beside a refitted or quantised one, kept only where some rows or steps run dense.
     pattern : Pattern
+    format : Format
+        What the layer multiplies (`rtlynx.math.formats`): e4m3 where the weight is quantised, else in the
+        dtype of its input; all inputs, or those that `pattern` keeps.
     precision : "bf16" | "fp8"
-        "fp8" where the weight is quantised; else the layer computes in the dtype of its input.
+        That of `format`.
     norm : "none" | "scale" | "paper"
         Whether the norm scale s is applied ("paper": with the paper's printed epsilon).
     dense_reason : str or None
@@ -74,7 +75,7 @@ class SparseLinear(nn.Linear):
 
     pattern: Pattern
     norm: Norm
-    precision: Precision
+    format: Format
     refitted: bool
     dense_reason: str | None
     lowrank_a: nn.Parameter | None
@@ -107,7 +108,7 @@ class SparseLinear(nn.Linear):
             raise ValueError(f"norm is 'none', 'scale' or 'paper', got {norm!r}")
         self.pattern = pattern
         self.norm = norm
-        self.precision = "bf16"
+        self.format = format_of(sparse=pattern.n < pattern.m, quantized=False)
         self.refitted = False
         self.dense_reason = pattern.misfit(self.in_features)
         self.text_rows_dense = False
@@ -185,9 +186,6 @@ class SparseLinear(nn.Linear):
         """How a shard of a layer finds the norm scale of whole tokens; None where the layer sees those."""
         return None
 
-    if not TYPE_CHECKING:  # to a type checker it is the attribute of nn.Linear
-        weight = WatchedWeight()
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if hasattr(param, "placements"):  # a DTensor: tensor parallelism would cut the factors wrongly
             raise RuntimeError(
@@ -198,17 +196,23 @@ class SparseLinear(nn.Linear):
     @property
     def weight_changed(self) -> bool:
         """Whether `weight` is another than that of the dense layer: refitted or quantised."""
-        return self.refitted or self.precision == "fp8"
+        return self.refitted or self.format.quantized
 
-    def own_weight(self) -> Tensor:
-        """The attribute `weight`, without dropping what was made of it."""
-        weight = self._parameters.get("weight")
-        return self.weight if weight is None else weight  # (not a parameter where it is parametrised)
+    @property
+    def precision(self) -> Literal["bf16", "fp8"]:
+        """That of `format`."""
+        return self.format.precision
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether a change of the weight alone (a merged adapter) changes all that the layer computes."""
+        copied = self.pattern.grouping != "adjacent"
+        return not (self.format.quantized or copied or self.weight_dense is not None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         self._packed_weight.drop()  # or it would stay on a device that the layer leaves
         self._folded_lowrank_b.drop()
-        fp8_only = (self._parameters.get("weight"), self.weight_scale) if self.precision == "fp8" else ()
+        fp8_only = (self._parameters.get("weight"), self.weight_scale) if self.format.quantized else ()
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -228,6 +232,7 @@ class SparseLinear(nn.Linear):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: Any
     ) -> None:
         *_, error_messages = lists
+        rename_former(state_dict, prefix)
         reason = refusal(self, state_dict, prefix, local_metadata)
         if reason is not None:
             error_messages.append(reason)
@@ -254,8 +259,8 @@ class SparseLinear(nn.Linear):
 
         By this name peft finds the dtype that an adapter beside the layer gets.
         """
-        if self.precision == "bf16":
-            return self.own_weight().dtype
+        if not self.format.quantized:
+            return self.weight.dtype
         full = (self.lowrank_a, self.bias, self.weight_dense)
         return next((tensor.dtype for tensor in full if tensor is not None), None)
 
@@ -276,7 +281,7 @@ class SparseLinear(nn.Linear):
                 f"got {tuple(lowrank_a.shape)} and {tuple(lowrank_b.shape)}"
             )
         train, device, dtype = self.weight.requires_grad, self.weight.device, self.weight.dtype
-        if self.precision == "fp8":
+        if self.format.quantized:
             dtype = self.compute_dtype or lowrank_a.dtype
         self.shared_input.forget_factors()
         for name, factor in (("lowrank_a", lowrank_a), ("lowrank_b", lowrank_b)):
@@ -293,7 +298,7 @@ class SparseLinear(nn.Linear):
         RuntimeError
             If the layer is quantised: refit first.
         """
-        if self.precision == "fp8":
+        if self.format.quantized:
             raise RuntimeError("the layer is quantised: refit its weight first, then quantise it")
         if weight.shape != self.weight.shape:
             raise ValueError(
@@ -324,9 +329,9 @@ class SparseLinear(nn.Linear):
             If the layer is quantised already, does not run sparse, or `keep_dense` comes after a refit that
             did not keep the original.
         """
-        if self.precision == "fp8":
+        if self.format.quantized:
             raise RuntimeError("the layer is quantised already")
-        self.set_quantized(quantize_weight(self.own_weight(), gram), keep_dense=keep_dense)
+        self.set_quantized(quantize_weight(self.weight, gram), keep_dense=keep_dense)
 
     def set_quantized(self, weight: Quantized, *, keep_dense: bool = False, refitted: bool = False) -> None:
         """Take a weight that was quantised elsewhere: values (N, K) and scale (N,); see `quantize`.
@@ -349,7 +354,7 @@ class SparseLinear(nn.Linear):
         device = self.weight.device
         self.weight = nn.Parameter(values.detach().to(device).contiguous(), requires_grad=False)
         self.weight_scale = scale.detach().to(device, torch.float32).contiguous()
-        self.precision = "fp8"
+        self.format = format_of(sparse=self.pattern.n < self.pattern.m, quantized=True)
         self.refitted = self.refitted or refitted
 
     def forward(self, input: Tensor | PreparedInput) -> Tensor:
@@ -377,7 +382,7 @@ class SparseLinear(nn.Linear):
         pieces = [x] if ranges is None else [x[..., slice(*one), :] for one in ranges]
         prepared = self.shared_input.compress(
             input,
-            (backend, self.pattern, self.norm, self.precision, x.dtype, ranges),
+            (backend, self.pattern, self.norm, self.format, x.dtype, ranges),
             lambda: [backend.prepare(self, piece) for piece in pieces],
             backend.lowrank_factor(self),
         )
@@ -402,15 +407,15 @@ class SparseLinear(nn.Linear):
         """What a quantised layer multiplies with where the sparse kernels do not."""
         of, scale = self._parameters, self.weight_scale
         assert scale is not None
-        return fp8.Fp8Parameters(self.own_weight(), scale, of["bias"], of["lowrank_a"], of["lowrank_b"])
+        return fp8.Fp8Parameters(self.weight, scale, of["bias"], of["lowrank_a"], of["lowrank_b"])
 
     def prepare(self) -> None:
         """Make what kernels, where they serve, read in place of parameters: compiled code finds it."""
-        weight = self.own_weight()
+        weight = self.weight
         if weight.is_cuda and self.dense_reason is None:
             with torch.no_grad():
                 x = weight.new_empty(0, self.in_features, dtype=torch.bfloat16)
-                if unsupported_reason(x, *self._form()) is None:
+                if unsupported_reason(x, *self._operands()) is None:
                     self.multiplied()
 
     def kept_copies(self) -> list[Tensor]:
@@ -425,19 +430,19 @@ class SparseLinear(nn.Linear):
             self.prepare()
         return super().train(mode)
 
-    def served(self, x: Tensor) -> bool:
+    def supported(self, x: Tensor) -> bool:
         """Whether the kernels serve this layer for the input `x` (..., K)."""
-        return kernels_support(x, *self._form())
+        return kernels_support(x, *self._operands())
 
-    def _form(self) -> tuple[Pattern, Norm, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def _operands(self) -> tuple[Pattern, Norm, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What decides whether kernels serve the layer, as `rtlynx.ops.dispatch` takes it."""
         of = self._parameters
         factors = of["lowrank_a"], of["lowrank_b"]
-        return self.pattern, self.norm, self.own_weight(), of["bias"], *factors
+        return self.pattern, self.norm, self.weight, of["bias"], *factors
 
     def multiplied(self) -> Weights:
         """What the kernels multiply with."""
-        weight, scale, pattern = self.own_weight(), self.weight_scale, self.pattern
+        weight, scale, pattern = self.weight, self.weight_scale, self.pattern
         lowrank_b: Tensor | None = self._parameters["lowrank_b"]
         if pattern.grouping != "adjacent":
             weight = self._packed_weight.get((weight,), pattern, partial(compute_order, weight, pattern))
@@ -448,7 +453,7 @@ class SparseLinear(nn.Linear):
         return Weights(weight, lowrank_b, self._parameters["bias"], scale)
 
     def _dense(self, x: Tensor) -> Tensor:
-        return linear(x, self._original_weight(), self.bias)
+        return linear(x, self.original_weight(), self.bias)
 
     def original_weight(self) -> Tensor:
         """The weight of the dense layer.
@@ -458,10 +463,6 @@ class SparseLinear(nn.Linear):
         RuntimeError
             If the weight was refitted or quantised and the original was not kept.
         """
-        self._packed_weight.drop()  # for the reason given at `weight`
-        return self._original_weight()
-
-    def _original_weight(self) -> Tensor:
         if self.weight_dense is not None:
             return self.weight_dense
         if self.weight_changed:
@@ -470,11 +471,11 @@ class SparseLinear(nn.Linear):
                 "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "
                 "dense_steps > 0 to keep both"
             )
-        return self.own_weight()
+        return self.weight
 
     def extra_repr(self) -> str:
         pattern = f"{self.pattern.n}:{self.pattern.m} {self.pattern.grouping}"
-        if self.precision == "fp8":
+        if self.format.quantized:
             pattern = f"fp8, {pattern}"
         state = f"dense: {self.dense_reason}" if self.dense_reason else f"{pattern}, norm={self.norm}"
         rank = f", rank={self.rank}" if self.rank else ""

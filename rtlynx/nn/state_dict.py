@@ -8,7 +8,7 @@ PyTorch keeps the versions of modules. `torch.save` keeps it; loaders that know 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from rtlynx.math.fp8 import E4M3
@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 _REFITTED = "rtlynx_refitted"
 # Tensors that dense layers have not.
 OWN = ("lowrank_a", "lowrank_b", "weight_scale", "weight_dense")
+# What state dicts and files of checkpoint versions 1 and 2 call tensors.
+_FORMER = {"lowrank_down": "lowrank_a", "lowrank_up": "lowrank_b"}
+
+
+def current_key(key: str) -> str:
+    """The key of a tensor of a sparse layer as it is called now."""
+    layer, dot, name = key.rpartition(".")
+    return f"{layer}{dot}{_FORMER.get(name, name)}"
+
+
+def rename_former(state_dict: MutableMapping[str, Any], prefix: str) -> None:
+    """Give the tensors of the layer `prefix` the names that they have now."""
+    for former, name in _FORMER.items():
+        if f"{prefix}{former}" in state_dict:
+            state_dict[f"{prefix}{name}"] = state_dict.pop(f"{prefix}{former}")
 
 
 def mark(layer: SparseLinear, state_dict: Any, prefix: str) -> None:
@@ -36,10 +51,10 @@ def refusal(
     if weight is None:
         return None
     # PyTorch would cast one into the other, values without their scale.
-    if (weight.dtype is E4M3) is not (layer.precision == "fp8"):
+    if (weight.dtype is E4M3) is not layer.format.quantized:
         return (
             f"{prefix}weight is {weight.dtype}, and the layer is "
-            f"{'quantised to' if layer.precision == 'fp8' else 'not quantised to'} {E4M3}: "
+            f"{'quantised to' if layer.format.quantized else 'not quantised to'} {E4M3}: "
             "load a quantised weight with its scale into a layer that is quantised"
         )
     refitted = metadata.get(_REFITTED)

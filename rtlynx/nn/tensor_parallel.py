@@ -6,7 +6,8 @@ sparse, each layer whole for a moment (its digest, its calibrated weight, its qu
 process keeps its shard. PyTorch's hooks of the dense layer stay: they turn its input into a `DTensor` and
 gather or sum its output.
 
-- Column-parallel (to_q, to_k, to_v, MLP up): all K inputs, N/t outputs. The first factor (A) is whole, the second
+- Column-parallel (to_q, to_k, to_v, MLP up): all K inputs, N/t outputs. The first factor (A) is whole, the
+  second
   factor cut like the weight. Everything else is as in one process.
 - Row-parallel (to_out, MLP down, proj_out): K/t inputs, and outputs are sums over processes. The down factor
   is cut like the weight, B whole; the bias is added by process 0 alone. The norm scale is that of

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
+from rtlynx.cuda.sm90.prologues import Prologue
 from rtlynx.cuda.sm90.weights import Weights
-from rtlynx.math.tiles import BF16, FP8, LOWRANK_COLUMNS, Format, lowrank_bytes, packed_a_bytes
+from rtlynx.math.tiles import BF16_SPARSE, FP8_SPARSE, LOWRANK_COLUMNS, Format, lowrank_bytes, packed_a_bytes
 from rtlynx.ops.registry import refuse_gradients
 
 # Of rows and columns: kernels count them in 32 bits, and the rows that a tile has beyond the last.
@@ -93,6 +95,55 @@ def check_selection(
             raise ValueError(f"lowrank_a is (r, {k}) with r > 0, got {tuple(lowrank_a.shape)}")
 
 
+def check_prologue(prologue: Prologue, arguments: Sequence[Any]) -> tuple[int, ...]:
+    """Shape of a prologue's result (..., K)."""
+    first: Tensor = arguments[0]
+    rows: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
+    for (name, kind), value in zip(prologue.arguments, arguments, strict=True):
+        if kind == "float":
+            continue
+        check_tensor(name, value, first, BFLOAT16 if kind == "rows" else FLOATS)
+        (rows if kind == "rows" else parameters)[name] = value
+    refuse_gradients(*rows.values(), *parameters.values())
+    if parameters:
+        _check_parameters(prologue, first, parameters)
+    return _shape_of_rows(prologue, rows)
+
+
+def _shape_of_rows(prologue: Prologue, rows: dict[str, Tensor]) -> tuple[int, ...]:
+    names, shapes = list(rows), [tuple(one.shape) for one in rows.values()]
+    if len(shapes) == 1:
+        return shapes[0]
+    found = f"got {shapes[0]} and {shapes[1]}"
+    if not prologue.concatenates:
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{' and '.join(names)} have one shape, {found}")
+        return shapes[0]
+    if not all(shapes) or shapes[0][:-1] != shapes[1][:-1] or not (shapes[0][-1] and shapes[1][-1]):
+        raise ValueError(f"{' and '.join(names)} are (..., columns) that differ in columns alone, {found}")
+    return (*shapes[0][:-1], shapes[0][-1] + shapes[1][-1])
+
+
+def _check_parameters(prologue: Prologue, x: Tensor, parameters: dict[str, Tensor]) -> None:
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x is (B, T, K) or (T, K), got {tuple(x.shape)}")
+    batch, k = (x.shape[0] if x.ndim == 3 else 1), x.shape[-1]
+    for name, parameter in parameters.items():
+        shape = tuple(parameter.shape)
+        along_k = bool(shape) and shape[-1] == k
+        if name in prologue.named("columns"):
+            if not along_k or len(shape) != 1:
+                raise ValueError(f"{name} is ({k},) for x of shape {tuple(x.shape)}, got {shape}")
+            continue
+        batches, between = shape[:-1][:1], shape[1:-1]
+        if not (along_k and between in ((), (1,)) and all(size in (1, batch) for size in batches)):
+            raise ValueError(
+                f"{name} is (B, {k}), (B, 1, {k}) or ({k},), B 1 or {batch}, for x of shape "
+                f"{tuple(x.shape)}, got {shape}"
+            )
+
+
 # --------------------------------------------------------------------------------------------- products
 
 
@@ -137,7 +188,7 @@ def layers_of(
 
 
 def check_gemm(
-    blocks: Tensor,
+    packed_a: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
     layers: Sequence[Weights],
@@ -147,18 +198,18 @@ def check_gemm(
 ) -> None:
     """`names` are those of the arguments, for each layer."""
     check_size("rows", rows)
-    check_tensor("blocks", blocks, blocks, _BYTES, ("bytes",), packed=True)
+    check_tensor("packed_a", packed_a, packed_a, _BYTES, ("bytes",), packed=True)
     for of, called in zip(layers, names, strict=False):
-        _check_weights(blocks, of, called)
-    k, held = layers[0].weight.shape[1], layers[0].held
+        _check_weights(packed_a, of, called)
+    k, format = layers[0].weight.shape[1], layers[0].format
     if len(layers) > 1:
         _check_together([of.weight for of in layers], k)
-    _check_blocks(blocks, rows, k, held)
-    _check_scale(scale, blocks, rows, held)
+    _check_packed_a(packed_a, rows, k, format)
+    _check_scale(scale, packed_a, rows, format)
     if lowrank is not None:
-        check_tensor("lowrank", lowrank, blocks, _BYTES, ("bytes",), packed=True)
+        check_tensor("lowrank", lowrank, packed_a, _BYTES, ("bytes",), packed=True)
     _check_lowrank(lowrank, rows, _rank(layers, first_ranks))
-    refuse_gradients(blocks, scale)
+    refuse_gradients(packed_a, scale)
 
 
 def _check_together(weights: Sequence[Tensor], k: int) -> None:
@@ -171,22 +222,22 @@ def _check_together(weights: Sequence[Tensor], k: int) -> None:
     check_size("outputs of weights", columns)
 
 
-def _check_blocks(blocks: Tensor, rows: int, k: int, held: Format) -> None:
-    expected = packed_a_bytes(rows, k, held)
-    if blocks.shape[0] != expected:
+def _check_packed_a(packed_a: Tensor, rows: int, k: int, format: Format) -> None:
+    expected = packed_a_bytes(rows, k, format)
+    if packed_a.shape[0] != expected:
         raise ValueError(
-            f"blocks of {rows} rows and {k} columns of {held.dtype} are {expected} bytes, "
-            f"got shape {tuple(blocks.shape)}; columns and dtype are those of weight"
+            f"packed_a of {rows} rows and {k} columns of {format.dtype} are {expected} bytes, "
+            f"got shape {tuple(packed_a.shape)}; columns and dtype are those of weight"
         )
 
 
-def _check_scale(scale: Tensor | None, blocks: Tensor, rows: int, held: Format) -> None:
+def _check_scale(scale: Tensor | None, packed_a: Tensor, rows: int, format: Format) -> None:
     if scale is None:
-        if held is FP8:
-            raise ValueError("blocks of float8 values come with a scale, and it is missing")
+        if format is FP8_SPARSE:
+            raise ValueError("packed_a of float8 values come with a scale, and it is missing")
         return
-    check_tensor("scale", scale, blocks, _FLOAT32, ("rows",), packed=True)
-    if scale.shape[0] not in ((rows,) if held is FP8 else (0, rows)):
+    check_tensor("scale", scale, packed_a, _FLOAT32, ("rows",), packed=True)
+    if scale.shape[0] not in ((rows,) if format is FP8_SPARSE else (0, rows)):
         raise ValueError(f"scale is (rows,) = ({rows},) or empty, got {tuple(scale.shape)}")
 
 
@@ -199,7 +250,7 @@ def _check_lowrank(lowrank: Tensor | None, rows: int, rank: int) -> None:
     if expected != (0 if lowrank is None else lowrank.shape[0]):
         found = "none" if lowrank is None else f"shape {tuple(lowrank.shape)}"
         raise ValueError(
-            f"lowrank, low-rank blocks of {rows} rows and rank {rank} are {expected} bytes, got {found}; "
+            f"lowrank, low-rank tiles of {rows} rows and rank {rank} are {expected} bytes, got {found}; "
             "the rank is that of lowrank_b"
         )
 
@@ -215,14 +266,14 @@ def _rank(layers: Sequence[Weights], first_ranks: Sequence[int]) -> int:
 def _check_weights(like: Tensor, of: Weights, called: tuple[str, ...]) -> None:
     """Weight, factor, bias and scale of one layer, on the device of `like`. Their strides are free."""
     weight, lowrank_b, bias, weight_scale = of
-    held = BF16 if weight_scale is None else FP8
-    if weight.dtype is not held.dtype:
+    format = BF16_SPARSE if weight_scale is None else FP8_SPARSE
+    if weight.dtype is not format.dtype:
         found = weight.dtype if lowrank_b is None else f"{weight.dtype} and {lowrank_b.dtype}"
         raise TypeError(
             f"{called[0]}: rtlynx operators take weights of bfloat16, or of float8_e4m3fn with weight_scale, "
             f"and bfloat16 factors; got {found} {'without' if weight_scale is None else 'with'} weight_scale"
         )
-    check_tensor(called[0], weight, like, (held.dtype,), ("N", "K"))
+    check_tensor(called[0], weight, like, (format.dtype,), ("N", "K"))
     n, k = weight.shape
     if k % 4 or not k:
         raise ValueError(f"{called[0]} is (N, K) with K a multiple of 4, got ({n}, {k})")
@@ -260,5 +311,6 @@ def check_linear(
         raise ValueError("lowrank_a and lowrank_b come together: both or neither")
     if lowrank_a is not None and lowrank_b is not None and lowrank_a.shape[0] != lowrank_b.shape[1]:
         raise ValueError(
-            f"lowrank_a is (r, K) and lowrank_b (N, r), got {tuple(lowrank_a.shape)} and {tuple(lowrank_b.shape)}"
+            f"lowrank_a is (r, K) and lowrank_b (N, r), got {tuple(lowrank_a.shape)} and "
+            f"{tuple(lowrank_b.shape)}"
         )

@@ -11,8 +11,10 @@ from torch import Tensor
 from rtlynx.cuda import jit
 from rtlynx.cuda.sm90.compress import MAX_COLUMNS_FP8, MAX_PARTS
 from rtlynx.cuda.sm90.quantize import takes
+from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE, FP8_SPARSE
 from rtlynx.math.fp8 import E4M3
 from rtlynx.math.reference import Norm
+from rtlynx.math.scores import SCORES
 from rtlynx.math.selection import Pattern
 
 if TYPE_CHECKING:
@@ -39,8 +41,9 @@ def kernels_support(
 ) -> bool:
     """Whether the kernels serve a layer for the input `x` (..., K); on a CUDA device, a no is explained once.
 
-    `lowrank_a` (r, K) and `lowrank_b` (N, r) are the layer's low-rank factors. There is no least number of tokens: with
-    one, the kernels take a fifth of the time of the same function in plain PyTorch (threshold-h100.json).
+    `lowrank_a` (r, K) and `lowrank_b` (N, r) are the layer's low-rank factors. There is no least number of
+    tokens: with one, the kernels take a fifth of the time of the same function in plain PyTorch
+    (threshold-h100.json).
     """
     if not x.is_cuda:
         return False
@@ -70,13 +73,15 @@ def unsupported_reason(
         return "the kernels take bfloat16 inputs and factors, and weights of bfloat16 or quantised to fp8"
     if pattern.n != 2 or pattern.m != 4:
         return "the kernels keep 2 of every 4 entries, not other patterns"
+    if not SCORES[pattern.score].kernels:
+        return f"the kernels do not select by the score {pattern.score!r}"
     if pattern.grouping == "strided" and _count(pattern.parts) > MAX_PARTS:
         return f"the kernels take strided groups in at most {MAX_PARTS} parts"
     if norm == "paper":
         return "the kernels know the norm scale 'scale', not the paper's printed formula"
-    k = weight.shape[1]
-    if k % (16 if fp8 else 8):
-        return "the kernels take layers whose number of inputs is a multiple of 8, in fp8 of 16"
+    k, format = weight.shape[1], FP8_SPARSE if fp8 else BF16_SPARSE
+    if k % format.k_multiple:
+        return f"the kernels take {format.name} layers whose inputs are a multiple of {format.k_multiple}"
     if fp8 and k > MAX_COLUMNS_FP8:
         return f"the fp8 kernels take layers of at most {MAX_COLUMNS_FP8} inputs"
     if not weight.is_contiguous() or (not torch.compiler.is_compiling() and weight.data_ptr() % 16):
@@ -117,7 +122,8 @@ def _scaled_mm_unsupported_reason(x: Tensor, of: Fp8Parameters) -> str | None:
         return _GRADIENTS
     if any(tensor.dtype is not torch.bfloat16 for tensor in (x, *beside)):
         return "dense fp8 products take bfloat16 inputs, biases and factors"
-    if weight.shape[0] % 16 or weight.shape[1] % 16 or not weight.is_contiguous():
+    multiple = FP8_DENSE.k_multiple
+    if weight.shape[0] % multiple or weight.shape[1] % multiple or not weight.is_contiguous():
         return "dense fp8 products take layers whose numbers of inputs and outputs are multiples of 16"
     if not _has_fp8(x.get_device()):
         return "dense fp8 products need compute capability 8.9 or more"

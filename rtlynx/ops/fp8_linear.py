@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from rtlynx.math.fp8 import dequantize, quantize_tokens
 from rtlynx.math.reference import Norm, product_in_float32
 from rtlynx.math.selection import Pattern, norm_scale, pattern_mask
-from rtlynx.ops import quantize_prologues as quantizers
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports
+from rtlynx.ops.prologues import quantize
 
 # cuBLAS refuses fast accumulation for few rows of many columns (CUBLAS_STATUS_NOT_SUPPORTED): 12.9 always, as
 # in pytorch/ao issue 4582, 13.0 with a bias (28 rows of 10,240). Compiled code does not know the number of
@@ -71,7 +71,7 @@ def compress_fp8(x: Tensor, pattern: Pattern, norm: Norm) -> CompressedFp8:
         pattern.widths(x.shape[-1])
         # To the same bits. torch.compile makes one pass of quantisation with what is around it.
         if not torch.compiler.is_compiling() and quantizer_supports(x.shape[-1], x):
-            return CompressedFp8(*quantizers.quantize(x))
+            return CompressedFp8(*quantize(x))
         return CompressedFp8(*quantize_tokens(x))
     mask = pattern_mask(x, pattern)
     values, scale = quantize_tokens(x, mask)

@@ -1,199 +1,159 @@
-"""What the elementwise chains are that kernels compute on the way: checks, plain PyTorch, kernels' operands.
+"""Torch operators that compress or quantise a prologue's result without storing it.
 
-Each is computed in float32 and rounded once to bfloat16. `rtlynx.ops.compress_prologues` compresses its
-result, `rtlynx.ops.quantize_prologues` quantises all of it.
+Two for each entry of `rtlynx.cuda.sm90.prologues.PROLOGUES`, in `COMPRESS` and `QUANTIZE` by its name:
+
+`<name>_compress(<its arguments>, lowrank_a, grouping, parts, norm, format, score)`
+    Goes on like `rtlynx::compress` and returns what that does (`rtlynx.ops.sparse_linear`).
+`<name>_quantize(<its arguments>)`
+    Quantises all of the result to e4m3, as `rtlynx.math.fp8.quantize_tokens` does, to the bit: `values`
+    (..., K) float8_e4m3fn, contiguous, and `scale` (..., 1) float32, t of each token, as row-wise scaled
+    products (`torch._scaled_mm`) take them. `quantize` alone is that of a tensor.
+
+Arguments are activations (..., K) bfloat16 with free strides; parameters (K,), or (B, K), (B, 1, K) or (K,)
+for batches, B also 1 for all, bfloat16 or (slower) float32; and numbers. All raise TypeError for other
+dtypes, ValueError if shapes or devices do not fit, RuntimeError if a gradient would be lost.
+
+On a Hopper card one kernel does it all where it can read 16 bytes at a time: widths are multiples of 8,
+strided parts of 32, rows lie at multiples of 16 bytes, and, to quantise, K is at most 16,384. Elsewhere the
+prologue runs in plain PyTorch first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
-from rtlynx.cuda.sm90 import producers as sources
-from rtlynx.cuda.sm90.compress import Input
+from rtlynx.cuda.sm90 import compress as compress_kernel
+from rtlynx.cuda.sm90 import quantize as quantize_kernel
+from rtlynx.cuda.sm90.compress import CompressOptions
+from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES, Prologue, bind, bind_matrix, expressible, rounded
 from rtlynx.cuda.sm90.weights import readable
-from rtlynx.ops.checks import FLOATS, check_tensor
-from rtlynx.ops.registry import refuse_gradients
+from rtlynx.math.fp8 import E4M3, quantize_tokens
+from rtlynx.ops.checks import check_prologue, check_selection, check_size
+from rtlynx.ops.registry import operator, refuse_gradients
+from rtlynx.ops.sparse_linear import COMPRESS_TAIL, Compressed, compress_fake, compress_reference, options_of
+
+Quantized = tuple[Tensor, Tensor]
 
 
-class Producer(NamedTuple):
-    """A chain; each function takes its inputs, as operators do before anything else.
+def launch_compress(
+    prologue: Prologue,
+    arguments: Sequence[Any],
+    lowrank_a: Tensor | None,
+    options: CompressOptions,
+    dense: Tensor | None = None,
+) -> Compressed | None:
+    """One kernel on the current Hopper card, or None where it cannot read the arguments, which are not
+    checked.
 
-    inputs : of the schema
-    shape : of the result, after checks
-    chain : the result in float32
-    operands : what kernels read, some of it perhaps copied, or None where they cannot
+    This is what the operators run, with the test mode that they lack: `dense` (M, K) bfloat16, contiguous,
+    receives what the kernel selects from.
     """
-
-    inputs: str
-    shape: Callable[..., tuple[int, ...]]
-    chain: Callable[..., Tensor]
-    operands: Callable[..., tuple[Any, ...] | None]
-
-
-# ------------------------------------------------------------------------------------------------ checks
+    bound = bind(prologue, arguments)
+    if bound is None or not compress_kernel.vectors_fit(options.grouping, options.parts, bound.columns):
+        return None
+    factor = None if lowrank_a is None else readable(lowrank_a)
+    return compress_kernel.launch(bound, factor, options, dense)
 
 
-def _modulated_shape(x: Tensor, **parameters: Tensor) -> tuple[int, ...]:
-    """Of `x` (B, T, K) or (T, K), whose parameters fit it."""
-    check_tensor("x", x, x)
-    refuse_gradients(x, *parameters.values())
-    if x.ndim not in (2, 3):
-        raise ValueError(f"x is (B, T, K) or (T, K), got {tuple(x.shape)}")
-    batch, k = (x.shape[0] if x.ndim == 3 else 1), x.shape[-1]
-    for name, parameter in parameters.items():
-        check_tensor(name, parameter, x, FLOATS)
-        shape = tuple(parameter.shape)
-        along_k = bool(shape) and shape[-1] == k
-        if name == "weight":
-            if not along_k or len(shape) != 1:
-                raise ValueError(f"weight is ({k},) for x of shape {tuple(x.shape)}, got {shape}")
-            continue
-        batches, between = shape[:-1][:1], shape[1:-1]
-        if not (along_k and between in ((), (1,)) and all(size in (1, batch) for size in batches)):
-            raise ValueError(
-                f"{name} is (B, {k}), (B, 1, {k}) or ({k},), B 1 or {batch}, for x of shape "
-                f"{tuple(x.shape)}, got {shape}"
-            )
-    return tuple(x.shape)
+def launch_quantize(
+    prologue: Prologue, arguments: Sequence[Any], shape: Sequence[int], dense: Tensor | None = None
+) -> Quantized | None:
+    """As `launch_compress`; `shape` is that of the values."""
+    bound = bind(prologue, arguments)
+    if bound is None or not quantize_kernel.fits(bound):
+        return None
+    return quantize_kernel.launch(bound, shape, dense)
 
 
-def _adaln_shape(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[int, ...]:
-    return _modulated_shape(x, shift=shift, scale=scale)
+# --------------------------------------------------------------------------------------------- compression
 
 
-def _rmsnorm_shape(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> tuple[int, ...]:
-    return _modulated_shape(x, weight=weight, scale=scale)
+def _compress_operator(prologue: Prologue) -> Any:
+    count = len(prologue.arguments)
 
+    def checked(
+        arguments: tuple[Any, ...],
+    ) -> tuple[tuple[int, ...], tuple[Any, ...], Tensor | None, CompressOptions]:
+        """Shape of the result, arguments of the prologue, and how it is compressed."""
+        own, (lowrank_a, grouping, parts, *rest) = arguments[:count], arguments[count:]
+        shape = check_prologue(prologue, own)
+        check_selection(own[0], shape, lowrank_a, grouping, parts)
+        refuse_gradients(lowrank_a)
+        return shape, own, lowrank_a, options_of(grouping, parts, *rest)
 
-def _gelu_shape(x: Tensor) -> tuple[int, ...]:
-    check_tensor("x", x, x)
-    refuse_gradients(x)
-    return tuple(x.shape)
-
-
-def _pair(a: Tensor, b: Tensor) -> None:
-    check_tensor("a", a, a)
-    check_tensor("b", b, a)
-    refuse_gradients(a, b)
-
-
-def _silu_gate_shape(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    _pair(a, b)
-    if a.shape != b.shape:
-        raise ValueError(f"a and b have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    return tuple(a.shape)
-
-
-def _concat_gelu_shape(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    _pair(a, b)
-    shapes = tuple(a.shape), tuple(b.shape)
-    if not (a.ndim and b.ndim and a.shape[:-1] == b.shape[:-1] and a.shape[-1] and b.shape[-1]):
-        raise ValueError(
-            f"a and b are (..., columns) that differ in columns alone, got {shapes[0]} and {shapes[1]}"
+    def hopper(*arguments: Any) -> Compressed:
+        _, own, lowrank_a, options = checked(arguments)
+        return launch_compress(prologue, own, lowrank_a, options) or compress_kernel.launch_compress(
+            rounded(prologue, own), lowrank_a, options
         )
-    return (*shapes[0][:-1], shapes[0][-1] + shapes[1][-1])
+
+    def reference(*arguments: Any) -> Compressed:
+        _, own, lowrank_a, options = checked(arguments)
+        return compress_reference(rounded(prologue, own), lowrank_a, options)
+
+    def fake(*arguments: Any) -> Compressed:
+        shape, own, lowrank_a, options = checked(arguments)
+        return compress_fake(own[0].new_empty(shape), lowrank_a, options)
+
+    return operator(
+        f"{prologue.name}_compress({prologue.schema}, {COMPRESS_TAIL}",
+        hopper=hopper,
+        reference=reference,
+        fake=fake,
+    )
 
 
-# ------------------------------------------------------------------------------------- in plain PyTorch
+# -------------------------------------------------------------------------------------------- quantisation
 
 
-def _for_tokens(parameter: Tensor, x: Tensor) -> Tensor:
-    """A parameter of any of its shapes in float32, to be multiplied with `x`."""
-    rows = _rows(parameter).float()
-    return rows.unsqueeze(1) if x.ndim == 3 else rows
+def _quantize_operator(prologue: Prologue) -> Any:
+    def checked(arguments: Sequence[Any]) -> tuple[int, ...]:
+        """Shape of the values."""
+        shape = check_prologue(prologue, arguments)
+        if not shape or shape[-1] == 0:
+            raise ValueError(f"what is quantised is x (..., K) with K > 0, got {tuple(shape)}")
+        check_size("rows of x", math.prod(shape[:-1]))
+        check_size("columns of x", shape[-1])
+        return shape
+
+    def hopper(*arguments: Any) -> Quantized:
+        shape = checked(arguments)
+        found = launch_quantize(prologue, arguments, shape)
+        return _quantize_matrix(rounded(prologue, arguments)) if found is None else found
+
+    def reference(*arguments: Any) -> Quantized:
+        checked(arguments)
+        return _plain(rounded(prologue, arguments))
+
+    def fake(*arguments: Any) -> Quantized:
+        shape, like = checked(arguments), arguments[0]
+        return like.new_empty(shape, dtype=E4M3), like.new_empty((*shape[:-1], 1), dtype=torch.float32)
+
+    name = "quantize" if prologue is IDENTITY else f"{prologue.name}_quantize"
+    return operator(
+        f"{name}({prologue.schema}) -> (Tensor values, Tensor scale)",
+        hopper=hopper,
+        reference=reference,
+        fake=fake,
+    )
 
 
-def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    normed = layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return normed * (1 + _for_tokens(scale, x)) + _for_tokens(shift, x)
+def _quantize_matrix(x: Tensor) -> Quantized:
+    """On the current Hopper card, however `x` lies."""
+    bound = bind_matrix(expressible(x if x.stride(-1) == 1 else x.contiguous()))
+    return quantize_kernel.launch(bound, x.shape) if quantize_kernel.fits(bound) else _plain(x.contiguous())
 
 
-def _rmsnorm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return rms_norm(x.float(), x.shape[-1:], eps=eps) * weight.float() * _for_tokens(scale, x)
+def _plain(x: Tensor) -> Quantized:
+    values, scale = quantize_tokens(x)
+    return values, scale
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return gelu(x.float(), approximate="tanh")
-
-
-def _silu_gate(a: Tensor, b: Tensor) -> Tensor:
-    return silu(a.float()) * b.float()
-
-
-def _concat_gelu(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cat([a.float(), _gelu(b)], dim=-1)
-
-
-def rounded(chain: Callable[..., Tensor], inputs: Sequence[Any]) -> Tensor:
-    """What the chain yields, rounded; contiguous, though an input may lie otherwise."""
-    plain = [one.detach() if isinstance(one, Tensor) else one for one in inputs]
-    return chain(*plain).bfloat16().contiguous()
-
-
-# --------------------------------------------------------------------------------------- for the kernel
-
-
-def _rows(parameter: Tensor) -> Tensor:
-    """(K,), (B, K) or (B, 1, K) as (B, K)."""
-    if parameter.ndim == 1:
-        return parameter.unsqueeze(0)
-    return parameter.squeeze(1) if parameter.ndim == 3 else parameter
-
-
-def _streamed(*tensors: Tensor) -> tuple[Tensor, ...] | None:
-    """Inputs whose rows a kernel finds by two strides."""
-    for tensor in tensors:
-        if tensor.stride(-1) != 1 or (tensor.dim() > 3 and not tensor.is_contiguous()):
-            return None
-    return tensors
-
-
-def _adaln_operands(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Any, ...] | None:
-    if x.stride(-1) != 1 or shift.dtype is not torch.bfloat16 or scale.dtype is not torch.bfloat16:
-        return None
-    shift, scale = readable(_rows(shift)), readable(_rows(scale))
-    batch = max(shift.shape[0], scale.shape[0])
-    if batch > 1 and (shift.shape != scale.shape or shift.stride(0) != scale.stride(0)):
-        # One stride serves both.
-        shift, scale = (one.expand(batch, -1).contiguous() for one in (shift, scale))
-    return x, shift, scale, eps
-
-
-def _rmsnorm_operands(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> tuple[Any, ...] | None:
-    if x.stride(-1) != 1 or weight.dtype is not torch.bfloat16 or scale.dtype is not torch.bfloat16:
-        return None
-    return x, readable(_rows(weight)), readable(_rows(scale)), eps
-
-
-def _concat_gelu_operands(a: Tensor, b: Tensor) -> tuple[Any, ...] | None:
-    return _streamed(a, b) if a.shape[-1] % 8 == 0 else None
-
-
-PRODUCERS = {
-    "adaln": Producer(
-        "Tensor x, Tensor shift, Tensor scale, float eps", _adaln_shape, _adaln, _adaln_operands
-    ),
-    "rmsnorm": Producer(
-        "Tensor x, Tensor weight, Tensor scale, float eps", _rmsnorm_shape, _rmsnorm, _rmsnorm_operands
-    ),
-    "gelu": Producer("Tensor x", _gelu_shape, _gelu, _streamed),
-    "silu_gate": Producer("Tensor a, Tensor b", _silu_gate_shape, _silu_gate, _streamed),
-    "concat_gelu": Producer("Tensor a, Tensor b", _concat_gelu_shape, _concat_gelu, _concat_gelu_operands),
-}
-
-
-def source_of(name: str, inputs: Sequence[Any]) -> tuple[Input, object] | None:
-    """What a kernel reads for the chain `name`, and what must be kept until its launch: copies that it reads.
-
-    None where it cannot read the inputs 16 bytes at a time.
-    """
-    operands = PRODUCERS[name].operands(*inputs)
-    if operands is None:
-        return None
-    found: Input = getattr(sources, name)(*operands)
-    return (found, operands) if found.aligned and found.columns % 8 == 0 else None
+COMPRESS = {name: _compress_operator(one) for name, one in PROLOGUES.items() if one is not IDENTITY}
+QUANTIZE = {name: _quantize_operator(one) for name, one in PROLOGUES.items()}
+quantize = QUANTIZE[IDENTITY.name]

@@ -2,7 +2,7 @@
 
 Inference only, 2:4, bfloat16 in and out; in between bfloat16 or e4m3. On a Hopper card they launch the
 kernels of `rtlynx.cuda.sm90`. On a CPU and on other cards they run in plain PyTorch over the same packed
-blocks (`rtlynx.math.tiles`): slow, and there so that everything above can be tested anywhere.
+tiles (`rtlynx.math.tiles`): slow, and there so that everything above can be tested anywhere.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from rtlynx.cuda.sm90.compress import CompressOptions, launch_compress
 from rtlynx.cuda.sm90.gemm import launch_gemm
 from rtlynx.cuda.sm90.linear import launch_linear
 from rtlynx.cuda.sm90.weights import Weights
+from rtlynx.math.formats import BF16_SPARSE, FORMATS, SPARSE_FORMATS
 from rtlynx.math.reference import product_in_float32
+from rtlynx.math.scores import score_named
 from rtlynx.math.selection import Pattern, norm_scale, pattern_mask
 from rtlynx.math.tiles import (
     LOWRANK_COLUMNS,
-    format_of,
     lowrank_bytes,
     pack_a,
     pack_a_fp8,
@@ -33,6 +34,8 @@ from rtlynx.math.tiles import (
 from rtlynx.ops.checks import JOINT_NAMES, check_compress, check_gemm, check_linear, layers_of
 from rtlynx.ops.registry import operator
 
+Compressed = tuple[Tensor, Tensor, Tensor]
+
 
 def pattern_parts(pattern: Pattern, k: int) -> list[int]:
     """The `parts` argument of the operators: widths, or nothing where there is one part."""
@@ -42,44 +45,55 @@ def pattern_parts(pattern: Pattern, k: int) -> list[int]:
     return list(widths) if len(widths) > 1 else []
 
 
+# How `compress` and what is like it end: what a `CompressOptions` holds, and what is returned.
+COMPRESS_TAIL = (
+    'Tensor? lowrank_a, str grouping, int[] parts, bool norm, str format="bf16-sparse",'
+    ' str score="magnitude") -> (Tensor packed_a, Tensor scale, Tensor lowrank)'
+)
+
+
+def options_of(
+    grouping: str, parts: Sequence[int], norm: bool, format: str = BF16_SPARSE.name, score: str = "magnitude"
+) -> CompressOptions:
+    """The arguments of an operator as one value; ValueError for a format or score that there is not."""
+    found = FORMATS.get(format)
+    if found is None or not found.sparse:
+        raise ValueError(f"format is one of {', '.join(one.name for one in SPARSE_FORMATS)}, got {format!r}")
+    return CompressOptions(grouping, tuple(parts), norm, found, score_named(score))
+
+
 # ------------------------------------------------------------------------------------- in plain PyTorch
 
 
-def _pattern(grouping: str, parts: Sequence[int]) -> Pattern:
-    return Pattern(2, 4, grouping, tuple(parts) or 1)  # type: ignore[arg-type]  # checked before
-
-
-def compress_reference(
-    x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_compress(x, lowrank_a, grouping, parts)
+def compress_reference(x: Tensor, lowrank_a: Tensor | None, options: CompressOptions) -> Compressed:
     x = x.detach().reshape(-1, x.shape[-1])
-    pattern = _pattern(grouping, parts)
+    grouping, parts, norm = options.grouping, options.parts or 1, options.norm
+    pattern = Pattern(2, 4, grouping, parts, options.score.name)  # type: ignore[arg-type]  # checked before
     scale = x.new_empty(0, dtype=torch.float32)
     if norm:
         scale = norm_scale(x, pattern_mask(x, pattern)).squeeze(-1)
-    if fp8:
-        blocks, t = pack_a_fp8(x, pattern)
+    if options.format.quantized:
+        packed_a, t = pack_a_fp8(x, pattern)
         scale = scale * t if norm else t
     else:
-        blocks = pack_a(x, pattern)
+        packed_a = pack_a(x, pattern)
     lowrank = x.new_empty(0, dtype=torch.uint8)
     if lowrank_a is not None:
         product = product_in_float32(x, lowrank_a.detach())
-        lowrank = pack_lowrank((product / scale.unsqueeze(-1) if norm or fp8 else product).bfloat16())
-    return blocks, scale, lowrank
+        lowrank = pack_lowrank((product / scale.unsqueeze(-1) if scale.numel() else product).bfloat16())
+    return packed_a, scale, lowrank
 
 
 def _product_reference(
-    blocks: Tensor,
+    packed_a: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
     layers: Sequence[Weights],
     first_ranks: Sequence[int],
     rows: int,
 ) -> Tensor:
-    k, held = layers[0].weight.shape[1], layers[0].held
-    x = unpack_a(blocks, rows, k, held)
+    k, format = layers[0].weight.shape[1], layers[0].format
+    x = unpack_a(packed_a, rows, k, format)
     t = None
     if rows and lowrank is not None and lowrank.shape[0]:
         t = unpack_lowrank(lowrank, rows, lowrank.shape[0] // lowrank_bytes(rows, 1) * LOWRANK_COLUMNS)
@@ -96,41 +110,25 @@ def _product_reference(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def _linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lowrank_a: Tensor | None,
-    lowrank_b: Tensor | None,
-    grouping: str,
-    parts: Sequence[int],
-    norm: bool,
-    weight_scale: Tensor | None = None,
-) -> Tensor:
-    of = Weights(weight, lowrank_b, bias, weight_scale)
-    check_linear(x, of, lowrank_a, grouping, parts)
-    blocks, scale, lowrank = compress_reference(x, lowrank_a, grouping, parts, norm, weight_scale is not None)
-    y = _product_reference(blocks, scale, lowrank, [of], (0,), math.prod(x.shape[:-1]))
-    return y.view(*x.shape[:-1], weight.shape[0])
+def _linear_reference(x: Tensor, of: Weights, lowrank_a: Tensor | None, options: CompressOptions) -> Tensor:
+    compressed = compress_reference(x, lowrank_a, options)
+    return _product_reference(*compressed, [of], (0,), math.prod(x.shape[:-1]))
 
 
 # ------------------------------------------------------------------------------------------ shapes alone
 
 
-def compress_fake(
-    x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_compress(x, lowrank_a, grouping, parts)
-    rows = math.prod(x.shape[:-1])
+def compress_fake(x: Tensor, lowrank_a: Tensor | None, options: CompressOptions) -> Compressed:
+    format, rows = options.format, math.prod(x.shape[:-1])
     return (
-        x.new_empty(packed_a_bytes(rows, x.shape[-1], format_of(fp8)), dtype=torch.uint8),
-        x.new_empty(rows if norm or fp8 else 0, dtype=torch.float32),
+        x.new_empty(packed_a_bytes(rows, x.shape[-1], format), dtype=torch.uint8),
+        x.new_empty(rows if options.norm or format.quantized else 0, dtype=torch.float32),
         x.new_empty(0 if lowrank_a is None else lowrank_bytes(rows, lowrank_a.shape[0]), dtype=torch.uint8),
     )
 
 
 def _product_fake(
-    blocks: Tensor,
+    packed_a: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
     layers: Sequence[Weights],
@@ -138,70 +136,47 @@ def _product_fake(
     rows: int,
 ) -> Tensor:
     n = sum(of.weight.shape[0] for of in layers)
-    return blocks.new_empty((rows, n), dtype=torch.bfloat16)
+    return packed_a.new_empty((rows, n), dtype=torch.bfloat16)
 
 
-def _linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lowrank_a: Tensor | None,
-    lowrank_b: Tensor | None,
-    grouping: str,
-    parts: Sequence[int],
-    norm: bool,
-    weight_scale: Tensor | None = None,
-) -> Tensor:
-    check_linear(x, Weights(weight, lowrank_b, bias, weight_scale), lowrank_a, grouping, parts)
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _linear_fake(x: Tensor, of: Weights, lowrank_a: Tensor | None, options: CompressOptions) -> Tensor:
+    return x.new_empty(math.prod(x.shape[:-1]), of.weight.shape[0])
 
 
 # ------------------------------------------------------------------------------------------------ Hopper
 
 
-def _compress_hopper(
-    x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, fp8: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_compress(x, lowrank_a, grouping, parts)
-    return launch_compress(x, lowrank_a, CompressOptions(grouping, tuple(parts), norm, format_of(fp8)))
-
-
 def _product_hopper(
-    blocks: Tensor,
+    packed_a: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
     layers: Sequence[Weights],
     first_ranks: Sequence[int],
     rows: int,
 ) -> Tensor:
-    return launch_gemm(blocks, scale, lowrank, layers, rows, first_ranks)
-
-
-def _linear_hopper(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lowrank_a: Tensor | None,
-    lowrank_b: Tensor | None,
-    grouping: str,
-    parts: Sequence[int],
-    norm: bool,
-    weight_scale: Tensor | None = None,
-) -> Tensor:
-    of = Weights(weight, lowrank_b, bias, weight_scale)
-    check_linear(x, of, lowrank_a, grouping, parts)
-    y = launch_linear(x, of, lowrank_a, CompressOptions(grouping, tuple(parts), norm, of.held))
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return launch_gemm(packed_a, scale, lowrank, layers, rows, first_ranks)
 
 
 # --------------------------------------------------------------------------------------------- operators
 
+
+def _compress(run: Callable[..., Compressed]) -> Callable[..., Compressed]:
+    """`compress` by an implementation of it."""
+
+    def compress(
+        x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, *how: str
+    ) -> Compressed:
+        check_compress(x, lowrank_a, grouping, parts)
+        return run(x, lowrank_a, options_of(grouping, parts, norm, *how))
+
+    return compress
+
+
 compress = operator(
-    "compress(Tensor x, Tensor? lowrank_a, str grouping, int[] parts, bool norm, bool fp8=False)"
-    " -> (Tensor blocks, Tensor scale, Tensor lowrank)",
-    hopper=_compress_hopper,
-    reference=compress_reference,
-    fake=compress_fake,
+    f"compress(Tensor x, {COMPRESS_TAIL}",
+    hopper=_compress(launch_compress),
+    reference=_compress(compress_reference),
+    fake=_compress(compress_fake),
 )
 """Select 2 of 4 entries of every group of `x`, and what the product needs beside them, in one pass.
 
@@ -216,18 +191,21 @@ parts : list of int
     Widths of the parts of strided groups in order (`pattern_parts`); empty for one part.
 norm : bool
     Whether the product is scaled by s.
-fp8 : bool
-    Quantise what is kept to e4m3, each token by its own scale t (`rtlynx.math.fp8.quantize_tokens`).
+format : "bf16-sparse" | "fp8-sparse"
+    The latter quantises what is kept to e4m3, each token by its own scale t
+    (`rtlynx.math.fp8.quantize_tokens`).
+score : str
+    Which entries of a group are kept (`rtlynx.math.scores`).
 
 Returns
 -------
-blocks : Tensor uint8
+packed_a : Tensor uint8
     Kept entries and indices, see `rtlynx.math.tiles`.
 scale : Tensor (M,) float32
     s, in fp8 s t, by which rows of the product are multiplied; (0,) in bfloat16 without `norm`. In fp8 NaN
     for a token that is not finite, and t = 1 for a token of zeros.
 lowrank : Tensor uint8
-    Blocks of (X A) / scale, or (0,) without `lowrank_a`.
+    Tiles of (X A) / scale, or (0,) without `lowrank_a`.
 """
 
 
@@ -235,7 +213,7 @@ def _gemm(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`gemm` by an implementation of products."""
 
     def gemm(
-        blocks: Tensor,
+        packed_a: Tensor,
         scale: Tensor | None,
         lowrank: Tensor | None,
         weight: Tensor,
@@ -245,8 +223,8 @@ def _gemm(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
         weight_scale: Tensor | None = None,
     ) -> Tensor:
         layers = [Weights(weight, lowrank_b, bias, weight_scale)]
-        check_gemm(blocks, scale, lowrank, layers, (0,), rows)
-        return product(blocks, scale, lowrank, layers, (0,), rows)
+        check_gemm(packed_a, scale, lowrank, layers, (0,), rows)
+        return product(packed_a, scale, lowrank, layers, (0,), rows)
 
     return gemm
 
@@ -255,7 +233,7 @@ def _gemm_joint(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`gemm_joint`, likewise."""
 
     def gemm_joint(
-        blocks: Tensor,
+        packed_a: Tensor,
         scale: Tensor | None,
         lowrank: Tensor | None,
         weights: Sequence[Tensor],
@@ -266,14 +244,14 @@ def _gemm_joint(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
         rows: int,
     ) -> Tensor:
         layers = layers_of(weights, lowrank_bs, biases, weight_scales, first_ranks)
-        check_gemm(blocks, scale, lowrank, layers, first_ranks, rows, JOINT_NAMES)
-        return product(blocks, scale, lowrank, layers, first_ranks, rows)
+        check_gemm(packed_a, scale, lowrank, layers, first_ranks, rows, JOINT_NAMES)
+        return product(packed_a, scale, lowrank, layers, first_ranks, rows)
 
     return gemm_joint
 
 
 gemm = operator(
-    "gemm(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? lowrank_b, Tensor? bias,"
+    "gemm(Tensor packed_a, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? lowrank_b, Tensor? bias,"
     " SymInt rows, Tensor? weight_scale=None) -> Tensor",
     hopper=_gemm(_product_hopper),
     reference=_gemm(_product_reference),
@@ -283,7 +261,7 @@ gemm = operator(
 
 Parameters
 ----------
-blocks, scale, lowrank
+packed_a, scale, lowrank
     As from `compress`; `scale` and `lowrank` may be None instead of empty.
 weight : Tensor (N, K) bfloat16, or float8_e4m3fn where `weight_scale` is given
     In compute order (`rtlynx.math.tiles.compute_order`).
@@ -293,7 +271,7 @@ bias : Tensor (N,) bfloat16 | float32, or None
 rows : int
     M.
 weight_scale : Tensor (N,) float32, or None
-    c, the scale of each output channel of a weight in e4m3; `blocks` then are of `compress(..., fp8=True)`.
+    c, the scale of each output channel of a weight in e4m3; `packed_a` is then in "fp8-sparse".
 
 Returns
 -------
@@ -301,7 +279,7 @@ Tensor (M, N) bfloat16
 """
 
 gemm_joint = operator(
-    "gemm_joint(Tensor blocks, Tensor? scale, Tensor? lowrank, Tensor[] weights, Tensor[] lowrank_bs,"
+    "gemm_joint(Tensor packed_a, Tensor? scale, Tensor? lowrank, Tensor[] weights, Tensor[] lowrank_bs,"
     " Tensor[] biases, Tensor[] weight_scales, int[] first_ranks, SymInt rows) -> Tensor",
     hopper=_gemm_joint(_product_hopper),
     reference=_gemm_joint(_product_reference),
@@ -311,7 +289,7 @@ gemm_joint = operator(
 
 Parameters
 ----------
-blocks, scale, lowrank
+packed_a, scale, lowrank
     As of `gemm`.
 weights : list of Tensor (N_i, K)
     N_i multiples of 8, all but the last.
@@ -329,12 +307,38 @@ Tensor (M, sum of N_i) bfloat16
     Outputs beside each other.
 """
 
+
+def _linear(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`linear` by an implementation that gives Y (M, N)."""
+
+    def linear(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lowrank_a: Tensor | None,
+        lowrank_b: Tensor | None,
+        grouping: str,
+        parts: Sequence[int],
+        norm: bool,
+        weight_scale: Tensor | None = None,
+        score: str = "magnitude",
+    ) -> Tensor:
+        of = Weights(weight, lowrank_b, bias, weight_scale)
+        check_linear(x, of, lowrank_a, grouping, parts)
+        y = run(
+            x, of, lowrank_a, CompressOptions(grouping, tuple(parts), norm, of.format, score_named(score))
+        )
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+    return linear
+
+
 linear = operator(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lowrank_a, Tensor? lowrank_b, str grouping, int[] parts,"
-    " bool norm, Tensor? weight_scale=None) -> Tensor",
-    hopper=_linear_hopper,
-    reference=_linear_reference,
-    fake=_linear_fake,
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lowrank_a, Tensor? lowrank_b, str grouping,"
+    ' int[] parts, bool norm, Tensor? weight_scale=None, str score="magnitude") -> Tensor',
+    hopper=_linear(launch_linear),
+    reference=_linear(_linear_reference),
+    fake=_linear(_linear_fake),
 )
 """`compress` and `gemm` in one call: (..., K) -> (..., N), for an input that no other layer reads.
 

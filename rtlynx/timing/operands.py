@@ -76,7 +76,7 @@ def layer_call(of: Operands, lowrank_a: Tensor, lowrank_b: Tensor) -> Callable[[
 
 def product_call(
     of: Operands,
-    blocks: Tensor,
+    packed_a: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
     lowrank_b: Tensor | None,
@@ -84,7 +84,7 @@ def product_call(
 ) -> Call:
     rows = of.x.shape[0]
     return lambda: torch.ops.rtlynx.gemm(
-        blocks, scale, lowrank, of.held, lowrank_b, bias, rows, of.weight_scale
+        packed_a, scale, lowrank, of.held, lowrank_b, bias, rows, of.weight_scale
     )
 
 
@@ -99,8 +99,8 @@ def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
         """The product alone; in fp8 with its scales, without which it is none."""
         inputs = [compress(of, None) for of in sets]
         return [
-            product_call(of, blocks, scale if of.quantized else None, None, None, None)
-            for of, (blocks, scale, _) in zip(sets, inputs, strict=True)
+            product_call(of, packed_a, scale if of.quantized else None, None, None, None)
+            for of, (packed_a, scale, _) in zip(sets, inputs, strict=True)
         ]
 
     def products_with_lowrank() -> list[Call]:

@@ -6,10 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from rtlynx.math.formats import FormatName
 from rtlynx.models import make_plan
 from rtlynx.models.plan import LayerPlan, architecture_of
 from rtlynx.models.sparsify import apply_plan, sparsify
-from rtlynx.recipe import RECOMMENDED_SAVING, Form, Recipe
+from rtlynx.recipe import RECOMMENDED_SPEEDUP_SHARE, Recipe
 from rtlynx.timing.full_models import normals
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
 
@@ -70,10 +71,10 @@ def every_layer(
     precision: Literal["bf16", "fp8"],
     *,
     rank: int | None = RANK,
-    text: Form | None = None,
+    text: FormatName | None = None,
     text_rows: Literal["sparse", "dense"] = "sparse",
 ) -> Callable[[nn.Module], None]:
-    """The form of `Recipe()`: refitted weights, a low-rank branch in every layer; factors are random too.
+    """`Recipe()` itself: refitted weights, a low-rank branch in every layer; factors are random too.
 
     `text` is what layers of the text stream are, where that is not what the recipe makes of them; `text_rows`
     are those of layers that image and text share.
@@ -81,8 +82,8 @@ def every_layer(
 
     def change(model: nn.Module) -> None:
         candidates = architecture_of(model).candidates(model)
-        forms = {one.name: text for one in candidates if text and one.stream == "text"}
-        recipe = Recipe(rank=rank, refit=True, precision=precision, forms=forms, text_rows=text_rows)
+        formats = {one.name: text for one in candidates if text and one.stream == "text"}
+        recipe = Recipe(rank=rank, refit=True, precision=precision, formats=formats, text_rows=text_rows)
         plan = make_plan(model, recipe)
         normal, lowrank_as = normals(3), {}
 
@@ -100,7 +101,7 @@ def every_layer(
 
 
 def recommended(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None]:
-    """The form of `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 some whole.
+    """Like `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 some whole.
 
     The former are taken as trained models have them: outputs of attention and of single-stream blocks, then
     of MLPs.
@@ -118,7 +119,9 @@ def recommended(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None
     return change
 
 
-def output_shares(layers: Sequence[LayerPlan], share: float = 1 - RECOMMENDED_SAVING) -> dict[str, float]:
+def output_shares(
+    layers: Sequence[LayerPlan], share: float = 1 - RECOMMENDED_SPEEDUP_SHARE
+) -> dict[str, float]:
     """By role, shares of output layers that together hold `share` of all multiplications of `layers`."""
     work = {layer.name: layer.in_features * layer.out_features for layer in layers}
     left = share * sum(work.values())
@@ -142,7 +145,7 @@ def spread_out(layers: Sequence[LayerPlan], shares: Mapping[str, float]) -> list
 
 def nothing_dropped(model: nn.Module) -> None:
     """Every layer in eight bits, whole."""
-    sparsify(model, Recipe.immediate(forms={"*": "fp8-dense"}))
+    sparsify(model, Recipe.immediate(formats={"*": "fp8-dense"}))
 
 
 VARIANTS = (

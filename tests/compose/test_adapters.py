@@ -20,7 +20,7 @@ DORA = LoraConfig(r=2, target_modules=["to_q", "proj_mlp"], use_dora=True, init_
 CHANGED = {
     "refit": lambda: refit(tiny_flux()),
     "fp8": lambda: sparsify(tiny_flux(), Recipe.immediate(precision="fp8")),
-    "fp8-dense": lambda: sparsify(tiny_flux(), Recipe.immediate(forms={"*": "fp8-dense"})),
+    "fp8-dense": lambda: sparsify(tiny_flux(), Recipe.immediate(formats={"*": "fp8-dense"})),
     "fp8-refit": lambda: refit(tiny_flux(), Recipe(rank=4, ridge=0.1, precision="fp8")),
     "original kept": lambda: refit(tiny_flux(), Recipe(rank=4, ridge=0.1, text_rows="dense")),
 }

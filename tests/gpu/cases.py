@@ -52,6 +52,10 @@ class Case:
     seed: int = 0
 
     @property
+    def format(self) -> str:
+        return "fp8-sparse" if self.fp8 else "bf16-sparse"
+
+    @property
     def pattern(self) -> Pattern:
         return Pattern(2, 4, self.grouping, self.parts or 1)
 
@@ -233,12 +237,12 @@ def check(case: Case) -> None:
     expected = expect(flat, case.pattern, case.fp8)
     lowrank_a, first_ranks = joined(layers)
     with poisoned():
-        blocks, scale, lowrank = ops.compress(x, lowrank_a, *arguments(case), case.fp8)
-    check_compressed(case, flat, expected, lowrank_a, (blocks, scale, lowrank))
+        packed_a, scale, lowrank = ops.compress(x, lowrank_a, *arguments(case), case.format)
+    check_compressed(case, flat, expected, lowrank_a, (packed_a, scale, lowrank))
     if case.data == "bits":
         return
     ordered = [replace(layer, weight=in_compute_order(layer.weight, case.pattern)) for layer in layers]
-    compressed = (blocks, scale, lowrank)
+    compressed = (packed_a, scale, lowrank)
     with poisoned():
         y = multiply(case, compressed, ordered, first_ranks)
     assert y.shape == (case.rows, case.n)
@@ -310,15 +314,15 @@ def check_compressed(
     compressed: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Blocks bit for bit, the scale and T against float64."""
-    blocks, scale, lowrank = compressed
+    packed_a, scale, lowrank = compressed
     token_scale = torch.ones(case.rows, device=x.device)
     if case.fp8:
         truth, token_scale = pack_a_fp8(x, case.pattern)
     else:
         truth = pack_a(x, case.pattern)
-    assert blocks.shape == truth.shape
-    wrong = (blocks != truth).nonzero()
-    assert not len(wrong), f"{len(wrong)} bytes of the blocks differ, the first at {int(wrong[0])}"
+    assert packed_a.shape == truth.shape
+    wrong = (packed_a != truth).nonzero()
+    assert not len(wrong), f"{len(wrong)} bytes of the tiles differ, the first at {int(wrong[0])}"
     assert scale.shape == (case.rows if case.norm or case.fp8 else 0,)
     if case.norm:
         finite = torch.isfinite(token_scale)

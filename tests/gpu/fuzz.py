@@ -16,16 +16,16 @@ from collections import Counter
 from dataclasses import asdict
 
 import cases
-import producer_cases
+import prologue_cases
 import quantizer_cases
 import torch
 from cases import BIASES, DATA, LAYOUTS, Case
-from producer_cases import ProducerCase
+from prologue_cases import PrologueCase
 from quantizer_cases import MATRIX, QuantizerCase
 
 # Above this many products a case takes longer than a hundred small ones.
 MOST_WORK = 4e11
-PRODUCERS, QUANTIZERS = 0.3, 0.1  # their shares of all cases; the latter of those in fp8
+PROLOGUES, QUANTIZERS = 0.3, 0.1  # their shares of all cases; the latter of those in fp8
 FP8_SHARES = {"both": 0.4, "bf16": 0.0, "fp8": 1.0}
 
 
@@ -81,13 +81,13 @@ def random_case(draw: random.Random, fp8: float) -> Case:
     )
 
 
-def random_producer_case(draw: random.Random, fp8: float) -> ProducerCase:
+def random_prologue_case(draw: random.Random, fp8: float) -> PrologueCase:
     large = draw.random() < 0.03
     k = max(16, skewed(draw, 16, 15360 if large else 1536, draw.choice((4, 8, 16, 64, 64, 64))) // 4 * 4)
     batch = draw.choice((1, 1, 2, 3))
     strided = draw.random() < 0.4
-    return ProducerCase(
-        draw.choice(producer_cases.NAMES),
+    return PrologueCase(
+        draw.choice(prologue_cases.NAMES),
         rows=batch * skewed(draw, 1, 4000 if large else 300),
         k=k,
         batch=batch,
@@ -95,8 +95,8 @@ def random_producer_case(draw: random.Random, fp8: float) -> ProducerCase:
         grouping="strided" if strided else "adjacent",
         parts=parts_of(draw, k) if strided else (),
         norm=draw.random() < 0.7,
-        data=draw.choice(producer_cases.DATA),
-        layout=draw.choice(producer_cases.LAYOUTS),
+        data=draw.choice(prologue_cases.DATA),
+        layout=draw.choice(prologue_cases.LAYOUTS),
         shared=draw.random() < 0.3,
         fp8=draw.random() < fp8,
         seed=draw.randrange(2**31),
@@ -114,28 +114,28 @@ def random_quantizer_case(draw: random.Random) -> QuantizerCase:
         rows=batch * skewed(draw, 1, 5000 if large else 300),
         k=k,
         batch=batch,
-        data=draw.choice(DATA if matrix else producer_cases.DATA),
-        layout=draw.choice(LAYOUTS if matrix else producer_cases.LAYOUTS),
+        data=draw.choice(DATA if matrix else prologue_cases.DATA),
+        layout=draw.choice(LAYOUTS if matrix else prologue_cases.LAYOUTS),
         shared=draw.random() < 0.3,
         seed=draw.randrange(2**31),
     )
 
 
-AnyCase = Case | ProducerCase | QuantizerCase
+AnyCase = Case | PrologueCase | QuantizerCase
 
 
 def random_of_any_kind(draw: random.Random, fp8: float) -> AnyCase:
     kind = draw.random()
     if kind < QUANTIZERS and fp8:
         return random_quantizer_case(draw)
-    return (random_producer_case if kind < QUANTIZERS + PRODUCERS else random_case)(draw, fp8)
+    return (random_prologue_case if kind < QUANTIZERS + PROLOGUES else random_case)(draw, fp8)
 
 
 def check(case: AnyCase) -> None:
     if isinstance(case, Case):
         cases.check(case)
-    elif isinstance(case, ProducerCase):
-        producer_cases.check(case)
+    elif isinstance(case, PrologueCase):
+        prologue_cases.check(case)
     else:
         quantizer_cases.check(case)
 
@@ -155,7 +155,7 @@ def from_json(text: str) -> AnyCase:
     if isinstance(fields.get("rank"), list):
         fields["rank"] = tuple(fields["rank"])
     fields["parts"] = tuple(fields.get("parts", ()))
-    return ProducerCase(**fields) if "name" in fields else Case(**fields)
+    return PrologueCase(**fields) if "name" in fields else Case(**fields)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """One call of a quantiser as a value: its inputs, what must come out, and the comparison.
 
-A matrix is compared bit for bit with `rtlynx.math.fp8.quantize_tokens`. Of a chain, the dense tensor that
-the kernel writes in its test mode is compared with float64, as for producers, and the rest with that tensor.
+A matrix is compared bit for bit with `rtlynx.math.fp8.quantize_tokens`. Of a prologue, the dense tensor that
+the kernel writes in its test mode is compared with float64, as when it is compressed, and the rest with that tensor.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import cases
-import producer_cases
+import prologue_cases
 import torch
 from cases import Case, poisoned
-from producer_cases import ProducerCase, assert_same_bits, check_chain
+from prologue_cases import PrologueCase, assert_same_bits, check_result
 from torch import Tensor
 
+from rtlynx.cuda.sm90.prologues import PROLOGUES
 from rtlynx.math.fp8 import E4M3, quantize_tokens
-from rtlynx.ops import prologues as chains
-from rtlynx.ops import quantize_prologues as quantizers
+from rtlynx.ops.checks import check_prologue
+from rtlynx.ops.prologues import QUANTIZE, launch_quantize
 
-MATRIX = "matrix"
-NAMES = (MATRIX, *producer_cases.NAMES)
+MATRIX = "identity"
+NAMES = (MATRIX, *prologue_cases.NAMES)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class QuantizerCase:
     """Inputs of a quantiser.
 
     quantizer : of `NAMES`
-    batch, shared : of a chain, as in `ProducerCase`
-    data, layout : as in `Case` for a matrix, else as in `ProducerCase`
+    batch, shared : of a prologue, as in `PrologueCase`
+    data, layout : as in `Case` for a matrix, else as in `PrologueCase`
     """
 
     quantizer: str
@@ -50,8 +51,8 @@ def make_inputs(case: QuantizerCase) -> tuple[Any, ...]:
         return (
             cases.make_input(Case(case.rows, case.k, 8, data=case.data, layout=case.layout, seed=case.seed)),
         )
-    return producer_cases.make_inputs(
-        ProducerCase(
+    return prologue_cases.make_inputs(
+        PrologueCase(
             case.quantizer,
             case.rows,
             case.k,
@@ -65,7 +66,7 @@ def make_inputs(case: QuantizerCase) -> tuple[Any, ...]:
 
 
 def operator(name: str) -> Any:
-    return quantizers.quantize if name == MATRIX else getattr(quantizers, f"{name}_quantize")
+    return QUANTIZE[name]
 
 
 def check(case: QuantizerCase, served: bool | None = None) -> None:
@@ -77,23 +78,23 @@ def check(case: QuantizerCase, served: bool | None = None) -> None:
 def compare(name: str, inputs: Sequence[Any], served: bool | None = None) -> None:
     """The operator on these inputs.
 
-    served : of a chain, whether one kernel must do it all, or PyTorch must compute the chain; None where
+    served : of a prologue, whether one kernel must do it all, or PyTorch must compute it; None where
         either may be.
     """
     if name == MATRIX:
         with poisoned():
-            result = quantizers.quantize(*inputs)
+            result = QUANTIZE[name](*inputs)
         check_quantized(inputs[0], *result)
         return
-    shape = chains.PRODUCERS[name].shape(*inputs)
+    shape = check_prologue(PROLOGUES[name], inputs)
     with poisoned():
         dense = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=torch.bfloat16, device="cuda")
-        fused = quantizers.launch(name, inputs, shape, dense)
+        fused = launch_quantize(PROLOGUES[name], inputs, shape, dense)
         result = operator(name)(*inputs)
     assert served is None or served is (fused is not None), "served otherwise than expected"
     if fused is not None:
         assert_same_bits(fused, result)
-    dense = check_chain(name, inputs, None if fused is None else dense)
+    dense = check_result(name, inputs, None if fused is None else dense)
     check_quantized(dense.view(shape), *result)
 
 

@@ -13,21 +13,20 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-import producer_cases
+import prologue_cases
 import quantizer_cases
 import torch
 from cases import Case, check
-from producer_cases import ProducerCase
+from prologue_cases import PrologueCase
 from quantizer_cases import QuantizerCase
 
 from rtlynx.cuda import tuning
 from rtlynx.cuda.sm90 import gemm
-from rtlynx.math.tiles import FP8
+from rtlynx.math.formats import FP8_SPARSE
 
 # Of products: fewer than a card runs, so that small shapes are several tiles each and share some.
 CTAS = 6
-PRODUCERS = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
-TILES = (*tuning.CANDIDATES, *tuning.CANDIDATES_FP8)
+CONFIGS = [config for configs in tuning.CANDIDATES.values() for config in configs]
 # With each tile, in its format.
 PRODUCTS = [
     Case(600, 64, 1000, rank=5, bias="f32"),  # several tiles a CTA, ragged in both directions
@@ -56,22 +55,22 @@ def main() -> int:
     _ = [torch.zeros(1 << 28, device="cuda"), *(torch.zeros(1 << 17, device="cuda") for _ in range(256))]
     del _
     with torch.no_grad():
-        for tile in TILES:
-            with tuning.forced(tile):
+        for config in CONFIGS:
+            with tuning.forced(config):
                 for case in PRODUCTS:
-                    check(replace(case, fp8=tile.held is FP8))
+                    check(replace(case, fp8=config.format is FP8_SPARSE))
         for fp8 in (False, True):
             for case in CASES:
                 check(replace(case, fp8=fp8))
-            for name in PRODUCERS:
+            for name in prologue_cases.NAMES:
                 for rank, grouping in ((0, "adjacent"), (33, "strided")):
-                    of = ProducerCase(name, 130, 512, batch=2, rank=rank, grouping=grouping, fp8=fp8)
-                    producer_cases.check(of, served=True)
+                    of = PrologueCase(name, 130, 512, batch=2, rank=rank, grouping=grouping, fp8=fp8)
+                    prologue_cases.check(of, served=True)
         for name in quantizer_cases.NAMES:
             for rows, k in QUANTIZED:
                 quantizer_cases.check(QuantizerCase(name, rows, k), served=True)
     torch.cuda.synchronize()
-    calls = len(TILES) * len(PRODUCTS) + 2 * (len(CASES) + 2 * len(PRODUCERS))
+    calls = len(CONFIGS) * len(PRODUCTS) + 2 * (len(CASES) + 2 * len(prologue_cases.NAMES))
     calls += len(quantizer_cases.NAMES) * len(QUANTIZED)
     print(f"{calls} calls, all right")
     return 0

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.gpu
 RECIPES = {
     "bf16": Recipe.immediate(),
     "fp8": Recipe.immediate(precision="fp8"),
-    "whole": Recipe.immediate(forms={"*": "fp8-dense"}),
-    "mixed": Recipe.immediate(precision="fp8", forms={"*.to_k": "fp8-dense"}),
+    "whole": Recipe.immediate(formats={"*": "fp8-dense"}),
+    "mixed": Recipe.immediate(precision="fp8", formats={"*.to_k": "fp8-dense"}),
 }
 # What stands for a chain's result, in each of them.
 READ = {

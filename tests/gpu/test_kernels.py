@@ -130,7 +130,7 @@ def test_selection_of_every_four_special_values(grouping, fp8):
         x = torch.empty_like(x.view(torch.int16)).index_copy_(1, order, x.view(torch.int16)).view(x.dtype)
     case = Case(len(x), k, 8, data="bits", fp8=fp8, **GROUPINGS[grouping](k))
     expected = expect(x, case.pattern)
-    compressed = ops.compress(x, None, *arguments(case), fp8)
+    compressed = ops.compress(x, None, *arguments(case), case.format)
     check_compressed(case, x, expected, None, compressed)
     of_broken = compressed[1][expected.broken]
     assert bool((of_broken.isnan() if fp8 else of_broken == 1).all())
@@ -148,7 +148,7 @@ def test_scale_at_every_magnitude(exponent, k, fp8):
     x[15, 1:] = 0.0
     case = Case(100, k, 8, data="bits", fp8=fp8)
     expected = expect(x, case.pattern)
-    compressed = ops.compress(x, None, *arguments(case), fp8)
+    compressed = ops.compress(x, None, *arguments(case), case.format)
     check_compressed(case, x, expected, None, compressed)
     assert compressed[1][[7, 9]].tolist() == [1.0] * 2
     if fp8:
@@ -163,7 +163,9 @@ def test_scale_of_rows_of_subnormals(fp8):
     x = torch.where(bits < 0, bits - 0x7F80, bits).to(torch.int16).view(torch.bfloat16)
     assert float(x.double().abs().max()) < 2**-126
     case = Case(100, 256, 8, data="bits", fp8=fp8)
-    check_compressed(case, x, expect(x, case.pattern), None, ops.compress(x, None, *arguments(case), fp8))
+    check_compressed(
+        case, x, expect(x, case.pattern), None, ops.compress(x, None, *arguments(case), case.format)
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -305,15 +307,15 @@ def test_no_rows_and_no_kernel():
 def test_opcheck(norm, rank, fp8):
     case = Case(70, 192, 72, rank, norm=norm, bias="bf16", fp8=fp8)
     (layer,), x = make_layers(case), make_input(case)
-    blocks, scale, lowrank = ops.compress(x, layer.lowrank_a, *arguments(case), fp8)
+    packed_a, scale, lowrank = ops.compress(x, layer.lowrank_a, *arguments(case), case.format)
     # (test_schema compares arguments before and after by arithmetic that PyTorch lacks for float8.)
     without_schema = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     checks = {"test_utils": without_schema} if fp8 else {}
-    torch.library.opcheck(ops.compress, (x, layer.lowrank_a, *arguments(case), fp8))
+    torch.library.opcheck(ops.compress, (x, layer.lowrank_a, *arguments(case), case.format))
     torch.library.opcheck(
         ops.gemm,
         (
-            blocks,
+            packed_a,
             scale if norm or fp8 else None,
             lowrank if rank else None,
             layer.weight,

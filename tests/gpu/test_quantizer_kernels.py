@@ -1,14 +1,14 @@
-"""The quantiser on a Hopper card: a matrix bit for bit, chains as producers are, and what is made of them."""
+"""The quantiser on a Hopper card: a matrix bit for bit, prologues as when they are compressed, and what is made of them."""
 
 import itertools
 import math
 
 import cases
-import producer_cases
+import prologue_cases
 import pytest
 import torch
 from cases import poisoned
-from producer_cases import MODULATED, MODULATIONS, misaligned, with_changes
+from prologue_cases import MODULATED, MODULATIONS, misaligned, with_changes
 from quantizer_cases import MATRIX, NAMES, QuantizerCase, check, compare, make_inputs, operator
 
 from rtlynx import Pattern, SparseLinear
@@ -17,7 +17,7 @@ from rtlynx.nn.prepared import QuantizedInput
 from rtlynx.nn.prologue import activated, read
 from rtlynx.ops import dispatch as choice
 from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops import quantize_prologues as quantizers
+from rtlynx.ops.prologues import QUANTIZE, quantize
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -42,7 +42,7 @@ def test_every_size(name, rows, k):
     index = ROWS.index(rows) + WIDTHS.index(k)
     batch = 2 if rows % 2 == 0 and name != MATRIX else 1
     layout = "plain" if name == MATRIX or batch == 1 else "sliced"
-    data = cases.DATA if name == MATRIX else producer_cases.DATA
+    data = cases.DATA if name == MATRIX else prologue_cases.DATA
     case = QuantizerCase(name, rows, k, batch, data[index % len(data)], layout, seed=index)
     check(case, served=True)
 
@@ -62,7 +62,7 @@ def test_widths_that_the_kernel_does_not_read(k):
         check(QuantizerCase(name, 70, k), served=False)
 
 
-@pytest.mark.parametrize("layout", producer_cases.LAYOUTS)
+@pytest.mark.parametrize("layout", prologue_cases.LAYOUTS)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", CHAINS)
@@ -73,7 +73,7 @@ def test_every_layout(name, batch, shared, layout):
         check(case, served=layout != "odd")
 
 
-@pytest.mark.parametrize("data", producer_cases.DATA)
+@pytest.mark.parametrize("data", prologue_cases.DATA)
 @pytest.mark.parametrize("k", [1024, 6144])
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_kind_of_data(name, k, data):
@@ -116,7 +116,7 @@ def test_rows_of_zeros_of_both_signs(k):
     x = make_inputs(QuantizerCase(MATRIX, 6, k))[0]
     x[1], x[2], x[5, 1:] = 0.0, -0.0, 0.0
     compare(MATRIX, [x])
-    values, scale = quantizers.quantize(x)
+    values, scale = quantize(x)
     assert scale[1:3].flatten().tolist() == [1.0, 1.0]
     assert not bool(values[1:3].float().any())
 
@@ -246,7 +246,7 @@ def test_layers_read_a_quantised_chain(bias, rows):
     gelu = torch.nn.GELU(approximate="tanh")
     prepared = read(activated(gelu, x), *layers)
     assert isinstance(prepared, QuantizedInput)
-    quantized = fp8.CompressedFp8(*quantizers.gelu_quantize(x))
+    quantized = fp8.CompressedFp8(*QUANTIZE["gelu"](x))
     for layer in layers:
         y, expected = layer(prepared), fp8.linear_fp8(x, quantized, layer.fp8_parameters())
         assert (y.shape, y.dtype) == ((2, rows, 272), torch.bfloat16)
@@ -256,7 +256,7 @@ def test_layers_read_a_quantised_chain(bias, rows):
 def test_a_layer_called_by_itself_quantises_in_one_kernel(monkeypatch):
     layer, x = dense_fp8(), torch.randn(3, 50, 512, device="cuda", dtype=torch.bfloat16)
     called = []
-    monkeypatch.setattr(quantizers, "quantize", lambda x, of=quantizers.quantize: called.append(1) or of(x))
+    monkeypatch.setattr(fp8, "quantize", lambda x, of=quantize: called.append(1) or of(x))
     y = layer(x)
     assert called
     monkeypatch.setattr(fp8, "quantizer_supports", lambda k, x: False)

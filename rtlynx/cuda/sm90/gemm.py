@@ -15,42 +15,62 @@ from torch import Tensor
 from rtlynx.cuda import jit, tuning
 from rtlynx.cuda.driver import call, multiprocessors
 from rtlynx.cuda.jit import Defines, Instantiation
+from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.compress import Addresses, address_of
 from rtlynx.cuda.sm90.weights import Weights, aligned, readable_weights, stored_columns
-from rtlynx.cuda.tuning import Tile
-from rtlynx.math.tiles import BLOCK_ROWS, FP8, LOWRANK_BYTES, LOWRANK_COLUMNS
+from rtlynx.cuda.tuning import GemmConfig
+from rtlynx.math.formats import FP8_SPARSE, TILE_ROWS
+from rtlynx.math.tiles import LOWRANK_BYTES, LOWRANK_COLUMNS
 
 _THREADS = 384
-_SLABS = tuning.TILE_ROWS // BLOCK_ROWS
-_STAGING_BYTES, _NOTE_BYTES, _CONSUMER_WARPS = 2048, 32, 8
+_M64_TILES = tuning.BLOCK_M // TILE_ROWS
+_STAGING_BYTES, _TILE_INFO_BYTES, _CONSUMER_WARPS = 2048, 32, 8
 _WEIGHT_ROW_BYTES = 128  # of a stage
 MAX_LAYERS = 4  # of one product
 _ROW_TILES_TOGETHER = 16
-# The kernel's Parameters in four pieces, of which a plan holds two.
-_PIECES = [struct.Struct(f"<{layout}") for layout in ("512s512s12Q", "12i", "3Q2i", "16i16x")]
-_pack_operands, _pack_shape, _pack_workspace, _pack_layers = (piece.pack for piece in _PIECES)
+_LAYER = Layout(*((name, "int") for name in ("column_end", "tile_end", "first_rank_tile", "rank_tiles")))
+# The kernel's `Parameters`, in four pieces, of which a plan holds two.
+_PARAMETERS = Layout(
+    ("weight", "TensorMap", MAX_LAYERS),
+    ("lowrank_b", "TensorMap", MAX_LAYERS),
+    *((name, "pointer") for name in ("packed_a", "lowrank", "scale", "out")),
+    ("bias", "pointer", MAX_LAYERS),
+    ("column_scale", "pointer", MAX_LAYERS),
+    *((name, "int") for name in ("rows", "columns", "k_tiles", "total_rank_tiles")),
+    *((name, "int") for name in ("m64_tiles", "row_tiles", "column_tiles", "row_tiles_together")),
+    *((name, "int") for name in ("whole_tiles", "split_tiles", "split_ctas", "split_stages")),
+    *((name, "pointer") for name in ("workspace", "ready")),
+    ("nonce", "uint64"),
+    *((name, "int") for name in ("bias_is_float", "layers")),
+    ("layer", _LAYER, MAX_LAYERS),
+)
+_pack_operands, _pack_shape, _pack_workspace, _pack_layers = (
+    piece.pack for piece in _PARAMETERS.pieces("rows", "workspace", "layer[0].column_end")
+)
 
 
-def _defines(tile: Tile) -> Defines:
-    if tile.columns % tuning.STORED_COLUMNS:
-        raise ValueError(f"a tile's columns are a multiple of {tuning.STORED_COLUMNS}, got {tile.columns}")
+def _defines(config: GemmConfig) -> Defines:
+    if config.block_n % tuning.STORE_N:
+        raise ValueError(f"a tile's columns are a multiple of {tuning.STORE_N}, got {config.block_n}")
     return (
-        ("FP8", int(tile.held is FP8)),
-        ("BN", tile.columns),
-        ("STAGES", tile.stages),
-        ("SKEW", tile.skew),
-        ("PARAMETER_BYTES", sum(piece.size for piece in _PIECES)),
+        ("FP8", int(config.format is FP8_SPARSE)),
+        ("BLOCK_N", config.block_n),
+        ("NUM_STAGES", config.stages),
+        ("SKEW", config.skew),
+        *_PARAMETERS.defines,
     )
 
 
-def _shared_bytes(tile: Tile) -> int:
-    stage = _SLABS * tile.held.block_bytes + tile.columns * _WEIGHT_ROW_BYTES
-    affine = tile.columns * 8 if tile.held is FP8 else 0
-    return tile.stages * (stage + 16) + _CONSUMER_WARPS * (_STAGING_BYTES + _NOTE_BYTES + affine)
+def _shared_bytes(config: GemmConfig) -> int:
+    stage = _M64_TILES * config.format.tile_bytes + config.block_n * _WEIGHT_ROW_BYTES
+    affine = config.block_n * 8 if config.format is FP8_SPARSE else 0
+    return config.stages * (stage + 16) + _CONSUMER_WARPS * (_STAGING_BYTES + _TILE_INFO_BYTES + affine)
 
 
 INSTANTIATIONS = [
-    Instantiation("gemm.cu", "gemm", _defines(tile)) for tile in (*tuning.CANDIDATES, *tuning.CANDIDATES_FP8)
+    Instantiation("gemm.cu", "gemm", _defines(config))
+    for configs in tuning.CANDIDATES.values()
+    for config in configs
 ]
 
 _maps: dict[tuple[int, ...], bytes] = {}
@@ -58,13 +78,13 @@ _NO_MAP = bytes(128)
 
 
 @functools.cache
-def _kernel(tile: Tile) -> jit.Kernel:
+def _kernel(config: GemmConfig) -> jit.Kernel:
     return jit.load(
         "gemm.cu",
         "gemm",
-        _defines(tile),
+        _defines(config),
         threads=_THREADS,
-        shared_bytes=_shared_bytes(tile),
+        shared_bytes=_shared_bytes(config),
         pdl=True,
     )
 
@@ -113,7 +133,7 @@ def _encode(
 
 
 def launch_gemm(
-    blocks: Tensor,
+    packed_a: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
     layers: Sequence[Weights],
@@ -123,19 +143,19 @@ def launch_gemm(
     """Y (rows, N) of `rtlynx::gemm` and `gemm_joint`; see `rtlynx.ops.sparse_linear`, which checks."""
     n = sum(of.weight.shape[0] for of in layers)
     columns = stored_columns(n)
-    out = torch.empty((rows, columns), dtype=torch.bfloat16, device=blocks.device)
+    out = torch.empty((rows, columns), dtype=torch.bfloat16, device=packed_a.device)
     if rows == 0 or n == 0:
         return out[:, :n]
     layers = [readable_weights(of) for of in layers]
-    blocks, lowrank = aligned(blocks), None if lowrank is None else aligned(lowrank)
+    packed_a, lowrank = aligned(packed_a), None if lowrank is None else aligned(lowrank)
     lowrank_bytes = lowrank.shape[0] if lowrank is not None and layers[0].lowrank_b is not None else 0
     plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes)
     workspace = 0
     if plan.workspace_bytes:
-        sums = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=blocks.device)
+        sums = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=packed_a.device)
         workspace = sums.data_ptr()
     given = Addresses(
-        blocks.data_ptr(),
+        packed_a.data_ptr(),
         scale.data_ptr() if scale is not None and scale.shape[0] else 0,
         address_of(lowrank),
     )
@@ -146,33 +166,34 @@ def launch_gemm(
 def plan_gemm(
     layers: Sequence[Weights], rows: int, first_ranks: Sequence[int], lowrank_bytes: int
 ) -> GemmPlan:
-    """How to compute Y of `rows` rows; `lowrank_bytes` are those of all blocks of T, 0 without factors.
+    """How to compute Y of `rows` rows; `lowrank_bytes` are those of all tiles of T, 0 without factors.
 
     Of the shapes of `layers`, whose weights and factors may have been padded along their rows. Columns of T
     from `first_ranks` on are a layer's.
     """
     widths = tuple(of.weight.shape[0] for of in layers)
     ranks = tuple(0 if of.lowrank_b is None else of.lowrank_b.shape[1] for of in layers)
-    weight, held = layers[0].weight, layers[0].held
+    weight, format = layers[0].weight, layers[0].format
     count = multiprocessors(weight.get_device())
-    tile = tuning.choose(rows, sum(widths), weight.shape[1], held, count)
+    config = tuning.choose(rows, sum(widths), weight.shape[1], format, count)
     shape = GemmShape(rows, weight.shape[1], widths, ranks, tuple(first_ranks), lowrank_bytes)
-    return _plan(tile, count, shape)
+    return _plan(config, count, shape)
 
 
 def start_gemm(plan: GemmPlan, given: Addresses, layers: Sequence[Weights], out: int, workspace: int) -> None:
     """Launch on the current stream. `out` and `workspace` are addresses."""
-    columns, block_k = plan.tile.columns, plan.tile.held.block_k
+    columns, tile_k = plan.config.block_n, plan.config.format.tile_k
     none = [0] * (MAX_LAYERS - len(layers))
+    no_maps = [_NO_MAP] * len(none)
     operands = _pack_operands(
-        b"".join([_tensor_map(of.weight, block_k, columns) for of in layers]),
-        b"".join(
-            [
-                _NO_MAP if of.lowrank_b is None else _tensor_map(of.lowrank_b, LOWRANK_COLUMNS, columns)
-                for of in layers
-            ]
-        ),
-        given.blocks,
+        *[_tensor_map(of.weight, tile_k, columns) for of in layers],
+        *no_maps,
+        *[
+            _NO_MAP if of.lowrank_b is None else _tensor_map(of.lowrank_b, LOWRANK_COLUMNS, columns)
+            for of in layers
+        ],
+        *no_maps,
+        given.packed_a,
         given.lowrank,
         given.scale,
         out,
@@ -186,7 +207,7 @@ def start_gemm(plan: GemmPlan, given: Addresses, layers: Sequence[Weights], out:
     split = (workspace, workspace + plan.sum_bytes, _nonce()) if workspace else (0, 0, 0)
     parameters = b"".join((operands, plan.shape, _pack_workspace(*split, is_float, len(layers)), plan.layers))
     stream = torch._C._cuda_getCurrentRawStream(layers[0].weight.get_device())
-    _kernel(plan.tile).launch((plan.ctas, 1, 1), stream, parameters)
+    _kernel(plan.config).launch((plan.ctas, 1, 1), stream, parameters)
 
 
 def _address_at(vector: Tensor | None, first_column: int) -> int:
@@ -198,7 +219,7 @@ class GemmShape(NamedTuple):
     """Of a product: Y (rows, sum of `widths`) from X (rows, k), and where T and its columns lie.
 
     widths, ranks, first_ranks : one a layer
-    lowrank_bytes : of all blocks of T, 0 without factors
+    lowrank_bytes : of all tiles of T, 0 without factors
     """
 
     rows: int
@@ -217,7 +238,7 @@ class GemmPlan(NamedTuple):
     sum_bytes, workspace_bytes : of sums that CTAs leave of split tiles, and with their marks
     """
 
-    tile: Tile
+    config: GemmConfig
     ctas: int
     shape: bytes
     layers: bytes
@@ -227,19 +248,19 @@ class GemmPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(tile: Tile, ctas: int, of: GemmShape) -> GemmPlan:
-    slabs, k_blocks = -(-of.rows // BLOCK_ROWS), -(-of.k // tile.held.block_k)
-    row_tiles = -(-slabs // _SLABS)
-    rank_blocks = [-(-rank // LOWRANK_COLUMNS) for rank in of.ranks]
-    table, column_tiles = _layer_table(of, rank_blocks, tile.columns)
-    stages = k_blocks + rank_blocks[0] if len(set(rank_blocks)) == 1 else 0
+def _plan(config: GemmConfig, ctas: int, of: GemmShape) -> GemmPlan:
+    m64_tiles, k_tiles = -(-of.rows // TILE_ROWS), -(-of.k // config.format.tile_k)
+    row_tiles = -(-m64_tiles // _M64_TILES)
+    rank_tiles = [-(-rank // LOWRANK_COLUMNS) for rank in of.ranks]
+    table, column_tiles = _layer_table(of, rank_tiles, config.block_n)
+    stages = k_tiles + rank_tiles[0] if len(set(rank_tiles)) == 1 else 0
     split = tuning.split(row_tiles * column_tiles, ctas, stages)
     shape = _pack_shape(
         of.rows,
         stored_columns(sum(of.widths)),
-        k_blocks,
-        of.lowrank_bytes // (slabs * LOWRANK_BYTES),
-        slabs,
+        k_tiles,
+        of.lowrank_bytes // (m64_tiles * LOWRANK_BYTES),
+        m64_tiles,
         row_tiles,
         column_tiles,
         _ROW_TILES_TOGETHER,
@@ -248,9 +269,9 @@ def _plan(tile: Tile, ctas: int, of: GemmShape) -> GemmPlan:
         split.ctas,
         split.stages,
     )
-    sum_bytes = split.ctas * _SLABS * BLOCK_ROWS * tile.columns * 4
+    sum_bytes = split.ctas * _M64_TILES * TILE_ROWS * config.block_n * 4
     return GemmPlan(
-        tile=tile,
+        config=config,
         ctas=min(ctas, max(split.whole_tiles, split.ctas)),
         shape=shape,
         layers=_pack_layers(*table),
@@ -269,12 +290,12 @@ def _nonce() -> int:
     return (_seed + next(_launches) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF | 1
 
 
-def _layer_table(of: GemmShape, rank_blocks: Sequence[int], tile_columns: int) -> tuple[list[int], int]:
+def _layer_table(of: GemmShape, rank_tiles: Sequence[int], block_n: int) -> tuple[list[int], int]:
     """Layers as the kernel reads them, and the number of column tiles."""
     table: list[int] = []
     end = tile_end = 0
-    for width, first, blocks in zip(of.widths, of.first_ranks, rank_blocks, strict=True):
+    for width, first, tiles in zip(of.widths, of.first_ranks, rank_tiles, strict=True):
         end += width
-        tile_end += -(-width // tile_columns)
-        table += [stored_columns(end), tile_end, first // LOWRANK_COLUMNS, blocks]
-    return table + [0] * (4 * (MAX_LAYERS - len(rank_blocks))), tile_end
+        tile_end += -(-width // block_n)
+        table += [stored_columns(end), tile_end, first // LOWRANK_COLUMNS, tiles]
+    return table + [0] * (4 * (MAX_LAYERS - len(rank_tiles))), tile_end

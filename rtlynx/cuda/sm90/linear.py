@@ -9,12 +9,11 @@ from rtlynx.cuda.sm90.compress import (
     Addresses,
     CompressOptions,
     address_of,
-    expressible,
-    matrix_input,
     plan_compress,
     start_compress,
 )
 from rtlynx.cuda.sm90.gemm import plan_gemm, start_gemm
+from rtlynx.cuda.sm90.prologues import bind_matrix, expressible
 from rtlynx.cuda.sm90.weights import Weights, readable_weights, stored_columns
 
 # Alignment inside the workspace; the allocator's own is more.
@@ -26,7 +25,7 @@ def launch_linear(x: Tensor, of: Weights, lowrank_a: Tensor | None, options: Com
     x = expressible(x)
     n = of.weight.shape[0]
     columns = stored_columns(n)
-    given = matrix_input(x)
+    given = bind_matrix(x)
     rows = given.rows
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=x.device)
     if rows == 0 or n == 0:

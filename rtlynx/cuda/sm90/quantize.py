@@ -1,9 +1,8 @@
-"""Host side of quantize.cu: configurations, parameters, launch. What is quantised comes as an `Input`."""
+"""Host side of quantize.cu: configurations, parameters, launch."""
 
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,80 +11,82 @@ from torch import Tensor
 
 from rtlynx.cuda import jit
 from rtlynx.cuda.jit import Defines, Instantiation
-from rtlynx.cuda.sm90.compress import (
-    ADALN,
-    CONCAT_GELU,
-    GELU,
-    MATRIX,
-    RMSNORM,
-    SILU_GATE,
-    SOURCE_BYTES,
-    Input,
-    address_of,
-)
+from rtlynx.cuda.layout import Layout
+from rtlynx.cuda.sm90.compress import address_of
+from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES, BoundPrologue, Prologue
 from rtlynx.math.fp8 import E4M3
 
 MAX_COLUMNS = 16384
 _VECTOR, _WARP = 8, 32  # columns that a thread loads at a time; threads
-# The kernel's Parameters: its Source, and then.
-_ADDRESSES, _SHAPE = struct.Struct("<3Q"), struct.Struct("<2i")
 
 
-class _Form(NamedTuple):
-    """What a block takes at one time, by rows of up to `columns`; the most whose registers do not spill.
+@functools.cache
+def _parameters(prologue: Prologue) -> Layout:
+    """The kernel's `Parameters`."""
+    return Layout(
+        ("prologue", prologue.layout),
+        *((name, "pointer") for name in ("values", "scale", "dense")),
+        *((name, "int") for name in ("rows", "columns")),
+    )
+
+
+# What follows the prologue: the same bytes for all of them.
+_, _REST = _parameters(IDENTITY).pieces("values")
+
+
+class _Config(NamedTuple):
+    """What a CTA takes at one time, by rows of up to `columns`; the most whose registers do not spill.
 
     chunks : vectors of each row that a thread holds
-    blocks_per_sm : blocks for the longest rows that a multiprocessor is to hold, which bounds the registers
+    ctas_per_sm : CTAs for the longest rows that a multiprocessor is to hold, which bounds the registers
     """
 
     columns: int
     rows: int
     chunks: int
-    blocks_per_sm: int
+    ctas_per_sm: int
 
     def threads(self, columns: int) -> int:
         """Whole warps, for rows of `columns`."""
         return -(-columns // (self.chunks * _VECTOR * _WARP)) * _WARP
 
 
-_SHORT = _Form(4096, 2, 4, 5)  # two rows, so that a modulation is read once for both
-_LONG, _LONG_WITH_MORE = _Form(MAX_COLUMNS, 1, 8, 3), _Form(MAX_COLUMNS, 1, 4, 2)
-_FORMS = {
-    MATRIX: (_SHORT, _LONG),
-    ADALN: (_SHORT, _LONG_WITH_MORE),
-    RMSNORM: (_SHORT, _LONG_WITH_MORE),
-    GELU: (_SHORT, _LONG),
-    SILU_GATE: (_SHORT, _LONG_WITH_MORE),
-    CONCAT_GELU: (_SHORT, _LONG),
-}
+_SHORT = _Config(4096, 2, 4, 5)  # two rows, so that a modulation is read once for both
+_LONG, _LONG_WITH_MORE = _Config(MAX_COLUMNS, 1, 8, 3), _Config(MAX_COLUMNS, 1, 4, 2)
 
 
-def _defines(source: int, form: _Form) -> Defines:
+def _configs(prologue: Prologue) -> tuple[_Config, ...]:
+    """For short and for long rows."""
+    more = prologue.inputs > 1 or prologue.named("batches", "columns")
+    return _SHORT, _LONG_WITH_MORE if more else _LONG
+
+
+def _defines(prologue: Prologue, config: _Config) -> Defines:
     return (
-        ("SOURCE", source),
-        ("ROWS", form.rows),
-        ("CHUNKS", form.chunks),
-        ("MAX_THREADS", form.threads(form.columns)),
-        ("MIN_CTAS", form.blocks_per_sm),
-        ("PARAMETER_BYTES", SOURCE_BYTES[source] + _ADDRESSES.size + _SHAPE.size),
+        (prologue.macro, 1),
+        ("ROWS", config.rows),
+        ("CHUNKS", config.chunks),
+        ("MAX_THREADS", config.threads(config.columns)),
+        ("MIN_CTAS", config.ctas_per_sm),
+        *_parameters(prologue).defines,
     )
 
 
 INSTANTIATIONS = [
-    Instantiation("quantize.cu", "quantize", _defines(source, form))
-    for source, forms in _FORMS.items()
-    for form in forms
+    Instantiation("quantize.cu", "quantize", _defines(prologue, config))
+    for prologue in PROLOGUES.values()
+    for config in _configs(prologue)
 ]
 
 
-def _form(source: int, columns: int) -> _Form:
-    return next(form for form in _FORMS[source] if columns <= form.columns)
+def _config(prologue: Prologue, columns: int) -> _Config:
+    return next(config for config in _configs(prologue) if columns <= config.columns)
 
 
 @functools.cache
-def _kernel(source: int, columns: int) -> jit.Kernel:
-    form = _form(source, columns)
-    threads, defines = form.threads(columns), _defines(source, form)
+def _kernel(prologue: Prologue, columns: int) -> jit.Kernel:
+    config = _config(prologue, columns)
+    threads, defines = config.threads(columns), _defines(prologue, config)
     return jit.load("quantize.cu", "quantize", defines, threads=threads, shared_bytes=0, pdl=True)
 
 
@@ -94,15 +95,15 @@ def takes(columns: int) -> bool:
     return columns % _VECTOR == 0 and 0 < columns <= MAX_COLUMNS
 
 
-def fits(x: Input) -> bool:
+def fits(x: BoundPrologue) -> bool:
     """Whether the kernel can read `x`, 16 bytes at a time."""
     return x.aligned and takes(x.columns)
 
 
-def launch(x: Input, shape: Sequence[int], dense: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantise `x`, which `fits`, on the current stream; a producer also writes what it quantised to `dense`.
+def launch(x: BoundPrologue, shape: Sequence[int], dense: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise `x`, which `fits`, on the current stream; a prologue also writes its result to `dense`.
 
-    dense : (rows, columns) bfloat16, to test what a producer makes
+    dense : (rows, columns) bfloat16, to test what a prologue makes
 
     Returns
     -------
@@ -112,9 +113,9 @@ def launch(x: Input, shape: Sequence[int], dense: Tensor | None = None) -> tuple
     values = torch.empty(shape, dtype=E4M3, device=x.device)
     scale = torch.empty((*shape[:-1], 1), dtype=torch.float32, device=x.device)
     if x.rows:
-        addresses = _ADDRESSES.pack(values.data_ptr(), scale.data_ptr(), address_of(dense))
-        parameters = b"".join((x.structure, addresses, _SHAPE.pack(x.rows, x.columns)))
-        grid = -(-x.rows // _form(x.source, x.columns).rows), 1, 1
+        rest = _REST.pack(values.data_ptr(), scale.data_ptr(), address_of(dense), x.rows, x.columns)
+        parameters = x.parameters + rest
+        grid = -(-x.rows // _config(x.prologue, x.columns).rows), 1, 1
         stream = torch._C._cuda_getCurrentRawStream(x.device.index)
-        _kernel(x.source, x.columns).launch(grid, stream, parameters)
+        _kernel(x.prologue, x.columns).launch(grid, stream, parameters)
     return values, scale

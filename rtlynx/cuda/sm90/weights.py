@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rtlynx.math.tiles import Format, format_of
+from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE, Format
 
 STORE_COLUMNS = 8  # Y leaves 16 bytes at a time
 _MAX_STRIDE = 2**31 - 1  # of rows, in entries
@@ -29,8 +29,8 @@ class Weights(NamedTuple):
     column_scale: Tensor | None = None
 
     @property
-    def held(self) -> Format:
-        return format_of(self.column_scale is not None)
+    def format(self) -> Format:
+        return BF16_SPARSE if self.column_scale is None else FP8_SPARSE
 
 
 def stored_columns(n: int) -> int:
@@ -69,8 +69,8 @@ def _mapped(matrix: Tensor) -> Tensor:
 def _padded(matrix: Tensor) -> Tensor:
     """A copy whose rows start at multiples of 16 bytes."""
     # (As bytes, which can be padded whatever they hold; clone: padding by nothing is no copy.)
-    held = matrix.contiguous().view(torch.uint8)
-    copy = pad(held, (0, -held.shape[1] % 16)).clone(memory_format=torch.contiguous_format)
+    format = matrix.contiguous().view(torch.uint8)
+    copy = pad(format, (0, -format.shape[1] % 16)).clone(memory_format=torch.contiguous_format)
     return copy.view(matrix.dtype)
 
 

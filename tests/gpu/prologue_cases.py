@@ -1,6 +1,6 @@
-"""One call of a producer as a value: its inputs, what must come out, and the comparison.
+"""One call of a prologue as a value: its inputs, what must come out, and the comparison.
 
-The dense tensor that the kernel writes in its test mode is compared with the chain in float64; the blocks, s
+The dense tensor that the kernel writes in its test mode is compared with the prologue in float64; the blocks, s
 and T with that dense tensor, as for `rtlynx::compress`.
 """
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from rtlynx import Pattern
 from rtlynx.cuda.sm90.compress import CompressOptions
-from rtlynx.math.tiles import format_of
-from rtlynx.ops import compress_prologues as producers
-from rtlynx.ops import prologues as chains
+from rtlynx.cuda.sm90.prologues import PROLOGUES, rounded
+from rtlynx.math.formats import FORMATS
+from rtlynx.ops.checks import check_prologue
+from rtlynx.ops.prologues import COMPRESS, launch_compress
 
-NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
+NAMES = tuple(name for name in PROLOGUES if name != "identity")
 MODULATED = ("adaln", "rmsnorm")
 DATA = ("normal", "heavy", "offset")
 LAYOUTS = ("plain", "sliced", "wide", "odd", "swapped")
@@ -29,12 +30,12 @@ LIMIT = 2.5e-3  # of a bf16 rounding the expectation is 1.7e-3; few values scatt
 MANY = 64  # columns
 SMALL = 1e-32  # where a sigmoid leaves the range of float32
 
-Tail = tuple[Tensor | None, str, list[int], bool, bool]  # lowrank_a, grouping, parts, norm, fp8
+Tail = tuple[Tensor | None, str, list[int], bool, str]  # lowrank_a, grouping, parts, norm, format
 
 
 @dataclass(frozen=True)
-class ProducerCase:
-    """Inputs (batch, rows / batch, k) of a producer.
+class PrologueCase:
+    """Inputs (batch, rows / batch, k) of a prologue.
 
     data : "heavy" has a few channels 100 times the others, "offset" rows far from zero.
     layout : of inputs in memory: "sliced" tokens begin at the sixth, "wide" and "odd" are columns of a wider
@@ -77,7 +78,7 @@ MODULATIONS: list[tuple[dict[str, Callable[[Tensor], Tensor]], bool]] = [
 ]
 
 
-def make_inputs(case: ProducerCase) -> tuple[Any, ...]:
+def make_inputs(case: PrologueCase) -> tuple[Any, ...]:
     generator = torch.Generator("cuda").manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
@@ -128,20 +129,20 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
     return part.copy_(x)
 
 
-def make_tail(case: ProducerCase) -> Tail:
+def make_tail(case: PrologueCase) -> Tail:
     lowrank_a = None
     if case.rank:
         generator = torch.Generator("cuda").manual_seed(case.seed + 1)
         lowrank_a = torch.randn(case.rank, case.k, generator=generator, device="cuda") * case.k**-0.5
         lowrank_a = lowrank_a.bfloat16()
-    return lowrank_a, case.grouping, list(case.parts), case.norm, case.fp8
+    return lowrank_a, case.grouping, list(case.parts), case.norm, "fp8-sparse" if case.fp8 else "bf16-sparse"
 
 
 # --------------------------------------------------------------------------------------- in float64
 
 
-def chain(name: str, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-    """The chain in float64, and the size of terms that may cancel in it, where some may."""
+def exactly(name: str, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+    """The prologue in float64, and the size of terms that may cancel in it, where some may."""
     wide = [one.double() if isinstance(one, Tensor) else one for one in inputs]
     x = wide[0]
     if name in MODULATED:
@@ -166,7 +167,7 @@ def chain(name: str, *inputs: Any) -> tuple[Tensor, Tensor | None]:
 # -------------------------------------------------------------------------------------- comparison
 
 
-def check(case: ProducerCase, served: bool | None = None) -> None:
+def check(case: PrologueCase, served: bool | None = None) -> None:
     """Run `case` and compare all that it gives; AssertionError where it is not right."""
     compare(case.name, make_inputs(case), make_tail(case), served, case.data)
 
@@ -177,20 +178,21 @@ def compare(
 ) -> None:
     """The operator on these inputs.
 
-    served : whether one kernel must do it all, or PyTorch must compute the chain; None where either may be.
+    served : whether one kernel must do it all, or PyTorch must compute the prologue; None where either may be.
     """
-    lowrank_a, grouping, parts, norm, fp8 = tail
-    options = CompressOptions(grouping, tuple(parts), norm, format_of(fp8))
-    shape = chains.PRODUCERS[name].shape(*inputs)
+    lowrank_a, grouping, parts, norm, format = tail
+    options = CompressOptions(grouping, tuple(parts), norm, FORMATS[format])
+    fp8 = options.format.quantized
+    shape = check_prologue(PROLOGUES[name], inputs)
     rows, k = math.prod(shape[:-1]), shape[-1]
     with poisoned():
         dense = torch.empty(rows, k, dtype=torch.bfloat16, device="cuda")
-        fused = producers.launch(name, inputs, lowrank_a, options, dense)
-        result = getattr(producers, f"{name}_compress")(*inputs, *tail)
+        fused = launch_compress(PROLOGUES[name], inputs, lowrank_a, options, dense)
+        result = COMPRESS[name](*inputs, *tail)
     assert served is None or served is (fused is not None), "served otherwise than expected"
     if fused is not None:
         assert_same_bits(fused, result)
-    dense = check_chain(name, inputs, None if fused is None else dense)
+    dense = check_result(name, inputs, None if fused is None else dense)
     pattern = Pattern(2, 4, grouping, tuple(parts) or 1)
     rank = 0 if lowrank_a is None else lowrank_a.shape[0]
     as_matrix = Case(rows, k, 8, rank, grouping, tuple(parts), norm, data=data, fp8=fp8)
@@ -204,12 +206,12 @@ def assert_same_bits(fused: Sequence[Tensor], result: Sequence[Tensor]) -> None:
         assert same, "the test mode or a second run gives other bits"
 
 
-def check_chain(name: str, inputs: Sequence[Any], dense: Tensor | None) -> Tensor:
+def check_result(name: str, inputs: Sequence[Any], dense: Tensor | None) -> Tensor:
     """Compare the dense tensor (M, K) that a kernel wrote, or the one that PyTorch computes, with float64."""
-    exact, size = chain(name, *inputs)
+    exact, size = exactly(name, *inputs)
     exact = exact.flatten(0, -2)
     if dense is None:
-        dense = chains.rounded(chains.PRODUCERS[name].chain, inputs).view(exact.shape)
+        dense = rounded(PROLOGUES[name], inputs).view(exact.shape)
         if "gelu" in name:  # PyTorch's form of it subtracts
             size = exact.abs() + 1
     _check_dense(dense, exact, None if size is None else size.reshape(exact.shape))

@@ -1,17 +1,17 @@
-"""Producers on a Hopper card: the dense tensor against float64, what is made of it bit for bit."""
+"""Prologues on a Hopper card: the dense tensor against float64, what is made of it bit for bit."""
 
 import itertools
 
 import pytest
 import torch
 from cases import poisoned
-from producer_cases import (
+from prologue_cases import (
     DATA,
     LAYOUTS,
     MODULATED,
     MODULATIONS,
     NAMES,
-    ProducerCase,
+    PrologueCase,
     check,
     compare,
     make_inputs,
@@ -20,7 +20,7 @@ from producer_cases import (
     with_changes,
 )
 
-from rtlynx.ops import compress_prologues as producers
+from rtlynx.ops.prologues import COMPRESS
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -48,13 +48,13 @@ def _no_grad():
 
 
 def operator(name):
-    return getattr(producers, f"{name}_compress")
+    return COMPRESS[name]
 
 
 def grouped(name, grouping, **case):
-    """A case of the producer's real width, strided groups in its real parts."""
+    """A case of the prologue's real width, strided groups in its real parts."""
     parts = PARTS.get(name, ()) if grouping == "strided" else ()
-    return ProducerCase(name, k=WIDTHS[name], grouping=grouping, parts=parts, **case)
+    return PrologueCase(name, k=WIDTHS[name], grouping=grouping, parts=parts, **case)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
@@ -85,7 +85,7 @@ def test_every_size_at_real_widths(name, grouping, rows, rank, fp8):
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rank_with_and_without_norm(name, grouping, rank, norm, fp8):
-    case = ProducerCase(name, 258, 512, batch=2, rank=rank, grouping=grouping, norm=norm, fp8=fp8)
+    case = PrologueCase(name, 258, 512, batch=2, rank=rank, grouping=grouping, norm=norm, fp8=fp8)
     check(case, served=True)
 
 
@@ -95,7 +95,7 @@ def test_every_rank_with_and_without_norm(name, grouping, rank, norm, fp8):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layout(name, batch, shared, layout):
     for rank in (0, 16):
-        case = ProducerCase(name, 150, 384, batch, rank, layout=layout, shared=shared)
+        case = PrologueCase(name, 150, 384, batch, rank, layout=layout, shared=shared)
         check(case, served=layout != "odd")
 
 
@@ -104,7 +104,7 @@ def test_every_layout(name, batch, shared, layout):
 @pytest.mark.parametrize("rank", [0, 64])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_of_data(name, rank, data, fp8):
-    check(ProducerCase(name, 500, 1024, 2, rank, "strided", data=data, fp8=fp8), served=True)
+    check(PrologueCase(name, 500, 1024, 2, rank, "strided", data=data, fp8=fp8), served=True)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
@@ -112,14 +112,14 @@ def test_every_kind_of_data(name, rank, data, fp8):
 @pytest.mark.parametrize("name", NAMES)
 def test_widths_that_no_tile_divides(name, k, fp8):
     for rank in (0, 40):
-        check(ProducerCase(name, 70, k, rank=rank, fp8=fp8), served=True)
+        check(PrologueCase(name, 70, k, rank=rank, fp8=fp8), served=True)
         if k % 32 == 0:
-            check(ProducerCase(name, 70, k, rank=rank, grouping="strided", fp8=fp8), served=True)
+            check(PrologueCase(name, 70, k, rank=rank, grouping="strided", fp8=fp8), served=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_alone_without_a_batch(name):
-    for inputs in (make_inputs(ProducerCase(name, 129, 512)), make_inputs(ProducerCase(name, 7, 512))):
+    for inputs in (make_inputs(PrologueCase(name, 129, 512)), make_inputs(PrologueCase(name, 7, 512))):
         flat = [one[0] if getattr(one, "ndim", 0) == 3 else one for one in inputs]
         compare(name, flat, (None, "strided", [128, 384], True, False), served=True)
 
@@ -129,20 +129,20 @@ def test_tokens_alone_without_a_batch(name):
 
 def changed(name, **change):
     """Inputs of a case, some of them changed."""
-    return with_changes(make_inputs(ProducerCase(name, 150, 384, batch=3)), **change)
+    return with_changes(make_inputs(PrologueCase(name, 150, 384, batch=3)), **change)
 
 
 @pytest.mark.parametrize("k", [60, 12, 20, 1004])
 @pytest.mark.parametrize("name", NAMES)
 def test_widths_that_no_vector_divides_are_left_to_pytorch(name, k):
     for grouping in GROUPINGS:
-        check(ProducerCase(name, 70, k, rank=16, grouping=grouping), served=False)
+        check(PrologueCase(name, 70, k, rank=16, grouping=grouping), served=False)
 
 
 @pytest.mark.parametrize("parts", [(16, 368), (24, 40, 320), (4,) * 3 + (372,)])
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_that_no_vector_divides_are_left_to_pytorch(name, parts):
-    check(ProducerCase(name, 70, 384, rank=16, grouping="strided", parts=parts), served=False)
+    check(PrologueCase(name, 70, 384, rank=16, grouping="strided", parts=parts), served=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,7 +159,7 @@ def test_inputs_that_the_kernel_cannot_read_are_left_to_pytorch(name):
 
 
 def test_a_first_part_of_a_concatenation_that_ends_within_a_vector():
-    case = ProducerCase("concat_gelu", 70, 384)
+    case = PrologueCase("concat_gelu", 70, 384)
     a, b = make_inputs(case)
     compare("concat_gelu", (a[..., :68], torch.cat([b, b], -1)[..., :60]), make_tail(case), served=False)
 
@@ -168,7 +168,7 @@ def test_a_first_part_of_a_concatenation_that_ends_within_a_vector():
 @pytest.mark.parametrize("name", MODULATED)
 def test_modulations_of_every_shape(name, change, served):
     for rank in (0, 16):
-        tail = make_tail(ProducerCase(name, 150, 384, rank=rank))
+        tail = make_tail(PrologueCase(name, 150, 384, rank=rank))
         compare(name, changed(name, **change), tail, served)
 
 
@@ -180,7 +180,7 @@ def test_shifts_and_scales_that_lie_differently(first):
 @pytest.mark.parametrize("name", NAMES)
 def test_factors_at_any_address(name):
     inputs = changed(name)
-    lowrank_a = make_tail(ProducerCase(name, 150, 384, rank=16))[0]
+    lowrank_a = make_tail(PrologueCase(name, 150, 384, rank=16))[0]
     for factor in (
         misaligned(lowrank_a),
         lowrank_a.T.contiguous().T,
@@ -207,7 +207,7 @@ def test_reruns_are_bit_identical(name, rank):
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_captured_graph_replays(name, grouping):
-    case = ProducerCase(name, 500, 1024, batch=2, rank=64, grouping=grouping)
+    case = PrologueCase(name, 500, 1024, batch=2, rank=64, grouping=grouping)
     inputs, tail = list(make_inputs(case)), make_tail(case)
     operator(name)(*inputs, *tail)
     graph = torch.cuda.CUDAGraph()
@@ -228,9 +228,9 @@ def test_a_captured_graph_replays(name, grouping):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_waits_for_the_card(name):
-    case = ProducerCase(name, 500, 1024, batch=2, rank=64)
+    case = PrologueCase(name, 500, 1024, batch=2, rank=64)
     inputs, tail = make_inputs(case), make_tail(case)
-    odd = make_inputs(ProducerCase(name, 500, 1024, batch=2, layout="odd"))
+    odd = make_inputs(PrologueCase(name, 500, 1024, batch=2, layout="odd"))
     operator(name)(*inputs, *tail)
     operator(name)(*odd, *tail)
     torch.cuda.set_sync_debug_mode("error")
@@ -243,7 +243,7 @@ def test_nothing_waits_for_the_card(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows_and_no_kernel(name):
-    case = ProducerCase(name, 150, 384, batch=3, rank=16)
+    case = PrologueCase(name, 150, 384, batch=3, rank=16)
     inputs = [one[:, :0] if getattr(one, "ndim", 0) == 3 else one for one in make_inputs(case)]
     assert [out.shape for out in operator(name)(*inputs, *make_tail(case))] == [(0,), (0,), (0,)]
 
@@ -252,13 +252,13 @@ def test_no_rows_and_no_kernel(name):
 @pytest.mark.parametrize("rank", [0, 33])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, rank, layout):
-    case = ProducerCase(name, 70, 192, batch=2, rank=rank, layout=layout)
+    case = PrologueCase(name, 70, 192, batch=2, rank=rank, layout=layout)
     torch.library.opcheck(operator(name), (*make_inputs(case), *make_tail(case)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cpu_computes_the_same(name):
-    case = ProducerCase(name, 300, 512, batch=2, rank=64, data="heavy")
+    case = PrologueCase(name, 300, 512, batch=2, rank=64, data="heavy")
     inputs, tail = make_inputs(case), make_tail(case)
     here = operator(name)(*(one.cpu() if isinstance(one, torch.Tensor) else one for one in (*inputs, *tail)))
     there = operator(name)(*inputs, *tail)
@@ -272,7 +272,7 @@ def test_the_cpu_computes_the_same(name):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_of_a_device_that_is_not_current(name):
-    case = ProducerCase(name, 300, 512, batch=2, rank=64)
+    case = PrologueCase(name, 300, 512, batch=2, rank=64)
     inputs, tail = make_inputs(case), make_tail(case)
     expected = operator(name)(*inputs, *tail)
     moved = (one.to("cuda:1") if isinstance(one, torch.Tensor) else one for one in (*inputs, *tail))

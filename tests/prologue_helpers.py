@@ -1,4 +1,4 @@
-"""What tests of operators over elementwise chains share: inputs, formulas, and what kernels are handed."""
+"""What tests of prologues share: inputs, formulas, and what kernels are handed."""
 
 import ctypes
 import math
@@ -6,10 +6,10 @@ import struct
 
 import torch
 
-from rtlynx.cuda.sm90 import compress as host
+from rtlynx.cuda.sm90.prologues import PROLOGUES
 
 K = 64
-NAMES = ("adaln", "rmsnorm", "gelu", "silu_gate", "concat_gelu")
+NAMES = tuple(name for name in PROLOGUES if name != "identity")
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -32,7 +32,7 @@ def make_inputs(name, *leading, k=K, batch=None):
 
 
 def by_formula(name, *inputs):
-    """The chain in float64."""
+    """The prologue in float64."""
     wide = [one.double() if isinstance(one, torch.Tensor) else one for one in inputs]
     first = wide[0]
     if name in ("adaln", "rmsnorm"):
@@ -57,39 +57,34 @@ def in_memory(address, count):
 
 
 def read_matrix(structure, offset, rows, columns):
-    """A Matrix of producers.cuh: its rows, and the batch of each."""
+    """A Matrix of prologues.cuh: its rows, and the batch of each."""
     address, batch_stride, row_stride, together = struct.unpack_from("<Qqqi", structure, offset)
     batches = [row // together for row in range(rows)]
     starts = [b * batch_stride + row % together * row_stride for row, b in enumerate(batches)]
     return torch.stack([in_memory(address + 2 * start, columns) for start in starts]), batches
 
 
-def read_source(x):
-    """What the kernel makes of a Source structure of producers.cuh, in float32."""
-    if x.source in (host.ADALN, host.RMSNORM):
-        rows, batches = read_matrix(x.structure, 0, x.rows, x.columns)
-        first, second, stride, eps = struct.unpack_from("<QQif", x.structure, 32)
-        name = "adaln" if x.source == host.ADALN else "rmsnorm"
+def read_bound(x):
+    """What the kernel makes of a bound prologue, from its bytes, in float64 rounded as the test wants it."""
+    name, parameters = x.prologue.name, x.parameters
+    if name in ("adaln", "rmsnorm"):
+        rows, batches = read_matrix(parameters, 0, x.rows, x.columns)
+        first, second, stride, eps = struct.unpack_from("<QQif", parameters, 32)
         made = []
         for row, batch in zip(rows, batches, strict=True):
             offset = 2 * batch * stride
             one = in_memory(first + (offset if name == "adaln" else 0), x.columns)
             made.append(by_formula(name, row[None], one, in_memory(second + offset, x.columns), eps)[0])
         return torch.stack(made)
-    if x.source == host.MATRIX:
-        return read_matrix(x.structure, 0, x.rows, x.columns)[0]
-    if x.source == host.GELU:
-        return by_formula("gelu", read_matrix(x.structure, 0, x.rows, x.columns)[0])
-    if x.source == host.SILU_GATE:
-        return by_formula(
-            "silu_gate", *(read_matrix(x.structure, at, x.rows, x.columns)[0] for at in (0, 32))
-        )
-    (first,) = struct.unpack_from("<i", x.structure, 64)
-    widths = (first, x.columns - first)
-    return by_formula(
-        "concat_gelu",
-        *(read_matrix(x.structure, 32 * i, x.rows, width)[0] for i, width in enumerate(widths)),
-    )
+    if name == "identity":
+        return read_matrix(parameters, 0, x.rows, x.columns)[0]
+    if name == "concat_gelu":
+        (first,) = struct.unpack_from("<i", parameters, 64)
+        widths = (first, x.columns - first)
+    else:
+        widths = (x.columns,) * x.prologue.inputs
+    matrices = (read_matrix(parameters, 32 * i, x.rows, width)[0] for i, width in enumerate(widths))
+    return by_formula(name, *matrices)
 
 
 def misaligned(x):

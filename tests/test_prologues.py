@@ -1,11 +1,12 @@
-"""The operators that compress what an elementwise chain yields, on the CPU."""
+"""The operators that compress the result of a prologue, on the CPU."""
 
 import math
 
 import pytest
 import torch
 import torch._dynamo.testing
-from chain_helpers import (
+from helpers import relative_error
+from prologue_helpers import (
     NAMES,
     K,
     by_formula,
@@ -14,21 +15,21 @@ from chain_helpers import (
     make_inputs,
     misaligned,
     normal,
-    read_source,
+    read_bound,
 )
-from helpers import relative_error
 from torch._subclasses import FakeTensorMode
 
 from rtlynx import Pattern
 from rtlynx.cuda.sm90 import compress as host
+from rtlynx.cuda.sm90.prologues import PROLOGUES, rounded
 from rtlynx.math.tiles import pack_a, unpack_a
-from rtlynx.ops import compress_prologues as producers
-from rtlynx.ops import prologues as chains
 from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.checks import check_prologue
+from rtlynx.ops.prologues import COMPRESS, launch_compress
 
 
 def operator(name):
-    return getattr(producers, f"{name}_compress")
+    return COMPRESS[name]
 
 
 def dense(result, rows, k=K):
@@ -57,14 +58,14 @@ def test_the_selected_values_are_those_of_the_formula(name, leading):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rank", [0, 33])
 @pytest.mark.parametrize(("grouping", "parts"), [("adjacent", []), ("strided", []), ("strided", [24, 40])])
-def test_compressed_as_the_rounded_output_of_the_chain(name, norm, rank, grouping, parts):
+def test_compressed_as_the_rounded_result(name, norm, rank, grouping, parts):
     inputs = make_inputs(name, 2, 35)
     lowrank_a = normal(rank, K, seed=9, scale=K**-0.5) if rank else None
     result = operator(name)(*inputs, lowrank_a, grouping, parts, norm)
-    rounded = chains.PRODUCERS[name].chain(*inputs).bfloat16()
-    for one, other in zip(result, ops.compress(rounded, lowrank_a, grouping, parts, norm), strict=True):
+    dense = rounded(PROLOGUES[name], inputs)
+    for one, other in zip(result, ops.compress(dense, lowrank_a, grouping, parts, norm), strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(result[0], pack_a(rounded.view(70, K), Pattern(2, 4, grouping, tuple(parts) or 1)))
+    assert torch.equal(result[0], pack_a(dense.view(70, K), Pattern(2, 4, grouping, tuple(parts) or 1)))
 
 
 @pytest.mark.parametrize("name", ["adaln", "rmsnorm"])
@@ -166,18 +167,17 @@ def handed(monkeypatch):
         if lowrank_a is not None:
             assert lowrank_a.data_ptr() % 16 == 0
             assert lowrank_a.stride(-1) == 1
-        assert len(x.structure) == host.SOURCE_BYTES[x.source]
-        dense.copy_(read_source(x))
+        assert len(x.parameters) == x.prologue.layout.size
+        dense.copy_(read_bound(x))
         return ops.compress(dense, lowrank_a, options.grouping, list(options.parts), options.norm)
 
     monkeypatch.setattr(host, "launch", launch)
 
     def run(name, inputs, lowrank_a=None, grouping="adjacent", parts=()):
-        shape = chains.PRODUCERS[name].shape(*inputs)
+        shape = check_prologue(PROLOGUES[name], inputs)
         dense = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=torch.bfloat16)
-        result = producers.launch(
-            name, inputs, lowrank_a, host.CompressOptions(grouping, tuple(parts), True), dense
-        )
+        options = host.CompressOptions(grouping, tuple(parts), True)
+        result = launch_compress(PROLOGUES[name], inputs, lowrank_a, options, dense)
         return None if result is None else dense
 
     return run
@@ -209,7 +209,7 @@ def test_the_kernel_finds_modulations_of_every_shape(handed, name):
         for other in seconds:
             dense = handed(name, (x, one, other, eps))
             assert dense is not None
-            expected = chains.PRODUCERS[name].chain(x, one, other, eps).reshape(-1, K)
+            expected = rounded(PROLOGUES[name], (x, one, other, eps)).reshape(-1, K)
             assert relative_error(dense, expected) < 3e-3
     assert handed(name, (x, first.float(), second, eps)) is None
     assert handed(name, (x, first, second.float(), eps)) is None

@@ -1,4 +1,4 @@
-"""The packed blocks against a slow loop written from the description of the format."""
+"""The packed tiles against a slow loop written from the description of the format."""
 
 import struct
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rtlynx import Pattern, nm_mask
 from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.math.tiles import (
-    FP8,
+    FP8_SPARSE,
     compute_order,
     lowrank_bytes,
     pack_a,
@@ -50,13 +50,13 @@ def slow_selection(row, columns):
     return entries[i0], entries[i1], i0 | i1 << 2
 
 
-def slow_blocks(bits, k, pattern):
-    """Rows of 16-bit patterns -> the bytes of the blocks, one entry at a time."""
+def slow_tiles(bits, k, pattern):
+    """Rows of 16-bit patterns -> the bytes of the tiles, one entry at a time."""
     rows, groups = len(bits), slow_groups(k, pattern)
-    row_blocks, column_blocks = (rows + 63) // 64, (k + 63) // 64
+    row_tiles, column_tiles = (rows + 63) // 64, (k + 63) // 64
     out = bytearray()
-    for mt in range(row_blocks):
-        for kb in range(column_blocks):
+    for mt in range(row_tiles):
+        for kb in range(column_tiles):
             values, words = bytearray(4096), [0] * 128
             for r in range(64):
                 for c in range(16):
@@ -85,7 +85,7 @@ def slow_e4m3(value):
     return sign | min(range(0x7F), key=lambda code: (abs(number(code) - abs(value)), code & 1))
 
 
-def slow_blocks_fp8(bits, k, pattern, scales):
+def slow_tiles_fp8(bits, k, pattern, scales):
     """The same in fp8, values quantised by the `scales` of rows."""
     rows, groups = len(bits), slow_groups(k, pattern)
     out = bytearray()
@@ -144,9 +144,9 @@ def pattern_for(pattern, k):
 def test_format_is_the_description(rows, k, pattern):
     pattern = pattern_for(pattern, k)
     x = random_bits(rows, k)
-    blocks = pack_a(x, pattern)
-    assert blocks.shape == (packed_a_bytes(rows, k),)
-    assert blocks.tolist() == slow_blocks(to_bits(x), k, pattern)
+    packed_a = pack_a(x, pattern)
+    assert packed_a.shape == (packed_a_bytes(rows, k),)
+    assert packed_a.tolist() == slow_tiles(to_bits(x), k, pattern)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["adjacent", "strided", "halves", "uneven"])
@@ -155,10 +155,10 @@ def test_fp8_format_is_the_description(rows, k, pattern):
     pattern = pattern_for(pattern, k)
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[0, :4] = 0.0
-    blocks, scale = pack_a_fp8(x, pattern)
-    assert blocks.shape == (packed_a_bytes(rows, k, FP8),)
+    packed_a, scale = pack_a_fp8(x, pattern)
+    assert packed_a.shape == (packed_a_bytes(rows, k, FP8_SPARSE),)
     torch.testing.assert_close(scale, x.float().abs().amax(-1) / 448)
-    assert blocks.tolist() == slow_blocks_fp8(to_bits(x), k, pattern, scale)
+    assert packed_a.tolist() == slow_tiles_fp8(to_bits(x), k, pattern, scale)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["adjacent", "strided", "halves", "uneven"])
@@ -167,9 +167,9 @@ def test_fp8_round_trip_at_size(pattern):
     pattern = pattern_for(pattern, k)
     x = torch.randn(300, k, generator=torch.Generator().manual_seed(0)).bfloat16()
     mask = nm_mask(x, 2, 4, pattern.grouping, pattern.parts)
-    blocks, scale = pack_a_fp8(x, pattern)
+    packed_a, scale = pack_a_fp8(x, pattern)
     expected = quantize_tokens(x, mask)
-    unpacked = unpack_a(blocks, 300, k, FP8)
+    unpacked = unpack_a(packed_a, 300, k, FP8_SPARSE)
     assert unpacked.dtype == torch.float8_e4m3fn
     assert torch.equal(unpacked.float(), compute_order(expected.values.float(), pattern))
     assert torch.equal(scale, expected.scale[:, 0])
@@ -179,7 +179,7 @@ def test_fp8_round_trip_at_size(pattern):
 @pytest.mark.parametrize("pattern", [ADJACENT, STRIDED])
 def test_an_odd_number_of_groups(k, pattern):
     x = random_bits(65, k)
-    assert pack_a(x, pattern).tolist() == slow_blocks(to_bits(x), k, pattern)
+    assert pack_a(x, pattern).tolist() == slow_tiles(to_bits(x), k, pattern)
 
 
 bit_patterns = st.one_of(
@@ -196,11 +196,11 @@ def test_any_bits_in_any_groups(data):
     pattern = data.draw(st.sampled_from([ADJACENT, Pattern(grouping="strided", parts=tuple(widths))]))
     bits = [data.draw(st.lists(bit_patterns, min_size=k, max_size=k)) for _ in range(rows)]
     x = from_bits(bits)
-    blocks = pack_a(x, pattern)
-    assert blocks.tolist() == slow_blocks(bits, k, pattern)
+    packed_a = pack_a(x, pattern)
+    assert packed_a.tolist() == slow_tiles(bits, k, pattern)
     kept = torch.where(nm_mask(x, 2, 4, pattern.grouping, pattern.parts), x.view(torch.int16), 0)
     expected = compute_order(kept, pattern)
-    assert torch.equal(unpack_a(blocks, rows, k).view(torch.int16), expected)
+    assert torch.equal(unpack_a(packed_a, rows, k).view(torch.int16), expected)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=["adjacent", "strided", "halves", "uneven"])
@@ -230,17 +230,17 @@ def test_rows_of_any_stride():
 
 
 def test_no_rows():
-    blocks = pack_a(torch.empty(0, 64, dtype=torch.bfloat16), ADJACENT)
-    assert blocks.shape == (0,)
-    assert unpack_a(blocks, 0, 64).shape == (0, 64)
+    packed_a = pack_a(torch.empty(0, 64, dtype=torch.bfloat16), ADJACENT)
+    assert packed_a.shape == (0,)
+    assert unpack_a(packed_a, 0, 64).shape == (0, 64)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 32, 33, 64, 320])
 @pytest.mark.parametrize("rows", [1, 64, 65])
-def test_lowrank_blocks_are_the_description(rows, rank):
+def test_lowrank_tiles_are_the_description(rows, rank):
     t = random_bits(rows, rank)
-    blocks = pack_lowrank(t)
-    assert blocks.shape == (lowrank_bytes(rows, rank),)
+    packed_a = pack_lowrank(t)
+    assert packed_a.shape == (lowrank_bytes(rows, rank),)
     bits, expected = to_bits(t), []
     for mt in range((rows + 63) // 64):
         for rb in range((rank + 31) // 32):
@@ -250,20 +250,20 @@ def test_lowrank_blocks_are_the_description(rows, rank):
                     place = r * 64 + (c // 8 ^ (r >> 1 & 3)) * 16 + c % 8 * 2
                     struct.pack_into("<H", block, place, bits[64 * mt + r][32 * rb + c])
             expected += block
-    assert blocks.tolist() == expected
-    assert torch.equal(unpack_lowrank(blocks, rows, rank).view(torch.int16), t.view(torch.int16))
+    assert packed_a.tolist() == expected
+    assert torch.equal(unpack_lowrank(packed_a, rows, rank).view(torch.int16), t.view(torch.int16))
 
 
 def test_illegal_indices_are_refused():
-    blocks = pack_a(random_bits(3, 64), ADJACENT)
+    packed_a = pack_a(random_bits(3, 64), ADJACENT)
     for nibble in (0x0, 0x5, 0xA, 0xF, 0x1, 0x6):  # equal, or out of order
-        damaged = blocks.clone()
+        damaged = packed_a.clone()
         damaged[4096] = damaged[4096] & 0xF0 | nibble
         with pytest.raises(ValueError, match="illegal index pair"):
             unpack_a(damaged, 3, 64)
 
 
-def test_what_blocks_cannot_hold_is_refused():
+def test_what_tiles_cannot_hold_is_refused():
     x = random_bits(3, 64)
     with pytest.raises(ValueError, match=r"bfloat16 matrix, got torch\.float32"):
         pack_a(x.float(), ADJACENT)
@@ -273,8 +273,8 @@ def test_what_blocks_cannot_hold_is_refused():
         pack_a(x, Pattern(4, 8))
     with pytest.raises(ValueError, match="62 entries do not split"):
         pack_a(x[:, :62], ADJACENT)
-    blocks = pack_a(x, ADJACENT)
-    with pytest.raises(ValueError, match=r"blocks of X of shape \(65, 64\) are 9216 bytes"):
-        unpack_a(blocks, 65, 64)
-    with pytest.raises(ValueError, match=r"low-rank blocks of T of shape \(3, 5\) are 4096 bytes"):
-        unpack_lowrank(blocks, 3, 5)
+    packed_a = pack_a(x, ADJACENT)
+    with pytest.raises(ValueError, match=r"packed_a of X of shape \(65, 64\) are 9216 bytes"):
+        unpack_a(packed_a, 65, 64)
+    with pytest.raises(ValueError, match=r"low-rank tiles of T of shape \(3, 5\) are 4096 bytes"):
+        unpack_lowrank(packed_a, 3, 5)

@@ -18,49 +18,49 @@ FP8 = Recipe.immediate(precision="fp8")
 MIXED = {"*.attn.to_q": "fp8-sparse", "*.attn.to_k": "fp8-dense", "*.attn.to_v": "dense"}
 
 
-def forms(recipe, model=None):
-    return {layer.name: layer.form for layer in make_plan(model or tiny_flux(), recipe).layers}
+def formats(recipe, model=None):
+    return {layer.name: layer.format.name for layer in make_plan(model or tiny_flux(), recipe).layers}
 
 
 def test_precision_is_that_of_the_sparse_layers():
-    before, after = forms(Recipe.immediate()), forms(FP8)
+    before, after = formats(Recipe.immediate()), formats(FP8)
     assert set(before.values()) == {"bf16-sparse", "dense"}
     eight_bits = {"bf16-sparse": "fp8-sparse", "dense": "fp8-dense"}
-    assert after == {name: eight_bits[form] for name, form in before.items()}
+    assert after == {name: eight_bits[format] for name, format in before.items()}
 
 
 def test_the_text_stream_keeps_its_dtype_where_a_form_or_the_budget_says_so():
     text = f"{DOUBLE}ff_context.net.2"
-    assert forms(FP8)[text] == "fp8-dense"
-    assert forms(Recipe.immediate(precision="fp8", forms={text: "dense"}))[text] == "dense"
-    assert forms(Recipe.immediate(precision="fp8", skip=(text,)))[text] == "dense"
-    assert forms(Recipe.immediate(precision="fp8", text_stream="sparse"))[text] == "fp8-sparse"
+    assert formats(FP8)[text] == "fp8-dense"
+    assert formats(Recipe.immediate(precision="fp8", formats={text: "dense"}))[text] == "dense"
+    assert formats(Recipe.immediate(precision="fp8", skip=(text,)))[text] == "dense"
+    assert formats(Recipe.immediate(precision="fp8", text_stream="sparse"))[text] == "fp8-sparse"
     auto = Recipe(precision="auto", budget=Budget(error=0.1))
-    assert [layer.form for layer in make_plan(tiny_flux(), auto).alternatives() if layer.name == text] == [
+    assert [layer.format.name for layer in make_plan(tiny_flux(), auto).alternatives() if layer.name == text] == [
         "fp8-dense"  # or dense, as the budget has it
     ]
 
 
 def test_forms_fix_layers_by_hand():
-    plain, mixed = forms(Recipe.immediate()), forms(Recipe.immediate(forms=MIXED))
+    plain, mixed = formats(Recipe.immediate()), formats(Recipe.immediate(formats=MIXED))
     expected = {"to_q": "fp8-sparse", "to_k": "fp8-dense", "to_v": "dense"}
-    for name, form in mixed.items():
+    for name, format in mixed.items():
         role = name.rpartition(".")[2]
-        assert form == (expected[role] if ".attn." in name and role in expected else plain[name]), name
+        assert format == (expected[role] if ".attn." in name and role in expected else plain[name]), name
     assert list(mixed.values()).count("fp8-dense") == 2
 
 
 def test_a_form_by_hand_counts_more_than_the_text_stream_and_less_than_skip():
     name = f"{DOUBLE}ff_context.net.2"
-    assert forms(Recipe.immediate())[name] == "dense"
-    assert forms(Recipe.immediate(forms={name: "fp8-dense"}))[name] == "fp8-dense"
-    assert forms(Recipe.immediate(forms={name: "fp8-dense"}, skip=(name,)))[name] == "dense"
+    assert formats(Recipe.immediate())[name] == "dense"
+    assert formats(Recipe.immediate(formats={name: "fp8-dense"}))[name] == "fp8-dense"
+    assert formats(Recipe.immediate(formats={name: "fp8-dense"}, skip=(name,)))[name] == "dense"
 
 
 def test_a_form_for_no_layer_is_refused():
     model = tiny_flux()
-    with pytest.raises(ValueError, match=r"forms pattern '\*\.to_z' matches no layer"):
-        sparsify(model, Recipe.immediate(forms={"*.to_z": "dense"}))
+    with pytest.raises(ValueError, match=r"formats pattern '\*\.to_z' matches no layer"):
+        sparsify(model, Recipe.immediate(formats={"*.to_z": "dense"}))
     assert not sparse_layers(model)
 
 
@@ -82,7 +82,7 @@ def test_dense_fp8_is_closer_to_the_model_than_sparse_fp8():
     errors = {
         name: relative_error(output(sparsify(tiny_flux(), recipe), call), output(reference, call))
         for name, recipe in {
-            "dense": Recipe.immediate(forms={"*": "fp8-dense"}),
+            "dense": Recipe.immediate(formats={"*": "fp8-dense"}),
             "sparse": FP8,
             "bf16": Recipe.immediate(),
         }.items()
@@ -127,7 +127,7 @@ def test_a_weight_that_cannot_be_quantised_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize(
     "recipe",
-    [FP8, Recipe.immediate(forms=MIXED), Recipe.immediate(precision="fp8", dense_steps=1)],
+    [FP8, Recipe.immediate(formats=MIXED), Recipe.immediate(precision="fp8", dense_steps=1)],
     ids=["fp8", "mixed", "kept"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,10 +144,10 @@ def test_memory_is_as_announced(recipe, dtype):
 
 
 def test_inspect_tells_the_form_before_and_after():
-    recipe = Recipe.immediate(forms=MIXED)
+    recipe = Recipe.immediate(formats=MIXED)
     before, after = describe(tiny_flux(), recipe), describe(sparsify(tiny_flux(), recipe))
     assert before["layers"] == after["layers"]
-    assert {layer["name"]: layer["form"] for layer in before["layers"]} == forms(recipe)
+    assert {layer["name"]: layer["format"] for layer in before["layers"]} == formats(recipe)
     layer = sparsify(tiny_flux(), recipe).get_submodule(f"{DOUBLE}attn.to_k")
     assert isinstance(layer, SparseLinear)
     assert "fp8, 1:1" in repr(layer)

@@ -1,6 +1,6 @@
-"""Our fused producers, and the elementwise chains of diffusers that they replace.
+"""Our prologues, and the elementwise functions of diffusers that they replace.
 
-A chain ends with the dense tensor that a linear layer reads; the producer ends with it compressed, s and,
+A chain ends with the dense tensor that a linear layer reads; the prologue ends with it compressed, s and,
 with a low-rank branch, T; the quantiser with all of it in e4m3, and scales.
 """
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
-Tail = tuple[Tensor | None, str, list[int], bool]  # down, grouping, parts, norm: how every producer ends
+Tail = tuple[Tensor | None, str, list[int], bool]  # lowrank_a, grouping, parts, norm: how every one ends
 
 
-class Producer(NamedTuple):
+class Prologue(NamedTuple):
     """A chain, the operators that replace it, and random inputs for all.
 
     inputs(m, k, normal) are tensors; k is the width of the result.
@@ -49,7 +49,7 @@ def concat_gelu(attention: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat([attention, gelu(mlp, approximate="tanh")], dim=-1)
 
 
-MATRIX = Producer(  # no chain: what is quantised before an attention's output layer
+MATRIX = Prologue(  # no chain: what is quantised before an attention's output layer
     "matrix",
     4096,
     3072,
@@ -58,8 +58,8 @@ MATRIX = Producer(  # no chain: what is quantised before an attention's output l
     lambda x, tail: torch.ops.rtlynx.compress(x, *tail),
     lambda x: torch.ops.rtlynx.quantize(x),
 )
-PRODUCERS = (
-    Producer(
+PROLOGUES = (
+    Prologue(
         "adaln",  # FLUX: before q, k, v and before the MLP
         4096,
         3072,
@@ -68,7 +68,7 @@ PRODUCERS = (
         lambda x, shift, scale, tail: torch.ops.rtlynx.adaln_compress(x, shift, scale, 1e-6, *tail),
         lambda x, shift, scale: torch.ops.rtlynx.adaln_quantize(x, shift, scale, 1e-6),
     ),
-    Producer(
+    Prologue(
         "rmsnorm",  # Z-Image
         4128,
         3840,
@@ -77,7 +77,7 @@ PRODUCERS = (
         lambda x, weight, scale, tail: torch.ops.rtlynx.rmsnorm_compress(x, weight, scale, 1e-5, *tail),
         lambda x, weight, scale: torch.ops.rtlynx.rmsnorm_quantize(x, weight, scale, 1e-5),
     ),
-    Producer(
+    Prologue(
         "gelu",  # FLUX: between the MLP's layers
         4096,
         12288,
@@ -86,7 +86,7 @@ PRODUCERS = (
         lambda x, tail: torch.ops.rtlynx.gelu_compress(x, *tail),
         lambda x: torch.ops.rtlynx.gelu_quantize(x),
     ),
-    Producer(
+    Prologue(
         "silu-gate",  # Z-Image: w1 and w3 as slices of one product's result
         4128,
         10240,
@@ -95,7 +95,7 @@ PRODUCERS = (
         lambda a, b, tail: torch.ops.rtlynx.silu_gate_compress(a, b, *tail),
         lambda a, b: torch.ops.rtlynx.silu_gate_quantize(a, b),
     ),
-    Producer(
+    Prologue(
         "concat-gelu",  # FLUX: single blocks
         4608,
         15360,
