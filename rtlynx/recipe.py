@@ -56,8 +56,10 @@ class Recipe:
 
     Parameters
     ----------
-    n, m : int
+    n : int
         Keep n of every m neighbouring activations.
+    m : int
+        How many compete.
     grouping : "auto" | "adjacent" | "strided"
         Which m compete. Auto: strided for attention outputs, whose groups then span different heads, and for
         outputs fed by attention and MLP together (each part in itself); adjacent elsewhere.
