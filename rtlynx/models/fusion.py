@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rtlynx.models.architecture import Architecture
+from rtlynx.models.recompile_limit import with_own_code
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import Chain, activated, adaln, read, untouched
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -61,7 +60,7 @@ class FusedForward(partial):
     @classmethod
     def of(cls, block: nn.Module, forward: Callable[..., Any], forms: str) -> FusedForward:
         """`forward`, one of `Architecture.fused`, for `block`, whose layers are of these `forms`."""
-        return cls(_with_own_code(forms), weakref.ref(block), type(block).forward, forward, forms)
+        return cls(with_own_code(_run, forms), weakref.ref(block), type(block).forward, forward, forms)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -84,17 +83,6 @@ def _run(
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     return forward(itself(), original, *args, **kwargs)
-
-
-@functools.cache
-def _with_own_code(_forms: str) -> Callable[..., Any]:
-    """A copy of `_run`, with a code object of its own, for all blocks of these forms.
-
-    Dynamo compiles one code object at most `torch._dynamo.config.recompile_limit` (8) times, and a budget
-    makes more kinds of blocks than that. Not needed once modules that are compiled in place are counted one
-    by one (https://github.com/pytorch/pytorch/issues/171593).
-    """
-    return FunctionType(_run.__code__.replace(), _run.__globals__)
 
 
 # Attention processors that hand their input to q, k and v alone, beside asking for its shape.
