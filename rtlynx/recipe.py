@@ -1,4 +1,8 @@
-"""What a user can choose, validated."""
+"""What a user can choose, validated.
+
+Not by pydantic or msgspec: of "rank" they say three type errors or one, not what a rank is, and of a misspelt
+key not the nearest one; what values contradict each other would stay to be checked here.
+"""
 
 from __future__ import annotations
 
