@@ -3,8 +3,7 @@
 The study's come from studies/results, with plots in docs/study (`python studies/plots.py RESULTS --to
 docs/study`). The demo's figures come from docs/demo: results.json is a plain `rtlynx demo`,
 results-24-steps.json the same with `--steps 24`. Speed comes from benchmarks/results, with plots in
-docs/speed; of a file that is not there nothing is said. The pages' diagrams come from diagrams.py, the
-reference from the docstrings.
+docs/speed; of a file that is not there nothing is said. The pages' diagrams come from diagrams.py.
 """
 
 import json
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import diagrams
-import reference
 import speed_plots
 import study_tables
 import tables
@@ -30,7 +28,6 @@ TEXTS = {
     Path("README.md"): ("study", "claims", "speed", "steps"),
     Path("docs/quality.md"): ("study", "claims", "sweeps", "figures"),
     Path("docs/speed.md"): ("speed", "steps", "sizes", "calibration", "parts", "targets"),
-    Path("docs/api.md"): ("reference",),
 }
 
 
@@ -159,7 +156,6 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "calibration": calibration,
     "parts": kernel_parts,
     "targets": targets,
-    "reference": lambda root, place: reference.page(),
 }
 
 

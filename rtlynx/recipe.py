@@ -1,4 +1,8 @@
-"""What a user can choose, validated."""
+"""What a user can choose, validated.
+
+Not by pydantic or msgspec: of "rank" they say three type errors or one, not what a rank is, and of a misspelt
+key not the nearest one; what values contradict each other would stay to be checked here.
+"""
 
 from __future__ import annotations
 
@@ -99,8 +103,10 @@ class Recipe:
 
     Parameters
     ----------
-    n, m : int
+    n : int
         Keep n of every m neighbouring activations.
+    m : int
+        How many compete.
     grouping : "auto" | "adjacent" | "strided"
         Which m compete. Auto: strided for attention outputs, whose groups then span different heads, and for
         outputs fed by attention and MLP together (each part in itself); adjacent elsewhere.

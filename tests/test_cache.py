@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from rtlynx.cuda import cache, jit
+from rtlynx.storage import locks
+from rtlynx.storage.locks import locked
 
 ENTRY = b"\x7fELF compiled"
 
@@ -125,7 +127,7 @@ def test_a_failing_compilation_leaves_nothing_and_can_be_tried_again(folder):
 
 
 def _hold_and_die(path: Path) -> None:
-    with cache._lock(path):
+    with locked(path):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -148,7 +150,7 @@ def test_a_holder_that_hangs_is_waited_for_only_so_long(folder, monkeypatch):
     hung, done = threading.Event(), threading.Event()
 
     def hang():
-        with cache._lock(folder / "key.lock"):
+        with locked(folder / "key.lock"):
             hung.set()
             done.wait()
 
@@ -161,6 +163,13 @@ def test_a_holder_that_hangs_is_waited_for_only_so_long(folder, monkeypatch):
         done.set()
         holder.join()
     assert _names(folder) == ["key.cubin"]
+
+
+def test_where_there_are_no_locks_entries_are_made_all_the_same(folder, monkeypatch):
+    monkeypatch.setattr(locks, "fcntl", None)
+    make = Maker()
+    assert [cache.cached("key", make) for _ in range(2)] == [ENTRY] * 2
+    assert make.calls == 1
 
 
 # --------------------------------------------------------------------- what another user could have written

@@ -43,6 +43,7 @@ from rtlynx import (
     sparsify,
 )
 from rtlynx.calibration.moments import Moments
+from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.solve import solve_lowrank
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.selection import Pattern, select
@@ -300,6 +301,17 @@ def test_seed_decides():
     assert_same(solution(first), solution(again))
     name = f"{SINGLE}.proj_out.weight"
     assert not torch.equal(solution(first)[name], solution(other)[name])
+
+
+@pytest.mark.parametrize(("forced", "shown"), [("", False), ("1", True)])
+def test_progress_is_shown_on_terminals_alone(capsys, monkeypatch, forced, shown):
+    monkeypatch.setenv("FORCE_COLOR", forced)  # by which rich takes a pipe for a terminal
+    for asked in (True, False):
+        with ProgressBar("drawing", 2, show=asked) as advance:
+            advance(2)
+        said = capsys.readouterr()
+        assert ("drawing" in said.err) == (shown and asked)
+        assert not said.out
 
 
 # ------------------------------------------------------------------------------------------ two processes

@@ -36,7 +36,9 @@ def test_the_text_stream_keeps_its_dtype_where_a_form_or_the_budget_says_so():
     assert formats(Recipe.immediate(precision="fp8", skip=(text,)))[text] == "dense"
     assert formats(Recipe.immediate(precision="fp8", text_stream="sparse"))[text] == "fp8-sparse"
     auto = Recipe(precision="auto", budget=Budget(error=0.1))
-    assert [layer.format.name for layer in make_plan(tiny_flux(), auto).alternatives() if layer.name == text] == [
+    assert [
+        layer.format.name for layer in make_plan(tiny_flux(), auto).alternatives() if layer.name == text
+    ] == [
         "fp8-dense"  # or dense, as the budget has it
     ]
 

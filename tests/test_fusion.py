@@ -21,7 +21,7 @@ from torch import nn
 import rtlynx.nn.prologue
 import rtlynx.nn.sparse_linear
 from rtlynx import Recipe, densify, sparsify
-from rtlynx.models import fusion
+from rtlynx.models import recompile_limit
 from rtlynx.models.fusion import rotate
 from rtlynx.nn.prologue import adaln, read
 from rtlynx.ops import sparse_linear as ops
@@ -303,7 +303,7 @@ def test_a_process_that_made_nothing_sparse_reads_a_pickle():
     model, call = model_and_call("qwen")
     expected = output(sparsify(model), call)
     pickled = pickle.dumps(model)
-    fusion._with_own_code.cache_clear()
+    recompile_limit.with_own_code.cache_clear()
     assert torch.equal(output(pickle.loads(pickled), call), expected)
 
 

@@ -89,12 +89,19 @@ def _is_number(value: object) -> bool:
 class CalibrationReport:
     """What calibration found.
 
-    solutions : per layer: ridge, error before and after (relative, squared, on held-out prompts).
-    dense : candidates that stayed dense, with the reason.
-    costs : per layer and format, where the recipe has a budget: error at the output and modelled saving.
-    choice : what the budget decided, or None.
-    extra_bytes : memory added to the model (factors, scales, and original weights that are kept), less what
-        eight-bit weights save.
+    Attributes
+    ----------
+    solutions : dict[str, Solution]
+        Per layer: ridge, error before and after (relative, squared, on held-out prompts).
+    dense : dict[str, str]
+        Candidates that stayed dense, with the reason.
+    costs : tuple[LayerCost, ...]
+        Per layer and format, where the recipe has a budget: error at the output and modelled saving.
+    choice : Choice or None
+        What the budget decided.
+    extra_bytes : int
+        Memory added to the model (factors, scales, and original weights that are kept), less what eight-bit
+        weights save.
     """
 
     solutions: dict[str, Solution]

@@ -9,16 +9,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressBar:
-    """Context manager whose value advances a bar on standard error: `with ProgressBar(...) as advance`."""
+    """Context manager whose value advances a bar on standard error: `with ProgressBar(...) as advance`.
+
+    Where that is neither a terminal nor a notebook, nothing is written.
+    """
 
     def __init__(self, description: str, total: int, *, show: bool = True) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not show,
+            console=console,
+            disable=not (show and (console.is_terminal or console.is_jupyter)),
         )
         self._task = self._progress.add_task(description, total=total)
 

@@ -1,6 +1,7 @@
 """Compiled kernels on disk. Entries are whole or made again; a disk that refuses costs time, not a crash.
 
-What is read here runs on the card, so it is read only where no other user could have put it.
+What is read here runs on the card, so it is read only where no other user could have put it. That, the
+checksum and the waiting for whoever compiles are why this is not cuda-core's `FileStreamProgramCache`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ import os
 import secrets
 import shlex
 import stat
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-if sys.platform != "win32":
-    import fcntl
+from rtlynx.storage.locks import locked
 
 # Longer than any compilation: after it a waiting process compiles by itself, whatever holds the lock.
 LOCK_SECONDS = 60.0
@@ -88,14 +86,24 @@ def cached(key: str, make: Callable[[], bytes]) -> bytes:
         return make()
     if entry is not None:
         return entry
-    with _lock(folder / f"{key}.lock") as waited:
-        with contextlib.suppress(Untrusted):  # seen a moment ago: not there, or damaged
-            entry = _read(path)
-        if entry is not None:  # another process wrote it since
-            return entry
-        if not waited:  # the first one: the others wait until it has written
-            return _make_and_write(path, make)
-    return _make_and_write(path, make)  # the holder failed; let those who waited for it work side by side
+    lock = folder / f"{key}.lock"
+    with contextlib.ExitStack() as held:
+        free: bool | None = None
+        with contextlib.suppress(OSError):  # a read-only disk: whoever writes will say so; or no file of ours
+            free = held.enter_context(locked(lock, opener=_open_own))
+        if free is not False:  # the first one: the others wait until it has written
+            return _written_since(path) or _make_and_write(path, make)
+    with contextlib.suppress(OSError), locked(lock, wait=LOCK_SECONDS, opener=_open_own):
+        pass
+    # If the holder failed, let those who waited for it work side by side.
+    return _written_since(path) or _make_and_write(path, make)
+
+
+def _written_since(path: Path) -> bytes | None:
+    """The entry, where another process wrote it since it was found missing or damaged."""
+    with contextlib.suppress(Untrusted):
+        return _read(path)
+    return None
 
 
 def _prepare(folder: Path) -> None:
@@ -136,7 +144,7 @@ def _refuse_shared_path(folder: Path) -> None:
                 pending.append(part.parent / os.readlink(part))
 
 
-def _refuse_shared(path: Path, status: os.stat_result, sticky_protects: bool = False) -> None:
+def _refuse_shared(path: str | Path, status: os.stat_result, sticky_protects: bool = False) -> None:
     """Untrusted, where a user other than this one and root could write what lies at `path`."""
     if not _HAS_OWNERS:
         return
@@ -195,7 +203,7 @@ def _read(path: Path) -> bytes | None:
     return entry if entry and hashlib.sha256(entry).digest() == digest else None
 
 
-def _open_own(path: Path, flags: int) -> int:
+def _open_own(path: str | Path, flags: int) -> int:
     """A descriptor of the regular file at `path`, which no other user could have written.
 
     What is opened is examined, not the path, which may lead elsewhere a moment later.
@@ -215,41 +223,6 @@ def _open_own(path: Path, flags: int) -> int:
         os.close(handle)
         raise
     return handle
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold the lock, or give up; yields whether another process was waited for.
-
-    The system drops a `flock` when its holder ends, however that happens.
-    """
-    if sys.platform == "win32":
-        yield False
-        return
-    try:
-        handle = _open_own(path, os.O_RDWR | os.O_CREAT)
-    except OSError:  # a read-only disk: whoever writes will say so; or no file of ours: go without
-        yield False
-        return
-    held = waited = False
-    try:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-                break
-            except BlockingIOError:
-                waited = True
-                time.sleep(0.02)
-            except OSError:  # a file system without locks
-                break
-        yield waited
-    finally:
-        if held:  # removed while held: who still waits on it looks for the entry, and so does who comes later
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        os.close(handle)
 
 
 def _warn(error: OSError) -> None:

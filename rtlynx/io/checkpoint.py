@@ -61,10 +61,12 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
 
     Parameters
     ----------
-    model_or_pipeline : a model that `sparsify`, `calibrate` or `load` made sparse, or its pipeline.
-    folder : created, or its checkpoint replaced, also through a link. It is whole at every moment: readers,
-        and whoever comes after a kill, find the older checkpoint or the new one. Several may save to it at
-        once; one of theirs stays.
+    model_or_pipeline : nn.Module or diffusers pipeline
+        A model that `sparsify`, `calibrate` or `load` made sparse, or its pipeline.
+    folder : path
+        Created, or its checkpoint replaced, also through a link. It is whole at every moment: readers, and
+        whoever comes after a kill, find the older checkpoint or the new one. Several may save to it at once;
+        one of theirs stays.
 
     Raises
     ------
@@ -180,7 +182,8 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
 
     Returns
     -------
-    The same object.
+    nn.Module or diffusers pipeline
+        The same object.
 
     Raises
     ------

@@ -1,7 +1,8 @@
 """What the index of a checkpoint may say. All of it is checked here before anything uses any of it.
 
 The index is `rtlynx.json`, or the `quantization_config` of a model's `config.json`, which other JSON readers
-have read: they let NaN pass, and integers of any size.
+have read: they let NaN pass, and integers of any size. Not by pydantic or msgspec: a dependency of the core
+for two tables of checks, and neither bounds how deep and how large what it is given may be.
 """
 
 from __future__ import annotations

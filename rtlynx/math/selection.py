@@ -25,8 +25,10 @@ class Pattern:
 
     Parameters
     ----------
-    n, m : int
+    n : int
         1 <= n <= m. n = m keeps everything.
+    m : int
+        How many compete.
     grouping : "adjacent" | "strided"
         Adjacent: entries m·g ... m·g + m - 1 form group g. Strided: entries g, g + P/m, g + 2P/m, ... of a
         part of P entries form group g of that part.
@@ -154,8 +156,14 @@ def nm_mask(
     Parameters
     ----------
     x : Tensor (..., K), float64 | float32 | bfloat16 | float16
-    n, m, grouping, parts
-        See `Pattern`.
+    n : int
+        How many of every m are kept.
+    m : int
+        How many compete.
+    grouping : "adjacent" | "strided"
+        Which of them, as in `Pattern`.
+    parts : int | tuple[int, ...]
+        As in `Pattern`.
 
     Returns
     -------

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rtlynx.models.architecture import Architecture
+from rtlynx.models.recompile_limit import with_own_code
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import PrologueCall, activated, adaln, read, untouched
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -42,13 +41,13 @@ def unfuse_blocks(model: nn.Module) -> None:
 
 
 def _forms_in(block: nn.Module) -> str:
-    """A short name for what compiled code of a block depends on: its layers' forms."""
+    """A short name for what compiled code of a block depends on: its layers' formats."""
     layers = ((name, layer) for name, layer in block.named_modules() if isinstance(layer, SparseLinear))
-    forms = [
+    formats = [
         (name, layer.pattern, layer.norm, layer.format.name, layer.rank, layer.text_rows_dense)
         for name, layer in layers
     ]
-    return hashlib.sha256(repr(forms).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(formats).encode()).hexdigest()[:16]
 
 
 class FusedForward(partial):
@@ -59,9 +58,9 @@ class FusedForward(partial):
     """
 
     @classmethod
-    def of(cls, block: nn.Module, forward: Callable[..., Any], forms: str) -> FusedForward:
+    def of(cls, block: nn.Module, forward: Callable[..., Any], formats: str) -> FusedForward:
         """`forward`, one of `Architecture.fused`, for `block`, whose layers are of these formats."""
-        return cls(_with_own_code(forms), weakref.ref(block), type(block).forward, forward, forms)
+        return cls(with_own_code(_run, formats), weakref.ref(block), type(block).forward, forward, formats)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -70,31 +69,20 @@ class FusedForward(partial):
         return whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
-        itself, _, forward, forms = self.args
+        itself, _, forward, formats = self.args
         block = itself()
-        return FusedForward.of(memo.get(id(block), block), forward, forms)
+        return FusedForward.of(memo.get(id(block), block), forward, formats)
 
     def __reduce__(self) -> Any:
-        itself, _, forward, forms = self.args
-        return FusedForward.of, (itself(), forward, forms)
+        itself, _, forward, formats = self.args
+        return FusedForward.of, (itself(), forward, formats)
 
 
 def _run(
-    itself: Callable[[], Any], original: Callable[..., Any], forward: Callable[..., Any], forms: str, /,
+    itself: Callable[[], Any], original: Callable[..., Any], forward: Callable[..., Any], formats: str, /,
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     return forward(itself(), original, *args, **kwargs)
-
-
-@functools.cache
-def _with_own_code(_forms: str) -> Callable[..., Any]:
-    """A copy of `_run`, with a code object of its own, for all blocks of these forms.
-
-    Dynamo compiles one code object at most `torch._dynamo.config.recompile_limit` (8) times, and a budget
-    makes more kinds of blocks than that. Not needed once modules that are compiled in place are counted one
-    by one (https://github.com/pytorch/pytorch/issues/171593).
-    """
-    return FunctionType(_run.__code__.replace(), _run.__globals__)
 
 
 # Attention processors that hand their input to q, k and v alone, beside asking for its shape.

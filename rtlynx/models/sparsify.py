@@ -87,7 +87,8 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
 
     Returns
     -------
-    The same object.
+    nn.Module or diffusers pipeline
+        The same object.
 
     Raises
     ------

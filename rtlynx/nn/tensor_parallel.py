@@ -14,6 +14,9 @@ gather or sum its output.
   the whole token: processes exchange three numbers a token. The scale of a token in fp8 is that of the shard
   alone: each process applies its own to its own sum, which is as right, rounds no coarser, costs nothing, and
   is what the kernels compute anyway.
+
+What is cut and how, and the hooks, are diffusers' and PyTorch's. Ours are the factors' shards, the scale of
+whole tokens, and `Shard.cut` and `Shard.whole`: diffusers cuts by a private function, and gathers nothing.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rtlynx.storage.files import CheckpointError
+from rtlynx.storage.locks import locked
 from rtlynx.storage.temporaries import (
     LOCK,
     flush_folder,
     is_regular,
     is_temporary_name,
-    locked,
     remove_abandoned,
     temporary_for,
 )

@@ -16,17 +16,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from rtlynx.storage.locks import locked
 
 LOCK = ".rtlynx.lock"
 # Where there are no locks, what nobody touched for a day is abandoned.
 _DAY = 24 * 3600.0
-_POLL = 0.01  # seconds
 _TRIES = 20
 _NAME = re.compile(r"\.rtlynx\.[0-9a-f]{12}\.[0-9a-f]{16}\.tmp")
 
@@ -91,45 +86,6 @@ def _remove_if_abandoned(folder: Path) -> None:
 def _prefix(path: Path) -> str:
     # A digest, because the name itself may be as long as a name can be.
     return f".rtlynx.{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}."
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: float = 0.0) -> Iterator[bool | None]:
-    """Hold the lock of a file that is there for nothing else: it is made first and removed in the end.
-
-    Yields True; or False where another holds it for longer than `wait` seconds; or None where there are no
-    locks. A process that dies gives its locks up.
-    """
-    deadline = time.monotonic() + wait
-    while True:
-        with path.open("ab") as file:
-            taken: bool | None = False
-            try:
-                taken = _take(file, path)
-                if taken is None:
-                    file.close()  # Windows removes no open files
-                if taken is not False or time.monotonic() >= deadline:
-                    yield taken
-                    return
-            finally:
-                if taken:
-                    path.unlink(missing_ok=True)
-        time.sleep(_POLL)
-
-
-def _take(file: IO[bytes], path: Path) -> bool | None:
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return None
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
-    except FileNotFoundError:
-        return False  # whoever held it before has removed the file: this is a lock of nothing
 
 
 def is_regular(path: Path) -> bool:
