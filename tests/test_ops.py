@@ -319,7 +319,7 @@ def test_compress_says_what_is_wrong(changes, error, match):
         ({"rows": 140}, ValueError, "packed_a of 140 rows and 64 columns of torch.bfloat16 are 13824 bytes"),
         ({"scale": torch.ones(69)}, ValueError, "scale is .* = .70,. or empty"),
         ({"lowrank_b": None}, ValueError, "comes with lowrank_b"),
-        ({"lowrank": None}, ValueError, "low-rank packed_a of 70 rows and rank 5 are 8192 bytes, got none"),
+        ({"lowrank": None}, ValueError, "low-rank tiles of 70 rows and rank 5 are 8192 bytes, got none"),
         ({"lowrank_b": normal(N, 33)}, ValueError, "rank 33 are 16384 bytes"),
         ({"lowrank_b": normal(N - 1, 5)}, ValueError, r"lowrank_b is \(24, r\)"),
         ({"weight": normal(N, K).float()}, TypeError, r"weights of bfloat16, .* got torch\.float32"),

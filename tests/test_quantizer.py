@@ -118,7 +118,7 @@ def test_files_hold_natural_column_order_and_say_what_each_layer_is(tmp_path):
     assert Recipe.from_dict(made["recipe"]) == state_of(model).plan.recipe
     assert made["dense"] == {text: f"skipped by {text!r}"}
     entry = made["layers"][PROJ_OUT]
-    assert entry["pattern"] == {"n": 2, "m": 4, "grouping": "strided", "parts": [128, 512]}
+    assert entry["pattern"] == {"n": 2, "m": 4, "grouping": "strided", "parts": [128, 512], "score": "magnitude"}
     assert (entry["norm"], entry["precision"], entry["rank"]) == ("scale", "fp8", 0)
     assert (entry["refitted"], entry["weight_dense"]) == (False, True)
     kinds = {name.removeprefix(f"{PROJ_OUT}.") for name in tensors if name.startswith(PROJ_OUT)}
@@ -279,11 +279,20 @@ def test_adapters(tmp_path, refitted):
     with pytest.raises(ValueError, match=r"attn\.to_q\.base_layer.*detach adapters before saving"):
         loaded.save_pretrained(tmp_path / "attached")
     assert not list((tmp_path / "attached").glob("*.safetensors"))
-    loaded.fuse_lora()
     loaded.unload_lora()
-    loaded.save_pretrained(tmp_path / "fused")
-    assert_same(FluxTransformer2DModel.from_pretrained(tmp_path / "fused"), loaded)
-    assert not torch.equal(loaded.get_submodule(TO_Q).weight, refitted.get_submodule(TO_Q).weight)
+    loaded.save_pretrained(tmp_path / "detached")
+    assert_same(FluxTransformer2DModel.from_pretrained(tmp_path / "detached"), refitted)
+
+
+def test_a_fused_adapter_is_saved_with_the_weights(tmp_path):
+    model = sparsify(tiny_flux(), Recipe.immediate(grouping="adjacent"))
+    before = model.get_submodule(TO_Q).weight.clone()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_out"], init_lora_weights=False))
+    model.fuse_lora()
+    model.unload_lora()
+    model.save_pretrained(tmp_path / "fused")
+    assert_same(FluxTransformer2DModel.from_pretrained(tmp_path / "fused"), model)
+    assert not torch.equal(model.get_submodule(TO_Q).weight, before)
 
 
 def test_what_is_saved_is_the_model_as_it_is_then(tmp_path):

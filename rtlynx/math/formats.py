@@ -70,17 +70,12 @@ class Format:
         """Of a packed tile."""
         return self.value_bytes + self.metadata_bytes
 
-
     def __reduce__(self) -> Any:
         return format_named, (self.name,)  # one object for each, also in copies
 
 
 DENSE = Format("dense", torch.bfloat16, sparse=False, k_multiple=1)
-FP8_    def __reduce__(self) -> Any:
-        return format_named, (self.name,)  # one object for each, also in copies
-
-
-DENSE = Format("fp8-dense", E4M3, sparse=False, k_multiple=16)
+FP8_DENSE = Format("fp8-dense", E4M3, sparse=False, k_multiple=16)
 BF16_SPARSE = Format("bf16-sparse", torch.bfloat16, sparse=True, k_multiple=8)
 FP8_SPARSE = Format("fp8-sparse", E4M3, sparse=True, k_multiple=16)
 FORMATS: dict[str, Format] = {one.name: one for one in (BF16_SPARSE, FP8_SPARSE, FP8_DENSE, DENSE)}

@@ -145,7 +145,8 @@ def _quantize_operator(prologue: Prologue) -> Any:
 
 def _quantize_matrix(x: Tensor) -> Quantized:
     """On the current Hopper card, however `x` lies."""
-    bound = bind_matrix(expressible(x if x.stride(-1) == 1 else x.contiguous()))
+    x = expressible(x if x.stride(-1) == 1 else x.contiguous())  # (kept until the launch)
+    bound = bind_matrix(x)
     return quantize_kernel.launch(bound, x.shape) if quantize_kernel.fits(bound) else _plain(x.contiguous())
 
 

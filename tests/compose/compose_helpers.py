@@ -13,6 +13,7 @@ from rtlynx.models import sparse_layers
 IMMEDIATE = {
     "immediate": Recipe.immediate(),
     "strided": Recipe.immediate(grouping="strided"),
+    "adjacent": Recipe.immediate(grouping="adjacent"),
     "fp8": Recipe.immediate(precision="fp8"),
 }
 REFIT = Recipe(rank=4, ridge=0.1)

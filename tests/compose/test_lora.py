@@ -25,6 +25,7 @@ from rtlynx.nn.call import calling
 
 CLOSE = 2e-6
 KINDS = ("immediate", "strided", "refit")
+ADJACENT_REFIT = Recipe(rank=4, ridge=0.1, grouping="adjacent")
 KEEPS_ORIGINAL = {"text_rows": "dense"}, {"dense_steps": 1}
 
 
@@ -78,9 +79,9 @@ def test_beside_the_layers_of_other_architectures(build, call):
 
 
 @pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_fused_the_delta_reads_the_selected_input(kind, safe):
-    model = sparse_flux(kind)
+@pytest.mark.parametrize("refitted", [False, True])
+def test_fused_the_delta_reads_the_selected_input(refitted, safe):
+    model = refit(tiny_flux(), ADJACENT_REFIT) if refitted else sparse_flux("adjacent")
     plain = formulas(model)
     deltas = load(model)
     beside = output(model, flux_call())
@@ -94,7 +95,7 @@ def test_fused_the_delta_reads_the_selected_input(kind, safe):
 
 
 def test_fused_and_unloaded_it_stays_in_the_weights():
-    model = sparse_flux("strided")
+    model = sparse_flux("adjacent")
     load(model)
     model.fuse_lora()
     fused = output(model, flux_call())
@@ -108,7 +109,7 @@ def flux_pipeline(model):
     return FluxPipeline(FlowMatchEulerDiscreteScheduler(), transformer=model, **nothing)
 
 
-@pytest.mark.parametrize("recipe", [{"precision": "fp8"}, *KEEPS_ORIGINAL])
+@pytest.mark.parametrize("recipe", [{"precision": "fp8"}, {"grouping": "strided"}, *KEEPS_ORIGINAL])
 @pytest.mark.parametrize("copied", [False, True])
 def test_fusing_into_what_cannot_take_it_is_refused(recipe, copied):
     model = refit(tiny_flux(), Recipe(rank=4, ridge=0.1, **recipe))
@@ -125,7 +126,7 @@ def test_fusing_into_what_cannot_take_it_is_refused(recipe, copied):
 
 @pytest.mark.parametrize("recipe", KEEPS_ORIGINAL)
 def test_a_merge_by_peft_itself_beside_kept_originals_is_noticed(recipe):
-    model = refit(tiny_flux(), Recipe(rank=4, ridge=0.1, **recipe))
+    model = refit(tiny_flux(), Recipe(rank=4, ridge=0.1, grouping="adjacent", **recipe))
     deltas = load(model)
     before = output(model, flux_call())
     for name in deltas:

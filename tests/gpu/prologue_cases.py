@@ -1,7 +1,7 @@
 """One call of a prologue as a value: its inputs, what must come out, and the comparison.
 
-The dense tensor that the kernel writes in its test mode is compared with the prologue in float64; the blocks, s
-and T with that dense tensor, as for `rtlynx::compress`.
+The dense tensor that the kernel writes in its test mode is compared with the prologue in float64; the blocks,
+s and T with that dense tensor, as for `rtlynx::compress`.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ def compare(
 ) -> None:
     """The operator on these inputs.
 
-    served : whether one kernel must do it all, or PyTorch must compute the prologue; None where either may be.
+    served : whether one kernel must do it all, or PyTorch must compute the prologue; None where either may
+        be.
     """
     lowrank_a, grouping, parts, norm, format = tail
     options = CompressOptions(grouping, tuple(parts), norm, FORMATS[format])

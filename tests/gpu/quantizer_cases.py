@@ -1,7 +1,8 @@
 """One call of a quantiser as a value: its inputs, what must come out, and the comparison.
 
 A matrix is compared bit for bit with `rtlynx.math.fp8.quantize_tokens`. Of a prologue, the dense tensor that
-the kernel writes in its test mode is compared with float64, as when it is compressed, and the rest with that tensor.
+the kernel writes in its test mode is compared with float64, as when it is compressed, and the rest with that
+tensor.
 """
 
 from __future__ import annotations
