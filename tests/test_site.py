@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rtlynx
-from rtlynx.recipe import FORMS
+from rtlynx.recipe import FORMAT_NAMES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
@@ -113,7 +113,7 @@ def test_every_field_of_the_recipe_is_explained_with_its_default():
     }
     recipe = rtlynx.Recipe()
     assert shown == {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    assert all(f"| `{form}` |" in PAGES["recipes.md"] for form in FORMS)
+    assert all(f"| `{form}` |" in PAGES["recipes.md"] for form in FORMAT_NAMES)
 
 
 def test_every_recipe_on_the_pages_is_one():
