@@ -59,7 +59,8 @@ def fuse(model, targets):
     return model
 
 
-def test_a_fused_adapter_is_saved_whole_or_refused(refitted, tmp_path):
+def test_a_fused_adapter_is_saved_whole_or_refused(tmp_path):
+    refitted = make(replace(RECIPES["refit"], grouping="adjacent"))
     names = [name for name, one in refitted.named_modules() if isinstance(one, nn.Linear)]
     sparse = [name for name in names if getattr(refitted.get_submodule(name), "refitted", False)]
     model = fuse(copy.deepcopy(refitted), sparse)

@@ -176,7 +176,7 @@ def test_budget_by_error():
 def test_a_generous_error_budget_changes_nothing():
     model, report = run(recipe=Recipe(rank=4, ridge=RIDGE, budget=Budget(error=10.0)))
     assert_same(solution(model), solution(run()[0]))
-    assert report.choice.saving == pytest.approx(1.0)
+    assert report.choice.speedup_share == pytest.approx(1.0)
 
 
 def flops(layer, tokens, shared_by):
@@ -198,7 +198,7 @@ def test_budget_by_saving(share):
     for cost in report.costs:
         assert cost.saving == pytest.approx(savings[cost.name])
     reached = sum(savings[name] for name in sparse_layers(model)) / sum(savings.values())
-    assert report.choice.saving == pytest.approx(reached)
+    assert report.choice.speedup_share == pytest.approx(reached)
     assert reached >= share * (1 - 1e-6)
     if share < 1:
         last = report.choice.sparse[-1]

@@ -129,7 +129,7 @@ def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts)
     )  # fmt: skip
     report = json.loads(out)
     assert code == 0
-    assert report["budget"]["share_of_saving"] >= 0.9
+    assert report["budget"]["speedup_share"] >= 0.9
     assert report["extra_bytes"] > 0  # eight bits save less than the original weights, kept beside, cost
     code, out, _ = run("inspect", "zoo:flux-emoji", "--checkpoint", folder, "--json")
     assert code == 0

@@ -139,7 +139,7 @@ def python_after(name, mark):
 
 def test_the_operators_run_as_the_reference_says():
     generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (6, 32), "weight": (16, 32), "down": (4, 32), "up": (16, 4), "bias": (16,)}
+    shapes = {"x": (6, 32), "weight": (16, 32), "lowrank_a": (4, 32), "lowrank_b": (16, 4), "bias": (16,)}
     scope = {name: torch.randn(*shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     code = python_after("api.md", "## Kernels as torch operators").splitlines(keepends=True)
     exec("".join(code[:-1]), scope)
