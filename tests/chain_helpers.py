@@ -57,7 +57,7 @@ def in_memory(address, count):
 
 
 def read_matrix(structure, offset, rows, columns):
-    """A Matrix of producers.cuh: its rows, and the batch of each."""
+    """A Matrix of prologues.cuh: its rows, and the batch of each."""
     address, batch_stride, row_stride, together = struct.unpack_from("<Qqqi", structure, offset)
     batches = [row // together for row in range(rows)]
     starts = [b * batch_stride + row % together * row_stride for row, b in enumerate(batches)]
@@ -65,7 +65,7 @@ def read_matrix(structure, offset, rows, columns):
 
 
 def read_source(x):
-    """What the kernel makes of a Source structure of producers.cuh, in float32."""
+    """What the kernel makes of a Prologue structure of prologues.cuh, in float32."""
     if x.source in (host.ADALN, host.RMSNORM):
         rows, batches = read_matrix(x.structure, 0, x.rows, x.columns)
         first, second, stride, eps = struct.unpack_from("<QQif", x.structure, 32)

@@ -93,6 +93,6 @@ def test_tiles_that_would_not_be_stored_whole_are_refused(columns):
     tile = tuning.Tile(columns, 4)
     with pytest.raises(ValueError, match="multiple of 64"):
         gemm._defines(tile)
-    defines = dict(gemm.INSTANTIATIONS[0].defines) | {"BN": columns}
-    with pytest.raises(jit.CompileError, match=r"stored 64 columns at a time|BN is one of"):
+    defines = dict(gemm.INSTANTIATIONS[0].defines) | {"BLOCK_N": columns}
+    with pytest.raises(jit.CompileError, match=r"stored 64 columns at a time|BLOCK_N is one of"):
         jit.compile("gemm.cu", tuple(defines.items()))

@@ -148,10 +148,10 @@ class _Configuration(NamedTuple):
     def defines(self) -> Defines:
         return (
             ("FP8", int(self.held is FP8)),
-            ("SOURCE", self.source),
+            ("PROLOGUE", self.source),
             ("MODE", self.mode),
             ("RANK", self.rank),
-            ("STAGES", self.stages),
+            ("NUM_STAGES", self.stages),
             ("MIN_CTAS", self.blocks_per_sm),
             ("PARAMETER_BYTES", SOURCE_BYTES[self.source] + _ADDRESSES.size + _SHAPE.size),
         )

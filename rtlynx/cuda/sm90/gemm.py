@@ -36,8 +36,8 @@ def _defines(tile: Tile) -> Defines:
         raise ValueError(f"a tile's columns are a multiple of {tuning.STORED_COLUMNS}, got {tile.columns}")
     return (
         ("FP8", int(tile.held is FP8)),
-        ("BN", tile.columns),
-        ("STAGES", tile.stages),
+        ("BLOCK_N", tile.columns),
+        ("NUM_STAGES", tile.stages),
         ("SKEW", tile.skew),
         ("PARAMETER_BYTES", sum(piece.size for piece in _PIECES)),
     )

@@ -1,4 +1,4 @@
-"""Host side of producers.cuh: the elementwise chains that compress.cu can run before it selects.
+"""Host side of prologues.cuh: the elementwise chains that compress.cu can run before it selects.
 
 Each function takes tensors that `rtlynx.ops.compress_prologues` has checked: bfloat16, last stride 1, rows at
 multiples of 16 bytes, groups that are read 16 bytes at a time (`vectors_fit`), and returns an `Input`.

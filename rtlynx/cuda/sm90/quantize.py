@@ -62,7 +62,7 @@ _FORMS = {
 
 def _defines(source: int, form: _Form) -> Defines:
     return (
-        ("SOURCE", source),
+        ("PROLOGUE", source),
         ("ROWS", form.rows),
         ("CHUNKS", form.chunks),
         ("MAX_THREADS", form.threads(form.columns)),
