@@ -1,6 +1,9 @@
-// The bytes that a kernel moves, 16 in for every OUT out, and no work: what it is measured against.
+// What a kernel is measured against: the bytes that it moves, 16 in for every OUT out, and no work.
 // Each thread loads 16 vectors of 16 bytes, coalesced across the block, and stores OUT that depend on all of them.
 // MODE 0: plain accesses in the compiler's order. 1: streaming ones. 2: streaming, all loads before a store.
+
+static_assert(OUT >= 1 && OUT <= 16, "of 16 vectors a thread stores at most as many as it loads");
+static_assert(MODE >= 0 && MODE <= 2, "0, 1 or 2");
 
 __device__ uint4 load(const uint4* p) { return MODE == 0 ? __ldg(p) : __ldcs(p); }
 

@@ -1,6 +1,7 @@
 """The house has floors: a package imports from floors below its own alone, and no modules in a circle."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import rtlynx
 
 ROOT = Path(rtlynx.__path__[0])
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+CUDA = sorted([*(ROOT / "cuda" / "sm90").glob("*.cu*"), *BENCHMARKS.glob("*.cu*")])
 # From the ground up; those in one line do not know each other.
 FLOORS = (
     ("math", "storage"),
@@ -108,3 +111,66 @@ def test_files_and_functions_can_be_read_in_one_go(name):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, node.name
+
+
+def cuda_functions(source):
+    """First line and number of lines of every CUDA function: what braces enclose after a parenthesis."""
+    blank = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"", re.DOTALL)
+    code = blank.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), source)
+    found, scopes = [], []
+    for brace in re.finditer(r"[{}]", code):
+        if brace.group() == "}":
+            is_function, begin = scopes.pop()
+            if is_function:
+                lines = code.count("\n", begin, brace.start()) + 1
+                found.append((source.splitlines()[code.count("\n", 0, begin)].strip(), lines))
+            continue
+        before = code[: brace.start()]
+        # What a head follows: a declaration, a block, a line of the preprocessor.
+        text = re.split(r"[;{}]|^[ \t]*#.*$", before, flags=re.MULTILINE)[-1]
+        head = text.lstrip()
+        is_function = bool(re.search(r"\)[\s\w]*$", head)) and not any(inner for inner, _ in scopes)
+        scopes.append((is_function, len(before) - len(head)))
+    return found
+
+
+@pytest.mark.parametrize("path", CUDA, ids=lambda path: path.name)
+def test_cuda_functions_can_be_read_in_one_go(path):
+    source = path.read_text()
+    assert source.count("\n") <= 500
+    for head, lines in cuda_functions(source):
+        assert lines <= 120, head
+
+
+LONG_FUNCTION = """
+// a { brace in a comment, and "one { in a string"
+#define ACC(i) "{" #i
+struct Pair {
+    float low, high;
+    DEVICE float sum() const { return low + high; }
+};
+constexpr Pair kPair{1.f, 2.f};
+template <int N>
+DEVICE void fill(float (&values)[N]) {
+    auto one = [&](int i) {
+        values[i] = 1.f;
+    };
+BODY}
+extern "C" __global__ void __launch_bounds__(128) kernel(const __grid_constant__ Pair p) {
+}
+"""
+
+
+def test_the_lines_of_cuda_functions_are_counted():
+    body = "    if (N > 0) { one(0); }\n" * 200
+    assert cuda_functions(LONG_FUNCTION.replace("BODY", body)) == [
+        ("DEVICE float sum() const { return low + high; }", 1),
+        ("template <int N>", 206),
+        ('extern "C" __global__ void __launch_bounds__(128) kernel(const __grid_constant__ Pair p) {', 2),
+    ]
+
+
+def test_functions_of_the_kernels_are_found():
+    found = [head for path in CUDA for head, _ in cuda_functions(path.read_text())]
+    for name in ("compress", "gemm", "quantize", "copy_bytes"):
+        assert any(f" {name}(const __grid_constant__" in head for head in found)

@@ -84,8 +84,8 @@ def _parameters(prologue: Prologue) -> Layout:
     return Layout(
         ("prologue", prologue.layout),
         *((name, "pointer") for name in ("lowrank_a", "packed_a", "scale", "lowrank", "dense")),
-        *((name, "int") for name in ("rows", "columns", "k_tiles", "rank", "rank_tiles")),
-        *((name, "int") for name in ("adjacent", "norm", "parts")),
+        *((name, "int") for name in ("rows", "columns", "k_blocks", "rank", "rank_blocks")),
+        *((name, "int") for name in ("adjacent", "norm", "num_parts")),
         ("part", Layout(("group_end", "int"), ("first_column", "int")), MAX_PARTS),
     )
 
@@ -179,7 +179,7 @@ def _kernel(configuration: _Configuration, cluster: int, shared_bytes: int) -> j
 
 
 def _cut(
-    configuration: _Configuration, m64_tiles: int, k_tiles: int, device: int | None
+    configuration: _Configuration, m64_tiles: int, k_blocks: int, device: int | None
 ) -> tuple[_Configuration, int]:
     """The variant, and how many CTAs share the K of 64 rows.
 
@@ -187,16 +187,16 @@ def _cut(
     its warps share their K.
     """
     if configuration.format is FP8_SPARSE:
-        return _cut_fp8(configuration, m64_tiles, k_tiles, device)
+        return _cut_fp8(configuration, m64_tiles, k_blocks, device)
     if not configuration.takes_m64:
         return configuration, 1
     room = int(configuration.ctas_per_sm * multiprocessors(device) * _FITTING)
-    units = k_tiles if configuration.mode == _ADJACENT else -(-k_tiles // 2)
+    units = k_blocks if configuration.mode == _ADJACENT else -(-k_blocks // 2)
     return configuration, max(1, min(_MAX_CLUSTER, room // m64_tiles, units))
 
 
 def _cut_fp8(
-    configuration: _Configuration, m64_tiles: int, k_tiles: int, device: int | None
+    configuration: _Configuration, m64_tiles: int, k_blocks: int, device: int | None
 ) -> tuple[_Configuration, int]:
     """Variant and cluster of least time, modelled, among those whose CTAs have room for what waits.
 
@@ -207,8 +207,8 @@ def _cut_fp8(
     """
     times = {}
     for variant in configuration.variants:
-        for cluster in range(1, min(_MAX_CLUSTER_FP8, k_tiles) + 1):
-            own = -(-k_tiles // cluster)
+        for cluster in range(1, min(_MAX_CLUSTER_FP8, k_blocks) + 1):
+            own = -(-k_blocks // cluster)
             shared_bytes = variant.shared_bytes(own)
             if shared_bytes > _SHARED_PER_CTA - _STATIC_BYTES:
                 continue
@@ -219,7 +219,7 @@ def _cut_fp8(
     if not times:
         raise ValueError(
             f"the fp8 kernels take inputs of up to {MAX_COLUMNS_FP8} features, "
-            f"got {k_tiles * FP8_SPARSE.tile_k}"
+            f"got {k_blocks * FP8_SPARSE.tile_k}"
         )
     return min(times, key=lambda cut: times[cut])
 
@@ -361,7 +361,7 @@ def _plan(
     device: int | None,
 ) -> CompressPlan:
     format = options.format
-    m64_tiles, k_tiles, rank_tiles = (
+    m64_tiles, k_blocks, rank_blocks = (
         -(-rows // TILE_ROWS),
         -(-k // format.tile_k),
         -(-rank // LOWRANK_COLUMNS),
@@ -369,8 +369,8 @@ def _plan(
     mode, adjacent, table = _groups(options.grouping, options.parts, k)
     tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
     wanted = _Configuration(format, prologue, options.score, mode if aligned else _GATHER, tile_rank)
-    configuration, cluster = _cut(wanted, max(m64_tiles, 1), k_tiles, device)
-    waiting = -(-k_tiles // cluster) if format is FP8_SPARSE else 0
+    configuration, cluster = _cut(wanted, max(m64_tiles, 1), k_blocks, device)
+    waiting = -(-k_blocks // cluster) if format is FP8_SPARSE else 0
     return CompressPlan(
         configuration,
         cluster,
@@ -378,8 +378,8 @@ def _plan(
         (m64_tiles * cluster, -(-rank // tile_rank) if rank else 1, 1)
         if configuration.takes_m64
         else (m64_tiles * 4, 1, 1),
-        m64_tiles * k_tiles * format.tile_bytes,
-        m64_tiles * rank_tiles * LOWRANK_BYTES,
+        m64_tiles * k_blocks * format.tile_bytes,
+        m64_tiles * rank_blocks * LOWRANK_BYTES,
         rows if options.norm or format is FP8_SPARSE else 0,
-        _pack_shape(rows, k, k_tiles, rank, rank_tiles, adjacent, options.norm, *table),
+        _pack_shape(rows, k, k_blocks, rank, rank_blocks, adjacent, options.norm, *table),
     )

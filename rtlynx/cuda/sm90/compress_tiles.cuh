@@ -1,36 +1,56 @@
 // What the compress kernel reads: parameters, which columns a lane holds, and their way into shared memory.
 #pragma once
 #if RANK > 0
-#define BN RANK
+#define BLOCK_N RANK
 #include "wgmma.cuh"
 #endif
-#include "producers.cuh"
+#include "prologues.cuh"
 
 #define ADJACENT 0
 #define STRIDED 1
-#define GATHER 2  // any grouping and alignment, an element at a time; SOURCE == MATRIX
+#define GATHER 2  // any grouping and alignment, an element at a time; without a prologue
 
-constexpr int BLOCK_K = FP8 ? 128 : 64;  // logical k of a block, whose 64 rows keep 64 bytes each
-constexpr int METADATA = 4096, BLOCK_BYTES = METADATA + BLOCK_K * 8;
-constexpr bool SLAB = RANK > 0 || FP8;  // whether the warps of a CTA own rows, or shares of K
-constexpr int WARPS = SLAB ? 4 : 8, THREADS = WARPS * 32;
-constexpr int ROWS = SLAB ? 64 : 16;             // of a CTA
-constexpr int TILES = MODE == ADJACENT ? 2 : 4;  // 32-column tiles of a unit
-constexpr int GROUPS = TILES * 2;                // of a lane's row in a unit
-constexpr int UNIT_K = TILES * 32;
-// CTAs or warps that share K take turns at portions: whole units and whole blocks.
-constexpr int PORTION_K = UNIT_K > BLOCK_K ? UNIT_K : BLOCK_K;
-constexpr int PORTION_UNITS = PORTION_K / UNIT_K, PORTION_BLOCKS = PORTION_K / BLOCK_K;
-constexpr int X_TILE = ROWS * 64, DOWN_TILE = RANK * 64;
-constexpr int RAW_BYTES = TILES * X_TILE;
-constexpr int STAGE_BYTES = Source::RAWS * RAW_BYTES + TILES * DOWN_TILE;
+// With a low-rank product or FP8 a CTA is one warpgroup on 64 rows, and the CTAs of a cluster split K. Else the warps
+// of a CTA split the K of the same 16 rows.
+constexpr bool kClusterSplitsK = RANK > 0 || FP8;
+constexpr int kNumWarps = kClusterSplitsK ? 4 : 8, kNumThreads = kNumWarps * 32;
+constexpr int BLOCK_M = kClusterSplitsK ? 64 : 16;  // rows of a CTA
+constexpr int kMaxKSplits = FP8 ? 16 : 8;
+constexpr int kKSplitsPerCta = kClusterSplitsK ? 1 : kNumWarps;
+
+// A packed block holds 64 rows x BLOCK_K: 64 bytes of kept values a row, then the metadata.
+constexpr int BLOCK_K = FP8 ? 128 : 64;
+constexpr int kMetadataOffset = 64 * 64;
+constexpr int kPackedBlockBytes = kMetadataOffset + BLOCK_K * 8;
+
+// A warp compresses a k tile at a time: 16 rows x kTileK, which are kNumK32 times 32 columns.
+constexpr int kNumK32 = MODE == ADJACENT ? 2 : 4;
+constexpr int kTileK = kNumK32 * 32;
+constexpr int kGroupsPerLane = kNumK32 * 2;  // groups of four of one of a lane's two rows
+
+// K is split by chunks: the least that is whole k tiles and whole packed blocks.
+constexpr int kChunkK = kTileK > BLOCK_K ? kTileK : BLOCK_K;
+constexpr int kTilesPerChunk = kChunkK / kTileK, kBlocksPerChunk = kChunkK / BLOCK_K;
+
+// A stage: a k tile of each input of the prologue, then of A^T. Both lie 32 columns, 64 bytes of a row, at a time.
+constexpr int kInputK32Bytes = BLOCK_M * 64, kLowrankAK32Bytes = RANK * 64;
+constexpr int kInputBytes = kNumK32 * kInputK32Bytes;
+constexpr int kStageBytes = Prologue::kInputs * kInputBytes + kNumK32 * kLowrankAK32Bytes;
+
 #if RANK > 0
-constexpr int RANK_BYTES = 4096, RANK_K = 32;  // of a block of T'
-constexpr int T_PITCH = RANK + 4;
+constexpr int kLowrankBlockK = 32, kLowrankBlockBytes = 64 * kLowrankBlockK * 2;  // of a block of T'
+constexpr int kLowrankPitch = RANK + 4;  // float32 of a row of T in shared memory, so that rows lie in other banks
+static_assert(RANK % kLowrankBlockK == 0, "a CTA stores whole blocks of T'");
+static_assert(kInputK32Bytes % 512 == 0 && kLowrankAK32Bytes % 512 == 0,
+              "the 64-byte swizzle of wgmma operands repeats every 512 bytes");
 #endif
-constexpr int MAX_PARTS = 8;
-constexpr int MAX_SHARES = FP8 ? 16 : 8;  // of K
-constexpr int SHARES_HERE = SLAB ? 1 : WARPS;
+constexpr int kMaxParts = 8;
+
+static_assert(kTileK % BLOCK_K == 0 || BLOCK_K % kTileK == 0, "a chunk is both");
+static_assert(!FP8 || kBlocksPerChunk == 1, "with FP8 what is deferred counts chunks as packed blocks");
+static_assert(MODE != GATHER || !Prologue::kTransforms, "a prologue reads 16 bytes at a time");
+static_assert(NUM_STAGES >= 2, "loads run ahead of the main loop");
+static_assert(kNumThreads >= BLOCK_M, "a thread finishes a row");
 
 // Groups [previous group_end, group_end) lie strided in the columns from first_column on.
 struct Part {
@@ -39,116 +59,166 @@ struct Part {
 };
 
 struct Parameters {
-    Source source;
-    const uint16_t* down;  // A^T (rank, K), contiguous
-    uint8_t* blocks;
+    Prologue prologue;
+    const uint16_t* lowrank_a;  // A^T (rank, K), contiguous
+    uint8_t* packed_a;
     float* scale;  // (M), what rows of the product are multiplied by; null where that is 1
     uint8_t* lowrank;
-    uint16_t* dense;  // (M, K), or null: what was selected from, to test producers
+    uint16_t* dense;  // (M, K), or null: what was selected from, to test prologues
     int rows, columns;
     int k_blocks, rank, rank_blocks;
     int adjacent;  // for GATHER
     int norm;      // whether `scale` includes s
-    int parts;
-    Part part[MAX_PARTS];
+    int num_parts;
+    Part part[kMaxParts];
 };
-static_assert(sizeof(Parameters) == PARAMETER_BYTES, "the host packs them");
+#include "layout.cuh"
 
-// Entry i of the group is column base + i * stride.
-struct Run {
+// Entry i of a group is column base + i * stride.
+struct GroupColumns {
     int base, stride;
 };
 
-DEVICE Run run_at(const Parameters& p, int group) {
+DEVICE GroupColumns strided_group(const Parameters& p, int group) {
     int part = 0, first = 0;
-    while (part + 1 < p.parts && group >= p.part[part].group_end) first = p.part[part++].group_end;
+    while (part + 1 < p.num_parts && group >= p.part[part].group_end) first = p.part[part++].group_end;
     return {p.part[part].first_column + group - first, p.part[part].group_end - first};
 }
 
-// First of the eight columns that lane q holds of each tile of a unit; at least `columns` where there are none.
-struct Columns {
+// First of the eight columns that a lane of a quad holds in each 32 columns of a k tile; at least p.columns where there
+// are none.
+struct LaneColumns {
     int base, stride;
 
-    DEVICE int operator[](int tile) const { return base + tile * stride; }
+    DEVICE int operator[](int k32) const { return base + k32 * stride; }
 };
 
-DEVICE Columns columns_of(const Parameters& p, int unit, int q) {
+DEVICE LaneColumns lane_columns(const Parameters& p, int k_tile, int quad_lane) {
     if constexpr (MODE == ADJACENT) {
-        return {unit * UNIT_K + q * 8, 32};
+        return {k_tile * kTileK + quad_lane * 8, 32};
     } else {
-        const int group = unit * 32 + q * 8;
+        const int group = k_tile * 32 + quad_lane * 8;
         if (group * 4 >= p.columns) return {p.columns, 0};
-        const Run run = run_at(p, group);
-        return {run.base, run.stride};
+        const GroupColumns first = strided_group(p, group);
+        return {first.base, first.stride};
     }
 }
 
-DEVICE uint32_t swizzled(int row, int chunk) { return row * 64 + ((chunk ^ row >> 1) & 3) * 16; }
+// Where a 16-byte chunk of a 64-byte row lies under the 64-byte swizzle.
+DEVICE uint32_t swizzle_64b(int row, int chunk) { return row * 64 + ((chunk ^ row >> 1) & 3) * 16; }
 
-// An element at a time: eight groups' entry `tile` of a row.
-DEVICE uint4 gather(const Parameters& p, const uint16_t* row, int unit, int q, int tile) {
+// An element at a time: entry `k32` of this lane's eight groups of a row.
+DEVICE uint4 gather(const Parameters& p, const uint16_t* row, int k_tile, int quad_lane, int k32) {
     uint32_t pairs[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        const int group = unit * 32 + q * 8 + j;
+        const int group = k_tile * 32 + quad_lane * 8 + j;
         if (row == nullptr || group * 4 >= p.columns) continue;
-        const Run run = p.adjacent ? Run{group * 4, 1} : run_at(p, group);
-        pairs[j / 2] |= uint32_t(row[run.base + tile * run.stride]) << (j % 2 * 16);
+        const GroupColumns of = p.adjacent ? GroupColumns{group * 4, 1} : strided_group(p, group);
+        pairs[j / 2] |= uint32_t(row[of.base + k32 * of.stride]) << (j % 2 * 16);
     }
     return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// Which units of K a CTA or warp works on: every `shares`-th portion.
-struct Share {
-    int share, shares, units;
+// Which k tiles a CTA or warp works on: every `num_splits`-th chunk.
+struct KSplit {
+    int split_idx, num_splits, num_k_tiles;
 
-    DEVICE Share(const Parameters& p, int share, int shares) : share(share), shares(shares) {
-        const int portions = (p.k_blocks + PORTION_BLOCKS - 1) / PORTION_BLOCKS;
-        units = of(portions) * PORTION_UNITS;
+    DEVICE KSplit(const Parameters& p, int split_idx, int num_splits) : split_idx(split_idx), num_splits(num_splits) {
+        const int chunks = (p.k_blocks + kBlocksPerChunk - 1) / kBlocksPerChunk;
+        num_k_tiles = own_chunks(chunks) * kTilesPerChunk;
     }
-    // Units of its portions among the first `portions`.
-    DEVICE int of(int portions) const { return (portions - share + shares - 1) / shares; }
-    DEVICE int whole_units(int columns) const { return of(columns / PORTION_K) * PORTION_UNITS; }
-    DEVICE int unit(int index) const {
-        return (share + index / PORTION_UNITS * shares) * PORTION_UNITS + index % PORTION_UNITS;
+    // How many of the first `chunks` chunks are its own.
+    DEVICE int own_chunks(int chunks) const { return (chunks - split_idx + num_splits - 1) / num_splits; }
+    // Of its k tiles, those in chunks that do not reach beyond the matrix.
+    DEVICE int num_whole_k_tiles(int columns) const { return own_chunks(columns / kChunkK) * kTilesPerChunk; }
+    // Its k tile number `index`.
+    DEVICE int k_tile(int index) const {
+        return (split_idx + index / kTilesPerChunk * num_splits) * kTilesPerChunk + index % kTilesPerChunk;
     }
 };
 
-// First of this lane's two rows, within the CTA.
-DEVICE int own_row() { return (SLAB ? threadIdx.x / 32 * 16 : 0) + threadIdx.x % 32 / 4; }
+// First of this lane's two rows, within the CTA. The other is 8 below.
+DEVICE int lane_row() { return (kClusterSplitsK ? threadIdx.x / 32 * 16 : 0) + threadIdx.x % 32 / 4; }
 
-// Start a unit's way into a stage: this thread's chunks of X, and its share of A^T.
-DEVICE void fetch(const Parameters& p, uint32_t stage, int unit, const Row (&rows)[2], int first_rank) {
-    const int q = threadIdx.x % 4, mine = own_row();
-    const Columns columns = columns_of(p, unit, q);
+// Start loading a k tile into a stage: what this thread selects from, and its part of A^T.
+DEVICE void load_k_tile_async(const Parameters& p, uint32_t smem_stage, int k_tile, const Row (&rows)[2],
+                              int first_rank) {
+    const int quad_lane = threadIdx.x % 4, row = lane_row();
+    const LaneColumns columns = lane_columns(p, k_tile, quad_lane);
     unroll<2>([&](auto i) {
-        unroll<TILES>([&](auto tile) {
-            const uint32_t to = stage + tile * X_TILE + swizzled(mine + i * 8, q);
+        unroll<kNumK32>([&](auto k32) {
+            const uint32_t to = smem_stage + k32 * kInputK32Bytes + swizzle_64b(row + i * 8, quad_lane);
             if constexpr (MODE == GATHER) {
-                store_shared_16(to, gather(p, rows[i].inside ? rows[i].raw[0] : nullptr, unit, q, tile));
+                store_smem_16(to, gather(p, rows[i].in_bounds ? rows[i].input[0] : nullptr, k_tile, quad_lane, k32));
             } else {
-                const bool inside = rows[i].inside && columns[tile] < p.columns;
-                unroll<Source::RAWS>([&](auto raw) {
-                    const uint16_t* from =
-                        inside ? p.source.at(rows[i], raw, columns[tile]) : p.source.at(rows[i], raw, 0);
-                    copy_async(to + raw * RAW_BYTES, from, inside);
+                const bool in_bounds = rows[i].in_bounds && columns[k32] < p.columns;
+                unroll<Prologue::kInputs>([&](auto input) {
+                    const uint16_t* from = in_bounds ? p.prologue.input_at(rows[i], input, columns[k32])
+                                                     : p.prologue.input_at(rows[i], input, 0);
+                    cp_async(to + input * kInputBytes, from, in_bounds);
                 });
             }
         });
     });
     if constexpr (RANK > 0) {
-        const uint32_t down = stage + Source::RAWS * RAW_BYTES;
-        unroll<TILES>([&](auto tile) {
+        const uint32_t smem_lowrank_a = smem_stage + Prologue::kInputs * kInputBytes;
+        unroll<kNumK32>([&](auto k32) {
 #pragma unroll
-            for (int n = threadIdx.x / 4; n < RANK; n += THREADS / 4) {
-                const bool inside = first_rank + n < p.rank && columns[tile] < p.columns;
-                const uint16_t* row = p.down + int64_t(inside ? first_rank + n : 0) * p.columns;
-                const uint32_t to = down + tile * DOWN_TILE + swizzled(n, q);
+            for (int n = threadIdx.x / 4; n < RANK; n += kNumThreads / 4) {
+                const bool in_bounds = first_rank + n < p.rank && columns[k32] < p.columns;
+                const uint16_t* from = p.lowrank_a + int64_t(in_bounds ? first_rank + n : 0) * p.columns;
+                const uint32_t to = smem_lowrank_a + k32 * kLowrankAK32Bytes + swizzle_64b(n, quad_lane);
                 if constexpr (MODE == GATHER)
-                    store_shared_16(to, gather(p, first_rank + n < p.rank ? row : nullptr, unit, q, tile));
+                    store_smem_16(to, gather(p, first_rank + n < p.rank ? from : nullptr, k_tile, quad_lane, k32));
                 else
-                    copy_async(to, row + (inside ? columns[tile] : 0), inside);
+                    cp_async(to, from + (in_bounds ? columns[k32] : 0), in_bounds);
             }
         });
     }
 }
+
+// Where a thread works.
+struct WorkCoord {
+    int warp_idx, quad_idx, quad_lane;
+    int cta_rank, num_ctas;  // of the cluster
+    int m64, m16;            // 64 rows of X, and which 16 of them are this warp's
+    int first_row;           // of X, of this CTA
+    int row;                 // in the CTA: the first of this lane's two, the other is 8 below
+    int k_split_in_cta;
+    int first_rank;        // of the columns of T' of this CTA
+    bool stores_packed_a;  // one CTA does, of those with different columns of T'
+};
+
+DEVICE WorkCoord work_coord() {
+    const int lane_idx = threadIdx.x % 32;
+    WorkCoord at;
+    at.warp_idx = threadIdx.x / 32, at.quad_idx = lane_idx / 4, at.quad_lane = lane_idx % 4;
+    at.row = lane_row();
+    at.num_ctas = kClusterSplitsK ? cluster_size() : 1;
+    at.cta_rank = kClusterSplitsK ? cluster_rank() : 0;
+    at.k_split_in_cta = kClusterSplitsK ? 0 : at.warp_idx;
+    at.m64 = kClusterSplitsK ? blockIdx.x / at.num_ctas : blockIdx.x / 4;
+    at.m16 = kClusterSplitsK ? at.warp_idx : blockIdx.x % 4;
+    at.first_row = kClusterSplitsK ? at.m64 * BLOCK_M : blockIdx.x * BLOCK_M;
+    at.stores_packed_a = RANK == 0 || blockIdx.y == 0;
+    at.first_rank = blockIdx.y * RANK;
+    return at;
+}
+
+// The ring of stages in shared memory, of a CTA or of a warp.
+struct StageRing {
+    uint32_t smem_begin, smem_next;
+
+    DEVICE uint32_t after(uint32_t smem_stage) const {
+        return smem_stage + kStageBytes == smem_begin + NUM_STAGES * kStageBytes ? smem_begin
+                                                                                 : smem_stage + kStageBytes;
+    }
+    // Start loading k tile number `index` of a split into the next stage.
+    DEVICE void load_async(const Parameters& p, const KSplit& k_split, int index, const Row (&rows)[2],
+                           int first_rank) {
+        if (index < k_split.num_k_tiles) load_k_tile_async(p, smem_next, k_split.k_tile(index), rows, first_rank);
+        cp_async_commit();
+        smem_next = after(smem_next);
+    }
+};

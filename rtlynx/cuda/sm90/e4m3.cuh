@@ -2,7 +2,7 @@
 #pragma once
 #include "ptx.cuh"
 
-// t of a row: its largest / 448 in one multiplication; 1 for a row of zeros, NaN for one that is not finite.
+// t of a row: its largest / 448, in one multiplication. It is 1 for a row of zeros, NaN for one that is not finite.
 DEVICE float token_scale(uint32_t largest) {
     if (largest >= 0x7F80u) return __uint_as_float(0x7FFFFFFFu);
     return largest == 0 ? 1.f : fmaxf(__fmul_rn(__uint_as_float(largest << 16), 0x1.24924ap-9f), 0x1p-126f);

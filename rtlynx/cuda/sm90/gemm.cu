@@ -1,59 +1,67 @@
-// Y = s * (X~ W^T + T' B^T) + b, X~ 2:4-sparse bf16 in packed blocks, W (N, K) and B (N, r) bf16, Y (M, N) bf16. Up to
-// MAX_LAYERS layers that read one X~, each with a W, B and b of its own, lie beside each other in Y.
-// With FP8 X~ and W are e4m3, and columns have a scale too: Y = s * (X~ W^T + T' B'^T) * c + b, T' and B' bf16 still.
+// Y = s * (X~ W^T + T' B^T) + b. X~ is 2:4-sparse bf16 in packed blocks; W (N, K), B (N, r) and Y (M, N) are bf16.
+// Up to kMaxLayers layers that read one X~, each with a W, B and b of its own, lie beside each other in Y.
+// With FP8 X~ and W are e4m3, and columns have a scale too: Y = s * (X~ W^T + T' B'^T) * c + b. T' and B' are bf16.
 //
-// Persistent, one CTA an SM. The tiles of the last, incomplete wave are cut along k into equal shares for all CTAs:
-// after its whole tiles each computes the beginning of some tile and leaves its sums in a workspace, then the end of
-// another tile, to which it adds what the CTAs before it have left, in order (stream-K, Osama et al. 2023).
+// Persistent, one CTA an SM, stream-K (Osama et al. 2023) for the last, incomplete wave: its tiles are cut along k
+// into equal splits for all CTAs. After its whole tiles each CTA computes the beginning of some tile and leaves its
+// partial sums in a workspace. Then it computes the end of another tile, and adds what the CTAs before it have left,
+// in order.
 //
-// A producer warp fills a ring of stages by bulk copies: per BLOCK_K, up to four packed blocks of 64 rows (values and
-// metadata together) and BN rows of W. Two consumer warpgroups own two 64-row slabs each of the 256 x BN tile and read
-// both operands from shared memory. The low-rank branch is rank / 32 more stages of dense k in the same accumulators.
-// The second warpgroup runs SKEW stages behind the first, so that one multiplies at the full rate while the other
-// stores its part of the tile.
+// Warp-specialised: a producer warp fills a ring of stages by bulk copies and TMA. A stage holds, for one BLOCK_K, up
+// to four packed blocks of 64 rows (values and metadata together) and BLOCK_N rows of W. Two consumer warpgroups own
+// two wgmma tiles of 64 rows each of the BLOCK_M x BLOCK_N tile, and read both operands from shared memory. The
+// low-rank branch is rank / 32 more stages of dense k in the same accumulators. The second warpgroup runs SKEW stages
+// behind the first, so that one multiplies at the full rate while the other stores its part of the tile.
 //
-// Macros: FP8 (0 or 1), BN, STAGES, SKEW, PARAMETER_BYTES (as the host packs them).
+// Macros: FP8 (0 or 1), BLOCK_N, NUM_STAGES, SKEW, PARAMETER_FIELDS (layout.cuh).
 #include "gemm_epilogue.cuh"
 
 // ---- producer --------------------------------------------------------------------------------------------
 
-// Stages [first, last) of K columns: lanes 0 to 3 copy a slab of A each, lane 0 also its rows of the dense operand.
-template <int K, int BYTES, int BOX_BYTES>
-DEVICE void fetch(Cursor& at, const uint8_t* slab, const TensorMap& map, int first, int last, const Tile& tile) {
-    const int lane = threadIdx.x;
-    slab += int64_t(first) * BYTES;
+// Load stages [k_begin, k_end), each kStageK of k: a lane copies a block of A, lane 0 also the rows of the dense
+// operand.
+template <int kStageK, int kBlockBytes, int kDenseBytes>
+DEVICE void load_stages(PipelineState& pipe, const uint8_t* block, const TensorMap& map, int k_begin, int k_end,
+                        const Tile& tile) {
+    const int lane_idx = threadIdx.x;
+    block += int64_t(k_begin) * kBlockBytes;
 #pragma unroll 1
-    for (int k = first * K; k < last * K; k += K, at.advance(), slab += BYTES) {
-        barrier_wait(at.empty(), at.phase ^ 1);
-        if (lane == 0) barrier_expect(at.full(), tile.slabs * BYTES + BOX_BYTES);
+    for (int k = k_begin * kStageK; k < k_end * kStageK; k += kStageK, pipe.advance(), block += kBlockBytes) {
+        barrier_wait(pipe.empty_barrier(), pipe.phase ^ 1);
+        if (lane_idx == 0) barrier_arrive_expect_tx(pipe.full_barrier(), tile.num_m64 * kBlockBytes + kDenseBytes);
         __syncwarp();
-        if (lane < tile.slabs) copy_bulk(at.data() + lane * BLOCK_BYTES, slab, BYTES, at.full(), EVICT_LAST);
-        if (lane == 0) copy_box(at.data() + A_BYTES, map, k, tile.weight_row, at.full(), EVICT_FIRST);
+        if (lane_idx < tile.num_m64)
+            tma_load_bulk(pipe.smem_stage() + lane_idx * kPackedBlockBytes, block, kBlockBytes, pipe.full_barrier(),
+                          kEvictLast);
+        if (lane_idx == 0)
+            tma_load_2d(pipe.smem_stage() + kABytes, map, k, tile.weight_row, pipe.full_barrier(), kEvictFirst);
     }
 }
 
-DEVICE void produce(const Parameters& p, uint32_t shared) {
-    wait_for_previous_kernel();
-    Cursor at{shared};
-    const int items = work_items(p);
+DEVICE void run_producer(const Parameters& p, uint32_t smem_base) {
+    grid_dependency_wait();
+    PipelineState pipe{smem_base};
+    const int num_work = num_work_tiles(p);
 #pragma unroll 1
-    for (int item = 0; item < items; ++item) {
-        Work work;
-        if (!work_at(p, item, items, work)) continue;
-        const Tile tile = tile_at(p, work.tile);
-        const int64_t slab = tile.first_slab + threadIdx.x;
-        fetch<BLOCK_K, BLOCK_BYTES, WEIGHT_BYTES>(at, p.blocks + slab * p.k_blocks * BLOCK_BYTES, p.weight[tile.layer],
-                                                  work.first, min(work.last, p.k_blocks), tile);
-        const uint8_t* lowrank = p.lowrank + (slab * p.total_rank_blocks + tile.first_rank_block) * RANK_BYTES;
-        fetch<RANK_K, RANK_BYTES, UP_BYTES>(at, lowrank, p.up[tile.layer], max(work.first - p.k_blocks, 0),
-                                            min(work.last - p.k_blocks, tile.rank_blocks), tile);
+    for (int work_idx = 0; work_idx < num_work; ++work_idx) {
+        WorkTile work;
+        if (!get_work_tile(p, work_idx, num_work, work)) continue;
+        const Tile tile = get_tile(p, work.tile_idx);
+        const int64_t m64 = tile.first_m64 + threadIdx.x;
+        load_stages<BLOCK_K, kPackedBlockBytes, kWeightBytes>(pipe, p.packed_a + m64 * p.k_blocks * kPackedBlockBytes,
+                                                              p.weight[tile.layer], work.k_begin,
+                                                              min(work.k_end, p.k_blocks), tile);
+        const uint8_t* lowrank = p.lowrank + (m64 * p.total_rank_blocks + tile.first_rank_block) * kLowrankBlockBytes;
+        load_stages<kLowrankBlockK, kLowrankBlockBytes, kLowrankBBytes>(
+            pipe, lowrank, p.lowrank_b[tile.layer], max(work.k_begin - p.k_blocks, 0),
+            min(work.k_end - p.k_blocks, tile.rank_blocks), tile);
     }
 }
 
 // ---- consumers -------------------------------------------------------------------------------------------
 
-// A thread's metadata of a block: a word for both instructions of a stage, or one for each.
-DEVICE void load_metadata(uint32_t address, uint32_t (&words)[METADATA_WORDS]) {
+// A thread's metadata of a packed block: a word for both wgmmas of a stage, or one for each.
+DEVICE void load_metadata(uint32_t address, uint32_t (&words)[kMetadataWords]) {
     if constexpr (FP8)
         asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
     else
@@ -61,166 +69,172 @@ DEVICE void load_metadata(uint32_t address, uint32_t (&words)[METADATA_WORDS]) {
 }
 
 // This warp no longer reads the stage.
-DEVICE void release(uint32_t empty) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+DEVICE void release_stage(uint32_t empty_barrier) {
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty_barrier);
 }
 
-// The first warpgroup lets the second into an item of work when it has issued stage `at` of it. It may be as many short
-// items ahead as there are stages, and a second arrival before the wait would be lost, so barriers take turns.
-struct Signal {
-    static constexpr int TURNS = 8;
-    static_assert(GROUPS == 2 && STAGES < TURNS);
-    int at, item;
+// The first warpgroup lets the second into a work tile when it has issued stage `k_signal` of it. It may be as many
+// short work tiles ahead as there are stages. A second arrival before the wait would be lost, so barriers take turns.
+struct SkewBarrier {
+    static constexpr int kTurns = 8;
+    static_assert(kNumConsumerWarpgroups == 2, "one signals, the other waits");
+    static_assert(NUM_STAGES < kTurns && 1 + kTurns <= 16, "a CTA has 16 named barriers, the first for __syncthreads");
+    int k_signal, work_idx;
 
-    DEVICE int barrier() const { return 1 + item % TURNS; }
-    DEVICE void after(int k) const {
-        if (k == at) named_arrive(barrier(), 256);
+    DEVICE int barrier() const { return 1 + work_idx % kTurns; }
+    DEVICE void stage_issued(int k) const {
+        if (k == k_signal) named_barrier_arrive(barrier(), kNumConsumerThreads);
     }
-    DEVICE void wait() const { named_sync(barrier(), 256); }
+    DEVICE void wait() const { named_barrier_sync(barrier(), kNumConsumerThreads); }
 };
 
-// Stages [first, last) of a tile, sparse before k_last, into the accumulators of this warpgroup, which owns slabs
-// `group` and `group + GROUPS`, COUNT of them in the matrix. One stage's instructions stay in flight while the next is
-// issued; metadata registers alternate, so that none is written under an instruction that reads it. `meanwhile` runs
-// before the last wait.
-template <int COUNT, class Meanwhile>
-DEVICE void multiply(Accumulators& d, Cursor& at, int group, int first, int k_last, int last, const Signal& signal,
-                     const Meanwhile& meanwhile) {
-    const uint32_t offset = group * BLOCK_BYTES;
-    const uint32_t metadata = offset + METADATA + threadIdx.x % 128 * (METADATA_WORDS * 4);
-    constexpr int next_slab = GROUPS * BLOCK_BYTES;
-    uint32_t e[2][COUNT][METADATA_WORDS];
+// Multiply stages [k_begin, k_end) of a tile, sparse before k_sparse_end, into the accumulators of this warpgroup. It
+// owns the wgmma tiles `warpgroup_idx` and `warpgroup_idx + kNumConsumerWarpgroups`, kNumM64 of them in the matrix.
+//
+// One stage's wgmmas stay in flight while the next stage's are issued. Metadata registers alternate, so that none is
+// written under a wgmma that reads it. `before_last_wait` runs while the last products are computed.
+template <int kNumM64, class Body>
+DEVICE void mainloop(Accumulators& d, PipelineState& pipe, int warpgroup_idx, int k_begin, int k_sparse_end, int k_end,
+                     const SkewBarrier& skew_barrier, const Body& before_last_wait) {
+    const uint32_t a_offset = warpgroup_idx * kPackedBlockBytes;
+    const uint32_t metadata_offset = a_offset + kMetadataOffset + threadIdx.x % 128 * (kMetadataWords * 4);
+    constexpr int kNextM64 = kNumConsumerWarpgroups * kPackedBlockBytes;
+    uint32_t metadata[2][kNumM64][kMetadataWords];
 
     auto finish_stage = [&](int k) {
         wgmma_commit();
         wgmma_wait<1>();
-        if (k > first) release(at.previous_empty());
-        signal.after(k);
-        at.advance();
+        if (k > k_begin) release_stage(pipe.previous_empty_barrier());
+        skew_barrier.stage_issued(k);
+        pipe.advance();
     };
-    auto sparse_stage = [&](int k, uint32_t (&meta)[COUNT][METADATA_WORDS]) {
-        barrier_wait(at.full(), at.phase);
-        const uint32_t data = at.data();
-        unroll<COUNT>([&](auto i) { load_metadata(data + metadata + i * next_slab, meta[i]); });
-        const uint64_t a = matrix_descriptor<64>(data + offset), b = matrix_descriptor<128>(data + A_BYTES);
+    auto sparse_stage = [&](int k, uint32_t (&e)[kNumM64][kMetadataWords]) {
+        barrier_wait(pipe.full_barrier(), pipe.phase);
+        const uint32_t smem_stage = pipe.smem_stage();
+        unroll<kNumM64>([&](auto i) { load_metadata(smem_stage + metadata_offset + i * kNextM64, e[i]); });
+        const uint64_t a = make_smem_descriptor<64>(smem_stage + a_offset);
+        const uint64_t b = make_smem_descriptor<128>(smem_stage + kABytes);
         wgmma_fence();
         unroll<2>([&](auto half) {
-            unroll<COUNT>([&](auto i) {
+            unroll<kNumM64>([&](auto i) {
                 constexpr int h = decltype(half)::value;
-                wgmma_sparse<h>(d[i], a + i * (next_slab >> 4) + 2 * h, b + 4 * h, meta[i][FP8 ? h : 0],
-                                h > 0 || k > first);
+                wgmma_sparse<h>(d[i], a + i * (kNextM64 >> 4) + 2 * h, b + 4 * h, e[i][FP8 ? h : 0],
+                                h > 0 || k > k_begin);
             });
         });
         finish_stage(k);
     };
-    int k = first;
+    int k = k_begin;
 #pragma unroll 1
-    for (; k + 1 < k_last; k += 2) {
-        sparse_stage(k, e[0]);
-        sparse_stage(k + 1, e[1]);
+    for (; k + 1 < k_sparse_end; k += 2) {
+        sparse_stage(k, metadata[0]);
+        sparse_stage(k + 1, metadata[1]);
     }
-    if (k < k_last) sparse_stage(k++, e[0]);
+    if (k < k_sparse_end) sparse_stage(k++, metadata[0]);
 
 #pragma unroll 1
-    for (; k < last; ++k) {
-        barrier_wait(at.full(), at.phase);
-        const uint32_t data = at.data();
-        const uint64_t a = matrix_descriptor<64>(data + offset), b = matrix_descriptor<64>(data + A_BYTES);
+    for (; k < k_end; ++k) {
+        barrier_wait(pipe.full_barrier(), pipe.phase);
+        const uint32_t smem_stage = pipe.smem_stage();
+        const uint64_t a = make_smem_descriptor<64>(smem_stage + a_offset);
+        const uint64_t b = make_smem_descriptor<64>(smem_stage + kABytes);
         wgmma_fence();
         unroll<2>([&](auto half) {
-            unroll<COUNT>([&](auto i) {
-                wgmma_dense(d[i], a + i * (next_slab >> 4) + 2 * half, b + 2 * half, half > 0 || k > first);
+            unroll<kNumM64>([&](auto i) {
+                wgmma_dense(d[i], a + i * (kNextM64 >> 4) + 2 * half, b + 2 * half, half > 0 || k > k_begin);
             });
         });
         finish_stage(k);
     }
-    meanwhile();
+    before_last_wait();
     wgmma_wait<0>();
-    release(at.previous_empty());
-    unroll<COUNT>([&](auto slab) {
+    release_stage(pipe.previous_empty_barrier());
+    unroll<kNumM64>([&](auto m64) {
 #pragma unroll
-        for (int i = 0; i < BN / 2; ++i)  // nothing may read an accumulator before the wait
-            asm volatile("" : "+f"(d[slab][i])::"memory");
+        for (int i = 0; i < BLOCK_N / 2; ++i)  // nothing may read an accumulator before the wait
+            asm volatile("" : "+f"(d[m64][i])::"memory");
     });
 }
 
-// A tile in which this warpgroup has no rows.
-DEVICE void skip(Cursor& at, int first, int last, const Signal& signal) {
+// Pass through the stages of a tile in which this warpgroup has no rows.
+DEVICE void skip_stages(PipelineState& pipe, int k_begin, int k_end, const SkewBarrier& skew_barrier) {
 #pragma unroll 1
-    for (int k = first; k < last; ++k, at.advance()) {
-        barrier_wait(at.full(), at.phase);
-        release(at.empty());
-        signal.after(k);
+    for (int k = k_begin; k < k_end; ++k, pipe.advance()) {
+        barrier_wait(pipe.full_barrier(), pipe.phase);
+        release_stage(pipe.empty_barrier());
+        skew_barrier.stage_issued(k);
     }
 }
 
-DEVICE void consume(const Parameters& p, uint32_t shared) {
-    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
-    const uint32_t note_address = shared + NOTES + warp * 32;
-    Cursor at{shared};
+DEVICE void run_consumer(const Parameters& p, uint32_t smem_base) {
+    const int warpgroup_idx = threadIdx.x / 128 - 1, warp_idx = threadIdx.x / 32 - 4;
+    const uint32_t smem_tile_info = smem_base + kTileInfoOffset + warp_idx * kTileInfoBytes;
+    PipelineState pipe{smem_base};
     Accumulators d;
-    wait_for_previous_kernel();
+    grid_dependency_wait();
 #pragma unroll 1
-    for (int item = 0;; ++item) {
-        Work work;
-        const int items = work_items(p);
-        if (item == items) break;
-        if (!work_at(p, item, items, work)) continue;
-        const Tile tile = tile_at(p, work.tile);
-        const int count = max(0, min(SLABS_A_GROUP, (tile.slabs - group + GROUPS - 1) / GROUPS));
-        write_note(note_address,
-                   {tile.first_slab, tile.column, tile.column_end, count, int(work.part) | tile.layer << 8, work.peer});
-        const int last = min(work.last, p.k_blocks + tile.rank_blocks), k_last = min(last, p.k_blocks);
-        const Signal signal{group == 0 ? min(work.first + SKEW, last) - 1 : -1, item};
-        if (group == 1) signal.wait();
-        TileAffine affine;  // asked for while the last products are computed
-        auto meanwhile = [&]() {
-            const Note note = read_note(note_address);
-            touch_scale(p, note, thread_now() / 128 - 1);
-            affine.load(p, note, shared);
+    for (int work_idx = 0;; ++work_idx) {
+        WorkTile work;
+        const int num_work = num_work_tiles(p);
+        if (work_idx == num_work) break;
+        if (!get_work_tile(p, work_idx, num_work, work)) continue;
+        const Tile tile = get_tile(p, work.tile_idx);
+        const int own_m64 = (tile.num_m64 - warpgroup_idx + kNumConsumerWarpgroups - 1) / kNumConsumerWarpgroups;
+        const int num_m64 = max(0, min(kM64PerWarpgroup, own_m64));
+        store_tile_info(smem_tile_info, {tile.first_m64, tile.column, tile.column_end, num_m64,
+                                         int(work.part) | tile.layer << 8, work.peer});
+        const int k_end = min(work.k_end, p.k_blocks + tile.rank_blocks), k_sparse_end = min(k_end, p.k_blocks);
+        const SkewBarrier skew_barrier{warpgroup_idx == 0 ? min(work.k_begin + SKEW, k_end) - 1 : -1, work_idx};
+        if (warpgroup_idx == 1) skew_barrier.wait();
+        TileAffine affine;
+        auto before_last_wait = [&]() {
+            const TileInfo info = load_tile_info(smem_tile_info);
+            prefetch_scale(p, info, reload_thread_idx() / 128 - 1);
+            affine.load(p, info, smem_base);
         };
-        if (count == SLABS_A_GROUP)
-            multiply<SLABS_A_GROUP>(d, at, group, work.first, k_last, last, signal, meanwhile);
-        else if (SLABS_A_GROUP > 1 && count == 1)
-            multiply<1>(d, at, group, work.first, k_last, last, signal, meanwhile);
+        static_assert(kM64PerWarpgroup == 2, "the main loop is compiled for two wgmma tiles and for one");
+        if (num_m64 == 2)
+            mainloop<2>(d, pipe, warpgroup_idx, work.k_begin, k_sparse_end, k_end, skew_barrier, before_last_wait);
+        else if (num_m64 == 1)
+            mainloop<1>(d, pipe, warpgroup_idx, work.k_begin, k_sparse_end, k_end, skew_barrier, before_last_wait);
         else
-            skip(at, work.first, last, signal);
+            skip_stages(pipe, work.k_begin, k_end, skew_barrier);
         wgmma_wait<0>();  // also where no product was: what follows writes to accumulators
-        Note note = read_note(note_address);
-        park(note_address, at, item);
-        if (note.part() == Part::BEGINNING) leave_sums(p, d, note.count);
-        if (note.part() == Part::END) add_sums(p, d, note.peer, note.count);
-        unroll<SLABS_A_GROUP>([&](auto i) {
-            note = read_note(note_address);
-            if (note.part() != Part::BEGINNING && i < note.count)
-                store_slab(p, d[i], affine, note, thread_now() / 128 - 1 + i * GROUPS, shared);
+        TileInfo info = load_tile_info(smem_tile_info);
+        spill_loop_state(smem_tile_info, pipe, work_idx);
+        if (info.part() == TilePart::kBeginning) store_partials(p, d, info.num_m64);
+        if (info.part() == TilePart::kEnd) add_partials(p, d, info.peer, info.num_m64);
+        unroll<kM64PerWarpgroup>([&](auto i) {
+            info = load_tile_info(smem_tile_info);
+            if (info.part() != TilePart::kBeginning && i < info.num_m64)
+                store_m64(p, d[i], affine, info, reload_thread_idx() / 128 - 1 + i * kNumConsumerWarpgroups, smem_base);
         });
-        unpark(note_address, at, item);
+        restore_loop_state(smem_tile_info, pipe, work_idx);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128 + GROUPS * 128, 1) gemm(const __grid_constant__ Parameters p) {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    const uint32_t shared = shared_address(memory);
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) gemm(const __grid_constant__ Parameters p) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    const uint32_t smem_base = smem_address(smem);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < p.layers; ++i) {
-            prefetch_map(p.weight[i]);
-            prefetch_map(p.up[i]);
+        for (int i = 0; i < p.num_layers; ++i) {
+            prefetch_tensor_map(p.weight[i]);
+            prefetch_tensor_map(p.lowrank_b[i]);
         }
-        Cursor at{shared};
-        for (int i = 0; i < STAGES; ++i, at.advance()) {
-            barrier_init(at.full(), 1);
-            barrier_init(at.empty(), CONSUMER_WARPS);
+        PipelineState pipe{smem_base};
+        for (int i = 0; i < NUM_STAGES; ++i, pipe.advance()) {
+            barrier_init(pipe.full_barrier(), 1);
+            barrier_init(pipe.empty_barrier(), kNumConsumerWarps);
         }
-        barrier_init_fence();
+        fence_barrier_init();
     }
     __syncthreads();
 
-    if (threadIdx.x < 128) {
-        give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32) produce(p, shared);
+    if (threadIdx.x < kNumProducerThreads) {
+        warpgroup_reg_dealloc<kProducerRegisters>();
+        if (threadIdx.x < 32) run_producer(p, smem_base);
     } else {
-        take_registers<CONSUMER_REGISTERS>();
-        consume(p, shared);
+        warpgroup_reg_alloc<kConsumerRegisters>();
+        run_consumer(p, smem_base);
     }
 }

@@ -27,8 +27,8 @@ _M64_TILES = tuning.BLOCK_M // TILE_ROWS
 _STAGING_BYTES, _TILE_INFO_BYTES, _CONSUMER_WARPS = 2048, 32, 8
 _WEIGHT_ROW_BYTES = 128  # of a stage
 MAX_LAYERS = 4  # of one product
-_ROW_TILES_TOGETHER = 16
-_LAYER = Layout(*((name, "int") for name in ("column_end", "tile_end", "first_rank_tile", "rank_tiles")))
+_M_TILES_PER_SWIZZLE = 16
+_LAYER = Layout(*((name, "int") for name in ("column_end", "n_tile_end", "first_rank_block", "rank_blocks")))
 # The kernel's `Parameters`, in four pieces, of which a plan holds two.
 _PARAMETERS = Layout(
     ("weight", "TensorMap", MAX_LAYERS),
@@ -36,12 +36,12 @@ _PARAMETERS = Layout(
     *((name, "pointer") for name in ("packed_a", "lowrank", "scale", "out")),
     ("bias", "pointer", MAX_LAYERS),
     ("column_scale", "pointer", MAX_LAYERS),
-    *((name, "int") for name in ("rows", "columns", "k_tiles", "total_rank_tiles")),
-    *((name, "int") for name in ("m64_tiles", "row_tiles", "column_tiles", "row_tiles_together")),
+    *((name, "int") for name in ("rows", "columns", "k_blocks", "total_rank_blocks")),
+    *((name, "int") for name in ("num_m64", "num_m_tiles", "num_n_tiles", "m_tiles_per_swizzle")),
     *((name, "int") for name in ("whole_tiles", "split_tiles", "split_ctas", "split_stages")),
     *((name, "pointer") for name in ("workspace", "ready")),
     ("nonce", "uint64"),
-    *((name, "int") for name in ("bias_is_float", "layers")),
+    *((name, "int") for name in ("bias_is_float", "num_layers")),
     ("layer", _LAYER, MAX_LAYERS),
 )
 _pack_operands, _pack_shape, _pack_workspace, _pack_layers = (
@@ -249,21 +249,21 @@ class GemmPlan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _plan(config: GemmConfig, ctas: int, of: GemmShape) -> GemmPlan:
-    m64_tiles, k_tiles = -(-of.rows // TILE_ROWS), -(-of.k // config.format.tile_k)
-    row_tiles = -(-m64_tiles // _M64_TILES)
-    rank_tiles = [-(-rank // LOWRANK_COLUMNS) for rank in of.ranks]
-    table, column_tiles = _layer_table(of, rank_tiles, config.block_n)
-    stages = k_tiles + rank_tiles[0] if len(set(rank_tiles)) == 1 else 0
-    split = tuning.split(row_tiles * column_tiles, ctas, stages)
+    num_m64, k_blocks = -(-of.rows // TILE_ROWS), -(-of.k // config.format.tile_k)
+    num_m_tiles = -(-num_m64 // _M64_TILES)
+    rank_blocks = [-(-rank // LOWRANK_COLUMNS) for rank in of.ranks]
+    table, num_n_tiles = _layer_table(of, rank_blocks, config.block_n)
+    stages = k_blocks + rank_blocks[0] if len(set(rank_blocks)) == 1 else 0
+    split = tuning.split(num_m_tiles * num_n_tiles, ctas, stages)
     shape = _pack_shape(
         of.rows,
         stored_columns(sum(of.widths)),
-        k_tiles,
-        of.lowrank_bytes // (m64_tiles * LOWRANK_BYTES),
-        m64_tiles,
-        row_tiles,
-        column_tiles,
-        _ROW_TILES_TOGETHER,
+        k_blocks,
+        of.lowrank_bytes // (num_m64 * LOWRANK_BYTES),
+        num_m64,
+        num_m_tiles,
+        num_n_tiles,
+        _M_TILES_PER_SWIZZLE,
         split.whole_tiles,
         split.tiles,
         split.ctas,
@@ -290,12 +290,12 @@ def _nonce() -> int:
     return (_seed + next(_launches) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF | 1
 
 
-def _layer_table(of: GemmShape, rank_tiles: Sequence[int], block_n: int) -> tuple[list[int], int]:
+def _layer_table(of: GemmShape, rank_blocks: Sequence[int], block_n: int) -> tuple[list[int], int]:
     """Layers as the kernel reads them, and the number of column tiles."""
     table: list[int] = []
     end = tile_end = 0
-    for width, first, tiles in zip(of.widths, of.first_ranks, rank_tiles, strict=True):
+    for width, first, tiles in zip(of.widths, of.first_ranks, rank_blocks, strict=True):
         end += width
         tile_end += -(-width // block_n)
         table += [stored_columns(end), tile_end, first // LOWRANK_COLUMNS, tiles]
-    return table + [0] * (4 * (MAX_LAYERS - len(rank_tiles))), tile_end
+    return table + [0] * (4 * (MAX_LAYERS - len(rank_blocks))), tile_end

@@ -78,7 +78,7 @@ class Prologue:
         return Layout(
             *((name, MATRIX) for name in self.named("rows")),
             *((name, "pointer") for name in self.named("batches", "columns")),
-            *((("parameter_stride", "int"),) if self.named("batches") else ()),
+            *((("modulation_stride", "int"),) if self.named("batches") else ()),
             *((name, "float") for name in self.named("float")),
             *((("columns_a", "int"),) if self.concatenates else ()),
         )

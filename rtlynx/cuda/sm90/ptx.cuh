@@ -9,23 +9,23 @@ using int64_t = long long;
 
 #define DEVICE __device__ __forceinline__
 
-// Calls body(0) ... body(COUNT - 1) with compile-time indices.
+// Calls body(0) ... body(kCount - 1) with compile-time indices.
 template <int I>
 struct Index {
     static constexpr int value = I;
     DEVICE constexpr operator int() const { return I; }
 };
-template <int COUNT, int I = 0, class Body>
+template <int kCount, int I = 0, class Body>
 DEVICE void unroll(const Body& body) {
-    if constexpr (I < COUNT) {
+    if constexpr (I < kCount) {
         body(Index<I>{});
-        unroll<COUNT, I + 1>(body);
+        unroll<kCount, I + 1>(body);
     }
 }
 
 // ---- addresses, ids -------------------------------------------------------------------------------------
 
-DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+DEVICE uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 DEVICE uint32_t cluster_size() {
     uint32_t size;
@@ -53,7 +53,7 @@ DEVICE void cluster_sync() {
     cluster_wait();
 }
 
-DEVICE float4 load_cluster(uint32_t address) {
+DEVICE float4 load_cluster_smem(uint32_t address) {
     float4 v;
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
@@ -67,9 +67,9 @@ DEVICE float4 load_cluster(uint32_t address) {
 DEVICE void barrier_init(uint32_t barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
+DEVICE void barrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 DEVICE void barrier_arrive(uint32_t barrier) {
@@ -89,13 +89,17 @@ DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 // Named barriers among some of a CTA's warps.
-DEVICE void named_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-DEVICE void named_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void named_barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+DEVICE void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // ---- loads ----------------------------------------------------------------------------------------------
 
-// 16 bytes of what no kernel writes meanwhile and this CTA reads once, zeros where `inside` is false. They leave L1 to
-// what many read. (Volatile, so that none moves before `wait_for_previous_kernel`.)
+// 16 bytes of what no kernel writes meanwhile and this CTA reads once, zeros where `inside` is false. L1 stays with
+// what is read more often. (Volatile, so that none moves before `grid_dependency_wait`.)
 DEVICE uint4 load_once(const void* from, bool inside) {
     uint4 v = {0, 0, 0, 0};
     asm volatile(
@@ -112,10 +116,10 @@ DEVICE uint4 load_once(const void* from, bool inside) {
 // ---- bulk copies into shared memory ---------------------------------------------------------------------
 
 // What L2 should do with what a copy brings (the encodings that CUTLASS's TMA::CacheHintSm90 uses).
-constexpr uint64_t EVICT_NORMAL = 0x1000000000000000ull, EVICT_FIRST = 0x12F0000000000000ull,
-                   EVICT_LAST = 0x14F0000000000000ull;
+constexpr uint64_t kEvictNormal = 0x1000000000000000ull, kEvictFirst = 0x12F0000000000000ull,
+                   kEvictLast = 0x14F0000000000000ull;
 
-DEVICE void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
+DEVICE void tma_load_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
             "r"(to),
@@ -127,10 +131,12 @@ struct alignas(64) TensorMap {
     uint64_t opaque[16];
 };
 
-DEVICE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+DEVICE void prefetch_tensor_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 
 // Box at (column, row) of a matrix.
-DEVICE void copy_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier, uint64_t policy) {
+DEVICE void tma_load_2d(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier, uint64_t policy) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
@@ -139,16 +145,16 @@ DEVICE void copy_box(uint32_t to, const TensorMap& map, int column, int row, uin
 }
 
 // 16 bytes by the thread itself, zeros where `inside` is false (PTX: cp.async, L2 only).
-DEVICE void copy_async(uint32_t to, const void* from, bool inside) {
+DEVICE void cp_async(uint32_t to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
-DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-DEVICE void copy_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-DEVICE uint4 load_shared_16(uint32_t address) {
+DEVICE uint4 load_smem_16(uint32_t address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -156,43 +162,43 @@ DEVICE uint4 load_shared_16(uint32_t address) {
                  : "memory");
     return v;
 }
-DEVICE void store_shared_16(uint32_t address, const uint4& v) {
+DEVICE void store_smem_16(uint32_t address, const uint4& v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
 
 // What this thread wrote to shared memory becomes visible to the tensor cores (a barrier must follow).
-DEVICE void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- programmatic dependent launch ----------------------------------------------------------------------
 
-DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- warpgroup matrix instructions: order and registers --------------------------------------------------
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
+template <int kPending>
 DEVICE void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-template <int REGISTERS>
-DEVICE void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+template <int kRegisters>
+DEVICE void warpgroup_reg_alloc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-template <int REGISTERS>
-DEVICE void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+template <int kRegisters>
+DEVICE void warpgroup_reg_dealloc() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // Shared-memory matrix descriptor (PTX: wgmma matrix descriptor), K-major: start >> 4, stride between 8-row
 // groups >> 4 in bits 32-45, swizzle in bits 62-63 (1: 128 bytes, 2: 64 bytes).
-template <int SWIZZLE_BYTES>
-DEVICE uint64_t matrix_descriptor(uint32_t address) {
-    constexpr uint64_t layout = SWIZZLE_BYTES == 128 ? 1 : 2;
-    return (layout << 62) | (uint64_t(SWIZZLE_BYTES * 8 / 16) << 32) | (uint64_t(1) << 16) | ((address & 0x3FFFF) >> 4);
+template <int kSwizzleBytes>
+DEVICE uint64_t make_smem_descriptor(uint32_t address) {
+    constexpr uint64_t layout = kSwizzleBytes == 128 ? 1 : 2;
+    return (layout << 62) | (uint64_t(kSwizzleBytes * 8 / 16) << 32) | (uint64_t(1) << 16) | ((address & 0x3FFFF) >> 4);
 }
 
 // ---- bfloat16 --------------------------------------------------------------------------------------------

@@ -2,6 +2,10 @@
 #pragma once
 #include "ptx.cuh"
 
+#ifndef SCORE_MAGNITUDE  // rules are listed in rtlynx.math.scores
+#error "the selection rule is SCORE_MAGNITUDE"
+#endif
+
 DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 DEVICE uint32_t min_u16x2(uint32_t a, uint32_t b) {
@@ -17,8 +21,8 @@ struct Kept {
     uint32_t largest;      // bits & 0x7FFF of the largest entry, 0x7F81 for any NaN
 };
 
-// Entries 0, 1 and 2, 3 of a group. Largest magnitudes win, compared as integers; NaN above Inf, all NaN equal;
-// ties go to the lower index (rtlynx.math.selection). Each key carries 3 - index in its lowest byte, which settles ties
+// Of entries 0, 1 and 2, 3 of a group the largest magnitudes win, compared as integers: NaN above Inf, all NaN equal.
+// Ties go to the lower index (rtlynx.math.selection). Each key carries 3 - index in its lowest byte, which settles ties
 // and tells afterwards who won.
 DEVICE Kept keep_two_of_four(uint32_t e01, uint32_t e23) {
     const uint32_t k01 = min_u16x2(e01 & 0x7FFF7FFFu, 0x7F817F81u), k23 = min_u16x2(e23 & 0x7FFF7FFFu, 0x7F817F81u);

@@ -1,7 +1,7 @@
-// The two warpgroup matrix instructions at the tile width BN: m64 nBN, float32 accumulators.
+// The two warpgroup matrix instructions at the width BLOCK_N of a tile: m64, n = BLOCK_N, float32 accumulators.
 //
-// PTX: wgmma.mma_async.sp (k32 bf16 or k64 e4m3, A sparse in shared memory) and wgmma.mma_async (k16, dense, bf16). The
-// accumulator list must be spelled out, so the preprocessor writes it: BN / 2 registers a thread.
+// PTX: wgmma.mma_async.sp (k32 bf16 or k64 e4m3, A sparse in shared memory) and wgmma.mma_async (k16, dense, bf16).
+// PTX wants every accumulator register by name, so the preprocessor writes the list: BLOCK_N / 2 registers a thread.
 #pragma once
 #include "ptx.cuh"
 
@@ -14,7 +14,7 @@
 #define ACC8(i) ACC4(i), ACC4(i + 4)
 #define ACC32(i) ACC8(i), ACC8(i + 8), ACC8(i + 16), ACC8(i + 24)
 
-#if BN == 32
+#if BLOCK_N == 32
 #define ACC_LIST REGS10() ", %10, %11, %12, %13, %14, %15"
 #define ACC_OPERANDS ACC8(0), ACC8(8)
 #define OP0 "%16"
@@ -22,7 +22,7 @@
 #define OP2 "%18"
 #define OP3 "%19"
 #define OP4 "%20"
-#elif BN == 64
+#elif BLOCK_N == 64
 #define ACC_LIST REGS10() ", " REGS10(1) ", " REGS10(2) ", %30, %31"
 #define ACC_OPERANDS ACC32(0)
 #define OP0 "%32"
@@ -30,7 +30,7 @@
 #define OP2 "%34"
 #define OP3 "%35"
 #define OP4 "%36"
-#elif BN == 128
+#elif BLOCK_N == 128
 #define ACC_LIST REGS40 ", " REGS10(4) ", " REGS10(5) ", %60, %61, %62, %63"
 #define ACC_OPERANDS ACC32(0), ACC32(32)
 #define OP0 "%64"
@@ -38,7 +38,7 @@
 #define OP2 "%66"
 #define OP3 "%67"
 #define OP4 "%68"
-#elif BN == 192
+#elif BLOCK_N == 192
 #define ACC_LIST REGS80 ", " REGS10(8) ", %90, %91, %92, %93, %94, %95"
 #define ACC_OPERANDS ACC32(0), ACC32(32), ACC32(64)
 #define OP0 "%96"
@@ -47,7 +47,7 @@
 #define OP3 "%99"
 #define OP4 "%100"
 #else
-#error "BN is one of 32, 64, 128, 192"
+#error "BLOCK_N is one of 32, 64, 128, 192"
 #endif
 
 #define STRING_(x) #x
@@ -61,31 +61,31 @@
 #define SPARSE_END ", p, 1, 1, 0, 0;\n"
 #endif
 
-// d (+)= A B^T over 32 logical k (e4m3: 64), the HALF-th instruction of a stage. Which lanes of a quad supply the
-// metadata `e`: with bf16 one pair for either half, with e4m3 all.
-template <int HALF>
-DEVICE void wgmma_sparse(float (&d)[BN / 2], uint64_t a, uint64_t b, uint32_t e, uint32_t accumulate) {
+// d (+)= A B^T over 32 logical k (e4m3: 64), the kHalf-th wgmma of a stage. The lanes of a quad that supply
+// the metadata `e`: with bf16 one pair for either half, with e4m3 all.
+template <int kHalf>
+DEVICE void wgmma_sparse(float (&d)[BLOCK_N / 2], uint64_t a, uint64_t b, uint32_t e, uint32_t accumulate) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.b32 p, " OP3
         ", 0;\n"
-        "wgmma.mma_async.sp.sync.aligned.m64n" STRING(BN) SPARSE_SHAPE ACC_LIST "}, " OP0 ", " OP1 ", " OP2
-                                                                                ", " OP4 SPARSE_END "}\n"
+        "wgmma.mma_async.sp.sync.aligned.m64n" STRING(BLOCK_N) SPARSE_SHAPE ACC_LIST "}, " OP0 ", " OP1 ", " OP2
+                                                                                     ", " OP4 SPARSE_END "}\n"
         : ACC_OPERANDS
-        : "l"(a), "l"(b), "r"(e), "r"(accumulate), "n"(FP8 ? 0 : HALF));
+        : "l"(a), "l"(b), "r"(e), "r"(accumulate), "n"(FP8 ? 0 : kHalf));
 }
 
 // d (+)= A B^T over 16 k, both dense.
-DEVICE void wgmma_dense(float (&d)[BN / 2], uint64_t a, uint64_t b, uint32_t accumulate) {
+DEVICE void wgmma_dense(float (&d)[BLOCK_N / 2], uint64_t a, uint64_t b, uint32_t accumulate) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.b32 p, " OP2
         ", 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n" STRING(BN) "k16.f32.bf16.bf16 {" ACC_LIST "}, " OP0 ", " OP1
-                                                       ", p, 1, 1, 0, 0;\n"
-                                                       "}\n"
+        "wgmma.mma_async.sync.aligned.m64n" STRING(BLOCK_N) "k16.f32.bf16.bf16 {" ACC_LIST "}, " OP0 ", " OP1
+                                                            ", p, 1, 1, 0, 0;\n"
+                                                            "}\n"
         : ACC_OPERANDS
         : "l"(a), "l"(b), "r"(accumulate));
 }

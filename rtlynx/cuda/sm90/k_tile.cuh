@@ -1,10 +1,11 @@
-// A unit of compression: what a lane holds of it, what is kept of that, and how it is stored.
+// A k tile: what a lane holds of it, what is kept of that, and how it is stored.
 #pragma once
 #include "compress_tiles.cuh"
 #include "select.cuh"
 
-struct Values {
-    uint4 v[TILES];
+// A lane's eight values in each 32 columns, of one row.
+struct LaneValues {
+    uint4 v[kNumK32];
 
     DEVICE uint32_t word(int i) const {
         const uint4& four = v[i / 4];
@@ -13,14 +14,14 @@ struct Values {
 };
 
 struct Selected {
-    uint32_t pairs[GROUPS];
+    uint32_t pairs[kGroupsPerLane];
     uint32_t nibbles;  // from the lowest on
 };
 
-DEVICE Selected select_row(const Values& x, uint32_t& largest) {
+DEVICE Selected select_row(const LaneValues& x, uint32_t& largest) {
     Selected out;
     out.nibbles = 0xFFFFFFFFu;
-    unroll<GROUPS>([&](auto j) {
+    unroll<kGroupsPerLane>([&](auto j) {
         uint32_t e01, e23;
         if constexpr (MODE == ADJACENT) {
             e01 = x.word(j * 2);
@@ -40,39 +41,40 @@ DEVICE Selected select_row(const Values& x, uint32_t& largest) {
 }
 
 #if !FP8
-// Packed values and metadata of this lane's rows g and g + 8, in the slab's `sixteen`-th sixteen rows.
-DEVICE void store_unit(const Parameters& p, int slab, int sixteen, int unit, const Selected (&selected)[2]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    uint8_t* band = p.blocks + int64_t(slab) * p.k_blocks * BLOCK_BYTES;
-    const int first_row = sixteen * 16 + g;
+// Store values and metadata of this lane's two rows, in the `m16`-th 16 rows of the packed blocks.
+DEVICE void store_k_tile(const Parameters& p, int m64, int m16, int k_tile, const Selected (&selected)[2]) {
+    const int lane_idx = threadIdx.x % 32, quad_idx = lane_idx / 4, quad_lane = lane_idx % 4;
+    uint8_t* blocks = p.packed_a + int64_t(m64) * p.k_blocks * kPackedBlockBytes;
+    const int row = m16 * 16 + quad_idx;
     if constexpr (MODE == ADJACENT) {
-        uint8_t* block = band + int64_t(unit) * BLOCK_BYTES;
+        uint8_t* block = blocks + int64_t(k_tile) * kPackedBlockBytes;
         uint32_t words[2];
         unroll<2>([&](auto half) {
             unroll<2>([&](auto i) {
-                *reinterpret_cast<uint2*>(block + swizzled(first_row + i * 8, half * 2 + q / 2) + q % 2 * 8) =
+                *reinterpret_cast<uint2*>(block + swizzle_64b(row + i * 8, half * 2 + quad_lane / 2) +
+                                          quad_lane % 2 * 8) =
                     uint2{selected[i].pairs[half * 2], selected[i].pairs[half * 2 + 1]};
             });
             const uint32_t low = (selected[0].nibbles >> (half * 8)) & 0xFF;
             const uint32_t high = (selected[1].nibbles >> (half * 8)) & 0xFF;
-            words[half] = (low | high << 16) << (q % 2 * 8);
+            words[half] = (low | high << 16) << (quad_lane % 2 * 8);
             words[half] |= __shfl_xor_sync(~0u, words[half], 1);
         });
-        uint32_t* metadata = reinterpret_cast<uint32_t*>(block + METADATA + sixteen * 128);
-        metadata[g * 4 + q % 2 * 2 + q / 2] = q % 2 ? words[1] : words[0];
+        uint32_t* metadata = reinterpret_cast<uint32_t*>(block + kMetadataOffset + m16 * 128);
+        metadata[quad_idx * 4 + quad_lane % 2 * 2 + quad_lane / 2] = quad_lane % 2 ? words[1] : words[0];
     } else {
-        const int k_block = unit * 2 + q / 2, half = q % 2;
+        const int k_block = k_tile * 2 + quad_lane / 2, half = quad_lane % 2;
         if (k_block >= p.k_blocks) return;
-        uint8_t* block = band + int64_t(k_block) * BLOCK_BYTES;
+        uint8_t* block = blocks + int64_t(k_block) * kPackedBlockBytes;
         unroll<2>([&](auto i) {
-            unroll<2>([&](auto part) {
-                const uint32_t* pairs = selected[i].pairs + part * 4;
-                *reinterpret_cast<uint4*>(block + swizzled(first_row + i * 8, half * 2 + part)) =
+            unroll<2>([&](auto chunk) {
+                const uint32_t* pairs = selected[i].pairs + chunk * 4;
+                *reinterpret_cast<uint4*>(block + swizzle_64b(row + i * 8, half * 2 + chunk)) =
                     uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
             });
         });
         const uint32_t low = selected[0].nibbles, high = selected[1].nibbles;
-        *reinterpret_cast<uint2*>(block + METADATA + sixteen * 128 + (g * 4 + half * 2) * 4) =
+        *reinterpret_cast<uint2*>(block + kMetadataOffset + m16 * 128 + (quad_idx * 4 + half * 2) * 4) =
             uint2{permute(low, high, 0x5410), permute(low, high, 0x7632)};
     }
 }
