@@ -31,6 +31,7 @@ def run_workers(
     workers: int,
     *,
     minutes: float | None = None,
+    start_method: str = "spawn",
     say: Any = print,
 ) -> int:
     """As `quality.run`, by `workers` processes; the number of rows added.
@@ -42,7 +43,7 @@ def run_workers(
     """
     start = time.perf_counter()
     todo = missing_jobs(study, store, jobs, say)
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context(start_method)
     given, found = context.Queue(), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         write_dense(study, todo, Path(folder))

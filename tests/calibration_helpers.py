@@ -1,5 +1,7 @@
 """What the tests of calibration share: recipes, calls of a tiny FLUX, and what came out."""
 
+import sys
+
 import torch
 import torch.multiprocessing
 from helpers import (
@@ -17,6 +19,7 @@ from rtlynx import (
 )
 from rtlynx.models import sparse_layers, state_of
 
+FORK = "fork" if sys.platform == "linux" else "spawn"  # of processes that calibrate together
 RIDGE = 0.1
 REFIT = Recipe(rank=None, ridge=RIDGE)
 JOINT = Recipe(rank=4, ridge=RIDGE)

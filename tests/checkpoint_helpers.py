@@ -1,6 +1,6 @@
 """Sparse models of many recipes, to be saved."""
 
-from helpers import flux_call, tiny_flux
+from helpers import copy_of, flux_call, tiny_flux
 
 from rtlynx import Budget, CalibrationOptions, Recipe, calibrate, sparsify
 
@@ -26,9 +26,12 @@ RECIPES = {
 
 
 def make(recipe, build=tiny_flux, call=flux_call):
-    model = build()
     if not recipe.needs_calibration:
-        return sparsify(model, recipe)
-    calls = [call(seed, timestep=1 - seed / 4) for seed in range(3)]
-    calibrate(model, calls=calls, recipe=recipe, progress=False, options=CalibrationOptions())
-    return model
+        return sparsify(build(), recipe)
+
+    def calibrated():
+        model, calls = build(), [call(seed, timestep=1 - seed / 4) for seed in range(3)]
+        calibrate(model, calls=calls, recipe=recipe, progress=False, options=CalibrationOptions())
+        return model
+
+    return copy_of((build, call, repr(recipe)), calibrated)

@@ -1,5 +1,6 @@
 """The one place that knows tiny models and their inputs, and slow formulas that the library must match."""
 
+import copy
 import math
 import zlib
 from contextlib import contextmanager, nullcontext
@@ -68,6 +69,15 @@ def by_hand(x, weight, bias=None, *, mask, norm="none", lowrank_a=None, lowrank_
 
 
 # ------------------------------------------------------------------------------------------ tiny models
+
+_MADE = {}
+
+
+def copy_of(key, make):
+    """A copy of what `make()` gives, which is called once for each `key`: calibration takes its time."""
+    if key not in _MADE:
+        _MADE[key] = make()
+    return copy.deepcopy(_MADE[key])
 
 
 def _seeded(build, seed):

@@ -31,8 +31,8 @@ def truncate(rng, data):
     return data[: rng.randrange(len(data))]
 
 
-def change_json(rng, body, keep=()):
-    """`body` with one value anywhere made hostile, or one key gone or renamed; and its path."""
+def change_json(rng, body, keep=(), number=0):
+    """`body` with one value anywhere made `HOSTILE[number]`, or one key gone or renamed; and its path."""
     body = json.loads(json.dumps(body))
     places = []
 
@@ -48,7 +48,7 @@ def change_json(rng, body, keep=()):
     holder, key, path = rng.choice([place for place in places if len(place[2]) == deepest])
     how = rng.choice(("replace", "replace", "replace", "delete", "rename"))
     if how == "replace":
-        holder[key] = rng.choice(HOSTILE)
+        holder[key] = HOSTILE[number % len(HOSTILE)]
     elif isinstance(holder, list):
         holder.append(holder[key])
     elif how == "delete":

@@ -1,5 +1,6 @@
 """Two processes that run cases together, and what diffusers needs to be parallel without GPUs."""
 
+import sys
 import time
 import traceback
 from datetime import timedelta
@@ -12,6 +13,7 @@ from diffusers import ContextParallelConfig, TensorParallelConfig
 from safetensors.torch import load_file, save_file
 
 PROCESSES = 2
+FORK = "fork" if sys.platform == "linux" else "spawn"
 COLLECTIVE_TIMEOUT, TIMEOUT = 40, 150  # seconds; of one exchange, of all cases together
 
 
@@ -103,7 +105,14 @@ class Results:
 
 def run_together(folder, cases, device="cpu"):
     """Run every case (name -> function of the folder) in two processes: over gloo, on "cuda" over NCCL."""
-    context = torch.multiprocessing.spawn(_work, (folder, cases, device), nprocs=PROCESSES, join=False)
+    # A fork has imported everything, but may not use the card that its parent has used.
+    context = torch.multiprocessing.start_processes(
+        _work,
+        (folder, cases, device),
+        PROCESSES,
+        join=False,
+        start_method="spawn" if device == "cuda" else FORK,
+    )
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=1) and time.monotonic() < deadline:

@@ -147,7 +147,8 @@ def tiny_row(cusparselt=None, dtype="bf16"):
     sets = [operands.random_operands(shape, generator, dtype) for _ in range(2)]
     # A rank for the column of the paper's rank that differs from 64, as at wide layers.
     sets = [
-        of._replace(paper_lowrank_a=of.lowrank_a[:16], paper_lowrank_b=of.lowrank_b[:, :16].contiguous()) for of in sets
+        of._replace(paper_lowrank_a=of.lowrank_a[:16], paper_lowrank_b=of.lowrank_b[:, :16].contiguous())
+        for of in sets
     ]
     return linear.measure_shape(shape, sets, FakeGraphs(), cusparselt, no_sample, 0.0, 2)
 

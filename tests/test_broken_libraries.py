@@ -70,44 +70,57 @@ def test_importing_rtlynx_imports_nothing_heavy_and_keeps_its_names():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import rtlynx; from diffusers import FluxTransformer2DModel",
-        "import diffusers.quantizers.auto, rtlynx",
-        "import diffusers; from rtlynx import RTLynxConfig",
-    ],
-)
-def test_diffusers_knows_the_method_in_every_order_of_imports(imports):
-    done = python(
-        "-c",
-        f"{imports}\n"
-        "import inspect, sys, diffusers.quantizers.auto as auto, rtlynx\n"
-        "assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['rtlynx'] is rtlynx.RTLynxConfig\n"
-        "assert auto.AUTO_QUANTIZER_MAPPING['rtlynx'] is rtlynx.io.quantizer.RTLynxQuantizer\n"
-        "assert 'DiffusersAutoQuantizer' in inspect.getsource(auto)\n"
-        "assert not any('rtlynx' in type(finder).__module__ for finder in sys.meta_path)\n",
-    )
-    assert done.returncode == 0, done.stderr
+# Each in a process of its own, forked from one that has imported what is beneath diffusers and rtlynx.
+ORDERS = """
+import os, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import torch, transformers, peft, accelerate, safetensors.torch
+
+def known():
+    import inspect, diffusers.quantizers.auto as auto, rtlynx
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['rtlynx'] is rtlynx.RTLynxConfig
+    assert auto.AUTO_QUANTIZER_MAPPING['rtlynx'] is rtlynx.io.quantizer.RTLynxQuantizer
+    assert 'DiffusersAutoQuantizer' in inspect.getsource(auto)
+    assert not any('rtlynx' in type(finder).__module__ for finder in sys.meta_path)
+
+def threads():
+    import rtlynx
+    start = threading.Barrier(3)
+    def use(lines):
+        start.wait()
+        exec(lines, {})
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(use, ['from rtlynx import RTLynxConfig; RTLynxConfig()',
+                            'from diffusers import FluxTransformer2DModel',
+                            'from rtlynx import sparsify, calibrate, save']))
+
+assert not {'diffusers', 'rtlynx'} & set(sys.modules)
+for case in ('import rtlynx; from diffusers import FluxTransformer2DModel',
+             'import diffusers.quantizers.auto, rtlynx',
+             'import diffusers; from rtlynx import RTLynxConfig',
+             'threads()'):
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            exec(case)
+            known()
+            code = 0
+        except BaseException as error:
+            print(case, repr(error))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    if os.waitpid(child, 0)[1] == 0:
+        print('known')
+"""
 
 
-def test_threads_that_import_both_at_once_all_get_them():
-    done = python(
-        "-c",
-        "import rtlynx, threading\n"
-        "from concurrent.futures import ThreadPoolExecutor\n"
-        "start = threading.Barrier(3)\n"
-        "def use(lines):\n"
-        "    start.wait()\n"
-        "    exec(lines, {})\n"
-        "with ThreadPoolExecutor(3) as pool:\n"
-        "    list(pool.map(use, ['from rtlynx import RTLynxConfig; RTLynxConfig()',\n"
-        "                        'from diffusers import FluxTransformer2DModel',\n"
-        "                        'from rtlynx import sparsify, calibrate, save']))\n"
-        "import diffusers.quantizers.auto as auto\n"
-        "assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['rtlynx'] is rtlynx.RTLynxConfig\n",
-    )
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_diffusers_knows_the_method_in_every_order_of_imports_and_from_threads_at_once():
+    done = python("-c", ORDERS)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["known"] * 4, done.stderr
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -270,7 +270,7 @@ def test_truncated_files(folder, name):
 def test_flipped_bits(folder, name):
     path = folder / name
     whole = path.read_bytes()
-    spread = [*range(12), *range(12, len(whole), max(1, len(whole) // 60)), len(whole) - 2]
+    spread = [*range(12), *range(12, len(whole), max(1, len(whole) // 24)), len(whole) - 2]
     for count, position in enumerate(spread):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << (count % 8)

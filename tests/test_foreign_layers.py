@@ -282,8 +282,10 @@ WRAPPERS = {"compile": compiled, "DataParallel": replicated}
 INSIDE = {"compile": lambda wrapper: wrapper._orig_mod, "DataParallel": lambda wrapper: wrapper.module}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    ("wrapper", "way"),
+    [("compile", "sparsify"), ("compile", "load"), *(("DataParallel", way) for way in WAYS)],
+)
 def test_a_wrapper_is_looked_into_and_runs_the_sparse_model(wrapper, way, short_checkpoint, tmp_path):
     torch._dynamo.reset()
     model = short()
@@ -314,8 +316,7 @@ def test_code_that_was_compiled_through_autograd_is_not_used_again():
         assert relative_error(output(wrapped, call), output(twin, call)) < 1e-5
 
 
-@pytest.mark.parametrize("how", ["in place", "blocks"])
-@pytest.mark.parametrize("way", ["fp8", "calibrate"])
+@pytest.mark.parametrize(("way", "how"), [("fp8", "in place"), ("calibrate", "blocks")])
 def test_what_was_compiled_in_place_before_is_compiled_anew(way, how, short_checkpoint):
     torch._dynamo.reset()
     model = short()

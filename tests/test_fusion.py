@@ -230,8 +230,10 @@ def test_whoever_hooks_a_layer_sees_its_input():
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
-@pytest.mark.parametrize("recipe", ["adjacent", "whole", "mixed"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("flux", "adjacent"), ("flux", "whole"), ("flux", "mixed"), ("qwen", "mixed"), ("z-image", "adjacent")],
+)
 def test_it_compiles_as_one_graph_a_block(name, recipe):
     model, call = model_and_call(name)
     sparsify(model, RECIPES[recipe])
@@ -249,24 +251,24 @@ def test_it_compiles_as_one_graph_a_block(name, recipe):
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_blocks_of_many_forms_compile_once_for_each():
-    """A budget chooses for each layer; Dynamo allows one code object eight compilations."""
+    """A budget chooses for each layer; Dynamo allows one code object eight compilations, here two."""
     formats = {
         f"single_transformer_blocks.{block}.{layer}": "fp8-dense"
-        for block in range(24)
-        for bit, layer in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
-        if block % 12 >> bit & 1
+        for block in range(8)
+        for bit, layer in enumerate(("attn.to_q", "attn.to_k"))
+        if block % 4 >> bit & 1
     }
-    model = tiny_flux(num_layers=1, num_single_layers=24).bfloat16()
+    model = tiny_flux(num_layers=1, num_single_layers=8).bfloat16()
     sparsify(model, Recipe.immediate(precision="fp8", formats=formats))
     call = in_dtype(flux_call(), torch.bfloat16)
     expected = output(model, call)
-    assert torch._dynamo.config.recompile_limit < 12
     counter = torch._dynamo.testing.CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     assert torch.equal(output(model, call), expected)
     # The double block; the first single block's format twice, as its inputs are no parts of one tensor yet.
-    assert counter.frame_count == 1 + 12 + 1
+    assert counter.frame_count == 1 + 4 + 1
 
 
 @torch.no_grad()

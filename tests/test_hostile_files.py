@@ -22,6 +22,8 @@ from rtlynx.models import sparse_layers, state_of
 INDEX, TENSORS = "rtlynx.json", "rtlynx.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TO_Q = "transformer_blocks.0.attn.to_q"
+# Damaged files of each test: of each kind of damage several dozen, of each hostile value one at least.
+SIDECARS, MODELS = 200, 160
 
 
 # No digest tells these when the file is signed anew: numbers like any other.
@@ -80,7 +82,7 @@ def mutated_sidecar(seed, index, tensors):
         if not plausible(how, name):
             index = json.dumps(signed({**json.loads(index), "tensors_sha256": digest(tensors)})).encode()
         return index, tensors
-    body, _ = change_json(random, json.loads(index), keep=("dense_steps", "sha256"))
+    body, _ = change_json(random, json.loads(index), keep=("dense_steps", "sha256"), number=seed // 5)
     return json.dumps(signed(body)).encode(), tensors
 
 
@@ -88,7 +90,7 @@ def test_mutated_sidecars_are_refused_or_right(folder):
     index, tensors = (folder / INDEX).read_bytes(), (folder / TENSORS).read_bytes()
     expected = output(load(tiny_flux(), folder), flux_call(9))
     model, said, unchanged = tiny_flux(), [], True
-    for seed in range(2000):
+    for seed in range(SIDECARS):
         for name, data in zip((INDEX, TENSORS), mutated_sidecar(seed, index, tensors), strict=True):
             (folder / name).write_bytes(data)
         try:
@@ -100,7 +102,7 @@ def test_mutated_sidecars_are_refused_or_right(folder):
             assert torch.equal(output(model, flux_call(9)), expected), seed
             model = tiny_flux()
     assert unchanged
-    assert 1800 < len(said) < 1990
+    assert 0.9 * SIDECARS < len(said) < 0.995 * SIDECARS
     assert not [one for one in said if "\n" in one or str(folder) not in one]
 
 
@@ -121,7 +123,8 @@ def mutated_model(seed, config, weights):
         if not plausible(how, name):  # as if its files knew no digests
             stored = signed({key: value for key, value in stored.items() if key != "tensors"})
     else:
-        stored = signed(change_json(random, stored, keep=("dense_steps", "quant_method", "sha256"))[0])
+        keep = ("dense_steps", "quant_method", "sha256")
+        stored = signed(change_json(random, stored, keep, number=seed // 4)[0])
     return {**config, "quantization_config": {**stored, "quant_method": "rtlynx"}}, weights
 
 
@@ -129,7 +132,7 @@ def test_mutated_models_are_refused_or_right(whole):
     config, weights = json.loads((whole / "config.json").read_text()), (whole / WEIGHTS).read_bytes()
     expected = output(FluxTransformer2DModel.from_pretrained(whole), flux_call(9))
     said = []
-    for seed in range(1000):
+    for seed in range(MODELS):
         changed, data = mutated_model(seed, config, weights)
         (whole / "config.json").write_text(json.dumps(changed))
         (whole / WEIGHTS).write_bytes(data)
@@ -139,7 +142,7 @@ def test_mutated_models_are_refused_or_right(whole):
             said.append(str(error))
         else:
             assert torch.equal(output(model, flux_call(9)), expected), seed
-    assert 700 < len(said) < 995
+    assert 0.7 * MODELS < len(said) < 0.995 * MODELS
     assert not [one for one in said if "\n" in one or not re.search(r"model|config\.json", one)]
 
 
@@ -297,7 +300,7 @@ def test_what_load_would_refuse_is_not_saved(tmp_path):
 def test_every_bit_of_a_model_is_signed(whole, tmp_path):
     data = (whole / WEIGHTS).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    for seed in range(60):
+    for seed in range(12):
         (whole / WEIGHTS).write_bytes(data[:start] + flip(rng(seed), data[start:]))
         with pytest.raises(CheckpointError, match=r"is not the tensor|holds NaN|finite|scales are above 0"):
             FluxTransformer2DModel.from_pretrained(whole)

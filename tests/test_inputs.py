@@ -284,20 +284,50 @@ def test_a_figure_that_is_infinite_is_null_in_json(command, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(
-    ("arguments", "target"),
-    [("--version", "closed"), ("--version", "full"), ("--help", "closed"), ("--help", "full"),
-     ("inspect zoo:flux-emoji --json", "closed")],
-)  # fmt: skip
-def test_output_that_cannot_be_written_is_no_traceback(arguments, target):
+def unwritable(target) -> int:
     read, write = os.pipe()
     os.close(read)
     if target == "full":
         os.close(write)
         write = os.open("/dev/full", os.O_WRONLY)
+    return write
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target"),
+    [("--version", "closed"), ("--version", "full"), ("--help", "closed"), ("--help", "full")],
+)  # fmt: skip
+def test_output_that_cannot_be_written_is_no_traceback(arguments, target):
+    write = unwritable(target)
     done = subprocess.run(
         [sys.executable, "-m", "rtlynx", *arguments.split()], stdout=write, stderr=subprocess.PIPE, text=True
     )
     os.close(write)
     assert done.returncode == 1
     assert done.stderr == ("" if target == "closed" else "error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("target", ["closed", "full"])
+def test_a_result_that_cannot_be_written_is_no_traceback(target, tmp_path, monkeypatch):
+    """As above, after some work; a fork has imported what that takes."""
+    monkeypatch.setattr(sys, "argv", ["rtlynx", "inspect", "zoo:flux-emoji", "--json"])
+    write, said = unwritable(target), tmp_path / "said"
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            os.dup2(write, 1)
+            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code
+            sys.stdout.flush()  # as Python does when it exits
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert said.read_text() == ("" if target == "closed" else "error: [Errno 28] No space left on device\n")

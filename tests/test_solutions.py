@@ -28,13 +28,13 @@ def dense():
 @pytest.fixture(scope="module")
 def unseen(dense):
     """Calls of the dense model for prompts that nothing was calibrated on."""
-    return sample_and_record(dense, evaluation_prompts(4), steps=5, batch_size=4)[1]
+    return sample_and_record(dense, evaluation_prompts(2), steps=4, batch_size=2)[1]
 
 
 @pytest.fixture(scope="module")
 def recorded(dense):
     """A few of the calls that the shipped solutions were calibrated on, or would have been."""
-    return sample_and_record(dense, calibration_prompts(24), steps=5, recorded=3, batch_size=4)[1]
+    return sample_and_record(dense, calibration_prompts(16), steps=3, recorded=2, batch_size=4)[1]
 
 
 def variant(dense, make):

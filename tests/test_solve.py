@@ -306,9 +306,7 @@ def test_lowrank_solved_last_is_better_than_lowrank_solved_before_quantising():
     last = solve_layer(moments.mean(), w, rank=RANK, refit=True, ridge=ridge, quantised=True)
     first = solve_layer(moments.mean(), w, rank=RANK, refit=True, ridge=ridge)
     searched = quantize_weight(first.weight, moments.kept)
-    assert torch.equal(
-        last.weight_scale, searched.scale
-    )  # the refit is the same, its scales chosen on G
+    assert torch.equal(last.weight_scale, searched.scale)  # the refit is the same, its scales chosen on G
     before = s @ searched.dequantize().double().T + x @ first.lowrank_a.T @ first.lowrank_b.T - x @ w.T
     assert output_error(x, s, w, last) < float(before.square().sum() / (x @ w.T).square().sum())
 

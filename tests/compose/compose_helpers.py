@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from helpers import by_hand, flux_call, group_indices, tiny_flux
+from helpers import by_hand, copy_of, flux_call, group_indices, tiny_flux
 from torch import nn
 
 from rtlynx import CalibrationOptions, Recipe, calibrate, sparsify
@@ -21,16 +21,19 @@ REFIT = Recipe(rank=4, ridge=0.1)
 
 def sparse_flux(kind="immediate", **changes):
     """A tiny sparse FLUX: `kind` of `IMMEDIATE`, or "refit" (with a low-rank branch)."""
-    model = tiny_flux(**changes)
-    return refit(model) if kind == "refit" else sparsify(model, IMMEDIATE[kind])
+    return refit(**changes) if kind == "refit" else sparsify(tiny_flux(**changes), IMMEDIATE[kind])
 
 
-def refit(model, recipe=REFIT):
-    """`model`, calibrated on two calls."""
-    calls = [flux_call(0), flux_call(1)]
-    options = CalibrationOptions(heldout=0.0)
-    calibrate(model, calls=calls, recipe=recipe, options=options, progress=False)
-    return model
+def refit(recipe=REFIT, **changes):
+    """A tiny FLUX, calibrated on two calls."""
+
+    def make():
+        model, calls = tiny_flux(**changes), [flux_call(0), flux_call(1)]
+        options = CalibrationOptions(heldout=0.0)
+        calibrate(model, calls=calls, recipe=recipe, options=options, progress=False)
+        return model
+
+    return copy_of(("refit", repr(recipe), repr(changes)), make)
 
 
 class Formula(nn.Linear):

@@ -18,11 +18,11 @@ from rtlynx.models import sparse_layers
 
 DORA = LoraConfig(r=2, target_modules=["to_q", "proj_mlp"], use_dora=True, init_lora_weights=False)
 CHANGED = {
-    "refit": lambda: refit(tiny_flux()),
+    "refit": lambda: refit(),
     "fp8": lambda: sparsify(tiny_flux(), Recipe.immediate(precision="fp8")),
     "fp8-dense": lambda: sparsify(tiny_flux(), Recipe.immediate(formats={"*": "fp8-dense"})),
-    "fp8-refit": lambda: refit(tiny_flux(), Recipe(rank=4, ridge=0.1, precision="fp8")),
-    "original kept": lambda: refit(tiny_flux(), Recipe(rank=4, ridge=0.1, text_rows="dense")),
+    "fp8-refit": lambda: refit(Recipe(rank=4, ridge=0.1, precision="fp8")),
+    "original kept": lambda: refit(Recipe(rank=4, ridge=0.1, text_rows="dense")),
 }
 
 
@@ -290,7 +290,7 @@ def test_merging_into_one_quantised_layer_is_refused(safe):
 
 def test_what_scales_the_weight_is_not_merged_beside_a_low_rank_branch():
     config = IA3Config(target_modules=["to_q"], feedforward_modules=[])
-    wrapped = get_peft_model(refit(tiny_flux()), copy.deepcopy(config))
+    wrapped = get_peft_model(refit(), copy.deepcopy(config))
     with pytest.raises(RuntimeError, match="low-rank branches"):
         wrapped.merge_and_unload()
     immediate = get_peft_model(
@@ -305,7 +305,7 @@ def test_what_scales_the_weight_is_not_merged_beside_a_low_rank_branch():
 
 def test_a_lora_still_merges_into_refitted_weights():
     assert REFIT.rank
-    wrapped = get_peft_model(refit(tiny_flux()), LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    wrapped = get_peft_model(refit(), LoraConfig(target_modules=["to_q"], init_lora_weights=False))
     plain, (wide, *_) = formulas(wrapped), [m for m in wrapped.modules() if hasattr(m, "lora_A")]
     name = next(iter(one for one in plain if one.endswith("transformer_blocks.0.attn.to_q")))
     delta = wide.get_delta_weight("default").detach()

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from compose_helpers import refit, sparse_flux, with_formulas
-from helpers import flux_call, in_dtype, output, relative_error, tiny_flux
+from helpers import flux_call, in_dtype, output, relative_error
 
 from rtlynx import Recipe, schedule
 from rtlynx.models import sparse_layers
@@ -98,7 +98,7 @@ def test_copies_draw_the_same_and_are_independent(kind, how):
 
 
 def test_copies_have_dense_steps_too():
-    model = refit(tiny_flux(), Recipe(rank=4, ridge=0.1, dense_steps=1))
+    model = refit(Recipe(rank=4, ridge=0.1, dense_steps=1))
     twin = copy.deepcopy(model)
     with schedule([1.0, 0.5]):
         for timestep in (1.0, 0.5):

@@ -81,7 +81,7 @@ def test_beside_the_layers_of_other_architectures(build, call):
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("refitted", [False, True])
 def test_fused_the_delta_reads_the_selected_input(refitted, safe):
-    model = refit(tiny_flux(), ADJACENT_REFIT) if refitted else sparse_flux("adjacent")
+    model = refit(ADJACENT_REFIT) if refitted else sparse_flux("adjacent")
     plain = formulas(model)
     deltas = load(model)
     beside = output(model, flux_call())
@@ -112,7 +112,7 @@ def flux_pipeline(model):
 @pytest.mark.parametrize("recipe", [{"precision": "fp8"}, {"grouping": "strided"}, *KEEPS_ORIGINAL])
 @pytest.mark.parametrize("copied", [False, True])
 def test_fusing_into_what_cannot_take_it_is_refused(recipe, copied):
-    model = refit(tiny_flux(), Recipe(rank=4, ridge=0.1, **recipe))
+    model = refit(Recipe(rank=4, ridge=0.1, **recipe))
     if copied:
         model = copy.deepcopy(model)
     load(model)
@@ -126,7 +126,7 @@ def test_fusing_into_what_cannot_take_it_is_refused(recipe, copied):
 
 @pytest.mark.parametrize("recipe", KEEPS_ORIGINAL)
 def test_a_merge_by_peft_itself_beside_kept_originals_is_noticed(recipe):
-    model = refit(tiny_flux(), Recipe(rank=4, ridge=0.1, grouping="adjacent", **recipe))
+    model = refit(Recipe(rank=4, ridge=0.1, grouping="adjacent", **recipe))
     deltas = load(model)
     before = output(model, flux_call())
     for name in deltas:
@@ -207,4 +207,4 @@ def test_saved_adapters_fit_the_dense_model(tmp_path):
 
 
 def test_recipe_of_these_tests_refits():
-    assert all(layer.refitted and layer.rank for layer in sparse_layers(refit(tiny_flux(), REFIT)).values())
+    assert all(layer.refitted and layer.rank for layer in sparse_layers(refit(REFIT)).values())

@@ -18,8 +18,8 @@ GROUPS = {
 }
 KINDS = {
     "immediate": lambda: sparse_flux("immediate"),
-    "refit": lambda: refit(tiny_flux(), Recipe(rank=4, ridge=0.1, text_rows="dense", dense_steps=1)),
-    "fp8": lambda: refit(tiny_flux(), Recipe(rank=4, ridge=0.1, text_rows="dense", precision="fp8")),
+    "refit": lambda: refit(Recipe(rank=4, ridge=0.1, text_rows="dense", dense_steps=1)),
+    "fp8": lambda: refit(Recipe(rank=4, ridge=0.1, text_rows="dense", precision="fp8")),
 }
 
 
