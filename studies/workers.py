@@ -43,7 +43,7 @@ def run_workers(
     """
     start = time.perf_counter()
     todo = missing_jobs(study, store, jobs, say)
-    context = torch.multiprocessing.get_context(start_method)
+    context: Any = torch.multiprocessing.get_context(start_method)
     given, found = context.Queue(), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         write_dense(study, todo, Path(folder))

@@ -14,7 +14,8 @@ VARIED = ("FP8", "MODE", "PROLOGUE")  # what `few` wants every value of
 
 
 def name_of(one: jit.Instantiation) -> str:
-    return "-".join([one.source, *(f"{name}{value}" for name, value in one.defines if isinstance(value, int))])
+    numbers = (f"{name}{value}" for name, value in one.defines if isinstance(value, int))
+    return "-".join([one.source, *numbers])
 
 
 def faults_of(one: jit.Instantiation) -> list[str]:
@@ -29,12 +30,12 @@ def faults_of(one: jit.Instantiation) -> list[str]:
 
 
 def few(instantiations: list[jit.Instantiation]) -> list[jit.Instantiation]:
-    """Few in which each source has each data type, prologue and mode that it is compiled with, and a branch."""
+    """Few: each source with each data type, prologue and mode that it is compiled with, and with a branch."""
 
     def marks(one: jit.Instantiation) -> set[object]:
-        found: set[object] = {(one.source, name, value) for name, value in one.defines if
-        name.startswith(VARIED) } return found | {one.source, (one.source, dict(one.defines).get("RANK", 0) >
-        0)}
+        found: set[object] = {(one.source, *pair) for pair in one.defines if pair[0].startswith(VARIED)}
+        rank = dict(one.defines).get("RANK", 0)
+        return found | {one.source, (one.source, rank != 0)}
 
     left = set().union(*map(marks, instantiations))
     kept = []

@@ -319,7 +319,7 @@ def test_a_result_that_cannot_be_written_is_no_traceback(target, tmp_path, monke
         try:
             os.dup2(write, 1)
             os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (open(of, "w", closefd=False) for of in (1, 2))  # noqa: SIM115
             try:
                 main()
             except SystemExit as stop:

@@ -118,13 +118,16 @@ def test_files_hold_natural_column_order_and_say_what_each_layer_is(tmp_path):
     assert Recipe.from_dict(made["recipe"]) == state_of(model).plan.recipe
     assert made["dense"] == {text: f"skipped by {text!r}"}
     entry = made["layers"][PROJ_OUT]
-    assert entry["pattern"] == {"n": 2, "m": 4, "grouping": "strided", "parts": [128, 512], "score":
-    "magnitude"} assert (entry["norm"], entry["precision"], entry["rank"]) == ("scale", "fp8", 0) assert
-    (entry["refitted"], entry["weight_dense"]) == (False, True) kinds = {name.removeprefix(f"{PROJ_OUT}.") for
-    name in tensors if name.startswith(PROJ_OUT)} assert kinds == {"weight", "bias", "weight_scale",
-    "weight_dense"} original, scale = dense[f"{PROJ_OUT}.weight"], tensors[f"{PROJ_OUT}.weight_scale"] assert
-    torch.equal(tensors[f"{PROJ_OUT}.weight_dense"], original) values = tensors[f"{PROJ_OUT}.weight"] assert
-    (values.dtype, scale.dtype) == (E4M3, torch.float32)
+    pattern = {"n": 2, "m": 4, "grouping": "strided", "parts": [128, 512], "score": "magnitude"}
+    assert entry["pattern"] == pattern
+    assert (entry["norm"], entry["precision"], entry["rank"]) == ("scale", "fp8", 0)
+    assert (entry["refitted"], entry["weight_dense"]) == (False, True)
+    kinds = {name.removeprefix(f"{PROJ_OUT}.") for name in tensors if name.startswith(PROJ_OUT)}
+    assert kinds == {"weight", "bias", "weight_scale", "weight_dense"}
+    original, scale = dense[f"{PROJ_OUT}.weight"], tensors[f"{PROJ_OUT}.weight_scale"]
+    assert torch.equal(tensors[f"{PROJ_OUT}.weight_dense"], original)
+    values = tensors[f"{PROJ_OUT}.weight"]
+    assert (values.dtype, scale.dtype) == (E4M3, torch.float32)
     # e4m3 rounds to 3 bits after the first, or to multiples of 2^-9; the scale may clip the largest.
     error = (values.double() * scale.double()[:, None] - original.double()).abs()
     bound = original.double().abs() / 16 + scale.double()[:, None] * 2**-10

@@ -1,4 +1,4 @@
-"""The quantiser on a Hopper card: a matrix bit for bit, prologues as when they are compressed, and what is made of them."""
+"""The quantiser on a Hopper card: a matrix bit for bit, prologues as in compression, and products."""
 
 import itertools
 import math
