@@ -275,6 +275,8 @@ class Recipe:
         ValueError
             For unknown keys, with the nearest known one, and for values that `Recipe` refuses.
         """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"a recipe is a JSON object, got {settings!r}")
         values = {_FORMER_RECIPE.get(key, key): value for key, value in settings.items()}
         refuse_unknown("recipe", values, {field.name for field in fields(cls)})
         if isinstance(values.get("budget"), Mapping):

@@ -40,7 +40,7 @@ RANK_MULTIPLE = 16
 class Layer:
     """What a layer of the small model is.
 
-    form : one of `rtlynx.recipe.FORMS`, or "weight-2:4".
+    form : one of `rtlynx.math.formats.FORMAT_NAMES`, or "weight-2:4".
     rank : of its low-rank branch, as a share of its inputs.
     shared : whether layers that read one input share one A.
     text_rows_dense : whether text tokens run dense, where image and text share the layer.

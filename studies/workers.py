@@ -31,7 +31,6 @@ def run_workers(
     workers: int,
     *,
     minutes: float | None = None,
-    start_method: str = "spawn",
     say: Any = print,
 ) -> int:
     """As `quality.run`, by `workers` processes; the number of rows added.
@@ -43,7 +42,7 @@ def run_workers(
     """
     start = time.perf_counter()
     todo = missing_jobs(study, store, jobs, say)
-    context: Any = torch.multiprocessing.get_context(start_method)
+    context = torch.multiprocessing.get_context("spawn")
     given, found = context.Queue(), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         write_dense(study, todo, Path(folder))

@@ -19,7 +19,6 @@ from rtlynx import (
 )
 from rtlynx.models import sparse_layers, state_of
 
-FORK = "fork" if sys.platform == "linux" else "spawn"  # of processes that calibrate together
 RIDGE = 0.1
 REFIT = Recipe(rank=None, ridge=RIDGE)
 JOINT = Recipe(rank=4, ridge=RIDGE)

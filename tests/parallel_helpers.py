@@ -13,7 +13,6 @@ from diffusers import ContextParallelConfig, TensorParallelConfig
 from safetensors.torch import load_file, save_file
 
 PROCESSES = 2
-FORK = "fork" if sys.platform == "linux" else "spawn"
 COLLECTIVE_TIMEOUT, TIMEOUT = 40, 150  # seconds; of one exchange, of all cases together
 
 
@@ -105,14 +104,7 @@ class Results:
 
 def run_together(folder, cases, device="cpu"):
     """Run every case (name -> function of the folder) in two processes: over gloo, on "cuda" over NCCL."""
-    # A fork has imported everything, but may not use the card that its parent has used.
-    context = torch.multiprocessing.start_processes(
-        _work,
-        (folder, cases, device),
-        PROCESSES,
-        join=False,
-        start_method="spawn" if device == "cuda" else FORK,
-    )
+    context = torch.multiprocessing.spawn(_work, (folder, cases, device), nprocs=PROCESSES, join=False)
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=1) and time.monotonic() < deadline:

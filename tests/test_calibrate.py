@@ -8,7 +8,6 @@ import torch
 import torch.multiprocessing
 from calibration_helpers import (
     ALL_FIT,
-    FORK,
     JOINT,
     PAPER,
     PROMPTS,
@@ -330,7 +329,7 @@ def _one_of_two(rank, folder):
 
 
 def test_two_processes_match_one(tmp_path):
-    torch.multiprocessing.start_processes(_one_of_two, (str(tmp_path),), 2, start_method=FORK)
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
     for name, recipe in (("joint", JOINT), ("auto", Recipe(rank=0.05, refit=False, balance="tokens"))):
         ours, theirs = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
         assert_same(ours, theirs)  # both end with the same model

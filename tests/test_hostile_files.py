@@ -33,7 +33,7 @@ def plausible(how, name):
 
 @pytest.fixture(scope="module")
 def sparse():
-    return make(RECIPES["every form"])
+    return make(RECIPES["every format"])
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_options_of_the_wrong_type_are_refused_by_name(item):
         ((*FLUX, "--option", "seed=1", "--option", "seed =1"), 2, "--option gives 'seed' twice"),
         ((*FLUX, "--pipeline", "guidance_scale=NaN"), 1, "--pipeline guidance_scale: NaN"),
         ((*FLUX, "--set", 'budget={"saving": 0.5, "saving": 0.9}'), 1, "given twice"),
-        ((*FLUX, "--set", "formats=" + "[" * 100_000), 1, "--set forms: "),
+        ((*FLUX, "--set", "formats=" + "[" * 100_000), 1, "--set formats: "),
         ((*FLUX, "--work", __file__), 1, "--work"),
         ((*FLUX, "--device", "nonsense"), 1, "no device is called 'nonsense'"),
         ((*FLUX, "--device", ""), 1, "no device is called ''"),

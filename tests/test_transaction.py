@@ -45,7 +45,7 @@ def held(model):
     """Everything that the modules of a model hold, by identity."""
     found = []
     for name, module in model.named_modules():
-        for key, value in vars(module).items():
+        for key, value in sorted(vars(module).items()):
             content = [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else None
             found.append((name, id(module), key, id(value), content))
     return found

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import rtlynx.ops.sparse_linear  # noqa: F401  (registers torch.ops.rtlynx)
+from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE
 from rtlynx.math.fp8 import Quantized, quantize_tokens, quantize_weight
 from rtlynx.math.selection import nm_mask
 from rtlynx.ops.fp8_linear import fold_lowrank_b
@@ -89,7 +90,8 @@ def product_call(
 
 
 def compress(of: Operands, lowrank_a: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.rtlynx.compress(of.x, lowrank_a, "adjacent", [], True, of.quantized is not None)
+    format = BF16_SPARSE if of.quantized is None else FP8_SPARSE
+    return torch.ops.rtlynx.compress(of.x, lowrank_a, "adjacent", [], True, format.name)
 
 
 def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:

@@ -121,7 +121,7 @@ def test_widths_that_no_tile_divides(name, k, fp8):
 def test_tokens_alone_without_a_batch(name):
     for inputs in (make_inputs(PrologueCase(name, 129, 512)), make_inputs(PrologueCase(name, 7, 512))):
         flat = [one[0] if getattr(one, "ndim", 0) == 3 else one for one in inputs]
-        compare(name, flat, (None, "strided", [128, 384], True, False), served=True)
+        compare(name, flat, (None, "strided", [128, 384], True, "bf16-sparse"), served=True)
 
 
 # ----------------------------------------------------------------------------------- awkward inputs
@@ -147,7 +147,7 @@ def test_parts_that_no_vector_divides_are_left_to_pytorch(name, parts):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_that_the_kernel_cannot_read_are_left_to_pytorch(name):
-    tail = (None, "adjacent", [], True, False)
+    tail = (None, "adjacent", [], True, "bf16-sparse")
     compare(name, changed(name, x=misaligned), tail, served=False)
     compare(name, changed(name, x=lambda x: x.mT.contiguous().mT), tail, served=False)
     if name in ("silu_gate", "concat_gelu"):
@@ -174,7 +174,7 @@ def test_modulations_of_every_shape(name, change, served):
 
 @pytest.mark.parametrize("first", [lambda p: p[0], lambda p: p[:1], lambda p: p.contiguous()])
 def test_shifts_and_scales_that_lie_differently(first):
-    compare("adaln", changed("adaln", first=first), (None, "adjacent", [], True, False), served=True)
+    compare("adaln", changed("adaln", first=first), (None, "adjacent", [], True, "bf16-sparse"), served=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,7 +186,7 @@ def test_factors_at_any_address(name):
         lowrank_a.T.contiguous().T,
         torch.cat([lowrank_a, lowrank_a], 1)[:, :384],
     ):
-        compare(name, inputs, (factor, "adjacent", [], True, False), served=True)
+        compare(name, inputs, (factor, "adjacent", [], True, "bf16-sparse"), served=True)
 
 
 # -------------------------------------------------------------------------------------- how it runs

@@ -11,8 +11,6 @@ from variants import chosen
 from workers import device_of, run_workers
 
 HEADER = {"model": "tiny", "dtype": "float32", "guidance": 3.0, "calibration": {}}
-# A fork has imported everything; on cards it cannot be, and `workers` asks for none.
-FORK = "fork" if sys.platform == "linux" else "spawn"
 NAMES = "dense,dense:other-seed,activation-2:4"
 
 
@@ -26,7 +24,7 @@ def test_two_processes_give_the_rows_of_one(made, tmp_path):
     setup, study = made
     jobs = jobs_for(chosen(NAMES), 2, (0, 1), STEPS)
     store, said = RowStore(tmp_path / "q.json", HEADER), []
-    assert run_workers(setup, study, store, jobs, 2, start_method=FORK, say=said.append) == 3
+    assert run_workers(setup, study, store, jobs, 2, say=said.append) == 3
     rows = {row["name"]: row for row in json.loads(store.path.read_text())["rows"]}
     assert set(rows) == set(NAMES.split(","))
     for job in jobs:
@@ -36,7 +34,7 @@ def test_two_processes_give_the_rows_of_one(made, tmp_path):
     assert {file.name for file in (tmp_path / "q").iterdir()} >= {"dense.png", "activation-2-4.png"}
     # And a second run finds nothing to do.
     assert (
-        run_workers(setup, study, RowStore(store.path, HEADER), jobs, 2, start_method=FORK, say=said.append)
+        run_workers(setup, study, RowStore(store.path, HEADER), jobs, 2, say=said.append)
         == 0
     )
 
@@ -45,7 +43,7 @@ def test_no_variant_is_begun_after_the_time(made, tmp_path):
     setup, study = made
     store = RowStore(tmp_path / "q.json", HEADER)
     jobs = jobs_for(chosen("dense"), 1, (0,), STEPS)
-    assert run_workers(setup, study, store, jobs, 2, minutes=0, start_method=FORK, say=lambda _: None) == 0
+    assert run_workers(setup, study, store, jobs, 2, minutes=0, say=lambda _: None) == 0
     assert not store.rows
 
 
