@@ -43,10 +43,8 @@ def _renamed(former: Mapping[str, str]) -> Callable[[type[_T]], type[_T]]:
         @functools.wraps(init)
         def with_former(self: _T, *args: Any, **settings: Any) -> None:
             for old in settings.keys() & former.keys():
-                if former[old] in settings:
-                    raise ValueError(f"{old} is the former name of {former[old]}: give one of them")
                 _warn(kind, old, former[old])
-            init(self, *args, **{former.get(key, key): value for key, value in settings.items()})
+            init(self, *args, **_by_new_names(settings, former))
 
         def shown(old: str, new: str) -> property:
             def get(self: _T) -> Any:
@@ -61,6 +59,14 @@ def _renamed(former: Mapping[str, str]) -> Callable[[type[_T]], type[_T]]:
         return kind
 
     return decorate
+
+
+def _by_new_names(settings: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
+    """ValueError where a setting is given by both of its names."""
+    for old, new in former.items():
+        if old in settings and new in settings:
+            raise ValueError(f"{old} is the former name of {new}: give one of them")
+    return {former.get(key, key): value for key, value in settings.items()}
 
 
 def _warn(kind: type, old: str, new: str) -> None:
@@ -277,10 +283,10 @@ class Recipe:
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"a recipe is a JSON object, got {settings!r}")
-        values = {_FORMER_RECIPE.get(key, key): value for key, value in settings.items()}
+        values = _by_new_names(settings, _FORMER_RECIPE)
         refuse_unknown("recipe", values, {field.name for field in fields(cls)})
         if isinstance(values.get("budget"), Mapping):
-            limits = {_FORMER_BUDGET.get(key, key): value for key, value in values["budget"].items()}
+            limits = _by_new_names(values["budget"], _FORMER_BUDGET)
             refuse_unknown("budget", limits, {field.name for field in fields(Budget)})
             values["budget"] = Budget(**limits)
         if values.get("budget") is not None and not isinstance(values["budget"], Budget):

@@ -177,7 +177,7 @@ def stored_pattern(entry: dict[str, Any]) -> Pattern:
 
 
 def _recipe(settings: dict[str, Any], path: Path) -> Recipe:
-    globs = [settings.get("skip"), settings.get("formats", settings.get("forms"))]
+    globs = [settings.get("skip"), settings.get("formats"), settings.get("forms")]
     if any(
         isinstance(some, list | dict)
         and (

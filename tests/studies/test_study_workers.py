@@ -33,10 +33,7 @@ def test_two_processes_give_the_rows_of_one(made, tmp_path):
         assert rows[job.variant.name]["errors"]["layers"] == pytest.approx(mine["errors"]["layers"])
     assert {file.name for file in (tmp_path / "q").iterdir()} >= {"dense.png", "activation-2-4.png"}
     # And a second run finds nothing to do.
-    assert (
-        run_workers(setup, study, RowStore(store.path, HEADER), jobs, 2, say=said.append)
-        == 0
-    )
+    assert run_workers(setup, study, RowStore(store.path, HEADER), jobs, 2, say=said.append) == 0
 
 
 def test_no_variant_is_begun_after_the_time(made, tmp_path):

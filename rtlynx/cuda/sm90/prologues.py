@@ -43,6 +43,8 @@ class Prologue:
         The result in float32, in plain PyTorch; parameters of batches come as (B, 1, K) or (K,).
     concatenates : bool
         Whether columns of the second matrix follow those of the first; else matrices are of one shape.
+    many_registers : bool
+        Whether quantize.cu spills unless a thread holds fewer vectors of a long row; the compiler's report says.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Prologue:
     arguments: tuple[tuple[str, Kind], ...]
     reference: Callable[..., Tensor]
     concatenates: bool = False
+    many_registers: bool = False
 
     def named(self, *kinds: Kind) -> list[str]:
         """Names of the arguments of these kinds."""
@@ -131,12 +134,14 @@ PROLOGUES: dict[str, Prologue] = {
             "layer_norm(x) * (1 + scale) + shift",
             (("x", "rows"), ("shift", "batches"), ("scale", "batches"), ("eps", "float")),
             _adaln,
+            many_registers=True,
         ),
         Prologue(
             "rmsnorm",
             "rms_norm(x) * weight * scale",
             (("x", "rows"), ("weight", "columns"), ("scale", "batches"), ("eps", "float")),
             _rmsnorm,
+            many_registers=True,
         ),
         Prologue("gelu", "gelu(x), in the form with tanh", (("x", "rows"),), _gelu),
         Prologue(
@@ -144,6 +149,7 @@ PROLOGUES: dict[str, Prologue] = {
             "silu(a) * b",
             (("a", "rows"), ("b", "rows")),
             lambda a, b: silu(a.float()) * b.float(),
+            many_registers=True,
         ),
         Prologue(
             "concat_gelu",

@@ -52,13 +52,12 @@ class _Config(NamedTuple):
 
 
 _SHORT = _Config(4096, 2, 4, 5)  # two rows, so that a modulation is read once for both
-_LONG, _LONG_WITH_MORE = _Config(MAX_COLUMNS, 1, 8, 3), _Config(MAX_COLUMNS, 1, 4, 2)
+_LONG, _LONG_OF_MANY_REGISTERS = _Config(MAX_COLUMNS, 1, 8, 3), _Config(MAX_COLUMNS, 1, 4, 2)
 
 
 def _configs(prologue: Prologue) -> tuple[_Config, ...]:
     """For short and for long rows."""
-    more = prologue.inputs > 1 or prologue.named("batches", "columns")
-    return _SHORT, _LONG_WITH_MORE if more else _LONG
+    return _SHORT, _LONG_OF_MANY_REGISTERS if prologue.many_registers else _LONG
 
 
 def _defines(prologue: Prologue, config: _Config) -> Defines:
