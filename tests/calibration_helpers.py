@@ -1,7 +1,5 @@
 """What the tests of calibration share: recipes, calls of a tiny FLUX, and what came out."""
 
-import sys
-
 import torch
 import torch.multiprocessing
 from helpers import (

@@ -1,6 +1,5 @@
 """Two processes that run cases together, and what diffusers needs to be parallel without GPUs."""
 
-import sys
 import time
 import traceback
 from datetime import timedelta

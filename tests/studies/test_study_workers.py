@@ -1,7 +1,6 @@
 """Several processes do what one does."""
 
 import json
-import sys
 
 import pytest
 from jobs import jobs_for
