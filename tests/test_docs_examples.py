@@ -15,27 +15,27 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL, PROLOGUE = ((ROOT / "docs" / f"add-a-{name}.md").read_text() for name in ("model", "prologue"))
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git, which applies the diff")
 
-# What the new chain gives, in plain PyTorch; and its kernels, where the compiler is there.
+# What the new prologue gives, in plain PyTorch; and its kernels, where the compiler is there.
 SILU = """
 import importlib.util
 import torch
 from torch.nn.functional import silu
-from rtlynx.ops import compress_prologues, quantize_prologues, sparse_linear
+from rtlynx.ops import prologues, sparse_linear
 from rtlynx.nn import prologue
 
 x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-y, tail = silu(x.float()).bfloat16(), (None, "adjacent", [], True, False)
-chain = prologue.silu_activated(silu, x)
+y, tail = silu(x.float()).bfloat16(), (None, "adjacent", [], True)
+call = prologue.silu_activated(silu, x)
+assert torch.equal(call.dense(), silu(x))
 for one, other in (
-    (chain.compress(*chain.inputs, *tail), sparse_linear.compress(y, *tail)),
-    (chain.quantize(*chain.inputs), quantize_prologues.quantize(y)),
+    (prologues.COMPRESS[call.name](*call.arguments, *tail), sparse_linear.compress(y, *tail)),
+    (prologues.QUANTIZE[call.name](*call.arguments), prologues.quantize(y)),
 ):
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(one, other))
 if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core"):
     from rtlynx.cuda import jit
-    from rtlynx.cuda.sm90 import compress, quantize
 
-    new = [one for one in jit.instantiations() if ("SOURCE", compress.SILU) in one.defines]
+    new = [one for one in jit.instantiations() if ("PROLOGUE_SILU", 1) in one.defines]
     assert {one.source for one in new} == {"compress.cu", "quantize.cu"}
     for one in [one for one in new if one.source == "quantize.cu"] + new[:1]:
         assert jit.report(one.source, one.defines).faults == ()
