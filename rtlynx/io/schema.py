@@ -74,7 +74,7 @@ _PATTERN: dict[str, _Check] = {
     "n": _whole(1, _MOST_FEATURES),
     "m": _whole(1, _MOST_FEATURES),
     "grouping": _one_of("adjacent", "strided"),
-    "score": _one_of(*SCORES),
+    "score": (lambda value: isinstance(value, str) and value in SCORES, f"one of {', '.join(SCORES)}"),
     "parts": (lambda value: type(value) is int or isinstance(value, list), "a number or a list of widths"),
 }
 # Name -> what each value of a mapping is. Old files have none of these.

@@ -240,12 +240,19 @@ class Packed(NamedTuple):
     pattern: Pattern
 
 
-def pack(x: Tensor, grouping: GroupingKind = "adjacent", parts: int | tuple[int, ...] = 1) -> Packed:
+def pack(
+    x: Tensor,
+    grouping: GroupingKind = "adjacent",
+    parts: int | tuple[int, ...] = 1,
+    score: str = "magnitude",
+) -> Packed:
     """Select 2 of 4 and pack: kept values and 2-bit indices, legal for Hopper's sparse tensor cores.
 
     Parameters
     ----------
     x : Tensor (..., K), float64 | float32 | bfloat16 | float16
+    grouping, parts, score
+        See `Pattern`.
 
     Returns
     -------
@@ -257,7 +264,7 @@ def pack(x: Tensor, grouping: GroupingKind = "adjacent", parts: int | tuple[int,
     ValueError
         If K does not split into groups of 4.
     """
-    pattern = Pattern(2, 4, grouping, parts)
+    pattern = Pattern(2, 4, grouping, parts, score)
     kept = to_groups(pattern_mask(x, pattern), pattern)
     position = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :2]  # (..., K/4, 2)
     # NOTE: values move as integers: torch's own copies of bfloat16 do not keep the payload of a NaN.

@@ -88,7 +88,7 @@ def _select(x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
         raise ValueError(f"packed tiles hold a bfloat16 matrix, got {x.dtype} of shape {tuple(x.shape)}")
     if (pattern.n, pattern.m) != (2, 4):
         raise ValueError(f"packed tiles hold 2 of 4 entries, got a pattern {pattern.n}:{pattern.m}")
-    values, indices, _ = pack(x, pattern.grouping, pattern.parts)
+    values, indices, _ = pack(x, pattern.grouping, pattern.parts, pattern.score)
     nibbles = torch.stack((indices & 0xF, indices >> 4), dim=-1).flatten(-2)[:, : x.shape[1] // 4]
     return values, nibbles
 

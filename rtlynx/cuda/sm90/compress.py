@@ -318,6 +318,8 @@ class Addresses(NamedTuple):
 
 def plan_compress(x: BoundPrologue, lowrank_a: Tensor | None, options: CompressOptions) -> CompressPlan:
     """How to compress `x`, with `lowrank_a` contiguous."""
+    if not options.score.kernels:
+        raise ValueError(f"the kernels do not select by the score {options.score.name!r}")
     rank = 0 if lowrank_a is None else lowrank_a.shape[0]
     aligned = x.aligned and address_of(lowrank_a) % 16 == 0
     return _plan(x.prologue, x.rows, x.columns, rank, options, aligned, x.device.index)
