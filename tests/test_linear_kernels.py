@@ -10,23 +10,16 @@ import pytest
 import torch
 import torch._dynamo.testing
 from helpers import by_hand, flux_call, relative_error, slow_mask, tiny_flux
+from kernel_layer_helpers import LIMIT, PATTERNS, RANK, K, N, formula, normal, sparse
 from torch import nn
 
 import rtlynx.nn.sparse_linear
-from rtlynx import Pattern, Recipe, SparseLinear, sparsify
+from rtlynx import Pattern, Recipe, sparsify
 from rtlynx.models import sparse_layers
 from rtlynx.nn.backends import REFERENCE, REFERENCE_FP8, Reference
 from rtlynx.nn.call import calling
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.ops import dispatch as choice
-
-K, N, RANK = 64, 24, 5
-PATTERNS = {
-    "adjacent": (Pattern(), None),
-    "strided": (Pattern(grouping="strided"), (K,)),
-    "parts": (Pattern(grouping="strided", parts=(24, 40)), (24, 40)),
-}
-LIMIT = 4e-3  # one rounding to bfloat16, and another of T
 
 
 @pytest.fixture(autouse=True)
@@ -54,36 +47,6 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(rtlynx.nn.backends.ops, name, counted)
     return count
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).bfloat16()
-
-
-def sparse(name="adjacent", norm="scale", rank=RANK, seed=0, bias=True, n=N):
-    torch.manual_seed(seed)
-    layer = SparseLinear.from_linear(
-        nn.Linear(K, n, bias=bias).bfloat16(), pattern=PATTERNS[name][0], norm=norm
-    )
-    if rank:
-        layer.set_lowrank(
-            normal(rank, K, seed=seed + 10, scale=K**-0.5), normal(n, rank, seed=seed, scale=0.2)
-        )
-    return layer
-
-
-def formula(layer, x, name="adjacent"):
-    pattern, widths = PATTERNS[name]
-    parameters = {key: value for key, value in layer._parameters.items() if value is not None}
-    return by_hand(
-        x,
-        parameters["weight"],
-        parameters.get("bias"),
-        mask=slow_mask(x, 2, 4, pattern.grouping, widths),
-        norm=layer.norm,
-        lowrank_a=parameters.get("lowrank_a"),
-        lowrank_b=parameters.get("lowrank_b"),
-    )
 
 
 # --------------------------------------------------------------------------------------- the formula
