@@ -1,6 +1,6 @@
 """Whole linear layers against their peers: `python benchmarks/linear.py --dtype bf16` or `fp8`.
 
-What `rtlynx bench` measures (rtlynx/timing/linear.py), with our targets beside it.
+What `rtlynx bench` measures (rtlynx/timing/linear_layers.py), with our targets beside it.
 Writes results/linear-<dtype>-<card>.json; with `--shapes` only where `--out` says so.
 """
 
@@ -9,7 +9,7 @@ from functools import partial
 from script import FOLDER, options_parser
 from targets import linear_targets
 
-from rtlynx.timing import linear
+from rtlynx.timing import linear_layers
 from rtlynx.timing.card import Card
 from rtlynx.timing.results import write
 from rtlynx.timing.shapes import chosen
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--shapes", help="comma-separated names, default all twelve")
     options = parser.parse_args()
     shapes, card = chosen(options.shapes), Card()
-    document = linear.run(
+    document = linear_layers.run(
         options.dtype,
         shapes,
         card,
@@ -31,7 +31,7 @@ def main() -> None:
         report=partial(print, flush=True),
     )
     document["targets"] = linear_targets(document)
-    print(linear.table(document["rows"]))
+    print(linear_layers.table(document["rows"]))
     print("geomean", document["geomean"])
     if options.out or options.shapes is None:
         write(options.out or FOLDER / f"linear-{options.dtype}-{card.slug}.json", document)

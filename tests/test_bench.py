@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from rtlynx.timing import card, linear, results
+from rtlynx.timing import card, linear_layers, results
 from rtlynx.timing.sustained import Window
 
 
@@ -40,7 +40,7 @@ def run(command):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """`linear.run` without a card: each shape's row from fixed times."""
+    """`linear_layers.run` without a card: each shape's row from fixed times."""
 
     def measure_shape(shape, sets, graphs, cusparselt, sample, seconds, rounds):
         variants = results.LINEAR_VARIANTS + (results.FP8_VARIANTS if sets[0] == "fp8" else ())
@@ -50,11 +50,11 @@ def measured(monkeypatch):
         return results.linear_row(shape, variants, taken, None, {"ours_gemm": "not today"})
 
     monkeypatch.setattr("rtlynx.timing.card.Card", FakeCard)
-    monkeypatch.setattr(linear, "measure_shape", measure_shape)
-    monkeypatch.setattr(linear, "random_operands", lambda shape, generator, dtype: dtype)
-    monkeypatch.setattr(linear, "Graphs", object)
-    monkeypatch.setattr(linear, "CuSparseLt", lambda *arguments: None)
-    monkeypatch.setattr(linear.torch, "Generator", lambda device: torch.default_generator)
+    monkeypatch.setattr(linear_layers, "measure_shape", measure_shape)
+    monkeypatch.setattr(linear_layers, "random_operands", lambda shape, generator, dtype: dtype)
+    monkeypatch.setattr(linear_layers, "Graphs", object)
+    monkeypatch.setattr(linear_layers, "CuSparseLt", lambda *arguments: None)
+    monkeypatch.setattr(linear_layers.torch, "Generator", lambda device: torch.default_generator)
 
 
 def test_without_a_hopper_card_it_says_so_in_one_sentence(run, monkeypatch):

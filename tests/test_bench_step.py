@@ -89,7 +89,7 @@ def test_layers_whole_in_fp8_are_those_of_the_box_s_recommended_solution():
     for layer in plan.sparse:
         pattern = found[layer.name]["pattern"]
         by_role.setdefault(layer.candidate.role, []).append(pattern["n"] == pattern["m"])
-    assert {role: sum(some) / len(some) for role, some in by_role.items()} == step_variants.WHOLE_IN_FP8
+    assert {role: sum(some) / len(some) for role, some in by_role.items()} == step_variants.DENSE_IN_FP8
 
 
 def test_nothing_dropped_is_every_layer_in_eight_bits():

@@ -20,7 +20,7 @@ from rtlynx.cuda import jit, tuning
 from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.timing import (
     card,
-    linear,
+    linear_layers,
     operands,
     peers,
     results,
@@ -150,7 +150,7 @@ def tiny_row(cusparselt=None, dtype="bf16"):
         of._replace(paper_lowrank_a=of.lowrank_a[:16], paper_lowrank_b=of.lowrank_b[:, :16].contiguous())
         for of in sets
     ]
-    return linear.measure_shape(shape, sets, FakeGraphs(), cusparselt, no_sample, 0.0, 2)
+    return linear_layers.measure_shape(shape, sets, FakeGraphs(), cusparselt, no_sample, 0.0, 2)
 
 
 def test_a_shape_runs_every_variant_and_fills_its_row():
@@ -166,7 +166,7 @@ def test_a_shape_runs_every_variant_and_fills_its_row():
     assert means["linear_vs_cublas"] == 1.0
     assert means["gemm_vs_cusparselt"] is None
     json.dumps(row)
-    assert row["shape"] in linear.table([row])
+    assert row["shape"] in linear_layers.table([row])
 
 
 def test_fp8_has_its_peers_too(monkeypatch):
@@ -187,7 +187,7 @@ def test_fp8_has_its_peers_too(monkeypatch):
     assert set(means) >= {"linear_vs_cublas_bf16", "linear_vs_fp8_linear", "gemm_vs_cublas_fp8"}
     found = targets.linear_targets({"dtype": "fp8", "rows": [row | {"shape": "flux-up"}], "geomean": means})
     assert [target["met"] for target in found] == [False, True, False, False]
-    assert row["shape"] in linear.table([row])
+    assert row["shape"] in linear_layers.table([row])
 
 
 def test_quantised_rows_are_ours():

@@ -346,7 +346,7 @@ def bench(
     if file is not None and (file.is_dir() or (file.exists() and not os.access(file, os.W_OK))):
         raise ValueError(f"--out {file} is not a file that can be written")
 
-    from rtlynx.timing import linear, overview, step
+    from rtlynx.timing import linear_layers, overview, step
     from rtlynx.timing.card import Card
     from rtlynx.timing.full_models import full_model
     from rtlynx.timing.results import write
@@ -360,7 +360,7 @@ def bench(
         out.print(overview.step_overview(document))
     else:
         taken, card = chosen(shapes), Card()
-        document = linear.run(dtype or "bf16", taken, card, seconds=seconds, report=report)
+        document = linear_layers.run(dtype or "bf16", taken, card, seconds=seconds, report=report)
         out.print(overview.overview(document))
         say(f"Whole layers: compression, norm scale, low-rank branch of rank {document['rank']}, bias.")
     if file is not None:

@@ -65,7 +65,7 @@ class Shard:
     def rank(self) -> int:
         return int(self.mesh.get_local_rank())
 
-    def spans(self, rank: int) -> list[tuple[int, int]]:
+    def row_ranges(self, rank: int) -> list[tuple[int, int]]:
         """Half-open ranges along `dim` that process `rank` holds, in order."""
         starts = accumulate(self.blocks, initial=0)
         pieces = [width // self.degree for width in self.blocks]
@@ -76,7 +76,7 @@ class Shard:
 
     def cut(self, tensor: Tensor, dim: int) -> Tensor:
         """This process's part of a whole tensor along `dim`; a copy."""
-        parts = [tensor.narrow(dim, start, stop - start) for start, stop in self.spans(self.rank)]
+        parts = [tensor.narrow(dim, start, stop - start) for start, stop in self.row_ranges(self.rank)]
         return torch.cat(parts, dim).clone(memory_format=torch.contiguous_format)
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Shard:
             return pattern
         bounds = list(accumulate(pattern.widths(k), initial=0))
         for rank in range(self.degree):
-            if not {bound for span in self.spans(rank) for bound in span} <= set(bounds):
+            if not {bound for span in self.row_ranges(rank) for bound in span} <= set(bounds):
                 raise ValueError(
                     f"its strided groups reach over {self.degree} tensor-parallel shards: make the model "
                     f"sparse (calibrate it) with a recipe of tp_degree={self.degree}, or grouping='adjacent'"
@@ -128,7 +128,7 @@ class Shard:
         mine = [
             stop - start
             for start, stop in pairwise(bounds)
-            if any(first <= start and stop <= last for first, last in self.spans(self.rank))
+            if any(first <= start and stop <= last for first, last in self.row_ranges(self.rank))
         ]
         return Pattern(pattern.n, pattern.m, "strided", tuple(mine) if len(mine) > 1 else 1)
 

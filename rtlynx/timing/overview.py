@@ -11,7 +11,7 @@ from rtlynx.timing.results import ratio, step_speed_up
 
 
 def overview(document: Mapping[str, Any]) -> Table:
-    """Whole layers of `rtlynx.timing.linear.run`, a row a shape, and the mean speed-up."""
+    """Whole layers of `rtlynx.timing.linear_layers.run`, a row a shape, and the mean speed-up."""
     fp8 = document["dtype"] == "fp8"
     columns = {
         "cuBLAS bf16": "cublas_us",

@@ -18,7 +18,7 @@ RANK = 64
 OURS = "the recommended recipe"  # the form of ours, unless a variant's name says otherwise
 # By role, the share of layers that the recommended recipe leaves whole in eight bits, in the model of the box
 # (solutions/recommended): which layers a budget takes depends on weights, and these are random.
-WHOLE_IN_FP8 = {
+DENSE_IN_FP8 = {
     "attention-in": 10 / 27,
     "attention-out": 2 / 3,
     "mlp-up": 2 / 9,
@@ -111,7 +111,7 @@ def recommended(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None
         plan = make_plan(model, Recipe.recommended(precision=precision, budget=None))
         layers = [layer for layer in plan.sparse if layer.pattern.n < layer.pattern.m]
         if precision == "fp8":
-            plan = plan.in_formats(dict.fromkeys(spread_out(layers, WHOLE_IN_FP8), "fp8-dense"))
+            plan = plan.in_formats(dict.fromkeys(spread_out(layers, DENSE_IN_FP8), "fp8-dense"))
         else:
             plan = plan.leave_dense(dict.fromkeys(spread_out(layers, output_shares(layers)), "budget"))
         apply_plan(model, plan)
