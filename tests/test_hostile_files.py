@@ -22,7 +22,7 @@ from rtlynx.models import sparse_layers, state_of
 INDEX, TENSORS = "rtlynx.json", "rtlynx.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TO_Q = "transformer_blocks.0.attn.to_q"
-# Damaged files of each test: of each kind of damage several dozen, of each hostile value one at least.
+# Damaged files of each test: of each kind of damage several dozen; hostile values in turn.
 SIDECARS, MODELS = 200, 160
 
 
