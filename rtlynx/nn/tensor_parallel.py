@@ -130,7 +130,7 @@ class Shard:
             for start, stop in pairwise(bounds)
             if any(first <= start and stop <= last for first, last in self.row_ranges(self.rank))
         ]
-        return Pattern(pattern.n, pattern.m, "strided", tuple(mine) if len(mine) > 1 else 1)
+        return Pattern(pattern.n, pattern.m, "strided", tuple(mine) if len(mine) > 1 else 1, pattern.score)
 
 
 def shards_of(model: nn.Module, names: Iterable[str]) -> dict[str, Shard]:
