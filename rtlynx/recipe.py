@@ -53,6 +53,10 @@ def _renamed(former: Mapping[str, str]) -> Callable[[type[_T]], type[_T]]:
 
             return property(get, doc=f"Former name of `{new}`.")
 
+        def set_state(self: _T, state: Mapping[str, Any]) -> None:
+            self.__dict__.update(_by_new_names(state, former))  # of a pickle by an older version
+
+        kind.__setstate__ = set_state  # type: ignore[attr-defined]
         kind.__init__ = with_former  # type: ignore[method-assign,assignment]
         for old, new in former.items():
             setattr(kind, old, shown(old, new))
@@ -76,8 +80,9 @@ def _warn(kind: type, old: str, new: str) -> None:
 @_renamed(_FORMER_BUDGET)
 @dataclass(frozen=True)
 class Budget:
-    """Which layers stay dense, by rule, and with precision "auto" which format the others take. Give one
-    limit.
+    """Which layers stay dense, by rule, and with precision "auto" which format the others take.
+
+    Give one limit.
 
     Parameters
     ----------
@@ -247,7 +252,7 @@ class Recipe:
 
     @classmethod
     def recommended(cls, **changes: Any) -> Recipe:
-        """Refitted weights, no low-rank branch, each layer in the form that costs least for what it saves.
+        """Refitted weights, no low-rank branch, each layer in the format that costs least for what it saves.
 
         At equal time the nearest to the dense model's pictures in docs/quality.md: a tenth of the saving buys
         more there, left to a few layers, than as a branch in all of them, and eight bits cost less than

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import pytest
 from hypothesis import given, settings
@@ -259,3 +260,12 @@ def test_former_names_are_read_and_warned_of():
         assert recipe.forms == recipe.formats
     with pytest.raises(ValueError, match="former name of formats: give one of them"):
         Recipe(forms={}, formats={})
+
+
+def test_pickles_of_earlier_versions_keep_what_they_say():
+    old = Budget(speedup_share=0.9)
+    old.__dict__["saving"] = old.__dict__.pop("speedup_share")  # as version 0.1 pickled it
+    assert pickle.loads(pickle.dumps(old)) == Budget(speedup_share=0.9)
+    old = Recipe(formats={"*.to_v": "dense"})
+    old.__dict__["forms"] = old.__dict__.pop("formats")
+    assert pickle.loads(pickle.dumps(old)) == Recipe(formats={"*.to_v": "dense"})
