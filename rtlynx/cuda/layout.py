@@ -61,8 +61,8 @@ class Layout:
             self._leaves += _leaves(name, kind, count, offset)
             offset += size * count
         self.size = -(-offset // self.alignment) * self.alignment
-        (self._all,) = self.pieces()
-        self.pack = self._all.pack
+        (whole,) = self.pieces()
+        self.pack = whole.pack
 
     def pieces(self, *names: str) -> list[struct.Struct]:
         """Packers of the parts that begin with the structure and with each of the fields `names`.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rtlynx._version import __version__
 from rtlynx.calibration.apply import apply_solutions
-from rtlynx.io.schema import check_schema, check_values, stored_pattern, wrong_numbers
+from rtlynx.io.schema import check_schema, check_values, stored_pattern, stored_quantized, wrong_numbers
 from rtlynx.models.fingerprint import base_tensors, records, same, weight_fingerprint
 from rtlynx.models.guards import refuse_foreign, refuse_meta, refuse_prepared
 from rtlynx.models.plan import Plan, make_plan
@@ -366,7 +366,7 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
                 pattern=stored_pattern(entry),
                 norm=entry["norm"],
                 rank=entry["rank"],
-                quantized=entry.get("precision") == "fp8",  # version 1 knew no other
+                quantized=stored_quantized(entry),
                 dense_reason=None,
             )
         )
@@ -377,7 +377,7 @@ def _stored_solution(
     name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Path, own: torch.dtype
 ) -> Solution:
     """The solution of one layer, checked; its tensors are taken out of `tensors`."""
-    quantised = entry.get("precision") == "fp8"
+    quantised = stored_quantized(entry)
 
     def stored(kind: str, shape: tuple[int, ...]) -> Tensor:
         tensor = tensors.pop(f"{name}.{kind}", None)
@@ -397,8 +397,7 @@ def _stored_solution(
 def solution_shapes(entry: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors that a checkpoint has of one layer."""
     sizes = entry["in_features"], entry["out_features"], entry["rank"]
-    quantized = entry.get("precision") == "fp8"  # version 1 knew no other
-    return stored_shapes(*sizes, quantized=quantized, refitted=entry["refitted"])
+    return stored_shapes(*sizes, quantized=stored_quantized(entry), refitted=entry["refitted"])
 
 
 def _digest(body: dict[str, Any]) -> str:

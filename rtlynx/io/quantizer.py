@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.io.checkpoint import check_index, describe, load, read_index, signed, solution_shapes, stored_plan
-from rtlynx.io.schema import wrong_numbers
+from rtlynx.io.schema import stored_quantized, wrong_numbers
 from rtlynx.math.fp8 import E4M3
 from rtlynx.models.fingerprint import full_digests, is_plain, weight_fingerprint
 from rtlynx.models.plan import Plan
@@ -444,8 +444,7 @@ def _keep_config(model: Any) -> None:
 
 def _empty_solution(entry: dict[str, Any], dtype: torch.dtype) -> Solution:
     """What a stored layer holds, without data."""
-    quantized = entry.get("precision") == "fp8"
-    dtypes = {"weight": E4M3 if quantized else dtype, "weight_scale": torch.float32}
+    dtypes = {"weight": E4M3 if stored_quantized(entry) else dtype, "weight_scale": torch.float32}
     empty: dict[str, Any] = {
         kind: torch.empty(shape, dtype=dtypes.get(kind, dtype), device="meta")
         for kind, shape in solution_shapes(entry).items()

@@ -136,9 +136,8 @@ def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Rec
             raise CheckpointError(f"{path} is damaged: what it says{where} is no object")
         layer = {"precision": "bf16", **entry}  # version 1 knew no other
         _check_keys(layer, {**_LAYER, **_STORED_LAYER} if whole_model else _LAYER, where, path)
-        _check_keys(
-            {"score": MAGNITUDE.name, **entry["pattern"]}, _PATTERN, where, path
-        )  # added in version 3
+        pattern = {"score": MAGNITUDE.name, **entry["pattern"]}  # versions 1 and 2 knew no other
+        _check_keys(pattern, _PATTERN, where, path)
         if layer["precision"] == "fp8" and layer["norm"] == "paper":
             raise CheckpointError(f"{path} is damaged: a layer of precision fp8 with norm 'paper',{where}")
         try:
@@ -161,6 +160,11 @@ def _check_keys(values: dict[str, Any], checks: dict[str, _Check], where: str, p
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def stored_quantized(entry: dict[str, Any]) -> bool:
+    """Whether the weight of one layer of an index is quantised; version 1 knew no such layers."""
+    return entry.get("precision") == "fp8"
 
 
 def stored_pattern(entry: dict[str, Any]) -> Pattern:

@@ -1,7 +1,6 @@
 """The formats of a layer: which numbers its product multiplies, and whether half of its inputs are dropped.
 
-A format has one name in recipes, reports, results and docs. Everything that depends on it asks the object
-here.
+A format has one name in recipes, reports, results and docs. What depends on it asks the object here.
 """
 
 from __future__ import annotations

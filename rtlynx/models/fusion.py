@@ -30,7 +30,7 @@ def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
         if forward is None or "forward" in block.__dict__:
             continue
         if any(isinstance(module, SparseLinear) for module in block.modules()):
-            block.__dict__["forward"] = FusedForward.of(block, forward, _forms_in(block))
+            block.__dict__["forward"] = FusedForward.of(block, forward, _formats_in(block))
 
 
 def unfuse_blocks(model: nn.Module) -> None:
@@ -40,7 +40,7 @@ def unfuse_blocks(model: nn.Module) -> None:
             del block.__dict__["forward"]
 
 
-def _forms_in(block: nn.Module) -> str:
+def _formats_in(block: nn.Module) -> str:
     """A short name for what compiled code of a block depends on: its layers' formats."""
     layers = ((name, layer) for name, layer in block.named_modules() if isinstance(layer, SparseLinear))
     formats = [

@@ -46,8 +46,8 @@ def read(prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
     found = _readers(layers)
     if found is None or torch.is_autocast_enabled(prologue.arguments[0].device.type):
         return prologue.dense()
-    dense_fp8 = tuple(layer for layer in found if layer.pattern.n == layer.pattern.m)
-    sparse = tuple(layer for layer in found if layer.pattern.n < layer.pattern.m)
+    dense_fp8 = tuple(layer for layer in found if not layer.format.sparse)
+    sparse = tuple(layer for layer in found if layer.format.sparse)
     if not (_quantizer_supported(prologue, dense_fp8) and _compression_supported(prologue, sparse)):
         return prologue.dense()
     if len(dense_fp8) == len(found):

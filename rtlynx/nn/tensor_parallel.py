@@ -6,10 +6,9 @@ sparse, each layer whole for a moment (its digest, its calibrated weight, its qu
 process keeps its shard. PyTorch's hooks of the dense layer stay: they turn its input into a `DTensor` and
 gather or sum its output.
 
-- Column-parallel (to_q, to_k, to_v, MLP up): all K inputs, N/t outputs. The first factor (A) is whole, the
-  second
-  factor cut like the weight. Everything else is as in one process.
-- Row-parallel (to_out, MLP down, proj_out): K/t inputs, and outputs are sums over processes. The down factor
+- Column-parallel (to_q, to_k, to_v, MLP up): all K inputs, N/t outputs. A of the low-rank branch is whole, B
+  cut like the weight. Everything else is as in one process.
+- Row-parallel (to_out, MLP down, proj_out): K/t inputs, and outputs are sums over processes. A of the branch
   is cut like the weight, B whole; the bias is added by process 0 alone. The norm scale is that of
   the whole token: processes exchange three numbers a token. The scale of a token in fp8 is that of the shard
   alone: each process applies its own to its own sum, which is as right, rounds no coarser, costs nothing, and

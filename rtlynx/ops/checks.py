@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
-from rtlynx.cuda.sm90.prologues import Prologue
+from rtlynx.cuda.sm90.prologues import Kind, Prologue
 from rtlynx.cuda.sm90.weights import Weights
 from rtlynx.math.tiles import BF16_SPARSE, FP8_SPARSE, LOWRANK_COLUMNS, Format, lowrank_bytes, packed_a_bytes
 from rtlynx.ops.registry import refuse_gradients
@@ -99,15 +99,17 @@ def check_prologue(prologue: Prologue, arguments: Sequence[Any]) -> tuple[int, .
     """Shape of a prologue's result (..., K)."""
     first: Tensor = arguments[0]
     rows: dict[str, Tensor] = {}
-    parameters: dict[str, Tensor] = {}
+    parameters: list[tuple[str, Kind, Tensor]] = []
     for (name, kind), value in zip(prologue.arguments, arguments, strict=True):
-        if kind == "float":
-            continue
-        check_tensor(name, value, first, BFLOAT16 if kind == "rows" else FLOATS)
-        (rows if kind == "rows" else parameters)[name] = value
-    refuse_gradients(*rows.values(), *parameters.values())
+        if kind == "rows":
+            check_tensor(name, value, first)
+            rows[name] = value
+        elif kind != "float":
+            check_tensor(name, value, first, FLOATS)
+            parameters.append((name, kind, value))
+    refuse_gradients(*rows.values(), *(value for _, _, value in parameters))
     if parameters:
-        _check_parameters(prologue, first, parameters)
+        _check_parameters(first, parameters)
     return _shape_of_rows(prologue, rows)
 
 
@@ -125,14 +127,14 @@ def _shape_of_rows(prologue: Prologue, rows: dict[str, Tensor]) -> tuple[int, ..
     return (*shapes[0][:-1], shapes[0][-1] + shapes[1][-1])
 
 
-def _check_parameters(prologue: Prologue, x: Tensor, parameters: dict[str, Tensor]) -> None:
+def _check_parameters(x: Tensor, parameters: Sequence[tuple[str, Kind, Tensor]]) -> None:
     if x.ndim not in (2, 3):
         raise ValueError(f"x is (B, T, K) or (T, K), got {tuple(x.shape)}")
     batch, k = (x.shape[0] if x.ndim == 3 else 1), x.shape[-1]
-    for name, parameter in parameters.items():
+    for name, kind, parameter in parameters:
         shape = tuple(parameter.shape)
         along_k = bool(shape) and shape[-1] == k
-        if name in prologue.named("columns"):
+        if kind == "columns":
             if not along_k or len(shape) != 1:
                 raise ValueError(f"{name} is ({k},) for x of shape {tuple(x.shape)}, got {shape}")
             continue

@@ -47,8 +47,7 @@ def launch_compress(
     options: CompressOptions,
     dense: Tensor | None = None,
 ) -> Compressed | None:
-    """One kernel on the current Hopper card, or None where it cannot read the arguments, which are not
-    checked.
+    """One kernel on the current Hopper card, or None where it cannot read the arguments (not checked here).
 
     This is what the operators run, with the test mode that they lack: `dense` (M, K) bfloat16, contiguous,
     receives what the kernel selects from.

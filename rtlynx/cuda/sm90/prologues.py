@@ -227,8 +227,7 @@ def bind_matrix(x: Tensor) -> BoundPrologue:
 
 
 def pack_matrix(x: Tensor, batches: bool = False) -> tuple[tuple[int, int, int, int], bool]:
-    """The fields of `MATRIX` for `x` (..., K), whose strides they must be able to express; whether it is
-    aligned.
+    """The fields of `MATRIX` for `x` (..., K), which is `expressible`, and whether it is aligned.
 
     batches : keep the first axis of a (B, T, K) tensor apart even where it need not be.
     """
