@@ -92,9 +92,9 @@ def test_layers_whole_in_fp8_are_those_of_the_box_s_recommended_solution():
     assert {role: sum(some) / len(some) for role, some in by_role.items()} == step_variants.DENSE_IN_FP8
 
 
-def test_nothing_dropped_is_every_layer_in_eight_bits():
+def test_dense_fp8_is_every_layer_in_eight_bits():
     model = tiny_flux()
-    step_variants.nothing_dropped(model)
+    step_variants.dense_fp8(model)
     formats = {
         (layer.precision, layer.pattern.n == layer.pattern.m) for layer in sparse_layers(model).values()
     }
@@ -252,8 +252,8 @@ def test_pairs_stand_beside_their_own_reference(monkeypatch):
         ],
     }
     verdicts = {target["what"]: target for target in step_targets(document)}
-    assert verdicts["qwen-image, fp8-2:4, speed over bf16 compiled"]["measured"] == pytest.approx(4.0)
-    assert verdicts["qwen-image, bf16-2:4, speed over bf16 compiled"]["measured"] is None
+    assert verdicts["qwen-image, rtlynx fp8-2:4, speed over bf16 compiled"]["measured"] == pytest.approx(4.0)
+    assert verdicts["qwen-image, rtlynx dense fp8, speed over bf16 compiled"]["measured"] is None
     over = verdicts["qwen-image, rtlynx fp8-2:4, wall time over GPU time"]
     assert (over["met"], over["measured"]) == (False, pytest.approx(30 / 26, abs=1e-4))
     over = verdicts["qwen-image, rtlynx fp8-2:4 (reduce-overhead), wall time over GPU time"]
