@@ -1,0 +1,130 @@
+"""`rtlynx calibrate` and `rtlynx convert`: make checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rtlynx.cli.app import (
+    AsJson,
+    Device,
+    Model,
+    PipelineSettings,
+    PromptFile,
+    RecipeFile,
+    Settings,
+    app,
+    device_of,
+    prompts_of,
+)
+from rtlynx.cli.inputs import calibration_options, pairs, recipe_of
+from rtlynx.cli.output import print_json, print_report, report_json, say
+
+
+@app.command(
+    epilog="Example: rtlynx calibrate zoo:flux-emoji --out emoji-lynx --set rank=0.02 --set text_rows=dense"
+)
+def calibrate(
+    model: Model,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint.")],
+    prompts: PromptFile = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    pipeline: PipelineSettings = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="KEY=VALUE", help="A calibration option (batch_size, seed, sequential ...)."
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep recorded calls and solutions here; run again to resume.")
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model sparse and compensate it on its own activations; save the checkpoint.
+
+    Without --prompts, a zoo model uses its own list of calibration prompts. Several processes:
+    torchrun --nproc-per-node 2 -m rtlynx calibrate ...
+    """
+    from rtlynx.calibration import calibrate as calibrate_model
+    from rtlynx.io.checkpoint import save
+    from rtlynx.models.pipelines import load_model
+    from rtlynx.recipe import Recipe
+
+    _check_target(folder)
+    # What can be wrong is looked at before the model is loaded.
+    chosen, texts = recipe_of(recipe, settings, Recipe.recommended()), prompts_of(prompts, model)
+    how = calibration_options(options, work, pairs(pipeline, "--pipeline"))
+    with _processes(device_of(device)) as (local_device, is_first):
+        loaded = load_model(model, device=local_device)
+        report = calibrate_model(loaded, texts, chosen, how)
+        if not is_first:
+            return
+        save(loaded, folder)
+    if as_json:
+        print_json(report_json(report, folder))
+        return
+    print_report(report)
+    say(f"Saved to {folder}")
+
+
+@app.command(epilog="Example: rtlynx convert zoo:flux-emoji --out emoji-24 --set grouping=strided")
+def convert(
+    model: Model,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint.")],
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model sparse without calibration (2:4 and norm compensation) and save the checkpoint."""
+    from rtlynx.io.checkpoint import save
+    from rtlynx.models import sparse_layers, sparsify, target_model
+    from rtlynx.models.pipelines import load_model
+    from rtlynx.recipe import Recipe
+
+    _check_target(folder)
+    chosen = recipe_of(recipe, settings, Recipe.immediate())
+    loaded = load_model(model)
+    sparsify(loaded, chosen)
+    save(loaded, folder)
+    count = len(sparse_layers(target_model(loaded)))
+    if as_json:
+        print_json({"checkpoint": str(folder), "sparse_layers": count})
+    else:
+        say(f"{count} sparse layers, saved to {folder}")
+
+
+def _check_target(folder: Path) -> None:
+    """What stands in the way of a checkpoint there is said before the work, not after it."""
+    from rtlynx.storage.checkpoint_folder import check_replaceable
+
+    check_replaceable(folder)
+
+
+@contextlib.contextmanager
+def _processes(device: str) -> Iterator[tuple[str, bool]]:
+    """Join the other processes where torchrun started this one; yields the device and "is this the first"."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        yield device, True
+        return
+
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = device.startswith("cuda")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        local = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else device
+        if on_gpu:
+            torch.cuda.set_device(local)
+        yield local, dist.get_rank() == 0
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
