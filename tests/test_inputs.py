@@ -12,7 +12,7 @@ import torch
 from rtlynx import Recipe
 from rtlynx.cli.inputs import calibration_options, pairs, read_prompts, recipe_of
 from rtlynx.cli.main import main
-from rtlynx.evaluate import demo
+from rtlynx.evaluate import demo, full_demo
 from rtlynx.models.pipelines import load_model
 
 FLUX = ("calibrate", "zoo:flux-emoji", "--out", "x")
@@ -191,8 +191,8 @@ def test_the_help_says_the_demos_own_defaults(command):
     code, out, _ = command("demo", "--help")
     assert code == 0
     words = " ".join(out.replace("│", " ").split())
-    assert f"[default: ({demo.IMAGES})]" in words
-    assert f"[default: ({demo.STEPS})]" in words
+    assert f"[default: ({demo.IMAGES}; {full_demo.IMAGES} with --full)]" in words
+    assert f"[default: ({demo.STEPS}; {full_demo.STEPS} with --full)]" in words
 
 
 # ---------------------------------------------------------------------------------- devices and folders

@@ -205,6 +205,7 @@ def test_assets_stay_small():
         "text.safetensors": 10,
         "feature-network.safetensors": 8,
         "features.safetensors": 1,
+        "dense-pictures.safetensors": 0.25,
         "demo-pictures.png": 0.5,
         "samples.png": 0.5,
     }

@@ -1,48 +1,39 @@
-"""`rtlynx demo`: a real diffusion transformer draws dense, sparse and compensated, and a report tells."""
+"""`rtlynx demo`: dense, dense fp8, the paper's recipe and ours draw the same prompts, in a minute."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import rtlynx_zoo as zoo
 import torch
-from rtlynx_zoo.features import real_features
 from rtlynx_zoo.prompts import calibration_prompts, demo_prompts
-from torch import Tensor, nn
+from torch import Tensor
 
 from rtlynx._version import __version__
-from rtlynx.calibration.calls import Call
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.evaluate.grid import picture_grid, png_bytes
-from rtlynx.evaluate.layers import (
-    Distribution,
-    activation_distributions,
-    layer_errors,
-    mean_error,
-    weight_distributions,
-)
-from rtlynx.evaluate.metrics import KernelDistance, kid, picture_features, psnr, retrieval, ssim
-from rtlynx.evaluate.report import render_report
-from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
-from rtlynx.evaluate.variants import LIVE_PROMPTS, NAMES, Variant, build_variant
-from rtlynx.models.plan import make_plan
-from rtlynx.recipe import Recipe
+from rtlynx.evaluate.metrics import psnr, ssim
+from rtlynx.evaluate.sampling import sample_pictures
+from rtlynx.evaluate.variants import LIVE_PROMPTS, Variant, build_variant
 from rtlynx.storage.files import atomic_file, write_json
 
 MODEL = "flux-emoji"
-# Two dozen pictures, and as many steps as keep the demo well under five minutes on two cores.
-IMAGES, STEPS = 24, 10
+IMAGES, STEPS = 8, 8
 GUIDANCE = 3.0
 BATCH = 8
-GRID_COLUMNS = 8
-RECORDED_STEPS = 2  # of each batch, where layer inputs are compared
-DISTRIBUTION_CALLS = 4
+# Variant of `variants.NAMES` -> what it is called here.
+LABELS = {
+    "dense": "dense",
+    "fp8": "dense fp8",
+    "activation-2:4+norm+lowrank": "the paper's recipe",
+    "recommended": "rtlynx, recommended",
+}
 
 
 def run_demo(
@@ -56,12 +47,12 @@ def run_demo(
     device: str = "cpu",
     model: str = MODEL,
 ) -> dict[str, Any]:
-    """Draw the same prompts from the same noise with every variant, measure, and write three files.
+    """Draw the same prompts from the same noise with the variants of `LABELS`, compare, and write two files.
 
     Parameters
     ----------
     out : folder, created if missing
-        Gets results.json, grid.png and report.html, all at the end or none.
+        Gets pictures.png and results.json, both at the end or none.
     images : int in 1..64
         Pictures a variant.
     steps : int
@@ -76,7 +67,8 @@ def run_demo(
     Returns
     -------
     dict
-        What results.json holds.
+        What results.json holds. Dense pictures that ship with the model are not drawn again; their
+        `seconds` are None.
 
     Raises
     ------
@@ -84,153 +76,94 @@ def run_demo(
         For numbers out of range, an unknown model or one that is not here, an `out` that is a file, missing
         or damaged solutions. Nothing is written.
     """
+    out, prompts = checked(out, images, steps)
+    start = time.perf_counter()
+    dense = zoo.load(model, device=device)
+    drawn: dict[str, Tensor] = {}
+    rows = []
+    with ProgressBar("drawing", len(LABELS) * images, show=progress) as advance:
+        for name in LABELS:
+            cached = zoo.dense_pictures(model, prompts, seed, steps, GUIDANCE) if name == "dense" else None
+            if cached is not None:
+                drawn[name], seconds = cached, None
+                advance(images)
+            else:
+                variant = demo_variant(name, dense, model, calibrate=calibrate, progress=progress)
+                began = time.perf_counter()
+                drawn[name] = sample_pictures(
+                    variant.pipeline, prompts, **sampling(steps, seed), advance=advance
+                )
+                seconds = round(time.perf_counter() - began, 2)
+            rows.append(_row(name, drawn, seconds))
+    results = {
+        **settings(model, device, steps, images, seed),
+        "parameters": sum(parameter.numel() for parameter in dense.transformer.parameters()),
+        "picture_size": drawn["dense"].shape[-1],
+        "prompts": prompts,
+        "variants": rows,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    notes = {row["label"]: f"PSNR {row['psnr']:.1f} dB" for row in rows if row["psnr"] is not None}
+    pictures = {LABELS[name]: some for name, some in drawn.items()}
+    files = {"pictures.png": png_bytes(picture_grid(pictures, prompts[:8], notes))}
+    write_all(out, files, results)
+    return results
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """Three sentences about `run_demo`'s results that hold whatever the numbers are."""
+    of = {row["name"]: row["psnr"] for row in results["variants"]}
+    fp8, paper, ours = (of[name] for name in list(LABELS)[1:])
+    said = [
+        "PSNR against the dense pictures: "
+        + ", ".join(
+            f"{row['label']} {row['psnr']:.1f} dB" if row["psnr"] is not None else f"{row['label']} identical"
+            for row in results["variants"]
+            if row["name"] != "dense"
+        )
+        + "."
+    ]
+    if None not in (fp8, paper, ours):
+        said.append(
+            f"Our recipe lies {_apart(ours - paper)} the paper's and {_apart(ours - fp8)} dense fp8, "
+            "which drops no activations."
+        )
+    said.append(
+        f"The model draws {results['picture_size']}x{results['picture_size']} emoji with "
+        f"{results['parameters'] / 1e6:.1f}M parameters: it compares recipes, and does not show FLUX.1."
+    )
+    return said
+
+
+def _apart(gain: float) -> str:
+    return f"{abs(gain):.1f} dB {'above' if gain >= 0 else 'below'}"
+
+
+def checked(out: str | Path, images: int, steps: int) -> tuple[Path, list[str]]:
+    """The folder and the prompts, once all that a user gave is known to be usable."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} exists and is not a folder")
     if steps < 1:
         raise ValueError(f"steps is a whole number above 0, got {steps}")
-    prompts = demo_prompts(images)
-    start = time.perf_counter()
-    dense = zoo.load(model, device=device)
-    variants = _variants(dense, None if calibrate else zoo.folder(model) / "solutions", progress=progress)
-    drawn = _draw(variants, prompts, steps=steps, seed=seed, progress=progress)
-    transformer = dense.transformer
-    rows = _rows(transformer, variants, drawn, prompts, progress=progress)
-    layers = make_plan(transformer, Recipe.immediate(grouping="adjacent")).sparse
-    weights = weight_distributions(transformer, layers)
-    spread = drawn.calls[:: max(1, len(drawn.calls) // DISTRIBUTION_CALLS)]
-    activations = activation_distributions(transformer, layers, spread)
-    results: dict[str, Any] = {
-        "model": f"zoo:{model}",
-        "device": device,
-        "steps": steps,
-        "images": images,
-        "seed": seed,
-        "variants": rows,
-        **_machine(),
-        "transformer": type(transformer).__name__,
-        "parameters": sum(p.numel() for p in transformer.parameters()),
-        "guidance": GUIDANCE,
-        "prompts": prompts,
-        "real_pictures": len(real_features()[0]),
-        "kid_of_real_pictures": _kid_of_real(prompts).value if images > 1 else None,
-        "calibration": _calibration(variants, live=calibrate),
-        "energy_kept": {one.name: _energy_kept(weights, activations, one.name) for one in layers},
-    }
-    results["seconds"] = round(time.perf_counter() - start, 1)
-    shown = {name: some[:GRID_COLUMNS] for name, some in drawn.pictures.items()}
-    report = render_report(results, shown, layers, weights, activations)
-    _write(out, results, _grid(drawn, rows, prompts), report)
-    return results
+    return out, demo_prompts(images)
 
 
-def _variants(dense: Any, solutions: Path | None, *, progress: bool) -> list[Variant]:
-    """All of `NAMES`, from solutions or, without, calibrated here."""
-    prompts = calibration_prompts(LIVE_PROMPTS) if solutions is None else ()
-    return [
-        build_variant(name, dense, solutions=solutions, calibration_prompts=prompts, progress=progress)
-        for name in NAMES
-    ]
+def demo_variant(name: str, dense: Any, model: str, *, calibrate: bool, progress: bool) -> Variant:
+    """One variant of `dense`, from the model's shipped solutions or calibrated here."""
+    prompts = calibration_prompts(LIVE_PROMPTS) if calibrate else ()
+    solutions = None if calibrate else zoo.folder(model) / "solutions"
+    return build_variant(name, dense, solutions=solutions, calibration_prompts=prompts, progress=progress)
 
 
-def _energy_kept(
-    weights: Mapping[str, Distribution], activations: Mapping[str, Distribution], name: str
-) -> dict[str, float]:
-    return {"weights": weights[name].share, "activations": activations[name].share}
+def sampling(steps: int, seed: int) -> dict[str, Any]:
+    """Arguments of `sample_pictures` that all variants share."""
+    pipeline = {"guidance_scale": GUIDANCE, "num_inference_steps": steps}
+    return {"seed": seed, "batch_size": BATCH, "pipeline_kwargs": pipeline}
 
 
-def _rows(
-    transformer: nn.Module, variants: Sequence[Variant], drawn: _Drawn, prompts: list[str], *, progress: bool
-) -> list[dict[str, Any]]:
-    with ProgressBar("measuring layers", len(drawn.calls), show=progress) as advance:
-        by_variant = {variant.name: variant.layers for variant in variants}
-        errors = layer_errors(transformer, by_variant, _counted(drawn.calls, advance))
-    return [_row(variant, drawn, prompts, errors[variant.name]) for variant in variants]
-
-
-def _grid(drawn: _Drawn, rows: list[dict[str, Any]], prompts: list[str]) -> bytes:
-    notes = {row["name"]: f"PSNR {row['psnr']:.1f} dB" for row in rows if row["psnr"] is not None}
-    return png_bytes(picture_grid(drawn.pictures, prompts[:GRID_COLUMNS], notes))
-
-
-class _Drawn(NamedTuple):
-    """What drawing gave: pictures and seconds by variant, and some calls of the dense transformer."""
-
-    pictures: dict[str, Tensor]
-    seconds: dict[str, float]
-    calls: list[Call]
-
-
-def _draw(
-    variants: Sequence[Variant], prompts: list[str], *, steps: int, seed: int, progress: bool
-) -> _Drawn:
-    drawn = _Drawn({}, {}, [])
-    with ProgressBar("drawing", len(variants) * len(prompts), show=progress) as advance:
-        for variant in variants:
-            common: dict[str, Any] = {"seed": seed, "batch_size": BATCH, "advance": advance}
-            common["pipeline_kwargs"] = {"guidance_scale": GUIDANCE, "num_inference_steps": steps}
-            began = time.perf_counter()
-            if variant.name == "dense":
-                pictures, calls = sample_and_record(
-                    variant.pipeline, prompts, recorded=RECORDED_STEPS, **common
-                )
-                drawn.calls.extend(calls)
-            else:
-                pictures = sample_pictures(variant.pipeline, prompts, **common)
-            drawn.pictures[variant.name] = pictures
-            drawn.seconds[variant.name] = time.perf_counter() - began
-    return drawn
-
-
-def _calibration(variants: Sequence[Variant], *, live: bool) -> dict[str, Any]:
-    """Whether variants were calibrated here, on how many prompts and how long."""
-    seconds = {variant.name: variant.calibration_seconds for variant in variants}
-    return {
-        "live": live,
-        "prompts": LIVE_PROMPTS if live else None,
-        "seconds": {name: round(one, 1) for name, one in seconds.items() if one is not None},
-    }
-
-
-def _row(variant: Variant, drawn: _Drawn, prompts: list[str], errors: dict[str, float]) -> dict[str, Any]:
-    """One variant's entry in results.json."""
-    mine, reference = drawn.pictures[variant.name], drawn.pictures["dense"]
-    features = picture_features(mine)
-    distance = _kid(features)
-    return {
-        "name": variant.name,
-        "layer_error": mean_error(errors),
-        "psnr": psnr(mine, reference),
-        "ssim": ssim(mine, reference),
-        "kid": distance.value if distance else None,
-        "kid_stderr": distance.stderr if distance else None,
-        "retrieval": retrieval(features, prompts),
-        "sparse_layers": len(variant.layers),
-        "seconds": round(drawn.seconds[variant.name], 2),
-        "layers": errors,
-    }
-
-
-def _kid(features: Tensor) -> KernelDistance | None:
-    """Kernel distance to all real pictures; features are of unit length. None for a single picture."""
-    return kid(features, real_features()[1], gamma=1.0) if len(features) > 1 else None
-
-
-def _kid_of_real(prompts: list[str]) -> KernelDistance:
-    """What perfect pictures of these prompts would score: their real pictures against all."""
-    names, features = real_features()
-    rows = [names.index(prompt) for prompt in prompts]
-    return kid(features[rows], features, gamma=1.0)
-
-
-def _counted(calls: Iterable[Call], advance: Callable[[int], None]) -> Iterator[Call]:
-    for call in calls:
-        yield call
-        advance(1)
-
-
-def _machine() -> dict[str, Any]:
-    """What drew, in which version."""
+def settings(model: str, device: str, steps: int, images: int, seed: int) -> dict[str, Any]:
+    """What was asked for, what drew, in which version."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
@@ -238,12 +171,33 @@ def _machine() -> dict[str, Any]:
         "cores": cores,
         "threads": torch.get_num_threads(),
     }
-    return {"rtlynx": __version__, "torch": torch.__version__, "machine": machine}
+    return {
+        "model": f"zoo:{model}",
+        "device": device,
+        "steps": steps,
+        "images": images,
+        "seed": seed,
+        "guidance": GUIDANCE,
+        "rtlynx": __version__,
+        "torch": torch.__version__,
+        "machine": machine,
+    }
 
 
-def _write(out: Path, results: dict[str, Any], grid: bytes, report: str) -> None:
-    """All three files or none: each is renamed into place only once all are written."""
+def write_all(out: Path, files: Mapping[str, bytes], results: Mapping[str, Any]) -> None:
+    """All files or none: each is renamed into place only once all are written."""
     with ExitStack() as stack:
-        stack.enter_context(atomic_file(out / "grid.png")).write_bytes(grid)
-        stack.enter_context(atomic_file(out / "report.html")).write_text(report, encoding="utf-8")
+        for name, content in files.items():
+            stack.enter_context(atomic_file(out / name)).write_bytes(content)
         write_json(stack.enter_context(atomic_file(out / "results.json")), results)
+
+
+def _row(name: str, drawn: Mapping[str, Tensor], seconds: float | None) -> dict[str, Any]:
+    mine, reference = drawn[name], drawn["dense"]
+    return {
+        "name": name,
+        "label": LABELS[name],
+        "psnr": psnr(mine, reference),
+        "ssim": ssim(mine, reference),
+        "seconds": seconds,
+    }

@@ -221,7 +221,7 @@ def norm_scale(x: Tensor, mask: Tensor, *, paper_epsilon: bool = False) -> Tenso
     one = torch.ones_like(largest)
     squares = (x32 / torch.where(usable, largest, one)).square()
     total = squares.sum(-1, keepdim=True)
-    kept = (squares * mask).sum(-1, keepdim=True)
+    kept = select(squares, mask).sum(-1, keepdim=True)
     # Both operands are replaced before the root, so that no gradient is NaN where s is 1 by definition.
     return (torch.where(usable, total, one) / torch.where(usable, kept, one)).sqrt()
 

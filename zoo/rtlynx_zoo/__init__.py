@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from rtlynx_zoo.pipeline import EmojiPipeline
@@ -77,3 +79,16 @@ def load(
         files / "scheduler", local_files_only=True
     )
     return EmojiPipeline(transformer.eval(), scheduler).to(device)
+
+
+def dense_pictures(
+    name: str, prompts: Sequence[str], seed: int, steps: int, guidance: float
+) -> torch.Tensor | None:
+    """What the dense model draws of `prompts`, picture i from noise of seed + i, where that ships with it.
+
+    Returns (n, 3, H, W), float32, or None for other prompts or settings. Raises ValueError for an unknown
+    name.
+    """
+    from rtlynx_zoo import dense
+
+    return dense.read(folder(name), prompts, {"seed": seed, "steps": steps, "guidance": guidance})
