@@ -45,7 +45,6 @@ def run_demo(
     calibrate: bool = False,
     progress: bool = True,
     device: str = "cpu",
-    model: str = MODEL,
 ) -> dict[str, Any]:
     """Draw the same prompts from the same noise with the variants of `LABELS`, compare, and write two files.
 
@@ -61,8 +60,8 @@ def run_demo(
         Picture i starts from noise of seed + i.
     calibrate : bool
         Calibrate live, on fewer prompts, instead of loading the shipped solutions.
-    progress : bool, device : str, model : str
-        Show progress bars; where the transformer runs, in float32; one of `rtlynx_zoo.names()`.
+    progress : bool, device : str
+        Show progress bars; where the transformer runs, in float32.
 
     Returns
     -------
@@ -73,30 +72,30 @@ def run_demo(
     Raises
     ------
     ValueError, NotADirectoryError, FileNotFoundError, CheckpointError
-        For numbers out of range, an unknown model or one that is not here, an `out` that is a file, missing
-        or damaged solutions. Nothing is written.
+        For numbers out of range, a model that is not here, an `out` that is a file, missing or damaged
+        solutions. Nothing is written.
     """
     out, prompts = checked(out, images, steps)
     start = time.perf_counter()
-    dense = zoo.load(model, device=device)
+    dense = zoo.load(MODEL, device=device)
+    # All before the first picture: what is missing or damaged is said at once.
+    variants = [demo_variant(name, dense, MODEL, calibrate=calibrate, progress=progress) for name in LABELS]
     drawn: dict[str, Tensor] = {}
     rows = []
     with ProgressBar("drawing", len(LABELS) * images, show=progress) as advance:
-        for name in LABELS:
-            cached = zoo.dense_pictures(model, prompts, seed, steps, GUIDANCE) if name == "dense" else None
-            if cached is not None:
-                drawn[name], seconds = cached, None
-                advance(images)
-            else:
-                variant = demo_variant(name, dense, model, calibrate=calibrate, progress=progress)
-                began = time.perf_counter()
-                drawn[name] = sample_pictures(
-                    variant.pipeline, prompts, **sampling(steps, seed), advance=advance
-                )
+        for variant in variants:
+            began = time.perf_counter()
+            cached = _cached(variant, prompts, seed, steps)
+            if cached is None:
+                how = sampling(steps, seed)
+                drawn[variant.name] = sample_pictures(variant.pipeline, prompts, **how, advance=advance)
                 seconds = round(time.perf_counter() - began, 2)
-            rows.append(_row(name, drawn, seconds))
+            else:
+                drawn[variant.name], seconds = cached, None
+                advance(images)
+            rows.append(_row(variant.name, drawn, seconds))
     results = {
-        **settings(model, device, steps, images, seed),
+        **settings(MODEL, device, steps, images, seed),
         "parameters": sum(parameter.numel() for parameter in dense.transformer.parameters()),
         "picture_size": drawn["dense"].shape[-1],
         "prompts": prompts,
@@ -190,6 +189,10 @@ def write_all(out: Path, files: Mapping[str, bytes], results: Mapping[str, Any])
         for name, content in files.items():
             stack.enter_context(atomic_file(out / name)).write_bytes(content)
         write_json(stack.enter_context(atomic_file(out / "results.json")), results)
+
+
+def _cached(variant: Variant, prompts: Sequence[str], seed: int, steps: int) -> Tensor | None:
+    return zoo.dense_pictures(MODEL, prompts, seed, steps, GUIDANCE) if variant.name == "dense" else None
 
 
 def _row(name: str, drawn: Mapping[str, Tensor], seconds: float | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from training import emoji
 from training.architectures import ARCHITECTURES, z_image_batch_velocity
 from zoo_helpers import TINY, randomize, seeds, write_archive
 
-from rtlynx.evaluate.demo import run_demo
+from rtlynx.evaluate.full_demo import run_full_demo
 from rtlynx.storage.files import CheckpointError
 
 ZOO_NAMES = {"flux": "flux-emoji", "qwen-image": "qwen-emoji", "z-image": "z-image-emoji"}
@@ -151,4 +151,4 @@ def test_a_run_ends_in_a_model_that_the_zoo_loads(name, archive, tmp_path, monke
     picture = pipe("fox", num_inference_steps=1, generator=seeds(0), output_type="pt").images
     assert picture.shape == (1, 3, 64, 64)
     with pytest.raises(CheckpointError, match="solutions"):
-        run_demo(tmp_path / "demo", images=2, steps=1, progress=False, model=ZOO_NAMES[name])
+        run_full_demo(tmp_path / "demo", images=2, steps=1, progress=False, model=ZOO_NAMES[name])
