@@ -33,6 +33,11 @@ UNSEEN = [
 PROMPTS = [f"a drawing of animal number {i}" for i in range(8)]
 
 
+def in_two_processes(function, *arguments):
+    """Run `function(rank, *arguments)` twice at once; forked, as importing everything again takes seconds."""
+    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="fork")
+
+
 def calls(count=8, first=0):
     return [flux_call(first + i, timestep=1 - (i % 4) / 4) for i in range(count)]
 

@@ -103,7 +103,10 @@ class Results:
 
 def run_together(folder, cases, device="cpu"):
     """Run every case (name -> function of the folder) in two processes: over gloo, on "cuda" over NCCL."""
-    context = torch.multiprocessing.spawn(_work, (folder, cases, device), nprocs=PROCESSES, join=False)
+    # Forked, they need not import everything again; CUDA does not survive that.
+    start = torch.multiprocessing.start_processes
+    method = "spawn" if device == "cuda" else "fork"
+    context = start(_work, (folder, cases, device), PROCESSES, join=False, start_method=method)
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=1) and time.monotonic() < deadline:

@@ -17,6 +17,7 @@ from calibration_helpers import (
     UNSEEN,
     assert_same,
     calls,
+    in_two_processes,
     layer_errors,
     run,
     sample,
@@ -329,7 +330,7 @@ def _one_of_two(rank, folder):
 
 
 def test_two_processes_match_one(tmp_path):
-    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    in_two_processes(_one_of_two, str(tmp_path))
     for name, recipe in (("joint", JOINT), ("auto", Recipe(rank=0.05, refit=False, balance="tokens"))):
         ours, theirs = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2))
         assert_same(ours, theirs)  # both end with the same model

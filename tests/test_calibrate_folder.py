@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.multiprocessing
-from calibration_helpers import JOINT, PROMPTS, RIDGE, assert_same, sample, solution
+from calibration_helpers import JOINT, PROMPTS, RIDGE, assert_same, in_two_processes, sample, solution
 from helpers import TinyPipeline, relative_error, tiny_flux
 
 from rtlynx import CalibrationOptions, CheckpointError, Recipe
@@ -157,7 +157,7 @@ def _one_of_two(rank, folder):
 
 
 def test_two_processes_share_a_folder_that_one_goes_on_from(tmp_path):
-    torch.multiprocessing.spawn(_one_of_two, (tmp_path,), nprocs=2)
+    in_two_processes(_one_of_two, tmp_path)
     later, alone = TinyPipeline(tiny_flux()), TinyPipeline(tiny_flux())
     sample(later, JOINT, options_in(tmp_path / "work"))
     assert later.batches == []
