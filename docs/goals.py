@@ -53,4 +53,4 @@ def _next(target: dict, group: str) -> str:
 def _figure(value: float | None, unit: str) -> str:
     if unit == "x":
         return factor(value)
-    return f"{number(value, ',.0f')} {unit.replace('us', 'µs')}"
+    return f"{number(value, ',.0f')}&nbsp;{unit.replace('us', 'µs')}"

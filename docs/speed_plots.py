@@ -24,7 +24,7 @@ def draw_steps(steps: dict[str, dict], path: Path, source: str) -> None:
     steps : model of `MODELS` -> its results file.
     source : digest of the files; the plot carries it, so that a test sees when it is stale.
     """
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(6.6, 4), layout="constrained")
     axes = figure.subplots()
     shown = [model for model in MODELS if model.step in steps]
     for index, model in enumerate(shown):
@@ -42,10 +42,10 @@ def draw_steps(steps: dict[str, dict], path: Path, source: str) -> None:
     axes.legend(
         handles.values(),
         handles,
-        ncols=3,
-        fontsize=8,
+        ncols=2,
+        fontsize=9,
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.16),
+        bbox_to_anchor=(0.5, -0.15),
         frameon=False,
     )
     _save(figure, axes, path, source)
@@ -67,7 +67,7 @@ def draw_speed(results: dict, path: Path, source: str) -> None:
     source : digest of the results file; the plot carries it, so that a test sees when it is stale.
     """
     rows, fp8 = results["rows"], results.get("dtype") == "fp8"
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
     peer: tuple[str, Time, str] = ("cuSPARSELt", _cusparselt_whole, "cusparselt_gemm_us")
     if fp8:
@@ -92,7 +92,7 @@ def draw_speed(results: dict, path: Path, source: str) -> None:
 def _save(figure: Figure, axes: Axes, path: Path, source: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Source": source, "Software": None})
+    figure.savefig(path, dpi=150, metadata={"Source": source, "Software": None})
 
 
 def _cusparselt_whole(row: dict) -> float | None:

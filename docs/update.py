@@ -29,7 +29,7 @@ RESULTS = overview.RESULTS
 # The texts with generated parts, and which: each between `<!-- name: begin -->` and `<!-- name: end -->`.
 TEXTS = {
     Path("README.md"): ("overview",),
-    Path("docs/results/quality.md"): ("fronts", "pictures", "claims", "study", "sweeps", "figures"),
+    Path("docs/results/quality.md"): ("front", "fronts", "pictures", "claims", "study", "sweeps", "figures"),
     Path("docs/results/speed.md"): ("overview", "steps", "layers", "sizes", "calibration", "parts"),
     Path("docs/results/goals.md"): ("goals-step", "goals-layer", "goals-compression", "goals-host"),
     Path("docs/reference/cli.md"): ("cli",),
@@ -51,17 +51,22 @@ def figures(root: Path, place: Place) -> str:
     return folded("Figures of the demo", table)
 
 
+def front(root: Path, place: Place) -> str:
+    """Quality over modelled speed, of the first model."""
+    return "".join(_plots(root, place, ("front",))[:1])
+
+
 def fronts(root: Path, place: Place) -> str:
-    """Quality over modelled speed, of each model."""
-    return _plots(root, place, ("front",))
+    """The same of the other models."""
+    return "\n\n".join(_plots(root, place, ("front",))[1:])
 
 
 def pictures(root: Path, place: Place) -> str:
-    return _plots(root, place, ("pictures",), also=("worst", "worst-recommended"))
+    return "\n\n".join(_plots(root, place, ("pictures",), also=("worst", "worst-recommended")))
 
 
-def _plots(root: Path, place: Place, names: tuple[str, ...], also: tuple[str, ...] = ()) -> str:
-    """The first model's plots, then those of the others and further ones, folded."""
+def _plots(root: Path, place: Place, names: tuple[str, ...], also: tuple[str, ...] = ()) -> list[str]:
+    """The plots of each model: the first one's in sight, those of the others and further ones folded."""
     parts = []
     for index, (source, results) in enumerate(_studied(root)):
         shown = study_tables.plots_section(source, place, names, root)
@@ -72,7 +77,7 @@ def _plots(root: Path, place: Place, names: tuple[str, ...], also: tuple[str, ..
         elif further:
             shown += "\n\n" + folded(f"{title}: pictures furthest from dense", further)
         parts.append(shown)
-    return "\n\n".join(parts)
+    return parts
 
 
 def study(root: Path, place: Place) -> str:
@@ -183,6 +188,7 @@ def documents(root: Path) -> list[dict]:
 
 PARTS: dict[str, Callable[[Path, Place], str]] = {
     "overview": at_a_glance,
+    "front": front,
     "fronts": fronts,
     "pictures": pictures,
     "claims": claims,

@@ -156,13 +156,13 @@ def front(document: Mapping[str, Any]) -> Figure | None:
     rows = [row for row in rows if row["steps"] == steps and row["sweep"] != "cache"]
     if not rows:
         return None
-    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    figure = Figure(figsize=(6.6, 5.6), layout="constrained")
     axes = figure.subplots()
     points = {row["name"]: _speed_and_quality(row) for row in rows}
     for family in FAMILIES:
         some = [point for name, point in points.items() if family_of(name) is family]
         if some:
-            size = 160 if family.marker == "*" else 30
+            size = 160 if family.marker == "*" else 24
             style: dict[str, Any] = {"c": family.colour, "marker": family.marker, "s": size}
             axes.scatter(*np.transpose(some), label=family.title, **style)
     best = pareto(points)
@@ -172,10 +172,10 @@ def front(document: Mapping[str, Any]) -> Figure | None:
         level, top = floor["figures"]["psnr"]["mean"], max(y for _, y in points.values())
         if level < top + FLOOR_SHOWN:
             axes.axhline(level, color="grey", linestyle=":", label=f"dense, other noise: {level:.1f} dB")
-    axes.set_xlabel("linear layers of the full-size model on an H100: modelled speed over dense bfloat16")
+    axes.set_xlabel("linear layers of the full-size model: modelled speed over bf16 (H100)")
     axes.set_ylabel("PSNR against dense bfloat16, dB")
     axes.margins(x=0.12, y=0.08)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     place_labels(axes, {LABELLED[name]: points[name] for name in LABELLED if name in points}, points.values())
     return figure
 
@@ -208,7 +208,7 @@ def place_labels(
             }
             line = {"arrowstyle": "-", "linewidth": 0.5, "shrinkB": 3} if reach > REACHES[0] else None
             note = axes.annotate(
-                text, point, (dx, dy), textcoords="offset points", fontsize=8, arrowprops=line, **style
+                text, point, (dx, dy), textcoords="offset points", fontsize=9, arrowprops=line, **style
             )
             note.get_window_extent()  # moves its text to its place
             tried.append((cost_of(Text.get_window_extent(note).padded(2), reach), len(tried), note))

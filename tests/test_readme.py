@@ -218,7 +218,7 @@ def test_goals_come_with_what_is_next_and_the_missing_first():
         "| nearly: at least 0.85x | 0.848x | activations from registers; fewer bytes from L2 |",
     ]
     host = goals.goals_section([document], goals.HOST).splitlines()
-    assert host[2:] == ["| host time: at most 30 µs | 29 µs | reached |"]
+    assert host[2:] == ["| host time: at most 30&nbsp;µs | 29&nbsp;µs | reached |"]
 
 
 def test_every_goal_has_its_place_and_what_is_next():
