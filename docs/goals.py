@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tables import factor, number
+from tables import factor, in_words, number
 
 # Group -> what it is about.
 STEP, LAYER, COMPRESSION, HOST = "A step", "A layer", "Compression", "Host time"
@@ -32,7 +32,7 @@ def goals_section(documents: Iterable[dict], group: str) -> str:
         if today == wanted and not target["met"]:  # rounding must not hide what is missing
             today = f"{target['measured']:.3f}x"
         following = "reached" if target["met"] else _next(target, group)
-        lines.append(f"| {target['what']}: {target['bound']} {wanted} | {today} | {following} |")
+        lines.append(f"| {in_words(target['what'])}: {target['bound']} {wanted} | {today} | {following} |")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from rtlynx.timing.results import REFERENCE, step_speed_up
+from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
 
 DEMO = Path("docs/demo")
 STEP_COLUMNS = ("gpu_ms", "linear_ms", "attention_ms", "rest_ms", "wall_ms", "peak_gib")
@@ -28,6 +28,30 @@ class Place(NamedTuple):
         if self.in_docs and file.parts[0] != "docs":
             return f"`{file.as_posix()}`"
         return f"[{file.name}]({self.path(file)})"
+
+
+# Names in results files, as readers know them; longer ones come first.
+WORDS = {
+    "rtlynx fp8-2:4": "sparse fp8",
+    "rtlynx bf16-2:4": "sparse bf16",
+    "rtlynx dense fp8": "dense fp8",
+    "fp8 compiled (torchao)": "dense fp8 of torchao",
+    "bf16 compiled": "compiled bf16",
+    "bf16 eager": "eager bf16",
+    BLOCK_GRAPHS: ", CUDA graphs",
+    "fp8-2:4": "sparse fp8",
+    "bf16-2:4": "sparse bf16",
+    "flux1-dev": "FLUX.1-dev",
+    "qwen-image": "Qwen-Image",
+    "z-image": "Z-Image",
+}
+
+
+def in_words(text: str) -> str:
+    """`text` with the names of results files replaced."""
+    for name, word in WORDS.items():
+        text = text.replace(name, word)
+    return text
 
 
 def plot_of(source: Path) -> Path:
@@ -207,22 +231,25 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     variants = results["variants"]
     lines = [
         "| variant | GPU, ms | linear layers | attention | rest | wall, ms | peak, GiB "
-        f"| GPU time over {REFERENCE} | wall time over it |",
+        f"| speed over {in_words(REFERENCE)} | the same, wall |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in variants:
-        cells = [variant["name"]]
+        cells = [in_words(variant["name"])]
         cells += [number(variant.get(key), ".1f") for key in STEP_COLUMNS]
         cells += [
             factor(step_speed_up(variants, variant["name"], time=time)) for time in ("gpu_ms", "wall_ms")
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    lines += [f"- {one['name']}: not measured: {one['reason']}" for one in variants if one["reason"]]
+    lines += [
+        f"- {in_words(one['name'])}: not measured: {one['reason']}" for one in variants if one["reason"]
+    ]
     lines += [""] if lines[-1] else []
-    also = "".join(f", {one['name']} at {one['commit']}" for one in variants if "commit" in one)
+    also = "".join(f", {in_words(one['name'])} at {one['commit']}" for one in variants if "commit" in one)
+    model = in_words(results["model"])
     lines.append(
-        f"{results['model']}, {results['resolution']}, batch {results['batch']}, {results['text_tokens']} "
+        f"{model}, {results['resolution']}, batch {results['batch']}, {results['text_tokens']} "
         f"text tokens, attention: {results['attention']}; ours: {results['ours']}. "
         f"{measured_on(results)}{also} ({place.file(source)})."
     )
@@ -232,8 +259,9 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
 def sizes_section(results: dict, source: Path, place: Place) -> str:
     """Speed-ups of a step by size of its input, in Markdown."""
     ours = ("rtlynx bf16-2:4", "rtlynx fp8-2:4")
+    named = in_words(f"{REFERENCE}, ms | {' | '.join(ours)}")
     lines = [
-        f"| picture | batch | text tokens | {REFERENCE}, ms | {' | '.join(ours)} | wall, ms |",
+        f"| picture | batch | text tokens | {named} | wall, ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
@@ -249,7 +277,7 @@ def sizes_section(results: dict, source: Path, place: Place) -> str:
     lines += [
         "",
         "GPU time of a step, speed-ups over it, and the time of a step without a CUDA graph: compiled bf16 / "
-        f"{' / '.join(ours)}. {measured_on(results)}{also} ({place.file(source)}).",
+        f"{in_words(' / '.join(ours))}. {measured_on(results)}{also} ({place.file(source)}).",
     ]
     return "\n".join(lines)
 

@@ -139,7 +139,7 @@ def steps(root: Path, place: Place) -> str:
     for title, sources in (("", current), ("Earlier: ", earlier)):
         for source in sources:
             results = _read(root / source)
-            title_of = f"{title}{results['model']}, {results['device']}"
+            title_of = f"{title}{tables.in_words(results['model'])}, {results['device']}"
             parts.append(folded(title_of, tables.steps_section(results, source, place)))
     return "\n\n".join(parts)
 

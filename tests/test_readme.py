@@ -115,7 +115,7 @@ def test_the_newest_card_that_dense_fp8_was_measured_on_is_shown(measured):
     verdict = overview.verdict_section(root, IN_README)
     assert "Sparsity makes its step faster by 1.20x (FLUX.1-dev)." in verdict
     earlier = update.steps(root, ON_SITE)
-    assert '??? note "Earlier: flux1-dev, NVIDIA H100"' in earlier
+    assert '??? note "Earlier: FLUX.1-dev, NVIDIA H100"' in earlier
 
 
 def test_nothing_is_said_where_nothing_was_measured(tmp_path):

@@ -82,9 +82,9 @@ def test_steps_and_sizes_appear_with_their_results(tmp_path):
     parts = [update.PARTS[name](tmp_path, place) for name in ("steps", "sizes", "calibration")]
     lines = [line.strip() for line in "\n".join(parts).splitlines()]
     assert '??? note "Earlier: a model, a card"' in lines
-    assert "| rtlynx fp8-2:4 | 40.0 | 30.0 | 6.0 | 4.0 | 41.0 | 24.5 | 1.50x | 1.00x |" in lines
-    assert any(line.startswith("| fp8 compiled (torchao) | – | – |") for line in lines)  # noqa: RUF001
-    assert "- fp8 compiled (torchao): not measured: not installed" in lines
+    assert "| sparse fp8 | 40.0 | 30.0 | 6.0 | 4.0 | 41.0 | 24.5 | 1.50x | 1.00x |" in lines
+    assert any(line.startswith("| dense fp8 of torchao | – | – |") for line in lines)  # noqa: RUF001
+    assert "- dense fp8 of torchao: not measured: not installed" in lines
     assert "| 512² | 4 | 32 | 60.0 | – | 1.50x | 41 / – / 41 |" in lines  # noqa: RUF001
     assert any("commit 0123456789, batch 4 at def" in line for line in lines)
     assert "| one | 5 | 6.1 | 0.20 | 57.5 |" in lines
