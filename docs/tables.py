@@ -247,9 +247,9 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     ]
     lines += [""] if lines[-1] else []
     also = "".join(f", {in_words(one['name'])} at {one['commit']}" for one in variants if "commit" in one)
-    model = in_words(results["model"])
+    model, side = in_words(results["model"]), results["resolution"]
     lines.append(
-        f"{model}, {results['resolution']}, batch {results['batch']}, {results['text_tokens']} "
+        f"{model}, {side}x{side}, batch {results['batch']}, {results['text_tokens']} "
         f"text tokens, attention: {results['attention']}; ours: {results['ours']}. "
         f"{measured_on(results)}{also} ({place.file(source)})."
     )

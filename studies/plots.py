@@ -199,23 +199,22 @@ def place_labels(
         return 1000.0 * (outside + sum(map(box.overlaps, taken))) + 60 * covered + reach
 
     for text, point in sorted(labels.items(), key=lambda item: item[1][1]):
-        tried: list[tuple[float, int, Any]] = []
+        note: Any = axes.annotate(text, point, (0, 0), textcoords="offset points", fontsize=9, va="center")
+        size = Text.get_window_extent(note)
+        tried: list[tuple[float, int, tuple[float, float], float, Bbox]] = []
         for reach, angle in itertools.product(REACHES, range(0, 360, 30)):
             dx, dy = reach * np.cos(np.radians(angle)), reach * np.sin(np.radians(angle))
-            style: dict[str, Any] = {
-                "ha": "left" if dx > 1 else "right" if dx < -1 else "center",
-                "va": "center",
-            }
-            line = {"arrowstyle": "-", "linewidth": 0.5, "shrinkB": 3} if reach > REACHES[0] else None
-            note = axes.annotate(
-                text, point, (dx, dy), textcoords="offset points", fontsize=9, arrowprops=line, **style
-            )
-            note.get_window_extent()  # moves its text to its place
-            tried.append((cost_of(Text.get_window_extent(note).padded(2), reach), len(tried), note))
-        *others, (_, _, chosen) = sorted(tried, reverse=True)
-        for _, _, note in others:
-            note.remove()
-        taken.append(Text.get_window_extent(chosen).padded(2))
+            side = 0.0 if dx > 1 else 1.0 if dx < -1 else 0.5  # the share of the label left of its place
+            x, y = axes.transData.transform(point) + np.array([dx, dy]) * figure.dpi / 72
+            box = Bbox.from_bounds(x - side * size.width, y - size.height / 2, size.width, size.height)
+            tried.append((cost_of(box.padded(2), reach), len(tried), (dx, dy), side, box.padded(2)))
+        _, _, offset, side, box = min(tried, key=lambda one: one[:2])
+        note.set_position(offset)
+        note.set_horizontalalignment({0.0: "left", 0.5: "center", 1.0: "right"}[side])
+        if np.hypot(*offset) > REACHES[0] + 1:
+            line = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", point, offset, textcoords="offset points", arrowprops=line)
+        taken.append(box)
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -281,10 +281,16 @@ def test_the_models_of_the_support_matrix_are_those_known_by_name():
         assert (text_rows == "yes") == (ARCHITECTURES[name].text_rows is not None)
 
 
-def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)|src=\"(?!https?:)([^\"]+)\"", README):
-        name = target[0] or target[1]
-        assert name.startswith("../../actions/") or (ROOT / name).exists(), name  # GitHub's own pages
+def test_linked_files_and_headings_exist():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert len(links) > 15
+    for file, _, heading in (link.partition("#") for link in links):
+        if file.startswith("../../actions/"):  # GitHub's own pages
+            continue
+        assert (ROOT / file).exists(), file
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
 
 
 def test_quantised_chains_are_a_table_where_they_were_measured():

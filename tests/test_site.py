@@ -32,7 +32,7 @@ STEP = {
     "cuda": "13.0",
     "commit": "0123456789abcdef",
     "model": "a model",
-    "resolution": "1024x1024",
+    "resolution": 1024,
     "batch": 1,
     "text_tokens": 512,
     "attention": "sdpa",

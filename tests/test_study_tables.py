@@ -1,11 +1,15 @@
 """The study's tables on invented results."""
 
+import itertools
+import json
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
+import plots
 import study_tables
+from matplotlib.text import Text
 from tables import Place
 
 ON_SITE = Place(Path("docs/results/quality.md"))
@@ -92,3 +96,16 @@ def test_plots_appear_where_they_are(tmp_path):
     shown = study_tables.plots_section(SOURCE, ON_SITE, root=tmp_path)
     assert shown.endswith("](../study/quality-x/plot-front.png)")
     assert study_tables.model_title(results()) == "x (Flux architecture)"
+
+
+def test_labels_of_the_pareto_plot_do_not_cover_each_other():
+    for file in sorted((study_tables.ROOT / study_tables.RESULTS).glob("quality-*.json")):
+        figure = plots.front(json.loads(file.read_text()))
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        notes = [note for note in axes.texts if note.get_text()]
+        assert {note.get_text() for note in notes} == set(plots.LABELLED.values())
+        boxes = [Text.get_window_extent(note) for note in notes]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        inside = axes.get_window_extent()
+        assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)
