@@ -33,16 +33,16 @@ TEXTS = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
 # Command on a zoo model -> arguments that make it quick.
-DENSE = '["transformer_blocks.*", "single_transformer_blocks.[1-9]*", "*.proj_*", "*.to_q"]'
+DENSE = '["transformer_blocks.*", "single_transformer_blocks.[1-9]*", "*.proj_*", "*.to_[qk]"]'
 CALIBRATE = (
-    *("--set", f"skip={DENSE}", "--prompts", "prompts.txt", "--pipeline", "num_inference_steps=2"),
+    *("--set", f"skip={DENSE}", "--prompts", "prompts.txt", "--pipeline", "num_inference_steps=1"),
     *("--option", "batch_size=2", "--option", "steps_per_prompt=1"),
 )
 QUICK = {
     "inspect": (),
     "convert": (),
     "calibrate": CALIBRATE,
-    "evaluate": ("--images", "2", "--pipeline", "num_inference_steps=1"),
+    "evaluate": ("--images", "1", "--pipeline", "num_inference_steps=1"),
 }
 PARSED = ("demo", "bench", "precompile", "doctor")  # these are run by tests of their own, or need a GPU
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
-import plots
 import study_tables
 from matplotlib.text import Text
+from plots import LABELLED, front
 from tables import Place
 
 ON_SITE = Place(Path("docs/results/quality.md"))
@@ -100,11 +100,11 @@ def test_plots_appear_where_they_are(tmp_path):
 
 def test_labels_of_the_pareto_plot_do_not_cover_each_other():
     for file in sorted((study_tables.ROOT / study_tables.RESULTS).glob("quality-*.json")):
-        figure = plots.front(json.loads(file.read_text()))
+        figure = front(json.loads(file.read_text()))
         figure.draw_without_rendering()
         (axes,) = figure.axes
         notes = [note for note in axes.texts if note.get_text()]
-        assert {note.get_text() for note in notes} == set(plots.LABELLED.values())
+        assert {note.get_text() for note in notes} == set(LABELLED.values())
         boxes = [Text.get_window_extent(note) for note in notes]
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
         inside = axes.get_window_extent()
