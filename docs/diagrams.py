@@ -1,8 +1,11 @@
-"""The diagrams of "How it works", as SVG; `update_readme.py` writes them."""
+"""The diagrams of "How it works" and the badges of the README, as SVG; `update.py` writes them."""
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("docs/images")
 GREEN, GREY, INK, PAPER = "#2f7d4f", "#e3e6ea", "#1f2933", "#ffffff"
 GROUPS = ("#bfe3cd", "#bcd4f0", "#f4d6b0", "#dcc6ea")
@@ -116,6 +119,32 @@ def grouping() -> str:
     return str(drawing)
 
 
+def licence_badge() -> str:
+    return _badge("licence", _project()["license"])
+
+
+def python_badge() -> str:
+    return _badge("python", _project()["requires-python"].removeprefix(">=") + "+")
+
+
+def _badge(label: str, value: str) -> str:
+    """Two words side by side, with the colours that badges have."""
+    left, right = (12 + 6.5 * len(word) for word in (label, value))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right:g}" height="20" '
+        'font-family="Verdana,sans-serif" font-size="11" fill="#fff" text-anchor="middle" role="img">',
+        f"<title>{label}: {value}</title>",
+    ]
+    for x, width, word, colour in ((0, left, label, "#555"), (left, right, value, GREEN)):
+        parts.append(f'<rect x="{x:g}" width="{width:g}" height="20" fill="{colour}"/>')
+        parts.append(f'<text x="{x + width / 2:g}" y="14">{word}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 def _number(value: float) -> str:
     return f"{value:g}".replace("-", "\u2212")
 
@@ -124,4 +153,6 @@ DIAGRAMS: dict[str, Callable[[], str]] = {
     "selection.svg": selection,
     "data-flow.svg": data_flow,
     "grouping.svg": grouping,
+    "badge-licence.svg": licence_badge,
+    "badge-python.svg": python_badge,
 }

@@ -1,4 +1,4 @@
-"""The study's results files (studies/results) as Markdown, for the README and for docs/quality.md."""
+"""The study's results files (studies/results) as Markdown, for docs/results/quality.md."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -13,32 +13,33 @@ from variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOTS = Path("studies/results"), Path("docs/study")
-# What each plot shows, in the order of the page.
+# What each plot shows.
 CAPTIONS = {
     "pictures": "First prompts: dense, then variants with their difference to dense, magnified four times",
-    "worst": "What breaks first: the pictures furthest from dense, without compensation",
+    "worst": "The pictures furthest from dense, 2:4 without compensation",
     "worst-recommended": "The pictures furthest from dense with the recommended recipe",
-    "front": "Quality against modelled speed of the linear layers; the line is the Pareto front",
+    "front": "Picture quality over modelled speed of the linear layers; the line is the Pareto front",
     "distributions": "Weights and inputs of layers by role, and the energy that 2:4 keeps",
     "errors-by-layer": "Error of each layer's output",
     "errors-by-step": "Errors over the steps of sampling",
 }
+LAYER_PLOTS = ("distributions", "errors-by-layer", "errors-by-step")
 SWEEPS = {
-    "floor": "What rounding to bfloat16 does",
+    "floor": "Rounding to bfloat16",
     "saving": "Layers left dense by the budget rule, until this share of the saving is reached",
     "rank": "Rank of the low-rank branch, of a layer's inputs (*width*: of the model's width in every layer)",
     "ridge": "Ridge",
     "prompts": "Calibration prompts",
     "factors": "Low-rank factors: one A for layers that share an input, or each its own",
-    "order": "Calibrated at once, or block by block on what sparse blocks before give",
+    "order": "Layers calibrated at once, or block by block on the outputs of sparse blocks",
     "grouping": "Strided groups of attention outputs",
     "layers": "Layers left dense, by hand or by budget at the same modelled time",
-    "text": "Text: its stream sparse; its rows of joint blocks dense",
+    "text": "Text stream sparse; text rows of joint blocks dense",
     "dense-steps": "First steps dense",
-    "steps": "8 steps, against dense at 8",
+    "steps": "8 steps, compared with dense at 8",
     "pattern": "Other patterns, for which there is no kernel",
-    "fp8": "Eight bits",
-    "fp8-budget": "Forms by an error budget, eight bits among them",
+    "fp8": "fp8, dense and sparse",
+    "fp8-budget": "Formats by an error budget, fp8 among them",
     "bf16-budget": "Layers by an error budget, in bfloat16",
     "cache": "On top of first-block caching",
 }
@@ -104,7 +105,7 @@ def sweeps_section(results: dict) -> str:
     for sweep, title in SWEEPS.items():
         rows = _in_order(results, "sweep", sweep)
         if rows:
-            parts.append(f"#### {title}\n\n{_table(SWEPT, rows)}")
+            parts.append(f"**{title}**\n\n{_table(SWEPT, rows)}")
     return "\n\n".join(parts)
 
 
@@ -125,6 +126,11 @@ def model_title(results: dict) -> str:
     """What stands over a model's tables."""
     architecture = results["architecture"].removesuffix("2DModel").removesuffix("Transformer")
     return f"{_name(results)} ({architecture} architecture)"
+
+
+def rows_of(results: dict) -> dict[str, dict]:
+    """Rows by name, of each the one with most pictures."""
+    return Results(results).rows
 
 
 def _in_order(results: dict, key: str, value: str) -> list[dict]:

@@ -1,22 +1,27 @@
-"""Results as Markdown tables, for the README and for the pages of this folder."""
+"""Results files as Markdown tables, for the pages of this folder."""
 
-from collections.abc import Iterable
+import os
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from rtlynx.timing.results import REFERENCE, step_speed_up
+from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
 
 DEMO = Path("docs/demo")
 STEP_COLUMNS = ("gpu_ms", "linear_ms", "attention_ms", "rest_ms", "wall_ms", "peak_gib")
 
 
 class Place(NamedTuple):
-    """Where a text stands: how it links to files of the repository."""
+    """The page that a text stands on: how it links to files of the repository."""
 
-    in_docs: bool
+    page: Path
+
+    @property
+    def in_docs(self) -> bool:
+        return self.page.parts[0] == "docs"
 
     def path(self, file: Path) -> str:
-        return file.relative_to("docs").as_posix() if self.in_docs else file.as_posix()
+        return Path(os.path.relpath(file, self.page.parent)).as_posix()
 
     def file(self, file: Path) -> str:
         """A link, or the bare name where the site does not hold the file."""
@@ -25,8 +30,32 @@ class Place(NamedTuple):
         return f"[{file.name}]({self.path(file)})"
 
 
+# Names in results files, as readers know them; longer ones come first.
+WORDS = {
+    "rtlynx fp8-2:4": "sparse fp8",
+    "rtlynx bf16-2:4": "sparse bf16",
+    "rtlynx dense fp8": "dense fp8",
+    "fp8 compiled (torchao)": "dense fp8 of torchao",
+    "bf16 compiled": "compiled bf16",
+    "bf16 eager": "eager bf16",
+    BLOCK_GRAPHS: ", CUDA graphs",
+    "fp8-2:4": "sparse fp8",
+    "bf16-2:4": "sparse bf16",
+    "flux1-dev": "FLUX.1-dev",
+    "qwen-image": "Qwen-Image",
+    "z-image": "Z-Image",
+}
+
+
+def in_words(text: str) -> str:
+    """`text` with the names of results files replaced."""
+    for name, word in WORDS.items():
+        text = text.replace(name, word)
+    return text
+
+
 def plot_of(source: Path) -> Path:
-    """The plot of a results file of bf16 layers."""
+    """The plot of a results file of layers."""
     return Path("docs/speed") / f"{source.stem}.png"
 
 
@@ -60,10 +89,8 @@ def figures_table(results: dict, more_steps: dict, place: Place) -> str:
 
 
 def speed_section(results: dict, source: Path, place: Place) -> str:
-    """Layers in bf16, in Markdown: plot, table and how it was measured. `source` is the results file."""
+    """Layers in bf16, in Markdown: table and how it was measured. `source` is the results file."""
     lines = [
-        f"![Speed relative to cuBLAS, shape by shape]({place.path(plot_of(source))})",
-        "",
         "| layer | M, K, N | cuBLAS | cuSPARSELt: compress + GEMM | ours: compress + GEMM "
         "| GEMM, TFLOP/s | GEMM, speed-up | whole layer | **speed-up** | at the paper's rank |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -122,10 +149,10 @@ def fp8_section(results: dict, source: Path, place: Place) -> str:
         f"| geometric mean | | | | | | {factor(mean['gemm_vs_cublas_fp8'])} | | "
         f"**{factor(mean['linear_vs_cublas_bf16'])}** | **{factor(mean['linear_vs_fp8_linear'])}** |",
         "",
-        "As above; *dense fp8* is PyTorch's row-wise scaled product after a compiled dynamic quantisation. "
-        "Quantisation alone moves these layers' outputs by "
+        "Microseconds, measured as in bf16 below; *dense fp8* is PyTorch's row-wise scaled product after a "
+        "compiled dynamic quantisation. Quantisation alone moves these layers' outputs by "
         f"{_range(results['rows'], 'quantization_err')}; the kernels differ from float64 on the same "
-        f"quantised operands by {_range(results['rows'], 'rel_err')}. Commit {str(results['commit'])[:10]} "
+        f"quantised operands by {_range(results['rows'], 'rel_err')}. {measured_on(results)} "
         f"({place.file(source)}).",
     ]
     return "\n".join(lines)
@@ -203,23 +230,26 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     """One denoising step of a model, end to end, in Markdown."""
     variants = results["variants"]
     lines = [
-        "| variant | step, GPU ms | linear layers | attention | rest | host and GPU, ms | peak, GiB "
-        f"| over {REFERENCE} | the same, host and GPU |",
+        "| variant | GPU, ms | linear layers | attention | rest | wall, ms | peak, GiB "
+        f"| speed over {in_words(REFERENCE)} | the same, wall |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in variants:
-        cells = [variant["name"]]
+        cells = [in_words(variant["name"])]
         cells += [number(variant.get(key), ".1f") for key in STEP_COLUMNS]
         cells += [
             factor(step_speed_up(variants, variant["name"], time=time)) for time in ("gpu_ms", "wall_ms")
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    lines += [f"- {one['name']}: not measured: {one['reason']}" for one in variants if one["reason"]]
+    lines += [
+        f"- {in_words(one['name'])}: not measured: {one['reason']}" for one in variants if one["reason"]
+    ]
     lines += [""] if lines[-1] else []
-    also = "".join(f", {one['name']} at {one['commit']}" for one in variants if "commit" in one)
+    also = "".join(f", {in_words(one['name'])} at {one['commit']}" for one in variants if "commit" in one)
+    model, side = in_words(results["model"]), results["resolution"]
     lines.append(
-        f"{results['model']}, {results['resolution']}, batch {results['batch']}, {results['text_tokens']} "
+        f"{model}, {side}x{side}, batch {results['batch']}, {results['text_tokens']} "
         f"text tokens, attention: {results['attention']}; ours: {results['ours']}. "
         f"{measured_on(results)}{also} ({place.file(source)})."
     )
@@ -229,8 +259,9 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
 def sizes_section(results: dict, source: Path, place: Place) -> str:
     """Speed-ups of a step by size of its input, in Markdown."""
     ours = ("rtlynx bf16-2:4", "rtlynx fp8-2:4")
+    named = in_words(f"{REFERENCE}, ms | {' | '.join(ours)}")
     lines = [
-        f"| picture | batch | text tokens | {REFERENCE}, ms | {' | '.join(ours)} | host and GPU, ms |",
+        f"| picture | batch | text tokens | {named} | wall, ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
@@ -246,7 +277,7 @@ def sizes_section(results: dict, source: Path, place: Place) -> str:
     lines += [
         "",
         "GPU time of a step, speed-ups over it, and the time of a step without a CUDA graph: compiled bf16 / "
-        f"{' / '.join(ours)}. {measured_on(results)}{also} ({place.file(source)}).",
+        f"{in_words(' / '.join(ours))}. {measured_on(results)}{also} ({place.file(source)}).",
     ]
     return "\n".join(lines)
 
@@ -270,36 +301,20 @@ def calibration_section(results: dict, source: Path, place: Place) -> str:
     return "\n".join(lines)
 
 
+def card_of(results: dict) -> str:
+    """Card and versions."""
+    limit = number(results["power_limit_w"], ".0f")
+    return f"One {results['device']} (limit {limit} W), torch {results['torch']}, CUDA {results['cuda']}"
+
+
 def measured_on(results: dict) -> str:
     """Card, versions, commit."""
-    return (
-        f"On one {results['device']} (limit {number(results['power_limit_w'], '.0f')} W), torch "
-        f"{results['torch']}, CUDA {results['cuda']}, commit {str(results['commit'])[:10]}"
-    )
+    return f"{card_of(results)}, commit {str(results['commit'])[:10]}"
 
 
-def targets_section(documents: Iterable[dict]) -> str:
-    """What every results file was to reach, met or missed."""
-    lines = ["| target | wanted | measured | |", "|---|---|---|---|"]
-    for document in documents:
-        for target in document.get("targets", ()):
-            wanted = f"{target['bound']} {_figure(target['wanted'], target['unit'])}"
-            verdict = "met" if target["met"] else "**missed**"
-            measured = _figure(target["measured"], target["unit"])
-            lines.append(f"| {target['what']} | {wanted} | {measured} | {verdict} |")
-    return "\n".join(lines)
-
-
-def targets_count(documents: Iterable[dict]) -> str:
-    """How many targets are met."""
-    met = [target["met"] for document in documents for target in document.get("targets", ())]
-    return f"{sum(met)} of {len(met)} targets are met"
-
-
-def _figure(value: float | None, unit: str) -> str:
-    if unit == "x":
-        return factor(value)
-    return f"{number(value, ',.0f')} {unit.replace('us', 'µs')}"
+def folded(title: str, text: str) -> str:
+    """A part of the site that opens on a click."""
+    return f'??? note "{title}"\n\n{textwrap.indent(text, "    ")}'
 
 
 def speedup(row: dict, name: str, over: str = "cublas_us") -> float | None:

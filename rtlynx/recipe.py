@@ -254,9 +254,9 @@ class Recipe:
     def recommended(cls, **changes: Any) -> Recipe:
         """Refitted weights, no low-rank branch, each layer in the format that costs least for what it saves.
 
-        At equal time the nearest to the dense model's pictures in docs/quality.md: a tenth of the saving buys
-        more there, left to a few layers, than as a branch in all of them, and eight bits cost less than
-        dropped activations.
+        At equal time the nearest to the dense model's pictures in docs/results/quality.md: a tenth of the
+        saving buys more there, left to a few layers, than as a branch in all of them, and eight bits cost
+        less than dropped activations.
         """
         settings = {
             "rank": None,

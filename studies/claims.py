@@ -173,7 +173,7 @@ def fp8_within_the_floor(of: Results) -> tuple[bool, str]:
 
 
 CLAIMS: tuple[tuple[str, Callable[[Results], tuple[bool, str]]], ...] = (
-    ("activations bear 2:4 better than weights", activations_over_weights),
+    ("2:4 activations draw nearer to dense than 2:4 weights", activations_over_weights),
     (
         "norm compensation helps pictures although it does not help layer error",
         norm_helps_pictures_not_layers,
@@ -191,7 +191,7 @@ CLAIMS: tuple[tuple[str, Callable[[Results], tuple[bool, str]]], ...] = (
     ("the budget rule beats the paper's hand-picked layers at equal time", budget_beats_by_hand),
     ("fp8 + 2:4 stays within the noise floor at some budget", fp8_within_the_floor),
 )
-BREAKS_FIRST = "what breaks first"
+BREAKS_FIRST = "kind of picture that loses most"
 
 
 def answers(document: Mapping[str, Any]) -> list[Answer]:

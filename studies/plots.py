@@ -8,15 +8,19 @@ the main variants, and those furthest from dense.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from claims import Results
 from jobs import atlas_path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from measure import read_atlas
 from rtlynx_zoo.pipeline import SIZE
 from rtlynx_zoo.prompts import demo_prompts
@@ -35,8 +39,9 @@ SHOWN = (
     "refit+lowrank+strided",
     "recommended",
 )
-ALSO_NAMED = ("all-of-ours", "paper:by-hand", "recommended:bf16", "weight-2:4:slim")
 WORST = {"worst": "activation-2:4", "worst-recommended": "recommended"}  # plot -> variant
+REACHES = (9, 20, 34, 50, 70)  # points between a label and what it names
+MARKER = 5  # pixels from the middle of a marker to its rim
 FLOOR_SHOWN = 5.0  # dB: a noise floor further above the best variant is told and not drawn
 MAGNIFIED = 4  # differences to dense
 COLUMNS = 8
@@ -107,41 +112,109 @@ def errors_by_step(document: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+class Family(NamedTuple):
+    """Variants drawn alike: whose names match the pattern, and none before."""
+
+    title: str
+    names: str
+    colour: str
+    marker: str
+
+
+# The first that matches decides.
+FAMILIES = (
+    Family("dense fp8", r"fp8:dense$", "#1f4e9c", "*"),
+    Family("ours, sparse fp8", r"recommended$|saving:auto|fp8-budget|fp8:", "#2f7d4f", "o"),
+    Family("weights 2:4", r"weight-2:4", "#b45f06", "s"),
+    Family("the paper's recipe", r"paper|\w+:paper", "#8e44ad", "^"),
+    Family("activations 2:4, norm or none", r"activation|\w+:norm", "#c0392b", "v"),
+    Family("ours in bf16", r"", "#7f8c8d", "D"),
+)
+LABELLED = {  # variant -> what the plot calls it
+    "weight-2:4:wanda": "2:4 weights (Wanda)",
+    "activation-2:4": "2:4 activations",
+    "paper": "the paper's recipe",
+    "recommended:bf16": "recommended, bf16",
+    "fp8:dense": "dense fp8",
+    "saving:auto-80%": "80 % of the saving",
+    "recommended": "recommended",
+    "fp8:refit": "every layer sparse",
+}
+
+
+def family_of(name: str) -> Family:
+    return next(family for family in FAMILIES if re.match(family.names, name))
+
+
 def front(document: Mapping[str, Any]) -> Figure | None:
     """PSNR over modelled speed of every row at the study's steps; the Pareto front is a line.
 
-    Rows with caching are crosses and not part of the front: they save steps, with any layers.
+    Rows with caching are left out: they save steps, with any layers.
     """
     rows = [row for row in Results(document).rows.values() if _speed_and_quality(row) is not None]
     steps = max((row["steps"] for row in rows), default=0)
-    rows = [row for row in rows if row["steps"] == steps]
+    rows = [row for row in rows if row["steps"] == steps and row["sweep"] != "cache"]
     if not rows:
         return None
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(6.6, 5.6), layout="constrained")
     axes = figure.subplots()
     points = {row["name"]: _speed_and_quality(row) for row in rows}
-    cached = {row["name"] for row in rows if row["sweep"] == "cache"}
-    best = pareto({name: point for name, point in points.items() if name not in cached})
-    named = {*SHOWN, *ALSO_NAMED, *best, *(name for name in pareto(points) if name in cached)}
-    for row in rows:
-        x, y = points[row["name"]]
-        main = row["group"] == "main"
-        marker = "o" if main else "x" if row["name"] in cached else "."
-        axes.errorbar(x, y, row["figures"]["psnr"]["spread"], fmt=marker, alpha=1 if main else 0.5)
-        if row["name"] in named:
-            axes.annotate(row["name"], (x, y), fontsize=6, xytext=(4, 2), textcoords="offset points")
+    for family in FAMILIES:
+        some = [point for name, point in points.items() if family_of(name) is family]
+        if some:
+            size = 160 if family.marker == "*" else 24
+            style: dict[str, Any] = {"c": family.colour, "marker": family.marker, "s": size}
+            axes.scatter(*np.transpose(some), label=family.title, **style)
+    best = pareto(points)
     axes.plot(*zip(*(points[name] for name in best), strict=True), "k-", linewidth=0.8, zorder=0)
     floor = Results(document).rows.get("dense:other-seed")
     if floor is not None and floor["figures"]["psnr"]["mean"] is not None:
         level, top = floor["figures"]["psnr"]["mean"], max(y for _, y in points.values())
         if level < top + FLOOR_SHOWN:
-            axes.axhline(level, color="grey", linestyle=":")
-        axes.set_title(f"dense from other noise: {level:.1f} dB", fontsize=8, loc="left")
-    axes.set_xlabel(
-        "speed of the linear layers of a full-size step on an H100, modelled, over dense bfloat16"
-    )
-    axes.set_ylabel("PSNR against dense, dB")
+            axes.axhline(level, color="grey", linestyle=":", label=f"dense, other noise: {level:.1f} dB")
+    axes.set_xlabel("linear layers of the full-size model: modelled speed over bf16 (H100)")
+    axes.set_ylabel("PSNR against dense bfloat16, dB")
+    axes.margins(x=0.12, y=0.08)
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
+    place_labels(axes, {LABELLED[name]: points[name] for name in LABELLED if name in points}, points.values())
     return figure
+
+
+def place_labels(
+    axes: Axes, labels: Mapping[str, tuple[float, float]], points: Iterable[tuple[float, float]]
+) -> None:
+    """Write each label beside its point where it covers no other label, and as few points as it can.
+
+    A label that stands further off has a line to its point.
+    """
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # fixes the place of the axes, in which labels are measured
+    figure.set_layout_engine("none")
+    dots, inside = axes.transData.transform(list(points)), axes.get_window_extent()
+    taken: list[Bbox] = []
+
+    def cost_of(box: Bbox, reach: float) -> float:
+        outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
+        covered = sum(box.padded(MARKER).contains(x, y) for x, y in dots)
+        return 1000.0 * (outside + sum(map(box.overlaps, taken))) + 60 * covered + reach
+
+    for text, point in sorted(labels.items(), key=lambda item: item[1][1]):
+        note: Any = axes.annotate(text, point, (0, 0), textcoords="offset points", fontsize=9, va="center")
+        size = Text.get_window_extent(note)
+        tried: list[tuple[float, int, tuple[float, float], float, Bbox]] = []
+        for reach, angle in itertools.product(REACHES, range(0, 360, 30)):
+            dx, dy = reach * np.cos(np.radians(angle)), reach * np.sin(np.radians(angle))
+            side = 0.0 if dx > 1 else 1.0 if dx < -1 else 0.5  # the share of the label left of its place
+            x, y = axes.transData.transform(point) + np.array([dx, dy]) * figure.dpi / 72
+            box = Bbox.from_bounds(x - side * size.width, y - size.height / 2, size.width, size.height)
+            tried.append((cost_of(box.padded(2), reach), len(tried), (dx, dy), side, box.padded(2)))
+        _, _, offset, side, box = min(tried, key=lambda one: one[:2])
+        note.set_position(offset)
+        note.set_horizontalalignment({0.0: "left", 0.5: "center", 1.0: "right"}[side])
+        if np.hypot(*offset) > REACHES[0] + 1:
+            line = {"arrowstyle": "-", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", point, offset, textcoords="offset points", arrowprops=line)
+        taken.append(box)
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -11,6 +11,7 @@ from calibration_helpers import JOINT, PROMPTS, RIDGE, assert_same, in_two_proce
 from helpers import TinyPipeline, relative_error, tiny_flux
 
 from rtlynx import CalibrationOptions, CheckpointError, Recipe
+from rtlynx.calibration.folder import digest
 from rtlynx.models import state_of
 
 
@@ -206,3 +207,9 @@ def test_a_folder_left_as_it_was_gives_the_same(folder):
     sample(again, JOINT, options_in(folder))
     assert again.batches == []
     assert_same(solution(again.transformer), solution(first.transformer))
+
+
+def test_a_timestep_of_one_picture_is_written_down():
+    expanded = torch.tensor(0.75).expand(1)
+    assert expanded.stride() == (0,)
+    assert digest(expanded) == digest(torch.tensor([0.75])) != digest(torch.tensor([0.5]))

@@ -12,7 +12,9 @@ import pytest
 from rtlynx.models import plan
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL, PROLOGUE = ((ROOT / "docs" / f"add-a-{name}.md").read_text() for name in ("model", "prologue"))
+MODEL, PROLOGUE = (
+    (ROOT / "docs" / "develop" / f"add-a-{name}.md").read_text() for name in ("model", "prologue")
+)
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git, which applies the diff")
 
 # What the new prologue gives, in plain PyTorch; and its kernels, where the compiler is there.

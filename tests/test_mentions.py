@@ -17,7 +17,7 @@ SOURCES = [
     for source in (ROOT / folder).rglob(kind)
 ]
 # What these name is not there yet, or no longer: the worked example makes it, the history remembers it.
-TO_COME = {"docs/add-a-model.md": {"rtlynx/models/sd3.py"}}
+TO_COME = {"docs/develop/add-a-model.md": {"rtlynx/models/sd3.py"}}
 HISTORY = {"CHANGELOG.md"}
 PATH = re.compile(rf"(?<![\w/.~-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w/*](?![\w./*-]*\{{)")
 MODULE = re.compile(r"`+((?:rtlynx|rtlynx_zoo)(?:\.\w+)+)")
@@ -84,12 +84,12 @@ def test_what_docstrings_and_comments_name_exists():
 
 
 def test_the_map_shows_the_floors_as_they_are():
-    contributing = (ROOT / "CONTRIBUTING.md").read_text()
-    picture = contributing.partition("<!-- floors -->")[2].partition("## ")[0]
+    page = (ROOT / "docs" / "develop" / "map.md").read_text()
+    picture = page.partition("<!-- floors -->")[2].partition("## ")[0]
     drawn = [tuple(re.findall(r"│ (\w+)", line)) for line in picture.splitlines() if re.search(r"│ \w", line)]
     assert drawn == list(reversed(FLOORS))
     for package in (name for floor in FLOORS for name in floor):
-        assert re.search(rf"^\| `rtlynx/{package}(?:\.py)?` \|", contributing, re.MULTILINE)
+        assert re.search(rf"^\| `rtlynx/{package}(?:\.py)?` \|", page, re.MULTILINE)
 
 
 def test_old_modules_of_the_changelog_are_gone_and_new_ones_there():

@@ -1,4 +1,4 @@
-"""What the README says is what the committed results file says, and its code runs."""
+"""The README is short, its figures are those of the results files, its links lead somewhere."""
 
 import json
 import re
@@ -12,24 +12,42 @@ import rtlynx
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
+import goals
+import overview
 import speed_plots
 import study_tables
 import tables
-import update_readme
-from plots import PLOTS
+import update
+from plots import FAMILIES, PLOTS, family_of
 
+from rtlynx.models.plan import ARCHITECTURES
 from rtlynx.storage.files import sha256_of
+from rtlynx.timing.results import REFERENCE
+from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-IN_README, ON_SITE = (tables.Place(in_docs=in_docs) for in_docs in (False, True))
+IN_README = tables.Place(Path("README.md"))
+ON_SITE = tables.Place(Path("docs/results/speed.md"))
 
 
-def test_the_table_is_the_results_file():
-    assert update_readme.updated(README, Path("README.md")) == README
-    results = json.loads((ROOT / update_readme.STUDY).read_text())
-    ours = next(row for row in results["rows"] if row["name"] == "refit+lowrank+strided")
-    assert f"| `refit+lowrank+strided` | {ours['figures']['psnr']['mean']:.2f} |" in README
+def test_it_is_read_in_two_minutes():
+    assert len(README.splitlines()) <= 150
+    titles = [line for line in README.splitlines() if line.startswith("## ")]
+    assert titles.index("## Install") < titles.index("## How it works")
+
+
+def test_its_figures_are_those_of_the_results_files():
+    assert update.updated(README, Path("README.md")) == README
+    study = json.loads((ROOT / study_tables.RESULTS / "quality-flux-emoji.json").read_text())
+    for name, title in (("fp8:dense", "dense fp8, rtlynx"), ("recommended", r"\*\*sparse fp8, rtlynx\*\*")):
+        psnr = study_tables.rows_of(study)[name]["figures"]["psnr"]["mean"]
+        assert re.search(rf"\| FLUX.1-dev \| {title} \|.*\| {psnr:.1f} \|", README)
+
+
+def test_figures_of_speed_and_pictures_stand_in_generated_parts_alone():
+    by_hand = re.sub(r"<!-- overview: begin -->.*<!-- overview: end -->", "", README, flags=re.DOTALL)
+    assert not re.findall(r"\d+\.\d+x|\d dB|\d ms|\d µs", by_hand)
 
 
 def test_the_studys_plots_are_of_their_results_files():
@@ -43,11 +61,91 @@ def test_the_studys_plots_are_of_their_results_files():
                 )
 
 
-def test_the_plot_is_of_the_results_file():
-    assert update_readme.plotted()
-    for source in update_readme.plotted():
-        with Image.open(ROOT / tables.plot_of(source)) as plot:
-            assert plot.text["Source"] == sha256_of(ROOT / source), "run python docs/update_readme.py"
+def test_the_plots_of_speed_are_of_their_results_files():
+    assert update.plotted()
+    digests = {tables.plot_of(source): sha256_of(ROOT / source) for source in update.plotted()}
+    for file, digest in {**digests, overview.CHART: update.steps_digest()}.items():
+        with Image.open(ROOT / file) as plot:
+            assert plot.text["Source"] == digest, "run python docs/update.py"
+
+
+def test_every_variant_of_the_study_belongs_to_one_family_of_points():
+    families = {name: family_of(name).title for name in ("fp8:dense", "paper:by-hand", "fp8:refit", "refit")}
+    assert list(families.values()) == ["dense fp8", "the paper's recipe", "ours, sparse fp8", "ours in bf16"]
+    assert family_of("recommended:bf16") is family_of("saving:refit-80%") is FAMILIES[-1]
+    assert family_of("rank:paper-2%") is family_of("paper")
+
+
+# ------------------------------------------------------------------------- models at a glance
+
+
+def invented_step(model, card, **gpu_ms):
+    """Results of one step: variant -> GPU ms; wall time is 1 ms more."""
+    rows = [
+        {"name": name, "gpu_ms": ms, "wall_ms": ms and ms + 1, "reason": None} for name, ms in gpu_ms.items()
+    ]
+    how = {"resolution": 1024, "batch": 1, "text_tokens": 512, "attention": "sdpa", "ours": "ours"}
+    card = {"device": f"NVIDIA {card}", "power_limit_w": 700.0, "torch": "2", "cuda": "13", "commit": "abc"}
+    return {"model": model, **how, **card, "variants": rows, "targets": []}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Writes results of a step into a repository of its own, which it gives."""
+    (tmp_path / update.RESULTS).mkdir(parents=True)
+
+    def write(model, card, **gpu_ms):
+        file = tmp_path / update.RESULTS / f"step-{model}-{card.lower()}.json"
+        file.write_text(json.dumps(invented_step(model, card, **gpu_ms)))
+        return tmp_path
+
+    return write
+
+
+def test_the_newest_card_that_dense_fp8_was_measured_on_is_shown(measured):
+    measured("flux1-dev", "H100", **{REFERENCE: 100.0, RECOMMENDED: 60.0})
+    root = measured("flux1-dev", "H200", **{REFERENCE: 90.0, DENSE_FP8: 60.0, RECOMMENDED: 50.0})
+    measured("z-image", "H100", **{REFERENCE: 80.0, RECOMMENDED: 40.0})
+    measured("z-image", "H200", **{REFERENCE: 80.0, DENSE_FP8: None})
+    shown = {model: file.stem[-4:] for model, file in overview.current_steps(root).items()}
+    assert shown == {"flux1-dev": "h200", "z-image": "h100"}
+    lines = overview.overview_section(root, IN_README).splitlines()
+    assert "| FLUX.1-dev | dense fp8, rtlynx | 60.0 | 61.0 | – | 1.50x | – | – |" in lines  # noqa: RUF001
+    assert not any("100.0" in line for line in lines)
+    verdict = overview.verdict_section(root, IN_README)
+    assert "Sparsity makes its step faster by 1.20x (FLUX.1-dev)." in verdict
+    earlier = update.steps(root, ON_SITE)
+    assert '??? note "Earlier: FLUX.1-dev, NVIDIA H100"' in earlier
+
+
+def test_nothing_is_said_where_nothing_was_measured(tmp_path):
+    assert update.PARTS["overview"](tmp_path, IN_README) == ""
+
+
+def test_the_chart_shows_models_with_and_without_dense_fp8(tmp_path):
+    steps = {
+        "flux1-dev": invented_step(
+            "flux1-dev", "H200", **{REFERENCE: 90.0, DENSE_FP8: 60.0, RECOMMENDED: 50.0}
+        ),
+        "z-image": invented_step("z-image", "H100", **{REFERENCE: 80.0, RECOMMENDED: 40.0}),
+    }
+    speed_plots.draw_steps(steps, tmp_path / "steps.png", "digest")
+    with Image.open(tmp_path / "steps.png") as image:
+        assert image.text["Source"] == "digest"
+        assert image.width > 800
+        blue = tuple(bytes.fromhex(speed_plots.BLUE[1:]))  # dense fp8: of one model alone
+        columns = [x for x in range(image.width) if image.convert("RGB").getpixel((x, 200)) == blue]
+    assert columns
+    assert max(columns) < image.width / 2
+
+
+# ------------------------------------------------------------------------------- layers
+
+
+def target(what, wanted, measured, unit, *, met=False, bound="at least"):
+    why = None if met else "benchmarks/NOTES.md, What bounds the GEMM"
+    of = {"what": what, "bound": bound, "wanted": wanted, "measured": measured, "unit": unit}
+    return {**of, "met": met, "why": why}
 
 
 def invented_speed() -> dict:
@@ -86,39 +184,17 @@ def invented_speed() -> dict:
             "gemm_vs_cusparselt": None,
         },
         "targets": [
-            {
-                "what": "speed",
-                "bound": "at least",
-                "wanted": 1.5,
-                "measured": 1.25,
-                "unit": "x",
-                "met": False,
-            },
-            {"what": "host", "bound": "at most", "wanted": 30.0, "measured": 29.0, "unit": "us", "met": True},
-            {"what": "rest", "bound": "at least", "wanted": 2.0, "measured": None, "unit": "x", "met": False},
+            target("speed", 1.5, 1.25, "x"),
+            target("host time", 30.0, 29.0, "us", met=True, bound="at most"),
+            target("rest", 2.0, None, "x"),
+            target("nearly", 0.85, 0.8478, "x"),
         ],
     }
 
 
-def updated(readme, root):
-    return update_readme.updated(readme, Path("README.md"), root)
-
-
-def test_how_fast_appears_with_its_results(tmp_path):
-    begin, end = "<!-- speed: begin -->", "<!-- speed: end -->"
-    others = "".join(f"<!-- {name}: begin --><!-- {name}: end -->" for name in ("study", "claims", "steps"))
-    readme = f"{others}\n\n{begin}\nold\n{end}\n\nrest\n"
-
-    before = updated(readme, tmp_path)
-    assert before.endswith(f"{begin}\n{end}\n\nrest\n")
-
-    results = tmp_path / update_readme.BF16
-    results.parent.mkdir(parents=True)
-    results.write_text(json.dumps(invented_speed()))
-    after = updated(before, tmp_path)
-    assert after == updated(after, tmp_path)
-    lines = after.splitlines()
-    assert "## How fast" in lines
+def test_layers_appear_with_their_results():
+    source = update.RESULTS / "linear-bf16-x.json"
+    lines = tables.speed_section(invented_speed(), source, ON_SITE).splitlines()
     first, second, mean = (
         next(line for line in lines if line.startswith(f"| {x} |")) for x in ("a", "b", "geometric mean")
     )
@@ -129,13 +205,30 @@ def test_how_fast_appears_with_its_results(tmp_path):
     )
     assert "| – + – |" in second  # noqa: RUF001
     assert "| 2.00x | | **1.25x** | 1.25x |" in mean
-    assert "a card" in after
-    assert "1 of 3 targets are met. [Every other figure](docs/speed.md)." in lines
-    lines = update_readme.targets(tmp_path, ON_SITE).splitlines()
-    assert "| speed | at least 1.50x | 1.25x | **missed** |" in lines
-    assert "| host | at most 30 µs | 29 µs | met |" in lines
-    assert "| rest | at least 2.00x | – | **missed** |" in lines  # noqa: RUF001
-    assert "commit 0123456789 " in after
+    assert "a card" in lines[-1]
+    assert "commit 0123456789 " in lines[-1]
+
+
+def test_goals_come_with_what_is_next_and_the_missing_first():
+    document = invented_speed()
+    lines = goals.goals_section([document], goals.LAYER).splitlines()
+    assert lines[2:] == [
+        "| speed: at least 1.50x | 1.25x | activations from registers; fewer bytes from L2 |",
+        "| rest: at least 2.00x | – | activations from registers; fewer bytes from L2 |",  # noqa: RUF001
+        "| nearly: at least 0.85x | 0.848x | activations from registers; fewer bytes from L2 |",
+    ]
+    host = goals.goals_section([document], goals.HOST).splitlines()
+    assert host[2:] == ["| host time: at most 30&nbsp;µs | 29&nbsp;µs | reached |"]
+
+
+def test_every_goal_has_its_place_and_what_is_next():
+    documents = update.documents(ROOT)
+    groups = (goals.STEP, goals.LAYER, goals.COMPRESSION, goals.HOST)
+    shown = [goals.goals_section(documents, group).splitlines()[2:] for group in groups]
+    assert all(shown)
+    assert sum(map(len, shown)) == sum(len(document.get("targets", ())) for document in documents)
+    notes = (ROOT / "benchmarks" / "NOTES.md").read_text()
+    assert all(f"\n## {section}\n" in notes for section in goals.NEXT)
 
 
 def test_fp8_appears_with_its_results():
@@ -150,8 +243,8 @@ def test_fp8_appears_with_its_results():
     }
     unmeasured = row | dict.fromkeys(("cublas_fp8_us", "fp8_linear_us", "quantization_err"))
     means = {"gemm_vs_cublas_fp8": 2.0, "linear_vs_cublas_bf16": 2.0, "linear_vs_fp8_linear": None}
-    results = {"rows": [row, unmeasured], "geomean": means, "commit": "0123456789ab"}
-    section = tables.fp8_section(results, update_readme.FP8, IN_README)
+    results = invented_speed() | {"rows": [row, unmeasured], "geomean": means}
+    section = tables.fp8_section(results, update.RESULTS / "linear-fp8-x.json", IN_README)
     first, second = (line for line in section.splitlines() if line.startswith("| a |"))
     assert first.startswith("| a | 4096, 3072, 4096 | 100 | 20 + 60 | 20 + 30 |")
     assert first.endswith("| 2.00x | 50 | **2.00x** | **1.60x** |")
@@ -168,26 +261,36 @@ def test_the_plot_shows_layers_that_a_peer_cannot_do(tmp_path):
 
 
 def test_a_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match="speed: begin"):
-        update_readme.updated(README.replace("<!-- speed: begin -->", ""), Path("README.md"))
+    with pytest.raises(ValueError, match="overview: begin"):
+        update.updated(README.replace("<!-- overview: begin -->", ""), Path("README.md"))
 
 
 def test_every_public_name_that_the_readme_uses_exists():
-    used = set(re.findall(r"\brtlynx\.([A-Za-z_]+)\(", README))
-    assert len(used) >= 5
+    used = set(re.findall(r"\brtlynx\.([A-Za-z_]+)[.(]", README))
+    assert len(used) >= 3
     assert used <= set(rtlynx.__all__)
 
 
-def test_every_recipe_setting_in_the_readme_is_one():
-    block = re.search(r"<!-- recipe -->\n```python\n(.*?)```", README, re.DOTALL)
-    scope = {"rtlynx": rtlynx}
-    exec(block.group(1), scope)
-    assert isinstance(scope["recipe"], rtlynx.Recipe)
+def test_the_models_of_the_support_matrix_are_those_known_by_name():
+    rows = re.findall(r"^\| ([\w.-]+) \| yes \| (\w+) \| ([\w ]+) \|", README, re.MULTILINE)
+    classes = {"FLUX.1": "Flux", "Qwen-Image": "QwenImage", "Z-Image": "ZImage"}
+    known = {f"{classes[name]}Transformer2DModel": (fused, rows_) for name, fused, rows_ in rows}
+    assert set(known) == set(ARCHITECTURES)
+    for name, (fused, text_rows) in known.items():
+        assert (fused == "yes") == bool(ARCHITECTURES[name].fused)
+        assert (text_rows == "yes") == (ARCHITECTURES[name].text_rows is not None)
 
 
-def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)|src=\"(?!https?:)([^\"]+)\"", README):
-        assert (ROOT / (target[0] or target[1])).exists(), target
+def test_linked_files_and_headings_exist():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert len(links) > 15
+    for file, _, heading in (link.partition("#") for link in links):
+        if file.startswith("../../actions/"):  # GitHub's own pages
+            continue
+        assert (ROOT / file).exists(), file
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
 
 
 def test_quantised_chains_are_a_table_where_they_were_measured():

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,13 @@ from rtlynx.recipe import FORMAT_NAMES
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
 import diagrams
-import update_readme
+import study_tables
+import tables
+import update
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
+DOCS = ROOT / "docs"
+PAGES = {page.relative_to(DOCS).as_posix(): page.read_text() for page in DOCS.rglob("*.md")}
 STEP = {
     "ours": "the recommended recipe",
     "device": "a card",
@@ -30,7 +32,7 @@ STEP = {
     "cuda": "13.0",
     "commit": "0123456789abcdef",
     "model": "a model",
-    "resolution": "1024x1024",
+    "resolution": 1024,
     "batch": 1,
     "text_tokens": 512,
     "attention": "sdpa",
@@ -46,10 +48,10 @@ TIMES = {
 }
 
 
-@pytest.mark.parametrize("file", [file for file in update_readme.TEXTS if file.parts[0] == "docs"], ids=str)
+@pytest.mark.parametrize("file", [file for file in update.TEXTS if file.parts[0] == "docs"], ids=str)
 def test_generated_parts_are_up_to_date(file):
     text = (ROOT / file).read_text()
-    assert update_readme.updated(text, file) == text, "run python docs/update_readme.py"
+    assert update.updated(text, file) == text, "run python docs/update.py"
 
 
 @pytest.mark.parametrize("name", diagrams.DIAGRAMS)
@@ -57,54 +59,59 @@ def test_diagrams_are_up_to_date(name):
     assert (ROOT / diagrams.FOLDER / name).read_text() == diagrams.DIAGRAMS[name]()
 
 
-def test_steps_appear_with_their_results(tmp_path):
-    assert update_readme.PARTS["steps"](tmp_path, None) == ""
+def test_steps_and_sizes_appear_with_their_results(tmp_path):
+    place = tables.Place(Path("docs/results/speed.md"))
     variants = [
         {"name": "bf16 eager", "gpu_ms": 80.0, **TIMES},
         {"name": "bf16 compiled", "gpu_ms": 60.0, **TIMES},
         {"name": "rtlynx fp8-2:4", "gpu_ms": 40.0, **TIMES},
         {"name": "fp8 compiled (torchao)", "gpu_ms": None, **dict.fromkeys(TIMES), "reason": "not installed"},
     ]
-    folder = tmp_path / update_readme.RESULTS
+    folder = tmp_path / update.RESULTS
     folder.mkdir(parents=True)
-    target = {
-        "what": "a step",
-        "bound": "at most",
-        "wanted": 45.0,
-        "measured": 40.0,
-        "unit": "ms",
-        "met": True,
-    }
-    (folder / "step-x-h100.json").write_text(json.dumps(STEP | {"variants": variants, "targets": [target]}))
-    text = "<!-- speed: begin --><!-- speed: end --><!-- steps: begin --><!-- steps: end -->"
-    for part in ("sizes", "calibration", "parts", "targets"):
-        text += f"<!-- {part}: begin --><!-- {part}: end -->"
     sizes = [{"resolution": 512, "batch": 4, "text_tokens": 32, "commit": "def", "variants": variants}]
-    (folder / "sizes-x-h100.json").write_text(json.dumps(STEP | {"rows": sizes}))
     block = {"runs": [{"layers": 5}], "seconds_to_solve": 6.14, "seconds_a_call": 0.2, "peak_gib": 57.5}
     tokens = {"image_tokens": 4096, "text_tokens": 512}
-    (folder / "calibration-x-h100.json").write_text(json.dumps(STEP | tokens | {"blocks": {"one": block}}))
-    page = update_readme.updated(text, Path("docs/speed.md"), tmp_path)
-    lines = page.splitlines()
-    assert "### a model, a card" in lines
-    assert "| rtlynx fp8-2:4 | 40.0 | 30.0 | 6.0 | 4.0 | 41.0 | 24.5 | 1.50x | 1.00x |" in lines
-    assert any(line.startswith("| fp8 compiled (torchao) | – | – |") for line in lines)  # noqa: RUF001
-    assert "- fp8 compiled (torchao): not measured: not installed" in lines
-    assert "| a step | at most 45 ms | 40 ms | met |" in lines
+    for name, document in (
+        ("step-x", STEP | {"variants": variants}),
+        ("sizes-x", STEP | {"rows": sizes}),
+        ("calibration-x", STEP | tokens | {"blocks": {"one": block}}),
+    ):
+        assert update.PARTS[name.partition("-")[0].replace("step", "steps")](tmp_path, place) == ""
+        (folder / f"{name}-h100.json").write_text(json.dumps(document))
+    parts = [update.PARTS[name](tmp_path, place) for name in ("steps", "sizes", "calibration")]
+    lines = [line.strip() for line in "\n".join(parts).splitlines()]
+    assert '??? note "Earlier: a model, a card"' in lines
+    assert "| sparse fp8 | 40.0 | 30.0 | 6.0 | 4.0 | 41.0 | 24.5 | 1.50x | 1.00x |" in lines
+    assert any(line.startswith("| dense fp8 of torchao | – | – |") for line in lines)  # noqa: RUF001
+    assert "- dense fp8 of torchao: not measured: not installed" in lines
     assert "| 512² | 4 | 32 | 60.0 | – | 1.50x | 41 / – / 41 |" in lines  # noqa: RUF001
     assert any("commit 0123456789, batch 4 at def" in line for line in lines)
     assert "| one | 5 | 6.1 | 0.20 | 57.5 |" in lines
 
 
+def test_dense_fp8_is_before_bf16_sparsity_as_the_quality_page_says():
+    for file in (ROOT / study_tables.RESULTS).glob("quality-*.json"):
+        rows = study_tables.rows_of(json.loads(file.read_text()))
+        dense = rows["fp8:dense"]
+        for row in rows.values():
+            speed, psnr = row["modelled_speedup"], row["figures"]["psnr"]["mean"]
+            of_bf16 = not any("fp8" in form for form in row["forms"])
+            if speed is None or psnr is None or not of_bf16 or row["sweep"] == "cache":
+                continue
+            assert speed < dense["modelled_speedup"], row["name"]
+            assert speed <= 1.01 or psnr < dense["figures"]["psnr"]["mean"], row["name"]
+
+
 def test_every_public_name_is_on_the_api_page_and_has_a_docstring():
-    listed = re.findall(r"^::: rtlynx\.(\w+)$", PAGES["api.md"], re.MULTILINE)
+    listed = re.findall(r"^::: rtlynx\.(\w+)$", PAGES["reference/api.md"], re.MULTILINE)
     assert sorted(listed) == sorted(rtlynx.__all__)
     assert all((getattr(rtlynx, name).__doc__ or "").strip() for name in listed)
 
 
 def test_every_field_of_the_recipe_is_explained_with_its_default():
     rows = re.findall(
-        r"^\| (`.*?) \| (`.*?) \|", PAGES["recipes.md"].partition("## Every field")[2], re.MULTILINE
+        r"^\| (`.*?) \| (`.*?) \|", PAGES["guides/recipes.md"].partition("## Every field")[2], re.MULTILINE
     )
     shown = {
         name: ast.literal_eval(value)
@@ -113,23 +120,15 @@ def test_every_field_of_the_recipe_is_explained_with_its_default():
     }
     recipe = rtlynx.Recipe()
     assert shown == {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    assert all(f"| `{form}` |" in PAGES["recipes.md"] for form in FORMAT_NAMES)
+    assert all(f"| `{form}` |" in PAGES["guides/recipes.md"] for form in FORMAT_NAMES)
 
 
 def test_every_recipe_on_the_pages_is_one():
     scope = {"rtlynx": rtlynx, "Recipe": rtlynx.Recipe, "Budget": rtlynx.Budget}
-    found = re.findall(r"`(Recipe(?:\.\w+)?\(.*?\)|Budget\(\w+=[\d.]+\))`", PAGES["recipes.md"])
+    found = re.findall(r"`(Recipe(?:\.\w+)?\(.*?\)|Budget\(\w+=[\d.]+\))`", PAGES["guides/recipes.md"])
     assert len(found) > 6
     for expression in found:
         assert isinstance(eval(expression, scope), rtlynx.Recipe | rtlynx.Budget)
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_code_on_the_pages_is_python_and_uses_names_that_exist(name):
-    for block in re.findall(r"^ *```python\n(.*?)^ *```", PAGES[name], re.DOTALL | re.MULTILINE):
-        code = textwrap.dedent(block)
-        ast.parse(code)
-        assert set(re.findall(r"\brtlynx\.([A-Za-z_]+)\(", code)) <= set(rtlynx.__all__)
 
 
 def python_after(name, mark):
@@ -141,7 +140,7 @@ def test_the_operators_run_as_the_reference_says():
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (6, 32), "weight": (16, 32), "lowrank_a": (4, 32), "lowrank_b": (16, 4), "bias": (16,)}
     scope = {name: torch.randn(*shape, generator=generator).bfloat16() for name, shape in shapes.items()}
-    code = python_after("api.md", "## Kernels as torch operators").splitlines(keepends=True)
+    code = python_after("reference/api.md", "## Kernels as torch operators").splitlines(keepends=True)
     exec("".join(code[:-1]), scope)
     two_calls = scope["y"]
     exec(code[-1], scope)
@@ -150,19 +149,12 @@ def test_the_operators_run_as_the_reference_says():
 
 def test_a_kernel_compiles_as_the_page_says(capsys):
     pytest.importorskip("cuda.core")
-    exec(python_after("kernels.md", "<!-- report -->"), {})
+    exec(python_after("develop/kernels.md", "<!-- report -->"), {})
     assert capsys.readouterr().out.endswith(" ()\n")  # no faults
 
 
-def test_pipelines_of_the_quick_start_exist():
-    import diffusers
-
-    for name in re.findall(r"diffusers\.(\w+Pipeline)", PAGES["index.md"]):
-        assert hasattr(diffusers, name)
-
-
 def test_files_and_macros_of_the_kernel_page_exist():
-    text = PAGES["kernels.md"]
+    text = PAGES["develop/kernels.md"]
     table = text.partition("## What is where")[2].partition("## Macros")[0]
     named = set()
     for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):  # names of one cell lie in one folder
@@ -194,7 +186,7 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
             r"<(?:script|img|link)[^>]+(?:src|href)=\"?((?:https?:)?//[^\" >]+)", page.read_text()
         )
         assert not fetched, page
-    assert not list(tmp_path.rglob("update_readme.py"))
-    reference = (tmp_path / "api" / "index.html").read_text()
+    assert not list(tmp_path.rglob("*.py"))
+    reference = (tmp_path / "reference" / "api" / "index.html").read_text()
     assert all(f'id="rtlynx.{name}"' in reference for name in rtlynx.__all__)
     assert "doc-module" not in reference  # the source alone is read: it finds the function, not its namesake

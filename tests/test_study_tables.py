@@ -1,14 +1,18 @@
 """The study's tables on invented results."""
 
+import itertools
+import json
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
 import study_tables
+from matplotlib.text import Text
+from plots import LABELLED, front
 from tables import Place
 
-ON_SITE = Place(in_docs=True)
+ON_SITE = Place(Path("docs/results/quality.md"))
 SOURCE = study_tables.RESULTS / "quality-x.json"
 
 
@@ -65,7 +69,7 @@ def test_rows_of_the_main_comparison_come_in_the_studys_order():
 def test_each_sweep_that_was_run_is_a_table():
     swept = (row(f"ridge:{ridge}", 20.0, None, group="sweep", sweep="ridge") for ridge in ("1", "0.01"))
     text = study_tables.sweeps_section(results(row("dense", None, None), *swept))
-    assert text.count("####") == 1
+    assert text.count("**Ridge**") == text.count("**") / 2 == 1
     assert text.index("`ridge:0.01`") < text.index("`ridge:1`")
     assert "| `ridge:1` | 20.00 | 0.500 | 0.500 | 0.0123 | 0.0200 | 1.38x |" in text
 
@@ -90,5 +94,18 @@ def test_plots_appear_where_they_are(tmp_path):
     assert study_tables.plots_section(SOURCE, ON_SITE, root=tmp_path) == ""
     (folder / "plot-front.png").touch()
     shown = study_tables.plots_section(SOURCE, ON_SITE, root=tmp_path)
-    assert shown.endswith("](study/quality-x/plot-front.png)")
+    assert shown.endswith("](../study/quality-x/plot-front.png)")
     assert study_tables.model_title(results()) == "x (Flux architecture)"
+
+
+def test_labels_of_the_pareto_plot_do_not_cover_each_other():
+    for file in sorted((study_tables.ROOT / study_tables.RESULTS).glob("quality-*.json")):
+        figure = front(json.loads(file.read_text()))
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        notes = [note for note in axes.texts if note.get_text()]
+        assert {note.get_text() for note in notes} == set(LABELLED.values())
+        boxes = [Text.get_window_extent(note) for note in notes]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        inside = axes.get_window_extent()
+        assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)

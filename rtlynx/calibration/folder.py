@@ -114,7 +114,9 @@ def digest(value: Any) -> str:
 
     def feed(item: Any) -> None:
         if isinstance(item, Tensor):
-            whole = item.detach().cpu().contiguous().flatten()
+            whole = item.detach().cpu().contiguous()
+            # One entry may be contiguous with a stride of 0, as an expanded timestep is.
+            whole = whole.as_strided((whole.numel(),), (1,))
             put("tensor", f"{item.dtype} {tuple(item.shape)}".encode())
             put("entries", whole.view(torch.uint8).numpy())
         elif isinstance(item, Mapping):

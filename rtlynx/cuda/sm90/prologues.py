@@ -3,7 +3,7 @@
 A *prologue* is an elementwise function of a model's activations whose result is compressed or quantised
 without being stored: norm and modulation, an activation, a gate. It is computed in float32 and rounded once
 to bfloat16. Adding one takes an entry in `PROLOGUES`, its `struct Prologue` in prologues.cuh and a line in
-the model that has it (docs/add-a-prologue.md).
+the model that has it (docs/develop/add-a-prologue.md).
 """
 
 from __future__ import annotations

@@ -1,0 +1,137 @@
+"""The three models at a glance: a step of each in dense and sparse fp8, and what either does to pictures."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from study_tables import RESULTS as STUDIES
+from study_tables import rows_of
+from tables import Place, card_of, factor, number
+
+from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
+from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, TORCHAO
+
+CHART = Path("docs/speed/steps.png")
+RESULTS = Path("benchmarks/results")
+
+
+class Model(NamedTuple):
+    """A full-size model, and the small one of its architecture whose pictures were measured."""
+
+    title: str
+    step: str
+    study: str
+
+
+MODELS = (
+    Model("FLUX.1-dev", "flux1-dev", "flux-emoji"),
+    Model("Qwen-Image", "qwen-image", "qwen-emoji"),
+    Model("Z-Image", "z-image", "z-image-emoji"),
+)
+# Variant of a step -> how it is called here, and its row in the study.
+VARIANTS = {
+    REFERENCE: ("bf16, compiled", None),
+    TORCHAO: ("dense fp8, torchao", None),
+    DENSE_FP8: ("dense fp8, rtlynx", "fp8:dense"),
+    RECOMMENDED: ("**sparse fp8, rtlynx**", "recommended"),
+}
+
+
+def current_steps(root: Path) -> dict[str, Path]:
+    """The results file of each model to show: of the newest card on which dense fp8 was measured, too.
+
+    A model without such a file is shown by the oldest that it has.
+    """
+    found = {}
+    for model in MODELS:
+        files = sorted((root / RESULTS).glob(f"step-{model.step}-*.json"))
+        complete = [file for file in files if _row(_read(file), DENSE_FP8).get("gpu_ms") is not None]
+        if files:
+            found[model.step] = (complete or files[:1])[-1].relative_to(root)
+    return found
+
+
+def overview_section(root: Path, place: Place) -> str:
+    """The table of models and variants, in Markdown, with where its figures are from."""
+    steps, studies = current_steps(root), _studies(root)
+    lines = [
+        "| model | variant | GPU, ms | wall, ms | wall with CUDA graphs, ms | speed | PSNR, dB | SSIM |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        if model.step not in steps:
+            continue
+        document = _read(root / steps[model.step])
+        rows = document["variants"]
+        for name, (title, study) in VARIANTS.items():
+            row, graphs = _row(document, name), _row(document, name + BLOCK_GRAPHS)
+            times = row.get("gpu_ms"), row.get("wall_ms"), graphs.get("wall_ms")
+            cells = [model.title, title, *(number(time, ".1f") for time in times)]
+            cells += [factor(step_speed_up(rows, name)), *_picture(studies.get(model.study, {}), study)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _sources(root, steps.values(), place)])
+
+
+def verdict_section(root: Path, place: Place) -> str:
+    """What sparsity adds to dense fp8 on the same kernels, and what it costs in pictures, in one sentence."""
+    steps, studies = current_steps(root), _studies(root)
+    faster, costs = [], []
+    for model in MODELS:
+        rows = _read(root / steps[model.step])["variants"] if model.step in steps else []
+        speed = step_speed_up(rows, RECOMMENDED, DENSE_FP8)
+        if speed is not None:
+            faster.append(f"{factor(speed)} ({model.title})")
+        known = studies.get(model.study, {})
+        if {"fp8:dense", "recommended"} <= set(known):
+            dense, sparse = (known[name]["figures"]["psnr"]["mean"] for name in ("fp8:dense", "recommended"))
+            costs.append(f"from {dense:.1f} to {sparse:.1f} dB ({model.study})")
+    text = "**The alternative is dense fp8**: the same model on the same fused kernels, nothing dropped."
+    if faster:
+        text += f" Sparsity makes its step faster by {_listed(faster)}."
+    if costs:
+        text += f" Sparsity costs pictures: PSNR falls {_listed(costs)}."
+    return text
+
+
+def _sources(root: Path, sources: Iterable[Path], place: Place) -> str:
+    """Where the table's figures are from, and what they do not say."""
+    known = [(source, _read(root / source)) for source in sources]
+    cards = dict.fromkeys(card_of(document) for _, document in known)
+    files = ", ".join(place.file(source) for source, _ in known)
+    return (
+        f"One step at 1024x1024, batch 1; a dash: not measured. {'; '.join(cards)} ({files}). *Speed* is GPU "
+        "time against compiled bf16. PSNR and SSIM compare with dense pictures of the same noise, on a "
+        "**64x64 emoji model of the same architecture**: pictures of full-size models have not been measured "
+        f"({_counts(root, 'fp8:dense')} pictures for dense fp8, {_counts(root, 'recommended')} for sparse)."
+    )
+
+
+def _studies(root: Path) -> dict[str, dict[str, dict]]:
+    """Model of the study -> its rows by name."""
+    files = {model.study: root / STUDIES / f"quality-{model.study}.json" for model in MODELS}
+    return {name: rows_of(_read(file)) for name, file in files.items() if file.is_file()}
+
+
+def _counts(root: Path, name: str) -> str:
+    """How many pictures of each model a row of the study has."""
+    counts = {rows[name]["n"] for rows in _studies(root).values() if name in rows}
+    return " or ".join(f"{count:,}" for count in sorted(counts)) or "no"
+
+
+def _picture(rows: dict[str, dict], name: str | None) -> list[str]:
+    figures = rows[name]["figures"] if name in rows else {}
+    means = {figure: figures[figure]["mean"] if figures else None for figure in ("psnr", "ssim")}
+    return [number(means["psnr"], ".1f"), number(means["ssim"], ".3f")]
+
+
+def _row(document: dict, name: str) -> dict:
+    return next((row for row in document["variants"] if row["name"] == name), {})
+
+
+def _listed(words: list[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text())

@@ -1,0 +1,258 @@
+"""Write the generated parts of the README and of the site's pages: `python docs/update.py`.
+
+The study's come from studies/results, with plots in docs/study (`python studies/plots.py RESULTS --to
+docs/study`). The demo's figures come from docs/demo: results.json is `rtlynx demo` with all its variants,
+results-24-steps.json the same with `--steps 24`. Speed comes from benchmarks/results, with plots in
+docs/speed; of a file that is not there nothing is said. The command line's reference comes from the commands,
+diagrams and badges from diagrams.py.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import cli_reference
+import diagrams
+import goals
+import overview
+import speed_plots
+import study_tables
+import tables
+from tables import Place, folded
+
+from rtlynx.storage.files import sha256_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = overview.RESULTS
+# The texts with generated parts, and which: each between `<!-- name: begin -->` and `<!-- name: end -->`.
+TEXTS = {
+    Path("README.md"): ("overview",),
+    Path("docs/results/quality.md"): ("front", "fronts", "pictures", "claims", "study", "sweeps", "figures"),
+    Path("docs/results/speed.md"): ("overview", "steps", "layers", "sizes", "calibration", "parts"),
+    Path("docs/results/goals.md"): ("goals-step", "goals-layer", "goals-compression", "goals-host"),
+    Path("docs/reference/cli.md"): ("cli",),
+}
+
+
+def at_a_glance(root: Path, place: Place) -> str:
+    """The chart and table of models, and what sparsity adds and costs."""
+    if not overview.current_steps(root):
+        return ""
+    chart = f"![GPU and wall time of one step of three models]({place.path(overview.CHART)})"
+    parts = overview.overview_section(root, place), overview.verdict_section(root, place)
+    return "\n\n".join([chart, *parts])
+
+
+def figures(root: Path, place: Place) -> str:
+    files = (root / tables.DEMO / name for name in ("results.json", "results-24-steps.json"))
+    table = tables.figures_table(*(_read(file) for file in files), place)
+    return folded("Figures of the demo", table)
+
+
+def front(root: Path, place: Place) -> str:
+    """Quality over modelled speed, of the first model."""
+    return "".join(_plots(root, place, ("front",))[:1])
+
+
+def fronts(root: Path, place: Place) -> str:
+    """The same of the other models."""
+    return "\n\n".join(_plots(root, place, ("front",))[1:])
+
+
+def pictures(root: Path, place: Place) -> str:
+    return "\n\n".join(_plots(root, place, ("pictures",), also=("worst", "worst-recommended")))
+
+
+def _plots(root: Path, place: Place, names: tuple[str, ...], also: tuple[str, ...] = ()) -> list[str]:
+    """The plots of each model: the first one's in sight, those of the others and further ones folded."""
+    parts = []
+    for index, (source, results) in enumerate(_studied(root)):
+        shown = study_tables.plots_section(source, place, names, root)
+        further = study_tables.plots_section(source, place, also, root)
+        title = study_tables.model_title(results)
+        if index:
+            shown = folded(title, "\n\n".join(part for part in (shown, further) if part))
+        elif further:
+            shown += "\n\n" + folded(f"{title}: pictures furthest from dense", further)
+        parts.append(shown)
+    return parts
+
+
+def study(root: Path, place: Place) -> str:
+    """The main comparison and what layers say of it, of each model."""
+    parts = []
+    for source, results in _studied(root):
+        section = study_tables.main_section(results, source, place)
+        plots = study_tables.plots_section(source, place, study_tables.LAYER_PLOTS, root)
+        parts.append(folded(study_tables.model_title(results), f"{section}\n\n{plots}"))
+    return "\n\n".join(parts)
+
+
+def claims(root: Path, place: Place) -> str:
+    """The study's claims: answers, then their figures."""
+    documents = [results for _, results in _studied(root)]
+    if not documents:
+        return ""
+    answers = folded("The figures behind each answer", study_tables.claims_section(documents))
+    return f"{study_tables.verdicts_section(documents)}\n\n{answers}"
+
+
+def sweeps(root: Path, place: Place) -> str:
+    """What was varied, of every model that has more than the main comparison."""
+    parts = []
+    for _, results in _studied(root):
+        swept = study_tables.sweeps_section(results)
+        if swept:
+            parts.append(folded(study_tables.model_title(results), swept))
+    return "\n\n".join(parts)
+
+
+def _studied(root: Path) -> list[tuple[Path, dict]]:
+    folder = root / study_tables.RESULTS
+    return [(file.relative_to(root), _read(file)) for file in sorted(folder.glob("quality-*.json"))]
+
+
+def layers(root: Path, place: Place) -> str:
+    """Single layers of every card that there are results of."""
+    parts = []
+    for pattern, section, name in (
+        ("linear-fp8-*.json", tables.fp8_section, "fp8"),
+        ("linear-bf16-*.json", tables.speed_section, "bf16"),
+    ):
+        for source in _found(root, pattern):
+            results = _read(root / source)
+            title = f"Single layers in {name}, {results['device']}"
+            plot = (
+                f"![{title}: speed relative to cuBLAS, shape by shape]({place.path(tables.plot_of(source))})"
+            )
+            parts += [plot, folded(title, section(results, source, place))]
+    return "\n\n".join(parts)
+
+
+def steps(root: Path, place: Place) -> str:
+    """A denoising step end to end: what the chart shows first, then earlier results."""
+    current = overview.current_steps(root).values()
+    earlier = [source for source in _found(root, "step-*.json") if source not in current]
+    parts = []
+    for title, sources in (("", current), ("Earlier: ", earlier)):
+        for source in sources:
+            results = _read(root / source)
+            title_of = f"{title}{tables.in_words(results['model'])}, {results['device']}"
+            parts.append(folded(title_of, tables.steps_section(results, source, place)))
+    return "\n\n".join(parts)
+
+
+def sizes(root: Path, place: Place) -> str:
+    """Other sizes of pictures and prompts, where they were measured."""
+    return _sections(root, place, "sizes-*.json", "Other sizes", tables.sizes_section)
+
+
+def calibration(root: Path, place: Place) -> str:
+    """Time and memory of a calibration at full size."""
+    return _sections(
+        root, place, "calibration-*.json", "Calibration at full size", tables.calibration_section
+    )
+
+
+def kernel_parts(root: Path, place: Place) -> str:
+    """Compression, prologues and host time."""
+    compression = "Compression and the prologues fused with it"
+    parts = (
+        _sections(root, place, "compress-*.json", compression, tables.compress_section),
+        _sections(root, place, "host-*.json", "Host time of a call", tables.host_section),
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _sections(root: Path, place: Place, pattern: str, title: str, section: Callable[..., str]) -> str:
+    """A folded section of each results file that is there."""
+    found = [(source, _read(root / source)) for source in _found(root, pattern)]
+    return "\n\n".join(
+        folded(f"{title}, {results['device']}", section(results, source, place)) for source, results in found
+    )
+
+
+def goals_of(group: str) -> Callable[[Path, Place], str]:
+    return lambda root, place: goals.goals_section(documents(root), group)
+
+
+def documents(root: Path) -> list[dict]:
+    """All results files that have targets, steps first; of several of one step the one that is shown."""
+    patterns = ("linear-fp8-*.json", "linear-bf16-*.json", "compress-*.json", "host-*.json")
+    sources = [*overview.current_steps(root).values()]
+    sources += [source for pattern in patterns for source in _found(root, pattern)]
+    return [_read(root / source) for source in sources]
+
+
+PARTS: dict[str, Callable[[Path, Place], str]] = {
+    "overview": at_a_glance,
+    "front": front,
+    "fronts": fronts,
+    "pictures": pictures,
+    "claims": claims,
+    "study": study,
+    "sweeps": sweeps,
+    "figures": figures,
+    "steps": steps,
+    "layers": layers,
+    "sizes": sizes,
+    "calibration": calibration,
+    "parts": kernel_parts,
+    "goals-step": goals_of(goals.STEP),
+    "goals-layer": goals_of(goals.LAYER),
+    "goals-compression": goals_of(goals.COMPRESSION),
+    "goals-host": goals_of(goals.HOST),
+    "cli": lambda root, place: cli_reference.reference(),
+}
+
+
+def updated(text: str, file: Path, root: Path = ROOT) -> str:
+    """`text` of `file` with what stands between its markers replaced."""
+    for name in TEXTS[file]:
+        part = PARTS[name](root, Place(file))
+        text = _between(text, f"<!-- {name}: begin -->", f"<!-- {name}: end -->", part)
+    return text
+
+
+def _between(text: str, begin: str, end: str, part: str) -> str:
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the text needs one line {begin} and one {end}")
+    middle = f"{part}\n" if part else ""
+    return re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{middle}{end}", text, flags=re.DOTALL)
+
+
+def plotted(root: Path = ROOT) -> list[Path]:
+    """Results files of layers, which have a plot each."""
+    return [*_found(root, "linear-bf16-*.json"), *_found(root, "linear-fp8-*.json")]
+
+
+def steps_digest(root: Path = ROOT) -> str:
+    """Digest of all files that the chart of steps shows."""
+    digests = (sha256_of(root / source) for source in overview.current_steps(root).values())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _found(root: Path, pattern: str) -> list[Path]:
+    return sorted(path.relative_to(root) for path in (root / RESULTS).glob(pattern))
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def main() -> None:
+    for file in TEXTS:
+        path = ROOT / file
+        path.write_text(updated(path.read_text(), file))
+    for source in plotted():
+        speed_plots.draw_speed(_read(ROOT / source), ROOT / tables.plot_of(source), sha256_of(ROOT / source))
+    shown = {model: _read(ROOT / source) for model, source in overview.current_steps(ROOT).items()}
+    speed_plots.draw_steps(shown, ROOT / overview.CHART, steps_digest())
+    for name, drawing in diagrams.DIAGRAMS.items():
+        (ROOT / diagrams.FOLDER / name).write_text(drawing())
+
+
+if __name__ == "__main__":
+    main()
