@@ -36,7 +36,7 @@ def columns(figure):
     """Title of each column -> (colour, value) of the markers of each of its panels."""
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     rows = len(figure.axes) // len(titles)
-    below = figure.axes[1].get_title() == "" or len(titles) == 1  # columns are below each other
+    below = len(titles) == 1 or figure.axes[1].get_title() == ""  # columns are below each other
     found = {title: [] for title in titles}
     for number, axes in enumerate(figure.axes):
         title = titles[number // rows if below else number % len(titles)]
@@ -211,3 +211,18 @@ def test_small_models_stay_readable():
     squeezed = plot_layers(tiny_flux())
     squeezed.set_size_inches(4, 4)
     assert overlaps(squeezed)  # the check sees what it is for
+
+
+def test_layers_outside_blocks_are_shown():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    figure = plot_layers(sparsify(model))
+    assert "0 to 1 of the model" in notes(figure)
+    assert sum(map(len, columns(figure)[SAVED])) == 2
+
+
+def test_a_layer_without_error_is_at_the_lower_edge():
+    model, report = calibrated()
+    name = next(iter(report.solutions))
+    state_of(model).errors = {**state_of(model).errors, name: 0.0}
+    drawn = [value for panel in columns(plot_layers(model, report))[ERROR] for _, value in panel]
+    assert drawn.count(0.04) == 1 + len(report.dense)

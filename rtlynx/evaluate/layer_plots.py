@@ -255,7 +255,7 @@ def _stacks(plan: Plan) -> dict[str, list[int]]:
     """Name of a stack of blocks -> depths of its blocks."""
     stacks: dict[str, list[int]] = {}
     for depth, block in enumerate(_blocks(plan)):
-        stacks.setdefault(block.rpartition(".")[0] or block, []).append(depth)
+        stacks.setdefault(block.rpartition(".")[0] or "of the model", []).append(depth)
     return stacks
 
 
@@ -354,29 +354,29 @@ def _style(axes: Axes) -> None:
 
 
 def _mark(axes: Axes, points: Sequence[LayerPoint], column: _Column, size: float) -> None:
-    """One marker a layer; one that stayed dense, which has no error, at the lower edge."""
-    for format, (colour, marker) in _SIGNS.items():
-        for hollow in (False, True):
-            some = [
-                (point.depth + shift, getattr(point, column.attribute))
-                for point, shift in _shifted(points)
-                if (point.format, point.stream == "text") == (format, hollow)
-            ]
-            edge: dict[str, Any] = (
-                {"transform": axes.get_xaxis_transform()} if format == "dense" and column.is_error else {}
-            )
-            shown = [(x, 0.04 if edge else y * column.unit) for x, y in some if edge or y is not None]
-            if shown:
-                axes.plot(
-                    *zip(*shown, strict=True),
-                    marker,
-                    color=colour,
-                    markersize=size,
-                    markerfacecolor="white" if hollow else colour,
-                    markeredgewidth=0.9,
-                    clip_on=False,
-                    **edge,
-                )
+    """One marker a layer. Those without error, dense ones above all, are at the lower edge."""
+    groups: dict[tuple[FormatName, bool, bool], list[tuple[float, float]]] = {}
+    for point, shift in _shifted(points):
+        value = getattr(point, column.attribute)
+        if point.format == "dense" and column.is_error:
+            value = 0.0
+        if value is not None:
+            edge = column.is_error and not value > 0  # which a logarithmic axis does not have
+            key = point.format, point.stream == "text", edge
+            place = point.depth + shift, 0.04 if edge else value * column.unit
+            groups.setdefault(key, []).append(place)
+    for (format, hollow, edge), places in groups.items():
+        colour, marker = _SIGNS[format]
+        axes.plot(
+            *zip(*places, strict=True),
+            marker,
+            color=colour,
+            markersize=size,
+            markerfacecolor="white" if hollow else colour,
+            markeredgewidth=0.9,
+            clip_on=False,
+            transform=axes.get_xaxis_transform() if edge else axes.transData,
+        )
 
 
 def _shifted(points: Sequence[LayerPoint]) -> list[tuple[LayerPoint, float]]:
