@@ -301,6 +301,22 @@ def test_damage_that_the_digest_cannot_tell(folder):
         assert_dense(model)
 
 
+def test_errors_of_layers_are_kept_where_they_are_known_and_checked(folder):
+    index = json.loads((folder / "rtlynx.json").read_text())
+    layers = index["layers"]
+    found = state_of(load(tiny_flux(), folder)).errors
+    assert found == {name: entry["error"] for name, entry in layers.items()}
+    assert all(0 < error < 1 for error in found.values())
+    name = "transformer_blocks.0.attn.to_q"
+    for wrong in (-0.1, "small", True, None):
+        layers[name]["error"] = wrong
+        sign(folder, layers=layers)
+        refused(folder, "unknown error .* of transformer_blocks.0.attn.to_q, should be a number")
+    del layers[name]["error"]  # as in older files
+    sign(folder, layers=layers)
+    assert set(state_of(load(tiny_flux(), folder)).errors) == set(found) - {name}
+
+
 def test_quantised_damage_that_the_digest_cannot_tell(saved_fp8, tmp_path):
     folder = shutil.copytree(saved_fp8, tmp_path / "lynx")
     path = folder / "rtlynx.safetensors"

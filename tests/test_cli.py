@@ -1,6 +1,7 @@
 """The command line as a user meets it: output, exit codes, errors in one line."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -128,10 +129,14 @@ def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts)
     code, out, _ = run(
         "calibrate", "zoo:flux-emoji", "--out", folder, "--prompts", prompts, *QUICK,
         "--set", "rank=4", "--set", "text_rows=dense", "--set", "ridge=0.1",
-        "--set", f"skip={others}", "--json",
+        "--set", f"skip={others}", "--plot", tmp_path / "plots" / "layers.svg", "--json",
     )  # fmt: skip
     report = json.loads(out)
     assert code == 0
+    plot = (tmp_path / "plots" / "layers.svg").read_text()
+    assert "error of the layer's output" in plot
+    assert "error at the model's output" in plot
+    assert "the calls that calibration recorded" in plot
     assert report["budget"]["speedup_share"] >= 0.9
     assert report["extra_bytes"] > 0  # eight bits save less than the original weights, kept beside, cost
     code, out, _ = run("inspect", "zoo:flux-emoji", "--checkpoint", folder, "--json")
@@ -139,7 +144,9 @@ def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts)
     overview = json.loads(out)
     assert overview["recipe"]["text_rows"] == "dense"
     sparse = {layer["name"]: layer for layer in overview["layers"] if not layer["dense_reason"]}
-    assert set(sparse) == set(report["layers"])
+    assert {name: layer["error"] for name, layer in sparse.items()} == {
+        name: layer["error"] for name, layer in report["layers"].items()
+    }
     halved = [layer for layer in sparse.values() if layer["format"] == "fp8-sparse"]
     assert 0 < len(halved) == overview["sparse_layers"] < len(sparse)  # some drop nothing
     assert {layer["rank"] for layer in halved} == {4}
@@ -154,6 +161,38 @@ def test_inspect_says_that_a_budget_has_not_decided_yet(run):
     code, out, _ = run("inspect", "zoo:flux-emoji", "--set", "precision=bf16", "--set", "budget=null")
     assert code == 0
     assert said not in " ".join(out.split())
+
+
+def test_inspect_plots_the_layers(run, tmp_path):
+    for name in ("new/layers.svg", "layers.png"):
+        code, out, _ = run("inspect", "zoo:flux-emoji", "--plot", tmp_path / name)
+        assert code == 0
+        assert f"Plot: {tmp_path / name}" in out
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    plot = (tmp_path / "new" / "layers.svg").read_text()
+    for said in (
+        "attention-in",
+        "single-out",
+        "256 image tokens and 16 text tokens",
+        "No errors: calibration",
+    ):
+        assert said in plot
+    assert "error of the layer" not in plot
+    code, out, _ = run(
+        "inspect", "zoo:flux-emoji", "--plot", tmp_path / "layers.svg", "--tokens", "4096", "512", "--json"
+    )
+    assert code == 0
+    assert len(json.loads(out)["layers"]) == 66
+    assert "4096 image tokens and 512 text tokens" in (tmp_path / "layers.svg").read_text()
+
+
+def test_plots_need_matplotlib_and_say_so(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    code, out, error = run("inspect", "zoo:flux-emoji", "--plot", tmp_path / "layers.svg")
+    assert (code, out) == (1, "")
+    assert error == "error: plots need matplotlib: pip install 'rtlynx[demo]'\n"
+    assert run("inspect", "zoo:flux-emoji", "--json")[0] == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_local_folders_of_transformers_and_pipelines(run, tmp_path):
@@ -190,6 +229,9 @@ def test_local_folders_of_transformers_and_pipelines(run, tmp_path):
     [
         (("inspect", "zoo:none"), "flux-emoji"),
         (("inspect", "no/such/folder"), "no such model folder"),
+        (("inspect", "zoo:flux-emoji", "--plot", "x.jpg"), "ending .png or .svg, got 'x.jpg'"),
+        (("inspect", "zoo:flux-emoji", "--plot", "x.svg", "--tokens", "9", "0"), "two whole numbers above 0"),
+        (("calibrate", "zoo:flux-emoji", "--out", "x", "--plot", "x/x.svg"), "inside --out x"),
         (("convert", "zoo:flux-emoji", "--out", "x", "--set", "ranks=3"), "did you mean 'rank'"),
         (("convert", "zoo:flux-emoji", "--out", "x", "--set", "n=5"), "1 <= n <= m"),
         (("convert", "zoo:flux-emoji", "--out", "x", "--set", "rank=4"), "calibrate"),
@@ -221,7 +263,13 @@ def test_an_occupied_output_folder_is_refused_before_any_work(run, tmp_path, pro
 
 
 @pytest.mark.parametrize(
-    "arguments", [("convert", "zoo:flux-emoji"), ("inspect",), ("calibrate", "--sets", "1")]
+    "arguments",
+    [
+        ("convert", "zoo:flux-emoji"),
+        ("inspect",),
+        ("inspect", "zoo:flux-emoji", "--tokens", "4096", "512"),
+        ("calibrate", "--sets", "1"),
+    ],
 )
 def test_wrong_usage_exits_with_two(run, arguments):
     code, _, _ = run(*arguments)

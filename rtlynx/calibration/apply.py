@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rtlynx.models.plan import LayerPlan, Plan
-from rtlynx.models.sparsify import apply_plan
+from rtlynx.models.sparsify import apply_plan, state_of
 from rtlynx.nn.solution import Solution
 from rtlynx.nn.sparse_linear import SparseLinear
 
@@ -26,6 +27,9 @@ def apply_solutions(
         solutions[name].install(layer, keep_dense=layer.depends_on_call)
 
     apply_plan(model, plan, prepare, tensors=tensors)
+    state = state_of(model)
+    assert state is not None
+    state.errors = {name: one.error for name, one in solutions.items() if math.isfinite(one.error)}
 
 
 def solved_layer(model: nn.Module, layer: LayerPlan, solution: Solution, *, keep_dense: bool) -> SparseLinear:

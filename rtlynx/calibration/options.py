@@ -102,6 +102,8 @@ class CalibrationReport:
     extra_bytes : int
         Memory added to the model (factors, scales, and original weights that are kept), less what eight-bit
         weights save.
+    tokens : dict[str, int]
+        Per candidate, where the recipe has a budget: tokens in one recorded call.
     """
 
     solutions: dict[str, Solution]
@@ -109,3 +111,4 @@ class CalibrationReport:
     costs: tuple[LayerCost, ...] = ()
     choice: Choice | None = None
     extra_bytes: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)

@@ -138,6 +138,7 @@ class _Calibration:
         self.model, self.options = recording.model, recording.options
         self.device = next(self.model.parameters()).device
         self.solutions = SolutionStore(recording.folder)
+        self.tokens: dict[str, int] = {}
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
@@ -168,6 +169,7 @@ class _Calibration:
             costs,
             choice,
             extra_bytes(self.model),
+            self.tokens,
         )
 
     def _block_order(self, groups: list[InputGroup]) -> list[str]:
@@ -273,7 +275,7 @@ class _Calibration:
         fixed = {
             layer.name: layer.format.name for layer in plan.sparse if self.recipe.fixed_format(layer.name)
         }
-        tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.sparse], calls[0])
+        self.tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.layers], calls[0])
         shared = self.recipe.lowrank_sharing == "shared"
         readers = Counter(layer.candidate.reads for layer in plan.sparse) if shared else {}
         references = [_output(self.model, call) for call in calls]
@@ -289,7 +291,7 @@ class _Calibration:
         with ProgressBar("measuring layers", len(layers), show=self.show) as advance:
             for (name, format), layer in layers.items():
                 if name not in fixed:
-                    saving = flops_saved(layer, tokens[name], readers.get(layer.candidate.reads, 1))
+                    saving = flops_saved(layer, self.tokens[name], readers.get(layer.candidate.reads, 1))
                     costs.append(LayerCost(name, measure({name: format}), saving, format))
                 advance(1)
         return tuple(costs), choose(costs, self.recipe.budget, measure, fixed)
@@ -307,10 +309,10 @@ def _tokens_per_layer(model: nn.Module, names: list[str], call: Call) -> dict[st
     tokens: dict[str, int] = {}
 
     def watch(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            tokens[name] = args[0].numel() // args[0].shape[-1]
+        def hook(_module: nn.Module, _args: Any, y: Tensor) -> None:
+            tokens[name] = y.numel() // y.shape[-1]
 
-        return model.get_submodule(name).register_forward_pre_hook(hook)
+        return model.get_submodule(name).register_forward_hook(hook)
 
     handles = [watch(name) for name in names]
     try:

@@ -18,13 +18,14 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     Returns
     -------
     dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, pattern,
-    rank, format, dense_reason), `sparse_layers` (how many drop activations), `sparse_share` (their share of
-    the weights of all linears), `extra_bytes` (memory beyond the dense model's, negative where quantised
-    weights save more) and `undecided` (whether a budget is still to decide).
+    rank, format, error, dense_reason), `sparse_layers` (how many drop activations), `sparse_share` (their
+    share of the weights of all linears), `extra_bytes` (memory beyond the dense model's, negative where
+    quantised weights save more) and `undecided` (whether a budget is still to decide).
     """
     model = target_model(model_or_pipeline)
     state = state_of(model)
     plan = make_plan(model, recipe or Recipe.recommended()) if state is None else state.plan
+    errors = {} if state is None else state.errors
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     halved = [layer for layer in plan.sparse if layer.format is not FP8_DENSE]
@@ -35,7 +36,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
         "model": type(model).__name__,
         "architecture": plan.architecture.class_name if plan.architecture.rules else "generic",
         "recipe": plan.recipe.to_dict(),
-        "layers": [_describe_layer(layer) for layer in plan.layers],
+        "layers": [_describe_layer(layer, errors.get(layer.name)) for layer in plan.layers],
         "sparse_layers": len(halved),
         "sparse_share": sparse / weights if weights else 0.0,
         "extra_bytes": planned if state is None else extra_bytes(model),
@@ -43,7 +44,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     }
 
 
-def _describe_layer(layer: LayerPlan) -> dict[str, Any]:
+def _describe_layer(layer: LayerPlan, error: float | None) -> dict[str, Any]:
     pattern = layer.pattern
     return {
         "name": layer.name,
@@ -56,6 +57,7 @@ def _describe_layer(layer: LayerPlan) -> dict[str, Any]:
         "norm": layer.norm,
         "rank": layer.rank,
         "format": layer.format.name,
+        "error": error,
         "dense_reason": layer.dense_reason,
     }
 

@@ -1,5 +1,6 @@
-"""What sparsity does to a model: layer errors, picture metrics, and the demo."""
+"""What sparsity does to a model: layer errors, picture metrics, plots of layers, and the demo."""
 
+from rtlynx.evaluate.layer_plots import plot_layers, save_plot
 from rtlynx.evaluate.layers import energy_kept, layer_errors
 from rtlynx.evaluate.metrics import KernelDistance, kid, psnr, ssim
 from rtlynx.evaluate.sampling import compare, sample_pictures
@@ -10,7 +11,9 @@ __all__ = [
     "energy_kept",
     "kid",
     "layer_errors",
+    "plot_layers",
     "psnr",
     "sample_pictures",
+    "save_plot",
     "ssim",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -164,7 +165,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "rtlynx": __version__,
         "model": type(model).__name__,
         "recipe": state.plan.recipe.to_dict(),
-        "layers": {name: _describe(layer, state.base[name]) for name, layer in layers.items()},
+        "layers": {
+            name: _describe(layer, state.base[name], state.errors.get(name)) for name, layer in layers.items()
+        },
         "dense": {one.name: one.dense_reason for one in state.plan.layers if one.name not in layers},
         **({"base_tensors": dict(sorted(state.tensors.items()))} if state.tensors else {}),
     }
@@ -301,7 +304,7 @@ def check_index(index: Any, path: Path, *, whole_model: bool = False) -> None:
     check_schema(index, path, whole_model=whole_model)
 
 
-def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
+def _describe(layer: SparseLinear, base: str, error: float | None) -> dict[str, Any]:
     return {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
@@ -311,6 +314,7 @@ def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
         "rank": layer.rank,
         "refitted": layer.refitted,
         "base": base,
+        **({} if error is None else {"error": error}),
     }
 
 
@@ -391,7 +395,7 @@ def _stored_solution(
         return tensor
 
     found: dict[str, Any] = {kind: stored(kind, shape) for kind, shape in solution_shapes(entry).items()}
-    return Solution(**found, refitted=entry["refitted"])
+    return Solution(**found, refitted=entry["refitted"], error=entry.get("error", math.nan))
 
 
 def solution_shapes(entry: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -307,6 +307,7 @@ class RTLynxQuantizer(_BaseQuantizer):
         state = state_of(model)
         assert state is not None
         state.tensors = stored.get("base_tensors")
+        state.errors = {name: one["error"] for name, one in stored["layers"].items() if "error" in one}
         return plan
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:

@@ -69,6 +69,10 @@ _LAYER: dict[str, _Check] = {
     "refitted": _FLAG,
     "base": _DIGEST,
 }
+# Only calibrated layers have these, and only in newer files.
+_OPTIONAL: dict[str, _Check] = {
+    "error": (lambda value: type(value) in (int, float) and value >= 0, "a number, 0 or more")
+}
 _STORED_LAYER: dict[str, _Check] = {"weight": _DIGEST, "weight_dense": _FLAG}
 _PATTERN: dict[str, _Check] = {
     "n": _whole(1, _MOST_FEATURES),
@@ -136,6 +140,7 @@ def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Rec
             raise CheckpointError(f"{path} is damaged: what it says{where} is no object")
         layer = {"precision": "bf16", **entry}  # version 1 knew no other
         _check_keys(layer, {**_LAYER, **_STORED_LAYER} if whole_model else _LAYER, where, path)
+        _check_keys(entry, {key: check for key, check in _OPTIONAL.items() if key in entry}, where, path)
         pattern = {"score": MAGNITUDE.name, **entry["pattern"]}  # versions 1 and 2 knew no other
         _check_keys(pattern, _PATTERN, where, path)
         if layer["precision"] == "fp8" and layer["norm"] == "paper":

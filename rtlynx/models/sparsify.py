@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,12 +35,14 @@ class SparseState:
     base : fingerprints of the original weights of the sparse layers.
     hooks : handles of the model's forward pre-hooks.
     tensors : record of every tensor of the dense model (`fingerprint.record`), None where they are not known.
+    errors : relative squared output error of the sparse layers that a calibration measured.
     """
 
     plan: Plan
     base: dict[str, str]
     hooks: Sequence[Any] = ()
     tensors: Mapping[str, str] | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def target_model(model_or_pipeline: Any) -> nn.Module:

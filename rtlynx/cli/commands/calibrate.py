@@ -45,6 +45,10 @@ def calibrate(
     work: Annotated[
         Path | None, typer.Option(help="Keep recorded calls and solutions here; run again to resume.")
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Plot error, time saved and format of each layer into this .png or .svg file."),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -59,6 +63,8 @@ def calibrate(
     from rtlynx.recipe import Recipe
 
     _check_target(folder)
+    if plot is not None:
+        _check_plot(plot, folder)
     # What can be wrong is looked at before the model is loaded.
     chosen, texts = recipe_of(recipe, settings, Recipe.recommended()), prompts_of(prompts, model)
     how = calibration_options(options, work, pairs(pipeline, "--pipeline"))
@@ -68,11 +74,17 @@ def calibrate(
         if not is_first:
             return
         save(loaded, folder)
+        if plot is not None:
+            from rtlynx.evaluate.layer_plots import plot_layers, save_plot
+
+            save_plot(plot_layers(loaded, report), plot)
     if as_json:
         print_json(report_json(report, folder))
         return
     print_report(report)
     say(f"Saved to {folder}")
+    if plot is not None:
+        say(f"Plot: {plot}")
 
 
 @app.command(epilog="Example: rtlynx convert zoo:flux-emoji --out emoji-24 --set grouping=strided")
@@ -106,6 +118,15 @@ def _check_target(folder: Path) -> None:
     from rtlynx.storage.checkpoint_folder import check_replaceable
 
     check_replaceable(folder)
+
+
+def _check_plot(plot: Path, folder: Path) -> None:
+    """What stands in the way of a plot is said before the work, not after it."""
+    from rtlynx.evaluate.layer_plots import check_plot_file
+
+    check_plot_file(plot)
+    if plot.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--plot {plot} is inside --out {folder}, which holds the checkpoint alone: move it")
 
 
 @contextlib.contextmanager
