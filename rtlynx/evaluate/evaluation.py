@@ -271,8 +271,9 @@ def _draw_all(
         if not missing and folder.facts(variant.name):
             continue
         if pipeline is None or changed:
-            pipeline = None
-            _free()
+            if changed:
+                pipeline = None
+                _free()
             pipeline, changed = _load_dense(settings), False
             folder.claim(model_fingerprint(target_model(pipeline)))
         facts: dict[str, Any] = {}
@@ -448,7 +449,8 @@ def _finite(value: float) -> float | None:
 def _source(settings: EvaluationSettings) -> dict[str, Any]:
     """Where the sparse variant comes from."""
     if settings.checkpoint is not None:
-        return {"checkpoint": str(settings.checkpoint), "recipe": read_index(settings.checkpoint)["recipe"]}
+        recipe = Recipe.from_dict(read_index(settings.checkpoint)["recipe"])
+        return {"checkpoint": str(settings.checkpoint), "recipe": recipe.to_dict()}
     assert settings.recipe is not None
     calibrated = len(settings.calibration_prompts) if settings.calibrates else 0
     return {"recipe": settings.recipe.to_dict(), "calibration_prompts": calibrated}

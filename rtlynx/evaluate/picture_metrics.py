@@ -76,9 +76,8 @@ def load_networks(
         except Unavailable as error:
             reasons[metric.name] = str(error)
         except Exception as error:  # of all kinds: the loaders are other people's
-            reasons[metric.name] = (
-                f"{metric.needs} failed to load ({type(error).__name__}): {first_line(error)}"
-            )
+            why = f"{type(error).__name__}: {first_line(error)}"
+            reasons[metric.name] = f"{metric.needs} could not be loaded ({why})"
     return networks, reasons
 
 

@@ -69,7 +69,7 @@ def evaluate(
         calibrated = _calibration_prompts(calibration_prompts, model)
     elif calibration_prompts is not None:
         raise UsageError("nothing is calibrated: leave out --calibration-prompts")
-    from rtlynx.evaluate import EvaluationSettings, evaluate_model
+    from rtlynx.evaluate.evaluation import EvaluationSettings, evaluate_model
 
     settings = EvaluationSettings(
         model=model,
