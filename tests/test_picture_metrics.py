@@ -1,11 +1,15 @@
 """Metrics of single pictures with stand-in networks; CLIP's real classes on a tiny random model."""
 
 import json
+import sys
+import types
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
 from evaluation_helpers import BY_NAME, Brightness, colour_and_length, mean_distance
+from torch import nn
 
 from rtlynx.evaluate import picture_metrics, psnr, ssim
 from rtlynx.evaluate.picture_metrics import METRICS, Clip, Unavailable, load_networks
@@ -85,6 +89,58 @@ def test_clip_without_weights_is_not_downloaded(monkeypatch, tmp_path):
     monkeypatch.setattr(picture_metrics, "CLIP_MODEL", str(tmp_path / "none"))
     _, reasons = load_networks([BY_NAME["clip_score"]], "cpu")
     assert "not in the local Hugging Face cache: --download fetches it" in reasons["clip_score"]
+
+
+# --------------------------------------------------------------------------------- torchmetrics' LPIPS itself
+
+
+def alexnet(weights=None):
+    """AlexNet's convolutions with random weights, as torchvision arranges them."""
+    torch.manual_seed(0)
+    pool = {"kernel_size": 3, "stride": 2}
+    features = nn.Sequential(
+        nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(**pool),
+        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(**pool),
+        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(**pool),
+    )  # fmt: skip
+    return types.SimpleNamespace(features=features)
+
+
+@pytest.fixture
+def torchvision(monkeypatch, tmp_path):
+    """A stand-in package; what it would download goes into the folder that this returns."""
+    url = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+    package, models = types.ModuleType("torchvision"), types.ModuleType("torchvision.models")
+    package.__spec__, package.models = ModuleSpec("torchvision", None), models
+    models.alexnet = alexnet
+    models.AlexNet_Weights = types.SimpleNamespace(DEFAULT=types.SimpleNamespace(url=url))
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    for module in ("torchmetrics.image.lpip", "torchmetrics.functional.image.lpips"):
+        monkeypatch.setattr(f"{module}._TORCHVISION_AVAILABLE", True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+def test_lpips_by_torchmetrics_on_random_features(torchvision):
+    metric = BY_NAME["lpips"]
+    _, reasons = load_networks([metric], "cpu")
+    assert "AlexNet's weights (233 MB) are not in" in reasons["lpips"]
+    (torchvision / "alexnet-owt-7be5be79.pth").touch()
+    networks, reasons = load_networks([metric], "cpu")
+    assert reasons == {}
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    same, near = (
+        metric.compute(networks["lpips"], pictures, pictures, ["a", "b"]),
+        (pictures + 0.02).clamp(0, 1),
+    )
+    assert same == pytest.approx([0.0, 0.0], abs=1e-6)
+    near = metric.compute(networks["lpips"], near, pictures, ["a", "b"])
+    far = metric.compute(networks["lpips"], 1 - pictures, pictures, ["a", "b"])
+    assert all(0 < a < b for a, b in zip(near, far, strict=True))
 
 
 # --------------------------------------------------------------------------------------------- CLIP's classes

@@ -319,6 +319,7 @@ def _draw(
 
     with ProgressBar(f"drawing: {variant.title}", len(missing) + 1, show=progress) as advance:
         if on_cuda:
+            _free()  # of dense weights that others took the place of
             torch.cuda.reset_peak_memory_stats(settings.device)
         draw(0)  # kernels are compiled and memory is allocated now: not timed
         peak = torch.cuda.max_memory_allocated(settings.device) if on_cuda else None
@@ -331,6 +332,7 @@ def _draw(
             advance(1)
 
 
+@torch.no_grad()  # no kernel serves weights that want gradients
 def _layers(model: nn.Module, device: str) -> dict[str, Any]:
     """How many layers of which format, and whether the kernels serve those that drop activations."""
     layers = sparse_layers(model).values()
