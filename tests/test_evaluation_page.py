@@ -77,6 +77,17 @@ def test_large_pictures_are_compressed_to_what_is_allowed():
         assert len(uri) < 1.4 * most
 
 
+def test_what_prints_the_same_is_not_better(written):
+    results = copy.deepcopy(written[0])
+    _, fp8, sparse = results["variants"]
+    fp8["psnr"], sparse["psnr"] = 30.001, 30.002
+    fp8["ssim"], sparse["ssim"] = 0.9, 0.8
+    html = render_page(
+        results, [{row["name"]: torch.rand(3, 8, 8) for row in results["variants"]}], METRICS[:2]
+    )
+    assert re.findall(r'class="best"><span>([^<]+)<', html) == ["0.900"]
+
+
 def test_prompts_are_text_and_not_markup(written):
     results = copy.deepcopy(written[0])
     results["prompts"][0] = '<b onclick="x()">bold</b> & "quoted"'

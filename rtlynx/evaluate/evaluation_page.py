@@ -49,6 +49,7 @@ def render_page(
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
+        name=results["model"].rstrip("/").rpartition("/")[2],
         findings=findings(results),
         metrics=measured,
         best={metric.name: _best(results["variants"], metric) for metric in measured},
@@ -165,8 +166,14 @@ def _seconds(value: float) -> str:
     return f"{value:.3g}{_NBSP}s"
 
 
-def _best(rows: Sequence[Mapping[str, Any]], metric: Metric) -> float | None:
-    """The better figure of dense fp8 and sparse, for emphasis."""
-    values = [row[metric.name] for row in rows if row["name"] != "dense" and row[metric.name] is not None]
+def _best(rows: Sequence[Mapping[str, Any]], metric: Metric) -> str | None:
+    """The variant with the better figure of dense fp8 and sparse, as printed; None where they are equal."""
+    values = {
+        row["name"]: round(row[metric.name], metric.digits)
+        for row in rows
+        if row["name"] != "dense" and row[metric.name] is not None
+    }
+    if len(set(values.values())) < 2:
+        return None
     choose = max if metric.better == "higher" else min
-    return choose(values, default=None)
+    return choose(values, key=values.__getitem__)

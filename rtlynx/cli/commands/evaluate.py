@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rtlynx.recipe import Recipe
 
 RECIPES = ("recommended", "paper", "immediate")
+ZOO_PROMPTS = 64  # `rtlynx calibrate` takes hundreds; these are enough to try it out, in minutes
 
 
 @app.command(epilog="Example: rtlynx evaluate zoo:flux-emoji --recipe immediate --images 4")
@@ -107,7 +108,7 @@ def _calibration_prompts(file: Path | None, model: str) -> list[str]:
             "this recipe needs calibration: give --calibration-prompts FILE, other prompts than those drawn, "
             "or --recipe immediate"
         )
-    return prompts_of(None, model)
+    return prompts_of(None, model)[:ZOO_PROMPTS]
 
 
 def _print(results: dict[str, Any]) -> None:
