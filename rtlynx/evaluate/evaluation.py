@@ -5,13 +5,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import math
 import os
 import platform
-import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,21 +21,19 @@ from torch import Tensor, nn
 from rtlynx._version import __version__
 from rtlynx.calibration import CalibrationOptions, calibrate
 from rtlynx.calibration.progress import ProgressBar
+from rtlynx.evaluate.evaluation_figures import DENSE, measure
 from rtlynx.evaluate.evaluation_page import SHOWN, render_page
-from rtlynx.evaluate.metrics import kid, picture_features
 from rtlynx.evaluate.picture_folder import PictureFolder
-from rtlynx.evaluate.picture_metrics import METRICS, Metric, load_networks
+from rtlynx.evaluate.picture_metrics import METRICS, Metric
 from rtlynx.evaluate.sampling import sample_pictures
 from rtlynx.io.checkpoint import load, read_index, save
 from rtlynx.models.fingerprint import model_fingerprint
 from rtlynx.models.pipelines import ZOO_PREFIX, check_call, load_model
 from rtlynx.models.sparsify import sparse_layers, sparsify, target_model
 from rtlynx.recipe import Recipe
-from rtlynx.storage.files import atomic_file, first_line, write_json
+from rtlynx.storage.files import atomic_file, write_json
 
 CHECKPOINT = "checkpoint"  # in the folder of the evaluation, where it calibrated
-# Fewer pictures tell nothing about a distribution.
-FEWEST_FOR_KID = 64
 DENSE_FP8 = Recipe.immediate(formats={"*": "fp8-dense"})
 
 
@@ -96,7 +92,8 @@ class EvaluationSettings:
             raise ValueError(
                 "this recipe needs calibration: give prompts for it, other than those drawn, or a checkpoint"
             )
-        both = next((one for one in self.prompts if one in set(self.calibration_prompts)), None)
+        calibrated_on = set(self.calibration_prompts)
+        both = next((one for one in self.prompts if one in calibrated_on), None)
         if both is not None:
             raise ValueError(
                 f"{both!r} is drawn and calibrated on, which would flatter: leave it out of one of the lists"
@@ -195,18 +192,16 @@ def evaluate_model(
     variants = _variants(settings, out, progress=progress)
     _draw_all(settings, variants, folder, prompts, progress=progress)
     _free()
-    networks, reasons = load_networks(metrics, settings.device, download=download)
-    rows = _measure(settings, variants, folder, prompts, (metrics, networks, reasons), progress=progress)
-    rows, reasons = _distribution(settings, folder, rows, reasons, len(prompts))
-    if any(row["peak_memory_bytes"] is None for row in rows):
-        reasons["peak_memory_bytes"] = "it is measured on CUDA devices alone"
+    how: dict[str, Any] = {"device": settings.device, "download": download, "progress": progress}
+    titles = {variant.name: variant.title for variant in variants}
+    rows, reasons = measure(folder, titles, prompts, metrics, model=settings.model, **how)
     results = {
         "model": settings.model,
         "sparse": _source(settings),
         "images": len(prompts),
         "seed": settings.seed,
         "pipeline": folder.settings["pipeline"],
-        "simulated": not all(row["kernels"] for row in rows if row["name"] == "sparse"),
+        "simulated": not rows[-1]["kernels"],
         "variants": rows,
         "unavailable": reasons,
         "prompts": prompts,
@@ -247,7 +242,7 @@ def _variants(settings: EvaluationSettings, out: Path, *, progress: bool) -> lis
         return {}
 
     return [
-        Variant("dense", "Dense", None),
+        Variant(DENSE, "Dense", None),
         Variant("dense-fp8", "Dense fp8", dense_fp8),
         Variant("sparse", "Sparse", sparse),
     ]
@@ -268,7 +263,7 @@ def _draw_all(
     pipeline, changed = None, False
     for variant in variants:
         missing = folder.missing(variant.name, len(prompts))
-        if not missing and folder.facts(variant.name):
+        if not missing and "peak_memory_bytes" in folder.facts(variant.name):
             continue
         if pipeline is None or changed:
             if changed:
@@ -276,12 +271,11 @@ def _draw_all(
                 _free()
             pipeline, changed = _load_dense(settings), False
             folder.claim(model_fingerprint(target_model(pipeline)))
-        facts: dict[str, Any] = {}
         if variant.change is not None:
             changed = True
-            facts = variant.change(pipeline)
-        facts |= _layers(target_model(pipeline), settings.device)
-        _draw(settings, variant, pipeline, folder, facts, missing, progress=progress)
+            folder.record(variant.name, variant.change(pipeline))
+        folder.record(variant.name, _layers(target_model(pipeline), settings.device))
+        _draw(settings, variant, pipeline, folder, missing, progress=progress)
 
 
 def _load_dense(settings: EvaluationSettings) -> Any:
@@ -303,7 +297,6 @@ def _draw(
     variant: Variant,
     pipeline: Any,
     folder: PictureFolder,
-    facts: Mapping[str, Any],
     missing: Sequence[int],
     *,
     progress: bool,
@@ -323,7 +316,7 @@ def _draw(
             torch.cuda.reset_peak_memory_stats(settings.device)
         draw(0)  # kernels are compiled and memory is allocated now: not timed
         peak = torch.cuda.max_memory_allocated(settings.device) if on_cuda else None
-        folder.record(variant.name, {**facts, "peak_memory_bytes": peak})
+        folder.record(variant.name, {"peak_memory_bytes": peak})
         advance(1)
         for number in missing:
             start = time.perf_counter()
@@ -348,101 +341,6 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# ------------------------------------------------------------------------------------------------ measuring
-
-
-def _measure(
-    settings: EvaluationSettings,
-    variants: Sequence[Variant],
-    folder: PictureFolder,
-    prompts: Sequence[str],
-    judges: tuple[Sequence[Metric], Mapping[str, Any], dict[str, str]],
-    *,
-    progress: bool,
-) -> list[dict[str, Any]]:
-    """A row of figures for each variant; reasons are added where a metric fails."""
-    metrics, networks, reasons = judges
-    figures: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
-    with ProgressBar("measuring", len(prompts), show=progress) as advance:
-        for number, prompt in enumerate(prompts):
-            reference = folder.read("dense", number)[0].unsqueeze(0).to(settings.device)
-            for variant in variants:
-                drawn, seconds = folder.read(variant.name, number)
-                picture = drawn.unsqueeze(0).to(settings.device)
-                found = {"seconds": seconds}
-                for metric in metrics:
-                    if metric.name in reasons or (metric.against_dense and variant.change is None):
-                        continue
-                    try:
-                        network = networks[metric.name]
-                        (found[metric.name],) = metric.compute(network, picture, reference, [prompt])
-                    except Exception as error:
-                        if not metric.needs:
-                            raise
-                        # Of all kinds: the networks are other people's, and other figures remain.
-                        reasons[metric.name] = (
-                            f"{metric.needs} failed ({type(error).__name__}): {first_line(error)}"
-                        )
-                figures[variant.name].append(found)
-            advance(1)
-    kept = [metric.name for metric in metrics if metric.name not in reasons]
-    return [_row(variant, folder.facts(variant.name), figures[variant.name], kept) for variant in variants]
-
-
-def _row(
-    variant: Variant, facts: Mapping[str, Any], figures: Sequence[Mapping[str, float]], kept: Iterable[str]
-) -> dict[str, Any]:
-    """One variant's entry in results.json. Where a figure is infinite (PSNR of equal pictures) it is null."""
-    names = list(kept)
-    means = {
-        name: _finite(statistics.fmean(one[name] for one in figures)) if name in figures[0] else None
-        for name in names
-    }
-    pictures = [
-        {"seconds": round(one["seconds"], 4), **{name: _finite(one[name]) for name in names if name in one}}
-        for one in figures
-    ]
-    seconds = statistics.median(one["seconds"] for one in figures)
-    return {
-        "name": variant.name,
-        "title": variant.title,
-        **facts,
-        "seconds": round(seconds, 4),
-        **means,
-        "pictures": pictures,
-    }
-
-
-def _distribution(
-    settings: EvaluationSettings,
-    folder: PictureFolder,
-    rows: Sequence[dict[str, Any]],
-    reasons: Mapping[str, str],
-    count: int,
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows with KID to the zoo's real pictures, or the reason why there is none."""
-    if not settings.model.startswith(ZOO_PREFIX):
-        return list(rows), {
-            **reasons,
-            "kid": "only zoo models bring real pictures and a feature network",
-        }
-    if count < FEWEST_FOR_KID:
-        return list(rows), {**reasons, "kid": f"it takes at least {FEWEST_FOR_KID} pictures, not {count}"}
-    from rtlynx_zoo.features import real_features
-
-    found = []
-    for row in rows:
-        pictures = torch.stack([folder.read(row["name"], i)[0] for i in range(count)])
-        # Features are of unit length.
-        distance = kid(picture_features(pictures), real_features()[1], gamma=1.0)
-        found.append({**row, "kid": distance.value, "kid_stderr": distance.stderr})
-    return found, dict(reasons)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 # --------------------------------------------------------------------------------------------- descriptions

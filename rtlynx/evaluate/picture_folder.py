@@ -77,9 +77,9 @@ class PictureFolder:
             )
 
     def record(self, variant: str, facts: Mapping[str, Any]) -> None:
-        """Keep what is known of a variant (JSON values)."""
+        """Keep what is known of a variant (JSON values), beside what was known before."""
         assert self._manifest is not None, "claim first"
-        self._manifest["variants"][variant] = dict(facts)
+        self._manifest["variants"][variant] = {**self.facts(variant), **facts}
         write_json(self.path / MANIFEST, self._manifest)
 
     def facts(self, variant: str) -> dict[str, Any]:
