@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rtlynx.recipe import Recipe
 
 RECIPES = ("recommended", "paper", "immediate")
-ZOO_PROMPTS = 64  # `rtlynx calibrate` takes hundreds; these are enough to try it out, in minutes
+ZOO_PROMPTS = 32  # `rtlynx calibrate` takes hundreds; these are for trying it out
 
 
 @app.command(epilog="Example: rtlynx evaluate zoo:flux-emoji --recipe immediate --images 4")
