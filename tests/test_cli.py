@@ -75,15 +75,16 @@ def test_convert_then_evaluate(run, tmp_path, prompts):
     assert code == 0
     assert json.loads(out)["sparse_layers"] == 48
     code, out, _ = run(
-        "evaluate", "zoo:flux-emoji", "--checkpoint", folder, "--prompts", prompts, "--images", "2",
-        "--pipeline", "num_inference_steps=2", "--json",
+        "evaluate", "zoo:flux-emoji", "--checkpoint", folder, "--prompts", prompts, "--images", "1",
+        "--pipeline", "num_inference_steps=2", "--out", tmp_path / "evaluation", "--json",
     )  # fmt: skip
-    figures = json.loads(out)
+    results = json.loads(out)
     assert code == 0
-    assert figures["images"] == 2
-    assert 0 < figures["layer_error"] < 1
-    assert figures["psnr"] > 5
-    assert 0 < figures["ssim"] < 1
+    assert results["images"] == 1
+    assert results["sparse"]["checkpoint"] == str(folder)
+    sparse = results["variants"][2]
+    assert sparse["psnr"] > 5
+    assert 0 < sparse["ssim"] < 1
 
 
 def test_convert_to_fp8(run, tmp_path):

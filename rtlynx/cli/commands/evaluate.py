@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,40 +19,113 @@ from rtlynx.cli.app import (
     device_of,
     prompts_of,
 )
-from rtlynx.cli.inputs import pairs
-from rtlynx.cli.output import out, print_json
+from rtlynx.cli.inputs import UsageError, pairs, read_prompts, recipe_of
+from rtlynx.cli.output import number, out, print_json, say
+
+if TYPE_CHECKING:
+    from rtlynx.recipe import Recipe
+
+RECIPES = ("recommended", "paper", "immediate")
+ZOO_PROMPTS = 32  # `rtlynx calibrate` takes hundreds; these are for trying it out
 
 
-@app.command(epilog="Example: rtlynx evaluate zoo:flux-emoji --checkpoint emoji-lynx --images 8 --json")
+@app.command(epilog="Example: rtlynx evaluate zoo:flux-emoji --recipe immediate --images 4")
 def evaluate(
     model: Model,
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint that calibrate or convert saved.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(RECIPES)}, or a JSON file.", show_default="recommended"),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A checkpoint that calibrate or convert saved, in place of a recipe.")
+    ] = None,
     prompts: PromptFile = None,
+    calibration_prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line, none of which is drawn.")
+    ] = None,
     images: Annotated[int, typer.Option(help="How many of the prompts to draw.", min=1)] = 8,
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder for pictures and report; run again to resume.")
+    ] = Path("rtlynx-evaluation"),
+    download: Annotated[
+        bool,
+        typer.Option("--download", help="Download the networks of LPIPS, CLIP score and ImageReward."),
+    ] = False,
     seed: Seed = 0,
     pipeline: PipelineSettings = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the same prompts and seeds dense and sparse; print layer error, PSNR and SSIM."""
-    from rtlynx.evaluate import compare
-    from rtlynx.io.checkpoint import load, read_index
-    from rtlynx.models.pipelines import load_model
+    """Draw the same prompts dense, in dense fp8 and sparse; compare pictures, seconds and memory in a report.
 
-    chosen, on = prompts_of(prompts, model, held_out=True)[:images], device_of(device)
-    how = pairs(pipeline, "--pipeline")
-    read_index(checkpoint)
-    dense, sparse = load_model(model, device=on), load_model(model, device=on)
-    load(sparse, checkpoint)
-    figures = compare(dense, sparse, chosen, seed=seed, pipeline_kwargs=how)
-    if as_json:
-        print_json(
-            {"model": model, "checkpoint": str(checkpoint), "images": len(chosen), "seed": seed, **figures}
-        )
-        return
-    table = Table(
-        "figure", "value", title=f"{len(chosen)} pictures, sparse against dense with the same seeds"
+    A recipe that needs calibration is calibrated here, on --calibration-prompts; zoo models bring their own.
+    For other calibration options, run `rtlynx calibrate` first and give its --checkpoint.
+    """
+    if recipe is not None and checkpoint is not None:
+        raise UsageError("give --recipe or --checkpoint, not both: a checkpoint holds its recipe")
+    chosen = None if checkpoint is not None else _recipe(recipe or RECIPES[0])
+    texts = prompts_of(prompts, model, held_out=True)
+    calibrated: list[str] = []
+    if chosen is not None and chosen.needs_calibration:
+        calibrated = _calibration_prompts(calibration_prompts, model)
+    elif calibration_prompts is not None:
+        raise UsageError("nothing is calibrated: leave out --calibration-prompts")
+    from rtlynx.evaluate.evaluation import EvaluationSettings, evaluate_model
+
+    settings = EvaluationSettings(
+        model=model,
+        prompts=texts,
+        recipe=chosen,
+        checkpoint=checkpoint,
+        calibration_prompts=calibrated,
+        seed=seed,
+        pipeline_kwargs=pairs(pipeline, "--pipeline"),
+        device=device_of(device),
     )
-    for key, value in figures.items():
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    results = evaluate_model(settings, folder, images=images, download=download)
+    if as_json:
+        print_json(results)
+        return
+    _print(results)
+    say(f"Report: {folder / 'report.html'}   figures: {folder / 'results.json'}")
+
+
+def _recipe(named: str) -> Recipe:
+    from rtlynx.recipe import Recipe
+
+    if named in RECIPES:
+        return getattr(Recipe, named)()
+    if not Path(named).exists():
+        raise UsageError(f"no recipe or file is called {named!r}: give {', '.join(RECIPES)}, or a JSON file")
+    return recipe_of(Path(named), None, Recipe())
+
+
+def _calibration_prompts(file: Path | None, model: str) -> list[str]:
+    if file is not None:
+        return read_prompts(file)
+    if not model.startswith("zoo:"):
+        raise UsageError(
+            "this recipe needs calibration: give --calibration-prompts FILE, other prompts than those drawn, "
+            "or --recipe immediate"
+        )
+    return prompts_of(None, model)[:ZOO_PROMPTS]
+
+
+def _print(results: dict[str, Any]) -> None:
+    from rtlynx.evaluate.picture_metrics import METRICS
+
+    metrics = [metric for metric in METRICS if metric.name not in results["unavailable"]]
+    title = f"{results['images']} pictures from the same noise"
+    table = Table("", *(metric.title for metric in metrics), "KID", "seconds", "peak GB", title=title)
+    for row in results["variants"]:
+        peak = row["peak_memory_bytes"]
+        table.add_row(
+            row["title"],
+            *(number(row[metric.name], f".{metric.digits}f") for metric in metrics),
+            number(row.get("kid"), ".3f"),
+            number(row["seconds"], ".3f"),
+            number(None if peak is None else peak / 1e9, ".2f"),
+        )
     out.print(table)
+    for name, reason in results["unavailable"].items():
+        say(f"{name} is not available: {reason}")
