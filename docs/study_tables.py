@@ -36,6 +36,7 @@ SWEEPS = {
     "layers": "Layers left dense, by hand or by budget at the same modelled time",
     "text": "Text stream sparse; text rows of joint blocks dense",
     "dense-steps": "First steps dense",
+    "last-steps": "Last steps in dense fp8",
     "steps": "8 steps, compared with dense at 8",
     "pattern": "Other patterns, for which there is no kernel",
     "fp8": "fp8, dense and sparse",

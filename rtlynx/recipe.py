@@ -152,6 +152,11 @@ class Recipe:
     dense_steps : int
         Run the first steps of each picture densely. Diffusers pipelines tell which step a call is; sampling
         loops of your own say so with `rtlynx.schedule`.
+    dense_last_steps : int
+        Run the last steps of each picture densely: no later step corrects their errors.
+    dense_precision : "bf16" | "fp8"
+        What dense rows and steps multiply: the original weight in the model's dtype, or in e4m3, which takes
+        half the memory and less time.
     skip : tuple[str, ...]
         Glob patterns of layer names that stay dense.
     budget : Budget or None
@@ -188,6 +193,8 @@ class Recipe:
     text_stream: Literal["dense", "sparse"] = "dense"
     text_rows: Literal["sparse", "dense"] = "sparse"
     dense_steps: int = 0
+    dense_last_steps: int = 0
+    dense_precision: Literal["bf16", "fp8"] = "bf16"
     skip: tuple[str, ...] = ()
     budget: Budget | None = None
     precision: Literal["bf16", "fp8", "auto"] = "bf16"
@@ -223,8 +230,11 @@ class Recipe:
             raise ValueError(f"ridge is a number above 0 or 'auto', got {self.ridge!r}")
         if not _is_whole(self.train_steps) or self.train_steps < 1:
             raise ValueError(f"train_steps is a whole number above 0, got {self.train_steps!r}")
-        if not _is_whole(self.dense_steps) or self.dense_steps < 0:
-            raise ValueError(f"dense_steps is a whole number, 0 or more, got {self.dense_steps!r}")
+        for name in ("dense_steps", "dense_last_steps"):
+            steps = getattr(self, name)
+            if not _is_whole(steps) or steps < 0:
+                raise ValueError(f"{name} is a whole number, 0 or more, got {steps!r}")
+        _check_choice("dense_precision", self.dense_precision, ("bf16", "fp8"))
         if not isinstance(self.skip, list | tuple) or not all(isinstance(glob, str) for glob in self.skip):
             raise ValueError(f"skip is a list of glob patterns, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
@@ -327,9 +337,14 @@ class Recipe:
         return self.precision != "bf16" or any(format.startswith("fp8") for format in self.formats.values())
 
     @property
+    def has_dense_steps(self) -> bool:
+        """Whether some steps of a picture run dense."""
+        return self.dense_steps > 0 or self.dense_last_steps > 0
+
+    @property
     def depends_on_call(self) -> bool:
         """Whether what a layer does depends on the model's call: its step, or where its text is."""
-        return self.dense_steps > 0 or self.text_rows == "dense"
+        return self.has_dense_steps or self.text_rows == "dense"
 
     def fixed_format(self, name: str) -> FormatName | None:
         """The format that `formats` gives the layer `name`, or None."""

@@ -61,9 +61,11 @@ class Built:
         """Milliseconds of one full-size step; see `modelled_time`."""
         if self.unmodelled is not None:
             return None
-        dense = min(1.0, (self.recipe or {}).get("dense_steps", 0) / steps)
+        recipe = self.recipe or {}
+        share = min(1.0, (recipe.get("dense_steps", 0) + recipe.get("dense_last_steps", 0)) / steps)
+        dense = Layer("fp8-dense") if recipe.get("dense_precision") == "fp8" else Layer()
         computed = 1.0 if self.cache is None else self.cache.computed
-        return step_ms(architecture, self.plan, dense_steps=dense, computed=computed)
+        return step_ms(architecture, self.plan, dense_steps=share, dense=dense, computed=computed)
 
 
 def build(variant: Variant, study: StudyModel, calibration: Calibration, *, progress: bool = False) -> Built:

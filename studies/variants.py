@@ -166,6 +166,10 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("text", "ours-rows-dense", Recipe(rank=RANK, text_rows="dense"))
     for steps in (1, 2, 3, 4):
         yield _sweep("dense-steps", str(steps), Recipe(rank=RANK, dense_steps=steps))
+    for steps in (1, 2, 4):
+        last: dict[str, Any] = {"dense_last_steps": steps, "dense_precision": "fp8"}
+        yield _sweep("last-steps", f"refit-{steps}", Recipe(rank=None, precision="fp8", **last))
+        yield _sweep("last-steps", f"recommended-{steps}", Recipe.recommended(**last))
     yield _sweep("order", "one-shot", OURS)
     yield _sweep("order", "sequential", OURS, sequential=True)
     yield _sweep("factors", "ours-own", Recipe(rank=RANK, lowrank_sharing="own"))

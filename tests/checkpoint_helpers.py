@@ -18,6 +18,15 @@ RECIPES = {
     "budget": Recipe(rank=4, ridge=RIDGE, budget=Budget(speedup_share=0.5)),
     "fp8, immediate": Recipe.immediate(precision="fp8"),
     "fp8, dense steps and rows": Recipe.immediate(precision="fp8", dense_steps=2, text_rows="dense"),
+    "dense steps and rows in fp8": Recipe(
+        rank=4,
+        ridge=RIDGE,
+        precision="fp8",
+        text_rows="dense",
+        dense_last_steps=1,
+        dense_precision="fp8",
+        formats={"*.to_q": "fp8-dense"},
+    ),
     "fp8, refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, precision="fp8"),
     "every format": Recipe(
         rank=4, ridge=RIDGE, formats={"*.to_q": "fp8-sparse", "*.to_k": "fp8-dense", "*.to_v": "dense"}

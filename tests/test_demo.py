@@ -14,7 +14,6 @@ from rtlynx.evaluate import demo as demo_module
 from rtlynx.evaluate import sample_pictures
 from rtlynx.evaluate.demo import GUIDANCE, IMAGES, STEPS, run_demo, sampling, sentences
 
-pytestmark = pytest.mark.xdist_group("demo")  # one process makes what all of them look at
 SMALL = {"images": 2, "steps": 1, "progress": False}
 
 

@@ -129,8 +129,13 @@ def test_a_weight_that_cannot_be_quantised_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize(
     "recipe",
-    [FP8, Recipe.immediate(formats=MIXED), Recipe.immediate(precision="fp8", dense_steps=1)],
-    ids=["fp8", "mixed", "kept"],
+    [
+        FP8,
+        Recipe.immediate(formats=MIXED),
+        Recipe.immediate(precision="fp8", dense_steps=1),
+        Recipe.immediate(formats=MIXED, dense_last_steps=1, dense_precision="fp8"),
+    ],
+    ids=["fp8", "mixed", "kept", "kept in fp8"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_as_announced(recipe, dtype):

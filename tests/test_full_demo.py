@@ -22,7 +22,6 @@ from rtlynx.io.checkpoint import read_index
 from rtlynx.math.fp8 import quantize_weight
 from rtlynx.math.selection import nm_mask
 
-pytestmark = pytest.mark.xdist_group("full demo")  # one process makes what all of them look at
 SMALL = {"images": 2, "steps": 1, "progress": False}
 FILES = {"results.json", "grid.png", "report.html"}
 

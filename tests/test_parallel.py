@@ -50,7 +50,6 @@ PAIRS = [*(("flux", recipe) for recipe in RECIPES), *(("qwen", recipe) for recip
 ROWS = ("to_out.0", "to_add_out", "net.2", "proj_out")  # row-parallel
 EIGHT_BITS = [recipe for recipe in RECIPES if recipe.startswith("fp8")]
 
-pytestmark = pytest.mark.xdist_group("parallel")  # one process runs the two that all of them look at
 
 # One step of a picture, then the next: with `dense_steps` they differ.
 STEPS = (1.0, 0.5)

@@ -66,9 +66,14 @@ def _planned_extra(layer: LayerPlan, recipe: Recipe, bytes_each: int) -> int:
     """Bytes that the layer will hold beyond its weight: factors, scales, W beside a W' or eight-bit one."""
     weight = layer.in_features * layer.out_features
     extra = layer.rank * (layer.in_features + layer.out_features) * bytes_each
-    depends_on_call = layer.text_rows_dense or recipe.dense_steps > 0
-    if depends_on_call and (recipe.refit or layer.quantized):
-        extra += weight * bytes_each
+    depends_on_call = layer.text_rows_dense or recipe.has_dense_steps
+    in_eight_bits = recipe.dense_precision == "fp8"
+    if (
+        depends_on_call
+        and (recipe.refit or layer.quantized)
+        and not (in_eight_bits and layer.format is FP8_DENSE)
+    ):
+        extra += weight + 4 * layer.out_features if in_eight_bits else weight * bytes_each
     if layer.quantized:
         extra += 4 * layer.out_features - weight * (bytes_each - 1)
     return extra

@@ -351,10 +351,7 @@ class RTLynxQuantizer(_BaseQuantizer):
                 )
             layer, kind = self._layers.get(name.rpartition(".")[0]), name.rpartition(".")[2]
             if layer is not None and self._shapes:
-                fp8 = layer.format.quantized
-                of_base = kind == "weight" and not fp8 and not layer.refitted
-                own = layer.compute_dtype or torch.float32
-                wrong = wrong_numbers("bias" if of_base else kind, tensor, quantised=fp8, own=own)
+                wrong = _wrong_numbers(layer, kind, tensor)
                 if wrong is not None:
                     raise CheckpointError(f"{self._folder}: {name} {wrong}")
         digests = self._signed()
@@ -441,6 +438,16 @@ def _keep_config(model: Any) -> None:
     model._internal_dict = type(model.config)(kept)  # diffusers has no way to unregister
     if quantizer is not None:
         del model.hf_quantizer
+
+
+def _wrong_numbers(layer: SparseLinear, kind: str, tensor: Tensor) -> str | None:
+    """Why `tensor` cannot be the `kind` of `layer`; None where it can."""
+    fp8, own = layer.format.quantized, layer.compute_dtype or torch.float32
+    if kind == "weight" and not fp8 and not layer.refitted:
+        kind = "bias"  # of the base model, too
+    elif kind.startswith("weight_dense") and layer.weight_dense_scale is not None:
+        kind, fp8 = kind.replace("weight_dense", "weight"), True
+    return wrong_numbers(kind, tensor, quantised=fp8, own=own)
 
 
 def _empty_solution(entry: dict[str, Any], dtype: torch.dtype) -> Solution:

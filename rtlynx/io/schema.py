@@ -207,7 +207,7 @@ def wrong_numbers(kind: str, tensor: Tensor, *, quantised: bool, own: torch.dtyp
 
     Parameters
     ----------
-    kind : "weight" | "weight_scale" | "lowrank_a" | "lowrank_b" | "weight_dense" | "bias"
+    kind : "weight" | "bias" or one of `rtlynx.nn.state_dict.OWN`
     own : dtype of the model; float64 is right in such a one alone.
     """
     precision = "fp8" if quantised else "bf16"

@@ -62,7 +62,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         for kind in ("lowrank_a", "lowrank_b", "weight_scale"):
             tensors.pop(f"{prefix}{kind}", None)
         original = tensors.pop(f"{prefix}weight_dense", None)
-        if original is not None:
+        rounded = tensors.pop(f"{prefix}weight_dense_scale", None) is not None
+        if original is not None and not rounded:
             tensors[f"{prefix}weight"] = original
         elif module.weight_changed:
             tensors.pop(f"{prefix}weight", None)

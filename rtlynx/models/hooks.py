@@ -49,7 +49,7 @@ class EnterCall:
         rows = None
         if recipe.text_rows == "dense" and architecture.text_rows is not None:
             rows = local_text_rows(model, architecture.text_rows(call))
-        dense = recipe.dense_steps > 0 and self._is_dense_step(model, call)
+        dense = recipe.has_dense_steps and self._is_dense_step(model, call)
         if getattr(model, "peft_config", None):
             refuse_merged(model)
         enter_call(CallState(dense=dense, text_rows=rows), self)
@@ -59,20 +59,22 @@ class EnterCall:
         leave_call(self)
 
     def _is_dense_step(self, model: nn.Module, call: dict[str, Any]) -> bool:
-        argument = self.plan.architecture.timestep_argument
+        argument, recipe = self.plan.architecture.timestep_argument, self.plan.recipe
         timestep = call.get(argument)
         if timestep is None:
             raise ValueError(
-                f"dense_steps needs the model's {argument!r} argument, which this call of "
+                f"dense steps need the model's {argument!r} argument, which this call of "
                 f"{type(model).__name__} lacks"
             )
         step = step_of(timestep)
         if step is None:
-            if model.training:  # no picture, so no first steps of one
+            if model.training:  # no picture, so no first or last steps of one
                 return False
             raise RuntimeError(
-                f"dense_steps={self.plan.recipe.dense_steps} runs the first steps of a picture dense, and a "
-                "call alone does not tell which step it is: call the model through a diffusers pipeline, or "
-                "put your sampling loop into `with rtlynx.schedule(timesteps):`"
+                "some steps of a picture run dense here "
+                f"(dense_steps={recipe.dense_steps}, dense_last_steps={recipe.dense_last_steps}), and a call "
+                "alone does not tell which step it is: call the model through a diffusers pipeline, or put "
+                "your sampling loop into `with rtlynx.schedule(timesteps):`"
             )
-        return step < self.plan.recipe.dense_steps
+        index, count = step
+        return index < recipe.dense_steps or index >= count - recipe.dense_last_steps

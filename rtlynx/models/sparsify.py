@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtlynx.math.formats import FP8_DENSE
 from rtlynx.models.fingerprint import base_tensors, records, weight_fingerprint
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
@@ -18,6 +19,7 @@ from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.nn.state_dict import OWN
 from rtlynx.nn.tensor_parallel import TensorParallelLinear, shards_of
 from rtlynx.recipe import Recipe
 
@@ -155,8 +157,11 @@ def apply_plan(
             sparse = kind.from_linear(whole, pattern=layer.pattern, norm=layer.norm)
         except TypeError as error:
             raise TypeError(f"{layer.name}: {error}") from None
-        sparse.text_rows_dense = layer.text_rows_dense
-        sparse.dense_steps = plan.recipe.dense_steps > 0
+        sparse.dense_precision = plan.recipe.dense_precision
+        # What is dense fp8 already is not kept in e4m3 once more.
+        twice = layer.format is FP8_DENSE and sparse.dense_precision == "fp8"
+        sparse.text_rows_dense = layer.text_rows_dense and not twice
+        sparse.dense_steps = plan.recipe.has_dense_steps and not twice
         sparse.shared_input = shared[_memory(layer, known)]
         if prepare is not None:
             prepare(layer.name, sparse)
@@ -228,8 +233,8 @@ def extra_bytes(model: nn.Module) -> int:
     """
     total = 0
     for layer in sparse_layers(model).values():
-        for tensor in (layer.lowrank_a, layer.lowrank_b, layer.weight_dense, layer.weight_scale):
-            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
+        tensors = (getattr(layer, name) for name in OWN)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
         if layer.format.quantized:
             full = layer.compute_dtype or torch.bfloat16
             total -= layer.weight.numel() * (full.itemsize - layer.weight.element_size())

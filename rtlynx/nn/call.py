@@ -81,7 +81,7 @@ def current_call() -> CallState:
         raise RuntimeError(
             "this layer runs some rows or steps dense, as the model's call says, and no call is under way: "
             "call the model, not its layers or its forward(). Gradient checkpointing calls layers again in "
-            "the backward pass: use a recipe of text_rows='sparse' and dense_steps=0 with it"
+            "the backward pass: use a recipe of text_rows='sparse' without dense steps with it"
         )
     return call
 
@@ -119,7 +119,7 @@ _schedule: ContextVar[tuple[float, ...] | None] = ContextVar("rtlynx_schedule", 
 
 @contextmanager
 def schedule(timesteps: Iterable[float] | Tensor) -> Iterator[None]:
-    """Say which timesteps the model calls inside go through, for recipes with `dense_steps`.
+    """Say which timesteps the model calls inside go through, for recipes with dense steps.
 
     Diffusers pipelines need no such word: their own loop tells. Sampling loops of your own do. The schedule
     holds for the running thread or task, so requests may take turns on one model.
@@ -155,8 +155,10 @@ def current_schedule() -> tuple[float, ...] | None:
     return _schedule.get()
 
 
-def step_of(timestep: Any) -> int | None:
-    """Index, from 0, of the sampling step of a call at `timestep`; None where no schedule is known.
+def step_of(timestep: Any) -> tuple[int, int] | None:
+    """Index, from 0, of the sampling step of a call at `timestep`, and how many steps there are.
+
+    None where no schedule is known.
 
     Raises
     ------
@@ -197,8 +199,8 @@ def _is_of_diffusers(pipeline: Any) -> bool:
     return any(base.__module__.partition(".")[0] == "diffusers" for base in type(pipeline).__mro__)
 
 
-def _position(timestep: float, timesteps: Sequence[float]) -> int:
-    """Index of the step at `timestep`; schedulers of higher order visit a timestep more than once."""
+def _position(timestep: float, timesteps: Sequence[float]) -> tuple[int, int]:
+    """Index and count of steps at `timestep`; schedulers of higher order visit a timestep more than once."""
     steps = [value for value, _ in groupby(timesteps)]
     step = min(range(len(steps)), key=lambda index: abs(steps[index] - timestep))
     if not abs(steps[step] - timestep) <= _ROUNDING * max(map(abs, steps)):
@@ -206,7 +208,7 @@ def _position(timestep: float, timesteps: Sequence[float]) -> int:
             f"the model is called at timestep {timestep:g}, which is not in the schedule of {len(steps)} "
             f"steps from {steps[0]:g} to {steps[-1]:g}: give rtlynx.schedule what the model takes"
         )
-    return step
+    return step, len(steps)
 
 
 def _values(timesteps: Iterable[float] | Tensor) -> list[float]:
@@ -219,7 +221,7 @@ def _single(timestep: Any) -> float:
     values = _values(timestep if isinstance(timestep, Tensor) else [timestep])
     if len(set(values)) != 1:
         raise ValueError(
-            f"dense_steps needs calls at one timestep, and this one is at {len(set(values))}: "
-            "use a recipe of dense_steps=0"
+            f"dense steps need calls at one timestep, and this one is at {len(set(values))}: "
+            "use a recipe of dense_steps=0 and dense_last_steps=0"
         )
     return values[0]

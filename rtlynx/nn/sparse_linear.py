@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from rtlynx.cuda.sm90.weights import Weights
 from rtlynx.math.formats import Format, format_of
@@ -21,6 +20,7 @@ from rtlynx.nn.backends import Backend, choose_backend
 from rtlynx.nn.cached_tensor import CachedTensor
 from rtlynx.nn.call import CallState, RowRanges, current_call
 from rtlynx.nn.input_cache import SharedInput
+from rtlynx.nn.original import dense_output, keep_original, original_of
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.state_dict import mark, refusal, rename_former
 from rtlynx.ops import fp8_linear as fp8
@@ -56,6 +56,8 @@ class SparseLinear(nn.Linear):
         B.
     weight_dense : buffer (N, K) or None
         The original W beside a refitted or quantised one, kept only where some rows or steps run dense.
+    weight_dense_scale : buffer (N,) float32 or None
+        Of a W that is kept in e4m3.
     pattern : Pattern
     format : Format
         What the layer multiplies (`rtlynx.math.formats`): e4m3 where the weight is quantised, else in the
@@ -68,6 +70,8 @@ class SparseLinear(nn.Linear):
         Why the layer runs densely all the same (its K does not split into groups), or None.
     backend : Backend or None
         What computes the layer (`rtlynx.nn.backends`); None takes the fastest that serves the call.
+    dense_precision : "bf16" | "fp8"
+        How W is kept: in the model's dtype, or in e4m3.
     text_rows_dense, dense_steps : bool
         Whether text rows, or all rows in some steps, run dense, as the model's call says (`rtlynx.nn.call`).
         Such a layer cannot be called outside a call of its model.
@@ -81,7 +85,9 @@ class SparseLinear(nn.Linear):
     lowrank_a: nn.Parameter | None
     lowrank_b: nn.Parameter | None
     weight_dense: Tensor | None
+    weight_dense_scale: Tensor | None
     weight_scale: Tensor | None
+    dense_precision: Literal["bf16", "fp8"]
     text_rows_dense: bool
     dense_steps: bool
     shared_input: SharedInput
@@ -111,6 +117,7 @@ class SparseLinear(nn.Linear):
         self.format = format_of(sparse=pattern.n < pattern.m, quantized=False)
         self.refitted = False
         self.dense_reason = pattern.misfit(self.in_features)
+        self.dense_precision = "bf16"
         self.text_rows_dense = False
         self.dense_steps = False
         self.shared_input = SharedInput(single=True)
@@ -120,6 +127,7 @@ class SparseLinear(nn.Linear):
         self.register_parameter("lowrank_a", None)
         self.register_parameter("lowrank_b", None)
         self.register_buffer("weight_dense", None)
+        self.register_buffer("weight_dense_scale", None)
         self.register_buffer("weight_scale", None)
 
     @classmethod
@@ -175,7 +183,7 @@ class SparseLinear(nn.Linear):
                 plain.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
         for name in ("lowrank_a", "lowrank_b"):
             plain._parameters.pop(name, None)
-        for name in ("weight_dense", "weight_scale"):
+        for name in ("weight_dense", "weight_dense_scale", "weight_scale"):
             plain._buffers.pop(name, None)
         if weight is not self.weight:
             plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
@@ -212,11 +220,13 @@ class SparseLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         self._packed_weight.drop()  # or it would stay on a device that the layer leaves
         self._folded_lowrank_b.drop()
-        fp8_only = (self._parameters.get("weight"), self.weight_scale) if self.format.quantized else ()
+        eight_bits = (self._parameters.get("weight"), self.weight_scale) if self.format.quantized else ()
+        if self.weight_dense_scale is not None:
+            eight_bits = (*eight_bits, self.weight_dense, self.weight_dense_scale)
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if moved.dtype is tensor.dtype or not any(tensor is one for one in fp8_only):
+            if moved.dtype is tensor.dtype or not any(tensor is one for one in eight_bits):
                 return moved
             return tensor.to(moved.device)  # a cast of the model is none of eight-bit values and their scale
 
@@ -261,7 +271,7 @@ class SparseLinear(nn.Linear):
         """
         if not self.format.quantized:
             return self.weight.dtype
-        full = (self.lowrank_a, self.bias, self.weight_dense)
+        full = (self.lowrank_a, self.bias, None if self.weight_dense_scale is not None else self.weight_dense)
         return next((tensor.dtype for tensor in full if tensor is not None), None)
 
     def set_lowrank(self, lowrank_a: Tensor, lowrank_b: Tensor) -> None:
@@ -304,8 +314,8 @@ class SparseLinear(nn.Linear):
             raise ValueError(
                 f"a refitted weight here is {tuple(self.weight.shape)}, got {tuple(weight.shape)}"
             )
-        if keep_dense and self.weight_dense is None:
-            self.weight_dense = self.weight.detach()
+        if keep_dense:
+            keep_original(self)
         new = weight.detach().to(self.weight).contiguous()  # safetensors saves nothing else
         self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
         self.refitted = True
@@ -349,8 +359,8 @@ class SparseLinear(nn.Linear):
             raise ValueError("fp8 layers know the norm scale 'scale', not the paper's printed formula")
         if self.dense_reason is not None:
             raise RuntimeError(f"the layer runs dense and is not quantised: {self.dense_reason}")
-        if keep_dense and self.weight_dense is None:
-            self.weight_dense = self.original_weight().detach()
+        if keep_dense:
+            keep_original(self)
         device = self.weight.device
         self.weight = nn.Parameter(values.detach().to(device).contiguous(), requires_grad=False)
         self.weight_scale = scale.detach().to(device, torch.float32).contiguous()
@@ -363,16 +373,16 @@ class SparseLinear(nn.Linear):
             return input.output_of(self)
         x = _as_multiplied(input)
         if self.dense_reason is not None:
-            return self._dense(x)
+            return dense_output(self, x)
         call = self.call()
         if call is not None and call.dense:
-            return self._dense(x)
+            return dense_output(self, x)
         ranges = call.split(x.shape[-2]) if call is not None and self.text_rows_dense else None
         if ranges is None:
             return self._sparse(input, x, None)[0]
         (start, stop), others = ranges
         pieces = self._sparse(input, x, others) if others else []
-        pieces.insert(1 if start > 0 else 0, self._dense(x[..., start:stop, :]))
+        pieces.insert(1 if start > 0 else 0, dense_output(self, x[..., start:stop, :]))
         return torch.cat(pieces, dim=-2)
 
     def _sparse(self, input: Tensor, x: Tensor, ranges: RowRanges | None) -> list[Tensor]:
@@ -452,26 +462,15 @@ class SparseLinear(nn.Linear):
             )
         return Weights(weight, lowrank_b, self._parameters["bias"], scale)
 
-    def _dense(self, x: Tensor) -> Tensor:
-        return linear(x, self.original_weight(), self.bias)
-
     def original_weight(self) -> Tensor:
         """The weight of the dense layer.
 
         Raises
         ------
         RuntimeError
-            If the weight was refitted or quantised and the original was not kept.
+            If the weight was refitted or quantised and the original was not kept, or in eight bits alone.
         """
-        if self.weight_dense is not None:
-            return self.weight_dense
-        if self.weight_changed:
-            raise RuntimeError(
-                f"this layer was {'refitted' if self.refitted else 'quantised'} without keeping its original "
-                "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "
-                "dense_steps > 0 to keep both"
-            )
-        return self.weight
+        return original_of(self)
 
     def extra_repr(self) -> str:
         pattern = f"{self.pattern.n}:{self.pattern.m} {self.pattern.grouping}"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _REFITTED = "rtlynx_refitted"
 # Tensors that dense layers have not.
-OWN = ("lowrank_a", "lowrank_b", "weight_scale", "weight_dense")
+OWN = ("lowrank_a", "lowrank_b", "weight_scale", "weight_dense", "weight_dense_scale")
 # What state dicts and files of checkpoint versions 1 and 2 call tensors.
 _FORMER = {"lowrank_down": "lowrank_a", "lowrank_up": "lowrank_b"}
 
@@ -56,6 +56,12 @@ def refusal(
             f"{prefix}weight is {weight.dtype}, and the layer is "
             f"{'quantised to' if layer.format.quantized else 'not quantised to'} {E4M3}: "
             "load a quantised weight with its scale into a layer that is quantised"
+        )
+    original = state_dict.get(f"{prefix}weight_dense")
+    if original is not None and (original.dtype is E4M3) is (layer.weight_dense_scale is None):
+        return (
+            f"{prefix}weight_dense is {original.dtype}, and the layer keeps its original weight in "
+            f"{layer.dense_precision}: load it into a model of the same dense_precision"
         )
     refitted = metadata.get(_REFITTED)
     if refitted is not None and refitted is not layer.refitted:

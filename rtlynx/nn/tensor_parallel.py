@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 # The axis along which a layer's tensors are cut; those that are not named are whole on every process.
 _CUT: dict[int, dict[str, int]] = {
-    0: {"weight": 0, "weight_dense": 0, "weight_scale": 0, "bias": 0, "lowrank_b": 0},
+    0: dict.fromkeys(
+        ("weight", "weight_scale", "weight_dense", "weight_dense_scale", "bias", "lowrank_b"), 0
+    ),
     1: {"weight": 1, "weight_dense": 1, "lowrank_a": 1},
 }
 

@@ -1,0 +1,66 @@
+"""The original weight W beside a refitted or quantised one, for the rows and steps that run dense."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rtlynx.math.fp8 import E4M3, quantize_weight
+from rtlynx.math.selection import Pattern
+from rtlynx.ops import fp8_linear as fp8
+
+if TYPE_CHECKING:
+    from rtlynx.nn.sparse_linear import SparseLinear
+
+_ALL = Pattern(1, 1)
+
+
+def original_of(layer: SparseLinear) -> Tensor:
+    """W (N, K); see `SparseLinear.original_weight`."""
+    if layer.weight_dense_scale is not None:
+        raise RuntimeError(
+            "this layer keeps its original weight in eight bits alone (dense_precision='fp8'): load the "
+            "dense model again, or make it sparse with dense_precision='bf16'"
+        )
+    if layer.weight_dense is not None:
+        return layer.weight_dense
+    if layer.weight_changed:
+        raise RuntimeError(
+            f"this layer was {'refitted' if layer.refitted else 'quantised'} without keeping its original "
+            "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "
+            "dense steps to keep both"
+        )
+    return layer.weight
+
+
+def keep_original(layer: SparseLinear) -> None:
+    """Keep W, in e4m3 where `layer.dense_precision` says so; nothing where it is kept already.
+
+    Raises
+    ------
+    ValueError
+        If W is not finite and is to be quantised.
+    RuntimeError
+        If the weight was changed before and W was not kept.
+    """
+    if layer.weight_dense is not None:
+        return
+    original = original_of(layer).detach()
+    if layer.dense_precision == "bf16":
+        layer.weight_dense = original
+    elif original.is_meta:
+        layer.weight_dense = original.to(E4M3)
+        layer.weight_dense_scale = original.new_empty(layer.out_features, dtype=torch.float32)
+    else:
+        layer.weight_dense, layer.weight_dense_scale = quantize_weight(original)
+
+
+def dense_output(layer: SparseLinear, x: Tensor) -> Tensor:
+    """Y (..., N) of `x` (..., K) by the original weight."""
+    if layer.weight_dense is None or layer.weight_dense_scale is None:
+        return linear(x, original_of(layer), layer.bias)
+    of = fp8.Fp8Parameters(layer.weight_dense, layer.weight_dense_scale, layer.bias, None, None)
+    return fp8.dense_linear_fp8(x, fp8.compress_fp8(x, _ALL, "none"), of)

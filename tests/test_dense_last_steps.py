@@ -1,0 +1,107 @@
+"""The last steps of a picture dense, and original weights kept in e4m3."""
+
+import copy
+
+import pytest
+import torch
+from checkpoint_helpers import RECIPES, make
+from helpers import TinyPipeline, flux_call, output, relative_error, tiny_flux
+
+from rtlynx import Pattern, Recipe, SparseLinear, densify, schedule, sparsify
+from rtlynx.math.fp8 import E4M3
+from rtlynx.models import sparse_layers
+from rtlynx.models.sparsify import extra_bytes
+
+TIMESTEPS = [1.0, 0.75, 0.5, 0.25]
+IN_FP8 = {"precision": "fp8", "dense_last_steps": 1, "dense_precision": "fp8"}
+LAYER = "single_transformer_blocks.0.proj_mlp"
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [(0, 1, "sssD"), (1, 2, "DsDD"), (0, 4, "DDDD"), (3, 3, "DDDD"), (0, 9, "DDDD")],
+)
+def test_which_steps_run_dense(first, last, expected):
+    reference = tiny_flux()
+    model = sparsify(tiny_flux(), Recipe.immediate(dense_steps=first, dense_last_steps=last))
+    ran = ""
+    with schedule(TIMESTEPS):
+        for t in TIMESTEPS:
+            call = flux_call(timestep=t)
+            ran += "D" if torch.equal(output(model, call), output(reference, call)) else "s"
+    assert ran == expected
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_pipeline_tells_which_steps_are_the_last(steps):
+    def draw(model):
+        return TinyPipeline(model)(["a cat"], [torch.Generator().manual_seed(1)], num_inference_steps=steps)
+
+    model = sparsify(tiny_flux(), Recipe.immediate(dense_last_steps=1))
+    assert torch.equal(draw(model), draw(tiny_flux())) == (steps == 1)
+
+
+def test_dense_steps_multiply_the_original_weight_in_e4m3():
+    reference, model = tiny_flux(), sparsify(tiny_flux(), Recipe.immediate(**IN_FP8))
+    layer, original = sparse_layers(model)[LAYER], reference.get_submodule(LAYER)
+    twin = SparseLinear.from_linear(original, pattern=Pattern(1, 1), norm="none")
+    twin.quantize()
+    assert layer.weight_dense.dtype is E4M3
+    call = flux_call(timestep=TIMESTEPS[-1])
+    seen = []
+    layer.register_forward_hook(lambda _layer, x, y: seen.append((x[0], y)))
+    with schedule(TIMESTEPS):
+        drawn = output(model, call)
+    ((x, y),) = seen
+    assert torch.equal(y, twin(x))
+    assert 1e-4 < relative_error(y, original(x)) < 0.1
+    assert 1e-4 < relative_error(drawn, output(reference, call)) < 0.1
+
+
+def test_layers_that_are_dense_fp8_keep_nothing_beside():
+    model = make(RECIPES["dense steps and rows in fp8"])
+    for name, layer in sparse_layers(model).items():
+        kept = not name.endswith("to_q") and "add_" not in name and layer.format.sparse
+        assert (layer.weight_dense is not None) == kept, name
+        assert layer.depends_on_call == kept, name
+
+
+def test_memory_is_half_of_that_of_bf16():
+    sizes = {}
+    for precision in ("bf16", "fp8"):
+        recipe = Recipe.immediate(**IN_FP8 | {"dense_precision": precision})
+        sizes[precision] = extra_bytes(sparsify(tiny_flux().bfloat16(), recipe))
+    layers = sparse_layers(sparsify(tiny_flux(), Recipe.immediate(precision="fp8"))).values()
+    sparse = [layer for layer in layers if layer.format.sparse]
+    # Dense fp8 layers keep an original beside them in bf16 alone.
+    saved = sum(2 * layer.weight.numel() for layer in layers)
+    spent = sum(layer.weight.numel() + 4 * layer.out_features for layer in sparse)
+    assert sizes["bf16"] - sizes["fp8"] == saved - spent
+
+
+def test_making_it_dense_again_is_refused():
+    model = sparsify(tiny_flux(), Recipe.immediate(**IN_FP8))
+    with pytest.raises(RuntimeError, match=r"in eight bits alone.*load the dense model again"):
+        densify(model)
+
+
+def test_a_cast_leaves_kept_weights_alone():
+    model = sparsify(tiny_flux(), Recipe.immediate(**IN_FP8))
+    layer = sparse_layers(model)[LAYER]
+    values, scale = layer.weight_dense.clone(), layer.weight_dense_scale.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(layer.weight_dense.view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(layer.weight_dense_scale, scale)
+    assert layer.compute_dtype is torch.bfloat16
+
+
+def test_state_dicts_of_another_precision_are_refused():
+    recipe = Recipe.immediate(dense_last_steps=1, precision="fp8")
+    model, other = sparsify(tiny_flux(), recipe), sparsify(tiny_flux(1), Recipe.immediate(**IN_FP8))
+    with pytest.raises(RuntimeError, match="weight_dense"):
+        model.load_state_dict(other.state_dict())
+    same = sparsify(tiny_flux(), Recipe.immediate(**IN_FP8))
+    same.load_state_dict(other.state_dict())
+    call = flux_call(timestep=TIMESTEPS[-1])
+    with schedule(TIMESTEPS):
+        assert torch.equal(output(same, call), output(copy.deepcopy(other), call))
