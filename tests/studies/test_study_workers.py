@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch.multiprocessing
 from jobs import jobs_for
 from row_store import RowStore
 from study_helpers import STEPS, TinySetup
@@ -11,6 +12,13 @@ from workers import device_of, run_workers
 
 HEADER = {"model": "tiny", "dtype": "float32", "guidance": 3.0, "calibration": {}}
 NAMES = "dense,dense:other-seed,activation-2:4"
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    """Where there is no CUDA, which does not survive it: importing everything again takes seconds."""
+    context = torch.multiprocessing.get_context("fork")
+    monkeypatch.setattr("torch.multiprocessing.get_context", lambda _method: context)
 
 
 @pytest.fixture(scope="module")
