@@ -19,6 +19,8 @@ RECIPES = {
     "fp8, immediate": Recipe.immediate(precision="fp8"),
     "fp8, dense steps and rows": Recipe.immediate(precision="fp8", dense_steps=2, text_rows="dense"),
     "fp8, refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, precision="fp8"),
+    "intercept": Recipe(rank=4, ridge=RIDGE, intercept=True),
+    "fp8, intercept": Recipe(rank=None, ridge=RIDGE, intercept=True, precision="fp8"),
     "every format": Recipe(
         rank=4, ridge=RIDGE, formats={"*.to_q": "fp8-sparse", "*.to_k": "fp8-dense", "*.to_v": "dense"}
     ),

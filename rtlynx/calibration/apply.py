@@ -28,11 +28,11 @@ def apply_solutions(
     apply_plan(model, plan, prepare, tensors=tensors)
 
 
-def solved_layer(model: nn.Module, layer: LayerPlan, solution: Solution, *, keep_dense: bool) -> SparseLinear:
+def solved_layer(model: nn.Module, layer: LayerPlan, solution: Solution) -> SparseLinear:
     """The sparse layer, with its solution, that takes the place of a dense one of `model`."""
     dense: Any = model.get_submodule(layer.name)
     sparse = SparseLinear.from_linear(dense, pattern=layer.pattern, norm=layer.norm)
-    solution.install(sparse, keep_dense=keep_dense)
+    solution.install(sparse, keep_dense=False)
     return sparse
 
 
@@ -44,7 +44,7 @@ def temporarily_sparse(
     originals: dict[str, Any] = {layer.name: model.get_submodule(layer.name) for layer in layers}
     try:
         for layer in layers:
-            sparse = solved_layer(model, layer, solutions[layer.name], keep_dense=False)
+            sparse = solved_layer(model, layer, solutions[layer.name])
             model.set_submodule(layer.name, sparse)
         yield
     finally:

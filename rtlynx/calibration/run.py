@@ -138,6 +138,7 @@ class _Calibration:
         self.model, self.options = recording.model, recording.options
         self.device = next(self.model.parameters()).device
         self.solutions = SolutionStore(recording.folder)
+        self.originals: dict[str, nn.Module] = {}  # in sequential mode, of layers that run sparse
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
@@ -151,8 +152,8 @@ class _Calibration:
         plan = self.plan.leave_dense(silent)
         _refuse_all_dense(plan)
         self._solve([group for group in groups if group.block in order], order)
-        if self.options.sequential:
-            densify(self.model)
+        for name, dense in self.originals.items():
+            self.model.set_submodule(name, dense)
         costs: tuple[LayerCost, ...] = ()
         choice = None
         if self.recipe.budget is not None:
@@ -209,33 +210,40 @@ class _Calibration:
         if fit is None:
             raise CalibrationError(f"no tokens reached {group.layers[0].name} in calibration")
         heldout = group.combined("heldout", self.recipe.balance)
-        weights = {layer.name: self._weight(layer) for layer in group.layers}
+        linears = {layer.name: self._weight_and_bias(layer) for layer in group.layers}
         if self.recipe.lowrank_sharing == "own":
             return {
-                layer.name: self._solve_one(group, layer, weights[layer.name], fit, heldout)
+                layer.name: self._solve_one(group, layer, linears[layer.name], fit, heldout)
                 for layer in group.layers
             }
-        together = torch.cat(list(weights.values()))
-        whole = self._solve_one(group, group.layers[0], together, fit, heldout)
+        weight, bias = (torch.cat(parts) for parts in zip(*linears.values(), strict=True))
+        whole = self._solve_one(group, group.layers[0], (weight, bias), fit, heldout)
         result, start, judge = {}, 0, heldout or fit
-        for name, weight in weights.items():
-            result[name] = judged(judge, weight, whole.rows(start, start + len(weight)))
+        for name, (weight, bias) in linears.items():
+            result[name] = judged(judge, weight, whole.rows(start, start + len(weight)), bias)
             start += len(weight)
         return result
 
     def _solve_one(
-        self, group: InputGroup, layer: LayerPlan, weight: Tensor, fit: Moments, heldout: Moments | None
+        self,
+        group: InputGroup,
+        layer: LayerPlan,
+        linear: tuple[Tensor, Tensor],
+        fit: Moments,
+        heldout: Moments | None,
     ) -> Solution:
-        recipe = self.recipe
+        recipe, (weight, bias) = self.recipe, linear
         if recipe.lowrank_solver == "closed-form":
+            refit = recipe.refit and layer.format is not FP8_DENSE
             return solve_layer(
                 fit,
                 weight,
                 rank=layer.rank,
-                refit=recipe.refit and layer.format is not FP8_DENSE,
+                refit=refit,
                 ridge=recipe.ridge,
                 heldout=heldout,
                 quantised=layer.quantized,
+                bias=bias if refit and recipe.intercept else None,
             )
         lowrank_a, lowrank_b = train_lowrank(
             torch.cat(group.tokens),
@@ -248,17 +256,19 @@ class _Calibration:
         )
         return judged(heldout or fit, weight, Solution(lowrank_a=lowrank_a, lowrank_b=lowrank_b))
 
-    def _weight(self, layer: LayerPlan) -> Tensor:
-        linear = self.model.get_submodule(layer.name)
-        assert isinstance(linear, nn.Linear)
-        return linear.weight.detach()
+    def _weight_and_bias(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
+        """(N, K) and (N,) of the dense layer, zeros where it has no bias."""
+        linear: Any = self.model.get_submodule(layer.name)
+        weight = linear.weight.detach()
+        return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()
 
     def _make_sparse(self, groups: list[InputGroup]) -> None:
         """Sequential mode: the blocks solved so far run sparse from now on."""
         for group in groups:
             for layer in group.layers:
                 solution = self.solutions.of([layer])[layer.name]
-                sparse = solved_layer(self.model, layer, solution, keep_dense=True)
+                self.originals[layer.name] = self.model.get_submodule(layer.name)
+                sparse = solved_layer(self.model, layer, solution)
                 self.model.set_submodule(layer.name, sparse)
 
     def _choose(self, plan: Plan) -> tuple[tuple[LayerCost, ...], Choice]:

@@ -50,8 +50,8 @@ from rtlynx.storage.files import (
     write_tensors,
 )
 
-# Version 2 knows fp8 layers.
-FORMAT_VERSION = 3
+# Version 2 knows fp8 layers, version 4 intercepts.
+FORMAT_VERSION = 4
 # Most that safetensors takes for the header of a file.
 _HEADER = 100 << 20
 
@@ -132,7 +132,7 @@ def _refuse_unreadable(layers: dict[str, SparseLinear], tensors: dict[str, Tenso
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition(".")
         quantised, own = layers[name].format.quantized, layers[name].compute_dtype or tensor.dtype
-        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own)
+        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own, refitted=True)
         if wrong is not None:
             raise ValueError(f"{key} {wrong}, and a checkpoint of that could not be loaded")
 
@@ -310,6 +310,7 @@ def _describe(layer: SparseLinear, base: str) -> dict[str, Any]:
         "precision": layer.precision,
         "rank": layer.rank,
         "refitted": layer.refitted,
+        "intercept": layer.intercept,
         "base": base,
     }
 
@@ -385,7 +386,7 @@ def _stored_solution(
             raise CheckpointError(f"{path} lacks the tensor {name}.{kind}")
         if tensor.shape != shape:
             raise CheckpointError(f"{path}: {name}.{kind} is {tuple(tensor.shape)}, should be {shape}")
-        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own)
+        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own, refitted=True)
         if wrong is not None:
             raise CheckpointError(f"{path}: {name}.{kind} {wrong}")
         return tensor
@@ -397,7 +398,8 @@ def _stored_solution(
 def solution_shapes(entry: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors that a checkpoint has of one layer."""
     sizes = entry["in_features"], entry["out_features"], entry["rank"]
-    return stored_shapes(*sizes, quantized=stored_quantized(entry), refitted=entry["refitted"])
+    kinds = {"refitted": entry["refitted"], "intercept": entry.get("intercept", False)}
+    return stored_shapes(*sizes, quantized=stored_quantized(entry), **kinds)
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -351,9 +351,9 @@ class RTLynxQuantizer(_BaseQuantizer):
             layer, kind = self._layers.get(name.rpartition(".")[0]), name.rpartition(".")[2]
             if layer is not None and self._shapes:
                 fp8 = layer.format.quantized
-                of_base = kind == "weight" and not fp8 and not layer.refitted
-                own = layer.compute_dtype or torch.float32
-                wrong = wrong_numbers("bias" if of_base else kind, tensor, quantised=fp8, own=own)
+                base = {"weight": not fp8 and not layer.refitted, "bias": not layer.intercept}
+                own, refitted = layer.compute_dtype or torch.float32, not base.get(kind, False)
+                wrong = wrong_numbers(kind, tensor, quantised=fp8, own=own, refitted=refitted)
                 if wrong is not None:
                     raise CheckpointError(f"{self._folder}: {name} {wrong}")
         digests = self._signed()

@@ -67,6 +67,7 @@ _LAYER: dict[str, _Check] = {
     "precision": _one_of("bf16", "fp8"),
     "rank": _whole(0, _MOST_RANK),
     "refitted": _FLAG,
+    "intercept": _FLAG,
     "base": _DIGEST,
 }
 _STORED_LAYER: dict[str, _Check] = {"weight": _DIGEST, "weight_dense": _FLAG}
@@ -134,12 +135,15 @@ def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Rec
         where = f" of {name[:_LONGEST_NAME]}"
         if not isinstance(entry, dict):
             raise CheckpointError(f"{path} is damaged: what it says{where} is no object")
-        layer = {"precision": "bf16", **entry}  # version 1 knew no other
+        # Version 1 knew no other precision, versions 1 to 3 no intercepts.
+        layer = {"precision": "bf16", "intercept": False, **entry}
         _check_keys(layer, {**_LAYER, **_STORED_LAYER} if whole_model else _LAYER, where, path)
         pattern = {"score": MAGNITUDE.name, **entry["pattern"]}  # versions 1 and 2 knew no other
         _check_keys(pattern, _PATTERN, where, path)
         if layer["precision"] == "fp8" and layer["norm"] == "paper":
             raise CheckpointError(f"{path} is damaged: a layer of precision fp8 with norm 'paper',{where}")
+        if layer["intercept"] and not layer["refitted"]:
+            raise CheckpointError(f"{path} is damaged: an intercept without a refitted weight,{where}")
         try:
             stored_pattern(entry).widths(entry["in_features"])
         except ValueError as error:
@@ -197,13 +201,16 @@ def _recipe(settings: dict[str, Any], path: Path) -> Recipe:
         raise CheckpointError(f"{path} is damaged: its recipe: {first_line(error)}") from None
 
 
-def wrong_numbers(kind: str, tensor: Tensor, *, quantised: bool, own: torch.dtype) -> str | None:
+def wrong_numbers(
+    kind: str, tensor: Tensor, *, quantised: bool, own: torch.dtype, refitted: bool
+) -> str | None:
     """Why `tensor` cannot be the `kind` of a layer, `quantised` or not; None where it can.
 
     Parameters
     ----------
     kind : "weight" | "weight_scale" | "lowrank_a" | "lowrank_b" | "weight_dense" | "bias"
     own : dtype of the model; float64 is right in such a one alone.
+    refitted : whether calibration made it; the base model's tensors may hold anything.
     """
     precision = "fp8" if quantised else "bf16"
     eight_bits = quantised and kind == "weight"
@@ -211,8 +218,8 @@ def wrong_numbers(kind: str, tensor: Tensor, *, quantised: bool, own: torch.dtyp
     allowed = (E4M3,) if eight_bits else (torch.float32,) if kind == "weight_scale" else floats
     if tensor.dtype not in allowed:
         return f"is {tensor.dtype} in a layer of precision {precision}"
-    if kind in ("bias", "weight_dense") or tensor.numel() == 0:
-        return None  # the base model's, whatever it holds
+    if not refitted or kind == "weight_dense" or tensor.numel() == 0:
+        return None
     if eight_bits:
         bits = tensor.reshape(-1).view(torch.uint8)  # 0x7F and 0xFF are NaN
         nan = int(bits.max()) == 0xFF or int(bits.view(torch.int8).max()) == 0x7F

@@ -64,6 +64,8 @@ class SparseLinear(nn.Linear):
         That of `format`.
     norm : "none" | "scale" | "paper"
         Whether the norm scale s is applied ("paper": with the paper's printed epsilon).
+    intercept : bool
+        Whether `bias` was refitted with the weight.
     dense_reason : str or None
         Why the layer runs densely all the same (its K does not split into groups), or None.
     backend : Backend or None
@@ -77,6 +79,7 @@ class SparseLinear(nn.Linear):
     norm: Norm
     format: Format
     refitted: bool
+    intercept: bool
     dense_reason: str | None
     lowrank_a: nn.Parameter | None
     lowrank_b: nn.Parameter | None
@@ -110,6 +113,7 @@ class SparseLinear(nn.Linear):
         self.norm = norm
         self.format = format_of(sparse=pattern.n < pattern.m, quantized=False)
         self.refitted = False
+        self.intercept = False
         self.dense_reason = pattern.misfit(self.in_features)
         self.text_rows_dense = False
         self.dense_steps = False
@@ -309,6 +313,27 @@ class SparseLinear(nn.Linear):
         new = weight.detach().to(self.weight).contiguous()  # safetensors saves nothing else
         self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
         self.refitted = True
+
+    def set_intercept(self, bias: Tensor) -> None:
+        """Replace the bias, or the lack of one, by the one (N,) that was refitted with the weight.
+
+        Raises
+        ------
+        ValueError
+            If the bias is of another shape.
+        RuntimeError
+            If the weight is not refitted, or rows or steps run dense: those need the original bias.
+        """
+        if bias.shape != (self.out_features,):
+            raise ValueError(f"a refitted bias here is ({self.out_features},), got {tuple(bias.shape)}")
+        if not self.refitted or self.depends_on_call or self.weight_dense is not None:
+            raise RuntimeError(
+                "a bias is refitted together with the weight, of layers that keep no original for dense rows "
+                "and steps"
+            )
+        new = bias.detach().to(self.weight.device, copy=True).contiguous()
+        self.bias = nn.Parameter(new, requires_grad=self.weight.requires_grad)
+        self.intercept = True
 
     def quantize(self, gram: Tensor | None = None, *, keep_dense: bool = False) -> None:
         """Quantise the weight to e4m3, in place: from now on the layer is fp8.
