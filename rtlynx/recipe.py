@@ -135,6 +135,9 @@ class Recipe:
     intercept : bool
         Refit the bias with the weight; a layer without one gets one. Needs `refit`, and layers that keep no
         original for dense rows and steps.
+    rotate_values : bool
+        Rotate the values of each attention head such that strong channels compete with weak ones in the
+        layers that read it (needs calibration; costs nothing at inference). Their groups are adjacent then.
     lowrank_solver : "closed-form" | "trained"
         Trained: as in the paper, by AdamW on the layer's output error for `train_steps` steps.
     lowrank_sharing : "shared" | "own"
@@ -184,6 +187,7 @@ class Recipe:
     rank: int | float | Literal["auto"] | None = "auto"
     refit: bool = True
     intercept: bool = False
+    rotate_values: bool = False
     lowrank_solver: Literal["closed-form", "trained"] = "closed-form"
     lowrank_sharing: Literal["shared", "own"] = "shared"
     train_steps: int = 2000
@@ -211,7 +215,7 @@ class Recipe:
             raise ValueError(
                 f"tp_degree is a whole number above 0 and at most {MOST_TP_DEGREE}, got {self.tp_degree!r}"
             )
-        for flag in ("refit", "intercept"):
+        for flag in ("refit", "intercept", "rotate_values"):
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"{flag} is true or false, got {getattr(self, flag)!r}")
         if self.rank is not None and self.rank != "auto":
@@ -251,6 +255,11 @@ class Recipe:
         if self.refit and self.norm in ("scale", "paper"):
             raise ValueError(
                 "a refitted weight already restores the output: norm compensation stays off with it"
+            )
+        if self.rotate_values and self.grouping == "strided":
+            raise ValueError(
+                "rotated values make neighbours compete inside each head, and strided groups span heads: use "
+                "grouping 'auto' or 'adjacent'"
             )
         if self.intercept and not self.refit:
             raise ValueError("the intercept is refitted together with the weight: it needs refit=True")
@@ -331,7 +340,7 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe has anything to solve for or measure on real activations."""
-        return self.refit or self.rank is not None or self.budget is not None
+        return self.refit or self.rotate_values or self.rank is not None or self.budget is not None
 
     @property
     def uses_fp8(self) -> bool:

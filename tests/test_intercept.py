@@ -8,7 +8,7 @@ from calibration_helpers import ALL_FIT, RIDGE, calls, layer_errors, run
 from checkpoint_helpers import make
 from helpers import output, relative_error, tiny_flux, tiny_z_image, watched, z_image_call
 
-from rtlynx import CalibrationOptions, Recipe, calibrate, densify
+from rtlynx import CalibrationOptions, Recipe, densify
 from rtlynx.models import sparse_layers
 
 WITH = Recipe(rank=None, ridge=RIDGE, intercept=True)
@@ -77,13 +77,3 @@ def test_a_state_dict_with_a_bias_is_refused_by_a_layer_without_one():
     other = make(WITHOUT, tiny_z_image, z_image_call)
     with pytest.raises(RuntimeError, match="comes with a bias, and the layer has none"):
         other.load_state_dict(model.state_dict(), strict=False)
-
-
-def test_a_layer_that_is_not_refitted_takes_no_intercept():
-    model = tiny_flux()
-    calibrate(model, calls=calls(2), recipe=Recipe.immediate(rank=4, ridge=RIDGE), progress=False)
-    layer = next(iter(sparse_layers(model).values()))
-    with pytest.raises(RuntimeError, match="refitted together with the weight"):
-        layer.set_intercept(torch.zeros(layer.out_features))
-    with pytest.raises(ValueError, match="refitted bias here is"):
-        layer.set_intercept(torch.zeros(3))

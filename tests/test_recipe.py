@@ -19,6 +19,7 @@ EVERYTHING = {
     "rank": 0.05,
     "refit": False,
     "intercept": False,
+    "rotate_values": False,
     "lowrank_solver": "trained",
     "lowrank_sharing": "own",
     "train_steps": 100,
@@ -40,13 +41,14 @@ IN_FP8 = {
     "precision": "auto",
     "formats": {"*.to_v": "fp8-dense", "*.to_out.0": "dense", "*": "bf16-sparse"},
 }
-# What an intercept needs.
+# What an intercept and rotated values need.
 WITH_REFIT = {
     "refit": True,
     "norm": "none",
     "lowrank_solver": "closed-form",
     "text_rows": "sparse",
     "dense_steps": 0,
+    "grouping": "adjacent",
 }
 
 
@@ -71,6 +73,8 @@ WITH_REFIT = {
         ({"refit": "yes"}, "refit is true or false"),
         ({"refit": 1}, "refit is true or false"),
         ({"intercept": 1}, "intercept is true or false"),
+        ({"rotate_values": None}, "rotate_values is true or false"),
+        ({"rotate_values": True, "grouping": "strided"}, "strided groups span heads"),
         ({"intercept": True, "refit": False}, "intercept is refitted together with the weight"),
         ({"intercept": True, "text_rows": "dense"}, "need the original bias"),
         ({"intercept": True, "dense_steps": 1}, "need the original bias"),
@@ -160,7 +164,8 @@ def test_json_that_is_no_recipe_is_refused(text):
 def test_each_setting_survives_json(key):
     assert key in Recipe().to_dict()
     settings = {**EVERYTHING, **IN_FP8} if key in ("precision", "formats") else EVERYTHING
-    settings = {**EVERYTHING, **WITH_REFIT, key: True} if key == "intercept" else settings
+    if key in ("intercept", "rotate_values"):
+        settings = {**EVERYTHING, **WITH_REFIT, key: True}
     assert settings[key] != Recipe().to_dict()[key] or key == "score"  # (there is one)
     recipe = Recipe.from_dict(settings)
     assert json.loads(json.dumps(recipe.to_dict()))[key] == settings[key]

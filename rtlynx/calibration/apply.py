@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from rtlynx.models.plan import LayerPlan, Plan
+from rtlynx.models.rotation import Rotation
 from rtlynx.models.sparsify import apply_plan
 from rtlynx.nn.solution import Solution
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -19,13 +20,14 @@ def apply_solutions(
     plan: Plan,
     solutions: Mapping[str, Solution],
     tensors: dict[str, str] | None = None,
+    rotation: Rotation | None = None,
 ) -> None:
-    """Make `model` sparse by `plan`, each layer with its solution; see `apply_plan`, also for `tensors`."""
+    """Make `model` sparse by `plan`, each layer with its solution; see `apply_plan`, also for the others."""
 
     def prepare(name: str, layer: SparseLinear) -> None:
         solutions[name].install(layer, keep_dense=layer.depends_on_call)
 
-    apply_plan(model, plan, prepare, tensors=tensors)
+    apply_plan(model, plan, prepare, tensors=tensors, rotation=rotation)
 
 
 def solved_layer(model: nn.Module, layer: LayerPlan, solution: Solution) -> SparseLinear:

@@ -26,6 +26,7 @@ from rtlynx.io.schema import stored_quantized, wrong_numbers
 from rtlynx.math.fp8 import E4M3
 from rtlynx.models.fingerprint import full_digests, is_plain, weight_fingerprint
 from rtlynx.models.plan import Plan
+from rtlynx.models.rotation import Rotation, mark_rotated
 from rtlynx.models.sparsify import (
     apply_plan,
     densify,
@@ -300,8 +301,13 @@ class RTLynxQuantizer(_BaseQuantizer):
 
         plan = stored_plan(model, stored, self._folder)
         base = {name: entry["base"] for name, entry in stored["layers"].items()}
+        rotation = None
+        if plan.rotated:
+            unknown = dict.fromkeys(one.name for one in plan.rotated)
+            rotation = Rotation(unknown, records=stored.get("rotated_tensors", {}))
+            mark_rotated(model, plan.rotated)
         try:
-            apply_plan(model, plan, prepare, base)
+            apply_plan(model, plan, prepare, base, rotation=rotation)
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(f"{place} does not fit this model: {first_line(error)}") from None
         state = state_of(model)

@@ -25,6 +25,7 @@ from rtlynx.storage.files import CheckpointError, first_line
 
 _DEPTH, _ITEMS, _LONGEST = 16, 1 << 20, 4096
 _LARGEST = 2**53
+_MOST_HEADS, _MOST_HEAD_DIM = 1 << 14, 1 << 12
 # Of layers: far beyond any model, and small enough that no product of two overflows.
 _MOST_FEATURES, _MOST_RANK, _MOST_GLOBS, _LONGEST_NAME = 1 << 24, 1 << 20, 1000, 500
 
@@ -82,7 +83,16 @@ _PATTERN: dict[str, _Check] = {
 _TABLES: dict[str, _Check] = {
     "base_tensors": _text(RECORD, "a record of a tensor"),
     "tensors": _text("[0-9a-f]{32}", "a digest of 32 digits"),
+    "rotated_tensors": _text(RECORD, "a record of a tensor"),
+    "rotations": (lambda value: _is_rotation(value), "its heads and their width"),
 }
+
+
+def _is_rotation(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    limits = (_MOST_HEADS, _MOST_HEAD_DIM)
+    return all(type(one) is int and 1 <= one <= most for one, most in zip(value, limits, strict=True))
 
 
 def check_values(value: Any, path: Path) -> None:
@@ -148,7 +158,10 @@ def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Rec
             stored_pattern(entry).widths(entry["in_features"])
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: the pattern{where}: {first_line(error)}") from None
-    return _recipe(index["recipe"], path)
+    recipe = _recipe(index["recipe"], path)
+    if recipe.depends_on_call and any(entry.get("intercept") for entry in index["layers"].values()):
+        raise CheckpointError(f"{path} is damaged: intercepts in layers that need their original bias")
+    return recipe
 
 
 def _check_keys(values: dict[str, Any], checks: dict[str, _Check], where: str, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
 from rtlynx.models.hooks import register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
+from rtlynx.models.rotation import Rotation, rotate_back
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -35,12 +36,14 @@ class SparseState:
     base : fingerprints of the original weights of the sparse layers.
     hooks : handles of the model's forward pre-hooks.
     tensors : record of every tensor of the dense model (`fingerprint.record`), None where they are not known.
+    rotation : of its values, or None. `base` and `tensors` are of the model before.
     """
 
     plan: Plan
     base: dict[str, str]
     hooks: Sequence[Any] = ()
     tensors: Mapping[str, str] | None = None
+    rotation: Rotation | None = None
 
 
 def target_model(model_or_pipeline: Any) -> nn.Module:
@@ -118,7 +121,8 @@ def make_plan_for_dense(model: nn.Module, recipe: Recipe) -> Plan:
     if state_of(model) is not None or sparse_layers(model):
         raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
     plan = make_plan(model, recipe)
-    refuse_foreign(model, (layer.name for layer in plan.sparse))
+    rotated = (name for attention in plan.rotated for name in (*attention.values, *attention.readers))
+    refuse_foreign(model, (*(layer.name for layer in plan.sparse), *rotated))
     return plan
 
 
@@ -128,15 +132,18 @@ def apply_plan(
     prepare: Callable[[str, SparseLinear], None] | None = None,
     base: Mapping[str, str] | None = None,
     tensors: dict[str, str] | None = None,
+    rotation: Rotation | None = None,
 ) -> None:
     """Replace the planned layers of `model` by sparse ones; callers make it `all_or_none`.
 
     `prepare` is called with each new layer before any takes its place, to give it factors and weights.
     `base` gives the fingerprints of the original weights where the model does not hold those ("meta").
-    `tensors` are the `records` of its `base_tensors`, where they have been taken already.
+    `tensors` are the `records` of its `base_tensors`, where they have been taken already. `rotation` is what
+    was done to its values before.
     """
+    originals = {} if rotation is None else rotation.originals
     if tensors is None and base is None:
-        tensors = records(base_tensors(model))
+        tensors = records({**base_tensors(model), **originals})
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
     # enough: they run one after the other.
     known = plan.architecture.find is None
@@ -169,10 +176,18 @@ def apply_plan(
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
         replacements[layer.name] = sparse
-        fingerprints[layer.name] = weight_fingerprint(whole.weight) if base is None else base[layer.name]
+        if base is None:
+            weight = originals.get(f"{layer.name}.weight", whole.weight)
+            weight = weight if shard is None else shard.whole(weight)
+        fingerprints[layer.name] = weight_fingerprint(weight) if base is None else base[layer.name]
     _replace(model, replacements)
     guard(model)
-    setattr(model, _STATE, SparseState(plan, fingerprints, register_hooks(model, plan), tensors))
+    if rotation is not None and any(
+        layer.weight_changed and layer.weight_dense is None for layer in replacements.values()
+    ):
+        rotation = replace(rotation, originals={})  # the model cannot be made dense again
+    hooks = register_hooks(model, plan)
+    setattr(model, _STATE, SparseState(plan, fingerprints, hooks, tensors, rotation))
     fuse_blocks(model, plan.architecture)
     if not any(layer.weight.is_meta for layer in replacements.values()):
         prepare_layers(model)
@@ -202,7 +217,8 @@ def densify(model_or_pipeline: Any) -> Any:
     Raises
     ------
     RuntimeError
-        If a weight was refitted or quantised and the original was not kept; the model is then unchanged.
+        If a weight was refitted, quantised or rotated and the original was not kept; the model is then
+        unchanged.
     """
     model = target_model(model_or_pipeline)
     with all_or_none(model):
@@ -213,18 +229,21 @@ def densify(model_or_pipeline: Any) -> Any:
             unfuse_blocks(model)
             for hook in state.hooks:
                 hook.remove()
+            if state.rotation is not None:
+                rotate_back(model, state.rotation)
             delattr(model, _STATE)
         _tell(model)
     return model_or_pipeline
 
 
 def extra_bytes(model: nn.Module) -> int:
-    """Bytes that sparse layers hold beyond the dense model: factors, scales and kept original weights.
+    """Bytes that a sparse model holds beyond the dense one: factors, scales and kept original weights.
 
     Negative where quantised weights save more than that. They are compared with weights of the dtype of the
     layer's bias and factors, or of bfloat16 where it has none.
     """
-    total = 0
+    state = state_of(model)
+    total = state.rotation.bytes if state is not None and state.rotation is not None else 0
     for layer in sparse_layers(model).values():
         for tensor in (layer.lowrank_a, layer.lowrank_b, layer.weight_dense, layer.weight_scale):
             total += 0 if tensor is None else tensor.numel() * tensor.element_size()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtlynx.math.fp8 import Quantized
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -62,7 +62,9 @@ class Solution:
             quantised = Quantized(self.weight, self.weight_scale)
             layer.set_quantized(quantised, keep_dense=keep_dense, refitted=self.refitted)
         if self.bias is not None:
-            layer.set_intercept(self.bias.to(own))
+            bias = self.bias.detach().to(layer.weight.device, own, copy=True)
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+            layer.intercept = True
 
 
 def stored_shapes(

@@ -314,27 +314,6 @@ class SparseLinear(nn.Linear):
         self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
         self.refitted = True
 
-    def set_intercept(self, bias: Tensor) -> None:
-        """Replace the bias, or the lack of one, by the one (N,) that was refitted with the weight.
-
-        Raises
-        ------
-        ValueError
-            If the bias is of another shape.
-        RuntimeError
-            If the weight is not refitted, or rows or steps run dense: those need the original bias.
-        """
-        if bias.shape != (self.out_features,):
-            raise ValueError(f"a refitted bias here is ({self.out_features},), got {tuple(bias.shape)}")
-        if not self.refitted or self.depends_on_call or self.weight_dense is not None:
-            raise RuntimeError(
-                "a bias is refitted together with the weight, of layers that keep no original for dense rows "
-                "and steps"
-            )
-        new = bias.detach().to(self.weight.device, copy=True).contiguous()
-        self.bias = nn.Parameter(new, requires_grad=self.weight.requires_grad)
-        self.intercept = True
-
     def quantize(self, gram: Tensor | None = None, *, keep_dense: bool = False) -> None:
         """Quantise the weight to e4m3, in place: from now on the layer is fp8.
 
