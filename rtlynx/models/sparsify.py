@@ -176,9 +176,10 @@ def apply_plan(
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
         replacements[layer.name] = sparse
-        if base is None:
-            weight = originals.get(f"{layer.name}.weight", whole.weight)
-            weight = weight if shard is None else shard.whole(weight)
+        weight: Tensor = whole.weight
+        if base is None and f"{layer.name}.weight" in originals:
+            original = originals[f"{layer.name}.weight"]
+            weight = original if shard is None else shard.whole(original)
         fingerprints[layer.name] = weight_fingerprint(weight) if base is None else base[layer.name]
     _replace(model, replacements)
     guard(model)
