@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import rtlynx.calibration.rotation
 from rtlynx import CalibrationOptions, CheckpointError, Recipe, densify, load, save
-from rtlynx.models import state_of
+from rtlynx.evaluate.layers import layer_errors
+from rtlynx.models import sparse_layers, state_of
+from rtlynx.models.sparsify import comparable
 
 ROTATED = Recipe(rank=None, ridge=RIDGE, rotate_values=True)
 IMMEDIATE = Recipe.immediate(rotate_values=True)
@@ -58,6 +60,25 @@ def test_the_rotation_is_that_of_balanced_centred_outputs():
         assert relative_error(metric, torch.eye(32)) < 0.05
         quarters = energies.diagonal().reshape(8, 4).T.flatten()
         assert bool((quarters.diff() <= 1e-6 * quarters[0]).all())
+
+
+def test_layers_are_compared_with_those_of_the_rotated_dense_model():
+    data, dense = calls(8), tiny_flux()
+    model, report = run(recipe=ROTATED, data=data)
+    twin = comparable(dense, model)
+    assert relative_error(output(twin, data[7]), output(dense, data[7])) < 1e-5
+    found = layer_errors(twin, {"it": sparse_layers(model)}, data[7:])["it"]
+    name = f"{DOUBLE}.to_out.0"  # of eight calls the last is held out
+    y, bias = output_of(dense, name, data[7]), dense.get_submodule(name).bias
+    expected = report.solutions[name].error * float((y - bias.detach()).square().sum() / y.square().sum())
+    assert found[name] == pytest.approx(expected, rel=1e-3)
+    assert comparable(dense, make(Recipe.immediate())) is dense
+
+
+def output_of(model, name, call):
+    with watched(model, [name]) as seen:
+        output(model, call)
+    return seen[name][0][1].detach()
 
 
 @pytest.mark.parametrize("recipe", ["rotated values, dense steps and rows"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
 from rtlynx.models.hooks import register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
-from rtlynx.models.rotation import Rotation, rotate_back
+from rtlynx.models.rotation import Rotation, rotate, rotate_back
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -76,6 +77,25 @@ def state_of(model: nn.Module) -> SparseState | None:
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     """Name -> layer of the sparse layers of `model`, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def comparable(dense: nn.Module, model: nn.Module) -> nn.Module:
+    """The dense model whose layers those of `model` stand for: `dense`, or a copy with rotated values.
+
+    Raises
+    ------
+    ValueError
+        If values of `model` are rotated and it is not known how (it was loaded by from_pretrained).
+    """
+    state = state_of(model)
+    if state is None or state.rotation is None:
+        return dense
+    known = {name: matrix for name, matrix in state.rotation.matrices.items() if matrix is not None}
+    if len(known) < len(state.rotation.matrices):
+        raise ValueError("values of this model are rotated, and from_pretrained does not know how")
+    twin = copy.deepcopy(dense)
+    rotate(twin, state.plan.rotated, known)
+    return twin
 
 
 def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
