@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import rtlynx.calibration.rotation
 from rtlynx import CalibrationOptions, CheckpointError, Recipe, densify, load, save
+from rtlynx.cli.inspection import describe
 from rtlynx.evaluate.layers import layer_errors
 from rtlynx.models import sparse_layers, state_of
 from rtlynx.models.sparsify import comparable
@@ -99,6 +100,15 @@ def test_densify_gives_the_original_weights_back(recipe):
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not any("rtlynx_rotated" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("recipe", ["rotated values, immediate", "rotated values, dense steps and rows"])
+def test_memory_of_kept_originals_is_as_announced(recipe):
+    before, after = describe(tiny_flux(), RECIPES[recipe]), describe(make(RECIPES[recipe]))
+    assert before["extra_bytes"] == after["extra_bytes"]
+    assert after["extra_bytes"] >= sum(
+        one.nbytes for one in state_of(make(RECIPES[recipe])).rotation.originals.values()
+    )
 
 
 def test_densify_without_the_originals_is_refused(tmp_path):
@@ -213,6 +223,17 @@ def test_a_processor_of_your_own_is_refused_by_load(tmp_path):
         CheckpointError, match=r"rotates values of transformer_blocks.0.attn, which cannot be"
     ):
         load(model, tmp_path)
+
+
+def test_a_processor_that_is_set_later_is_refused_at_the_next_call():
+    model = make(ROTATED)
+    attn = model.transformer_blocks[0].attn
+    usual = attn.processor
+    attn.set_processor(type("Own", (type(usual),), {})())
+    with pytest.raises(RuntimeError, match=r"attn are rotated .* its Own may add others"):
+        output(model, flux_call())
+    attn.set_processor(usual)
+    assert torch.equal(output(model, flux_call()), output(make(ROTATED), flux_call()))
 
 
 # ----------------------------------------------------------------------------- folders and processes

@@ -101,9 +101,14 @@ def read_by_attention(attn: Any, prologue: PrologueCall, *layers: nn.Module) -> 
     return prologue.dense()
 
 
+def processor_known(attn: Any) -> bool:
+    """Whether the attention processor of `attn` is one of diffusers' own for these models."""
+    return type(attn.processor).__name__ in _HANDING_ON
+
+
 def hands_on(attn: Any) -> bool:
     """Whether q, k and v, each made by a layer of `attn`, go nowhere but into the mixing of tokens."""
-    return type(attn.processor).__name__ in _HANDING_ON and untouched(attn)
+    return processor_known(attn) and untouched(attn)
 
 
 def follows(attn: Any, processor: str) -> bool:
