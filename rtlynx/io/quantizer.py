@@ -102,9 +102,9 @@ class RTLynxConfig(_BaseConfig):
             recipe = Recipe.from_dict(recipe)
         if recipe is not None and recipe.needs_calibration:
             raise ValueError(
-                "this recipe has something to calibrate (rank, refit or budget), and from_pretrained has no "
-                "prompts: load the model dense and call rtlynx.calibrate(pipeline, prompts, recipe), whose "
-                "result save_pretrained keeps, or use Recipe.immediate()"
+                "this recipe has something to calibrate (rank, refit, rotate_values or budget), and "
+                "from_pretrained has no prompts: load the model dense and call rtlynx.calibrate(pipeline, "
+                "prompts, recipe), whose result save_pretrained keeps, or use Recipe.immediate()"
             )
         self.quant_method = QuantMethod.RTLYNX
         self.recipe = (recipe or Recipe.immediate()) if sidecar is None else None

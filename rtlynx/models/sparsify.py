@@ -125,8 +125,9 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
     recipe = recipe or Recipe.immediate()
     if recipe.needs_calibration:
         raise ValueError(
-            "this recipe has something to calibrate (rank, refit or budget): use rtlynx.calibrate(pipeline, "
-            "prompts, recipe), or Recipe.immediate() for selection and norm compensation alone"
+            "this recipe has something to calibrate (rank, refit, rotate_values or budget): use "
+            "rtlynx.calibrate(pipeline, prompts, recipe), or Recipe.immediate() for selection and norm "
+            "compensation alone"
         )
     model = target_model(model_or_pipeline)
     with all_or_none(model):
