@@ -132,6 +132,12 @@ class Recipe:
         Auto: 2 % of the inputs and at most 64.
     refit : bool
         Refit the weight to the selected activations (needs calibration; costs nothing at inference).
+    intercept : bool
+        Refit the bias with the weight; a layer without one gets one. Needs `refit`, and layers that keep no
+        original for dense rows and steps.
+    rotate_values : bool
+        Rotate the values of each attention head such that strong channels compete with weak ones in the
+        layers that read it (needs calibration; costs nothing at inference). Their groups are adjacent then.
     lowrank_solver : "closed-form" | "trained"
         Trained: as in the paper, by AdamW on the layer's output error for `train_steps` steps.
     lowrank_sharing : "shared" | "own"
@@ -185,6 +191,8 @@ class Recipe:
     norm: Literal["auto", "none", "scale", "paper"] = "auto"
     rank: int | float | Literal["auto"] | None = "auto"
     refit: bool = True
+    intercept: bool = False
+    rotate_values: bool = False
     lowrank_solver: Literal["closed-form", "trained"] = "closed-form"
     lowrank_sharing: Literal["shared", "own"] = "shared"
     train_steps: int = 2000
@@ -214,8 +222,9 @@ class Recipe:
             raise ValueError(
                 f"tp_degree is a whole number above 0 and at most {MOST_TP_DEGREE}, got {self.tp_degree!r}"
             )
-        if not isinstance(self.refit, bool):
-            raise ValueError(f"refit is true or false, got {self.refit!r}")
+        for flag in ("refit", "intercept", "rotate_values"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ValueError(f"{flag} is true or false, got {getattr(self, flag)!r}")
         if self.rank is not None and self.rank != "auto":
             if not _is_number(self.rank) or self.rank <= 0:
                 raise ValueError(
@@ -256,6 +265,18 @@ class Recipe:
         if self.refit and self.norm in ("scale", "paper"):
             raise ValueError(
                 "a refitted weight already restores the output: norm compensation stays off with it"
+            )
+        if self.rotate_values and self.grouping == "strided":
+            raise ValueError(
+                "rotated values make neighbours compete inside each head, and strided groups span heads: use "
+                "grouping 'auto' or 'adjacent'"
+            )
+        if self.intercept and not self.refit:
+            raise ValueError("the intercept is refitted together with the weight: it needs refit=True")
+        if self.intercept and self.depends_on_call:
+            raise ValueError(
+                "dense rows and steps need the original bias, which an intercept replaces: use "
+                "intercept=False, or text_rows='sparse' without dense steps"
             )
         if self.lowrank_solver == "trained" and (self.rank is None or self.refit):
             raise ValueError("the trained low-rank branch is the paper's: it needs a rank and refit=False")
@@ -329,7 +350,7 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe has anything to solve for or measure on real activations."""
-        return self.refit or self.rank is not None or self.budget is not None
+        return self.refit or self.rotate_values or self.rank is not None or self.budget is not None
 
     @property
     def uses_fp8(self) -> bool:

@@ -13,6 +13,7 @@ from rtlynx import schedule
 from rtlynx.calibration.calls import Call, CallStore
 from rtlynx.evaluate.layers import layer_errors, mean_error
 from rtlynx.models.plan import architecture_of
+from rtlynx.models.sparsify import comparable
 
 
 def model_errors(
@@ -40,7 +41,8 @@ def model_errors(
     by_level: dict[float, list[Call]] = defaultdict(list)
     for level, call in zip(levels, calls, strict=True):
         by_level[level].append(call)
-    by_step = [layer_errors(dense, {"variant": layers}, some)["variant"] for some in by_level.values()]
+    twin = comparable(dense, model)
+    by_step = [layer_errors(twin, {"variant": layers}, some)["variant"] for some in by_level.values()]
     names = by_step[0] if by_step else {}
     outputs = _output_errors(dense, model, levels, calls)
     weight = sum(outputs)  # of the keys: noise levels

@@ -124,7 +124,12 @@ class Family(NamedTuple):
 # The first that matches decides.
 FAMILIES = (
     Family("dense fp8", r"fp8:dense$", "#1f4e9c", "*"),
-    Family("ours, sparse fp8", r"recommended$|saving:auto|fp8-budget|fp8:|last-steps:", "#2f7d4f", "o"),
+    Family(
+        "ours, sparse fp8",
+        r"recommended(\+|$)|saving:auto|fp8-budget|fp8:|free:fp8|last-steps:",
+        "#2f7d4f",
+        "o",
+    ),
     Family("weights 2:4", r"weight-2:4", "#b45f06", "s"),
     Family("the paper's recipe", r"paper|\w+:paper", "#8e44ad", "^"),
     Family("activations 2:4, norm or none", r"activation|\w+:norm", "#c0392b", "v"),

@@ -28,6 +28,14 @@ RECIPES = {
         formats={"*.to_q": "fp8-dense"},
     ),
     "fp8, refit and low-rank": Recipe(rank=0.05, ridge=RIDGE, precision="fp8"),
+    "intercept": Recipe(rank=4, ridge=RIDGE, intercept=True),
+    "fp8, intercept": Recipe(rank=None, ridge=RIDGE, intercept=True, precision="fp8"),
+    "rotated values": Recipe(rank=4, ridge=RIDGE, rotate_values=True, intercept=True),
+    "rotated values, immediate": Recipe.immediate(rotate_values=True),
+    "rotated values, dense steps and rows": Recipe(
+        rank=None, ridge=RIDGE, rotate_values=True, dense_steps=2, text_rows="dense"
+    ),
+    "rotated values, fp8": Recipe(rank=None, ridge=RIDGE, rotate_values=True, precision="fp8"),
     "every format": Recipe(
         rank=4, ridge=RIDGE, formats={"*.to_q": "fp8-sparse", "*.to_k": "fp8-dense", "*.to_v": "dense"}
     ),

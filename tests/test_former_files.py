@@ -40,9 +40,10 @@ def former_index(index):
     recipe = index["recipe"]
     recipe["forms"] = recipe.pop("formats")
     recipe["budget"]["saving"] = recipe["budget"].pop("speedup_share")
-    del recipe["score"]
+    for setting in ("score", "intercept", "rotate_values"):
+        del recipe[setting]
     for entry in index["layers"].values():
-        del entry["pattern"]["score"]
+        del entry["pattern"]["score"], entry["intercept"]
     if "tensors" in index:
         index["tensors"] = {former_key(key): digest for key, digest in index["tensors"].items()}
     return index | {"sha256": hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()}

@@ -152,7 +152,8 @@ def flux_dev():
     dtypes = {"weight": E4M3, "weight_scale": torch.float32}
 
     def solution(layer):
-        shapes = stored_shapes(layer.in_features, layer.out_features, 0, quantized=True, refitted=True)
+        kinds = {"quantized": True, "refitted": True, "intercept": False}
+        shapes = stored_shapes(layer.in_features, layer.out_features, 0, **kinds)
         found = {k: torch.empty(shape, dtype=dtypes[k], device="meta") for k, shape in shapes.items()}
         return Solution(**found, refitted=True, error=10 ** draw.uniform(-4, -1))
 

@@ -41,11 +41,13 @@ RECIPES = {
     "low-rank": Recipe(rank=4, tp_degree=4, **PAPER),
     "refit": Recipe(rank=0.05, ridge=RIDGE, tp_degree=2),
     "kept": Recipe(rank=4, ridge=RIDGE, tp_degree=2, text_rows="dense", dense_steps=1),
+    "rotated": Recipe(rank=None, ridge=RIDGE, tp_degree=2, rotate_values=True, intercept=True),
+    "rotated-norm": Recipe.immediate(tp_degree=2, rotate_values=True),
     "fp8": Recipe.immediate(tp_degree=2, precision="fp8"),
     "fp8-refit": Recipe(rank=0.05, ridge=RIDGE, tp_degree=2, precision="fp8"),
     "fp8-dense": Recipe.immediate(tp_degree=2, formats={"*": "fp8-dense"}),
 }
-QWEN_RECIPES = ("norm", "low-rank", "refit")
+QWEN_RECIPES = ("norm", "low-rank", "refit", "rotated")
 PAIRS = [*(("flux", recipe) for recipe in RECIPES), *(("qwen", recipe) for recipe in QWEN_RECIPES)]
 ROWS = ("to_out.0", "to_add_out", "net.2", "proj_out")  # row-parallel
 EIGHT_BITS = [recipe for recipe in RECIPES if recipe.startswith("fp8")]
@@ -105,6 +107,13 @@ def tp_undone(folder):
     model = tensor_parallel(tiny_flux())
     before = output(model, flux_call())
     densify(sparsify(model, RECIPES["norm"]))
+    return {"before": before, "after": output(model, flux_call())}
+
+
+def tp_rotation_undone(folder):
+    model = tensor_parallel(tiny_flux())
+    before = output(model, flux_call())
+    densify(load(model, folder / "flux-rotated-norm"))
     return {"before": before, "after": output(model, flux_call())}
 
 
@@ -270,6 +279,7 @@ CASES = {
     "ulysses-odd": ulysses_odd,
     "ulysses-before": ulysses_before,
     "tp-undone": tp_undone,
+    "tp-rotation-undone": tp_rotation_undone,
     "tp-shapes": tp_shapes,
     "tp-crossing-groups": tp_crossing_groups,
     "tp-crossing-checkpoint": tp_crossing_checkpoint,
@@ -462,7 +472,7 @@ def test_shards_hold_their_part_alone(results, models):
 
 
 def test_densify_gives_the_sharded_model_back(results):
-    for theirs in results.tensors("tp-undone"):
+    for theirs in (*results.tensors("tp-undone"), *results.tensors("tp-rotation-undone")):
         assert torch.equal(theirs["before"], theirs["after"])
         assert relative_error(theirs["before"], output(tiny_flux(), flux_call())) < LIMIT
 

@@ -102,7 +102,7 @@ def dit_call(seed=0, timestep=0.5):
     ids=["qwen", "z-image", "generic"],
 )
 def test_round_trip_of_the_other_architectures(tmp_path, build, call):
-    model = make(Recipe(rank=4, ridge=RIDGE), build, call)
+    model = make(Recipe(rank=4, ridge=RIDGE, intercept=True), build, call)
     model.save_pretrained(tmp_path)
     assert_same(type(model).from_pretrained(tmp_path), model, call)
 

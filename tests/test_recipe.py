@@ -18,6 +18,8 @@ EVERYTHING = {
     "norm": "paper",
     "rank": 0.05,
     "refit": False,
+    "intercept": False,
+    "rotate_values": False,
     "lowrank_solver": "trained",
     "lowrank_sharing": "own",
     "train_steps": 100,
@@ -41,6 +43,16 @@ IN_FP8 = {
     "precision": "auto",
     "formats": {"*.to_v": "fp8-dense", "*.to_out.0": "dense", "*": "bf16-sparse"},
 }
+# What an intercept and rotated values need.
+WITH_REFIT = {
+    "refit": True,
+    "norm": "none",
+    "lowrank_solver": "closed-form",
+    "text_rows": "sparse",
+    "dense_steps": 0,
+    "dense_last_steps": 0,
+    "grouping": "adjacent",
+}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +75,12 @@ IN_FP8 = {
         ({"text_rows": "keep"}, "text_rows is one of"),
         ({"refit": "yes"}, "refit is true or false"),
         ({"refit": 1}, "refit is true or false"),
+        ({"intercept": 1}, "intercept is true or false"),
+        ({"rotate_values": None}, "rotate_values is true or false"),
+        ({"rotate_values": True, "grouping": "strided"}, "strided groups span heads"),
+        ({"intercept": True, "refit": False}, "intercept is refitted together with the weight"),
+        ({"intercept": True, "text_rows": "dense"}, "need the original bias"),
+        ({"intercept": True, "dense_steps": 1}, "need the original bias"),
         ({"rank": 0}, "rank"),
         ({"rank": -1}, "rank"),
         ({"rank": 0.0}, "rank"),
@@ -151,6 +169,8 @@ def test_json_that_is_no_recipe_is_refused(text):
 def test_each_setting_survives_json(key):
     assert key in Recipe().to_dict()
     settings = {**EVERYTHING, **IN_FP8} if key in ("precision", "formats") else EVERYTHING
+    if key in ("intercept", "rotate_values"):
+        settings = {**EVERYTHING, **WITH_REFIT, key: True}
     assert settings[key] != Recipe().to_dict()[key] or key == "score"  # (there is one)
     recipe = Recipe.from_dict(settings)
     assert json.loads(json.dumps(recipe.to_dict()))[key] == settings[key]

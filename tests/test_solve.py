@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -341,3 +342,68 @@ def test_an_auto_ridge_leaves_a_quantised_layer_quantised_where_nothing_carries_
     alike = solve_layer(other.mean(), w, heldout=other.mean(), **settings)
     assert alike.refitted
     assert alike.error < alike.error_before
+
+
+def with_means(seed, mean):
+    """`problem` on inputs of a mean, with what it saw as rows of float64."""
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(M, K, generator=gen, dtype=torch.float64) + mean * torch.arange(K) / K
+    w, b = (torch.randn(N, *k, generator=gen, dtype=torch.float64) for k in ((K,), ()))
+    s = select(x, nm_mask(x))
+    moments = Moments(K, dtype=torch.float64)
+    moments.add(x, s)
+    return x, s, w, b, moments
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 1.0])
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_an_intercept_is_the_least_squares_solution_with_a_column_of_ones(ridge, mean):
+    x, s, w, b, moments = with_means(20, mean)
+    solution = solve_layer(moments, w, rank=0, refit=True, ridge=ridge, bias=b)
+    one = torch.ones(M, 1, dtype=torch.float64)
+    lam = ridge * float(s.square().sum(0).mean())
+    old = torch.cat((w, b[:, None]), 1)
+    # The ridge as further rows of the problem; none for the column of ones.
+    rows = math.sqrt(lam) * torch.eye(K + 1, dtype=torch.float64)[:K]
+    inputs, outputs = torch.cat((s, one), 1).numpy(), (torch.cat((x, one), 1) @ old.T).numpy()
+    inputs, outputs = np.vstack((inputs, rows)), np.vstack((outputs, rows @ old.T))
+    expected = np.linalg.lstsq(inputs, outputs, rcond=None)[0]
+    assert np.abs(expected[:K].T - solution.weight.numpy()).max() < 1e-9
+    assert np.abs(expected[K] - solution.bias.numpy()).max() < 1e-9
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_an_intercept_reports_its_own_error_and_leaves_no_mean(rank, quantised):
+    x, s, w, b, moments = with_means(21, 2.0)
+    settings = {"rank": rank, "refit": True, "ridge": 0.1, "quantised": quantised}
+    solution = solve_layer(moments, w, bias=b, **settings)
+    new = dequantize(solution.weight, solution.weight_scale) if quantised else solution.weight
+    y = s @ new.double().T + solution.bias
+    if rank:
+        y = y + x @ solution.lowrank_a.T @ solution.lowrank_b.T
+    missed = y - x @ w.T - b
+    assert missed.mean(0).abs().max() < 1e-9
+    error = float(missed.square().sum() / (x @ w.T).square().sum())
+    assert solution.error == pytest.approx(error, rel=1e-9)
+    assert error < solve_layer(moments, w, **settings).error
+
+
+def test_an_intercept_is_judged_on_the_tokens_held_out():
+    *_, w, b, moments = with_means(22, 2.0)
+    x2, s2, *_, heldout = with_means(23, 1.9)
+    solution = solve_layer(moments, w, rank=0, refit=True, ridge="auto", heldout=heldout, bias=b)
+    missed = s2 @ solution.weight.T + solution.bias - x2 @ w.T - b
+    assert solution.error == pytest.approx(float(missed.square().sum() / (x2 @ w.T).square().sum()), rel=1e-9)
+
+
+def test_a_joint_low_rank_branch_with_an_intercept_reaches_what_descent_reaches():
+    x, s, w, b, moments = with_means(24, 2.0)
+    solution = solve_layer(moments, w, rank=RANK, refit=True, ridge=0.1, bias=b)
+    lam, mu = (0.1 * float(t.square().sum(0).mean()) for t in (s, x))
+    low = (solution.lowrank_b @ solution.lowrank_a).T
+    # The intercept is free of the ridge: the best one takes the mean of the error.
+    centred = [t - t.mean(0) for t in (x, s)]
+    closed = float(objective(*centred, w, solution.weight, low, lam, mu))
+    found = min(descend(*centred, w, lam, mu, refit=True, rank=RANK, seed=seed) for seed in range(3))
+    assert closed == pytest.approx(found, rel=1e-4)

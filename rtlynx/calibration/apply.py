@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from rtlynx.models.plan import LayerPlan, Plan
+from rtlynx.models.rotation import Rotation
 from rtlynx.models.sparsify import apply_plan, state_of
 from rtlynx.nn.solution import Solution
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -20,23 +21,24 @@ def apply_solutions(
     plan: Plan,
     solutions: Mapping[str, Solution],
     tensors: dict[str, str] | None = None,
+    rotation: Rotation | None = None,
 ) -> None:
-    """Make `model` sparse by `plan`, each layer with its solution; see `apply_plan`, also for `tensors`."""
+    """Make `model` sparse by `plan`, each layer with its solution; see `apply_plan`, also for the others."""
 
     def prepare(name: str, layer: SparseLinear) -> None:
         solutions[name].install(layer, keep_dense=layer.depends_on_call)
 
-    apply_plan(model, plan, prepare, tensors=tensors)
+    apply_plan(model, plan, prepare, tensors=tensors, rotation=rotation)
     state = state_of(model)
     assert state is not None
     state.errors = {name: one.error for name, one in solutions.items() if math.isfinite(one.error)}
 
 
-def solved_layer(model: nn.Module, layer: LayerPlan, solution: Solution, *, keep_dense: bool) -> SparseLinear:
+def solved_layer(model: nn.Module, layer: LayerPlan, solution: Solution) -> SparseLinear:
     """The sparse layer, with its solution, that takes the place of a dense one of `model`."""
     dense: Any = model.get_submodule(layer.name)
     sparse = SparseLinear.from_linear(dense, pattern=layer.pattern, norm=layer.norm)
-    solution.install(sparse, keep_dense=keep_dense)
+    solution.install(sparse, keep_dense=False)
     return sparse
 
 
@@ -48,7 +50,7 @@ def temporarily_sparse(
     originals: dict[str, Any] = {layer.name: model.get_submodule(layer.name) for layer in layers}
     try:
         for layer in layers:
-            sparse = solved_layer(model, layer, solutions[layer.name], keep_dense=False)
+            sparse = solved_layer(model, layer, solutions[layer.name])
             model.set_submodule(layer.name, sparse)
         yield
     finally:

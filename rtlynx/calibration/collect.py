@@ -14,7 +14,7 @@ from rtlynx.calibration.calls import CalibrationError, CallStore
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.processes import distributed, world
 from rtlynx.math.reference import compress
-from rtlynx.models.architecture import Architecture
+from rtlynx.models.architecture import Architecture, TextRows
 from rtlynx.models.plan import LayerPlan
 from rtlynx.ops.fp8_linear import compress_fp8
 
@@ -48,8 +48,7 @@ class InputGroup:
     @property
     def kinds(self) -> int:
         """How many kinds of tokens are kept apart."""
-        joint = self.layers[0].candidate.stream == "joint"
-        return 2 if joint and not self.layers[0].text_rows_dense else 1
+        return _kinds(self.layers[0])
 
     @property
     def bytes(self) -> int:
@@ -185,7 +184,7 @@ class Collector:
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else kwargs["input"]
-            for kind, tokens in _split_kinds(x, position["rows"], group).items():
+            for kind, tokens in split_kinds(x, position["rows"], layer).items():
                 tokens = tokens.reshape(-1, tokens.shape[-1])
                 if not tokens.shape[0]:
                     continue
@@ -213,12 +212,20 @@ def _seen(tokens: Tensor, layer: LayerPlan) -> Tensor:
     return kept.float() if scale is None else kept.float() * scale
 
 
-def _split_kinds(x: Tensor, rows: tuple[int, int | None] | None, group: InputGroup) -> dict[str, Tensor]:
-    """Tokens of `x` (..., S, K) by kind. Rows that the recipe keeps dense are no business of the solver."""
-    if group.layers[0].candidate.stream != "joint" or rows is None:
-        return {"image" if group.kinds == 2 else "all": x}
+def _kinds(layer: LayerPlan) -> int:
+    """How many kinds of tokens of the input of `layer` are kept apart."""
+    return 2 if layer.candidate.stream == "joint" and not layer.text_rows_dense else 1
+
+
+def split_kinds(x: Tensor, rows: TextRows, layer: LayerPlan) -> dict[str, Tensor]:
+    """Tokens of `x` (..., S, K), an input of `layer`, by kind; `rows` are those of text.
+
+    Rows that the recipe keeps dense are no business of the solver.
+    """
+    if layer.candidate.stream != "joint" or rows is None:
+        return {"image" if _kinds(layer) == 2 else "all": x}
     start, stop, _ = slice(*rows).indices(x.shape[-2])
     image = torch.cat((x[..., :start, :], x[..., stop:, :]), dim=-2)
-    if group.kinds == 1:
+    if _kinds(layer) == 1:
         return {"all": image}
     return {"image": image, "text": x[..., start:stop, :]}

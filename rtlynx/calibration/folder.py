@@ -15,8 +15,8 @@ from torch import Tensor
 from rtlynx.storage.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
 
 MANIFEST = "calibration.json"
-FORMAT = 3
-_FILES = ("calls-*", "solution-*")
+FORMAT = 4
+_FILES = ("calls-*", "solution-*", "rotations*")
 
 
 class WorkFolder:

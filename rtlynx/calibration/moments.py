@@ -1,4 +1,4 @@
-"""Streaming second moments of one layer input, before and after selection."""
+"""Streaming moments of one layer input, before and after selection."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from rtlynx.calibration.processes import distributed
 
+_SUMS = ("dense", "cross", "kept", "dense_sum", "kept_sum")
+
 
 class Moments:
     """C = X^T X, F = S^T X and G = S^T S over all tokens seen, S being what the sparse product sees.
 
-    Sums, so they add up over batches, prompts, timesteps and processes. Every layer error and every closed
-    form of `rtlynx.calibration.solve` follows from them.
+    Beside them the sums of X and of S, for intercepts. All are sums, so they add up over batches, prompts,
+    timesteps and processes. Every layer error and every closed form of `rtlynx.calibration.solve` follows
+    from them.
 
     Parameters
     ----------
@@ -34,6 +37,8 @@ class Moments:
         self.dense = torch.zeros(k, k, device=device, dtype=dtype)  # C
         self.cross = torch.zeros(k, k, device=device, dtype=dtype)  # F
         self.kept = torch.zeros(k, k, device=device, dtype=dtype)  # G
+        self.dense_sum = torch.zeros(k, device=device, dtype=dtype)
+        self.kept_sum = torch.zeros(k, device=device, dtype=dtype)
 
     @staticmethod
     def bytes_for(k: int, dtype: torch.dtype = torch.float32) -> int:
@@ -55,6 +60,8 @@ class Moments:
         self.dense.addmm_(x.T, x)
         self.cross.addmm_(s.T, x)
         self.kept.addmm_(s.T, s)
+        self.dense_sum += x.sum(0)
+        self.kept_sum += s.sum(0)
         self.count += x.shape[0]
 
     def all_reduce(self) -> None:
@@ -62,7 +69,7 @@ class Moments:
         if not distributed():
             return
         count = torch.tensor(self.count, device=self.dense.device)
-        for total in (count, self.dense, self.cross, self.kept):
+        for total in (count, *(getattr(self, name) for name in _SUMS)):
             dist.all_reduce(total)
         self.count = int(count)
 
@@ -70,14 +77,38 @@ class Moments:
         """The moments per token, in float64."""
         return _weighted([self], [1.0])
 
+    def centred(self) -> Moments:
+        """The moments of X and S less their means: what a layer sees whose intercept absorbs the means."""
+        count = max(self.count, 1)
+        result = Moments(0, device=self.dense.device, dtype=self.dense.dtype)
+        result.count = self.count
+        result.dense = self.dense - torch.outer(self.dense_sum, self.dense_sum) / count
+        result.cross = self.cross - torch.outer(self.kept_sum, self.dense_sum) / count
+        result.kept = self.kept - torch.outer(self.kept_sum, self.kept_sum) / count
+        result.dense_sum, result.kept_sum = (torch.zeros_like(t) for t in (self.dense_sum, self.kept_sum))
+        return result
+
+    def mean_error(
+        self,
+        original: Tensor,
+        weight: Tensor,
+        lowrank_a: Tensor | None = None,
+        lowrank_b: Tensor | None = None,
+    ) -> Tensor:
+        """Mean (N,) of S W'^T + X A B^T - X W^T over the tokens seen; arguments as of `layer_error`."""
+        residual = self._residual(original, lowrank_a, lowrank_b)
+        total = weight.to(self.dense) @ self.kept_sum + residual @ self.dense_sum
+        return total / max(self.count, 1)
+
     def layer_error(
         self,
         original: Tensor,
         weight: Tensor,
         lowrank_a: Tensor | None = None,
         lowrank_b: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> float:
-        """||S W'^T + X A B^T - X W^T||² / ||X W^T||² over the tokens seen, 0 where no output has any energy.
+        """||S W'^T + X A B^T + d - X W^T||² / ||X W^T||² over the tokens seen, 0 without any energy.
 
         Parameters
         ----------
@@ -85,18 +116,28 @@ class Moments:
         weight : Tensor (N, K), W'
         lowrank_a : Tensor (r, K), A^T
         lowrank_b : Tensor (N, r), B
+        shift : Tensor (N,), d: what is added to the bias
         """
         original, weight = original.to(self.dense), weight.to(self.dense)
-        residual = -original  # what multiplies the dense X: (A B^T - W^T)^T
-        if lowrank_a is not None and lowrank_b is not None:
-            residual = residual + lowrank_b.to(self.dense) @ lowrank_a.to(self.dense)
+        residual = self._residual(original, lowrank_a, lowrank_b)
         energy = ((original @ self.dense) * original).sum()
         error = (
             ((weight @ self.kept) * weight).sum()
             + ((residual @ self.dense) * residual).sum()
             + 2 * ((weight @ self.cross) * residual).sum()
         )
+        if shift is not None:
+            shift = shift.to(self.dense)
+            missed = self.mean_error(original, weight, lowrank_a, lowrank_b)
+            error = error + self.count * (2 * missed + shift) @ shift
         return float(error.clamp(min=0) / energy) if float(energy) > 0 else 0.0
+
+    def _residual(self, original: Tensor, lowrank_a: Tensor | None, lowrank_b: Tensor | None) -> Tensor:
+        """What multiplies the dense X in the error: (A B^T - W^T)^T (N, K)."""
+        residual = -original.to(self.dense)
+        if lowrank_a is not None and lowrank_b is not None:
+            residual = residual + lowrank_b.to(self.dense) @ lowrank_a.to(self.dense)
+        return residual
 
 
 def balanced(kinds: Iterable[Moments], balance: str) -> Moments:
@@ -119,7 +160,7 @@ def _weighted(kinds: Sequence[Moments], weights: Sequence[float]) -> Moments:
     """Sum of the moments per token of each kind times its weight, in float64."""
     result = Moments(0, device=kinds[0].dense.device, dtype=torch.float64)
     result.count = min(1, sum(moments.count for moments in kinds))
-    for name in ("dense", "cross", "kept"):
+    for name in _SUMS:
         parts = (
             getattr(moments, name).double() * (weight / max(moments.count, 1))
             for weight, moments in zip(weights, kinds, strict=True)

@@ -99,6 +99,8 @@ class CalibrationReport:
         Per layer and format, where the recipe has a budget: error at the output and modelled saving.
     choice : Choice or None
         What the budget decided.
+    unrotated : dict[str, str]
+        Attentions whose values the recipe would rotate and calibration did not, with the reason.
     extra_bytes : int
         Memory added to the model (factors, scales, and original weights that are kept), less what eight-bit
         weights save.
@@ -110,5 +112,6 @@ class CalibrationReport:
     dense: dict[str, str]
     costs: tuple[LayerCost, ...] = ()
     choice: Choice | None = None
+    unrotated: Mapping[str, str] = field(default_factory=dict)
     extra_bytes: int = 0
     tokens: dict[str, int] = field(default_factory=dict)

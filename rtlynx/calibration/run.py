@@ -25,12 +25,14 @@ from rtlynx.calibration.options import CalibrationOptions, CalibrationReport
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
+from rtlynx.calibration.rotation import find_rotations
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import judged, solve_layer
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.guards import refuse_meta
 from rtlynx.models.plan import LayerPlan, Plan
+from rtlynx.models.rotation import Rotation, rotate
 from rtlynx.models.sparsify import (
     densify,
     extra_bytes,
@@ -139,6 +141,7 @@ class _Calibration:
         self.device = next(self.model.parameters()).device
         self.solutions = SolutionStore(recording.folder)
         self.tokens: dict[str, int] = {}
+        self.originals: dict[str, nn.Module] = {}  # in sequential mode, of layers that run sparse
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
@@ -151,9 +154,10 @@ class _Calibration:
         }
         plan = self.plan.leave_dense(silent)
         _refuse_all_dense(plan)
+        plan, rotation = self._rotate(plan)
         self._solve([group for group in groups if group.block in order], order)
-        if self.options.sequential:
-            densify(self.model)
+        for name, dense in self.originals.items():
+            self.model.set_submodule(name, dense)
         costs: tuple[LayerCost, ...] = ()
         choice = None
         if self.recipe.budget is not None:
@@ -162,15 +166,26 @@ class _Calibration:
             if not plan.sparse:
                 raise CalibrationError(f"{self.recipe.budget} leaves no layer sparse: allow more")
         solutions = self.solutions.of(plan.sparse)
-        apply_solutions(self.model, plan, solutions)
+        apply_solutions(self.model, plan, solutions, rotation=rotation)
         return CalibrationReport(
             solutions,
             {layer.name: layer.dense_reason for layer in plan.layers if layer.dense_reason is not None},
             costs,
             choice,
+            plan.unrotated,
             extra_bytes(self.model),
             self.tokens,
         )
+
+    def _rotate(self, plan: Plan) -> tuple[Plan, Rotation | None]:
+        """Rotate the values of the dense model, so that all that follows sees the channels sorted."""
+        if not plan.rotated:
+            return plan, None
+        with ProgressBar("finding rotations", len(self.recording.batches["fit"]), show=self.show) as advance:
+            matrices = find_rotations(plan, self.recording, advance)
+        silent = {one.name: "did not run in calibration" for one in plan.rotated if one.name not in matrices}
+        plan = plan.leave_unrotated(silent)
+        return plan, rotate(self.model, plan.rotated, matrices)
 
     def _block_order(self, groups: list[InputGroup]) -> list[str]:
         blocks = list(dict.fromkeys(group.block for group in groups))
@@ -211,33 +226,40 @@ class _Calibration:
         if fit is None:
             raise CalibrationError(f"no tokens reached {group.layers[0].name} in calibration")
         heldout = group.combined("heldout", self.recipe.balance)
-        weights = {layer.name: self._weight(layer) for layer in group.layers}
+        linears = {layer.name: self._weight_and_bias(layer) for layer in group.layers}
         if self.recipe.lowrank_sharing == "own":
             return {
-                layer.name: self._solve_one(group, layer, weights[layer.name], fit, heldout)
+                layer.name: self._solve_one(group, layer, linears[layer.name], fit, heldout)
                 for layer in group.layers
             }
-        together = torch.cat(list(weights.values()))
-        whole = self._solve_one(group, group.layers[0], together, fit, heldout)
+        weight, bias = (torch.cat(parts) for parts in zip(*linears.values(), strict=True))
+        whole = self._solve_one(group, group.layers[0], (weight, bias), fit, heldout)
         result, start, judge = {}, 0, heldout or fit
-        for name, weight in weights.items():
-            result[name] = judged(judge, weight, whole.rows(start, start + len(weight)))
+        for name, (weight, bias) in linears.items():
+            result[name] = judged(judge, weight, whole.rows(start, start + len(weight)), bias)
             start += len(weight)
         return result
 
     def _solve_one(
-        self, group: InputGroup, layer: LayerPlan, weight: Tensor, fit: Moments, heldout: Moments | None
+        self,
+        group: InputGroup,
+        layer: LayerPlan,
+        linear: tuple[Tensor, Tensor],
+        fit: Moments,
+        heldout: Moments | None,
     ) -> Solution:
-        recipe = self.recipe
+        recipe, (weight, bias) = self.recipe, linear
         if recipe.lowrank_solver == "closed-form":
+            refit = recipe.refit and layer.format is not FP8_DENSE
             return solve_layer(
                 fit,
                 weight,
                 rank=layer.rank,
-                refit=recipe.refit and layer.format is not FP8_DENSE,
+                refit=refit,
                 ridge=recipe.ridge,
                 heldout=heldout,
                 quantised=layer.quantized,
+                bias=bias if refit and recipe.intercept else None,
             )
         lowrank_a, lowrank_b = train_lowrank(
             torch.cat(group.tokens),
@@ -250,17 +272,19 @@ class _Calibration:
         )
         return judged(heldout or fit, weight, Solution(lowrank_a=lowrank_a, lowrank_b=lowrank_b))
 
-    def _weight(self, layer: LayerPlan) -> Tensor:
-        linear = self.model.get_submodule(layer.name)
-        assert isinstance(linear, nn.Linear)
-        return linear.weight.detach()
+    def _weight_and_bias(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
+        """(N, K) and (N,) of the dense layer, zeros where it has no bias."""
+        linear: Any = self.model.get_submodule(layer.name)
+        weight = linear.weight.detach()
+        return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach()
 
     def _make_sparse(self, groups: list[InputGroup]) -> None:
         """Sequential mode: the blocks solved so far run sparse from now on."""
         for group in groups:
             for layer in group.layers:
                 solution = self.solutions.of([layer])[layer.name]
-                sparse = solved_layer(self.model, layer, solution, keep_dense=True)
+                self.originals[layer.name] = self.model.get_submodule(layer.name)
+                sparse = solved_layer(self.model, layer, solution)
                 self.model.set_submodule(layer.name, sparse)
 
     def _choose(self, plan: Plan) -> tuple[tuple[LayerCost, ...], Choice]:

@@ -3,6 +3,9 @@
 Notation: X the dense input, S what the sparse product sees of it (selected, in an fp8 layer quantised, with
 its norm scale where the recipe has one), W the original weight (N, K); C = X^T X, F = S^T X, G = S^T S.
 
+An intercept is refitted by centring: with the means of X and S taken away the closed forms stay as they are,
+and the bias then takes up the mean error that is left. The ridge does not act on it.
+
 In an fp8 layer the refitted weight is quantised, and the low-rank branch solved last, against what the
 quantised product leaves: so it repairs the quantisation of weight and input too.
 """
@@ -69,6 +72,7 @@ def solve_layer(
     ridge: float | str,
     heldout: Moments | None = None,
     quantised: bool = False,
+    bias: Tensor | None = None,
 ) -> Solution:
     """Solve one layer (or several that share an input, outputs concatenated).
 
@@ -87,6 +91,8 @@ def solve_layer(
     quantised : bool
         Whether the layer is fp8: the moments are then of quantised inputs, and the solution holds an e4m3
         weight and its scale, chosen on them. The ridge is chosen before the weight is quantised.
+    bias : Tensor (N,) or None
+        The layer's own bias (zeros where it has none) where it is refitted with the weight, else None.
 
     Raises
     ------
@@ -94,56 +100,76 @@ def solve_layer(
         If ridge is "auto" and there are no held-out moments.
     """
     weight = weight.detach().to(moments.kept)
+    bias = None if bias is None else bias.detach().to(moments.kept)
     judge = heldout if heldout is not None and heldout.count else moments
+    seen = moments if bias is None else moments.centred()
+
+    def solved(value: float) -> Solution:
+        lam, mu = (value * _mean_diagonal(matrix) for matrix in (moments.kept, moments.dense))
+        found = replace(_solve_at(seen, weight, rank, refit, lam, mu), ridge=value)
+        return _with_bias(moments, weight, found, bias)
+
     if ridge != "auto":
-        solution = _solve_at(moments, weight, rank, refit, float(ridge))
+        solution = solved(float(ridge))
     elif not rank and not refit:
         solution = Solution()
     elif heldout is None or not heldout.count:
         raise ValueError("ridge='auto' is chosen on held-out prompts, and there are none: give more prompts")
     else:
-        tried = [judged(heldout, weight, _solve_at(moments, weight, rank, refit, value)) for value in RIDGES]
+        tried = [judged(heldout, weight, solved(value), bias) for value in RIDGES]
         best = min(one.error for one in tried)
         good = [one for one in tried if one.error <= best * (1 + RIDGE_TOLERANCE)]
         solution = good[-1] if best < tried[0].error_before else Solution()  # nothing carries over
     if quantised:
-        solution = _quantised(moments, weight, solution)
-    return judged(judge, weight, solution)
+        mu = (solution.ridge or 0.0) * _mean_diagonal(moments.dense)
+        solution = _quantised(seen, weight, solution, mu)
+        solution = solution if solution.bias is None else _with_bias(moments, weight, solution, bias)
+    return judged(judge, weight, solution, bias)
 
 
-def judged(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
-    """`solution` with its errors on the tokens of `moments`, for the original `weight` (N, K)."""
+def judged(moments: Moments, weight: Tensor, solution: Solution, bias: Tensor | None = None) -> Solution:
+    """`solution` with its errors on the tokens of `moments`, for the original `weight` (N, K).
+
+    `bias` (N,) is the original one where the solution has another.
+    """
     before, new = weight, weight if solution.weight is None else solution.weight
     if solution.weight_scale is not None:
         before, new = quantize_weight(weight).dequantize(), dequantize(new, solution.weight_scale)
+    shift = None if solution.bias is None or bias is None else solution.bias - bias.to(solution.bias)
     return replace(
         solution,
         error_before=moments.layer_error(weight, before),
-        error=moments.layer_error(weight, new, solution.lowrank_a, solution.lowrank_b),
+        error=moments.layer_error(weight, new, solution.lowrank_a, solution.lowrank_b, shift),
     )
 
 
-def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, ridge: float) -> Solution:
-    lam = ridge * _mean_diagonal(moments.kept)
-    mu = ridge * _mean_diagonal(moments.dense)
+def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, lam: float, mu: float) -> Solution:
     if refit and rank:
-        new, lowrank_a, lowrank_b = solve_joint(moments, weight, rank, lam, mu)
-        return Solution(new, lowrank_a, lowrank_b, ridge=ridge)
+        return Solution(*solve_joint(moments, weight, rank, lam, mu))
     if refit:
-        return Solution(weight=solve_refit(moments, weight, lam), ridge=ridge)
+        return Solution(weight=solve_refit(moments, weight, lam))
     if rank:
-        lowrank_a, lowrank_b = solve_lowrank(moments, weight, rank, mu)
-        return Solution(None, lowrank_a, lowrank_b, ridge=ridge)
-    return Solution(ridge=ridge)
+        return Solution(None, *solve_lowrank(moments, weight, rank, mu))
+    return Solution()
 
 
-def _quantised(moments: Moments, weight: Tensor, solution: Solution) -> Solution:
+def _with_bias(moments: Moments, weight: Tensor, solution: Solution, bias: Tensor | None) -> Solution:
+    """`solution` with the bias that leaves no mean error; as it is where there is no original `bias`."""
+    if bias is None or solution.weight is None:
+        return solution
+    new = solution.weight
+    if solution.weight_scale is not None:
+        new = dequantize(new, solution.weight_scale)
+    missed = moments.mean_error(weight, new, solution.lowrank_a, solution.lowrank_b)
+    return replace(solution, bias=bias - missed)
+
+
+def _quantised(moments: Moments, weight: Tensor, solution: Solution, mu: float) -> Solution:
     """`solution` for an fp8 layer: its weight quantised, and its low-rank branch solved again for that."""
     values, scale = quantize_weight(weight if solution.weight is None else solution.weight, moments.kept)
     result = replace(solution, weight=values, weight_scale=scale, refitted=solution.weight is not None)
-    if solution.lowrank_a is None or solution.ridge is None:
+    if solution.lowrank_a is None:
         return result
-    mu = solution.ridge * _mean_diagonal(moments.dense)
     lowrank_a, lowrank_b = solve_lowrank(
         moments, weight, len(solution.lowrank_a), mu, dequantize(values, scale)
     )

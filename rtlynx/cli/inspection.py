@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rtlynx.math.formats import FP8_DENSE
-from rtlynx.models.plan import LayerPlan, make_plan
+from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.models.sparsify import extra_bytes, state_of, target_model
 from rtlynx.recipe import Recipe
 
@@ -32,6 +32,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     sparse = sum(layer.in_features * layer.out_features for layer in halved)
     bytes_each = next((parameter.element_size() for parameter in model.parameters()), 0)
     planned = sum(_planned_extra(layer, plan.recipe, bytes_each) for layer in plan.sparse)
+    planned += _planned_originals(model, plan, bytes_each)
     return {
         "model": type(model).__name__,
         "architecture": plan.architecture.class_name if plan.architecture.rules else "generic",
@@ -62,17 +63,29 @@ def _describe_layer(layer: LayerPlan, error: float | None) -> dict[str, Any]:
     }
 
 
+def _planned_originals(model: nn.Module, plan: Plan, bytes_each: int) -> int:
+    """Bytes of rotated layers as they were: kept where all others keep their original weight too."""
+    changed = plan.recipe.refit or any(layer.quantized for layer in plan.sparse)
+    whole = plan.recipe.dense_precision == "bf16"
+    if changed and not (whole and all(_depends_on_call(layer, plan.recipe) for layer in plan.sparse)):
+        return 0
+    weights = [f"{name}.weight" for one in plan.rotated for name in (*one.values, *one.readers)]
+    biases = [f"{name}.bias" for one in plan.rotated for name in one.values]
+    found = dict(model.named_parameters())
+    return bytes_each * sum(found[name].numel() for name in (*weights, *biases) if name in found)
+
+
+def _depends_on_call(layer: LayerPlan, recipe: Recipe) -> bool:
+    twice = layer.format is FP8_DENSE and recipe.dense_precision == "fp8"
+    return (layer.text_rows_dense or recipe.has_dense_steps) and not twice
+
+
 def _planned_extra(layer: LayerPlan, recipe: Recipe, bytes_each: int) -> int:
     """Bytes that the layer will hold beyond its weight: factors, scales, W beside a W' or eight-bit one."""
     weight = layer.in_features * layer.out_features
     extra = layer.rank * (layer.in_features + layer.out_features) * bytes_each
-    depends_on_call = layer.text_rows_dense or recipe.has_dense_steps
-    in_eight_bits = recipe.dense_precision == "fp8"
-    if (
-        depends_on_call
-        and (recipe.refit or layer.quantized)
-        and not (in_eight_bits and layer.format is FP8_DENSE)
-    ):
+    if _depends_on_call(layer, recipe) and (recipe.refit or layer.quantized):
+        in_eight_bits = recipe.dense_precision == "fp8"
         extra += weight + 4 * layer.out_features if in_eight_bits else weight * bytes_each
     if layer.quantized:
         extra += 4 * layer.out_features - weight * (bytes_each - 1)

@@ -49,6 +49,7 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
             for name, one in report.solutions.items()
         },
         "dense": report.dense,
+        "unrotated": dict(report.unrotated),
         "budget": None
         if report.choice is None
         else {
@@ -85,6 +86,8 @@ def print_report(report: Any) -> None:
         counts = ", ".join(f"{count} {format}" for format, count in formats.items())
         reached = f"{report.choice.speedup_share:.0%} of the possible saving"
         out.print(f"{counts}: measured error at the output {report.choice.error:.3e}, {reached}")
+    for name, reason in report.unrotated.items():
+        out.print(f"The values of {name} were not rotated: {reason}")
     out.print(
         f"{len(report.solutions)} layers changed, {len(report.dense)} left dense, "
         + memory(report.extra_bytes)

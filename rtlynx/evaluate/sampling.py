@@ -16,7 +16,7 @@ from rtlynx.evaluate.layers import layer_errors, mean_error
 from rtlynx.evaluate.metrics import psnr, ssim
 from rtlynx.models.pipelines import check_call, draw
 from rtlynx.models.plan import architecture_of
-from rtlynx.models.sparsify import sparse_layers, target_model
+from rtlynx.models.sparsify import comparable, sparse_layers, target_model
 
 # Sampling steps of each batch at which layer inputs are compared.
 COMPARED_STEPS = 2
@@ -144,9 +144,11 @@ def compare(
         raise ValueError("no prompts to compare on")
     if isinstance(dense_pipeline, nn.Module) or isinstance(sparse_pipeline, nn.Module):
         raise TypeError("a bare transformer cannot draw prompts: give a pipeline folder")
-    dense, layers = target_model(dense_pipeline), sparse_layers(target_model(sparse_pipeline))
+    dense, sparse = target_model(dense_pipeline), target_model(sparse_pipeline)
+    layers = sparse_layers(sparse)
     if sparse_layers(dense) or not layers:
         raise ValueError("compare wants a dense pipeline and a sparse one, in this order")
+    reference_model = comparable(dense, sparse)
     settings = dict(pipeline_kwargs or {})
     if steps is not None:
         settings["num_inference_steps"] = steps
@@ -170,7 +172,7 @@ def compare(
     return {
         "psnr": psnr(pictures, reference),
         "ssim": ssim(pictures, reference),
-        "layer_error": mean_error(layer_errors(dense, {"sparse": layers}, calls)["sparse"]),
+        "layer_error": mean_error(layer_errors(reference_model, {"sparse": layers}, calls)["sparse"]),
         "sparse_layers": len(layers),
         "images": len(prompts),
         "steps": ran,

@@ -1,8 +1,8 @@
 """Save what rtlynx did to a model, and do it to the same base model again.
 
 A checkpoint is a folder: `rtlynx.json` (recipe, layers, digests) and `rtlynx.safetensors` (low-rank factors,
-refitted weights, quantised weights and their scales, in natural column order). It goes onto the base model
-that it was made from.
+refitted weights and biases, quantised weights and their scales, in natural column order; rotations). It goes
+onto the base model that it was made from.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from rtlynx._version import __version__
 from rtlynx.calibration.apply import apply_solutions
 from rtlynx.io.schema import check_schema, check_values, stored_pattern, stored_quantized, wrong_numbers
+from rtlynx.models.architecture import Attention
 from rtlynx.models.fingerprint import base_tensors, records, same, weight_fingerprint
 from rtlynx.models.guards import refuse_foreign, refuse_meta, refuse_prepared
 from rtlynx.models.plan import Plan, make_plan
-from rtlynx.models.sparsify import sparse_layers, state_of, target_model
+from rtlynx.models.rotation import fixed_reason, rotate
+from rtlynx.models.sparsify import SparseState, sparse_layers, state_of, target_model
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.solution import Solution, stored_shapes
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -51,8 +53,10 @@ from rtlynx.storage.files import (
     write_tensors,
 )
 
-# Version 2 knows fp8 layers.
-FORMAT_VERSION = 3
+# Version 2 knows fp8 layers, version 4 intercepts and rotated values.
+FORMAT_VERSION = 4
+# What the file calls R of an attention.
+_ROTATION = "value_rotation"
 # Most that safetensors takes for the header of a file.
 _HEADER = 100 << 20
 
@@ -90,24 +94,36 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
         for kind in solution_shapes(body["layers"][name]):
             tensors[f"{name}.{kind}"] = getattr(layer, kind)
     _refuse_unreadable(layers, tensors)
+    tensors |= {f"{name}.{_ROTATION}": matrix for name, matrix in _rotations(model).items()}
     with replaced_checkpoint(Path(folder)) as new:
         write_tensors(new / TENSORS, tensors, {"format": "rtlynx"})
         write_json(new / INDEX, signed({**body, "tensors_sha256": sha256_of(new / TENSORS)}))
 
 
+def _rotations(model: nn.Module) -> dict[str, Tensor]:
+    """Attention -> R (H, d, d); ValueError where that is not known any more."""
+    rotation = _state(model).rotation
+    known = {} if rotation is None else rotation.matrices
+    found = {name: matrix for name, matrix in known.items() if matrix is not None}
+    if len(found) < len(known):
+        raise ValueError(
+            "this model was loaded by from_pretrained, whose files hold rotated weights, and not the "
+            "rotations that a checkpoint for the base model needs: use save_pretrained"
+        )
+    return found
+
+
 def _refuse_changes(model: nn.Module) -> None:
     """ValueError unless all that `load` will take from the base model is still what it was there."""
-    state = state_of(model)
-    assert state is not None
+    state = _state(model)
     offloaded = [name for name, tensor in model.state_dict().items() if getattr(tensor, "is_meta", False)]
     if offloaded:
         raise ValueError(f"{offloaded[0]} is on 'meta' (offloaded?): remove the offloading, then save")
     if state.tensors:
         found = records(base_tensors(model))
+        expected = {**state.tensors, **(state.rotation.records if state.rotation else {})}
         changed = [
-            name
-            for name, one in found.items()
-            if name not in state.tensors or not same(state.tensors[name], one)
+            name for name, one in found.items() if name not in expected or not same(expected[name], one)
         ]
     else:  # it was loaded from files that say less
         weights = {f"{name}.weight": layer for name, layer in sparse_layers(model).items()}
@@ -133,7 +149,7 @@ def _refuse_unreadable(layers: dict[str, SparseLinear], tensors: dict[str, Tenso
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition(".")
         quantised, own = layers[name].format.quantized, layers[name].compute_dtype or tensor.dtype
-        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own)
+        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own, refitted=True)
         if wrong is not None:
             raise ValueError(f"{key} {wrong}, and a checkpoint of that could not be loaded")
 
@@ -146,11 +162,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     ValueError
         If the model is not sparse or is spread over processes, or an adapter wraps a sparse layer.
     """
-    state = state_of(model)
-    if state is None:
-        raise ValueError(
-            f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
-        )
+    state = _state(model)
     refuse_parallel(model, "save it before it is sharded (load goes onto sharded models too)", context=False)
     layers = sparse_layers(model)
     for name in layers:
@@ -170,6 +182,24 @@ def describe(model: nn.Module) -> dict[str, Any]:
         },
         "dense": {one.name: one.dense_reason for one in state.plan.layers if one.name not in layers},
         **({"base_tensors": dict(sorted(state.tensors.items()))} if state.tensors else {}),
+        **({} if state.rotation is None else _describe_rotation(state)),
+    }
+
+
+def _state(model: nn.Module) -> SparseState:
+    state = state_of(model)
+    if state is None:
+        raise ValueError(
+            f"{type(model).__name__} is dense, there is nothing to save: sparsify or calibrate it"
+        )
+    return state
+
+
+def _describe_rotation(state: SparseState) -> dict[str, Any]:
+    records = {} if state.rotation is None else state.rotation.records
+    return {
+        "rotations": {one.name: [one.value_heads, one.head_dim] for one in state.plan.rotated},
+        "rotated_tensors": dict(sorted(records.items())),
     }
 
 
@@ -206,22 +236,27 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
     with all_or_none(model):
         # Once, and not before the folder turns out to be one: it reads much of the model.
         base = functools.cache(lambda: records(base_tensors(model)))
-        plan, solutions = while_unchanged(folder, lambda: _read_folder(model, folder, base))
-        apply_solutions(model, plan, solutions, base())
+        plan, solutions, matrices = while_unchanged(folder, lambda: _read_folder(model, folder, base))
+        try:
+            rotation = rotate(model, plan.rotated, matrices) if matrices else None
+        except ValueError as error:
+            raise CheckpointError(f"{folder} is damaged: {error}") from None
+        apply_solutions(model, plan, solutions, base(), rotation)
     return model_or_pipeline
 
 
 def _read_folder(
     model: nn.Module, folder: Path, base: Callable[[], dict[str, str]]
-) -> tuple[Plan, dict[str, Solution]]:
-    """The plan and the solutions of a checkpoint for `model`, whose records `base` takes, all checked."""
+) -> tuple[Plan, dict[str, Solution], dict[str, Tensor]]:
+    """Plan, solutions and rotations of a checkpoint for `model`, whose records `base` takes, all checked."""
     index = read_index(folder)
     plan = stored_plan(model, index, folder)
     _check_base(model, index, folder, base())
     path, layers = tensors_of(folder, index), index["layers"]
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-    if size > _HEADER + sum(map(_most_bytes, layers.values())):
+    rotations = sum(8 * heads * d * d for heads, d in index.get("rotations", {}).values())
+    if size > _HEADER + sum(map(_most_bytes, layers.values())) + rotations:
         raise CheckpointError(f"{path} is damaged: its {size} bytes are more than its layers can fill")
     if sha256_of(path) != index["tensors_sha256"]:
         raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
@@ -230,9 +265,10 @@ def _read_folder(
     for name, entry in layers.items():
         linear: Any = model.get_submodule(name)
         solutions[name] = _stored_solution(name, entry, tensors, path, linear.weight.dtype)
+    matrices = {one.name: _stored_rotation(one, tensors, path) for one in plan.rotated}
     if tensors:
         raise CheckpointError(f"{path} holds {sorted(tensors)[0]!r}, which {INDEX} does not know")
-    return plan, solutions
+    return plan, solutions, matrices
 
 
 def _most_bytes(entry: dict[str, Any]) -> int:
@@ -313,6 +349,7 @@ def _describe(layer: SparseLinear, base: str, error: float | None) -> dict[str, 
         "precision": layer.precision,
         "rank": layer.rank,
         "refitted": layer.refitted,
+        "intercept": layer.intercept,
         "base": base,
         **({} if error is None else {"error": error}),
     }
@@ -374,7 +411,32 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
                 dense_reason=None,
             )
         )
-    return replace(plan, layers=tuple(layers))
+    return replace(plan, layers=tuple(layers), rotated=_rotated(model, plan, index, folder), unrotated={})
+
+
+def _rotated(model: nn.Module, plan: Plan, index: dict[str, Any], folder: Path) -> tuple[Attention, ...]:
+    """The attentions whose values a checkpoint rotates; CheckpointError where `model` has not the like."""
+    stored = index.get("rotations", {})
+    known = plan.architecture.attentions_of(model) if stored else []
+    rotated = tuple(one for one in known if stored.get(one.name) == [one.value_heads, one.head_dim])
+    for name in stored.keys() - {one.name for one in rotated}:
+        raise CheckpointError(f"{folder} was made for another architecture: it rotates values of {name}")
+    for one in rotated:
+        reason = fixed_reason(model, one)
+        if reason is not None:
+            raise CheckpointError(f"{folder} rotates values of {one.name}, which cannot be here: {reason}")
+    return rotated
+
+
+def _stored_rotation(attention: Attention, tensors: dict[str, Tensor], path: Path) -> Tensor:
+    """R (H, d, d) of one attention, checked; it is taken out of `tensors`."""
+    name, shape = f"{attention.name}.{_ROTATION}", (attention.value_heads, *2 * (attention.head_dim,))
+    matrix = tensors.pop(name, None)
+    if matrix is None:
+        raise CheckpointError(f"{path} lacks the tensor {name}")
+    if matrix.shape != shape or matrix.dtype is not torch.float32 or not bool(matrix.isfinite().all()):
+        raise CheckpointError(f"{path}: {name} should be {shape} of finite torch.float32 numbers")
+    return matrix
 
 
 def _stored_solution(
@@ -389,7 +451,7 @@ def _stored_solution(
             raise CheckpointError(f"{path} lacks the tensor {name}.{kind}")
         if tensor.shape != shape:
             raise CheckpointError(f"{path}: {name}.{kind} is {tuple(tensor.shape)}, should be {shape}")
-        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own)
+        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own, refitted=True)
         if wrong is not None:
             raise CheckpointError(f"{path}: {name}.{kind} {wrong}")
         return tensor
@@ -401,7 +463,8 @@ def _stored_solution(
 def solution_shapes(entry: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors that a checkpoint has of one layer."""
     sizes = entry["in_features"], entry["out_features"], entry["rank"]
-    return stored_shapes(*sizes, quantized=stored_quantized(entry), refitted=entry["refitted"])
+    kinds = {"refitted": entry["refitted"], "intercept": entry.get("intercept", False)}
+    return stored_shapes(*sizes, quantized=stored_quantized(entry), **kinds)
 
 
 def _digest(body: dict[str, Any]) -> str:

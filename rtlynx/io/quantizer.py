@@ -26,6 +26,7 @@ from rtlynx.io.schema import stored_quantized, wrong_numbers
 from rtlynx.math.fp8 import E4M3
 from rtlynx.models.fingerprint import full_digests, is_plain, weight_fingerprint
 from rtlynx.models.plan import Plan
+from rtlynx.models.rotation import Rotation, mark_rotated
 from rtlynx.models.sparsify import (
     apply_plan,
     densify,
@@ -101,9 +102,9 @@ class RTLynxConfig(_BaseConfig):
             recipe = Recipe.from_dict(recipe)
         if recipe is not None and recipe.needs_calibration:
             raise ValueError(
-                "this recipe has something to calibrate (rank, refit or budget), and from_pretrained has no "
-                "prompts: load the model dense and call rtlynx.calibrate(pipeline, prompts, recipe), whose "
-                "result save_pretrained keeps, or use Recipe.immediate()"
+                "this recipe has something to calibrate (rank, refit, rotate_values or budget), and "
+                "from_pretrained has no prompts: load the model dense and call rtlynx.calibrate(pipeline, "
+                "prompts, recipe), whose result save_pretrained keeps, or use Recipe.immediate()"
             )
         self.quant_method = QuantMethod.RTLYNX
         self.recipe = (recipe or Recipe.immediate()) if sidecar is None else None
@@ -300,8 +301,13 @@ class RTLynxQuantizer(_BaseQuantizer):
 
         plan = stored_plan(model, stored, self._folder)
         base = {name: entry["base"] for name, entry in stored["layers"].items()}
+        rotation = None
+        if plan.rotated:
+            unknown = dict.fromkeys(one.name for one in plan.rotated)
+            rotation = Rotation(unknown, records=stored.get("rotated_tensors", {}))
+            mark_rotated(model, plan.rotated)
         try:
-            apply_plan(model, plan, prepare, base)
+            apply_plan(model, plan, prepare, base, rotation=rotation)
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(f"{place} does not fit this model: {first_line(error)}") from None
         state = state_of(model)
@@ -443,11 +449,11 @@ def _keep_config(model: Any) -> None:
 def _wrong_numbers(layer: SparseLinear, kind: str, tensor: Tensor) -> str | None:
     """Why `tensor` cannot be the `kind` of `layer`; None where it can."""
     fp8, own = layer.format.quantized, layer.compute_dtype or torch.float32
-    if kind == "weight" and not fp8 and not layer.refitted:
-        kind = "bias"  # of the base model, too
-    elif kind.startswith("weight_dense") and layer.weight_dense_scale is not None:
+    base = {"weight": not fp8 and not layer.refitted, "bias": not layer.intercept}
+    made = not base.get(kind, False)
+    if kind.startswith("weight_dense") and layer.weight_dense_scale is not None:
         kind, fp8 = kind.replace("weight_dense", "weight"), True
-    return wrong_numbers(kind, tensor, quantised=fp8, own=own)
+    return wrong_numbers(kind, tensor, quantised=fp8, own=own, refitted=made)
 
 
 def _empty_solution(entry: dict[str, Any], dtype: torch.dtype) -> Solution:

@@ -25,6 +25,7 @@ from rtlynx.storage.files import CheckpointError, first_line
 
 _DEPTH, _ITEMS, _LONGEST = 16, 1 << 20, 4096
 _LARGEST = 2**53
+_MOST_HEADS, _MOST_HEAD_DIM = 1 << 14, 1 << 12
 # Of layers: far beyond any model, and small enough that no product of two overflows.
 _MOST_FEATURES, _MOST_RANK, _MOST_GLOBS, _LONGEST_NAME = 1 << 24, 1 << 20, 1000, 500
 
@@ -67,6 +68,7 @@ _LAYER: dict[str, _Check] = {
     "precision": _one_of("bf16", "fp8"),
     "rank": _whole(0, _MOST_RANK),
     "refitted": _FLAG,
+    "intercept": _FLAG,
     "base": _DIGEST,
 }
 # Only calibrated layers have these, and only in newer files.
@@ -85,7 +87,16 @@ _PATTERN: dict[str, _Check] = {
 _TABLES: dict[str, _Check] = {
     "base_tensors": _text(RECORD, "a record of a tensor"),
     "tensors": _text("[0-9a-f]{32}", "a digest of 32 digits"),
+    "rotated_tensors": _text(RECORD, "a record of a tensor"),
+    "rotations": (lambda value: _is_rotation(value), "its heads and their width"),
 }
+
+
+def _is_rotation(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    limits = (_MOST_HEADS, _MOST_HEAD_DIM)
+    return all(type(one) is int and 1 <= one <= most for one, most in zip(value, limits, strict=True))
 
 
 def check_values(value: Any, path: Path) -> None:
@@ -138,18 +149,24 @@ def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Rec
         where = f" of {name[:_LONGEST_NAME]}"
         if not isinstance(entry, dict):
             raise CheckpointError(f"{path} is damaged: what it says{where} is no object")
-        layer = {"precision": "bf16", **entry}  # version 1 knew no other
+        # Version 1 knew no other precision, versions 1 to 3 no intercepts.
+        layer = {"precision": "bf16", "intercept": False, **entry}
         _check_keys(layer, {**_LAYER, **_STORED_LAYER} if whole_model else _LAYER, where, path)
         _check_keys(entry, {key: check for key, check in _OPTIONAL.items() if key in entry}, where, path)
         pattern = {"score": MAGNITUDE.name, **entry["pattern"]}  # versions 1 and 2 knew no other
         _check_keys(pattern, _PATTERN, where, path)
         if layer["precision"] == "fp8" and layer["norm"] == "paper":
             raise CheckpointError(f"{path} is damaged: a layer of precision fp8 with norm 'paper',{where}")
+        if layer["intercept"] and not layer["refitted"]:
+            raise CheckpointError(f"{path} is damaged: an intercept without a refitted weight,{where}")
         try:
             stored_pattern(entry).widths(entry["in_features"])
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: the pattern{where}: {first_line(error)}") from None
-    return _recipe(index["recipe"], path)
+    recipe = _recipe(index["recipe"], path)
+    if recipe.depends_on_call and any(entry.get("intercept") for entry in index["layers"].values()):
+        raise CheckpointError(f"{path} is damaged: intercepts in layers that need their original bias")
+    return recipe
 
 
 def _check_keys(values: dict[str, Any], checks: dict[str, _Check], where: str, path: Path) -> None:
@@ -202,13 +219,16 @@ def _recipe(settings: dict[str, Any], path: Path) -> Recipe:
         raise CheckpointError(f"{path} is damaged: its recipe: {first_line(error)}") from None
 
 
-def wrong_numbers(kind: str, tensor: Tensor, *, quantised: bool, own: torch.dtype) -> str | None:
+def wrong_numbers(
+    kind: str, tensor: Tensor, *, quantised: bool, own: torch.dtype, refitted: bool
+) -> str | None:
     """Why `tensor` cannot be the `kind` of a layer, `quantised` or not; None where it can.
 
     Parameters
     ----------
     kind : "weight" | "bias" or one of `rtlynx.nn.state_dict.OWN`
     own : dtype of the model; float64 is right in such a one alone.
+    refitted : whether calibration made it; the base model's tensors may hold anything.
     """
     precision = "fp8" if quantised else "bf16"
     eight_bits = quantised and kind == "weight"
@@ -216,8 +236,8 @@ def wrong_numbers(kind: str, tensor: Tensor, *, quantised: bool, own: torch.dtyp
     allowed = (E4M3,) if eight_bits else (torch.float32,) if kind == "weight_scale" else floats
     if tensor.dtype not in allowed:
         return f"is {tensor.dtype} in a layer of precision {precision}"
-    if kind in ("bias", "weight_dense") or tensor.numel() == 0:
-        return None  # the base model's, whatever it holds
+    if not refitted or kind == "weight_dense" or tensor.numel() == 0:
+        return None
     if eight_bits:
         bits = tensor.reshape(-1).view(torch.uint8)  # 0x7F and 0xFF are NaN
         nan = int(bits.max()) == 0xFF or int(bits.view(torch.int8).max()) == 0x7F

@@ -37,6 +37,38 @@ class LayerRule:
 
 
 @dataclass(frozen=True)
+class AttentionRule:
+    """Attentions by name, whose values go through nothing but a layer, the mixing and what reads that.
+
+    pattern : name of a block with `*` for its index.
+    attention, values, readers : names in the block of the attention, of the layers that make its values, and
+        of those that read what it gives, with their first columns.
+    """
+
+    pattern: str
+    attention: str
+    values: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a model.
+
+    name, values, readers : dotted names in the model; see `AttentionRule`.
+    heads, head_dim : of what it gives.
+    value_heads : heads of the values, each read by `heads` / `value_heads` heads in a row.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    readers: tuple[str, ...]
+    heads: int
+    head_dim: int
+    value_heads: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One linear layer that can be sparse.
 
@@ -63,6 +95,7 @@ class Architecture:
     text_rows : maps the model's call (argument name -> value) to the range of text tokens in joint blocks.
     fused : class name of a block -> a `forward` of it that lets linear layers read prologues
         (`rtlynx.nn.prologue`); its arguments are the block, its class's own forward, and what that takes.
+    attentions : those whose values can be rotated.
     """
 
     class_name: str
@@ -72,6 +105,7 @@ class Architecture:
     text_rows: Callable[[dict[str, Any]], TextRows] | None = None
     find: Callable[[nn.Module], list[Candidate]] | None = None
     fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    attentions: tuple[AttentionRule, ...] = ()
 
     def candidates(self, model: nn.Module) -> list[Candidate]:
         """Layers of `model` that can be sparse, in the model's own order."""
@@ -91,6 +125,23 @@ class Architecture:
                 reads = f"{block}.{rule.reads}" if rule.reads else name
                 found.append(Candidate(name, block, rule.role, rule.stream, reads, parts))
                 break
+        return found
+
+    def attentions_of(self, model: nn.Module) -> list[Attention]:
+        """Attentions of `model` whose values can be rotated, in the model's own order."""
+        found = []
+        for name, module in model.named_modules():
+            for rule in self.attentions:
+                block = name.removesuffix(f".{rule.attention}")
+                if block == name or block.count(".") != 1 or not fnmatch.fnmatchcase(block, rule.pattern):
+                    continue
+                attn: Any = module
+                head_dim = attn.inner_dim // attn.heads
+                values = tuple(f"{block}.{one}" for one in rule.values)
+                made: Any = model.get_submodule(values[0])
+                readers = tuple(f"{block}.{one}" for one in rule.readers)
+                shared = made.out_features // head_dim
+                found.append(Attention(name, values, readers, attn.heads, head_dim, shared))
         return found
 
     def call_arguments(

@@ -51,8 +51,8 @@ def model_fingerprint(model: nn.Module) -> str:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the dense model that `model` is, or was and still holds.
 
-    Not among them: refitted and quantised weights whose original was not kept; what lies on "meta"; and
-    tensor-parallel shards, of which no process knows the whole.
+    Not among them: refitted and quantised weights whose original was not kept; refitted biases; what lies on
+    "meta"; and tensor-parallel shards, of which no process knows the whole.
     """
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():
@@ -67,6 +67,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[f"{prefix}weight"] = original
         elif module.weight_changed:
             tensors.pop(f"{prefix}weight", None)
+        if module.intercept:
+            tensors.pop(f"{prefix}bias", None)
     return {name: tensor for name, tensor in tensors.items() if is_plain(tensor)}
 
 

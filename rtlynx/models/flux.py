@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.models.architecture import Architecture, LayerRule, TextRows
+from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, TextRows
 from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
 from rtlynx.nn.prologue import adaln, concat_activated, read
 
@@ -93,6 +93,10 @@ FLUX = Architecture(
         *(LayerRule(f"{SINGLE}.attn.to_{x}", "attention-in", "joint", "input") for x in "qkv"),
         LayerRule(f"{SINGLE}.proj_mlp", "mlp-up", "joint", "input"),
         LayerRule(f"{SINGLE}.proj_out", "single-out", "joint", attention_part=True),
+    ),
+    attentions=(
+        AttentionRule(DOUBLE, "attn", ("attn.to_v", "attn.add_v_proj"), ("attn.to_out.0", "attn.to_add_out")),
+        AttentionRule(SINGLE, "attn", ("attn.to_v",), ("proj_out",)),
     ),
     fused={"FluxTransformerBlock": double_block, "FluxSingleTransformerBlock": single_block},
 )

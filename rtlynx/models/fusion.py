@@ -96,9 +96,19 @@ _HANDING_ON = {
 
 def read_by_attention(attn: Any, prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
     """`rtlynx.nn.prologue.read` for layers that `attn` calls with its input; other processors get tensors."""
-    if type(attn.processor).__name__ in _HANDING_ON and untouched(attn):
+    if hands_on(attn):
         return read(prologue, *layers)
     return prologue.dense()
+
+
+def processor_known(attn: Any) -> bool:
+    """Whether the attention processor of `attn` is one of diffusers' own for these models."""
+    return type(attn.processor).__name__ in _HANDING_ON
+
+
+def hands_on(attn: Any) -> bool:
+    """Whether q, k and v, each made by a layer of `attn`, go nowhere but into the mixing of tokens."""
+    return processor_known(attn) and untouched(attn)
 
 
 def follows(attn: Any, processor: str) -> bool:

@@ -200,6 +200,9 @@ def _foreign_weight(layer: nn.Linear) -> str | None:
 
 # -------------------------------------------------------------------------------------------- adapters
 
+# Attribute of a layer whose weight is that of rotated values (`rtlynx.models.rotation`).
+ROTATED = "rtlynx_rotated"
+
 # Kinds of adapters of peft by how they act, beside a layer whose weight they neither read nor change: they
 # add to its output, or scale or rotate its input or output. All others read the weight of the layer, which
 # is the original one no more where it was refitted or quantised.
@@ -218,14 +221,15 @@ def refuse_adapters(model: nn.Module) -> None:
     if torch.compiler.is_compiling() or not getattr(model, "peft_config", None):
         return
     for wrapper, layer in _adapted(model):
-        reason = _wrapper_reason(wrapper) if layer.weight_changed else None
-        if reason is not None:
+        changed = isinstance(layer, SparseLinear) and layer.weight_changed
+        reason = _wrapper_reason(wrapper) if changed else None
+        if reason is not None or hasattr(layer, ROTATED):
             name = next(name for name, module in model.named_modules() if module is wrapper)
             _refuse_adapter(name, layer, reason)
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, SparseLinear]]:
-    """Sparse layers that something of peft wraps, each after its outermost wrapper.
+def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Sparse and rotated layers that something of peft wraps, each after its outermost wrapper.
 
     Lean, and without looking through what adapters are made of: this runs before each step.
     """
@@ -235,7 +239,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, SparseLinear]]:
         children = module._modules
         if "base_layer" in children or "original_module" in children:
             layer = _wrapped_layer(module)
-            if isinstance(layer, SparseLinear):
+            if isinstance(layer, SparseLinear) or hasattr(layer, ROTATED):
                 yield module, layer
                 continue
         if children:
@@ -290,7 +294,13 @@ def _config_reason(config: Any) -> str | None:
     return None
 
 
-def _refuse_adapter(name: str, layer: SparseLinear, reason: str) -> NoReturn:
+def _refuse_adapter(name: str, layer: Any, reason: str | None) -> NoReturn:
+    if hasattr(layer, ROTATED):
+        raise RuntimeError(
+            f"this adapter was made for the dense model, and the values that {name} makes or reads were "
+            "rotated (rotate_values): it would act on other channels. Fuse the adapter into the dense model, "
+            "then calibrate that; or calibrate with Recipe(rotate_values=False)"
+        )
     what = "quantised to eight bits" if layer.format.quantized else "refitted"
     raise RuntimeError(
         f"this adapter needs the original weight of {name}, which was {what}: {reason}. Use a plain LoRA, "
@@ -309,10 +319,12 @@ def _check_injection(
     config = tuner.peft_config[adapter]
     reason = _config_reason(config)
     for name, layer in model.named_modules():
-        if not isinstance(layer, SparseLinear) or not layer.weight_changed:
+        changed = isinstance(layer, SparseLinear) and layer.weight_changed
+        rotated = hasattr(layer, ROTATED)
+        if not changed and not rotated:
             continue
         name = name.removesuffix(".base_layer")
-        if reason is None or not _targeted(tuner, config, name, state_dict):
+        if (reason is None and not rotated) or not _targeted(tuner, config, name, state_dict):
             if not _saved_whole(config, name):
                 continue
             reason = "modules_to_save puts a copy of it, trained by itself, in its place"
@@ -337,9 +349,9 @@ def _saved_whole(config: Any, name: str) -> bool:
     return any(f".{name}".endswith(f".{one}") for one in suffixes)
 
 
-def _takes_merge(wrapper: nn.Module, layer: SparseLinear) -> bool:
+def _takes_merge(wrapper: nn.Module, layer: nn.Module) -> bool:
     """Whether an adapter may become part of the layer's weight, and the layer then gives the whole of it."""
-    if not layer.mergeable:
+    if not isinstance(layer, SparseLinear) or not layer.mergeable:
         return False
     adds = _kind(wrapper) in _ADDING and _wrapper_reason(wrapper) is None
     return adds or not layer.rank  # scaled weights beside a branch that is not
@@ -354,6 +366,8 @@ def _guard_peft(tuner: type[Any]) -> None:
         _check_injection(self, model, adapter_name, kwargs.get("state_dict"))
         inject(self, model, adapter_name, *args, **kwargs)
         for wrapper, layer in _adapted(model):
+            if not isinstance(layer, SparseLinear):
+                continue
             if layer.format.quantized or layer.pattern.grouping != "adjacent":
                 wrapper.merge = _refuse_merge_of_layer  # type: ignore[assignment]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from rtlynx.models.fusion import processor_known
 from rtlynx.models.guards import refuse_adapters, refuse_merged
 from rtlynx.models.plan import Plan
 from rtlynx.nn.call import CallState, enter_call, leave_call, step_of
@@ -17,6 +19,9 @@ from rtlynx.nn.tensor_parallel import local_text_rows
 def register_hooks(model: nn.Module, plan: Plan) -> list[Any]:
     """Forward hooks that `model` needs; their handles."""
     handles = [model.register_forward_pre_hook(begin_step)]
+    if plan.rotated:
+        names = tuple(attention.name for attention in plan.rotated)
+        handles.append(model.register_forward_pre_hook(partial(refuse_processors, names)))
     if plan.recipe.depends_on_call:
         before = EnterCall(plan)
         handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
@@ -33,6 +38,20 @@ def begin_step(model: nn.Module, _args: tuple[Any, ...]) -> None:
     refuse_adapters(model)
     if not torch.compiler.is_compiling() and "torch._inductor.compile_fx" in sys.modules:
         torch.compiler.cudagraph_mark_step_begin()
+
+
+def refuse_processors(attentions: tuple[str, ...], model: nn.Module, _args: tuple[Any, ...]) -> None:
+    """RuntimeError where what rotated values go through may do more with them than mix tokens."""
+    if torch.compiler.is_compiling():
+        return
+    for name in attentions:
+        attn: Any = model.get_submodule(name)
+        if not processor_known(attn):
+            raise RuntimeError(
+                f"the values of {name} are rotated (rotate_values), and its {type(attn.processor).__name__} "
+                "may add others to them, which are not: use diffusers' own attention processors, or "
+                "calibrate the dense model with yours in place"
+            )
 
 
 class EnterCall:

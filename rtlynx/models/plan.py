@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,11 +12,12 @@ from torch import nn
 from rtlynx.math.formats import BF16_SPARSE, DENSE, FORMATS, FP8_DENSE, FP8_SPARSE, Format, FormatName
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
-from rtlynx.models.architecture import STRIDED_ROLES, Architecture, Candidate
+from rtlynx.models.architecture import STRIDED_ROLES, Architecture, Attention, Candidate
 from rtlynx.models.flux import FLUX
 from rtlynx.models.generic import GENERIC
 from rtlynx.models.guards import foreign_reason, refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
+from rtlynx.models.rotation import fixed_reason
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
@@ -54,13 +55,18 @@ class LayerPlan:
         return self.candidate.name
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether the layer drops no activation."""
+        return self.pattern.n == self.pattern.m
+
+    @property
     def format(self) -> Format:
         """What the layer becomes."""
         if self.dense_reason is not None:
             return DENSE
         if not self.quantized:
             return BF16_SPARSE
-        return FP8_DENSE if self.pattern.n == self.pattern.m else FP8_SPARSE
+        return FP8_DENSE if self.keeps_all else FP8_SPARSE
 
     def in_format(self, format: FormatName, reason: str = "") -> LayerPlan:
         """A layer that is planned sparse, in another format; `reason` says why where that is dense."""
@@ -77,11 +83,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision for every candidate layer of a model."""
+    """A decision for every candidate layer of a model.
+
+    rotated : attentions whose values are rotated.
+    unrotated : attention -> why its values are not, where the recipe asks for it.
+    """
 
     recipe: Recipe
     architecture: Architecture
     layers: tuple[LayerPlan, ...]
+    rotated: tuple[Attention, ...] = ()
+    unrotated: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def sparse(self) -> tuple[LayerPlan, ...]:
@@ -94,6 +106,11 @@ class Plan:
             layer.dense(reasons[layer.name]) if layer.name in reasons else layer for layer in self.layers
         )
         return replace(self, layers=tuple(layers))
+
+    def leave_unrotated(self, reasons: Mapping[str, str]) -> Plan:
+        """The same plan with the values of further attentions as they are (name -> reason)."""
+        rotated = tuple(attention for attention in self.rotated if attention.name not in reasons)
+        return replace(self, rotated=rotated, unrotated={**self.unrotated, **reasons})
 
     def in_formats(self, formats: Mapping[str, FormatName]) -> Plan:
         """The same plan with sparse layers in other formats (name -> format)."""
@@ -153,8 +170,34 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
             f"where the text rows of {type(model).__name__} are is not known: use text_rows='sparse'"
         )
     modules: dict[str, Any] = dict(model.named_modules())
-    layers = tuple(_plan_layer(modules[candidate.name], candidate, recipe) for candidate in candidates)
-    return Plan(recipe, architecture, layers)
+    attentions = _attentions(model, architecture) if recipe.rotate_values else []
+    reasons = {one.name: _unrotated_reason(model, one, recipe.m) for one in attentions}
+    readers = {name for one in attentions if reasons[one.name] is None for name in one.readers}
+    layers = tuple(
+        _plan_layer(modules[candidate.name], candidate, recipe, candidate.name in readers)
+        for candidate in candidates
+    )
+    dropping = {layer.name for layer in layers if layer.dense_reason is None and not layer.keeps_all}
+    for one in attentions:
+        if reasons[one.name] is None and not dropping & set(one.readers):
+            reasons[one.name] = "no layer that reads it drops activations"
+    plan = Plan(recipe, architecture, layers, tuple(attentions))
+    return plan.leave_unrotated({name: reason for name, reason in reasons.items() if reason is not None})
+
+
+def _attentions(model: nn.Module, architecture: Architecture) -> list[Attention]:
+    if not architecture.attentions:
+        raise ValueError(
+            f"which layers of {type(model).__name__} make and read the values of its attentions is not "
+            "known: use rotate_values=False"
+        )
+    return architecture.attentions_of(model)
+
+
+def _unrotated_reason(model: nn.Module, attention: Attention, m: int) -> str | None:
+    if attention.head_dim % m:
+        return f"heads of {attention.head_dim} channels do not split into groups of {m}"
+    return fixed_reason(model, attention)
 
 
 def _refuse_replaced(model: nn.Module, architecture: Architecture, recipe: Recipe) -> None:
@@ -173,7 +216,7 @@ def _like_linear(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear) and hasattr(module, "in_features")
 
 
-def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> LayerPlan:
+def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe, rotated: bool) -> LayerPlan:
     fixed = recipe.fixed_format(candidate.name)
     keep_all = fixed is None and candidate.stream == "text" and recipe.text_stream == "dense"
     eight_bits: FormatName = "fp8-dense" if keep_all else "fp8-sparse"
@@ -181,7 +224,7 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> Laye
         candidate,
         linear.in_features,
         linear.out_features,
-        _pattern_for(candidate, recipe),
+        _pattern_for(candidate, recipe, rotated),
         recipe.layer_norm,
         recipe.rank_for(linear.in_features),
         recipe.text_rows == "dense" and candidate.stream == "joint",
@@ -196,9 +239,9 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe) -> Laye
     return layer if reason is None else layer.dense(reason)
 
 
-def _pattern_for(candidate: Candidate, recipe: Recipe) -> Pattern:
+def _pattern_for(candidate: Candidate, recipe: Recipe, rotated: bool) -> Pattern:
     strided = recipe.grouping == "strided" or (recipe.grouping == "auto" and candidate.role in STRIDED_ROLES)
-    if not strided:
+    if rotated or not strided:  # what competes well is adjacent in rotated values
         return Pattern(recipe.n, recipe.m, score=recipe.score)
     parts, degree = candidate.parts, recipe.tp_degree
     if isinstance(parts, int):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.models.architecture import Architecture, LayerRule
+from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule
 from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, read_by_attention
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import adaln
@@ -106,6 +106,9 @@ QWEN_IMAGE = Architecture(
         LayerRule(f"{BLOCK}.attn.to_add_out", "attention-out", "text"),
         LayerRule(f"{BLOCK}.txt_mlp.net.0.proj", "mlp-up", "text"),
         LayerRule(f"{BLOCK}.txt_mlp.net.2", "mlp-down", "text"),
+    ),
+    attentions=(
+        AttentionRule(BLOCK, "attn", ("attn.to_v", "attn.add_v_proj"), ("attn.to_out.0", "attn.to_add_out")),
     ),
     fused={"QwenImageTransformerBlock": block},
 )

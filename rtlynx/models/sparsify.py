@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
 from rtlynx.models.hooks import register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
+from rtlynx.models.rotation import Rotation, rotate, rotate_back
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.input_cache import SharedInput
+from rtlynx.nn.original import keeps_original
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.state_dict import OWN
 from rtlynx.nn.tensor_parallel import TensorParallelLinear, shards_of
@@ -38,6 +41,7 @@ class SparseState:
     hooks : handles of the model's forward pre-hooks.
     tensors : record of every tensor of the dense model (`fingerprint.record`), None where they are not known.
     errors : relative squared output error of the sparse layers that a calibration measured.
+    rotation : of its values, or None. `base` and `tensors` are of the model before.
     """
 
     plan: Plan
@@ -45,6 +49,7 @@ class SparseState:
     hooks: Sequence[Any] = ()
     tensors: Mapping[str, str] | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
+    rotation: Rotation | None = None
 
 
 def target_model(model_or_pipeline: Any) -> nn.Module:
@@ -79,6 +84,25 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
+def comparable(dense: nn.Module, model: nn.Module) -> nn.Module:
+    """The dense model whose layers those of `model` stand for: `dense`, or a copy with rotated values.
+
+    Raises
+    ------
+    ValueError
+        If values of `model` are rotated and it is not known how (it was loaded by from_pretrained).
+    """
+    state = state_of(model)
+    if state is None or state.rotation is None:
+        return dense
+    known = {name: matrix for name, matrix in state.rotation.matrices.items() if matrix is not None}
+    if len(known) < len(state.rotation.matrices):
+        raise ValueError("values of this model are rotated, and from_pretrained does not know how")
+    twin = copy.deepcopy(dense)
+    rotate(twin, state.plan.rotated, known)
+    return twin
+
+
 def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
     """Make a model's linear layers sparse, in place and at once, without calibration.
 
@@ -106,8 +130,9 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
     recipe = recipe or Recipe.immediate()
     if recipe.needs_calibration:
         raise ValueError(
-            "this recipe has something to calibrate (rank, refit or budget): use rtlynx.calibrate(pipeline, "
-            "prompts, recipe), or Recipe.immediate() for selection and norm compensation alone"
+            "this recipe has something to calibrate (rank, refit, rotate_values or budget): use "
+            "rtlynx.calibrate(pipeline, prompts, recipe), or Recipe.immediate() for selection and norm "
+            "compensation alone"
         )
     model = target_model(model_or_pipeline)
     with all_or_none(model):
@@ -122,7 +147,8 @@ def make_plan_for_dense(model: nn.Module, recipe: Recipe) -> Plan:
     if state_of(model) is not None or sparse_layers(model):
         raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
     plan = make_plan(model, recipe)
-    refuse_foreign(model, (layer.name for layer in plan.sparse))
+    rotated = (name for attention in plan.rotated for name in (*attention.values, *attention.readers))
+    refuse_foreign(model, (*(layer.name for layer in plan.sparse), *rotated))
     return plan
 
 
@@ -132,15 +158,18 @@ def apply_plan(
     prepare: Callable[[str, SparseLinear], None] | None = None,
     base: Mapping[str, str] | None = None,
     tensors: dict[str, str] | None = None,
+    rotation: Rotation | None = None,
 ) -> None:
     """Replace the planned layers of `model` by sparse ones; callers make it `all_or_none`.
 
     `prepare` is called with each new layer before any takes its place, to give it factors and weights.
     `base` gives the fingerprints of the original weights where the model does not hold those ("meta").
-    `tensors` are the `records` of its `base_tensors`, where they have been taken already.
+    `tensors` are the `records` of its `base_tensors`, where they have been taken already. `rotation` is what
+    was done to its values before.
     """
+    originals = {} if rotation is None else rotation.originals
     if tensors is None and base is None:
-        tensors = records(base_tensors(model))
+        tensors = records({**base_tensors(model), **originals})
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
     # enough: they run one after the other.
     known = plan.architecture.find is None
@@ -157,11 +186,7 @@ def apply_plan(
             sparse = kind.from_linear(whole, pattern=layer.pattern, norm=layer.norm)
         except TypeError as error:
             raise TypeError(f"{layer.name}: {error}") from None
-        sparse.dense_precision = plan.recipe.dense_precision
-        # What is dense fp8 already is not kept in e4m3 once more.
-        twice = layer.format is FP8_DENSE and sparse.dense_precision == "fp8"
-        sparse.text_rows_dense = layer.text_rows_dense and not twice
-        sparse.dense_steps = plan.recipe.has_dense_steps and not twice
+        _set_what_runs_dense(sparse, layer, plan.recipe)
         sparse.shared_input = shared[_memory(layer, known)]
         if prepare is not None:
             prepare(layer.name, sparse)
@@ -176,14 +201,29 @@ def apply_plan(
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
         replacements[layer.name] = sparse
-        fingerprints[layer.name] = weight_fingerprint(whole.weight) if base is None else base[layer.name]
+        weight: Tensor = whole.weight
+        if base is None and f"{layer.name}.weight" in originals:
+            original = originals[f"{layer.name}.weight"]
+            weight = original if shard is None else shard.whole(original)
+        fingerprints[layer.name] = weight_fingerprint(weight) if base is None else base[layer.name]
     _replace(model, replacements)
     guard(model)
-    setattr(model, _STATE, SparseState(plan, fingerprints, register_hooks(model, plan), tensors))
+    if rotation is not None and not all(keeps_original(layer) for layer in replacements.values()):
+        rotation = replace(rotation, originals={})  # the model cannot be made dense again
+    hooks = register_hooks(model, plan)
+    setattr(model, _STATE, SparseState(plan, fingerprints, hooks, tensors, rotation=rotation))
     fuse_blocks(model, plan.architecture)
     if not any(layer.weight.is_meta for layer in replacements.values()):
         prepare_layers(model)
     _tell(model)
+
+
+def _set_what_runs_dense(sparse: SparseLinear, layer: LayerPlan, recipe: Recipe) -> None:
+    sparse.dense_precision = recipe.dense_precision
+    # What is dense fp8 already is not kept in e4m3 once more.
+    twice = layer.format is FP8_DENSE and recipe.dense_precision == "fp8"
+    sparse.text_rows_dense = layer.text_rows_dense and not twice
+    sparse.dense_steps = recipe.has_dense_steps and not twice
 
 
 def prepare_layers(model: nn.Module) -> None:
@@ -209,7 +249,8 @@ def densify(model_or_pipeline: Any) -> Any:
     Raises
     ------
     RuntimeError
-        If a weight was refitted or quantised and the original was not kept; the model is then unchanged.
+        If a weight was refitted, quantised or rotated and the original was not kept; the model is then
+        unchanged.
     """
     model = target_model(model_or_pipeline)
     with all_or_none(model):
@@ -220,18 +261,21 @@ def densify(model_or_pipeline: Any) -> Any:
             unfuse_blocks(model)
             for hook in state.hooks:
                 hook.remove()
+            if state.rotation is not None:
+                rotate_back(model, state.rotation)
             delattr(model, _STATE)
         _tell(model)
     return model_or_pipeline
 
 
 def extra_bytes(model: nn.Module) -> int:
-    """Bytes that sparse layers hold beyond the dense model: factors, scales and kept original weights.
+    """Bytes that a sparse model holds beyond the dense one: factors, scales and kept original weights.
 
     Negative where quantised weights save more than that. They are compared with weights of the dtype of the
     layer's bias and factors, or of bfloat16 where it has none.
     """
-    total = 0
+    state = state_of(model)
+    total = state.rotation.bytes if state is not None and state.rotation is not None else 0
     for layer in sparse_layers(model).values():
         tensors = (getattr(layer, name) for name in OWN)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

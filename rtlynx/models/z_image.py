@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rtlynx.models.architecture import Architecture, LayerRule, Stream, TextRows
+from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, Stream, TextRows
 from rtlynx.models.fusion import attend, follows, heads, read_by_attention
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import read, rmsnorm, silu_gated, untouched
@@ -97,6 +97,10 @@ Z_IMAGE = Architecture(
         *_block("noise_refiner.*", "image"),
         *_block("context_refiner.*", "text"),
         *_block("layers.*", "joint"),
+    ),
+    attentions=tuple(
+        AttentionRule(blocks, "attention", ("attention.to_v",), ("attention.to_out.0",))
+        for blocks in ("noise_refiner.*", "context_refiner.*", "layers.*")
     ),
     fused={"ZImageTransformerBlock": block},
 )

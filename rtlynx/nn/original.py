@@ -36,6 +36,11 @@ def original_of(layer: SparseLinear) -> Tensor:
     return layer.weight
 
 
+def keeps_original(layer: SparseLinear) -> bool:
+    """Whether `original_of` has W."""
+    return layer.weight_dense_scale is None and (layer.weight_dense is not None or not layer.weight_changed)
+
+
 def keep_original(layer: SparseLinear) -> None:
     """Keep W, in e4m3 where `layer.dense_precision` says so; nothing where it is kept already.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtlynx.math.fp8 import Quantized
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -18,6 +18,7 @@ class Solution:
     weight : (N, K) refitted W', or None where W stays; e4m3 values of W' or W for an fp8 layer.
     lowrank_a, lowrank_b : (r, K) and (N, r) low-rank factors A^T and B, or None.
     weight_scale : (N,) of a quantised `weight`, or None.
+    bias : (N,) refitted bias, or None where the layer's own stays.
     refitted : whether a quantised `weight` is W'.
     ridge : relative regularisation used, None where none was (trained factors).
     error_before, error : relative squared layer error without and with the solution, on held-out tokens
@@ -28,6 +29,7 @@ class Solution:
     lowrank_a: Tensor | None = None
     lowrank_b: Tensor | None = None
     weight_scale: Tensor | None = None
+    bias: Tensor | None = None
     refitted: bool = False
     ridge: float | None = None
     error_before: float = float("nan")
@@ -36,7 +38,8 @@ class Solution:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those that it has, by name."""
-        found = {name: getattr(self, name) for name in ("weight", "lowrank_a", "lowrank_b", "weight_scale")}
+        names = ("weight", "lowrank_a", "lowrank_b", "weight_scale", "bias")
+        found = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def rows(self, start: int, stop: int) -> Solution:
@@ -52,15 +55,20 @@ class Solution:
             layer.set_lowrank(self.lowrank_a, self.lowrank_b)
         if self.weight is None:
             return
+        own = layer.weight.dtype
         if self.weight_scale is None:
             layer.set_refit(self.weight, keep_dense=keep_dense)
         else:
             quantised = Quantized(self.weight, self.weight_scale)
             layer.set_quantized(quantised, keep_dense=keep_dense, refitted=self.refitted)
+        if self.bias is not None:
+            bias = self.bias.detach().to(layer.weight.device, own, copy=True)
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+            layer.intercept = True
 
 
 def stored_shapes(
-    in_features: int, out_features: int, rank: int, *, quantized: bool, refitted: bool
+    in_features: int, out_features: int, rank: int, *, quantized: bool, refitted: bool, intercept: bool
 ) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors that a layer's solution has."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -70,4 +78,6 @@ def stored_shapes(
         shapes["weight_scale"] = (out_features,)
     if rank:
         shapes |= {"lowrank_a": (rank, in_features), "lowrank_b": (out_features, rank)}
+    if intercept:
+        shapes["bias"] = (out_features,)
     return shapes

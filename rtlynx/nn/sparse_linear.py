@@ -66,6 +66,8 @@ class SparseLinear(nn.Linear):
         That of `format`.
     norm : "none" | "scale" | "paper"
         Whether the norm scale s is applied ("paper": with the paper's printed epsilon).
+    intercept : bool
+        Whether `bias` was refitted with the weight.
     dense_reason : str or None
         Why the layer runs densely all the same (its K does not split into groups), or None.
     backend : Backend or None
@@ -81,6 +83,7 @@ class SparseLinear(nn.Linear):
     norm: Norm
     format: Format
     refitted: bool
+    intercept: bool
     dense_reason: str | None
     lowrank_a: nn.Parameter | None
     lowrank_b: nn.Parameter | None
@@ -116,6 +119,7 @@ class SparseLinear(nn.Linear):
         self.norm = norm
         self.format = format_of(sparse=pattern.n < pattern.m, quantized=False)
         self.refitted = False
+        self.intercept = False
         self.dense_reason = pattern.misfit(self.in_features)
         self.dense_precision = "bf16"
         self.text_rows_dense = False

@@ -71,7 +71,8 @@ def refusal(
             "(rtlynx.save and rtlynx.load keep that with the weights)"
         )
     # Without `strict` PyTorch would take the weight and drop what belongs to it.
-    lost = [kind for kind in OWN if f"{prefix}{kind}" in state_dict and getattr(layer, kind) is None]
+    kinds = (*OWN, "bias")
+    lost = [kind for kind in kinds if f"{prefix}{kind}" in state_dict and getattr(layer, kind) is None]
     if lost:
         return (
             f"{prefix}weight comes with a {lost[0]}, and the layer has none: load it into a model that was "

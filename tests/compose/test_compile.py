@@ -53,6 +53,11 @@ def test_the_whole_model_is_one_graph_for_all_steps_and_lengths(kind, single):
     assert graphs(model, CALLS, "model") == [1, 1, 1]
 
 
+def test_rotated_values_and_intercepts_are_one_graph():
+    model = refit(Recipe(rank=None, ridge=0.1, rotate_values=True, intercept=True), num_layers=0)
+    assert graphs(model, CALLS[:2], "model") == [1, 1]
+
+
 def test_a_backend_that_traces_through_autograd():
     assert graphs(sparse_flux("refit", num_layers=0), CALLS[:2], "model", "aot_eager") == [1, 1]
 
