@@ -133,8 +133,7 @@ class Recipe:
     refit : bool
         Refit the weight to the selected activations (needs calibration; costs nothing at inference).
     intercept : bool
-        Refit the bias with the weight; a layer without one gets one. Needs `refit`, and layers that keep no
-        original for dense rows and steps.
+        Refit the bias with the weight; a layer without one gets one. Needs `refit`.
     rotate_values : bool
         Rotate the values of each attention head such that strong channels compete with weak ones in the
         layers that read it (needs calibration; costs nothing at inference). Their groups are adjacent then.
@@ -273,11 +272,6 @@ class Recipe:
             )
         if self.intercept and not self.refit:
             raise ValueError("the intercept is refitted together with the weight: it needs refit=True")
-        if self.intercept and self.depends_on_call:
-            raise ValueError(
-                "dense rows and steps need the original bias, which an intercept replaces: use "
-                "intercept=False, or text_rows='sparse' without dense steps"
-            )
         if self.lowrank_solver == "trained" and (self.rank is None or self.refit):
             raise ValueError("the trained low-rank branch is the paper's: it needs a rank and refit=False")
 

@@ -33,7 +33,7 @@ RECIPES = {
     "rotated values": Recipe(rank=4, ridge=RIDGE, rotate_values=True, intercept=True),
     "rotated values, immediate": Recipe.immediate(rotate_values=True),
     "rotated values, dense steps and rows": Recipe(
-        rank=None, ridge=RIDGE, rotate_values=True, dense_steps=2, text_rows="dense"
+        rank=None, ridge=RIDGE, rotate_values=True, intercept=True, dense_steps=2, text_rows="dense"
     ),
     "rotated values, fp8": Recipe(rank=None, ridge=RIDGE, rotate_values=True, precision="fp8"),
     "every format": Recipe(

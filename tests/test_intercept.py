@@ -6,9 +6,10 @@ import pytest
 import torch
 from calibration_helpers import ALL_FIT, RIDGE, calls, layer_errors, run
 from checkpoint_helpers import make
-from helpers import output, relative_error, tiny_flux, tiny_z_image, watched, z_image_call
+from helpers import flux_call, output, relative_error, tiny_flux, tiny_z_image, watched, z_image_call
 
-from rtlynx import CalibrationOptions, Recipe, densify
+from rtlynx import CalibrationOptions, Recipe, densify, load, save, schedule
+from rtlynx.cli.inspection import describe
 from rtlynx.models import sparse_layers
 
 WITH = Recipe(rank=None, ridge=RIDGE, intercept=True)
@@ -77,3 +78,47 @@ def test_a_state_dict_with_a_bias_is_refused_by_a_layer_without_one():
     other = make(WITHOUT, tiny_z_image, z_image_call)
     with pytest.raises(RuntimeError, match="comes with a bias, and the layer has none"):
         other.load_state_dict(model.state_dict(), strict=False)
+
+
+KEPT = replace(WITH, dense_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("build", "call"), [(tiny_flux, flux_call), (tiny_z_image, z_image_call)], ids=["biases", "no biases"]
+)
+def test_dense_steps_have_the_original_bias(build, call):
+    model, dense = make(KEPT, build, call), build()
+    first = 0.0 if build is tiny_z_image else 1.0
+    with schedule([first, 0.5]):
+        assert relative_error(output(model, call(timestep=first)), output(dense, call(timestep=first))) < 1e-6
+        assert relative_error(output(model, call(timestep=0.5)), output(dense, call(timestep=0.5))) > 1e-3
+    assert describe(dense, KEPT)["extra_bytes"] == describe(model)["extra_bytes"]
+    after, before = densify(model).state_dict(), dense.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("build", "call"), [(tiny_flux, flux_call), (lambda: tiny_z_image(dim=128), z_image_call)]
+)
+def test_kept_biases_survive_files(tmp_path, build, call):
+    model = make(KEPT, build, call)
+    save(model, tmp_path / "one")
+    model.save_pretrained(tmp_path / "two")
+    for other in (load(build(), tmp_path / "one"), type(model).from_pretrained(tmp_path / "two")):
+        found, expected = other.state_dict(), model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        after, before = densify(other).state_dict(), build().state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_dense_last_steps_are_those_of_a_model_without_an_intercept(precision):
+    ours = Recipe(rank=None, ridge=RIDGE, intercept=True, dense_last_steps=1, dense_precision=precision)
+    models = [make(one) for one in (ours, replace(ours, intercept=False))]
+    with schedule([1.0, 0.5]):
+        first, last = ([output(one, flux_call(timestep=t)) for one in models] for t in (1.0, 0.5))
+    assert torch.equal(*last)
+    assert not torch.equal(*first)

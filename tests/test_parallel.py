@@ -42,6 +42,7 @@ RECIPES = {
     "refit": Recipe(rank=0.05, ridge=RIDGE, tp_degree=2),
     "kept": Recipe(rank=4, ridge=RIDGE, tp_degree=2, text_rows="dense", dense_steps=1),
     "rotated": Recipe(rank=None, ridge=RIDGE, tp_degree=2, rotate_values=True, intercept=True),
+    "intercept-kept": Recipe(rank=None, ridge=RIDGE, tp_degree=2, intercept=True, dense_steps=1),
     "rotated-norm": Recipe.immediate(tp_degree=2, rotate_values=True),
     "fp8": Recipe.immediate(tp_degree=2, precision="fp8"),
     "fp8-refit": Recipe(rank=0.05, ridge=RIDGE, tp_degree=2, precision="fp8"),
@@ -343,16 +344,17 @@ def assert_close(result, expected, limit=LIMIT):
 
 
 @pytest.mark.parametrize(
-    ("model", "recipe"), [pair for pair in PAIRS if pair[1] not in (*EIGHT_BITS, "kept")]
+    ("model", "recipe"), [pair for pair in PAIRS if pair[1] not in (*EIGHT_BITS, "kept", "intercept-kept")]
 )
 def test_tensor_parallel_is_one_process(results, models, model, recipe):
     assert_close(results.tensors(f"tp-{model}-{recipe}"), steps(models[model, recipe], MODELS[model][1]))
 
 
-def test_tensor_parallel_dense_steps_and_rows(results, models):
-    expected = steps(models["flux", "kept"], flux_call)
+@pytest.mark.parametrize("recipe", ["kept", "intercept-kept"])
+def test_tensor_parallel_dense_steps_and_rows(results, models, recipe):
+    expected = steps(models["flux", recipe], flux_call)
     assert relative_error(expected[0], output(tiny_flux(), flux_call(timestep=STEPS[0]))) < LIMIT
-    assert_close(results.tensors("tp-flux-kept"), expected)
+    assert_close(results.tensors(f"tp-flux-{recipe}"), expected)
 
 
 @pytest.mark.parametrize(("model", "recipe"), PAIRS)

@@ -79,8 +79,6 @@ WITH_REFIT = {
         ({"rotate_values": None}, "rotate_values is true or false"),
         ({"rotate_values": True, "grouping": "strided"}, "strided groups span heads"),
         ({"intercept": True, "refit": False}, "intercept is refitted together with the weight"),
-        ({"intercept": True, "text_rows": "dense"}, "need the original bias"),
-        ({"intercept": True, "dense_steps": 1}, "need the original bias"),
         ({"rank": 0}, "rank"),
         ({"rank": -1}, "rank"),
         ({"rank": 0.0}, "rank"),

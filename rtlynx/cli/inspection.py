@@ -32,7 +32,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     sparse = sum(layer.in_features * layer.out_features for layer in halved)
     bytes_each = next((parameter.element_size() for parameter in model.parameters()), 0)
     planned = sum(_planned_extra(layer, plan.recipe, bytes_each) for layer in plan.sparse)
-    planned += _planned_originals(model, plan, bytes_each)
+    planned += _planned_originals(model, plan, bytes_each) + _planned_biases(model, plan, bytes_each)
     return {
         "model": type(model).__name__,
         "architecture": plan.architecture.class_name if plan.architecture.rules else "generic",
@@ -73,6 +73,16 @@ def _planned_originals(model: nn.Module, plan: Plan, bytes_each: int) -> int:
     biases = [f"{name}.bias" for one in plan.rotated for name in one.values]
     found = dict(model.named_parameters())
     return bytes_each * sum(found[name].numel() for name in (*weights, *biases) if name in found)
+
+
+def _planned_biases(model: nn.Module, plan: Plan, bytes_each: int) -> int:
+    """Bytes of refitted biases where there was none, and of the original ones that are kept."""
+    if not plan.recipe.intercept:
+        return 0
+    refitted = [layer for layer in plan.sparse if layer.format is not FP8_DENSE]
+    added = {layer.name for layer in refitted if model.get_submodule(layer.name).bias is None}
+    copies = {layer.name: _depends_on_call(layer, plan.recipe) + (layer.name in added) for layer in refitted}
+    return bytes_each * sum(layer.out_features * copies[layer.name] for layer in refitted)
 
 
 def _depends_on_call(layer: LayerPlan, recipe: Recipe) -> bool:

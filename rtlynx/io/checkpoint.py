@@ -349,7 +349,7 @@ def _describe(layer: SparseLinear, base: str, error: float | None) -> dict[str, 
         "precision": layer.precision,
         "rank": layer.rank,
         "refitted": layer.refitted,
-        "intercept": layer.intercept,
+        "intercept": bool(layer.intercept),
         "base": base,
         **({} if error is None else {"error": error}),
     }

@@ -163,10 +163,7 @@ def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Rec
             stored_pattern(entry).widths(entry["in_features"])
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: the pattern{where}: {first_line(error)}") from None
-    recipe = _recipe(index["recipe"], path)
-    if recipe.depends_on_call and any(entry.get("intercept") for entry in index["layers"].values()):
-        raise CheckpointError(f"{path} is damaged: intercepts in layers that need their original bias")
-    return recipe
+    return _recipe(index["recipe"], path)
 
 
 def _check_keys(values: dict[str, Any], checks: dict[str, _Check], where: str, path: Path) -> None:
@@ -236,7 +233,7 @@ def wrong_numbers(
     allowed = (E4M3,) if eight_bits else (torch.float32,) if kind == "weight_scale" else floats
     if tensor.dtype not in allowed:
         return f"is {tensor.dtype} in a layer of precision {precision}"
-    if not refitted or kind == "weight_dense" or tensor.numel() == 0:
+    if not refitted or kind in ("weight_dense", "bias_dense") or tensor.numel() == 0:
         return None
     if eight_bits:
         bits = tensor.reshape(-1).view(torch.uint8)  # 0x7F and 0xFF are NaN

@@ -51,7 +51,7 @@ def model_fingerprint(model: nn.Module) -> str:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the dense model that `model` is, or was and still holds.
 
-    Not among them: refitted and quantised weights whose original was not kept; refitted biases; what lies on
+    Not among them: refitted and quantised weights whose original was not kept; biases likewise; what lies on
     "meta"; and tensor-parallel shards, of which no process knows the whole.
     """
     tensors = dict(model.state_dict())
@@ -67,8 +67,11 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[f"{prefix}weight"] = original
         elif module.weight_changed:
             tensors.pop(f"{prefix}weight", None)
+        bias = tensors.pop(f"{prefix}bias_dense", None)
         if module.intercept:
             tensors.pop(f"{prefix}bias", None)
+        if bias is not None and module.intercept == "refitted":
+            tensors[f"{prefix}bias"] = bias
     return {name: tensor for name, tensor in tensors.items() if is_plain(tensor)}
 
 

@@ -277,8 +277,9 @@ def extra_bytes(model: nn.Module) -> int:
     state = state_of(model)
     total = state.rotation.bytes if state is not None and state.rotation is not None else 0
     for layer in sparse_layers(model).values():
-        tensors = (getattr(layer, name) for name in OWN)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        added = layer.bias if layer.intercept == "added" else None
+        for tensor in (added, *(getattr(layer, name) for name in OWN)):
+            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
         if layer.format.quantized:
             full = layer.compute_dtype or torch.bfloat16
             total -= layer.weight.numel() * (full.itemsize - layer.weight.element_size())

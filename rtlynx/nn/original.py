@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from rtlynx.math.fp8 import E4M3, quantize_weight
@@ -34,6 +34,13 @@ def original_of(layer: SparseLinear) -> Tensor:
             "dense steps to keep both"
         )
     return layer.weight
+
+
+def original_bias_of(layer: SparseLinear) -> nn.Parameter | None:
+    """b (N,), kept where W is."""
+    if layer.bias_dense is None:
+        return layer.bias
+    return None if layer.intercept == "added" else nn.Parameter(layer.bias_dense, layer.bias.requires_grad)
 
 
 def keeps_original(layer: SparseLinear) -> bool:
@@ -65,7 +72,8 @@ def keep_original(layer: SparseLinear) -> None:
 
 def dense_output(layer: SparseLinear, x: Tensor) -> Tensor:
     """Y (..., N) of `x` (..., K) by the original weight."""
+    bias = layer.bias if layer.bias_dense is None else layer.bias_dense
     if layer.weight_dense is None or layer.weight_dense_scale is None:
-        return linear(x, original_of(layer), layer.bias)
-    of = fp8.Fp8Parameters(layer.weight_dense, layer.weight_dense_scale, layer.bias, None, None)
+        return linear(x, original_of(layer), bias)
+    of = fp8.Fp8Parameters(layer.weight_dense, layer.weight_dense_scale, bias, None, None)
     return fp8.dense_linear_fp8(x, fp8.compress_fp8(x, _ALL, "none"), of)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rtlynx.math.fp8 import Quantized
@@ -62,9 +63,11 @@ class Solution:
             quantised = Quantized(self.weight, self.weight_scale)
             layer.set_quantized(quantised, keep_dense=keep_dense, refitted=self.refitted)
         if self.bias is not None:
-            bias = self.bias.detach().to(layer.weight.device, own, copy=True)
-            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-            layer.intercept = True
+            new, old = self.bias.detach().to(layer.weight.device, own, copy=True), layer.bias
+            if keep_dense:
+                layer.bias_dense = torch.zeros_like(new) if old is None else old.detach()
+            layer.bias = nn.Parameter(new, requires_grad=layer.weight.requires_grad)
+            layer.intercept = "added" if old is None else "refitted"
 
 
 def stored_shapes(

@@ -20,9 +20,9 @@ from rtlynx.nn.backends import Backend, choose_backend
 from rtlynx.nn.cached_tensor import CachedTensor
 from rtlynx.nn.call import CallState, RowRanges, current_call
 from rtlynx.nn.input_cache import SharedInput
-from rtlynx.nn.original import dense_output, keep_original, original_of
+from rtlynx.nn.original import dense_output, keep_original, original_bias_of, original_of
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.state_dict import mark, refusal, rename_former
+from rtlynx.nn.state_dict import OWN, mark, refusal, rename_former
 from rtlynx.ops import fp8_linear as fp8
 from rtlynx.ops.dispatch import kernels_support, unsupported_reason
 
@@ -50,12 +50,11 @@ class SparseLinear(nn.Linear):
         W, or the refitted W' where `refitted`; in a quantised layer its float8_e4m3fn values.
     weight_scale : buffer (N,) float32 or None
         c of a quantised layer.
-    lowrank_a : Parameter (r, K) or None
-        A^T of the low-rank branch, which reads the dense input.
-    lowrank_b : Parameter (N, r) or None
-        B.
-    weight_dense : buffer (N, K) or None
-        The original W beside a refitted or quantised one, kept only where some rows or steps run dense.
+    lowrank_a, lowrank_b : Parameters (r, K) and (N, r), or None
+        A^T and B of the low-rank branch, which reads the dense input.
+    weight_dense, bias_dense : buffers (N, K) and (N,), or None
+        The original W beside a refitted or quantised one, and b (or zeros) beside a refitted one: kept only
+        where some rows or steps run dense.
     weight_dense_scale : buffer (N,) float32 or None
         Of a W that is kept in e4m3.
     pattern : Pattern
@@ -66,8 +65,8 @@ class SparseLinear(nn.Linear):
         That of `format`.
     norm : "none" | "scale" | "paper"
         Whether the norm scale s is applied ("paper": with the paper's printed epsilon).
-    intercept : bool
-        Whether `bias` was refitted with the weight.
+    intercept : "" | "refitted" | "added"
+        Whether `bias` was refitted, and to a layer that had none.
     dense_reason : str or None
         Why the layer runs densely all the same (its K does not split into groups), or None.
     backend : Backend or None
@@ -83,12 +82,13 @@ class SparseLinear(nn.Linear):
     norm: Norm
     format: Format
     refitted: bool
-    intercept: bool
+    intercept: Literal["", "refitted", "added"]
     dense_reason: str | None
     lowrank_a: nn.Parameter | None
     lowrank_b: nn.Parameter | None
     weight_dense: Tensor | None
     weight_dense_scale: Tensor | None
+    bias_dense: Tensor | None
     weight_scale: Tensor | None
     dense_precision: Literal["bf16", "fp8"]
     text_rows_dense: bool
@@ -119,7 +119,7 @@ class SparseLinear(nn.Linear):
         self.norm = norm
         self.format = format_of(sparse=pattern.n < pattern.m, quantized=False)
         self.refitted = False
-        self.intercept = False
+        self.intercept = ""
         self.dense_reason = pattern.misfit(self.in_features)
         self.dense_precision = "bf16"
         self.text_rows_dense = False
@@ -130,9 +130,8 @@ class SparseLinear(nn.Linear):
         self._folded_lowrank_b = CachedTensor()
         self.register_parameter("lowrank_a", None)
         self.register_parameter("lowrank_b", None)
-        self.register_buffer("weight_dense", None)
-        self.register_buffer("weight_dense_scale", None)
-        self.register_buffer("weight_scale", None)
+        for name in ("weight_dense", "weight_dense_scale", "bias_dense", "weight_scale"):
+            self.register_buffer(name, None)
 
     @classmethod
     def from_linear(
@@ -185,10 +184,10 @@ class SparseLinear(nn.Linear):
         for key, value in vars(self).items():
             if key not in SparseLinear.__annotations__:
                 plain.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
-        for name in ("lowrank_a", "lowrank_b"):
+        for name in OWN:
             plain._parameters.pop(name, None)
-        for name in ("weight_dense", "weight_dense_scale", "weight_scale"):
             plain._buffers.pop(name, None)
+        plain._parameters["bias"] = original_bias_of(self)
         if weight is not self.weight:
             plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         return plain

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _REFITTED = "rtlynx_refitted"
 # Tensors that dense layers have not.
-OWN = ("lowrank_a", "lowrank_b", "weight_scale", "weight_dense", "weight_dense_scale")
+OWN = ("lowrank_a", "lowrank_b", "weight_scale", "weight_dense", "weight_dense_scale", "bias_dense")
 # What state dicts and files of checkpoint versions 1 and 2 call tensors.
 _FORMER = {"lowrank_down": "lowrank_a", "lowrank_up": "lowrank_b"}
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from rtlynx.math.selection import Pattern
 from rtlynx.nn.input_cache import SharedInput
+from rtlynx.nn.original import original_bias_of
 from rtlynx.nn.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 # The axis along which a layer's tensors are cut; those that are not named are whole on every process.
 _CUT: dict[int, dict[str, int]] = {
     0: dict.fromkeys(
-        ("weight", "weight_scale", "weight_dense", "weight_dense_scale", "bias", "lowrank_b"), 0
+        ("weight", "weight_scale", "weight_dense", "weight_dense_scale", "bias", "bias_dense", "lowrank_b"), 0
     ),
     1: {"weight": 1, "weight_dense": 1, "lowrank_a": 1},
 }
@@ -210,9 +211,11 @@ class TensorParallelLinear(SparseLinear):
             return
         self.in_features //= shard.degree
         if self.bias is not None:
-            self.replicated_bias = self.bias.detach()  # for `to_linear`, on every process
-            if shard.rank:
-                self.register_parameter("bias", None)  # outputs are summed
+            original = original_bias_of(self)
+            self.replicated_bias = None if original is None else original.detach()  # for `to_linear`
+            if shard.rank:  # outputs are summed
+                self.register_parameter("bias", None)
+                self.bias_dense = None
         if self._compensated:
             self.shared_input = SharedInput()  # not the one pass that knows this process's shard alone
 
