@@ -48,6 +48,7 @@ RECIPES = {
     "fp8-refit": Recipe(rank=0.05, ridge=RIDGE, tp_degree=2, precision="fp8"),
     "fp8-dense": Recipe.immediate(tp_degree=2, formats={"*": "fp8-dense"}),
 }
+UNDONE = ("norm", "rotated-norm")
 QWEN_RECIPES = ("norm", "low-rank", "refit", "rotated")
 PAIRS = [*(("flux", recipe) for recipe in RECIPES), *(("qwen", recipe) for recipe in QWEN_RECIPES)]
 ROWS = ("to_out.0", "to_add_out", "net.2", "proj_out")  # row-parallel
@@ -104,18 +105,10 @@ def odd_call(timestep=0.5):
     return call
 
 
-def tp_undone(folder):
-    model = tensor_parallel(tiny_flux())
-    before = output(model, flux_call())
-    densify(sparsify(model, RECIPES["norm"]))
-    return {"before": before, "after": output(model, flux_call())}
-
-
-def tp_rotation_undone(folder):
-    model = tensor_parallel(tiny_flux())
-    before = output(model, flux_call())
-    densify(load(model, folder / "flux-rotated-norm"))
-    return {"before": before, "after": output(model, flux_call())}
+def tp_undone(recipe, folder):
+    before = output(tensor_parallel(tiny_flux()), flux_call())
+    model, _ = sparse_after(tensor_parallel, folder, "flux", recipe)
+    return {"before": before, "after": output(densify(model), flux_call())}
 
 
 def tp_shapes(folder):
@@ -279,8 +272,7 @@ CASES = {
     "ring": partial(by, ring, "flux", "kept"),
     "ulysses-odd": ulysses_odd,
     "ulysses-before": ulysses_before,
-    "tp-undone": tp_undone,
-    "tp-rotation-undone": tp_rotation_undone,
+    **{f"tp-undone-{recipe}": partial(tp_undone, recipe) for recipe in UNDONE},
     "tp-shapes": tp_shapes,
     "tp-crossing-groups": tp_crossing_groups,
     "tp-crossing-checkpoint": tp_crossing_checkpoint,
@@ -474,7 +466,7 @@ def test_shards_hold_their_part_alone(results, models):
 
 
 def test_densify_gives_the_sharded_model_back(results):
-    for theirs in (*results.tensors("tp-undone"), *results.tensors("tp-rotation-undone")):
+    for theirs in (one for recipe in UNDONE for one in results.tensors(f"tp-undone-{recipe}")):
         assert torch.equal(theirs["before"], theirs["after"])
         assert relative_error(theirs["before"], output(tiny_flux(), flux_call())) < LIMIT
 
