@@ -1,6 +1,6 @@
 """Calibrate a pipeline on prompts, save what was found, and load it onto the same base model.
 
-python examples/calibrate_save_load.py                        the small model in the box, some minutes
+python examples/calibrate_save_load.py            the small model that ships with rtlynx, some minutes
 python examples/calibrate_save_load.py --model black-forest-labs/FLUX.1-dev --prompts prompts.txt --steps 28
 """
 
@@ -22,7 +22,7 @@ def load(model: str | None) -> diffusers.DiffusionPipeline:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", help="a diffusers model; without it, the small one in the box")
+    parser.add_argument("--model", help="a diffusers model; without it, the small one that ships with rtlynx")
     parser.add_argument("--prompts", type=Path, help="a text file, one prompt a line; use hundreds")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--skip", nargs="*", default=[], help="glob patterns of layers that stay dense")

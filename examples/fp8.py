@@ -1,6 +1,6 @@
 """Quantise the sparse layers to fp8 as well: what it does to the memory and to a picture.
 
-python examples/fp8.py                                       the small model in the box, on a CPU: slower
+python examples/fp8.py                           the small model that ships with rtlynx, on a CPU: slower
 python examples/fp8.py --model Qwen/Qwen-Image --prompt "a lynx in the snow" --steps 50
 """
 
@@ -15,7 +15,7 @@ import rtlynx
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", help="a diffusers model; without it, the small one in the box")
+    parser.add_argument("--model", help="a diffusers model; without it, the small one that ships with rtlynx")
     parser.add_argument("--prompt", default="rocket")
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()

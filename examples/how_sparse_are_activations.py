@@ -19,7 +19,7 @@ from rtlynx.evaluate.layers import gaussian_energy_kept
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", help="a diffusers model; without it, the small one in the box")
+    parser.add_argument("--model", help="a diffusers model; without it, the small one that ships with rtlynx")
     parser.add_argument("--prompt", default="fox")
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()

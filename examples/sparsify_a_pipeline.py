@@ -1,6 +1,6 @@
 """Make a pipeline sparse at once, without calibration, and draw the same picture before and after.
 
-python examples/sparsify_a_pipeline.py                                       the small model in the box
+python examples/sparsify_a_pipeline.py                           the small model that ships with rtlynx
 python examples/sparsify_a_pipeline.py --model black-forest-labs/FLUX.1-dev --prompt "a lynx in the snow"
 """
 
@@ -15,7 +15,7 @@ import rtlynx
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", help="a diffusers model; without it, the small one in the box")
+    parser.add_argument("--model", help="a diffusers model; without it, the small one that ships with rtlynx")
     parser.add_argument("--prompt", default="hot dog")
     parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +85,8 @@ def attempted(study: Study, job: Job, results: Path) -> dict[str, Any] | str:
     atlas = atlas_path(results, job.variant.name) if job.variant.group == "main" else None
     try:
         return study.row(job.variant, job.pictures, job.seeds, atlas)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # the others go on
+        traceback.print_exc()
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

@@ -63,7 +63,11 @@ class Built:
             return None
         recipe = self.recipe or {}
         share = min(1.0, (recipe.get("dense_steps", 0) + recipe.get("dense_last_steps", 0)) / steps)
-        dense = Layer("fp8-dense") if recipe.get("dense_precision") == "fp8" else Layer()
+        in_fp8 = recipe.get("dense_precision") == "fp8"
+        dense = {
+            name: Layer("fp8-dense") if in_fp8 and layer.form != "dense" else Layer()
+            for name, layer in self.plan.items()
+        }
         computed = 1.0 if self.cache is None else self.cache.computed
         return step_ms(architecture, self.plan, dense_steps=share, dense=dense, computed=computed)
 

@@ -131,7 +131,7 @@ def step_ms(
     layers: Mapping[str, Layer],
     *,
     dense_steps: float = 0.0,
-    dense: Layer | None = None,
+    dense: Mapping[str, Layer] | None = None,
     computed: float = 1.0,
 ) -> float | None:
     """Modelled milliseconds of one average step.
@@ -141,7 +141,7 @@ def step_ms(
     architecture : class name of the transformer.
     layers : name -> layer, every candidate of the small model, dense ones too.
     dense_steps : share of the steps that run dense.
-    dense : what layers are then; default plain dense.
+    dense : name -> what each layer is then; default plain dense.
     computed : share of calls that run all blocks; the others stop after the first (first-block caching).
 
     Returns
@@ -153,7 +153,7 @@ def step_ms(
     if parts is None:
         return None
     sparse = sum(_part_us(part, layers) for part in parts)
-    apart = sum(_part_us(part, dict.fromkeys(layers, dense or Layer())) for part in parts)
+    apart = sum(_part_us(part, dense or dict.fromkeys(layers, Layer())) for part in parts)
     all_blocks = (1 - dense_steps) * sparse + dense_steps * apart
     if computed < 1:
         stack = parts[0].stack

@@ -54,7 +54,7 @@ def run_workers(
         processes = [
             context.Process(
                 target=work,
-                args=(setup, device_of(number), Path(folder), store.path, deadline, given, found),
+                args=(number, setup, Path(folder), store.path, deadline, given, found),
             )
             for number in range(min(workers, len(todo)))
         ]
@@ -73,16 +73,17 @@ def _trained(job: Job) -> bool:
 
 
 def _collect(processes: Sequence[Any], found: Any, store: RowStore, say: Any) -> int:
-    added, working = 0, len(processes)
+    added, working = 0, set(range(len(processes)))
     while working:
         try:
             answer = found.get(timeout=WAIT_SECONDS)
         except queue.Empty as error:
-            if any(process.exitcode for process in processes):
-                raise RuntimeError("a worker died: see what it wrote above") from error
+            died = {number: processes[number].exitcode for number in working if processes[number].exitcode}
+            if died:
+                raise RuntimeError(f"workers died, with exit codes {died}: see what they wrote") from error
             continue
-        if answer is None:
-            working -= 1
+        if isinstance(answer, int):
+            working.discard(answer)
         else:
             job, row = answer
             added += keep(job, row, store, say)
@@ -90,12 +91,12 @@ def _collect(processes: Sequence[Any], found: Any, store: RowStore, say: Any) ->
 
 
 def work(
-    setup: Setup, device: str, folder: Path, results: Path, seconds: float | None, given: Any, found: Any
+    number: int, setup: Setup, folder: Path, results: Path, seconds: float | None, given: Any, found: Any
 ) -> None:
-    """One process: take jobs until there is none, or none that would end within `seconds`."""
+    """Process `number`: take jobs until there is none, or none that would end within `seconds`."""
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    study = setup.study(device)
+    study = setup.study(device_of(number))
     read_dense(study, folder)
     while (job := given.get()) is not None:
         expected = estimate(job, rows) or 0.0
@@ -105,7 +106,7 @@ def work(
         found.put((job, row))
         if isinstance(row, dict):
             rows.append(row)
-    found.put(None)
+    found.put(number)
 
 
 def device_of(number: int) -> str:

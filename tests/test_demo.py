@@ -88,6 +88,23 @@ def test_dense_pictures_ship_for_the_demo_s_own_settings_alone(tmp_path):
     assert dense.read(tmp_path, prompts, {}) is None
 
 
+def test_dense_pictures_of_other_weights_or_damaged_ones_are_not_taken(tmp_path):
+    prompts, settings = ["a", "b"], {"seed": 0}
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"some weights")
+    pictures = torch.rand(2, 3, 4, 4)
+    dense.write(tmp_path, pictures, prompts, settings)
+    torch.testing.assert_close(dense.read(tmp_path, prompts, settings), pictures, atol=1e-3, rtol=0)
+    weights.write_bytes(b"some others")
+    assert dense.read(tmp_path, prompts, settings) is None
+    weights.write_bytes(b"some weights")
+    file = tmp_path / dense.FILE
+    for damaged in (file.read_bytes()[:-1] + b"?", file.read_bytes()[:40]):
+        file.write_bytes(damaged)
+        assert dense.read(tmp_path, prompts, settings) is None
+
+
 def test_dense_pictures_that_ship_are_not_drawn(tmp_path, monkeypatch):
     pictures = torch.rand(1, 3, 64, 64)
     monkeypatch.setattr(zoo, "dense_pictures", lambda *_: pictures)

@@ -14,6 +14,7 @@ from rtlynx.models.sparsify import extra_bytes
 
 TIMESTEPS = [1.0, 0.75, 0.5, 0.25]
 IN_FP8 = {"precision": "fp8", "dense_last_steps": 1, "dense_precision": "fp8"}
+CALL = flux_call(timestep=TIMESTEPS[-1])
 LAYER = "single_transformer_blocks.0.proj_mlp"
 
 
@@ -77,6 +78,23 @@ def test_memory_is_half_of_that_of_bf16():
     saved = sum(2 * layer.weight.numel() for layer in layers)
     spent = sum(layer.weight.numel() + 4 * layer.out_features for layer in sparse)
     assert sizes["bf16"] - sizes["fp8"] == saved - spent
+
+
+def test_weights_that_did_not_change_are_rounded_for_dense_steps_too():
+    reference, model = tiny_flux(), sparsify(tiny_flux(), Recipe.immediate(**IN_FP8 | {"precision": "bf16"}))
+    layer = sparse_layers(model)[LAYER]
+    assert layer.weight_dense.dtype is E4M3
+    with schedule(TIMESTEPS):
+        error = relative_error(output(model, CALL), output(reference, CALL))
+    assert 1e-4 < error < 0.1
+    assert torch.equal(output(densify(model), CALL), output(reference, CALL))  # they are there
+
+
+def test_no_gradient_is_lost_in_silence():
+    model = sparsify(tiny_flux(), Recipe.immediate(**IN_FP8 | {"precision": "bf16"}))
+    call = {**CALL, "hidden_states": CALL["hidden_states"].clone().requires_grad_()}
+    with schedule(TIMESTEPS), pytest.raises(RuntimeError, match=r"dense_precision='fp8'.*pass no gradient"):
+        model(**call)
 
 
 def test_making_it_dense_again_is_refused():

@@ -185,7 +185,7 @@ class _Calibration:
             matrices = find_rotations(plan, self.recording, advance)
         silent = {one.name: "did not run in calibration" for one in plan.rotated if one.name not in matrices}
         plan = plan.leave_unrotated(silent)
-        return plan, rotate(self.model, plan.rotated, matrices)
+        return plan, rotate(self.model, plan.rotated, matrices) if plan.rotated else None
 
     def _block_order(self, groups: list[InputGroup]) -> list[str]:
         blocks = list(dict.fromkeys(group.block for group in groups))

@@ -122,7 +122,8 @@ def solve_layer(
         solution = good[-1] if best < tried[0].error_before else Solution()  # nothing carries over
     if quantised:
         mu = (solution.ridge or 0.0) * _mean_diagonal(moments.dense)
-        solution = _quantised(seen, weight, solution, mu)
+        # A refitted bias takes up the mean error; without one the scales have to see it.
+        solution = _quantised(moments if solution.bias is None else seen, weight, solution, mu)
         solution = solution if solution.bias is None else _with_bias(moments, weight, solution, bias)
     return judged(judge, weight, solution, bias)
 

@@ -94,8 +94,8 @@ def _planned_extra(layer: LayerPlan, recipe: Recipe, bytes_each: int) -> int:
     """Bytes that the layer will hold beyond its weight: factors, scales, W beside a W' or eight-bit one."""
     weight = layer.in_features * layer.out_features
     extra = layer.rank * (layer.in_features + layer.out_features) * bytes_each
-    if _depends_on_call(layer, recipe) and (recipe.refit or layer.quantized):
-        in_eight_bits = recipe.dense_precision == "fp8"
+    in_eight_bits = recipe.dense_precision == "fp8"
+    if _depends_on_call(layer, recipe) and (recipe.refit or layer.quantized or in_eight_bits):
         extra += weight + 4 * layer.out_features if in_eight_bits else weight * bytes_each
     if layer.quantized:
         extra += 4 * layer.out_features - weight * (bytes_each - 1)

@@ -44,7 +44,7 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Instantiation:
-    """One kernel that the package can launch. Modules in kernels/sm90 list theirs in `INSTANTIATIONS`."""
+    """One kernel that the package can launch. Modules in cuda/sm90 list theirs in `INSTANTIATIONS`."""
 
     source: str
     entry: str

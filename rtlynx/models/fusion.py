@@ -44,7 +44,10 @@ def _formats_in(block: nn.Module) -> str:
     """A short name for what compiled code of a block depends on: its layers' formats."""
     layers = ((name, layer) for name, layer in block.named_modules() if isinstance(layer, SparseLinear))
     formats = [
-        (name, layer.pattern, layer.norm, layer.format.name, layer.rank, layer.text_rows_dense)
+        (
+            *(name, layer.pattern, layer.norm, layer.format.name, layer.rank, layer.bias is None),
+            *(layer.intercept, layer.text_rows_dense, layer.dense_steps, layer.weight_dense_scale is None),
+        )
         for name, layer in layers
     ]
     return hashlib.sha256(repr(formats).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.models.rotation import Rotation, rotate, rotate_back
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.input_cache import SharedInput
-from rtlynx.nn.original import keeps_original
+from rtlynx.nn.original import keep_original, keeps_original
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.state_dict import OWN
 from rtlynx.nn.tensor_parallel import TensorParallelLinear, shards_of
@@ -195,6 +195,8 @@ def apply_plan(
                 sparse.quantize(keep_dense=sparse.depends_on_call)
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
+        if sparse.depends_on_call and sparse.dense_precision == "fp8":
+            keep_original(sparse)  # in e4m3 also where the weight is the original one
         if isinstance(sparse, TensorParallelLinear) and shard is not None:
             try:
                 sparse.take_shard(shard, dense)

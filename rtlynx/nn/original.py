@@ -20,24 +20,24 @@ _ALL = Pattern(1, 1)
 
 def original_of(layer: SparseLinear) -> Tensor:
     """W (N, K); see `SparseLinear.original_weight`."""
-    if layer.weight_dense_scale is not None:
+    if layer.weight_dense is not None and layer.weight_dense_scale is None:
+        return layer.weight_dense
+    if not layer.weight_changed:
+        return layer.weight
+    if layer.weight_dense is not None:
         raise RuntimeError(
             "this layer keeps its original weight in eight bits alone (dense_precision='fp8'): load the "
             "dense model again, or make it sparse with dense_precision='bf16'"
         )
-    if layer.weight_dense is not None:
-        return layer.weight_dense
-    if layer.weight_changed:
-        raise RuntimeError(
-            f"this layer was {'refitted' if layer.refitted else 'quantised'} without keeping its original "
-            "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "
-            "dense steps to keep both"
-        )
-    return layer.weight
+    raise RuntimeError(
+        f"this layer was {'refitted' if layer.refitted else 'quantised'} without keeping its original "
+        "weight, which dense rows and steps need: make the model sparse with text_rows='dense' or "
+        "dense steps to keep both"
+    )
 
 
 def original_bias_of(layer: SparseLinear) -> nn.Parameter | None:
-    """b (N,), kept where W is."""
+    """b (N,), where `original_of` has W."""
     if layer.bias_dense is None:
         return layer.bias
     return None if layer.intercept == "added" else nn.Parameter(layer.bias_dense, layer.bias.requires_grad)
@@ -45,7 +45,8 @@ def original_bias_of(layer: SparseLinear) -> nn.Parameter | None:
 
 def keeps_original(layer: SparseLinear) -> bool:
     """Whether `original_of` has W."""
-    return layer.weight_dense_scale is None and (layer.weight_dense is not None or not layer.weight_changed)
+    kept = layer.weight_dense is not None and layer.weight_dense_scale is None
+    return kept or not layer.weight_changed
 
 
 def keep_original(layer: SparseLinear) -> None:
@@ -71,9 +72,20 @@ def keep_original(layer: SparseLinear) -> None:
 
 
 def dense_output(layer: SparseLinear, x: Tensor) -> Tensor:
-    """Y (..., N) of `x` (..., K) by the original weight."""
+    """Y (..., N) of `x` (..., K) by the original weight.
+
+    Raises
+    ------
+    RuntimeError
+        If `x` wants a gradient and the weight is kept in e4m3.
+    """
     bias = layer.bias if layer.bias_dense is None else layer.bias_dense
     if layer.weight_dense is None or layer.weight_dense_scale is None:
         return linear(x, original_of(layer), bias)
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(
+            "original weights in e4m3 (dense_precision='fp8') pass no gradient: call the model under "
+            "torch.no_grad(), or make it sparse with dense_precision='bf16'"
+        )
     of = fp8.Fp8Parameters(layer.weight_dense, layer.weight_dense_scale, bias, None, None)
     return fp8.dense_linear_fp8(x, fp8.compress_fp8(x, _ALL, "none"), of)

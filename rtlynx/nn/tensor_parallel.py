@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rtlynx.math.selection import Pattern
+from rtlynx.math.selection import Pattern, select
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.original import original_bias_of
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -275,7 +275,7 @@ class TensorParallelLinear(SparseLinear):
         squares = (x32 / unit).square()
         total = squares.sum(-1, keepdim=True)
         if mask is not None:
-            kept = (squares * mask).sum(-1, keepdim=True)
+            kept = select(squares, mask).sum(-1, keepdim=True)
         else:
             assert local is not None
             kept = total / local.square()
