@@ -75,7 +75,7 @@ def overview_section(root: Path, place: Place) -> str:
 
 
 def verdict_section(root: Path, place: Place) -> str:
-    """What sparsity adds to dense fp8 on the same kernels, and what it costs in pictures, in a few sentences."""
+    """What sparsity adds to dense fp8 on the same kernels, and what it costs in pictures."""
     steps, studies = current_steps(root), _studies(root)
     faster, costs, last = [], [], []
     for model in MODELS:
@@ -112,7 +112,8 @@ def _sources(root: Path, sources: Iterable[Path], place: Place) -> str:
         f"One step at 1024x1024, batch 1; a dash: not measured. {'; '.join(cards)} ({files}). *Speed* is GPU "
         "time against compiled bf16. PSNR and SSIM compare with dense pictures of the same noise, on a "
         f"**64x64 emoji model of the same architecture** ({_counts(root, 'fp8:dense')} pictures for dense "
-        f"fp8, {_counts(root, 'recommended')} for sparse). Pictures of full-size models have not been measured."
+        f"fp8, {_counts(root, 'recommended')} for sparse). Pictures of full-size models have not been "
+        "measured."
     )
 
 
