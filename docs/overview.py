@@ -1,19 +1,19 @@
 """The three models at a glance: a step of each in dense and sparse fp8, and what either does to pictures."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from study_tables import RESULTS as STUDIES
 from study_tables import rows_of
-from tables import Place, card_of, factor, number
+from tables import Place, card_of, factor, number, read
 
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
 from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, TORCHAO
 
 CHART = Path("docs/speed/steps.png")
 RESULTS = Path("benchmarks/results")
+Studies = dict[str, dict[str, dict]]
 LAST_STEPS = "last-steps:recommended-2"  # of the study: two of 28 steps
 
 
@@ -47,7 +47,7 @@ def current_steps(root: Path) -> dict[str, Path]:
     found = {}
     for model in MODELS:
         files = sorted((root / RESULTS).glob(f"step-{model.step}-*.json"))
-        complete = [file for file in files if _row(_read(file), DENSE_FP8).get("gpu_ms") is not None]
+        complete = [file for file in files if _row(read(file), DENSE_FP8).get("gpu_ms") is not None]
         if files:
             found[model.step] = (complete or files[:1])[-1].relative_to(root)
     return found
@@ -63,7 +63,7 @@ def overview_section(root: Path, place: Place) -> str:
     for model in MODELS:
         if model.step not in steps:
             continue
-        document = _read(root / steps[model.step])
+        document = read(root / steps[model.step])
         rows = document["variants"]
         for name, (title, study) in VARIANTS.items():
             row, graphs = _row(document, name), _row(document, name + BLOCK_GRAPHS)
@@ -71,7 +71,7 @@ def overview_section(root: Path, place: Place) -> str:
             cells = [model.title, title, *(number(time, ".1f") for time in times)]
             cells += [factor(step_speed_up(rows, name)), *_picture(studies.get(model.study, {}), study)]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _sources(root, steps.values(), place)])
+    return "\n".join([*lines, "", _sources(root, steps.values(), studies, place)])
 
 
 def verdict_section(root: Path, place: Place) -> str:
@@ -79,7 +79,7 @@ def verdict_section(root: Path, place: Place) -> str:
     steps, studies = current_steps(root), _studies(root)
     faster, costs, last = [], [], []
     for model in MODELS:
-        rows = _read(root / steps[model.step])["variants"] if model.step in steps else []
+        rows = read(root / steps[model.step])["variants"] if model.step in steps else []
         speed = step_speed_up(rows, RECOMMENDED, DENSE_FP8)
         if speed is not None:
             faster.append(f"{factor(speed)} ({model.title})")
@@ -103,29 +103,29 @@ def verdict_section(root: Path, place: Place) -> str:
     return text
 
 
-def _sources(root: Path, sources: Iterable[Path], place: Place) -> str:
+def _sources(root: Path, sources: Iterable[Path], studies: Studies, place: Place) -> str:
     """Where the table's figures are from, and what they do not say."""
-    known = [(source, _read(root / source)) for source in sources]
+    known = [(source, read(root / source)) for source in sources]
     cards = dict.fromkeys(card_of(document) for _, document in known)
     files = ", ".join(place.file(source) for source, _ in known)
     return (
         f"One step at 1024x1024, batch 1; a dash: not measured. {'; '.join(cards)} ({files}). *Speed* is GPU "
         "time against compiled bf16. PSNR and SSIM compare with dense pictures of the same noise, on a "
-        f"**64x64 emoji model of the same architecture** ({_counts(root, 'fp8:dense')} pictures for dense "
-        f"fp8, {_counts(root, 'recommended')} for sparse). Pictures of full-size models have not been "
+        f"**64x64 emoji model of the same architecture** ({_counts(studies, 'fp8:dense')} pictures for dense "
+        f"fp8, {_counts(studies, 'recommended')} for sparse). Pictures of full-size models have not been "
         "measured."
     )
 
 
-def _studies(root: Path) -> dict[str, dict[str, dict]]:
+def _studies(root: Path) -> Studies:
     """Model of the study -> its rows by name."""
     files = {model.study: root / STUDIES / f"quality-{model.study}.json" for model in MODELS}
-    return {name: rows_of(_read(file)) for name, file in files.items() if file.is_file()}
+    return {name: rows_of(read(file)) for name, file in files.items() if file.is_file()}
 
 
-def _counts(root: Path, name: str) -> str:
+def _counts(studies: Studies, name: str) -> str:
     """How many pictures of each model a row of the study has."""
-    counts = {rows[name]["n"] for rows in _studies(root).values() if name in rows}
+    counts = {rows[name]["n"] for rows in studies.values() if name in rows}
     return " or ".join(f"{count:,}" for count in sorted(counts)) or "no"
 
 
@@ -141,7 +141,3 @@ def _row(document: dict, name: str) -> dict:
 
 def _listed(words: list[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
-
-
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text())

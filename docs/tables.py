@@ -1,5 +1,6 @@
 """Results files as Markdown tables, for the pages of this folder."""
 
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -52,6 +53,11 @@ def in_words(text: str) -> str:
     for name, word in WORDS.items():
         text = text.replace(name, word)
     return text
+
+
+def read(file: Path) -> dict:
+    """A results file."""
+    return json.loads(file.read_text())
 
 
 def plot_of(source: Path) -> Path:

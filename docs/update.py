@@ -8,7 +8,6 @@ diagrams and badges from diagrams.py.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ import overview
 import speed_plots
 import study_tables
 import tables
-from tables import Place, folded
+from tables import Place, folded, read
 
 from rtlynx.storage.files import sha256_of
 
@@ -47,7 +46,7 @@ def at_a_glance(root: Path, place: Place) -> str:
 
 def figures(root: Path, place: Place) -> str:
     files = (root / tables.DEMO / name for name in ("results.json", "results-24-steps.json"))
-    table = tables.figures_table(*(_read(file) for file in files), place)
+    table = tables.figures_table(*(read(file) for file in files), place)
     return folded("Figures of the demo", table)
 
 
@@ -111,7 +110,7 @@ def sweeps(root: Path, place: Place) -> str:
 
 def _studied(root: Path) -> list[tuple[Path, dict]]:
     folder = root / study_tables.RESULTS
-    return [(file.relative_to(root), _read(file)) for file in sorted(folder.glob("quality-*.json"))]
+    return [(file.relative_to(root), read(file)) for file in sorted(folder.glob("quality-*.json"))]
 
 
 def layers(root: Path, place: Place) -> str:
@@ -122,7 +121,7 @@ def layers(root: Path, place: Place) -> str:
         ("linear-bf16-*.json", tables.speed_section, "bf16"),
     ):
         for source in _found(root, pattern):
-            results = _read(root / source)
+            results = read(root / source)
             title = f"Single layers in {name}, {results['device']}"
             plot = (
                 f"![{title}: speed relative to cuBLAS, shape by shape]({place.path(tables.plot_of(source))})"
@@ -138,7 +137,7 @@ def steps(root: Path, place: Place) -> str:
     parts = []
     for title, sources in (("", current), ("Earlier: ", earlier)):
         for source in sources:
-            results = _read(root / source)
+            results = read(root / source)
             title_of = f"{title}{tables.in_words(results['model'])}, {results['device']}"
             parts.append(folded(title_of, tables.steps_section(results, source, place)))
     return "\n\n".join(parts)
@@ -168,7 +167,7 @@ def kernel_parts(root: Path, place: Place) -> str:
 
 def _sections(root: Path, place: Place, pattern: str, title: str, section: Callable[..., str]) -> str:
     """A folded section of each results file that is there."""
-    found = [(source, _read(root / source)) for source in _found(root, pattern)]
+    found = [(source, read(root / source)) for source in _found(root, pattern)]
     return "\n\n".join(
         folded(f"{title}, {results['device']}", section(results, source, place)) for source, results in found
     )
@@ -183,7 +182,7 @@ def documents(root: Path) -> list[dict]:
     patterns = ("linear-fp8-*.json", "linear-bf16-*.json", "compress-*.json", "host-*.json")
     sources = [*overview.current_steps(root).values()]
     sources += [source for pattern in patterns for source in _found(root, pattern)]
-    return [_read(root / source) for source in sources]
+    return [read(root / source) for source in sources]
 
 
 PARTS: dict[str, Callable[[Path, Place], str]] = {
@@ -238,17 +237,13 @@ def _found(root: Path, pattern: str) -> list[Path]:
     return sorted(path.relative_to(root) for path in (root / RESULTS).glob(pattern))
 
 
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text())
-
-
 def main() -> None:
     for file in TEXTS:
         path = ROOT / file
         path.write_text(updated(path.read_text(), file))
     for source in plotted():
-        speed_plots.draw_speed(_read(ROOT / source), ROOT / tables.plot_of(source), sha256_of(ROOT / source))
-    shown = {model: _read(ROOT / source) for model, source in overview.current_steps(ROOT).items()}
+        speed_plots.draw_speed(read(ROOT / source), ROOT / tables.plot_of(source), sha256_of(ROOT / source))
+    shown = {model: read(ROOT / source) for model, source in overview.current_steps(ROOT).items()}
     speed_plots.draw_steps(shown, ROOT / overview.CHART, steps_digest())
     for name, drawing in diagrams.DIAGRAMS.items():
         (ROOT / diagrams.FOLDER / name).write_text(drawing())

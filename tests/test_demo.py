@@ -113,7 +113,7 @@ def test_dense_pictures_that_ship_are_not_drawn(tmp_path, monkeypatch):
     assert results["variants"][1]["psnr"] < 15  # compared with those
 
 
-@pytest.mark.parametrize("broken", ["picture_grid", "psnr", "write_json"])
+@pytest.mark.parametrize("broken", ["picture_grid", "psnr", "write_results"])
 def test_an_error_midway_leaves_nothing(tmp_path, monkeypatch, broken):
     def fail(*_args, **_kwargs):
         raise OSError("No space left on device")

@@ -141,7 +141,7 @@ def test_demo_prompts_are_not_calibration_prompts():
     assert not set(demo_prompts()) & set(calibration_prompts())
 
 
-@pytest.mark.parametrize("broken", ["layer_errors", "render_report", "write_all"])
+@pytest.mark.parametrize("broken", ["layer_errors", "render_report", "write_results"])
 def test_an_error_midway_leaves_nothing(tmp_path, monkeypatch, broken):
     def fail(*_args, **_kwargs):
         raise OSError("No space left on device")

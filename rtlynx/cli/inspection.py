@@ -67,7 +67,7 @@ def _planned_originals(model: nn.Module, plan: Plan, bytes_each: int) -> int:
     """Bytes of rotated layers as they were: kept where all others keep their original weight too."""
     changed = plan.recipe.refit or any(layer.quantized for layer in plan.sparse)
     whole = plan.recipe.dense_precision == "bf16"
-    if changed and not (whole and all(_depends_on_call(layer, plan.recipe) for layer in plan.sparse)):
+    if changed and not (whole and all(layer.has_dense_calls(plan.recipe) for layer in plan.sparse)):
         return 0
     weights = [f"{name}.weight" for one in plan.rotated for name in (*one.values, *one.readers)]
     biases = [f"{name}.bias" for one in plan.rotated for name in one.values]
@@ -81,13 +81,8 @@ def _planned_biases(model: nn.Module, plan: Plan, bytes_each: int) -> int:
         return 0
     refitted = [layer for layer in plan.sparse if layer.format is not FP8_DENSE]
     added = {layer.name for layer in refitted if model.get_submodule(layer.name).bias is None}
-    copies = {layer.name: _depends_on_call(layer, plan.recipe) + (layer.name in added) for layer in refitted}
+    copies = {layer.name: layer.has_dense_calls(plan.recipe) + (layer.name in added) for layer in refitted}
     return bytes_each * sum(layer.out_features * copies[layer.name] for layer in refitted)
-
-
-def _depends_on_call(layer: LayerPlan, recipe: Recipe) -> bool:
-    twice = layer.format is FP8_DENSE and recipe.dense_precision == "fp8"
-    return (layer.text_rows_dense or recipe.has_dense_steps) and not twice
 
 
 def _planned_extra(layer: LayerPlan, recipe: Recipe, bytes_each: int) -> int:
@@ -95,7 +90,7 @@ def _planned_extra(layer: LayerPlan, recipe: Recipe, bytes_each: int) -> int:
     weight = layer.in_features * layer.out_features
     extra = layer.rank * (layer.in_features + layer.out_features) * bytes_each
     in_eight_bits = recipe.dense_precision == "fp8"
-    if _depends_on_call(layer, recipe) and (recipe.refit or layer.quantized or in_eight_bits):
+    if layer.has_dense_calls(recipe) and (recipe.refit or layer.quantized or in_eight_bits):
         extra += weight + 4 * layer.out_features if in_eight_bits else weight * bytes_each
     if layer.quantized:
         extra += 4 * layer.out_features - weight * (bytes_each - 1)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import rtlynx_zoo as zoo
-import torch
 from rtlynx_zoo.prompts import calibration_prompts, demo_prompts
 from torch import Tensor
 
-from rtlynx._version import __version__
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.evaluate.grid import picture_grid, png_bytes
 from rtlynx.evaluate.metrics import psnr, ssim
+from rtlynx.evaluate.results import environment, write_results
 from rtlynx.evaluate.sampling import sample_pictures
 from rtlynx.evaluate.variants import LIVE_PROMPTS, Variant, build_variant
-from rtlynx.storage.files import atomic_file, write_json
 
 MODEL = "flux-emoji"
 IMAGES, STEPS = 8, 8
@@ -105,7 +100,7 @@ def run_demo(
     notes = {row["label"]: f"PSNR {row['psnr']:.1f} dB" for row in rows if row["psnr"] is not None}
     pictures = {LABELS[name]: some for name, some in drawn.items()}
     files = {"pictures.png": png_bytes(picture_grid(pictures, prompts[:8], notes))}
-    write_all(out, files, results)
+    write_results(out, files, results)
     return results
 
 
@@ -163,13 +158,6 @@ def sampling(steps: int, seed: int) -> dict[str, Any]:
 
 def settings(model: str, device: str, steps: int, images: int, seed: int) -> dict[str, Any]:
     """What was asked for, what drew, in which version."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-    }
     return {
         "model": f"zoo:{model}",
         "device": device,
@@ -177,18 +165,8 @@ def settings(model: str, device: str, steps: int, images: int, seed: int) -> dic
         "images": images,
         "seed": seed,
         "guidance": GUIDANCE,
-        "rtlynx": __version__,
-        "torch": torch.__version__,
-        "machine": machine,
+        **environment(),
     }
-
-
-def write_all(out: Path, files: Mapping[str, bytes], results: Mapping[str, Any]) -> None:
-    """All files or none: each is renamed into place only once all are written."""
-    with ExitStack() as stack:
-        for name, content in files.items():
-            stack.enter_context(atomic_file(out / name)).write_bytes(content)
-        write_json(stack.enter_context(atomic_file(out / "results.json")), results)
 
 
 def _cached(variant: Variant, prompts: Sequence[str], seed: int, steps: int) -> Tensor | None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +22,13 @@ from rtlynx.evaluate.evaluation_figures import DENSE, measure
 from rtlynx.evaluate.evaluation_page import SHOWN, render_page
 from rtlynx.evaluate.picture_folder import PictureFolder
 from rtlynx.evaluate.picture_metrics import METRICS, Metric
+from rtlynx.evaluate.results import environment, write_results
 from rtlynx.evaluate.sampling import sample_pictures
 from rtlynx.io.checkpoint import load, read_index, save
 from rtlynx.models.fingerprint import model_fingerprint
 from rtlynx.models.pipelines import ZOO_PREFIX, check_call, load_model
 from rtlynx.models.sparsify import sparse_layers, sparsify, target_model
 from rtlynx.recipe import Recipe
-from rtlynx.storage.files import atomic_file, write_json
 
 CHECKPOINT = "checkpoint"  # in the folder of the evaluation, where it calibrated
 DENSE_FP8 = Recipe.immediate(formats={"*": "fp8-dense"})
@@ -205,15 +202,13 @@ def evaluate_model(
         "variants": rows,
         "unavailable": reasons,
         "prompts": prompts,
-        **_machine(settings.device),
+        "device": device_name(settings.device),
+        **environment(),
     }
     shown = [
         {one.name: folder.read(one.name, i)[0] for one in variants} for i in range(min(SHOWN, len(prompts)))
     ]
-    page = render_page(results, shown, metrics)
-    with ExitStack() as stack:  # both files or none
-        stack.enter_context(atomic_file(out / "report.html")).write_text(page, encoding="utf-8")
-        write_json(stack.enter_context(atomic_file(out / "results.json")), results)
+    write_results(out, {"report.html": render_page(results, shown, metrics).encode()}, results)
     return results
 
 
@@ -360,21 +355,6 @@ def device_name(device: str) -> str:
     """ "cpu", or what the card is called."""
     parsed = torch.device(device)
     return torch.cuda.get_device_name(parsed) if parsed.type == "cuda" else str(parsed)
-
-
-def _machine(device: str) -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "device": device_name(device),
-        "rtlynx": __version__,
-        "torch": torch.__version__,
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-            "cores": cores,
-            "threads": torch.get_num_threads(),
-        },
-    }
 
 
 def _digest(texts: Sequence[str]) -> str:

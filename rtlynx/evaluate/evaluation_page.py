@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from PIL import Image
 from torch import Tensor
 
 from rtlynx.evaluate.grid import png_bytes, to_image
+from rtlynx.evaluate.html import NBSP, data_uri, number, page_template
 from rtlynx.evaluate.picture_metrics import Metric
 
 TEMPLATE = Path(__file__).with_name("evaluation_page.html.j2")
@@ -24,8 +23,6 @@ PICTURE_BYTES, DIFFERENCE_BYTES = 330_000, 165_000
 SMALL = 256
 QUALITIES = (90, 80, 70, 60, 50, 40, 30, 20, 10)
 AMPLIFIED = 4
-
-_NBSP = "\N{NO-BREAK SPACE}"
 
 
 def render_page(
@@ -42,12 +39,7 @@ def render_page(
     measured = [metric for metric in metrics if metric.name not in results["unavailable"]]
     titles = {metric.name: metric.title.partition(",")[0] for metric in metrics}
     titles |= {"kid": "KID", "peak_memory_bytes": "Peak memory"}
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["number"] = _number
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return page_template(TEMPLATE).render(
         results=results,
         name=results["model"].rstrip("/").rpartition("/")[2],
         findings=findings(results),
@@ -90,13 +82,13 @@ def _fidelity(rows: Mapping[str, Mapping[str, Any]]) -> str:
         return "How near the pictures are to the dense ones was not measured."
     if sparse["psnr"] is None:
         return "At least one sparse picture equals the dense one in every pixel."
-    said = f"The sparse pictures have a PSNR of {sparse['psnr']:.1f}{_NBSP}dB against the dense ones"
+    said = f"The sparse pictures have a PSNR of {sparse['psnr']:.1f}{NBSP}dB against the dense ones"
     if fp8["psnr"] is None:
         return f"{said}; dense fp8 draws at least one picture that equals the dense one in every pixel."
     gap = sparse["psnr"] - fp8["psnr"]
     judged = "nearer than" if gap >= 0.05 else "further away than" if gap <= -0.05 else "as near as"
-    by = f"{abs(gap):.1f}{_NBSP}dB " if judged != "as near as" else ""
-    return f"{said}, {by}{judged} those of dense fp8 ({fp8['psnr']:.1f}{_NBSP}dB)."
+    by = f"{abs(gap):.1f}{NBSP}dB " if judged != "as near as" else ""
+    return f"{said}, {by}{judged} those of dense fp8 ({fp8['psnr']:.1f}{NBSP}dB)."
 
 
 def _speed(rows: Mapping[str, Mapping[str, Any]], *, simulated: bool) -> str:
@@ -114,14 +106,14 @@ def _speed(rows: Mapping[str, Mapping[str, Any]], *, simulated: bool) -> str:
     before, now = (rows[name]["peak_memory_bytes"] for name in ("dense", "sparse"))
     if before is None or now is None:
         return f"{said}."
-    return f"{said}, and peaks at {now / 1e9:.1f}{_NBSP}GB instead of {before / 1e9:.1f}{_NBSP}GB."
+    return f"{said}, and peaks at {now / 1e9:.1f}{NBSP}GB instead of {before / 1e9:.1f}{NBSP}GB."
 
 
 def _quality(rows: Mapping[str, Mapping[str, Any]]) -> str:
     dense, sparse = rows["dense"], rows["sparse"]
     judges = {"clip_score": "CLIP score", "image_reward": "ImageReward"}
     said = [
-        f"{title} goes from {_number(dense[name], 2)} dense to {_number(sparse[name], 2)} sparse"
+        f"{title} goes from {number(dense[name], 2)} dense to {number(sparse[name], 2)} sparse"
         for name, title in judges.items()
         if dense.get(name) is not None and sparse.get(name) is not None
     ]
@@ -129,8 +121,8 @@ def _quality(rows: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{' and '.join(said)}."
     if sparse.get("kid") is not None:
         return (
-            f"KID against real pictures goes from {_number(dense['kid'], 3)} dense to "
-            f"{_number(sparse['kid'], 3)} sparse."
+            f"KID against real pictures goes from {number(dense['kid'], 3)} dense to "
+            f"{number(sparse['kid'], 3)} sparse."
         )
     return "No network judged whether the pictures are good: the reasons are below the table."
 
@@ -139,12 +131,12 @@ def picture_uri(picture: Tensor, most_bytes: int = PICTURE_BYTES) -> str:
     """A picture (3, H, W), clipped to [0, 1], as a data URI: PNG where it is small, else WebP that fits."""
     image = to_image(picture)
     if max(image.size) <= SMALL:
-        return _data_uri("png", png_bytes(image))
+        return data_uri("png", png_bytes(image))
     for quality in QUALITIES:
         data = _webp(image, quality)
         if len(data) <= most_bytes:
             break
-    return _data_uri("webp", data)
+    return data_uri("webp", data)
 
 
 def _webp(image: Image.Image, quality: int) -> bytes:
@@ -153,17 +145,8 @@ def _webp(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    """A number for people: a real minus sign, a dash for null."""
-    return "\N{EN DASH}" if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
 def _seconds(value: float) -> str:
-    return f"{value:.3g}{_NBSP}s"
+    return f"{value:.3g}{NBSP}s"
 
 
 def _best(rows: Sequence[Mapping[str, Any]], metric: Metric) -> str | None:

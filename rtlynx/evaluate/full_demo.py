@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.calls import Call
 from rtlynx.calibration.progress import ProgressBar
-from rtlynx.evaluate.demo import MODEL, checked, demo_variant, sampling, settings, write_all
+from rtlynx.evaluate.demo import MODEL, checked, demo_variant, sampling, settings
 from rtlynx.evaluate.grid import picture_grid, png_bytes
 from rtlynx.evaluate.layers import (
     Distribution,
@@ -24,6 +24,7 @@ from rtlynx.evaluate.layers import (
 )
 from rtlynx.evaluate.metrics import KernelDistance, kid, picture_features, psnr, retrieval, ssim
 from rtlynx.evaluate.report import render_report
+from rtlynx.evaluate.results import write_results
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
 from rtlynx.evaluate.variants import LIVE_PROMPTS, NAMES, Variant
 from rtlynx.models.plan import make_plan
@@ -53,16 +54,10 @@ def run_full_demo(
     ----------
     out : folder, created if missing
         Gets results.json, grid.png and report.html, all at the end or none.
-    images : int in 1..64
-        Pictures a variant.
-    steps : int
-        Sampling steps, each of two model passes (guidance).
-    seed : int
-        Picture i starts from noise of seed + i.
-    calibrate : bool
-        Calibrate live, on fewer prompts, instead of loading the shipped solutions.
-    progress : bool, device : str, model : str
-        Show progress bars; where the transformer runs, in float32; one of `rtlynx_zoo.names()`.
+    images, steps, seed, calibrate, progress, device
+        As of `rtlynx.evaluate.demo.run_demo`.
+    model : str
+        One of `rtlynx_zoo.names()`.
 
     Returns
     -------
@@ -100,7 +95,7 @@ def run_full_demo(
     results["seconds"] = round(time.perf_counter() - start, 1)
     shown = {name: some[:GRID_COLUMNS] for name, some in drawn.pictures.items()}
     report = render_report(results, shown, layers, weights, activations)
-    write_all(out, {"grid.png": _grid(drawn, rows, prompts), "report.html": report.encode()}, results)
+    write_results(out, {"grid.png": _grid(drawn, rows, prompts), "report.html": report.encode()}, results)
     return results
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup, escape
 from torch import Tensor
 
 from rtlynx.evaluate import plots
 from rtlynx.evaluate.grid import png_bytes, to_image
+from rtlynx.evaluate.html import NBSP, data_uri, page_template
 from rtlynx.evaluate.layers import Distribution, gaussian_energy_kept
 from rtlynx.models.plan import LayerPlan
 
@@ -51,8 +50,6 @@ EXPLAINED = {
     ),
 }
 
-_NBSP = "\N{NO-BREAK SPACE}"
-
 ROLES = {
     "attention-in": "Query, key and value",
     "attention-out": "Attention output",
@@ -84,18 +81,16 @@ def render_report(
     for layer in layers:
         readers.setdefault(layer.candidate.reads, []).append(layer.name)
     gaussian = gaussian_energy_kept()
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["number"] = number
-    environment.filters["marked"] = _marked
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return page_template(TEMPLATE, marked=_marked).render(
         results=results,
         rows=rows,
         best=_best(sparse),
         findings=findings(results),
         columns=columns,
-        pictures={name: [_data_uri(one) for one in some] for name, some in pictures.items()},
+        pictures={
+            name: [data_uri("png", png_bytes(to_image(one))) for one in some]
+            for name, some in pictures.items()
+        },
         legend=[
             {"name": row["name"], "sign": plots.SIGNS[i % len(plots.SIGNS)], "number": i}
             for i, row in enumerate(sparse)
@@ -119,8 +114,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     if judged:
         first, *_, last = sorted(judged, key=lambda row: -row["psnr"])
         said.append(
-            f"Closest to the dense pictures is {first['name']}, at a PSNR of {first['psnr']:.1f}{_NBSP}dB; "
-            f"furthest is {last['name']}, at {last['psnr']:.1f}{_NBSP}dB."
+            f"Closest to the dense pictures is {first['name']}, at a PSNR of {first['psnr']:.1f}{NBSP}dB; "
+            f"furthest is {last['name']}, at {last['psnr']:.1f}{NBSP}dB."
         )
     paper, ours = rows["activation-2:4+norm+lowrank"], rows["activation-2:4+refit+lowrank"]
     if paper["psnr"] is not None and ours["psnr"] is not None:
@@ -129,7 +124,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         error = f"layer error {paper['layer_error']:.4f} to {ours['layer_error']:.4f}"
         said.append(
             f"At the same rank, refitted weights with strided attention outputs: our recipe {verb} "
-            f"{abs(gain):.1f}{_NBSP}dB against the paper's ({error})."
+            f"{abs(gain):.1f}{NBSP}dB against the paper's ({error})."
         )
     weight, activation = rows["weight-2:4"], rows["activation-2:4"]
     if weight["psnr"] is not None and activation["psnr"] is not None:
@@ -137,29 +132,29 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         surprise = "" if agree else ": the smaller layer error is not the closer picture"
         said.append(
             f"Without any compensation, weight-2:4 has a layer error of {weight['layer_error']:.4f} and "
-            f"draws at {weight['psnr']:.1f}{_NBSP}dB, activation-2:4 of {activation['layer_error']:.4f} at "
-            f"{activation['psnr']:.1f}{_NBSP}dB{surprise}."
+            f"draws at {weight['psnr']:.1f}{NBSP}dB, activation-2:4 of {activation['layer_error']:.4f} at "
+            f"{activation['psnr']:.1f}{NBSP}dB{surprise}."
         )
     eight, both = rows["fp8"], rows["fp8+activation-2:4+refit+lowrank"]
     if eight["psnr"] is not None and both["psnr"] is not None and ours["psnr"] is not None:
         change = both["psnr"] - ours["psnr"]
         verb = "costs" if change <= -0.05 else "gains" if change >= 0.05 else "changes"
         said.append(
-            f"Eight bits alone draw at {eight['psnr']:.1f}{_NBSP}dB; beside our recipe quantising {verb} "
-            f"{abs(change):.1f}{_NBSP}dB."
+            f"Eight bits alone draw at {eight['psnr']:.1f}{NBSP}dB; beside our recipe quantising {verb} "
+            f"{abs(change):.1f}{NBSP}dB."
         )
     recommended = rows["recommended"]
     if recommended["psnr"] is not None:
         said.append(
             f"The recommended recipe, which chooses a format for each layer, draws at "
-            f"{recommended['psnr']:.1f}{_NBSP}dB."
+            f"{recommended['psnr']:.1f}{NBSP}dB."
         )
     image_only, everything = rows["activation-2:4+norm"], rows["activation-2:4+norm:all-layers"]
     if image_only["psnr"] is not None and everything["psnr"] is not None:
         change = everything["psnr"] - image_only["psnr"]
         verb = "costs" if change <= -0.05 else "gains" if change >= 0.05 else "changes"
         said.append(
-            f"Making the text stream sparse as well {verb} {abs(change):.1f}{_NBSP}dB, and retrieval goes "
+            f"Making the text stream sparse as well {verb} {abs(change):.1f}{NBSP}dB, and retrieval goes "
             f"from {image_only['retrieval']:.0%} to {everything['retrieval']:.0%}."
         )
     shares = [row["retrieval"] for name, row in rows.items() if name != "dense"]
@@ -179,11 +174,6 @@ def _marked(sentence: str) -> Markup:
     """Escaped text with the names of variants set as such."""
     names = "|".join(re.escape(name) for name in sorted(EXPLAINED, key=len, reverse=True) if ":" in name)
     return Markup(re.sub(f"({names})", r'<span class="name">\1</span>', str(escape(sentence))))
-
-
-def number(value: float | None, digits: int) -> str:
-    """A number for people: a real minus sign, a dash for null."""
-    return "\N{EN DASH}" if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -212,7 +202,3 @@ def _by_role(
             pair = [Distribution.merged(some[name] for name in names) for some in (weights, activations)]
             found[title] = (pair[0], pair[1])
     return found
-
-
-def _data_uri(picture: Tensor) -> str:
-    return "data:image/png;base64," + base64.b64encode(png_bytes(to_image(picture))).decode()

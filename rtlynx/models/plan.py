@@ -68,6 +68,12 @@ class LayerPlan:
             return BF16_SPARSE
         return FP8_DENSE if self.keeps_all else FP8_SPARSE
 
+    def has_dense_calls(self, recipe: Recipe) -> bool:
+        """Whether some rows or steps run dense, by an original weight apart from that of the layer."""
+        # What is dense fp8 already is not kept in e4m3 once more.
+        same = self.format is FP8_DENSE and recipe.dense_precision == "fp8"
+        return (self.text_rows_dense or recipe.has_dense_steps) and not same
+
     def in_format(self, format: FormatName, reason: str = "") -> LayerPlan:
         """A layer that is planned sparse, in another format; `reason` says why where that is dense."""
         if format == "dense":

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtlynx.math.formats import FP8_DENSE
 from rtlynx.models.fingerprint import base_tensors, records, weight_fingerprint
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
@@ -221,11 +220,10 @@ def apply_plan(
 
 
 def _set_what_runs_dense(sparse: SparseLinear, layer: LayerPlan, recipe: Recipe) -> None:
+    dense = layer.has_dense_calls(recipe)
     sparse.dense_precision = recipe.dense_precision
-    # What is dense fp8 already is not kept in e4m3 once more.
-    twice = layer.format is FP8_DENSE and recipe.dense_precision == "fp8"
-    sparse.text_rows_dense = layer.text_rows_dense and not twice
-    sparse.dense_steps = recipe.has_dense_steps and not twice
+    sparse.text_rows_dense = dense and layer.text_rows_dense
+    sparse.dense_steps = dense and recipe.has_dense_steps
 
 
 def prepare_layers(model: nn.Module) -> None:
