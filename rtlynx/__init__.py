@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rtlynx.io.checkpoint import load, save
     from rtlynx.io.quantizer import RTLynxConfig
     from rtlynx.math.selection import Pattern, nm_mask, norm_scale, pack, unpack
-    from rtlynx.models.sparsify import densify, sparsify
+    from rtlynx.models.sparsify import densify, set_dense_steps, sparsify
     from rtlynx.nn.call import schedule
     from rtlynx.nn.sparse_linear import SparseLinear
     from rtlynx.recipe import Budget, Recipe
@@ -39,6 +39,7 @@ __all__ = [
     "pack",
     "save",
     "schedule",
+    "set_dense_steps",
     "sparsify",
     "unpack",
 ]
@@ -49,7 +50,7 @@ _MODULES = {
     "io.checkpoint": ("load", "save"),
     "io.quantizer": ("RTLynxConfig",),
     "math.selection": ("Pattern", "nm_mask", "norm_scale", "pack", "unpack"),
-    "models.sparsify": ("densify", "sparsify"),
+    "models.sparsify": ("densify", "set_dense_steps", "sparsify"),
     "nn.call": ("schedule",),
     "nn.sparse_linear": ("SparseLinear",),
     "recipe": ("Budget", "Recipe"),

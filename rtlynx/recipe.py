@@ -30,6 +30,9 @@ RECOMMENDED_SPEEDUP_SHARE = 0.9
 # More processes than any one layer is spread over; each adds parts to strided groups.
 MOST_TP_DEGREE = 1024
 
+# `dense_sigmas` that hold for no step: original weights are kept for steps that are chosen later.
+NO_STEP = ((-1.0, 0.0),)
+
 # Fields by their names of version 0.1, which files and code may still use.
 _FORMER_RECIPE, _FORMER_BUDGET = {"forms": "formats"}, {"saving": "speedup_share"}
 
@@ -159,6 +162,9 @@ class Recipe:
         loops of your own say so with `rtlynx.schedule`.
     dense_last_steps : int
         Run the last steps of each picture densely: no later step corrects their errors.
+    dense_sigmas : tuple of (low, high)
+        Run the steps densely whose noise level sigma lies in one of these ranges, low < sigma <= high:
+        whatever the number of steps. Sigma falls from 1 (noise) to 0 (picture).
     dense_precision : "bf16" | "fp8"
         What dense rows and steps multiply: the original weight in the model's dtype, or in e4m3, which takes
         half the memory and less time.
@@ -201,6 +207,7 @@ class Recipe:
     text_rows: Literal["sparse", "dense"] = "sparse"
     dense_steps: int = 0
     dense_last_steps: int = 0
+    dense_sigmas: tuple[tuple[float, float], ...] = ()
     dense_precision: Literal["bf16", "fp8"] = "bf16"
     skip: tuple[str, ...] = ()
     budget: Budget | None = None
@@ -242,6 +249,7 @@ class Recipe:
             steps = getattr(self, name)
             if not _is_whole(steps) or steps < 0:
                 raise ValueError(f"{name} is a whole number, 0 or more, got {steps!r}")
+        object.__setattr__(self, "dense_sigmas", _ranges("dense_sigmas", self.dense_sigmas))
         _check_choice("dense_precision", self.dense_precision, ("bf16", "fp8"))
         if not isinstance(self.skip, list | tuple) or not all(isinstance(glob, str) for glob in self.skip):
             raise ValueError(f"skip is a list of glob patterns, got {self.skip!r}")
@@ -338,6 +346,7 @@ class Recipe:
         """Plain JSON values; inverse of `from_dict`."""
         values = asdict(self)
         values["skip"] = list(self.skip)
+        values["dense_sigmas"] = [list(one) for one in self.dense_sigmas]
         values["formats"] = dict(self.formats)
         return values
 
@@ -354,7 +363,17 @@ class Recipe:
     @property
     def has_dense_steps(self) -> bool:
         """Whether some steps of a picture run dense."""
-        return self.dense_steps > 0 or self.dense_last_steps > 0
+        return self.dense_steps > 0 or self.dense_last_steps > 0 or bool(self.dense_sigmas)
+
+    def is_dense_step(self, index: int, count: int, sigma: float | None) -> bool:
+        """Whether step `index` of `count`, at noise level `sigma`, runs dense."""
+        at_end = index < self.dense_steps or index >= count - self.dense_last_steps
+        return at_end or (sigma is not None and any(low < sigma <= high for low, high in self.dense_sigmas))
+
+    def describe_dense_steps(self) -> str:
+        """The fields that say which steps run dense, as one writes them."""
+        names = ("dense_steps", "dense_last_steps", "dense_sigmas")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name))
 
     @property
     def depends_on_call(self) -> bool:
@@ -391,6 +410,17 @@ def _is_number(value: Any) -> bool:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ranges(name: str, value: Any) -> tuple[tuple[float, float], ...]:
+    """`value` as tuples of (low, high)."""
+    pairs = isinstance(value, list | tuple) and all(
+        isinstance(one, list | tuple) and len(one) == 2 and all(map(_is_number, one)) and one[0] < one[1]
+        for one in value
+    )
+    if not pairs:
+        raise ValueError(f"{name} is a list of (low, high), low below high; got {value!r}")
+    return tuple((float(low), float(high)) for low, high in value)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -62,8 +62,9 @@ class Built:
         if self.unmodelled is not None:
             return None
         recipe = self.recipe or {}
-        share = min(1.0, (recipe.get("dense_steps", 0) + recipe.get("dense_last_steps", 0)) / steps)
-        in_fp8 = recipe.get("dense_precision") == "fp8"
+        of = Recipe.from_dict(recipe)
+        share = sum(of.is_dense_step(step, steps, 1 - step / steps) for step in range(steps)) / steps
+        in_fp8 = of.dense_precision == "fp8"
         dense = {
             name: Layer("fp8-dense") if in_fp8 and layer.form != "dense" else Layer()
             for name, layer in self.plan.items()

@@ -7,7 +7,7 @@ import torch
 from checkpoint_helpers import RECIPES, make
 from helpers import TinyPipeline, flux_call, output, relative_error, tiny_flux
 
-from rtlynx import Pattern, Recipe, SparseLinear, densify, schedule, sparsify
+from rtlynx import Pattern, Recipe, SparseLinear, densify, schedule, set_dense_steps, sparsify
 from rtlynx.math.fp8 import E4M3
 from rtlynx.models import sparse_layers
 from rtlynx.models.sparsify import extra_bytes
@@ -31,6 +31,60 @@ def test_which_steps_run_dense(first, last, expected):
             call = flux_call(timestep=t)
             ran += "D" if torch.equal(output(model, call), output(reference, call)) else "s"
     assert ran == expected
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"),
+    [
+        ([(0, 0.25)], "sssD"),  # the upper end belongs to the range, the lower does not
+        ([(0.25, 0.75)], "sDDs"),
+        ([(0.9, 1), (0.2, 0.3)], "DssD"),
+        ([(0.3, 0.4)], "ssss"),
+        ([], "ssss"),
+    ],
+)
+def test_dense_steps_by_noise_level(ranges, expected):
+    chosen_before = sparsify(tiny_flux(), Recipe.immediate(dense_sigmas=ranges or [(-1, 0)]))
+    chosen_after = sparsify(tiny_flux(), Recipe.immediate(dense_last_steps=2))
+    assert set_dense_steps(chosen_after, dense_sigmas=ranges) is chosen_after
+    reference = tiny_flux()
+    for model in (chosen_before, chosen_after):
+        ran = ""
+        with schedule(TIMESTEPS):
+            for t in TIMESTEPS:
+                call = flux_call(timestep=t)
+                ran += "D" if torch.equal(output(model, call), output(reference, call)) else "s"
+        assert ran == expected
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_a_pipeline_tells_the_noise_level(steps):
+    """Ranges hold whatever the number of steps: those of all sigmas above 0.5 and below are all steps."""
+
+    def draw(model):
+        return TinyPipeline(model)(["a cat"], [torch.Generator().manual_seed(1)], num_inference_steps=steps)
+
+    model, reference = sparsify(tiny_flux(), Recipe.immediate(dense_sigmas=[(0, 1)])), draw(tiny_flux())
+    assert torch.equal(draw(model), reference)
+    assert not torch.equal(draw(set_dense_steps(model, dense_sigmas=[(0, 0.5)])), reference)
+    assert torch.equal(draw(set_dense_steps(model, dense_sigmas=[(0.5, 1), (0, 0.5)])), reference)
+
+
+def test_dense_steps_are_chosen_anew_only_where_originals_are_kept():
+    for model in (tiny_flux(), sparsify(tiny_flux(), Recipe.immediate())):
+        with pytest.raises(ValueError, match="keeps no original weights for dense steps"):
+            set_dense_steps(model, dense_last_steps=1)
+    model = sparsify(tiny_flux(), Recipe.immediate(dense_last_steps=1))
+    with pytest.raises(ValueError, match="dense_sigmas is a list of"):
+        set_dense_steps(model, dense_sigmas=[(0.5, 0.1)])
+
+
+def test_an_unknown_noise_level_is_said():
+    model = sparsify(tiny_flux(), Recipe.immediate(dense_sigmas=[(0, 0.5)]))
+    with schedule([0.5, 1.0]), pytest.raises(RuntimeError, match=r"schedule\(timesteps, sigmas\)"):
+        model(**flux_call(timestep=1.0))
+    with pytest.raises(RuntimeError, match=r"dense_sigmas=\(\(0.0, 0.5\),\)"):
+        model(**flux_call(timestep=1.0))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

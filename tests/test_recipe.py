@@ -29,6 +29,7 @@ EVERYTHING = {
     "text_rows": "dense",
     "dense_steps": 3,
     "dense_last_steps": 2,
+    "dense_sigmas": [[0.0, 0.2]],
     "dense_precision": "fp8",
     "skip": ["*.to_v", "blocks.0.*"],
     "budget": {"error": 0.01, "speedup_share": None},
@@ -51,6 +52,7 @@ WITH_REFIT = {
     "text_rows": "sparse",
     "dense_steps": 0,
     "dense_last_steps": 0,
+    "dense_sigmas": [],
     "grouping": "adjacent",
 }
 
@@ -97,6 +99,9 @@ WITH_REFIT = {
         ({"train_steps": 1.5}, "train_steps"),
         ({"dense_steps": -1}, "dense_steps"),
         ({"dense_last_steps": -1}, "dense_last_steps"),
+        ({"dense_sigmas": [0.1, 0.2]}, "dense_sigmas is a list of"),
+        ({"dense_sigmas": [(0.2, 0.1)]}, "dense_sigmas is a list of"),
+        ({"dense_sigmas": [(0.2, "x")]}, "dense_sigmas is a list of"),
         ({"dense_precision": "fp16"}, "dense_precision is one of bf16, fp8"),
         ({"dense_steps": 0.5}, "dense_steps"),
         ({"dense_steps": True}, "dense_steps"),

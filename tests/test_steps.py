@@ -25,7 +25,7 @@ from torch import nn
 
 from rtlynx import CalibrationOptions, Recipe, calibrate, schedule, sparsify
 from rtlynx.models import sparse_layers
-from rtlynx.nn.call import calling, current_call, step_of
+from rtlynx.nn.call import Step, calling, current_call, step_of
 
 # ---------------------------------------------------------------------------------- which step a call is
 
@@ -55,16 +55,16 @@ def test_steps_of_a_schedule(name, form, rising):
     make = {"float": float, "scalar": torch.tensor, "batch": lambda t: torch.full((3,), float(t))}[form]
     with schedule([sign * t for t in timesteps]):
         found = [step_of(make(sign * t)) for t in calls]
-        assert [index for index, _ in found] == expected
-        assert {count for _, count in found} == {len([t for t, _ in groupby(timesteps)])}
+        assert [step.index for step in found] == expected
+        assert {step.count for step in found} == {len([t for t, _ in groupby(timesteps)])}
     with schedule(torch.tensor([sign * t for t in timesteps])):
-        assert step_of(make(sign * calls[-1])) == found[-1]
+        assert step_of(make(sign * calls[-1])).index == found[-1].index
 
 
 def test_without_a_schedule_no_step_is_known():
     assert step_of(0.5) is None
     with schedule([1.0]), schedule([0.5, 0.25]):  # the inner one counts
-        assert step_of(0.25) == (1, 2)
+        assert step_of(0.25) == Step(1, 2, 0.25)
     assert step_of(0.5) is None
 
 
@@ -72,6 +72,29 @@ def test_without_a_schedule_no_step_is_known():
 def test_timesteps_that_are_no_step_of_the_schedule_are_refused(timestep):
     with schedule([1.0, 0.5]), pytest.raises(ValueError, match="timestep"):
         step_of(timestep)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "sigmas", "expected"),
+    [
+        ([0.9, 0.5], None, 0.5),  # the timesteps themselves
+        ([0.1, 0.5], [0.9, 0.5], 0.5),  # of a model whose time rises
+        ([0.1, 0.5], None, None),
+        ([900.0, 500.0], None, None),
+        ([900, 700, 700, 500], [0.9, 0.8, 0.7, 0.5], 0.5),
+        ([0.5], None, None),  # falls or rises?
+    ],
+)
+def test_noise_level_of_a_step(timesteps, sigmas, expected):
+    with schedule(timesteps, sigmas):
+        assert step_of(timesteps[-1]).sigma == expected
+
+
+def test_sigmas_that_do_not_fit_the_schedule_are_refused():
+    with pytest.raises(ValueError, match="got 1 for 2"), schedule([1.0, 0.5], [1.0]):
+        pass
+    with pytest.raises(ValueError, match="between 0 and 1, got 500 to 1000"), schedule([1, 0.5], [1000, 500]):
+        pass
 
 
 def test_an_empty_schedule_is_refused():

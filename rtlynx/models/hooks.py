@@ -91,9 +91,14 @@ class EnterCall:
                 return False
             raise RuntimeError(
                 "some steps of a picture run dense here "
-                f"(dense_steps={recipe.dense_steps}, dense_last_steps={recipe.dense_last_steps}), and a call "
-                "alone does not tell which step it is: call the model through a diffusers pipeline, or put "
-                "your sampling loop into `with rtlynx.schedule(timesteps):`"
+                f"({recipe.describe_dense_steps()}), and a call alone does not tell which step it is: call "
+                "the model through a diffusers pipeline, or put your sampling loop into `with "
+                "rtlynx.schedule(timesteps):`"
             )
-        index, count = step
-        return index < recipe.dense_steps or index >= count - recipe.dense_last_steps
+        if recipe.dense_sigmas and step.sigma is None:
+            raise RuntimeError(
+                "steps at some noise levels run dense here "
+                f"({recipe.describe_dense_steps()}), and the noise level of this one is not known: say it "
+                "with `rtlynx.schedule(timesteps, sigmas)`"
+            )
+        return recipe.is_dense_step(step.index, step.count, step.sigma)

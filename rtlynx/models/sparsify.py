@@ -23,7 +23,7 @@ from rtlynx.nn.original import keep_original, keeps_original
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.state_dict import OWN
 from rtlynx.nn.tensor_parallel import TensorParallelLinear, shards_of
-from rtlynx.recipe import Recipe
+from rtlynx.recipe import NO_STEP, Recipe
 
 # Attribute of a sparse model that holds its `SparseState`.
 _STATE = "_rtlynx"
@@ -217,6 +217,55 @@ def apply_plan(
     if not any(layer.weight.is_meta for layer in replacements.values()):
         prepare_layers(model)
     _tell(model)
+
+
+def set_dense_steps(
+    model_or_pipeline: Any,
+    *,
+    dense_steps: int = 0,
+    dense_last_steps: int = 0,
+    dense_sigmas: Sequence[tuple[float, float]] = (),
+) -> Any:
+    """Choose anew which steps of a picture run dense, in a model made sparse with some dense steps.
+
+    Nothing else changes, so that speed can be traded for nearness while the model serves. Steps that are not
+    named run sparse.
+
+    Parameters
+    ----------
+    model_or_pipeline : nn.Module or diffusers pipeline
+    dense_steps, dense_last_steps, dense_sigmas
+        As in `Recipe`.
+
+    Returns
+    -------
+    nn.Module or diffusers pipeline
+        The same object.
+
+    Raises
+    ------
+    ValueError
+        If the model is not sparse, its recipe has no dense steps (it then keeps no original weights for
+        them), or a value is one that `Recipe` refuses.
+    """
+    model = target_model(model_or_pipeline)
+    state = state_of(model)
+    if state is None or not state.plan.recipe.has_dense_steps:
+        raise ValueError(
+            f"{type(model).__name__} keeps no original weights for dense steps: make it sparse with a recipe "
+            "of dense_steps, dense_last_steps or dense_sigmas, which may then be chosen anew"
+        )
+    recipe = replace(
+        state.plan.recipe,
+        dense_steps=dense_steps,
+        dense_last_steps=dense_last_steps,
+        dense_sigmas=tuple(dense_sigmas) or NO_STEP,
+    )
+    for hook in state.hooks:
+        hook.remove()
+    state.plan = replace(state.plan, recipe=recipe)
+    state.hooks = register_hooks(model, state.plan)
+    return model_or_pipeline
 
 
 def _set_what_runs_dense(sparse: SparseLinear, layer: LayerPlan, recipe: Recipe) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,11 +114,48 @@ def calling(*, dense: bool = False, text_rows: TextRows = None) -> Iterator[None
 
 # ------------------------------------------------------------------------------------------- which step
 
-_schedule: ContextVar[tuple[float, ...] | None] = ContextVar("rtlynx_schedule", default=None)
+
+@dataclass(frozen=True)
+class Step:
+    """One of the steps of a picture.
+
+    index, count : which it is, from 0, and how many there are.
+    sigma : its noise level, from 1 (noise) to 0 (picture), or None where that is not known.
+    """
+
+    index: int
+    count: int
+    sigma: float | None
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a picture in order: timesteps, and the noise level of each where they are known."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...] | None
+
+    def at(self, timestep: float) -> Step:
+        """The step at `timestep`; schedulers of higher order visit one more than once."""
+        starts = [i for i, t in enumerate(self.timesteps) if not i or t != self.timesteps[i - 1]]
+        steps = [self.timesteps[i] for i in starts]
+        index = min(range(len(steps)), key=lambda step: abs(steps[step] - timestep))
+        if not abs(steps[index] - timestep) <= _ROUNDING * max(map(abs, steps)):
+            raise ValueError(
+                f"the model is called at timestep {timestep:g}, which is not in the schedule of "
+                f"{len(steps)} steps from {steps[0]:g} to {steps[-1]:g}: give rtlynx.schedule what the model "
+                "takes"
+            )
+        return Step(index, len(steps), None if self.sigmas is None else self.sigmas[starts[index]])
+
+
+_schedule: ContextVar[_Steps | None] = ContextVar("rtlynx_schedule", default=None)
 
 
 @contextmanager
-def schedule(timesteps: Iterable[float] | Tensor) -> Iterator[None]:
+def schedule(
+    timesteps: Iterable[float] | Tensor, sigmas: Iterable[float] | Tensor | None = None
+) -> Iterator[None]:
     """Say which timesteps the model calls inside go through, for recipes with dense steps.
 
     Diffusers pipelines need no such word: their own loop tells. Sampling loops of your own do. The schedule
@@ -128,11 +165,14 @@ def schedule(timesteps: Iterable[float] | Tensor) -> Iterator[None]:
     ----------
     timesteps : sequence of float
         As the model's timestep argument takes them, from the first step of the picture to the last.
+    sigmas : sequence of float, optional
+        Noise level of each, from 1 (noise) to 0 (picture), for recipes with `dense_sigmas`. Default: the
+        timesteps, where they fall and lie between 0 and 1.
 
     Raises
     ------
     ValueError
-        If there are none.
+        If there are no timesteps, or not as many sigmas, or a sigma is not between 0 and 1.
 
     Examples
     --------
@@ -140,10 +180,16 @@ def schedule(timesteps: Iterable[float] | Tensor) -> Iterator[None]:
     ...     for sigma in sigmas:
     ...         latents = step(transformer(latents, timestep=sigma, ...))
     """
-    values = _values(timesteps)
+    values = tuple(_values(timesteps))
     if not values:
         raise ValueError("a schedule has at least one timestep, got none")
-    token = _schedule.set(tuple(values))
+    falling = all(0 <= value <= 1 for value in values) and values[0] > values[-1]
+    levels = (values if falling else None) if sigmas is None else tuple(_values(sigmas))
+    if levels is not None and len(levels) != len(values):
+        raise ValueError(f"there is one sigma for each timestep: got {len(levels)} for {len(values)}")
+    if levels is not None and not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"sigmas lie between 0 and 1, got {min(levels):g} to {max(levels):g}")
+    token = _schedule.set(_Steps(values, levels))
     try:
         yield
     finally:
@@ -151,29 +197,28 @@ def schedule(timesteps: Iterable[float] | Tensor) -> Iterator[None]:
 
 
 def current_schedule() -> tuple[float, ...] | None:
-    """What `schedule` says here."""
-    return _schedule.get()
+    """The timesteps that `schedule` says here."""
+    steps = _schedule.get()
+    return None if steps is None else steps.timesteps
 
 
-def step_of(timestep: Any) -> tuple[int, int] | None:
-    """Index, from 0, of the sampling step of a call at `timestep`, and how many steps there are.
-
-    None where no schedule is known.
+def step_of(timestep: Any) -> Step | None:
+    """The sampling step of a call at `timestep`; None where no schedule is known.
 
     Raises
     ------
     ValueError
         If the schedule holds no such timestep, or the call is at several.
     """
-    given = current_schedule()
+    given = _schedule.get()
     if given is not None:
-        return _position(_single(timestep), given)
+        return given.at(_single(timestep))
     loop = _denoising_loop()
-    return None if loop is None else _position(*loop)
+    return None if loop is None else loop[1].at(loop[0])
 
 
-def _denoising_loop() -> tuple[float, list[float]] | None:
-    """(current timestep, all timesteps) of the diffusers pipeline that runs in this thread.
+def _denoising_loop() -> tuple[float, _Steps] | None:
+    """(current timestep, all steps) of the diffusers pipeline that runs in this thread.
 
     Read off the pipeline's frame, since diffusers hands neither the schedule nor the step to the model, and
     its scheduler may serve several pictures at a time. Nearly all pipelines go through `timesteps` by `t`.
@@ -187,28 +232,20 @@ def _denoising_loop() -> tuple[float, list[float]] | None:
             pipeline = found.get("self")
             timesteps = found.get("timesteps", getattr(found.get("block_state"), "timesteps", None))
             if "t" in found and timesteps is not None and _is_of_diffusers(pipeline):
+                scheduler = getattr(pipeline, "scheduler", None)
                 values = _values(timesteps)
                 if len(set(values)) == 1:  # DiTPipeline calls the current one so
-                    values = _values(getattr(getattr(pipeline, "scheduler", None), "timesteps", values))
-                return _single(found["t"]), values
+                    values = _values(getattr(scheduler, "timesteps", values))
+                most = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+                # Of flow matching, which trains on timesteps in proportion to the noise level.
+                sigmas = tuple(value / most for value in values) if most else None
+                return _single(found["t"]), _Steps(tuple(values), sigmas)
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
 def _is_of_diffusers(pipeline: Any) -> bool:
     return any(base.__module__.partition(".")[0] == "diffusers" for base in type(pipeline).__mro__)
-
-
-def _position(timestep: float, timesteps: Sequence[float]) -> tuple[int, int]:
-    """Index and count of steps at `timestep`; schedulers of higher order visit a timestep more than once."""
-    steps = [value for value, _ in groupby(timesteps)]
-    step = min(range(len(steps)), key=lambda index: abs(steps[index] - timestep))
-    if not abs(steps[step] - timestep) <= _ROUNDING * max(map(abs, steps)):
-        raise ValueError(
-            f"the model is called at timestep {timestep:g}, which is not in the schedule of {len(steps)} "
-            f"steps from {steps[0]:g} to {steps[-1]:g}: give rtlynx.schedule what the model takes"
-        )
-    return step, len(steps)
 
 
 def _values(timesteps: Iterable[float] | Tensor) -> list[float]:
@@ -222,6 +259,6 @@ def _single(timestep: Any) -> float:
     if len(set(values)) != 1:
         raise ValueError(
             f"dense steps need calls at one timestep, and this one is at {len(set(values))}: "
-            "use a recipe of dense_steps=0 and dense_last_steps=0"
+            "use a recipe without dense_steps, dense_last_steps and dense_sigmas"
         )
     return values[0]
