@@ -1,35 +1,49 @@
 """Where on the way from noise to picture sparsity does its damage: `python studies/noise_levels.py`.
 
-One model, calibrated once with every layer sparse in fp8, draws the same pictures again and again. The steps
-at some noise levels run sparse, the others in dense fp8: one range sparse ("sparse-at"), one range dense
-("dense-at"), and more and more ranges dense, either those first that do most damage alone ("worst-dense") or
-those whose going dense helps most ("best-dense"). Errors are against the dense model's pictures. Ranges are
-ordered by other prompts than those that are measured.
+A model is calibrated once for each recipe and then draws the same pictures again and again, while the steps
+at some noise levels run in dense fp8 and the others as the recipe says:
+
+- curve, for the first recipe: one range of noise levels sparse ("sparse-at"), one dense ("dense-at"), and
+  more and more ranges dense, those first whose going dense helps most on other prompts ("best-dense");
+- "dense-below", for every recipe: all noise levels below one.
+
+Errors are against the dense model's pictures.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from make_variant import Calibration, build
+from make_variant import Built, Calibration, build
 from measure import Study
 from picture_figures import load_judges
-from quality import device_name
+from quality import device_name, header
+from row_store import RowStore
 from study_model import load_study_model, noise_seed
-from torch import Tensor
 from variants import FREE, STEPS, Variant
 
 import rtlynx
-from rtlynx import Recipe
+from rtlynx import Budget, Recipe
 from rtlynx.evaluate.metrics import psnr, ssim
-from rtlynx.storage.files import write_json
 
 Range = tuple[float, float]
-RECIPE = Recipe(rank=None, precision="fp8", dense_sigmas=((0, 1),), dense_precision="fp8", **FREE)
+# Original weights for the steps that are chosen later.
+_CHOSEN_LATER: dict[str, Any] = {"dense_sigmas": ((0, 1),), "dense_precision": "fp8"}
+RECIPES = {
+    "every-layer": Recipe(rank=None, precision="fp8", **FREE, **_CHOSEN_LATER),
+    **{
+        f"mix-{100 * share:g}%": Recipe.recommended(
+            budget=Budget(speedup_share=share), **FREE, **_CHOSEN_LATER
+        )
+        for share in (0.97, 0.95, 0.9)
+    },
+}
+FIRST = "every-layer"
 
 
 def ranges(count: int) -> list[Range]:
@@ -37,47 +51,57 @@ def ranges(count: int) -> list[Range]:
     return [((count - i - 1) / count, (count - i) / count) for i in range(count)]
 
 
-def others(dense: Sequence[Range], all_ranges: Sequence[Range]) -> list[Range]:
-    """Those of `all_ranges` that are not in `dense`."""
-    return [one for one in all_ranges if one not in dense]
-
-
 class Curve:
-    """Draws one calibrated pipeline with chosen ranges dense, and compares with the dense pictures."""
+    """Draws one calibrated pipeline with chosen ranges dense, and compares with the dense pictures.
 
-    def __init__(self, study: Study, pipeline: Any, pictures: int, choosing: int) -> None:
-        self.study, self.pipeline = study, pipeline
-        self.pictures, self.choosing = pictures, choosing
-        self.reference = study.dense(pictures + choosing, STEPS, 0)
+    The last `choosing` pictures do not count: ranges are chosen by them.
+    """
 
-    def draw(self, dense: Sequence[Range]) -> Tensor:
-        """Pictures of all prompts; those to choose by come last."""
-        rtlynx.set_dense_steps(self.pipeline, dense_sigmas=dense)
-        return self.study.draw(self.pipeline, self.pictures + self.choosing, STEPS, noise_seed(0))
+    def __init__(self, name: str, study: Study, built: Built, pictures: int, choosing: int) -> None:
+        self.name, self.study, self.built = name, study, built
+        self.pictures, self.count = pictures, pictures + choosing
+        self.reference = study.dense(self.count, STEPS, 0)
 
-    def row(self, kind: str, dense: Sequence[Range]) -> dict[str, Any]:
-        """One line of the results; `choosing_error` is of the prompts that ranges are chosen by."""
-        drawn, n = self.draw(dense), self.pictures
+    def row(self, kind: str, dense: Sequence[Range], of: Range | None = None) -> dict[str, Any]:
+        """One row of the results; `choosing_error` is of the prompts that ranges are chosen by."""
+        rtlynx.set_dense_steps(self.built.pipeline, dense_sigmas=dense)
+        drawn = self.study.draw(self.built.pipeline, self.count, STEPS, noise_seed(0))
+        recipe = {**(self.built.recipe or {}), "dense_sigmas": [list(one) for one in sorted(dense)]}
+        modelled = replace(self.built, recipe=recipe).modelled_ms(self.study.model.architecture, STEPS)
+        n = self.pictures
         return {
+            "name": f"{self.name}:{kind}:{of if of is not None else len(dense)}",
+            "recipe": self.name,
             "kind": kind,
-            "dense": [list(one) for one in sorted(dense)],
+            "range": of,
+            "dense": recipe["dense_sigmas"],
+            "steps": STEPS,
+            "pictures": n,
             "psnr": psnr(drawn[:n], self.reference[:n]),
             "ssim": ssim(drawn[:n], self.reference[:n]),
             "choosing_error": float((drawn[n:] - self.reference[n:]).square().mean()),
+            "modelled_ms": modelled,
         }
 
+    def below(self, count: int) -> Iterator[dict[str, Any]]:
+        """More and more ranges dense, from the picture on; all of them at last."""
+        upwards = ranges(count)[::-1]
+        for size in (*range(count // 2 + 1), count):
+            dense = [(0.0, upwards[size - 1][1])] if size else []
+            yield self.row("dense-below", dense, dense[0] if dense else (0.0, 0.0))
 
-def measure(curve: Curve, count: int) -> list[dict[str, Any]]:
-    """Rows of one model: all dense, all sparse, range by range, and the worst ranges together."""
-    every = ranges(count)
-    rows = [curve.row("dense", every), curve.row("sparse", [])]
-    alone = {one: curve.row("sparse-at", others([one], every)) for one in every}
-    without = {one: curve.row("dense-at", [one]) for one in every}
-    rows += [{**row, "range": list(one)} for one, row in (*alone.items(), *without.items())]
-    for kind, by in (("worst-dense", alone), ("best-dense", without)):
-        order = sorted(every, key=lambda one: by[one]["choosing_error"], reverse=by is alone)
-        rows += [curve.row(kind, order[:size]) for size in range(2, count // 2 + 1)]
-    return rows
+    def curve(self, count: int) -> Iterator[dict[str, Any]]:
+        """Range by range, and those together whose going dense helps most."""
+        every = ranges(count)
+        left = {}
+        for one in every:
+            yield self.row("sparse-at", [other for other in every if other != one], one)
+            row = self.row("dense-at", [one], one)
+            left[one] = row["choosing_error"]
+            yield row
+        order = sorted(every, key=left.__getitem__)
+        for size in range(2, count // 2 + 1):
+            yield self.row("best-dense", order[:size])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,10 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="zoo:flux-emoji", help="zoo:NAME")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--ranges", type=int, default=14, help="parts of the way from noise to picture")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to append to")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--ranges", type=int, default=12, help="parts of the way from noise to picture")
     parser.add_argument("--pictures", type=int, default=256, help="that are measured")
     parser.add_argument("--choosing", type=int, default=64, help="further ones, by which ranges are chosen")
+    parser.add_argument("--no-curve", action="store_true", help="dense-below only")
     parser.add_argument("--calibration-prompts", type=int, help="no more than these, for trials")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="what the figures belong to")
@@ -97,20 +123,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = load_study_model(options.model, device=options.device, dtype=torch.bfloat16)
     calibration = Calibration(prompts=options.calibration_prompts)
     study = Study(model, load_judges(options.device), calibration)
-    built = build(Variant("noise-levels", "sweep", recipe=RECIPE), model, calibration)
-    curve = Curve(study, built.pipeline, options.pictures, options.choosing)
-    document = {
-        "model": options.model,
-        "commit": options.commit,
-        "device": device_name(options.device),
-        "torch": torch.__version__,
-        "rtlynx": rtlynx.__version__,
-        "steps": STEPS,
-        "pictures": options.pictures,
-        "recipe": RECIPE.to_dict(),
-        "rows": measure(curve, options.ranges),
-    }
-    write_json(options.out, document)
+    about = header(options.model, study, "bfloat16")
+    store = RowStore(options.out, about, options.commit, device_name(options.device))
+    for name in options.recipes:
+        built = build(Variant(name, "sweep", recipe=RECIPES[name]), model, calibration)
+        curve = Curve(name, study, built, options.pictures, options.choosing)
+        for row in curve.below(options.ranges):
+            store.append(row)
+        if name == FIRST and not options.no_curve:
+            for row in curve.curve(options.ranges):
+                store.append(row)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import nn
 
 import rtlynx.nn.prologue
 import rtlynx.nn.sparse_linear
-from rtlynx import Recipe, densify, sparsify
+from rtlynx import Recipe, densify, schedule, sparsify
 from rtlynx.models import recompile_limit
 from rtlynx.models.fusion import rotate
 from rtlynx.nn.prologue import adaln, read
@@ -175,6 +175,36 @@ def test_text_rows_in_the_original_weight_read_the_dense_chain(calls):
     # The double block's alone: it has no text rows, but a text stream.
     assert calls == {"adaln_quantize": 4, "gelu_quantize": 2}
     assert relative_error(y, expected) < 5e-2
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_dense_steps_in_fp8_read_the_chain_quantised(calls):
+    model, call = model_and_call("flux")
+    sparsify(model, Recipe.immediate(precision="fp8", dense_last_steps=1, dense_precision="fp8"))
+    quantised = {}
+    for timestep in (1.0, 0.5):
+        call = in_dtype(flux_call(timestep=timestep), torch.bfloat16)
+        with schedule([1.0, 0.5]):
+            expected = output(unfused(model), call)
+            calls.clear()
+            assert relative_error(output(model, call), expected) < 5e-2
+        quantised[timestep] = {name: n for name, n in calls.items() if name.endswith("_quantize")}
+    # Text is dense fp8 in every step; in the last all of it is, each input quantised once.
+    assert quantised[1.0] == {"adaln_quantize": 2, "gelu_quantize": 1}
+    assert quantised[0.5] == {"adaln_quantize": 5, "gelu_quantize": 2, "concat_gelu_quantize": 1}
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_dense_steps_in_bf16_read_the_dense_chain(calls):
+    model, call = model_and_call("flux")
+    sparsify(model, Recipe.immediate(precision="fp8", dense_last_steps=1))
+    call = in_dtype(flux_call(timestep=1.0), torch.bfloat16)
+    with schedule([1.0]):
+        y = output(model, call)
+    assert not any(name.endswith(("_compress", "_quantize")) for name in calls)
+    assert torch.equal(y, output(model_and_call("flux")[0], call))
 
 
 @torch.no_grad()

@@ -71,6 +71,14 @@ def keep_original(layer: SparseLinear) -> None:
         layer.weight_dense, layer.weight_dense_scale = quantize_weight(original)
 
 
+def quantized_original(layer: SparseLinear) -> fp8.Fp8Parameters | None:
+    """What the original weight multiplies with where it is kept in e4m3; None where it is not."""
+    if layer.weight_dense is None or layer.weight_dense_scale is None:
+        return None
+    bias = layer.bias if layer.bias_dense is None else layer.bias_dense
+    return fp8.Fp8Parameters(layer.weight_dense, layer.weight_dense_scale, bias, None, None)
+
+
 def dense_output(layer: SparseLinear, x: Tensor) -> Tensor:
     """Y (..., N) of `x` (..., K) by the original weight.
 
@@ -79,13 +87,12 @@ def dense_output(layer: SparseLinear, x: Tensor) -> Tensor:
     RuntimeError
         If `x` wants a gradient and the weight is kept in e4m3.
     """
-    bias = layer.bias if layer.bias_dense is None else layer.bias_dense
-    if layer.weight_dense is None or layer.weight_dense_scale is None:
-        return linear(x, original_of(layer), bias)
+    of = quantized_original(layer)
+    if of is None:
+        return linear(x, original_of(layer), layer.bias if layer.bias_dense is None else layer.bias_dense)
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError(
             "original weights in e4m3 (dense_precision='fp8') pass no gradient: call the model under "
             "torch.no_grad(), or make it sparse with dense_precision='bf16'"
         )
-    of = fp8.Fp8Parameters(layer.weight_dense, layer.weight_dense_scale, bias, None, None)
     return fp8.dense_linear_fp8(x, fp8.compress_fp8(x, _ALL, "none"), of)

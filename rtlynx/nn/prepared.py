@@ -95,12 +95,14 @@ class QuantizedInput(PreparedInput):
     Attributes
     ----------
     quantized : values (..., K) and scale (..., 1), as from `rtlynx::quantize`
+    parameters : what each layer multiplies with
     """
 
     quantized: fp8.CompressedFp8
+    parameters: list[fp8.Fp8Parameters]
 
     def _output(self, index: int) -> Tensor:
-        return fp8.scaled_product(self.quantized, self.readers[index].fp8_parameters())
+        return fp8.scaled_product(self.quantized, self.parameters[index])
 
 
 @dataclass

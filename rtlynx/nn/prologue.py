@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
-from rtlynx.math.formats import FP8_DENSE
+from rtlynx.math.fp8 import E4M3
+from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports
-from rtlynx.ops.fp8_linear import CompressedFp8
+from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
 
 
@@ -46,21 +47,22 @@ def read(prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
     found = _readers(layers)
     if found is None or torch.is_autocast_enabled(prologue.arguments[0].device.type):
         return prologue.dense()
-    dense_fp8 = tuple(layer for layer in found if not layer.format.sparse)
-    sparse = tuple(layer for layer in found if layer.format.sparse)
-    if not (_quantizer_supported(prologue, dense_fp8) and _compression_supported(prologue, sparse)):
+    dense_fp8 = tuple(layer for layer in found if _drops_nothing(layer))
+    sparse = tuple(layer for layer in found if not _drops_nothing(layer))
+    of = _parameters_if_supported(prologue, dense_fp8)
+    if of is None or not _compression_supported(prologue, sparse):
         return prologue.dense()
     if len(dense_fp8) == len(found):
-        return _quantized(prologue, dense_fp8)
+        return _quantized(prologue, dense_fp8, of)
     if len(sparse) == len(found):
         return _compressed(prologue, sparse)
     # Each computes the prologue for itself: still less traffic than a stored result that both read.
-    parts = _quantized(prologue, dense_fp8), _compressed(prologue, sparse)
+    parts = _quantized(prologue, dense_fp8, of), _compressed(prologue, sparse)
     return MixedInput(parts[0].shape, parts[0].dtype, parts[0].device, found, parts)
 
 
 def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
-    """The layers, if they are all sparse or in fp8 and are called for nothing but their output."""
+    """The layers, if they all compress or quantise their input and are called for their output alone."""
     found = []
     for layer in layers:
         # Adapters wrap a layer; hooks want the input that it would get.
@@ -69,7 +71,9 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
         if layer.dense_reason is not None or layer.backend is not None:
             return None
         call = layer.call()
-        if call is not None and (call.dense or (layer.text_rows_dense and call.has_text)):
+        if call is not None and layer.text_rows_dense and call.has_text:
+            return None
+        if call is not None and call.dense and layer.weight_dense_scale is None:
             return None
         found.append(layer)
     return tuple(found)
@@ -108,25 +112,37 @@ def _of_one_format(found: Sequence[SparseLinear]) -> bool:
     return True
 
 
-def _quantizer_supported(prologue: PrologueCall, found: tuple[SparseLinear, ...]) -> bool:
-    """Whether kernels support these dense fp8 layers; true of no layers."""
-    if len(found) == 0:
-        return True
-    # Low-rank branches read the dense input.
-    if any(layer.format is not FP8_DENSE or layer.rank for layer in found):
-        return False
+def _drops_nothing(layer: SparseLinear) -> bool:
+    """Whether the layer drops no entry of its input in this call."""
+    call = layer.call()
+    return not layer.format.sparse or (call is not None and call.dense)
+
+
+def _parameters_if_supported(
+    prologue: PrologueCall, found: tuple[SparseLinear, ...]
+) -> list[Fp8Parameters] | None:
+    """What these layers, in dense fp8 in this call, multiply with; None where kernels do not support them."""
+    parameters = []
+    for layer in found:
+        of = quantized_original(layer) if layer.format.sparse else layer.fp8_parameters()
+        # Low-rank branches read the dense input.
+        if of is None or of.lowrank_a is not None or of.weight.dtype is not E4M3:
+            return None
+        parameters.append(of)
     tensors = [one for one in prologue.arguments if isinstance(one, Tensor)]
-    if not quantizer_supports(found[0].in_features, *tensors):
-        return False
-    return all(scaled_mm_supports(tensors[0], layer.fp8_parameters()) for layer in found)
+    if found and not quantizer_supports(found[0].in_features, *tensors):
+        return None
+    return parameters if all(scaled_mm_supports(tensors[0], of) for of in parameters) else None
 
 
-def _quantized(prologue: PrologueCall, found: tuple[SparseLinear, ...]) -> QuantizedInput:
-    """The prologue quantised for dense fp8 layers."""
+def _quantized(
+    prologue: PrologueCall, found: tuple[SparseLinear, ...], parameters: list[Fp8Parameters]
+) -> QuantizedInput:
+    """The prologue quantised for layers that are dense fp8 in this call."""
     x = prologue.arguments[0]
     values, scale = QUANTIZE[prologue.name](*prologue.arguments)
     shape = torch.Size((*x.shape[:-1], found[0].in_features))
-    return QuantizedInput(shape, x.dtype, x.device, found, CompressedFp8(values, scale))
+    return QuantizedInput(shape, x.dtype, x.device, found, CompressedFp8(values, scale), parameters)
 
 
 # --------------------------------------------------------------------------------- as models have them
