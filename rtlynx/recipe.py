@@ -304,6 +304,11 @@ class Recipe:
         return cls(**{"rank": None, "refit": False, **changes})
 
     @classmethod
+    def dense_fp8(cls, **changes: Any) -> Recipe:
+        """Every layer in eight bits, nothing dropped, nothing to calibrate: what sparsity is compared with."""
+        return cls.immediate(**{"formats": {"*": "fp8-dense"}, **changes})
+
+    @classmethod
     def paper(cls, **changes: Any) -> Recipe:
         """The paper's: adjacent groups, norm compensation, a low-rank branch for each layer."""
         layers = {"grouping": "adjacent", "norm": "scale", "refit": False}

@@ -32,7 +32,7 @@ RECIPES = {
     "adjacent": Recipe.immediate(grouping="adjacent"),
     "fp8": Recipe.immediate(precision="fp8"),
     "text": Recipe.immediate(text_stream="sparse"),
-    "whole": Recipe.immediate(formats={"*": "fp8-dense"}),
+    "whole": Recipe.dense_fp8(),
     "mixed": Recipe.immediate(precision="fp8", formats={"*.to_k": "fp8-dense"}),
 }
 

@@ -181,7 +181,7 @@ def test_each_setting_survives_json(key):
 
 def test_round_trip():
     fp8 = Recipe.from_dict({**EVERYTHING, **IN_FP8})
-    presets = (Recipe(), Recipe.recommended(), Recipe.immediate(), Recipe.paper())
+    presets = (Recipe(), Recipe.recommended(), Recipe.immediate(), Recipe.dense_fp8(), Recipe.paper())
     for recipe in (*presets, Recipe.from_dict(EVERYTHING), fp8):
         assert Recipe.from_dict(recipe.to_dict()) == recipe
         assert Recipe.from_json(json.dumps(recipe.to_dict())) == recipe

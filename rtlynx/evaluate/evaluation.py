@@ -31,7 +31,7 @@ from rtlynx.models.sparsify import sparse_layers, sparsify, target_model
 from rtlynx.recipe import Recipe
 
 CHECKPOINT = "checkpoint"  # in the folder of the evaluation, where it calibrated
-DENSE_FP8 = Recipe.immediate(formats={"*": "fp8-dense"})
+DENSE_FP8 = Recipe.dense_fp8()
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def spread_out(layers: Sequence[LayerPlan], shares: Mapping[str, float]) -> list
 
 def dense_fp8(model: nn.Module) -> None:
     """Every layer in fp8, no activation dropped: the alternative to sparsity on the same fused kernels."""
-    sparsify(model, Recipe.immediate(formats={"*": "fp8-dense"}))
+    sparsify(model, Recipe.dense_fp8())
 
 
 DENSE_FP8, RECOMMENDED, EVERY_LAYER = "rtlynx dense fp8", "rtlynx fp8-2:4", "rtlynx fp8-2:4 (every layer)"

@@ -20,7 +20,7 @@ DORA = LoraConfig(r=2, target_modules=["to_q", "proj_mlp"], use_dora=True, init_
 CHANGED = {
     "refit": lambda: refit(),
     "fp8": lambda: sparsify(tiny_flux(), Recipe.immediate(precision="fp8")),
-    "fp8-dense": lambda: sparsify(tiny_flux(), Recipe.immediate(formats={"*": "fp8-dense"})),
+    "fp8-dense": lambda: sparsify(tiny_flux(), Recipe.dense_fp8()),
     "fp8-refit": lambda: refit(Recipe(rank=4, ridge=0.1, precision="fp8")),
     "original kept": lambda: refit(Recipe(rank=4, ridge=0.1, text_rows="dense")),
 }
