@@ -305,7 +305,7 @@ class Recipe:
 
     @classmethod
     def dense_fp8(cls, **changes: Any) -> Recipe:
-        """Every layer in eight bits, nothing dropped, nothing to calibrate: what sparsity is compared with."""
+        """Every layer in eight bits, nothing dropped, no calibration: what sparsity is compared with."""
         return cls.immediate(**{"formats": {"*": "fp8-dense"}, **changes})
 
     @classmethod
