@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rtlynx_zoo.patches import patchify, unpatchify
 from rtlynx_zoo.velocity import from_latents, to_latents, velocity_of
 from training.architectures import ARCHITECTURES
-from training.emoji import flow_matching_loss
+from training.train import flow_matching_loss
 from zoo_helpers import (
     TINY,
     FluxOracle,
