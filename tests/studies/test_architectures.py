@@ -29,7 +29,7 @@ from rtlynx.models.sparsify import sparse_layers
 from rtlynx.recipe import Recipe
 
 ORACLES = {"flux": FluxOracle, "qwen-image": QwenImageOracle, "z-image": ZImageOracle}
-NAMES = tuple(ARCHITECTURES)
+NAMES = tuple(ORACLES)
 
 
 def tiny_model(name):
@@ -159,7 +159,7 @@ def test_every_candidate_can_be_sparse(name):
 
 
 def test_names_know_where_their_files_are():
-    assert zoo.names() == ("flux-emoji", "qwen-emoji", "z-image-emoji")
+    assert zoo.names() == ("flux-emoji", "qwen-emoji", "z-image-emoji", "flux-fashion")
     package = Path(zoo.__file__).parent
     assert zoo.folder("flux-emoji").parent == package / "assets"
     for name in zoo.names()[1:]:
@@ -167,7 +167,7 @@ def test_names_know_where_their_files_are():
         assert zoo.folder(name).parts[-3:] == ("studies", "models", name)
 
 
-@pytest.mark.parametrize("name", ["qwen-emoji", "z-image-emoji"])
+@pytest.mark.parametrize("name", zoo.names()[1:])
 def test_missing_weights_are_one_clear_line(name, monkeypatch, tmp_path):
     monkeypatch.setattr(zoo, "_REPOSITORY_MODELS", tmp_path)
     with pytest.raises(FileNotFoundError, match=f"studies/models/{name} of the rtlynx repository") as caught:
