@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from measure import read_atlas
-from rtlynx_zoo.pipeline import SIZE
-from rtlynx_zoo.prompts import demo_prompts
+from rtlynx_zoo import draws_emoji
+from rtlynx_zoo.prompts import demo_prompts, fashion_prompts
 from torch import Tensor
 
 from rtlynx.evaluate.grid import picture_grid, png_bytes
@@ -235,7 +235,7 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
 def pictures(document: Mapping[str, Any], results: Path) -> bytes | None:
     """Dense, then each shown variant and its magnified difference, as a PNG; None without their files."""
     files = {name: atlas_path(results, name) for name in ("dense", *SHOWN)}
-    there = {name: read_atlas(path, SIZE)[:COLUMNS] for name, path in files.items() if path.is_file()}
+    there = {name: read_atlas(path)[:COLUMNS] for name, path in files.items() if path.is_file()}
     if "dense" not in there or len(there) < 2:
         return None
     dense, rows = there.pop("dense"), Results(document).rows
@@ -246,7 +246,8 @@ def pictures(document: Mapping[str, Any], results: Path) -> bytes | None:
         value = rows[name]["figures"]["psnr"]["mean"] if name in rows else None
         notes[name] = "" if value is None else f"PSNR {value:.1f} dB"
         shown[f"{name}: difference x{MAGNIFIED}"] = magnified_difference(some, dense)
-    return png_bytes(picture_grid(shown, demo_prompts(len(dense)), notes))
+    prompts = demo_prompts if draws_emoji(document["model"].removeprefix("zoo:")) else fashion_prompts
+    return png_bytes(picture_grid(shown, prompts(len(dense)), notes))
 
 
 def worst_pictures(document: Mapping[str, Any], results: Path, name: str) -> bytes | None:
@@ -254,7 +255,7 @@ def worst_pictures(document: Mapping[str, Any], results: Path, name: str) -> byt
     path, row = atlas_path(results, f"{name}-worst"), Results(document).rows.get(name)
     if row is None or not path.is_file():
         return None
-    count, tiles = len(row["worst"]), read_atlas(path, SIZE)
+    count, tiles = len(row["worst"]), read_atlas(path)
     return png_bytes(picture_grid({"dense": tiles[:count], name: tiles[count : 2 * count]}, row["worst"]))
 
 

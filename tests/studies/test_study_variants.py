@@ -7,12 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from caching import FirstBlockCache
-from helpers import tiny_qwen, tiny_z_image, watched
+from helpers import tiny_flux, tiny_qwen, tiny_z_image, watched
 from make_variant import build, by_budget, input_moments, planned_ms
+from measure import Study
 from model_errors import model_errors
+from picture_figures import Judges
+from rtlynx_zoo.prompts import FASHION_CLASSES
 from study_helpers import SMALL, STEPS, tiny_study, tiny_study_model
-from study_model import StudyModel, load_study_model, noise_seed
+from study_model import StudyModel, load_study_model, noise_seed, study_of
 from variants import BY_HAND, VARIANTS, chosen
+from zoo_helpers import fashion_pipeline, seeds
 
 from rtlynx import Recipe
 from rtlynx.calibration.budget import LayerCost
@@ -70,6 +74,26 @@ def test_calibration_and_measured_prompts_are_disjoint():
     with pytest.raises(ValueError, match="both"):
         StudyModel("x", study.pipeline, ("a", "b"), ("b", "c"))
     assert noise_seed(0) + 10_000 < noise_seed(0, other=True) < noise_seed(1) - 10_000
+
+
+def test_classes_are_calibrated_and_measured_on_from_noise_of_their_own():
+    transformer = tiny_flux(
+        in_channels=16, joint_attention_dim=384, pooled_projection_dim=384, attention_head_dim=32
+    )
+    study = study_of("x", fashion_pipeline(transformer))
+    assert study.prompts(12) == [*FASHION_CLASSES, *FASHION_CLASSES[:2]]
+    assert set(study.calibration) == set(FASHION_CLASSES)
+    assert len(study.calibration) == 1024 <= study.first_noise < noise_seed(0, other=True) - 10_000
+    with pytest.raises(ValueError, match="both"):
+        StudyModel("x", study.pipeline, ("Dress",) * 9, ("Dress",), first_noise=8)
+    drawn = Study(study, Judges(None, None, "none"), SMALL).dense(2, STEPS, seed=1)
+    noise = noise_seed(1) + study.first_noise
+    alone = study.pipeline(
+        "Trouser", generator=seeds(noise + 1), num_inference_steps=STEPS, output_type="pt", guidance_scale=1.5
+    ).images
+    torch.testing.assert_close(drawn[1:], alone, atol=1e-4, rtol=0)
+    built = build(replace(BY_NAME["recommended"], prompts=4), study, SMALL)
+    assert built.modelled_ms(study.architecture, STEPS) > 0
 
 
 def test_what_is_left_dense_by_hand_is_in_the_models():
