@@ -2,7 +2,7 @@
 
 Writes PNG files into a folder of the results' name, beside them or in `--to`: distributions (the paper's
 Figure 2), errors by layer and by step, quality against modelled speed with its Pareto front, pictures of
-the main variants, and those furthest from dense.
+the main variants, and those furthest from dense. Of a file of `widths.py`: damage by width.
 """
 
 from __future__ import annotations
@@ -186,6 +186,44 @@ def front(document: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+WIDTH_PANELS = {  # figure -> title, axis
+    "psnr": ("pictures", "PSNR against dense, dB"),
+    "output_error": ("one call of the model", "relative squared error"),
+    "frechet": ("all pictures together", "Fréchet distance to real ones"),
+}
+
+
+def by_width(document: Mapping[str, Any]) -> Figure | None:
+    """Damage over the width of the model: a point for each training, a line through their means."""
+    rows = document["rows"]
+    if not rows:
+        return None
+    figure, panels = _panels(len(WIDTH_PANELS), 3.6, 3.4)
+    for axes, (key, (title, unit)) in zip(panels, WIDTH_PANELS.items(), strict=True):
+        for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+            points: dict[int, list[float]] = {}
+            for row in rows:
+                value = row["errors"][key] if key in row["errors"] else row["figures"][key]["mean"]
+                # Dense is at no distance from itself: only its pictures as a whole can be judged.
+                if row["name"] == name and value:
+                    points.setdefault(row["width"], []).append(value)
+            if not points:
+                continue
+            widths, colour = sorted(points), f"C{number}"
+            axes.plot(widths, [np.mean(points[width]) for width in widths], color=colour, label=name)
+            each = [(width, value) for width in widths for value in points[width]]
+            axes.plot(*zip(*each, strict=True), "o", color=colour, markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({row["width"] for row in rows}), minor=False)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("width of the model")
+        axes.set_ylabel(unit)
+        axes.set_title(title, fontsize=9)
+    panels[1].set_yscale("log")
+    panels[-1].legend(fontsize=7)
+    return figure
+
+
 def place_labels(
     axes: Axes, labels: Mapping[str, tuple[float, float]], points: Iterable[tuple[float, float]]
 ) -> None:
@@ -281,7 +319,8 @@ def write_plots(results: Path, to: Path | None = None) -> list[Path]:
     folder = (to or results.parent) / results.stem
     folder.mkdir(parents=True, exist_ok=True)
     digest = sha256_of(results)  # so that a test sees when a plot is stale
-    for name, plot in PLOTS.items():
+    plots = {"by-width": by_width} if "training" in document else PLOTS
+    for name, plot in plots.items():
         figure = plot(document)
         if figure is None:
             continue
@@ -319,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="+", help="files of studies/quality.py")
+    parser.add_argument("results", type=Path, nargs="+", help="files of quality.py or widths.py")
     parser.add_argument("--to", type=Path, help="folder of the plots' folders, default that of each file")
     options = parser.parse_args(arguments)
     for results in options.results:
