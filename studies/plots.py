@@ -219,8 +219,9 @@ def by_width(document: Mapping[str, Any]) -> Figure | None:
         axes.set_xlabel("width of the model")
         axes.set_ylabel(unit)
         axes.set_title(title, fontsize=9)
+        if axes.lines:
+            axes.legend(fontsize=7)
     panels[1].set_yscale("log")
-    panels[-1].legend(fontsize=7)
     return figure
 
 

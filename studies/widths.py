@@ -1,7 +1,7 @@
 """What sparsity costs by width: train flux-fashion at a width, make it sparse, measure.
 
-    python studies/widths.py --data fashion.npz --width 512 --out studies/results/widths-flux-fashion.json
-    python studies/plots.py studies/results/widths-flux-fashion.json --to docs/study
+    python studies/widths.py --data fashion.npz --width 512 --seed 0 --out widths.json
+    python studies/plots.py widths.json
 
 A call does one width and one seed of the training, `--seed`. Every width sees the same number of pictures, at
 a peak learning rate that falls with the square root of the width. Rows are those of `quality.py`, with width,
@@ -106,6 +106,7 @@ def run(options: argparse.Namespace, judges: Judges, say: Any = print) -> int:
         recorded=min(6, options.calibration_steps),
         prompts=options.calibration_prompts,
     )
+    torch.backends.cudnn.allow_tf32 = False  # the judges' convolutions
     store = store_of(options, calibration, judges)
     jobs = jobs_for(chosen(VARIANTS), options.pictures, options.seeds, options.steps)
     which = {"width": options.width, "training_seed": options.seed}

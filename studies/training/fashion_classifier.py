@@ -79,6 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.allow_tf32 = False  # features as a CPU computes them
 
     archive = np.load(args.data)
 
