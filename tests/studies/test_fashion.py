@@ -19,7 +19,7 @@ from rtlynx_zoo import fashion
 from rtlynx_zoo.prompts import FASHION_CLASSES
 from training import fashion_classifier, fashion_data
 from training.architectures import ARCHITECTURES
-from zoo_helpers import TINY, seeds, write_fashion_archive
+from zoo_helpers import TINY, fashion_pipeline, randomize, seeds, write_fashion_archive
 
 
 def write_idx(path, array):
@@ -180,6 +180,27 @@ def test_a_width_without_heads_is_one_clear_line(here, tmp_path, capsys):
         widths.main(arguments.split())
     assert "multiple of 32, the size of a head; got 40" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "w.json").exists()
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+def test_commands_draw_its_classes(here, tmp_path, command):
+    folder = here[0] / "flux-fashion"
+    fashion_pipeline(randomize(tiny().build())).save_pretrained(folder)
+    code, out, _ = command("inspect", "zoo:flux-fashion", "--activations", 2, "--json")
+    assert code == 0
+    assert json.loads(out)["activation_energy_kept"]
+    evaluate = ["evaluate", "zoo:flux-fashion", "--images", 2, "--out", tmp_path / "e"]
+    evaluate += ["--pipeline", "num_inference_steps=1"]
+    code, out, _ = command(*evaluate, "--recipe", "immediate", "--json")
+    results = json.loads(out)
+    assert code == 0
+    assert results["prompts"] == list(FASHION_CLASSES[:2])
+    assert "are of emoji" in results["unavailable"]["kid"]
+    code, _, error = command(*evaluate, "--recipe", "recommended")
+    assert code
+    assert "is drawn and calibrated on, which would flatter" in " ".join(error.split())
 
 
 # ---------------------------------------------------------------------------------------------- what ships
