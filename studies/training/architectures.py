@@ -135,8 +135,8 @@ _FLUX = Architecture(
 
 ARCHITECTURES = {
     "flux": _FLUX,
-    # 9.2 million parameters: 18 MB in bfloat16. A picture is 64 tokens, a quarter of the emoji models', so that
-    # widths up to 1,024 are trained in minutes.
+    # 9.2 million parameters: 18 MB in bfloat16. A picture is 64 tokens, a quarter of the emoji models', so
+    # that widths up to 1,024 are trained in minutes.
     "flux-fashion": replace(
         _FLUX,
         config={
