@@ -90,7 +90,7 @@ class EmojiPipeline(DiffusionPipeline):
             raise ValueError("give either prompt, or prompt_embeds with pooled_prompt_embeds")
         if (prompt_embeds is None) != (pooled_prompt_embeds is None):
             raise ValueError("prompt_embeds and pooled_prompt_embeds come together; one of them is missing")
-        if {height or self.size, width or self.size} != {self.size}:
+        if any(side not in (None, self.size) for side in (height, width)):
             raise ValueError(
                 f"this model draws {self.size}x{self.size} pictures only; got height={height}, width={width}"
             )
