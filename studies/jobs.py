@@ -30,7 +30,8 @@ class Setup:
     def study(self, device: str) -> Study:
         torch.backends.cudnn.allow_tf32 = False  # the judges' convolutions
         model = load_study_model(self.source, device=device, dtype=getattr(torch, self.dtype))
-        return Study(model, load_judges(device), self.calibration, self.batch_size)
+        judges = load_judges(device, clothing=model.draws_classes)
+        return Study(model, judges, self.calibration, self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from baselines import BASELINES, Pruned
+from baselines import BASELINES, WITH_INTERCEPT, Pruned
 from caching import FirstBlockCache
 from modelled_time import Layer, all_dense, step_ms
 from study_model import StudyModel
@@ -19,6 +19,7 @@ import rtlynx
 from rtlynx import CalibrationOptions
 from rtlynx.evaluate.layers import watch_linears
 from rtlynx.evaluate.sampling import sample_pictures
+from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.models.plan import LayerPlan, make_plan
 from rtlynx.models.sparsify import sparse_layers, state_of, target_model
 from rtlynx.recipe import Budget, Recipe
@@ -218,7 +219,7 @@ def _prune(built: Built, study: StudyModel, variant: Variant, calibration: Calib
     assert variant.weights is not None
     model = target_model(built.pipeline)
     layers = make_plan(model, Recipe.immediate(grouping="adjacent")).sparse
-    grams = input_moments(
+    moments = input_moments(
         built.pipeline,
         layers,
         _calibration_prompts(study, variant, calibration),
@@ -228,15 +229,42 @@ def _prune(built: Built, study: StudyModel, variant: Variant, calibration: Calib
     for layer in layers:
         linear = model.get_submodule(layer.name)
         assert isinstance(linear, nn.Linear)
-        pruned = BASELINES[variant.weights](linear.weight.detach(), grams[layer.candidate.reads])
-        _put(linear, pruned)
+        of = moments[layer.candidate.reads]
+        centred = variant.weights in WITH_INTERCEPT
+        pruned = BASELINES[variant.weights](linear.weight.detach(), of.covariance if centred else of.gram)
+        _put(linear, pruned, of.mean if centred else None)
         built.layers[layer.name] = linear
-        built.plan[layer.name] = Layer("weight-2:4", pruned.rank / layer.in_features, shared=False)
+        form = "weight-2:4-fp8" if pruned.fp8 else "weight-2:4"
+        built.plan[layer.name] = Layer(form, pruned.rank / layer.in_features, shared=False)
 
 
 @torch.no_grad()
-def _put(linear: nn.Linear, pruned: Pruned) -> None:
+def _put(linear: nn.Linear, pruned: Pruned, mean: Tensor | None) -> None:
+    """Give `linear` the weight, e4m3 inputs if it wants them, and with `mean` (K,) of X the mean error."""
+    if mean is not None:
+        error = (linear.weight.to(mean) - pruned.weight.to(mean)) @ mean
+        bias = error if linear.bias is None else linear.bias.to(mean) + error
+        linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
     linear.weight.copy_(pruned.weight)
+    if pruned.fp8:
+        linear.register_forward_pre_hook(_in_e4m3)
+
+
+def _in_e4m3(_linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each token rounded with a scale of its own, as the kernels do it."""
+    x, *others = inputs
+    return quantize_tokens(x).dequantize().to(x.dtype), *others
+
+
+class Moments(NamedTuple):
+    """Second moments X^T X / tokens (K, K) and mean (K,) of a layer's input, float64."""
+
+    gram: Tensor
+    mean: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.gram - torch.outer(self.mean, self.mean)
 
 
 def input_moments(
@@ -246,22 +274,22 @@ def input_moments(
     *,
     batch_size: int,
     pipeline_kwargs: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """X^T X / tokens (K, K), float64, of each distinct input of `layers`, over all steps of all prompts.
+) -> dict[str, Moments]:
+    """Moments of each distinct input of `layers`, over all steps of all prompts.
 
     Keys are `candidate.reads`. Each token counts once, of image or text.
     """
     first = {layer.candidate.reads: layer for layer in reversed(layers)}
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Moments] = {}
     counts: dict[str, int] = dict.fromkeys(first, 0)
     reads_of = {layer.name: reads for reads, layer in first.items()}
 
     def see(name: str, x: Tensor, _y: Tensor) -> None:
         reads, tokens = reads_of[name], x.detach().reshape(-1, x.shape[-1]).float()
-        product = (tokens.T @ tokens).double()
-        sums[reads] = sums[reads] + product if reads in sums else product
+        found = Moments((tokens.T @ tokens).double(), tokens.sum(0).double())
+        sums[reads] = Moments(*map(torch.add, sums[reads], found)) if reads in sums else found
         counts[reads] += len(tokens)
 
     with watch_linears(target_model(pipeline), list(reads_of), see):
         sample_pictures(pipeline, prompts, batch_size=batch_size, pipeline_kwargs=pipeline_kwargs)
-    return {reads: total / counts[reads] for reads, total in sums.items()}
+    return {reads: Moments(of.gram / counts[reads], of.mean / counts[reads]) for reads, of in sums.items()}

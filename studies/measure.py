@@ -60,7 +60,7 @@ class Study:
         return sample_pictures(
             pipeline,
             self.model.prompts(count),
-            seed=first_seed,
+            seed=self.model.first_noise + first_seed,
             batch_size=self.batch_size,
             pipeline_kwargs={**self.model.settings, "num_inference_steps": steps},
         )
@@ -81,6 +81,7 @@ class Study:
                 self.model.prompts(self.compared),
                 steps=steps,
                 recorded=steps,
+                seed=self.model.first_noise,
                 batch_size=self.compared,
                 pipeline_kwargs=self.model.settings,
             )
@@ -120,7 +121,7 @@ class Study:
                     )
         computed = None if built.cache is None else built.cache.computed
         modelled = built.modelled_ms(self.model.architecture, variant.steps)
-        names = ("psnr", "ssim", "perceptual", "frechet", "retrieval")
+        names = ("psnr", "ssim", "perceptual", "frechet", "precision", "recall", "retrieval")
         return {
             "name": variant.name,
             "group": variant.group,
@@ -190,11 +191,12 @@ def write_atlas(path: Path, pictures: Tensor) -> None:
         atlas.save(temporary, "PNG", optimize=True)
 
 
-def read_atlas(path: Path, size: int) -> Tensor:
-    """Inverse of `write_atlas`, to eight bits: (n, 3, size, size) in [0, 1]; n is a multiple of a row."""
+def read_atlas(path: Path) -> Tensor:
+    """Inverse of `write_atlas`, to eight bits: (n, 3, S, S) in [0, 1]; n is a multiple of a row."""
     with Image.open(path) as image:
         raw = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
         width, height = image.size
+    size = width // ATLAS_COLUMNS
     tiles = raw.view(height // size, size, width // size, size, 3).permute(0, 2, 4, 1, 3)
     return tiles.reshape(-1, 3, size, size).float() / 255
 

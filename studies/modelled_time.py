@@ -17,7 +17,7 @@ architecture (FLUX.1, Qwen-Image, Z-Image at 1024x1024), a guidance pass countin
 - Text-only layers (512 tokens) count dense in every form: kernels gain nothing there
   (threshold-h100.json).
 - Weight 2:4 takes `ours_gemm_us` alone: its input is not compressed. A low-rank branch beside it is extra
-  dense work, by FLOPs.
+  dense work, by FLOPs. In fp8 it quantises its input, as dense fp8 does (`cublas_fp8_quant_us`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RANK_MULTIPLE = 16
 class Layer:
     """What a layer of the small model is.
 
-    form : one of `rtlynx.math.formats.FORMAT_NAMES`, or "weight-2:4".
+    form : one of `rtlynx.math.formats.FORMAT_NAMES`, "weight-2:4" or "weight-2:4-fp8".
     rank : of its low-rank branch, as a share of its inputs.
     shared : whether layers that read one input share one A.
     text_rows_dense : whether text tokens run dense, where image and text share the layer.
@@ -217,6 +217,8 @@ def _form_us(
     if form == "weight-2:4":
         extra = rank * (bf16["K"] + share * bf16["N"]) / (bf16["K"] * bf16["N"])
         return share * bf16["ours_gemm_us"] + extra * bf16["cublas_us"]
+    if form == "weight-2:4-fp8":
+        return share * fp8["ours_gemm_us"] + fp8["cublas_fp8_quant_us"]
     if form == "fp8-dense":
         return share * fp8["cublas_fp8_us"] + fp8["cublas_fp8_quant_us"]
     if form not in ("bf16-sparse", "fp8-sparse"):

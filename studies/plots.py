@@ -2,7 +2,7 @@
 
 Writes PNG files into a folder of the results' name, beside them or in `--to`: distributions (the paper's
 Figure 2), errors by layer and by step, quality against modelled speed with its Pareto front, pictures of
-the main variants, and those furthest from dense.
+the main variants, and those furthest from dense. Of a file of `widths.py`: damage by width.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from measure import read_atlas
-from rtlynx_zoo.pipeline import SIZE
-from rtlynx_zoo.prompts import demo_prompts
+from rtlynx_zoo import draws_emoji
+from rtlynx_zoo.prompts import demo_prompts, fashion_prompts
 from torch import Tensor
 
 from rtlynx.evaluate.grid import picture_grid, png_bytes
@@ -186,6 +186,45 @@ def front(document: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+WIDTH_PANELS = {  # figure -> title, axis
+    "psnr": ("pictures", "PSNR against dense, dB"),
+    "output_error": ("one call of the model", "relative squared error"),
+    "frechet": ("all pictures together", "Fréchet distance to real ones"),
+}
+
+
+def by_width(document: Mapping[str, Any]) -> Figure | None:
+    """Damage over the width of the model: a point for each training, a line through their means."""
+    rows = document["rows"]
+    if not rows:
+        return None
+    figure, panels = _panels(len(WIDTH_PANELS), 3.6, 3.4)
+    for axes, (key, (title, unit)) in zip(panels, WIDTH_PANELS.items(), strict=True):
+        for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+            points: dict[int, list[float]] = {}
+            for row in rows:
+                value = row["errors"][key] if key in row["errors"] else row["figures"][key]["mean"]
+                # Dense is at no distance from itself: only its pictures as a whole can be judged.
+                if row["name"] == name and value:
+                    points.setdefault(row["width"], []).append(value)
+            if not points:
+                continue
+            widths, colour = sorted(points), f"C{number}"
+            axes.plot(widths, [np.mean(points[width]) for width in widths], color=colour, label=name)
+            each = [(width, value) for width in widths for value in points[width]]
+            axes.plot(*zip(*each, strict=True), "o", color=colour, markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({row["width"] for row in rows}), minor=False)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("width of the model")
+        axes.set_ylabel(unit)
+        axes.set_title(title, fontsize=9)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    panels[1].set_yscale("log")
+    return figure
+
+
 def place_labels(
     axes: Axes, labels: Mapping[str, tuple[float, float]], points: Iterable[tuple[float, float]]
 ) -> None:
@@ -235,7 +274,7 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
 def pictures(document: Mapping[str, Any], results: Path) -> bytes | None:
     """Dense, then each shown variant and its magnified difference, as a PNG; None without their files."""
     files = {name: atlas_path(results, name) for name in ("dense", *SHOWN)}
-    there = {name: read_atlas(path, SIZE)[:COLUMNS] for name, path in files.items() if path.is_file()}
+    there = {name: read_atlas(path)[:COLUMNS] for name, path in files.items() if path.is_file()}
     if "dense" not in there or len(there) < 2:
         return None
     dense, rows = there.pop("dense"), Results(document).rows
@@ -246,7 +285,8 @@ def pictures(document: Mapping[str, Any], results: Path) -> bytes | None:
         value = rows[name]["figures"]["psnr"]["mean"] if name in rows else None
         notes[name] = "" if value is None else f"PSNR {value:.1f} dB"
         shown[f"{name}: difference x{MAGNIFIED}"] = magnified_difference(some, dense)
-    return png_bytes(picture_grid(shown, demo_prompts(len(dense)), notes))
+    prompts = demo_prompts if draws_emoji(document["model"].removeprefix("zoo:")) else fashion_prompts
+    return png_bytes(picture_grid(shown, prompts(len(dense)), notes))
 
 
 def worst_pictures(document: Mapping[str, Any], results: Path, name: str) -> bytes | None:
@@ -254,7 +294,7 @@ def worst_pictures(document: Mapping[str, Any], results: Path, name: str) -> byt
     path, row = atlas_path(results, f"{name}-worst"), Results(document).rows.get(name)
     if row is None or not path.is_file():
         return None
-    count, tiles = len(row["worst"]), read_atlas(path, SIZE)
+    count, tiles = len(row["worst"]), read_atlas(path)
     return png_bytes(picture_grid({"dense": tiles[:count], name: tiles[count : 2 * count]}, row["worst"]))
 
 
@@ -280,7 +320,8 @@ def write_plots(results: Path, to: Path | None = None) -> list[Path]:
     folder = (to or results.parent) / results.stem
     folder.mkdir(parents=True, exist_ok=True)
     digest = sha256_of(results)  # so that a test sees when a plot is stale
-    for name, plot in PLOTS.items():
+    plots = {"by-width": by_width} if "training" in document else PLOTS
+    for name, plot in plots.items():
         figure = plot(document)
         if figure is None:
             continue
@@ -318,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="+", help="files of studies/quality.py")
+    parser.add_argument("results", type=Path, nargs="+", help="files of quality.py or widths.py")
     parser.add_argument("--to", type=Path, help="folder of the plots' folders, default that of each file")
     options = parser.parse_args(arguments)
     for results in options.results:

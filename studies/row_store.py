@@ -11,7 +11,7 @@ from typing import Any
 from rtlynx.storage.files import read_json, write_json
 
 # Header entries that must agree for rows to stand in one file.
-SAME = ("model", "dtype", "guidance", "calibration")
+SAME = ("model", "dtype", "guidance", "calibration", "training")
 
 
 class RowStore:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from baselines import BASELINES
+
 from rtlynx.recipe import Budget, Recipe
 
 Group = Literal["main", "sweep"]
@@ -97,7 +99,7 @@ ALL_OF_OURS = Recipe(rank=RANK, text_rows="dense", dense_steps=2)
 def _main() -> Iterator[Variant]:
     yield Variant("dense", "main")
     yield Variant("dense:other-seed", "main", other_noise=True)
-    for baseline in ("magnitude", "wanda", "ria", "bawa-style", "slim"):
+    for baseline in BASELINES:
         yield Variant(f"weight-2:4:{baseline}", "main", weights=baseline)
     recipes = {
         "activation-2:4": NAIVE,

@@ -3,10 +3,12 @@
 import diffusers
 import numpy as np
 import torch
-from rtlynx_zoo.pipeline import EmojiPipeline
+from rtlynx_zoo.pipeline import EmojiPipeline, FashionPipeline
 
+_TINY_FLUX = dict(num_layers=1, num_single_layers=1, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
 TINY = {
-    "flux": dict(num_layers=1, num_single_layers=1, attention_head_dim=32, axes_dims_rope=(8, 12, 12)),
+    "flux": _TINY_FLUX,
+    "flux-fashion": _TINY_FLUX,
     "qwen-image": dict(num_layers=1, attention_head_dim=32, axes_dims_rope=(8, 12, 12)),
     "z-image": dict(n_layers=1, dim=96, n_heads=3, n_kv_heads=3, axes_dims=[8, 12, 12]),
 }
@@ -23,7 +25,14 @@ def randomize(model, seed=0):
 
 
 def emoji_pipeline(model):
-    pipe = EmojiPipeline(model, diffusers.FlowMatchEulerDiscreteScheduler())
+    return _quiet(EmojiPipeline(model, diffusers.FlowMatchEulerDiscreteScheduler()))
+
+
+def fashion_pipeline(model):
+    return _quiet(FashionPipeline(model, diffusers.FlowMatchEulerDiscreteScheduler()))
+
+
+def _quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -43,6 +52,17 @@ def write_archive(file, pictures=8):
         tokens=rng.standard_normal((lengths.sum(), 384)).astype(np.float16),
         lengths=lengths,
     )
+    return file
+
+
+def write_fashion_archive(file, pictures=8):
+    """Random pictures in the format of training.fashion_data."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for prefix in ("", "test_"):
+        arrays[f"{prefix}pictures"] = rng.integers(0, 256, (pictures, 32, 32, 1), dtype=np.uint8)
+        arrays[f"{prefix}labels"] = rng.integers(0, 10, pictures)
+    np.savez(file, **arrays)
     return file
 
 

@@ -85,8 +85,11 @@ def prompts_of(file: Path | None, model: str, *, held_out: bool = False) -> list
     if not model.startswith("zoo:"):
         raise UsageError("give --prompts FILE: only zoo models bring prompts of their own")
 
+    import rtlynx_zoo as zoo
     from rtlynx_zoo import prompts
 
+    if not zoo.draws_emoji(model.removeprefix("zoo:")):
+        return prompts.fashion_prompts(len(prompts.FASHION_CLASSES) if held_out else 512)
     return prompts.demo_prompts() if held_out else prompts.calibration_prompts(512)
 
 

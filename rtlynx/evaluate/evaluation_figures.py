@@ -105,6 +105,10 @@ def _no_kid(model: str, count: int) -> str | None:
     """Why there is no kernel distance to real pictures, or None."""
     if not model.startswith(ZOO_PREFIX):
         return "only zoo models bring real pictures and a feature network"
+    import rtlynx_zoo as zoo
+
+    if not zoo.draws_emoji(model.removeprefix(ZOO_PREFIX)):
+        return "the feature network and the real pictures are of emoji"
     if count < FEWEST_FOR_KID:
         return f"it takes at least {FEWEST_FOR_KID} pictures, not {count}"
     return None

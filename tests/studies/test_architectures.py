@@ -7,16 +7,19 @@ import pytest
 import rtlynx_zoo as zoo
 import torch
 import torch.nn.functional as F
+from rtlynx_zoo import text
 from rtlynx_zoo.patches import patchify, unpatchify
+from rtlynx_zoo.prompts import FASHION_CLASSES
 from rtlynx_zoo.velocity import from_latents, to_latents, velocity_of
 from training.architectures import ARCHITECTURES
-from training.emoji import flow_matching_loss
+from training.train import flow_matching_loss
 from zoo_helpers import (
     TINY,
     FluxOracle,
     QwenImageOracle,
     ZImageOracle,
     emoji_pipeline,
+    fashion_pipeline,
     randomize,
     seeds,
 )
@@ -29,7 +32,7 @@ from rtlynx.models.sparsify import sparse_layers
 from rtlynx.recipe import Recipe
 
 ORACLES = {"flux": FluxOracle, "qwen-image": QwenImageOracle, "z-image": ZImageOracle}
-NAMES = tuple(ARCHITECTURES)
+NAMES = tuple(ORACLES)
 
 
 def tiny_model(name):
@@ -158,8 +161,38 @@ def test_every_candidate_can_be_sparse(name):
     assert all(layer.in_features % 16 == 0 for layer in plan.sparse)
 
 
+def test_clothing_takes_a_quarter_of_the_tokens_and_20_mb():
+    model = ARCHITECTURES["flux-fashion"].build()
+    assert sum(parameter.numel() for parameter in model.parameters()) * 2 <= 20e6  # bfloat16
+    plan = make_plan(model, Recipe(text_stream="sparse"))
+    assert len(plan.sparse) == len(plan.layers)
+
+
+def test_clothing_is_drawn_as_grey_pictures_with_three_equal_channels():
+    known = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    model = FluxOracle(**{**ARCHITECTURES["flux-fashion"].config, **TINY["flux-fashion"]})
+    model.tokens = patchify(known)
+    pipe = fashion_pipeline(model)
+    settings = {"num_inference_steps": 3, "generator": seeds(0, 1)}
+    drawn = pipe(["Coat", "Bag"], output_type="pt", **settings).images
+    torch.testing.assert_close(drawn, (known / 2 + 0.5).expand(-1, 3, -1, -1), atol=1e-5, rtol=0)
+    assert pipe(["Coat", "Bag"], **settings).images[0].size == (32, 32)
+    with pytest.raises(ValueError, match="draws 32x32 pictures only; got height=64"):
+        pipe("Coat", height=64)
+
+
+def test_the_classes_have_text_without_the_encoder():
+    embeds, pooled = text.encode(list(FASHION_CLASSES))
+    lengths = (embeds.abs().sum(2) > 0).sum(1)
+    assert lengths.min() >= 3  # start, word, end
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(pooled[row], embeds[row, :length].mean(0))
+    assert len({tuple(one.tolist()) for one in pooled}) == len(FASHION_CLASSES)
+    assert torch.equal(text.encode(["dRESS"])[0][0], embeds[FASHION_CLASSES.index("Dress")])
+
+
 def test_names_know_where_their_files_are():
-    assert zoo.names() == ("flux-emoji", "qwen-emoji", "z-image-emoji")
+    assert zoo.names() == ("flux-emoji", "qwen-emoji", "z-image-emoji", "flux-fashion")
     package = Path(zoo.__file__).parent
     assert zoo.folder("flux-emoji").parent == package / "assets"
     for name in zoo.names()[1:]:
@@ -167,7 +200,7 @@ def test_names_know_where_their_files_are():
         assert zoo.folder(name).parts[-3:] == ("studies", "models", name)
 
 
-@pytest.mark.parametrize("name", ["qwen-emoji", "z-image-emoji"])
+@pytest.mark.parametrize("name", zoo.names()[1:])
 def test_missing_weights_are_one_clear_line(name, monkeypatch, tmp_path):
     monkeypatch.setattr(zoo, "_REPOSITORY_MODELS", tmp_path)
     with pytest.raises(FileNotFoundError, match=f"studies/models/{name} of the rtlynx repository") as caught:

@@ -145,6 +145,16 @@ def test_every_candidate_of_every_architecture_is_priced(model):
         assert (step_ms(type(model).__name__, layers) < dense) is not text, name
 
 
+def test_pruned_weights_in_fp8_quantise_their_input_and_compress_nothing():
+    saved = step_ms(FLUX, flux()) - step_ms(FLUX, flux(single=Layer("weight-2:4-fp8")))
+    us = sum(
+        ROWS[name]["cublas_us"] - ROWS_FP8[name]["ours_gemm_us"] - ROWS_FP8[name]["cublas_fp8_quant_us"]
+        for name in ("flux-single-in", "flux-single-out")
+    )
+    # The joined layers of a block quantise their one input once.
+    assert saved == pytest.approx(38 * us / 1000)
+
+
 def test_unknown_models_and_forms():
     assert step_ms("Other", {}) is None
     with pytest.raises(ValueError, match="1:4"):

@@ -8,9 +8,17 @@ import picture_figures
 import pytest
 import torch
 from perceptual import Vgg16Stages, distances, load_arrays
-from picture_figures import Judges, frechet, picture_groups, thin_strokes
+from picture_figures import (
+    Judges,
+    clothing_judges,
+    frechet,
+    picture_groups,
+    precision_recall,
+    thin_strokes,
+)
+from rtlynx_zoo.fashion import FashionClassifier
 from rtlynx_zoo.features import real_features
-from rtlynx_zoo.prompts import all_prompts
+from rtlynx_zoo.prompts import FASHION_CLASSES, all_prompts
 from torch import nn
 
 
@@ -52,9 +60,81 @@ def test_frechet_of_covariances_that_do_not_commute():
 def test_real_pictures_are_at_no_distance_from_themselves():
     prompts = all_prompts()[:200]
     features = real_features()[1][:200]
-    assert picture_figures.frechet_to_real(features, prompts) == pytest.approx(0, abs=1e-6)
-    assert picture_figures.frechet_to_real(features[:100], prompts[:100]) is None
-    assert picture_figures.frechet_to_real(features, [*prompts[:-1], "no emoji"]) is None
+    assert torch.equal(picture_figures.real_of_prompts(prompts), features)
+    assert picture_figures.frechet_to_real(features, features) == pytest.approx(0, abs=1e-6)
+    assert picture_figures.frechet_to_real(features[:100], features) is None
+    assert picture_figures.real_of_prompts([*prompts[:-1], "no emoji"]) is None
+
+
+# --------------------------------------------------------------------------------------- precision, recall
+
+
+def on_manifold(points, members, k):
+    """The definition, point by point."""
+    hits = 0
+    for point in points:
+        for i, member in enumerate(members):
+            others = sorted(float((member - other).norm()) for j, other in enumerate(members) if j != i)
+            if float((point - member).norm()) <= others[k - 1]:
+                hits += 1
+                break
+    return hits / len(points)
+
+
+def test_precision_and_recall_by_their_definition(monkeypatch):
+    monkeypatch.setattr(picture_figures, "ROWS_AT_ONCE", 7)
+    real = rand(20, 3).double()
+    features = torch.cat([rand(10, 3, seed=1), 0.5 + 0.3 * rand(10, 3, seed=2)]).double()
+    found = precision_recall(features, real, k=2)
+    assert found == (on_manifold(features, real, 2), on_manifold(real, features, 2))
+    assert 0 < found.precision < 1
+    assert 0 < found.recall < 1
+
+
+def test_fewer_kinds_cost_recall_and_noise_costs_precision():
+    real = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    again = torch.randn(300, 4, generator=torch.Generator().manual_seed(1))
+    like, narrow, wide = (precision_recall(scale * again, real) for scale in (1, 0.3, 3))
+    assert precision_recall(real, real) == (1, 1)
+    assert min(like) > 0.6
+    assert narrow.precision > like.precision
+    assert narrow.recall < like.recall - 0.3
+    assert wide.precision < like.precision - 0.3
+
+
+def test_sets_are_compared_at_equal_size():
+    real, features = rand(40, 2), rand(10, 2, seed=1)
+    assert precision_recall(features, real) == precision_recall(features, real[:10])
+    with pytest.raises(ValueError, match="more than 3 pictures, got 3"):
+        precision_recall(features[:3], real)
+
+
+# ------------------------------------------------------------------------------------------------- clothing
+
+
+def test_figures_of_clothing_are_against_all_real_pictures():
+    torch.manual_seed(0)
+    classifier = FashionClassifier().eval()
+    pictures = rand(80, 1, 32, 32).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        real = classifier(rand(90, 3, 32, 32, seed=1))
+        features = classifier(pictures)
+        found = classifier.classify(features).argmax(1)
+    judges = clothing_judges(classifier, real, None, "not here", "cpu")
+    prompts = [FASHION_CLASSES[row] for row in found]
+    prompts[0] = FASHION_CLASSES[int(found[0] + 1) % 10]
+    figures = picture_figures.picture_figures(pictures, 0.9 * pictures, prompts, judges)
+    assert figures["frechet"] == pytest.approx(frechet(features, real), rel=1e-4)
+    assert (figures["precision"], figures["recall"]) == precision_recall(features, real)
+    assert figures["retrieval"] == pytest.approx(79 / 80)
+    assert figures["groups"]["all"]["retrieval"] == pytest.approx(79 / 80)
+
+
+def test_grey_pictures_have_the_features_of_their_one_channel():
+    classifier, pictures = FashionClassifier().eval(), rand(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(classifier(pictures), classifier(pictures.expand(-1, 3, -1, -1)), atol=1e-6)
+    assert sum(parameter.numel() for parameter in classifier.parameters()) <= 500_000  # 1 MB in float16
 
 
 # -------------------------------------------------------------------------------------- perceptual distance
@@ -171,9 +251,7 @@ def test_figures_of_pictures_and_what_is_missing():
     mse = (pictures - reference).square().mean((1, 2, 3))
     assert figures["psnr"] == pytest.approx(float((-10 * mse.log10()).mean()), rel=1e-4)
     assert figures["groups"]["all"]["mse"] == pytest.approx(float(mse.mean()))
-    whole = picture_figures.picture_figures(
-        reference, reference, prompts, picture_figures.load_judges("cpu", size=64)
-    )
+    whole = picture_figures.picture_figures(reference, reference, prompts, picture_figures.load_judges("cpu"))
     assert whole["psnr"] is None
     assert whole["worst"] == []
     assert 0 <= whole["retrieval"] <= 1

@@ -5,18 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from caching import FirstBlockCache
-from helpers import tiny_qwen, tiny_z_image, watched
+from helpers import tiny_flux, tiny_qwen, tiny_z_image, watched
 from make_variant import build, by_budget, input_moments, planned_ms
+from measure import Study
 from model_errors import model_errors
+from picture_figures import Judges
+from rtlynx_zoo.prompts import FASHION_CLASSES
 from study_helpers import SMALL, STEPS, tiny_study, tiny_study_model
-from study_model import StudyModel, load_study_model, noise_seed
+from study_model import StudyModel, load_study_model, noise_seed, study_of
 from variants import BY_HAND, VARIANTS, chosen
+from zoo_helpers import fashion_pipeline, seeds
 
 from rtlynx import Recipe
 from rtlynx.calibration.budget import LayerCost
 from rtlynx.calibration.options import CalibrationReport
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
+from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.models.plan import make_plan
 from rtlynx.models.sparsify import state_of
 
@@ -70,6 +76,26 @@ def test_calibration_and_measured_prompts_are_disjoint():
     assert noise_seed(0) + 10_000 < noise_seed(0, other=True) < noise_seed(1) - 10_000
 
 
+def test_classes_are_calibrated_and_measured_on_from_noise_of_their_own():
+    transformer = tiny_flux(
+        in_channels=16, joint_attention_dim=384, pooled_projection_dim=384, attention_head_dim=32
+    )
+    study = study_of("x", fashion_pipeline(transformer))
+    assert study.prompts(12) == [*FASHION_CLASSES, *FASHION_CLASSES[:2]]
+    assert set(study.calibration) == set(FASHION_CLASSES)
+    assert len(study.calibration) == 1024 <= study.first_noise < noise_seed(0, other=True) - 10_000
+    with pytest.raises(ValueError, match="both"):
+        StudyModel("x", study.pipeline, ("Dress",) * 9, ("Dress",), first_noise=8)
+    drawn = Study(study, Judges(None, None, "none"), SMALL).dense(2, STEPS, seed=1)
+    noise = noise_seed(1) + study.first_noise
+    alone = study.pipeline(
+        "Trouser", generator=seeds(noise + 1), num_inference_steps=STEPS, output_type="pt", guidance_scale=1.5
+    ).images
+    torch.testing.assert_close(drawn[1:], alone, atol=1e-4, rtol=0)
+    built = build(replace(BY_NAME["recommended"], prompts=4), study, SMALL)
+    assert built.modelled_ms(study.architecture, STEPS) > 0
+
+
 def test_what_is_left_dense_by_hand_is_in_the_models():
     for transformer in (tiny_study_model().pipeline.transformer, tiny_z_image()):
         for glob in BY_HAND[type(transformer).__name__]:
@@ -82,9 +108,9 @@ def test_what_is_left_dense_by_hand_is_in_the_models():
 
 
 @pytest.mark.parametrize("name", [
-    "weight-2:4:magnitude", "weight-2:4:slim", "activation-2:4", "paper:trained", "paper:by-hand",
-    "paper:by-budget", "refit+lowrank+strided", "all-of-ours", "pattern:norm-8:16", "fp8:dense",
-    "fp8-budget:0.01", "order:sequential", "cache:ours-0.2",
+    "weight-2:4:magnitude", "weight-2:4:slim", "weight-2:4:refit", "activation-2:4", "paper:trained",
+    "paper:by-hand", "paper:by-budget", "refit+lowrank+strided", "all-of-ours", "pattern:norm-8:16",
+    "fp8:dense", "fp8-budget:0.01", "order:sequential", "cache:ours-0.2",
 ])  # fmt: skip
 def test_a_variant_draws_differs_from_dense_and_is_priced(model, name):
     before = copy.deepcopy(model.pipeline.transformer.state_dict())
@@ -168,6 +194,22 @@ def test_pruned_layers_are_pruned_and_text_stays(model):
     assert built.calibration_seconds > 0
 
 
+def test_a_refit_leaves_no_mean_error_and_has_e4m3_inputs_in_fp8(model):
+    """On the calibration data itself, layer by layer, in float32."""
+    settings = {**SETTINGS, "num_inference_steps": SMALL.steps}
+    built = build(BY_NAME["weight-2:4:refit-fp8"], model, SMALL)
+    with watched(model.pipeline.transformer, list(built.layers)) as seen:
+        sample_pictures(model.pipeline, model.calibration[:4], batch_size=4, pipeline_kwargs=settings)
+    assert list(built.layers) == make_names(model)
+    for name, linear in built.layers.items():
+        x, y = (torch.cat([pair[i].flatten(0, -2) for pair in seen[name]]) for i in (0, 1))
+        product = F.linear(x, linear.weight, linear.bias)
+        assert (product - y).mean(0).abs().max() < 1e-3 * y.std(), name
+        rounded = F.linear(quantize_tokens(x).dequantize(), linear.weight, linear.bias)
+        torch.testing.assert_close(linear(x), rounded)
+    assert {layer.form for layer in built.plan.values()} == {"dense", "weight-2:4-fp8"}
+
+
 def test_moments_of_inputs_by_hand(model):
     layers = make_plan(model.pipeline.transformer, Recipe.immediate()).sparse
     settings = {**SETTINGS, "num_inference_steps": 2}
@@ -176,7 +218,10 @@ def test_moments_of_inputs_by_hand(model):
     with watched(model.pipeline.transformer, [layer.name]) as seen:
         sample_pictures(model.pipeline, ["red heart"], pipeline_kwargs=settings)
     x = torch.cat([one.flatten(0, 1) for one, _ in seen[layer.name]]).double()
-    assert torch.allclose(found[layer.candidate.reads], x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    of = found[layer.candidate.reads]
+    assert torch.allclose(of.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(of.mean, x.mean(0), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(of.covariance, torch.cov(x.T, correction=0), rtol=1e-3, atol=1e-5)
     assert len(found) == len({layer.candidate.reads for layer in layers})
 
 

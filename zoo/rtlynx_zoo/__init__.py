@@ -3,8 +3,9 @@
 pipe = rtlynx_zoo.load()
 pipe("hot dog").images[0].save("hot-dog.png")
 
-flux-emoji is in the wheel. The others, of other architectures, are trained on the same pictures with the same
-recipe; their weights are in the repository only.
+flux-emoji is in the wheel. qwen-emoji and z-image-emoji, of other architectures, are trained on the same
+pictures with the same recipe. flux-fashion draws clothing by class, after Fashion-MNIST: these are too many
+pictures to learn by heart. The weights of these three are in the repository only.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
     from rtlynx_zoo.pipeline import EmojiPipeline
 
+_FASHION = "flux-fashion"
 # Name -> its transformer's class in diffusers.
 _CLASSES = {
     "flux-emoji": "FluxTransformer2DModel",
     "qwen-emoji": "QwenImageTransformer2DModel",
     "z-image-emoji": "ZImageTransformer2DModel",
+    _FASHION: "FluxTransformer2DModel",
 }
 _BOXED = ("flux-emoji",)
 _PACKAGE = Path(__file__).parent
@@ -33,6 +36,18 @@ _REPOSITORY_MODELS = _PACKAGE.parents[1] / "studies" / "models"
 def names() -> tuple[str, ...]:
     """The models that `load` knows. All but the first need a checkout of the repository."""
     return tuple(_CLASSES)
+
+
+def draws_emoji(name: str) -> bool:
+    """Whether a model draws emoji, as all do but flux-fashion, which draws clothing."""
+    return name != _FASHION
+
+
+def pipeline_class(name: str) -> type[EmojiPipeline]:
+    """The class of what `load` gives."""
+    from rtlynx_zoo.pipeline import EmojiPipeline, FashionPipeline
+
+    return EmojiPipeline if draws_emoji(name) else FashionPipeline
 
 
 def folder(name: str) -> Path:
@@ -70,15 +85,13 @@ def load(
     import diffusers
     import torch
 
-    from rtlynx_zoo.pipeline import EmojiPipeline
-
     transformer = getattr(diffusers, _CLASSES[name]).from_pretrained(
         files / "transformer", dtype=dtype or torch.float32, local_files_only=True, low_cpu_mem_usage=False
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
         files / "scheduler", local_files_only=True
     )
-    return EmojiPipeline(transformer.eval(), scheduler).to(device)
+    return pipeline_class(name)(transformer.eval(), scheduler).to(device)
 
 
 def dense_pictures(

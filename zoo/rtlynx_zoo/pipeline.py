@@ -1,6 +1,6 @@
-"""Text to a 64x64 picture with a transformer that works on pixels, of any architecture in the zoo."""
+"""Text to a small picture with a transformer that works on pixels, of any architecture in the zoo."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from rtlynx_zoo import text
-from rtlynx_zoo.patches import SIZE, patchify, unpatchify
+from rtlynx_zoo.patches import PATCH, SIZE, patchify, unpatchify
 from rtlynx_zoo.velocity import velocity_of
 
 
@@ -18,8 +18,12 @@ class EmojiPipeline(DiffusionPipeline):
 
     `transformer` is a FLUX, Qwen-Image or Z-Image model of diffusers: `rtlynx_zoo.velocity` knows what each
     is given and what it returns. Prompts, noise, steps and guidance are the same for all.
+
+    size, channels : of the pictures that the model draws.
     """
 
+    size: ClassVar[int] = SIZE
+    channels: ClassVar[int] = 3
     transformer: ModelMixin
     scheduler: FlowMatchEulerDiscreteScheduler
     model_cpu_offload_seq = "transformer"  # type: ignore[assignment]
@@ -50,8 +54,8 @@ class EmojiPipeline(DiffusionPipeline):
         *,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
-        height: int = SIZE,
-        width: int = SIZE,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 24,
         guidance_scale: float = 3.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -66,7 +70,7 @@ class EmojiPipeline(DiffusionPipeline):
             One prompt or a list; or pass `prompt_embeds` (B, 16, 384) and `pooled_prompt_embeds` (B, 384).
             Only FLUX reads the latter.
         height, width:
-            64: the model knows no other size.
+            `size`, the default: the model knows no other.
         num_inference_steps:
             Euler steps. Each costs two transformer passes, or one where `guidance_scale` is 1.
         guidance_scale:
@@ -75,8 +79,8 @@ class EmojiPipeline(DiffusionPipeline):
             One for each picture: a seed then gives the same picture alone and in any batch. A single one
             draws the noise of all pictures in turn.
         output_type:
-            "pil": PIL images. "pt": a tensor (B, 3, 64, 64) float32 in [0, 1]. "latent": patches
-            (B, 256, 48) float32.
+            "pil": PIL images. "pt": a tensor (B, 3, size, size) float32 in [0, 1], grey pictures with three
+            equal channels. "latent": patches (B, (size / 4)^2, 16 channels) float32.
         return_dict:
             `ImagePipelineOutput(images=...)`, or the tuple `(images,)`.
 
@@ -86,9 +90,9 @@ class EmojiPipeline(DiffusionPipeline):
             raise ValueError("give either prompt, or prompt_embeds with pooled_prompt_embeds")
         if (prompt_embeds is None) != (pooled_prompt_embeds is None):
             raise ValueError("prompt_embeds and pooled_prompt_embeds come together; one of them is missing")
-        if (height, width) != (SIZE, SIZE):
+        if any(side not in (None, self.size) for side in (height, width)):
             raise ValueError(
-                f"this model draws {SIZE}x{SIZE} pictures only; got height={height}, width={width}"
+                f"this model draws {self.size}x{self.size} pictures only; got height={height}, width={width}"
             )
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be a positive integer; got {num_inference_steps!r}")
@@ -115,7 +119,7 @@ class EmojiPipeline(DiffusionPipeline):
             )
 
         # The state stays float32 whatever the transformer computes in: 24 rounded additions would show.
-        sample = patchify(_noise(batch, generator)).to(device)  # (B, 256, 48)
+        sample = patchify(_noise(batch, (self.channels, self.size, self.size), generator)).to(device)
         sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
         self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
 
@@ -137,17 +141,34 @@ class EmojiPipeline(DiffusionPipeline):
 
         images: Any = sample
         if output_type != "latent":
-            images = (unpatchify(sample) / 2 + 0.5).clamp(0, 1)  # (B, 3, 64, 64)
+            images = (unpatchify(sample) / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
         if output_type == "pil":
             images = self.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def _noise(batch: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """(B, 3, 64, 64) float32 on the CPU, drawn picture by picture so that a batch's size changes nothing."""
+class FashionPipeline(EmojiPipeline):
+    """Draws clothing from the names of its classes, as `EmojiPipeline` draws emoji: grey pictures of 32x32.
+
+    Prompts are `rtlynx_zoo.prompts.FASHION_CLASSES`. Fashion-MNIST's pictures of 28x28 have two black
+    pixels around them here.
+    """
+
+    size = 32
+    channels = 1
+
+
+def patch_channels(pipeline: type[EmojiPipeline]) -> int:
+    """Channels of a patch: what the transformer of `pipeline` reads of each image token."""
+    return pipeline.channels * PATCH**2
+
+
+def _noise(
+    batch: int, shape: tuple[int, int, int], generator: torch.Generator | list[torch.Generator] | None
+) -> Tensor:
+    """(B, *shape) float32 on the CPU, drawn picture by picture so that a batch's size changes nothing."""
     generators = generator if isinstance(generator, list) else [generator] * batch
-    drawn = [
-        torch.randn(3, SIZE, SIZE, generator=g, device=g.device if g else "cpu").cpu() for g in generators
-    ]
-    return torch.stack(drawn)
+    return torch.stack(
+        [torch.randn(*shape, generator=g, device=g.device if g else "cpu").cpu() for g in generators]
+    )

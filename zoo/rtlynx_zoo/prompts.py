@@ -1,7 +1,7 @@
 """The prompts of the zoo: every caption with its category, and three disjoint lists in a fixed order.
 
-The model has been trained on all of them. What the lists keep apart is calibration (a sparse model is fitted
-on some captions) and what is measured and shown (others).
+The emoji models have been trained on all of them. What the lists keep apart is calibration (a sparse model is
+fitted on some captions) and what is measured and shown (others).
 """
 
 import json
@@ -21,6 +21,11 @@ DEMO_PROMPTS = (
     "astronaut", "jack-o-lantern", "honeybee", "telephone", "grapes", "frog", "fire engine", "tulip",
     "turtle", "crescent moon", "ice cream", "police car", "pineapple", "anchor", "whale", "books",
     "carrot", "light bulb", "pig face", "airplane", "tomato", "thumbs up", "flag of Japan", "skull",
+)  # fmt: skip
+
+# Fashion-MNIST's classes by label: all that flux-fashion draws.
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
 
@@ -60,6 +65,11 @@ def evaluation_prompts(n: int | None = None) -> list[str]:
     Raises ValueError if n is out of range.
     """
     return _first("evaluation", n)
+
+
+def fashion_prompts(n: int) -> list[str]:
+    """`n` prompts for flux-fashion: its classes in turn."""
+    return [FASHION_CLASSES[i % len(FASHION_CLASSES)] for i in range(n)]
 
 
 def all_prompts() -> list[str]:

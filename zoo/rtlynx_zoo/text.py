@@ -1,25 +1,30 @@
-"""Prompts to embeddings: a shipped table for every emoji name, MiniLM (if installed) for anything else.
+"""Prompts to embeddings: shipped tables for emoji names and classes of clothing, MiniLM for anything else.
 
 Token states are all-MiniLM-L6-v2's last hidden states, rounded to float16 once, so that a prompt gives the
 same numbers whether it came from the table or from the encoder. Padding is zeros; the null prompt is zeros.
 """
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rtlynx_zoo.prompts import ASSETS, rows
+import rtlynx_zoo
+from rtlynx_zoo.prompts import ASSETS, FASHION_CLASSES, rows
 
 TEXT_TOKENS = 16
 TEXT_WIDTH = 384
+TABLE = "text.safetensors"
+_FASHION_ROWS = {name.lower(): row for row, name in enumerate(FASHION_CLASSES)}
 
 
 def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Prompts -> (prompt_embeds (B, 16, 384) float32, pooled (B, 384) float32), on the CPU.
 
-    A prompt is an emoji's English name in any case, the emoji itself, or free text; "" is the null prompt.
+    A prompt is an emoji's English name or a class of Fashion-MNIST in any case, the emoji itself, or free
+    text; "" is the null prompt.
     `pooled` is the mean over the prompt's tokens. Free text past 16 tokens is cut off.
 
     Raises ValueError for free text when the encoder is not installed.
@@ -29,8 +34,8 @@ def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
     for i, prompt in enumerate(prompts):
         if not prompt.strip():
             continue
-        row = rows().get(prompt.strip().lower())
-        tokens = (encode_tokens(prompt) if row is None else _table_tokens(row)).float()  # (T, 384)
+        known = _known(prompt.strip().lower())
+        tokens = (encode_tokens(prompt) if known is None else known).float()  # (T, 384)
         embeds[i, : len(tokens)] = tokens
         pooled[i] = tokens.mean(dim=0)
     return embeds, pooled
@@ -53,15 +58,21 @@ def encode_tokens(prompt: str) -> Tensor:
         return model(**inputs).last_hidden_state[0].half()
 
 
-def _table_tokens(row: int) -> Tensor:
-    tokens, ends = _table()
+def _known(prompt: str) -> Tensor | None:
+    """Token states (T, 384) float16 of a lower-case prompt from a shipped table, None where none has it."""
+    row, folder = rows().get(prompt), ASSETS
+    if row is None and prompt in _FASHION_ROWS:
+        row, folder = _FASHION_ROWS[prompt], rtlynx_zoo.folder("flux-fashion")
+    if row is None or not (folder / TABLE).is_file():
+        return None
+    tokens, ends = _table(folder / TABLE)
     start = ends[row - 1] if row else 0
     return tokens[start : ends[row]]
 
 
 @cache
-def _table() -> tuple[Tensor, Tensor]:
-    with safe_open(ASSETS / "text.safetensors", "pt") as file:
+def _table(path: Path) -> tuple[Tensor, Tensor]:
+    with safe_open(path, "pt") as file:
         return file.get_tensor("tokens"), file.get_tensor("lengths").cumsum(0)
 
 

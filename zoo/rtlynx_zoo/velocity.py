@@ -4,9 +4,9 @@ The flow leads from a picture x at noise level sigma = 0 to noise e at sigma = 1
 z = x + sigma (e - x). The velocity is dz / d sigma = e - x: what FLUX and Qwen-Image predict, and what
 diffusers' FlowMatchEulerDiscreteScheduler takes.
 
-Here the state z is always patches (B, 256, 48), the text always 16 token states (B, 16, 384) and their mean
-(B, 384), whatever the model wants to see. All pictures are of one size and all captions of one length, so no
-model needs a mask.
+Here the state z is always patches, (B, 256, 48) of emoji, the text always 16 token states (B, 16, 384) and
+their mean (B, 384), whatever the model wants to see. FLUX takes square pictures of any size. All pictures are
+of one size and all captions of one length, so no model needs a mask.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rtlynx_zoo.patches import GRID, patchify, unpatchify
+from rtlynx_zoo.patches import GRID, grid_of, patchify, unpatchify
 from rtlynx_zoo.text import TEXT_TOKENS
 
 # (model, state (B, 256, 48), sigma (B,), prompt_embeds (B, 16, 384), pooled (B, 384)) -> (B, 256, 48)
@@ -24,17 +24,17 @@ Velocity = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
 Z_IMAGE_PATCH = 2  # the only patch of Z-Image: it sees a picture as 12 channels of 32x32
 
 
-def position_ids(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """(img_ids (256, 3), txt_ids (16, 3)) float32: an image token's (0, row, column); zeros for text."""
-    image = torch.zeros(GRID, GRID, 3, device=device)
-    image[..., 1] = torch.arange(GRID, device=device)[:, None]
-    image[..., 2] = torch.arange(GRID, device=device)[None, :]
+def position_ids(device: torch.device | str = "cpu", grid: int = GRID) -> tuple[Tensor, Tensor]:
+    """(img_ids (grid², 3), txt_ids (16, 3)) float32: an image token's (0, row, column); zeros for text."""
+    image = torch.zeros(grid, grid, 3, device=device)
+    image[..., 1] = torch.arange(grid, device=device)[:, None]
+    image[..., 2] = torch.arange(grid, device=device)[None, :]
     return image.flatten(0, 1), torch.zeros(TEXT_TOKENS, 3, device=device)
 
 
 def flux_velocity(model: nn.Module, state: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
     """FluxTransformer2DModel: the timestep is sigma."""
-    img_ids, txt_ids = position_ids(state.device)
+    img_ids, txt_ids = position_ids(state.device, grid_of(state))
     return model(
         hidden_states=state,
         encoder_hidden_states=embeds,

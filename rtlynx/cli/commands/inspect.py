@@ -90,7 +90,8 @@ def _zoo_tokens(model: str) -> tuple[int, int] | None:
     """Image and text tokens of the zoo's models, None for others."""
     if not model.startswith("zoo:"):
         return None
-    from rtlynx_zoo.patches import GRID
+    import rtlynx_zoo as zoo
+    from rtlynx_zoo.patches import PATCH
     from rtlynx_zoo.text import TEXT_TOKENS
 
-    return GRID * GRID, TEXT_TOKENS
+    return (zoo.pipeline_class(model.removeprefix("zoo:")).size // PATCH) ** 2, TEXT_TOKENS

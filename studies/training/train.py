@@ -1,12 +1,13 @@
-"""Train an emoji model: a diffusion transformer on 64x64 pixels, by flow matching, from names.
+"""Train a model of the zoo: a diffusion transformer on pixels, by flow matching, from names.
 
-    cd studies && python -m training.emoji --architecture flux --data emoji.npz --out out --minutes 16
+    cd studies && python -m training.train --architecture flux --data emoji.npz --out out --minutes 16
+    cd studies && python -m training.train --architecture flux-fashion --data fashion.npz --out o --minutes 4
 
-Architectures: flux, qwen-image, z-image. They share data, captions, noise, loss, optimiser and average.
-The learning rate is a function of the time trained over the time given, so a run ends cooled down on any
-machine. `--pause-after` stops early with a checkpoint in the output folder; the same command goes on from
-there. At the end: a diffusers pipeline folder with the averaged weights (bfloat16), loss.json, a sample grid,
-retrieval.
+Architectures: flux, qwen-image and z-image on emoji, flux-fashion on Fashion-MNIST. They share text, noise,
+loss, optimiser and average. The learning rate is a function of the time trained over the time given, so a run
+ends cooled down on any machine, or of the pictures seen (`--pictures`). `--pause-after` stops early with a
+checkpoint in the output folder; the same command goes on from there. At the end: a diffusers pipeline folder
+with the averaged weights (bfloat16), loss.json, a sample grid, and of emoji retrieval.
 """
 
 import argparse
@@ -23,9 +24,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from rtlynx_zoo.features import FEATURES, FeatureNet
 from rtlynx_zoo.patches import patchify
-from rtlynx_zoo.pipeline import EmojiPipeline
-from rtlynx_zoo.prompts import demo_prompts
-from rtlynx_zoo.text import TEXT_TOKENS, TEXT_WIDTH
+from rtlynx_zoo.pipeline import EmojiPipeline, patch_channels
+from rtlynx_zoo.prompts import FASHION_CLASSES, demo_prompts, fashion_prompts
+from rtlynx_zoo.text import TEXT_TOKENS, TEXT_WIDTH, encode
 from rtlynx_zoo.velocity import Velocity
 from torch import Tensor
 
@@ -37,27 +38,43 @@ LOG_EVERY = 50
 
 
 class Data:
-    """The whole training set on the device: pictures as patches in [-1, 1], caption embeddings, padded."""
+    """The whole training set on the device: pictures as patches in [-1, 1], caption embeddings, padded.
+
+    Archives are those of training.data, where each picture has a caption of its own, and of
+    training.fashion_data, where it has a label.
+
+    names : the captions. captions : of each picture, its row of `names`, `embeds` and `pooled`.
+    """
 
     def __init__(self, file: Path, device: torch.device):
         archive = np.load(file)
         pictures = torch.from_numpy(archive["pictures"]).to(device).permute(0, 3, 1, 2)
-        self.patches = patchify(pictures.float() / 127.5 - 1)  # (n, 256, 48)
-        lengths = archive["lengths"].tolist()
-        tokens = torch.from_numpy(archive["tokens"]).float().split(lengths)
-        self.embeds = torch.zeros(len(lengths), TEXT_TOKENS, TEXT_WIDTH)
-        for row, states in enumerate(tokens):
-            self.embeds[row, : len(states)] = states
-        self.embeds = self.embeds.to(device)
-        self.pooled = torch.stack([states.mean(dim=0) for states in tokens]).to(device)
-        self.names = archive["names"].tolist()
+        self.patches = patchify(pictures.float() / 127.5 - 1)  # (n, 256, 48) or (n, 64, 16)
+        if "labels" in archive:
+            self.names = list(FASHION_CLASSES)
+            embeds, pooled = encode(self.names)
+            captions = torch.from_numpy(archive["labels"])
+        else:
+            self.names = archive["names"].tolist()
+            tokens = torch.from_numpy(archive["tokens"]).float().split(archive["lengths"].tolist())
+            embeds = torch.zeros(len(tokens), TEXT_TOKENS, TEXT_WIDTH)
+            for row, states in enumerate(tokens):
+                embeds[row, : len(states)] = states
+            pooled = torch.stack([states.mean(dim=0) for states in tokens])
+            captions = torch.arange(len(tokens))
+        self.captions, self.embeds, self.pooled = (one.to(device) for one in (captions, embeds, pooled))
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random (patches (B, 256, 48), prompt_embeds (B, 16, 384), pooled (B, 384)); some null captions."""
+        """Random (patches (B, 256, 48) or (B, 64, 16), prompt_embeds (B, 16, 384), pooled (B, 384)).
+
+        Some captions are null.
+        """
         device = self.patches.device
         rows = torch.randint(len(self.patches), (size,), device=device)
         keep = (torch.rand(size, device=device) >= CAPTION_DROPOUT).float()
-        return self.patches[rows], self.embeds[rows] * keep[:, None, None], self.pooled[rows] * keep[:, None]
+        captions = self.captions[rows]
+        embeds, pooled = self.embeds[captions], self.pooled[captions]
+        return self.patches[rows], embeds * keep[:, None, None], pooled * keep[:, None]
 
 
 def flow_matching_loss(
@@ -74,13 +91,27 @@ def flow_matching_loss(
 
 
 class Trainer:
-    """Model, average, optimizer and clock; `state_dict` is all that a resumed run needs."""
+    """Model, average, optimizer and clock; `state_dict` is all that a resumed run needs.
+
+    Raises
+    ------
+    ValueError
+        If the architecture has no such width, or draws other pictures than those of `data`.
+    """
 
     def __init__(self, args: argparse.Namespace, data: Data):
         self.args, self.data = args, data
         self.device = data.patches.device
         torch.manual_seed(args.seed)
         self.architecture = ARCHITECTURES[args.architecture]
+        if args.width is not None:
+            self.architecture = self.architecture.of_width(args.width)
+        wanted, found = patch_channels(self.architecture.pipeline), data.patches.shape[2]
+        if wanted != found:
+            raise ValueError(
+                f"{args.data} has patches of {found} channels, {args.architecture} takes {wanted}: give the "
+                "archive of training.data for emoji, of training.fashion_data for flux-fashion"
+            )
         self.model = self.architecture.build()
         self.architecture.initialize(self.model)
         self.model.to(self.device)
@@ -93,6 +124,9 @@ class Trainer:
 
     @property
     def progress(self) -> float:
+        """Share of the schedule that is done."""
+        if self.args.pictures is not None:
+            return min(1.0, self.step * self.args.batch / self.args.pictures)
         return self.seconds / (60 * self.args.minutes)
 
     def train_step(self) -> Tensor:
@@ -121,9 +155,9 @@ class Trainer:
 
     def run(self, minutes: float) -> None:
         """Train for so many minutes, or to the end of the schedule if that comes first."""
-        limit = min(60 * self.args.minutes, self.seconds + 60 * minutes)
+        limit = self.seconds + 60 * minutes
         losses, before = [], time.perf_counter()
-        while self.seconds < limit:
+        while self.progress < 1 and self.seconds < limit:
             losses.append(self.train_step())
             if self.step % LOG_EVERY == 0:
                 loss = torch.stack(losses).mean().item()  # waits for the device: the clock below is honest
@@ -199,7 +233,7 @@ class Trainer:
 
 
 def sample(pipe: EmojiPipeline, prompts: list[str], steps: int, batch: int = 128) -> Tensor:
-    """One picture a prompt, seed = its place in the list, guidance 3 -> (n, 3, 64, 64) in [0, 1], CPU."""
+    """One picture a prompt, seed = its place in the list, guidance 3 -> (n, 3, S, S) in [0, 1], CPU."""
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for start in range(0, len(prompts), batch):
@@ -212,10 +246,10 @@ def sample(pipe: EmojiPipeline, prompts: list[str], steps: int, batch: int = 128
     return torch.cat(pictures)
 
 
-def save_grid(pictures: Tensor, file: Path, columns: int = 8) -> None:
+def save_grid(pictures: Tensor, file: Path, columns: int) -> None:
     rows = pictures[: len(pictures) // columns * columns].unflatten(
         0, (-1, columns)
-    )  # (rows, columns, 3, 64, 64)
+    )  # (rows, columns, 3, S, S)
     grid = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     Image.fromarray((grid * 255).round().byte().numpy()).save(file)
 
@@ -240,14 +274,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--architecture", choices=ARCHITECTURES, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="the archive written by training.data")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="archive of training.data or training.fashion_data"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the results")
     parser.add_argument(
-        "--features", type=Path, help="folder of the trained feature network, to report retrieval"
+        "--features", type=Path, help="folder of the trained feature network, to report retrieval of emoji"
     )
     parser.add_argument(
         "--minutes", type=float, default=16, help="training time over all runs; the schedule's length"
     )
+    parser.add_argument("--pictures", type=int, help="the schedule's length in pictures, in place of minutes")
+    parser.add_argument("--width", type=int, help="of the model, a multiple of 64; default: the zoo's, 256")
     parser.add_argument("--pause-after", type=float, default=math.inf, help="minutes to train in this run")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=6e-4, help="peak learning rate")
@@ -256,12 +294,17 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.features and ARCHITECTURES[args.architecture].pipeline is not EmojiPipeline:
+        parser.error("--features is the network that tells emoji apart: leave it out")
     args.out.mkdir(parents=True, exist_ok=True)
     # cuDNN's attention backward has faulted (illegal memory access, torch 2.11): flash attention instead.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
-    data = Data(args.data, torch.device(args.device))
-    trainer = Trainer(args, data)
+    try:
+        data = Data(args.data, torch.device(args.device))
+        trainer = Trainer(args, data)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
         trainer.load_state_dict(torch.load(checkpoint, map_location=args.device, weights_only=True))
@@ -276,13 +319,15 @@ def main() -> None:
     torch.save(trainer.state_dict(), partial)
     partial.replace(checkpoint)
     model = trainer.averaged_model()
-    pipe = EmojiPipeline(model, FlowMatchEulerDiscreteScheduler())
+    pipe = trainer.architecture.pipeline(model, FlowMatchEulerDiscreteScheduler())
     model.bfloat16()
     pipe.save_pretrained(args.out)
     model.float()
 
-    names = demo_prompts()
-    save_grid(sample(pipe, names, args.steps), args.out / "samples.png")
+    emoji = type(pipe) is EmojiPipeline
+    names = demo_prompts() if emoji else fashion_prompts(8 * len(FASHION_CLASSES))
+    columns = 8 if emoji else len(FASHION_CLASSES)
+    save_grid(sample(pipe, names, args.steps), args.out / "samples.png", columns)
     report = {
         "architecture": args.architecture,
         "steps": trainer.step,
