@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import Setup
 from make_variant import Built, Calibration, build
 from measure import Study
-from picture_figures import load_judges
 from quality import device_name, header
 from row_store import RowStore
-from study_model import load_study_model, noise_seed
+from study_model import noise_seed
 from variants import FREE, STEPS, Variant
 
 import rtlynx
@@ -120,13 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", help="what the figures belong to")
     options = parser.parse_args(arguments)
 
-    model = load_study_model(options.model, device=options.device, dtype=torch.bfloat16)
     calibration = Calibration(prompts=options.calibration_prompts)
-    study = Study(model, load_judges(options.device), calibration)
+    study = Setup(options.model, "bfloat16", calibration, batch_size=500).study(options.device)
     about = header(options.model, study, "bfloat16")
     store = RowStore(options.out, about, options.commit, device_name(options.device))
     for name in options.recipes:
-        built = build(Variant(name, "sweep", recipe=RECIPES[name]), model, calibration)
+        built = build(Variant(name, "sweep", recipe=RECIPES[name]), study.model, calibration)
         curve = Curve(name, study, built, options.pictures, options.choosing)
         for row in curve.below(options.ranges):
             store.append(row)
