@@ -8,14 +8,14 @@ a chain that a fused block takes over (norm, activation) is taken off neither si
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rtlynx.math.formats import DENSE, FormatName
-from rtlynx.models.plan import LayerPlan
+from rtlynx.models.plan import LayerPlan, Plan
 
 FILE = Path(__file__).with_name("prices.json")
 # Kernels gain nothing in models narrower than this: they stand for a full-size model, as those of the zoo do.
@@ -105,25 +105,22 @@ class ModelPrices:
 
     A model whose least width is below `LEAST_WIDTH` is priced as if it were `FULL_WIDTH` wide, and its
     longest input `FULL_TOKENS` long: what is chosen for it is what would be chosen for one of full size.
+    Text rows and steps that run dense are not counted.
 
     Parameters
     ----------
-    layers : of the model, whose least width counts.
-    tokens : layer name -> tokens in one call. Layers without tokens take no time.
-    shared : whether layers that read one input share the A of their low-rank branches.
-    prices : default those of the package.
+    plan : Plan
+        Of the model.
+    tokens : mapping
+        Layer name -> tokens in one call. Layers without tokens take no time.
+    prices : Prices, optional
+        Default `packaged_prices()`.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[LayerPlan],
-        tokens: Mapping[str, int],
-        *,
-        shared: bool,
-        prices: Prices | None = None,
-    ) -> None:
-        self._prices, self._tokens, self._shared = prices or packaged_prices(), tokens, shared
-        width, longest = min(layer.in_features for layer in layers), max(tokens.values(), default=0)
+    def __init__(self, plan: Plan, tokens: Mapping[str, int], prices: Prices | None = None) -> None:
+        self._prices, self._tokens, self._recipe = prices or packaged_prices(), tokens, plan.recipe
+        width = min(layer.in_features for layer in plan.layers)
+        longest = max(tokens.values(), default=0)
         self.stands_for_full_size = width < LEAST_WIDTH
         self._wider = FULL_WIDTH / width if self.stands_for_full_size else 1.0
         self._longer = FULL_TOKENS / longest if self.stands_for_full_size and longest else 1.0
@@ -146,7 +143,7 @@ class ModelPrices:
                 prepared.setdefault(layer.format.name, []).append(layer)
         for format, layers in prepared.items():
             ranks = [self._rank(layer) for layer in layers]
-            rank = max(ranks) if self._shared else sum(ranks)
+            rank = max(ranks) if self._recipe.lowrank_sharing == "shared" else sum(ranks)
             total += self._prices.preparations[format].us(*self._size(layers[0]), rank)
         return total
 
@@ -154,5 +151,7 @@ class ModelPrices:
         """Tokens and inputs as they are priced."""
         return self._tokens.get(layer.name, 0) * self._longer, layer.in_features * self._wider
 
-    def _rank(self, layer: LayerPlan) -> float:
-        return layer.rank * self._wider if layer.format.sparse else 0.0
+    def _rank(self, layer: LayerPlan) -> int:
+        if not layer.format.sparse or not layer.rank:
+            return 0
+        return self._recipe.rank_for(round(self._size(layer)[1])) if self.stands_for_full_size else layer.rank

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from rtlynx.calibration.budget import flops_saved
+from rtlynx.calibration.budget import inputs_of
 from rtlynx.calibration.options import CalibrationReport
+from rtlynx.calibration.prices import ModelPrices
 from rtlynx.math.formats import DENSE, FormatName
 from rtlynx.models.architecture import Role, Stream
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
@@ -52,9 +53,11 @@ class LayerPoint:
     error : float or None
         Relative squared error of the layer's output, where a calibration measured it.
     output_error : float or None
-        Relative squared error that the layer alone adds to the model's output, where a budget measured it.
+        Relative squared error that the layers of its input alone, together, add to the model's output, where
+        a budget measured it.
     saved : float
-        Modelled time that it saves in one call, as a share of the time of all candidates in dense bfloat16.
+        Modelled time that it saves in one call, as a share of the time of all candidates in dense bfloat16:
+        of what the layers of its input save, a share by the time that each takes in dense bfloat16.
     """
 
     name: str
@@ -161,16 +164,12 @@ def layer_points(
     if report is not None and (not planned.issuperset(report.solutions) or not report.solutions):
         raise ValueError(f"the report is of another model than this {type(model).__name__}")
     counts = _tokens(plan, report, tokens)
-    total = sum(2 * counts[layer.name] * layer.in_features * layer.out_features for layer in plan.layers)
-    readers = Counter(layer.candidate.reads for layer in plan.sparse)
-    own = plan.recipe.lowrank_sharing == "own"
+    saved = _saved(plan, counts)
     costs = {} if report is None else {(one.name, one.format): one.error for one in report.costs}
     errors = {} if state is None else state.errors
     depths = {block: depth for depth, block in enumerate(_blocks(plan))}
 
     def point(layer: LayerPlan) -> LayerPoint:
-        shared = 1 if own else readers[layer.candidate.reads]
-        saved = 0.0 if layer.format is DENSE else flops_saved(layer, counts[layer.name], shared) / total
         return LayerPoint(
             layer.name,
             layer.candidate.role,
@@ -178,8 +177,8 @@ def layer_points(
             depths[layer.candidate.block],
             layer.format.name,
             errors.get(layer.name),
-            costs.get((layer.name, layer.format.name)),
-            saved,
+            costs.get((layer.candidate.reads, layer.format.name)),
+            saved.get(layer.name, 0.0),
         )
 
     return plan, [point(layer) for layer in plan.layers]
@@ -245,6 +244,19 @@ def _tokens(plan: Plan, report: CalibrationReport | None, tokens: tuple[int, int
     image, text = given
     by_stream = {"image": image, "text": text, "joint": image + text}
     return {layer.name: by_stream[layer.candidate.stream] for layer in plan.layers}
+
+
+def _saved(plan: Plan, tokens: Mapping[str, int]) -> dict[str, float]:
+    """Name of a changed layer -> what it saves, over the time of all candidates in dense bfloat16."""
+    prices = ModelPrices(plan, tokens)
+    alone = {layer.name: prices.us([layer.dense("")]) for layer in plan.layers}
+    total, saved = sum(alone.values()), {}
+    for readers in inputs_of(plan.layers).values():
+        changed = [layer for layer in readers if layer.format is not DENSE]
+        before, share = (sum(alone[layer.name] for layer in some) for some in (readers, changed))
+        for layer in changed if share else ():
+            saved[layer.name] = (before - prices.us(readers)) * alone[layer.name] / share / total
+    return saved
 
 
 def _blocks(plan: Plan) -> list[str]:
