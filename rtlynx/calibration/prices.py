@@ -79,9 +79,11 @@ class PreparationLaw:
 class Prices:
     """The laws of a prices file.
 
+    device : the card that was measured.
     products : format -> law; preparations : the same, without dense, which needs none.
     """
 
+    device: str
     products: Mapping[FormatName, ProductLaw]
     preparations: Mapping[FormatName, PreparationLaw]
 
@@ -89,6 +91,7 @@ class Prices:
     def of(cls, document: Mapping[str, Any]) -> Prices:
         """From what a prices file holds."""
         return cls(
+            document["device"],
             {format: ProductLaw(**law) for format, law in document["products"].items()},
             {format: PreparationLaw(**law) for format, law in document["preparations"].items()},
         )

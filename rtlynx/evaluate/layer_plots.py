@@ -12,7 +12,7 @@ from torch import nn
 
 from rtlynx.calibration.budget import inputs_of
 from rtlynx.calibration.options import CalibrationReport
-from rtlynx.calibration.prices import ModelPrices
+from rtlynx.calibration.prices import ModelPrices, packaged_prices
 from rtlynx.math.formats import DENSE, FormatName
 from rtlynx.models.architecture import Role, Stream
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
@@ -139,7 +139,7 @@ def plot_layers(
     undecided = state_of(model) is None and plan.recipe.budget is not None
     notes = [
         *_notes(columns, undecided=undecided, dense=any(point.format == "dense" for point in points)),
-        _time_note(report, tokens),
+        _time_note(plan, report, tokens),
         f"Blocks: {', '.join(_spans(plan))}.",
     ]
     return _draw(points, columns, _title(model, points), notes, _stack_starts(plan))
@@ -306,12 +306,13 @@ def _notes(columns: Sequence[_Column], *, undecided: bool, dense: bool) -> list[
     return notes
 
 
-def _time_note(report: CalibrationReport | None, tokens: tuple[int, int] | None) -> str:
-    model = "Time is modelled from products measured on an H100, for"
+def _time_note(plan: Plan, report: CalibrationReport | None, tokens: tuple[int, int] | None) -> str:
+    counts, given = _tokens(plan, report, tokens), tokens or TOKENS
+    calls = f"{given[0]} image tokens and {given[1]} text tokens"
     if tokens is None and report is not None and report.tokens:
-        return f"{model} the calls that calibration recorded."
-    image, text = tokens or TOKENS
-    return f"{model} {image} image tokens and {text} text tokens."
+        calls = "the calls that calibration recorded"
+    as_if = ", as if the model were of full size" if ModelPrices(plan, counts).stands_for_full_size else ""
+    return f"Time is modelled by times of an {packaged_prices().device}, for {calls}{as_if}."
 
 
 def _draw(
