@@ -139,7 +139,7 @@ def plot_layers(
     undecided = state_of(model) is None and plan.recipe.budget is not None
     notes = [
         *_notes(columns, undecided=undecided, dense=any(point.format == "dense" for point in points)),
-        _time_note(plan, report, tokens),
+        *_time_notes(plan, report, tokens),
         f"Blocks: {', '.join(_spans(plan))}.",
     ]
     return _draw(points, columns, _title(model, points), notes, _stack_starts(plan))
@@ -306,13 +306,16 @@ def _notes(columns: Sequence[_Column], *, undecided: bool, dense: bool) -> list[
     return notes
 
 
-def _time_note(plan: Plan, report: CalibrationReport | None, tokens: tuple[int, int] | None) -> str:
-    counts, given = _tokens(plan, report, tokens), tokens or TOKENS
-    calls = f"{given[0]} image tokens and {given[1]} text tokens"
+def _time_notes(plan: Plan, report: CalibrationReport | None, tokens: tuple[int, int] | None) -> list[str]:
+    """By what time is modelled."""
+    image, text = tokens or TOKENS
+    calls = f"{image} image tokens and {text} text tokens"
     if tokens is None and report is not None and report.tokens:
         calls = "the calls that calibration recorded"
-    as_if = ", as if the model were of full size" if ModelPrices(plan, counts).stands_for_full_size else ""
-    return f"Time is modelled by times of an {packaged_prices().device}, for {calls}{as_if}."
+    notes = [f"Time is modelled by times of an {packaged_prices().device}, for {calls}."]
+    if ModelPrices(plan, _tokens(plan, report, tokens)).stands_for_full_size:
+        notes.append("Small models count as if they were of full size.")
+    return notes
 
 
 def _draw(
