@@ -81,9 +81,9 @@ def _linear_rows(document: dict) -> list[Row]:
     return rows
 
 
-def measured_rows(card: Card, seconds: float, rounds: int) -> list[Row]:
+def measured_rows(card: Card, generator: torch.Generator, seconds: float, rounds: int) -> list[Row]:
     """Every part over the grid; a part that does not run is left out and named on stderr."""
-    generator, rows = torch.Generator("cuda"), []
+    rows: list[Row] = []
     for m in TOKENS:
         for k in INPUTS:
             for n in OUTPUTS:
@@ -257,7 +257,7 @@ def main() -> None:
     sources = options.from_results
     if sources is None:
         card = Card()
-        rows = measured_rows(card, options.seconds, options.rounds)
+        rows = measured_rows(card, torch.Generator("cuda"), options.seconds, options.rounds)
         sources = [f"prices-{card.slug}.json"]
         measured = card.describe(options.commit) | {"window_s": options.seconds, "rounds": options.rounds}
         results.write(FOLDER / sources[0], measured | {"rows": [row._asdict() for row in rows]})

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from rtlynx import Budget, CalibrationOptions, Recipe, load, save
 from rtlynx.calibration import run as calibration_run
 from rtlynx.calibration.budget import InputCost, choose, inputs_of
+from rtlynx.calibration.prices import ModelPrices
 from rtlynx.models import sparse_layers, state_of
+from rtlynx.models.plan import make_plan
 
 FORMAT_NAMES = ("bf16-sparse", "fp8-dense", "fp8-sparse")
 AUTO = {"rank": 4, "ridge": RIDGE, "precision": "auto"}
@@ -207,6 +209,17 @@ def test_forms_by_hand_are_not_up_for_choice():
     assert sparse_layers(model)[name].precision == "bf16"
     assert name not in {layer for cost in report.costs for layer in cost.layers}
     assert name in report.solutions
+    # k and v are priced beside q, whose preparation they cannot share.
+    plan = make_plan(tiny_flux(), recipe)
+    q, k, v = inputs_of(plan.layers)["transformer_blocks.0.attention"]
+    prices = ModelPrices(plan, report.tokens)
+    found = [cost for cost in report.costs if cost.name == k.candidate.reads]
+    assert [cost.format for cost in found] == ["fp8-dense", "fp8-sparse"]
+    for cost in found:
+        assert cost.layers == (k.name, v.name)
+        dense, changed = [k.dense(""), v.dense("")], [one.in_format(cost.format) for one in (k, v)]
+        assert cost.saving == pytest.approx(prices.us([q, *dense]) - prices.us([q, *changed]))
+        assert prices.us([q, *changed]) == pytest.approx(prices.us([q]) + prices.us(changed))
 
 
 @pytest.mark.parametrize("build", [tiny_flux, tiny_qwen, tiny_z_image])

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,40 +15,55 @@ from hypothesis import strategies as st
 
 from rtlynx import Recipe
 from rtlynx.calibration.budget import inputs_of
-from rtlynx.calibration.prices import FILE, ModelPrices, PreparationLaw, ProductLaw, packaged_prices
+from rtlynx.calibration.prices import FILE, ModelPrices, PreparationLaw, Prices, ProductLaw, packaged_prices
 from rtlynx.models.plan import make_plan
+from rtlynx.timing.sustained import Measurement
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import prices
 
 DOCUMENT = json.loads(FILE.read_text())
+H100 = ("linear-bf16-h100.json", "linear-fp8-h100.json", "compress-h100.json", "threshold-h100.json")
 SINGLE, DOUBLE = "single_transformer_blocks.0", "transformer_blocks.0"
+
+
+@pytest.fixture(scope="module")
+def h100():
+    """What the results of one card give, whatever card the packaged file is of."""
+    return Prices.of(prices.document(H100))
 
 
 # ------------------------------------------------------------------------------------------- the file
 
 
 def test_the_file_is_what_the_results_give():
-    assert prices.document(list(DOCUMENT["sources"])) == DOCUMENT
+    made = prices.document(list(DOCUMENT["sources"]))
+    assert {key: made[key] for key in ("device", "sources")} == {
+        key: DOCUMENT[key] for key in ("device", "sources")
+    }
+    for kind in ("products", "preparations"):
+        assert set(made[kind]) == set(DOCUMENT[kind])
+        for format, law in made[kind].items():
+            assert law == pytest.approx(DOCUMENT[kind][format], rel=1e-3)
     assert set(DOCUMENT["products"]) == {"dense", "bf16-sparse", "fp8-dense", "fp8-sparse"}
     assert set(DOCUMENT["preparations"]) == set(DOCUMENT["products"]) - {"dense"}
 
 
 @pytest.mark.parametrize("file", ["linear-bf16-h100.json", "linear-fp8-h100.json"])
-def test_layers_that_no_law_was_fitted_to_take_what_it_says(file):
+def test_layers_that_no_law_was_fitted_to_take_what_it_says(file, h100):
     rows = [row for row in prices.rows_of(file) if row.held_out]
     assert len(rows) == 15
     for row in rows:
-        laws = packaged_prices().preparations if row.n is None else packaged_prices().products
+        laws = h100.preparations if row.n is None else h100.products
         assert prices.us_of(laws[row.format], row) == pytest.approx(row.us, rel=0.09), row
 
 
-def test_compression_measured_apart_takes_what_the_law_says():
+def test_compression_measured_apart_takes_what_the_law_says(h100):
     rows = json.loads((prices.FOLDER / "compress-h100.json").read_text())["rows"]
     for row in rows:
         for rank, column in ((0, "compress_adjacent_us"), (64, "compress_adjacent_lowrank_us")):
-            us = packaged_prices().preparations["bf16-sparse"].us(row["M"], row["K"], rank)
+            us = h100.preparations["bf16-sparse"].us(row["M"], row["K"], rank)
             assert us == pytest.approx(row[column], rel=0.16)  # on a card that clocks higher
 
 
@@ -89,6 +105,62 @@ def test_no_coefficient_is_negative():
     assert min(law.work_us, law.output_us, law.lowrank_us) >= 0
 
 
+def test_a_run_on_a_card_measures_every_part_of_the_grid(monkeypatch, tmp_path):
+    """On a machine without one: the times are made up by a law, which the file then holds."""
+    law, prepared = ProductLaw(3.0, 2e4, 5e2, 5e4, 0.0), PreparationLaw(2.0, 1e3, 5e3, 8e4)
+    slower = {"dense": 4, "bf16-sparse": 3, "fp8-dense": 2, "fp8-sparse": 1}
+
+    class Graphs:
+        def timer(self, calls, replay_ms):
+            assert len(calls) == 3
+            return calls
+
+    def measure(timers, seconds, rounds, sample, missing, discard):
+        assert not missing
+        found = {}
+        for name in timers:
+            format, m, k, n, _, rank = name.split()
+            size = int(m), int(k)
+            us = prepared.us(*size, int(rank)) if n == "None" else law.us(*size, int(n), int(rank))
+            found[name] = Measurement(slower[format] * us, [], None, None)
+        return found
+
+    def compressed(of, lowrank_a):
+        return of.x, None, None
+
+    monkeypatch.setattr("rtlynx.timing.operands.compress", compressed)  # whose kernels need a card
+    monkeypatch.setattr(prices, "Graphs", Graphs)
+    monkeypatch.setattr(prices, "measure", measure)
+    monkeypatch.setattr(prices, "FOLDER", tmp_path)
+    for name, sizes in (("TOKENS", (64, 512)), ("INPUTS", (64, 128)), ("OUTPUTS", (64, 256))):
+        monkeypatch.setattr(prices, name, sizes)
+    card = SimpleNamespace(l2_bytes=1, sample=None)
+    rows = prices.measured_rows(card, torch.Generator(), 0.1, 1)
+    assert len(set(row[:5] for row in rows)) == len(rows) == 2 * 2 * (2 * 6 + 5)
+    head = {"device": "a card", "commit": "abc", "rows": [row._asdict() for row in rows]}
+    (tmp_path / "prices-card.json").write_text(json.dumps(head))
+    document = prices.document(["prices-card.json"])
+    assert document["sources"] == {"prices-card.json": "abc"}
+    found = Prices.of(document)
+    for format, factor in slower.items():
+        rank = 64 if "sparse" in format else 0
+        us = found.products[format].us(4608, 3072, 3072, rank)
+        assert us == pytest.approx(factor * law.us(4608, 3072, 3072, rank), rel=0.01)
+        if format != "dense":
+            us = found.preparations[format].us(4608, 3072, rank)
+            assert us == pytest.approx(factor * prepared.us(4608, 3072, rank), rel=0.01)
+
+
+def test_results_of_two_cards_make_no_prices(monkeypatch, tmp_path):
+    for name in ("prices-a.json", "prices-b.json"):
+        (tmp_path / name).write_text(json.dumps({"device": name, "commit": None, "rows": []}))
+    monkeypatch.setattr(prices, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match="prices are of one card, and these are of prices-a"):
+        prices.document(["prices-a.json", "prices-b.json"])
+    with pytest.raises(ValueError, match="no time of dense products in prices-a"):
+        prices.document(["prices-a.json"])
+
+
 # ----------------------------------------------------------------------------------------- the inputs
 
 
@@ -97,12 +169,12 @@ def full_size_flux():
         return FluxTransformer2DModel(num_layers=1, num_single_layers=1)
 
 
-def flux_inputs(recipe, model=None):
+def flux_inputs(recipe, model=None, of=None):
     """Prices of a FLUX.1 block of each kind at 1024 x 1024 pixels, and the readers of each input."""
     plan = make_plan(model or full_size_flux(), recipe)
     tokens = {"image": 4096, "text": 512, "joint": 4608}
     counts = {layer.name: tokens[layer.candidate.stream] for layer in plan.layers}
-    return ModelPrices(plan, counts), inputs_of(plan.layers)
+    return ModelPrices(plan, counts, of), inputs_of(plan.layers)
 
 
 def test_an_input_is_prepared_once_for_each_format_of_its_readers():
@@ -130,10 +202,10 @@ def test_factors_that_are_shared_are_multiplied_once():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_few_outputs_and_many_inputs_save_less_than_their_products(precision):
+def test_few_outputs_and_many_inputs_save_less_than_their_products(precision, h100):
     """The share that a layer saves, by measured products and compressions, not by the product alone."""
-    of, inputs = flux_inputs(Recipe.immediate(precision=precision))
-    laws = packaged_prices().products
+    of, inputs = flux_inputs(Recipe.immediate(precision=precision), of=h100)
+    laws = h100.products
     product = 1 - laws[f"{precision}-sparse"].work_us / laws["dense"].work_us
     rows = json.loads((prices.FOLDER / f"linear-{precision}-h100.json").read_text())["rows"]
     measured = {row["shape"]: row for row in rows}
