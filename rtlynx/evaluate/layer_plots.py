@@ -165,7 +165,8 @@ def layer_points(
         raise ValueError(f"the report is of another model than this {type(model).__name__}")
     counts = _tokens(plan, report, tokens)
     saved = _saved(plan, counts)
-    costs = {} if report is None else {(one.name, one.format): one.error for one in report.costs}
+    found = () if report is None else report.costs
+    costs = {(name, one.format): one.error for one in found for name in one.layers}
     errors = {} if state is None else state.errors
     depths = {block: depth for depth, block in enumerate(_blocks(plan))}
 
@@ -177,7 +178,7 @@ def layer_points(
             depths[layer.candidate.block],
             layer.format.name,
             errors.get(layer.name),
-            costs.get((layer.candidate.reads, layer.format.name)),
+            costs.get((layer.name, layer.format.name)),
             saved.get(layer.name, 0.0),
         )
 
