@@ -59,6 +59,17 @@ def test_layers_that_no_law_was_fitted_to_take_what_it_says(file, h100):
         assert prices.us_of(laws[row.format], row) == pytest.approx(row.us, rel=0.09), row
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_whole_layers_take_what_the_laws_of_their_parts_say(dtype, h100):
+    """Preparation and product with a branch of rank 64, measured as one; the fit has the parts alone."""
+    document = json.loads((prices.FOLDER / f"linear-{dtype}-h100.json").read_text())
+    product, preparation = h100.products[f"{dtype}-sparse"], h100.preparations[f"{dtype}-sparse"]
+    for row in document["rows"]:
+        (m, k, n), rank = (row[axis] for axis in "MKN"), document["rank"]
+        us = preparation.us(m, k, rank) + product.us(m, k, n, rank)
+        assert us == pytest.approx(row["ours_us"], rel=0.06), row["shape"]
+
+
 def test_compression_measured_apart_takes_what_the_law_says(h100):
     rows = json.loads((prices.FOLDER / "compress-h100.json").read_text())["rows"]
     for row in rows:
