@@ -91,9 +91,14 @@ class Budget:
     ----------
     error : float, optional
         Sparsify the layers of best time saved per error while the relative squared error added to the
-        model's own output, summed over layers, stays at or below this.
+        model's own output, summed over inputs, stays at or below this.
     speedup_share : float in (0, 1], optional
         Sparsify as few, as harmless layers as reach this share of the time that sparsifying all would save.
+
+    Notes
+    -----
+    Layers that read one input are chosen together. Their time, by `rtlynx.calibration.prices`, is that of
+    their products and of preparing the input, as measured on a Hopper card.
     """
 
     error: float | None = None
@@ -174,7 +179,7 @@ class Recipe:
         Leave further layers dense by measured error and modelled time.
     precision : "bf16" | "fp8" | "auto"
         Of the sparse layers' products: the model's own dtype, or e4m3 weights and inputs with a scale for
-        each output channel and token. Auto: the budget chooses for each layer between fp8 that drops
+        each output channel and token. Auto: the budget chooses for each input between fp8 that drops
         activations, fp8 that drops none, and dense.
     formats : mapping
         Glob pattern of layer names -> what these layers are, whatever else the recipe says but `skip`:
@@ -285,7 +290,7 @@ class Recipe:
 
     @classmethod
     def recommended(cls, **changes: Any) -> Recipe:
-        """Refitted weights, no low-rank branch, each layer in the format that costs least for what it saves.
+        """Refitted weights, no low-rank branch, each input in the format that costs least for what it saves.
 
         At equal time the nearest to the dense model's pictures in docs/results/quality.md: a tenth of the
         saving buys more there, left to a few layers, than as a branch in all of them, and eight bits cost

@@ -154,23 +154,25 @@ def by_budget(
 ) -> Recipe:
     """`recipe` on the layers that the budget rule takes until `target_ms` is reached.
 
-    The library's rule, priced by `modelled_time` instead of FLOPs, so that the comparison is at equal time:
-    each layer's error at the model's output alone, over the milliseconds that it saves alone, smallest first.
-    Layers that save nothing stay dense. Where the target is out of reach, all that save.
+    The library's rule, priced by `modelled_time`, so that the comparison is at equal time: for each input,
+    the error at the model's output of the layers that read it alone, over the milliseconds that they save
+    alone, smallest first. Inputs that save nothing stay dense. Where the target is out of reach, all that
+    save.
     """
     options = _options(variant, study, calibration)
     prompts = _calibration_prompts(study, variant, calibration)
-    everything = replace(recipe, budget=Budget(speedup_share=1.0))  # so that calibration measures each layer
+    everything = replace(recipe, budget=Budget(speedup_share=1.0))  # so that calibration measures each input
     report = rtlynx.calibrate(study.copy_of_pipeline(), prompts, everything, options, progress=False)
     dense_ms = planned_ms(study, recipe, only=())
-    saved = {cost.name: dense_ms - planned_ms(study, recipe, only=(cost.name,)) for cost in report.costs}
+    saved = {cost.name: dense_ms - planned_ms(study, recipe, only=cost.layers) for cost in report.costs}
     worth = [cost for cost in report.costs if saved[cost.name] > 0]
     taken: set[str] = set()
     for cost in sorted(worth, key=lambda cost: cost.error / saved[cost.name]):
         if planned_ms(study, recipe, only=taken) <= target_ms:
             break
-        taken.add(cost.name)
-    return replace(recipe, skip=tuple(cost.name for cost in report.costs if cost.name not in taken))
+        taken.update(cost.layers)
+    names = [layer for cost in report.costs for layer in cost.layers]
+    return replace(recipe, skip=tuple(name for name in names if name not in taken))
 
 
 def _options(variant: Variant, study: StudyModel, calibration: Calibration) -> CalibrationOptions:

@@ -11,7 +11,8 @@ from helpers import copy_of, tiny_flux, tiny_qwen, tiny_z_image
 from matplotlib.text import Text
 
 from rtlynx import CalibrationReport, Recipe, load, save, sparsify
-from rtlynx.calibration.budget import PRODUCT_TIME, LayerCost
+from rtlynx.calibration.budget import InputCost, inputs_of
+from rtlynx.calibration.prices import ModelPrices
 from rtlynx.evaluate import plot_layers, save_plot
 from rtlynx.evaluate.layer_plots import layer_points
 from rtlynx.math.fp8 import E4M3
@@ -59,7 +60,7 @@ def test_markers_are_where_calibration_measured_and_the_budget_decided():
     assert "transformer_blocks.0.ff.net.2" in dense
     assert {name for name, point in by_name.items() if point.format == "dense"} == dense
     assert {n: p.format for n, p in by_name.items() if n not in dense} == dict(report.choice.formats)
-    costs = {(cost.name, cost.format): cost.error for cost in report.costs}
+    costs = {(layer, cost.format): cost.error for cost in report.costs for layer in cost.layers}
     for title, expected in (
         (ERROR, [one.error for one in report.solutions.values()]),
         (OUTPUT_ERROR, [costs[item] for item in report.choice.formats.items()]),
@@ -94,12 +95,17 @@ def test_a_plan_without_calibration_shows_time_alone_and_says_why():
 
 @pytest.mark.parametrize("build", [tiny_flux, tiny_qwen, tiny_z_image])
 def test_time_saved_is_that_of_the_formats(build):
-    recipe = Recipe.immediate(text_stream="sparse")
-    _, points = layer_points(build(), recipe=recipe)
-    assert sum(point.saved for point in points) == pytest.approx(1 - PRODUCT_TIME["bf16-sparse"])
-    _, points = layer_points(build(), recipe=Recipe.immediate(text_stream="sparse", precision="fp8"))
-    assert sum(point.saved for point in points) == pytest.approx(1 - PRODUCT_TIME["fp8-sparse"])
-    plot_layers(build(), recipe=recipe)
+    for precision in ("bf16", "fp8"):
+        plan, points = layer_points(build(), recipe=Recipe.immediate(precision=precision), tokens=(4096, 512))
+        tokens = {"image": 4096, "text": 512, "joint": 4608}
+        counts = {layer.name: tokens[layer.candidate.stream] for layer in plan.layers}
+        prices, inputs = ModelPrices(plan, counts), inputs_of(plan.layers).values()
+        dense = sum(prices.us([layer.dense("")]) for layers in inputs for layer in layers)
+        now = sum(prices.us(layers) for layers in inputs)
+        assert sum(point.saved for point in points) == pytest.approx(1 - now / dense)
+        assert all((point.saved == 0) == (point.format == "dense") for point in points)
+        assert {point.format for point in points} > {f"{precision}-sparse"}
+    plot_layers(build())
 
 
 def test_text_layers_count_by_their_tokens():
@@ -107,7 +113,7 @@ def test_text_layers_count_by_their_tokens():
         _, points = layer_points(tiny_flux(), tokens=tokens)
         return sum(point.saved for point in points if point.stream == "text")
 
-    assert 0 < text_share((4096, 1)) < 1e-3 < text_share((4096, 512)) < text_share((64, 512))
+    assert 0 < text_share((4096, 1)) < 1e-2 < text_share((4096, 512)) < text_share((64, 512))
 
 
 def test_what_does_not_belong_together_is_refused():
@@ -146,8 +152,12 @@ def flux_dev():
         model = FluxTransformer2DModel(guidance_embeds=True)
     draw = random.Random(0)
     plan = make_plan(model, Recipe.recommended())
-    plan = plan.in_formats({one.name: draw.choice(("fp8-sparse", "fp8-dense")) for one in plan.sparse})
-    plan = plan.leave_dense({one.name: "budget" for one in plan.sparse if draw.random() < 0.1})
+    inputs = list(inputs_of(plan.sparse).values())
+    for readers in inputs:
+        format = draw.choice(("fp8-sparse", "fp8-dense"))
+        plan = plan.in_formats({one.name: format for one in readers})
+    dense = [one for readers in inputs if draw.random() < 0.1 for one in readers]
+    plan = plan.leave_dense({one.name: "budget" for one in dense})
     by_name = {layer.name: layer for layer in plan.sparse}
     dtypes = {"weight": E4M3, "weight_scale": torch.float32}
 
@@ -166,7 +176,8 @@ def flux_dev():
     )
     state_of(model).errors = {name: one.error for name, one in solutions.items()}
     costs = [
-        LayerCost(name, 10 ** draw.uniform(-6, -2), 1e9, one.format.name) for name, one in by_name.items()
+        InputCost(key, tuple(one.name for one in of), of[0].format.name, 10 ** draw.uniform(-6, -2), 100.0)
+        for key, of in inputs_of(by_name.values()).items()
     ]
     return model, CalibrationReport(solutions, {}, tuple(costs))
 

@@ -1,59 +1,50 @@
-"""Which format each layer gets, by rule: error added to the model's output against time saved."""
+"""Which format the readers of each input get, by rule: error added to the output against time saved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rtlynx.math.formats import FP8_DENSE, FormatName
+from rtlynx.math.formats import FormatName
 from rtlynx.models.plan import LayerPlan
 from rtlynx.recipe import Budget
 
-# Time of the product relative to the dense bfloat16 one, measured on an H100: geometric means over the layers
-# of benchmarks/results/linear-bf16-h100.json and linear-fp8-h100.json. Sparse ones are 2:4.
-PRODUCT_TIME: dict[FormatName, float] = {
-    "dense": 1.0,
-    "bf16-sparse": 0.665,
-    "fp8-dense": 0.552,
-    "fp8-sparse": 0.379,
-}
-
-
-def flops_saved(layer: LayerPlan, tokens: int, readers: int = 1) -> float:
-    """Dense bfloat16 FLOPs whose time a layer saves in one forward pass; negative where it loses.
-
-    A model: a 2:4 product takes its `PRODUCT_TIME`, other n:m, for which there is no kernel, in proportion.
-    The low-rank branch is extra, in bfloat16; its down-projection is shared by the `readers` layers that read
-    one tensor with one A. Selecting and quantising are counted as free.
-    """
-    k, n, pattern = layer.in_features, layer.out_features, layer.pattern
-    time = PRODUCT_TIME[layer.format.name] * (1.0 if layer.format is FP8_DENSE else 2 * pattern.n / pattern.m)
-    return 2 * tokens * k * n * (1 - time) - 2 * tokens * layer.rank * (n + k / readers)
-
 
 @dataclass(frozen=True)
-class LayerCost:
-    """One layer in one format in the balance.
+class InputCost:
+    """One input in the balance: all layers that read it, in one format.
 
-    error : relative squared error that it alone adds to the model's output.
-    saving : dense bfloat16 FLOPs whose time it saves in one forward pass.
+    name : key of the input, `Candidate.reads`.
+    layers : names of its readers, without those whose format is not up for choice.
+    error : relative squared error that they alone, together, add to the model's output.
+    saving : microseconds that they save in one forward pass (`rtlynx.calibration.prices`); negative where
+        they lose.
     """
 
     name: str
+    layers: tuple[str, ...]
+    format: FormatName
     error: float
     saving: float
-    format: FormatName = "bf16-sparse"
+
+
+def inputs_of(layers: Iterable[LayerPlan]) -> dict[str, list[LayerPlan]]:
+    """Key of an input -> the layers that read it, in model order."""
+    found: dict[str, list[LayerPlan]] = {}
+    for layer in layers:
+        found.setdefault(layer.candidate.reads, []).append(layer)
+    return found
 
 
 @dataclass(frozen=True)
 class Choice:
     """What the budget decided.
 
-    sparse : names that do not stay dense, best first.
-    dense : name -> reason.
+    sparse : names of the layers that do not stay dense, best first.
+    dense : name of a layer -> reason.
     error : relative squared error of the model's output with exactly these layers changed, measured.
     speedup_share : share of the possible saving that they reach.
-    formats : format of each layer in `sparse`.
+    formats : format of each layer in `sparse`; one for all that are up for choice and read one input.
     """
 
     sparse: tuple[str, ...]
@@ -65,10 +56,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Step:
-    """From one format of a layer (None: dense) to the next on its convex hull."""
+    """From one format of an input (None: dense) to the next on its convex hull."""
 
-    start: LayerCost | None
-    end: LayerCost
+    start: InputCost | None
+    end: InputCost
 
     @property
     def error(self) -> float:
@@ -80,23 +71,23 @@ class _Step:
 
 
 def choose(
-    costs: Sequence[LayerCost],
+    costs: Sequence[InputCost],
     budget: Budget,
     measure: Callable[[Mapping[str, FormatName]], float],
     fixed: Mapping[str, FormatName] | None = None,
 ) -> Choice:
     """Pick formats by saving per error until the budget is spent, then check on the model's real output.
 
-    Greedy over steps: each layer starts dense and climbs the convex hull of its formats (error over saving),
+    Greedy over steps: each input starts dense and climbs the convex hull of its formats (error over saving),
     whose steps save less and less per error, so that they come in order.
 
     Parameters
     ----------
-    costs : what each layer costs and saves alone, in each format that it may take.
+    costs : what each input costs and saves alone, in each format that its readers may take.
     budget : Budget
-    measure : relative squared error of the model's output with layers in these formats together (name ->
-        format).
-    fixed : formats that are not up for choice. Their error counts, their saving does not.
+    measure : relative squared error of the model's output with layers in these formats together (name of a
+        layer -> format).
+    fixed : formats of layers that are not up for choice. Their error counts, their saving does not.
 
     Returns
     -------
@@ -105,14 +96,14 @@ def choose(
         room: while it is not, the worst step is taken back.
     """
     fixed = dict(fixed or {})
-    by_name: dict[str, list[LayerCost]] = {}
+    by_name: dict[str, list[InputCost]] = {}
     for cost in costs:
         by_name.setdefault(cost.name, []).append(cost)
     priced: list[tuple[float, _Step]] = []
     for options in by_name.values():
         price = 0.0
         for step in _hull(options):
-            price = max(price, step.error / step.saving)  # rounding must not turn the steps of a layer round
+            price = max(price, step.error / step.saving)  # rounding must not turn the steps of an input round
             priced.append((price, step))
     steps = [step for _, step in sorted(priced, key=lambda pair: pair[0])]
     possible = sum(step.saving for step in steps)
@@ -124,9 +115,9 @@ def choose(
     for step in steps:
         name = step.end.name
         if name in stopped:
-            continue  # a step further up the hull of a layer that did not get this far
+            continue  # a step further up the hull of an input that did not get this far
         if budget.error is not None and error + step.error > budget.error:
-            dense[name] = f"budget: adds {step.error:.2e} to the output's error"
+            dense[name] = f"budget: the layers of its input add {step.error:.2e} to the output's error"
             stopped.add(name)
             continue
         if budget.speedup_share is not None and saving >= budget.speedup_share * possible * (1 - 1e-9):
@@ -138,7 +129,7 @@ def choose(
         saving += step.saving
 
     def formats() -> dict[str, FormatName]:
-        return {step.end.name: step.end.format for step in chosen}
+        return {layer: step.end.format for step in chosen for layer in step.end.layers}
 
     together = measure({**fixed, **formats()}) if chosen or fixed else 0.0
     while budget.error is not None and chosen and together > budget.error:
@@ -147,13 +138,13 @@ def choose(
         together = measure({**fixed, **formats()}) if chosen or fixed else 0.0
     reached = sum(step.saving for step in chosen) / possible if possible else 0.0
     found = formats()
-    left = {name: reason for name, reason in dense.items() if name not in found}
-    return Choice(tuple(found), left, together, reached, found)
+    reasons = {layer: dense[cost.name] for cost in costs for layer in cost.layers if layer not in found}
+    return Choice(tuple(found), reasons, together, reached, found)
 
 
-def _hull(options: Sequence[LayerCost]) -> list[_Step]:
+def _hull(options: Sequence[InputCost]) -> list[_Step]:
     """Steps from dense along the lower convex hull of (saving, error), as far as saving grows."""
-    path: list[LayerCost] = []
+    path: list[InputCost] = []
     for option in sorted(options, key=lambda cost: (cost.saving, -cost.error)):
         if option.saving <= 0:
             continue

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtlynx.calibration.budget import Choice, LayerCost
+from rtlynx.calibration.budget import Choice, InputCost
 from rtlynx.nn.solution import Solution
 
 
@@ -95,8 +95,9 @@ class CalibrationReport:
         Per layer: ridge, error before and after (relative, squared, on held-out prompts).
     dense : dict[str, str]
         Candidates that stayed dense, with the reason.
-    costs : tuple[LayerCost, ...]
-        Per layer and format, where the recipe has a budget: error at the output and modelled saving.
+    costs : tuple[InputCost, ...]
+        Per input and format, where the recipe has a budget: error at the output that the layers that read it
+        add together, and the microseconds that they save in one recorded call.
     choice : Choice or None
         What the budget decided.
     unrotated : dict[str, str]
@@ -110,7 +111,7 @@ class CalibrationReport:
 
     solutions: dict[str, Solution]
     dense: dict[str, str]
-    costs: tuple[LayerCost, ...] = ()
+    costs: tuple[InputCost, ...] = ()
     choice: Choice | None = None
     unrotated: Mapping[str, str] = field(default_factory=dict)
     extra_bytes: int = 0

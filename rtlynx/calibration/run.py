@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.calibration.apply import apply_solutions, solved_layer, temporarily_sparse
-from rtlynx.calibration.budget import Choice, LayerCost, choose, flops_saved
+from rtlynx.calibration.budget import Choice, InputCost, choose, inputs_of
 from rtlynx.calibration.calls import CalibrationError, Call
 from rtlynx.calibration.collect import (
     Collector,
@@ -22,6 +22,7 @@ from rtlynx.calibration.collect import (
 )
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport
+from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
@@ -158,13 +159,13 @@ class _Calibration:
         self._solve([group for group in groups if group.block in order], order)
         for name, dense in self.originals.items():
             self.model.set_submodule(name, dense)
-        costs: tuple[LayerCost, ...] = ()
+        costs: tuple[InputCost, ...] = ()
         choice = None
         if self.recipe.budget is not None:
             costs, choice = self._choose(plan)
             plan = plan.in_formats(choice.formats).leave_dense(choice.dense)
             if not plan.sparse:
-                raise CalibrationError(f"{self.recipe.budget} leaves no layer sparse: allow more")
+                raise CalibrationError(self._none_left(costs))
         solutions = self.solutions.of(plan.sparse)
         apply_solutions(self.model, plan, solutions, rotation=rotation)
         return CalibrationReport(
@@ -287,8 +288,16 @@ class _Calibration:
                 sparse = solved_layer(self.model, layer, solution)
                 self.model.set_submodule(layer.name, sparse)
 
-    def _choose(self, plan: Plan) -> tuple[tuple[LayerCost, ...], Choice]:
-        """Measure each solved layer alone, in each format, on a few calls, and let the budget decide."""
+    def _none_left(self, costs: Sequence[InputCost]) -> str:
+        if any(cost.saving > 0 for cost in costs):
+            return f"{self.recipe.budget} leaves no layer sparse: allow more"
+        return (
+            f"no layer takes less time in another format, at {max(self.tokens.values())} tokens in a call: "
+            "calibrate on larger pictures, or without a budget"
+        )
+
+    def _choose(self, plan: Plan) -> tuple[tuple[InputCost, ...], Choice]:
+        """Measure the readers of each input alone, in each format, on a few calls; the budget decides."""
         assert self.recipe.budget is not None
         store = self.recording.store
         numbers = agree(self.recording.batches["heldout"] or self.recording.batches["fit"])
@@ -300,8 +309,6 @@ class _Calibration:
             layer.name: layer.format.name for layer in plan.sparse if self.recipe.fixed_format(layer.name)
         }
         self.tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.layers], calls[0])
-        shared = self.recipe.lowrank_sharing == "shared"
-        readers = Counter(layer.candidate.reads for layer in plan.sparse) if shared else {}
         references = [_output(self.model, call) for call in calls]
 
         def measure(formats: Mapping[str, FormatName]) -> float:
@@ -311,14 +318,27 @@ class _Calibration:
             error = sum(float((y - ref).square().sum()) for y, ref in zip(outputs, references, strict=True))
             return error / sum(float(ref.square().sum()) for ref in references)
 
-        costs = []
-        with ProgressBar("measuring layers", len(layers), show=self.show) as advance:
-            for (name, format), layer in layers.items():
-                if name not in fixed:
-                    saving = flops_saved(layer, self.tokens[name], readers.get(layer.candidate.reads, 1))
-                    costs.append(LayerCost(name, measure({name: format}), saving, format))
+        options = _options(plan)
+        prices = ModelPrices(plan, self.tokens)
+        readers, costs = inputs_of(plan.layers), []
+        with ProgressBar("measuring inputs", len(options), show=self.show) as advance:
+            for (name, format), chosen in options.items():
+                names = tuple(layer.name for layer in chosen)
+                others = [layer for layer in readers[name] if layer.name not in names]
+                dense = [layer.dense("") for layer in chosen]
+                saving = prices.us([*others, *dense]) - prices.us([*others, *chosen])
+                costs.append(InputCost(name, names, format, measure(dict.fromkeys(names, format)), saving))
                 advance(1)
         return tuple(costs), choose(costs, self.recipe.budget, measure, fixed)
+
+
+def _options(plan: Plan) -> dict[tuple[str, FormatName], list[LayerPlan]]:
+    """(Key of an input, format) -> its readers in that format, where the budget may choose it."""
+    free = [layer for layer in plan.alternatives() if not plan.recipe.fixed_format(layer.name)]
+    found: dict[tuple[str, FormatName], list[LayerPlan]] = {}
+    for layer in free:
+        found.setdefault((layer.candidate.reads, layer.format.name), []).append(layer)
+    return found
 
 
 def _output(model: nn.Module, call: Call) -> Tensor:

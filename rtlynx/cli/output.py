@@ -58,10 +58,11 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
             "formats": report.choice.formats,
             "costs": [
                 {
-                    "layer": cost.name,
+                    "input": cost.name,
+                    "layers": list(cost.layers),
                     "format": cost.format,
                     "output_error": cost.error,
-                    "flops_saved": cost.saving,
+                    "us_saved": cost.saving,
                 }
                 for cost in report.costs
             ],
@@ -76,11 +77,12 @@ def print_report(report: Any) -> None:
         table.add_row(name, f"{one.error_before:.4f}", f"{one.error:.4f}", number(one.ridge, "g"))
     out.print(table)
     if report.choice is not None:
-        budget = Table("layer", "format", "error at the output", "GFLOP saved", "decision", title="Budget")
+        columns = "input", "layers", "format", "error at the output", "us saved", "decision"
+        budget = Table(*columns, title="Budget")
         for cost in sorted(report.costs, key=lambda one: one.error / max(one.saving, 1e-9)):
-            decision = report.dense.get(cost.name) or report.choice.formats[cost.name]
-            numbers = f"{cost.error:.2e}", f"{cost.saving / 1e9:.3f}"
-            budget.add_row(cost.name, cost.format, *numbers, decision)
+            decision = report.dense.get(cost.layers[0]) or report.choice.formats[cost.layers[0]]
+            numbers = f"{cost.error:.2e}", f"{cost.saving:.1f}"
+            budget.add_row(cost.name, str(len(cost.layers)), cost.format, *numbers, decision)
         out.print(budget)
         formats = Counter(report.choice.formats.values())
         counts = ", ".join(f"{count} {format}" for format, count in formats.items())

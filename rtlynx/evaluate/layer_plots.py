@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from rtlynx.calibration.budget import flops_saved
+from rtlynx.calibration.budget import inputs_of
 from rtlynx.calibration.options import CalibrationReport
+from rtlynx.calibration.prices import ModelPrices, packaged_prices
 from rtlynx.math.formats import DENSE, FormatName
 from rtlynx.models.architecture import Role, Stream
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
@@ -52,9 +53,11 @@ class LayerPoint:
     error : float or None
         Relative squared error of the layer's output, where a calibration measured it.
     output_error : float or None
-        Relative squared error that the layer alone adds to the model's output, where a budget measured it.
+        Relative squared error that the layers of its input alone, together, add to the model's output, where
+        a budget measured it.
     saved : float
-        Modelled time that it saves in one call, as a share of the time of all candidates in dense bfloat16.
+        Modelled time that it saves in one call, as a share of the time of all candidates in dense bfloat16:
+        of what the layers of its input save, a share by the time that each takes in dense bfloat16.
     """
 
     name: str
@@ -136,7 +139,7 @@ def plot_layers(
     undecided = state_of(model) is None and plan.recipe.budget is not None
     notes = [
         *_notes(columns, undecided=undecided, dense=any(point.format == "dense" for point in points)),
-        _time_note(report, tokens),
+        *_time_notes(plan, report, tokens),
         f"Blocks: {', '.join(_spans(plan))}.",
     ]
     return _draw(points, columns, _title(model, points), notes, _stack_starts(plan))
@@ -161,16 +164,13 @@ def layer_points(
     if report is not None and (not planned.issuperset(report.solutions) or not report.solutions):
         raise ValueError(f"the report is of another model than this {type(model).__name__}")
     counts = _tokens(plan, report, tokens)
-    total = sum(2 * counts[layer.name] * layer.in_features * layer.out_features for layer in plan.layers)
-    readers = Counter(layer.candidate.reads for layer in plan.sparse)
-    own = plan.recipe.lowrank_sharing == "own"
-    costs = {} if report is None else {(one.name, one.format): one.error for one in report.costs}
+    saved = _saved(plan, counts)
+    found = () if report is None else report.costs
+    costs = {(name, one.format): one.error for one in found for name in one.layers}
     errors = {} if state is None else state.errors
     depths = {block: depth for depth, block in enumerate(_blocks(plan))}
 
     def point(layer: LayerPlan) -> LayerPoint:
-        shared = 1 if own else readers[layer.candidate.reads]
-        saved = 0.0 if layer.format is DENSE else flops_saved(layer, counts[layer.name], shared) / total
         return LayerPoint(
             layer.name,
             layer.candidate.role,
@@ -179,7 +179,7 @@ def layer_points(
             layer.format.name,
             errors.get(layer.name),
             costs.get((layer.name, layer.format.name)),
-            saved,
+            saved.get(layer.name, 0.0),
         )
 
     return plan, [point(layer) for layer in plan.layers]
@@ -247,6 +247,19 @@ def _tokens(plan: Plan, report: CalibrationReport | None, tokens: tuple[int, int
     return {layer.name: by_stream[layer.candidate.stream] for layer in plan.layers}
 
 
+def _saved(plan: Plan, tokens: Mapping[str, int]) -> dict[str, float]:
+    """Name of a changed layer -> what it saves, over the time of all candidates in dense bfloat16."""
+    prices = ModelPrices(plan, tokens)
+    alone = {layer.name: prices.us([layer.dense("")]) for layer in plan.layers}
+    total, saved = sum(alone.values()), {}
+    for readers in inputs_of(plan.layers).values():
+        changed = [layer for layer in readers if layer.format is not DENSE]
+        before, share = (sum(alone[layer.name] for layer in some) for some in (readers, changed))
+        for layer in changed if share else ():
+            saved[layer.name] = (before - prices.us(readers)) * alone[layer.name] / share / total
+    return saved
+
+
 def _blocks(plan: Plan) -> list[str]:
     return list(dict.fromkeys(layer.candidate.block for layer in plan.layers))
 
@@ -294,12 +307,16 @@ def _notes(columns: Sequence[_Column], *, undecided: bool, dense: bool) -> list[
     return notes
 
 
-def _time_note(report: CalibrationReport | None, tokens: tuple[int, int] | None) -> str:
-    model = "Time is modelled from products measured on an H100, for"
-    if tokens is None and report is not None and report.tokens:
-        return f"{model} the calls that calibration recorded."
+def _time_notes(plan: Plan, report: CalibrationReport | None, tokens: tuple[int, int] | None) -> list[str]:
+    """By what time is modelled."""
     image, text = tokens or TOKENS
-    return f"{model} {image} image tokens and {text} text tokens."
+    calls = f"{image} image tokens and {text} text tokens"
+    if tokens is None and report is not None and report.tokens:
+        calls = "the calls that calibration recorded"
+    notes = [f"Time is modelled by times of an {packaged_prices().device}, for {calls}."]
+    if ModelPrices(plan, _tokens(plan, report, tokens)).stands_for_full_size:
+        notes.append("Small models count as if they were of full size.")
+    return notes
 
 
 def _draw(

@@ -19,7 +19,7 @@ from variants import BY_HAND, VARIANTS, chosen
 from zoo_helpers import fashion_pipeline, seeds
 
 from rtlynx import Recipe
-from rtlynx.calibration.budget import LayerCost
+from rtlynx.calibration.budget import InputCost, inputs_of
 from rtlynx.calibration.options import CalibrationReport
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
 from rtlynx.math.fp8 import quantize_tokens
@@ -171,19 +171,28 @@ def test_by_hand_and_by_budget_take_equal_time(model):
 
 
 def test_the_budget_rule_takes_the_harmless_first_and_nothing_that_saves_nothing(model, monkeypatch):
-    variant, names = BY_NAME["layers:norm-by-budget"], make_names(model)
-    alone = {name: planned_ms(model, variant.recipe, only=(name,)) for name in names}
+    variant = BY_NAME["layers:norm-by-budget"]
+    readers = {
+        key: tuple(layer.name for layer in layers)
+        for key, layers in inputs_of(make_plan(model.pipeline.transformer, Recipe.immediate()).sparse).items()
+    }
+    names = [name for layers in readers.values() for name in layers]
+    alone = {key: planned_ms(model, variant.recipe, only=layers) for key, layers in readers.items()}
     dense = planned_ms(model, variant.recipe, only=())
     # Invented errors: what saves most per error is the last in the model's order.
-    costs = [LayerCost(name, (dense - alone[name]) * 2.0**-i, 1.0) for i, name in enumerate(names)]
-    monkeypatch.setattr("rtlynx.calibrate", lambda *_, **__: CalibrationReport({}, {}, tuple(costs)))
-    worth = [name for name in names if alone[name] < dense]
+    costs = tuple(
+        InputCost(key, layers, "bf16-sparse", (dense - alone[key]) * 2.0**-i, 1.0)
+        for i, (key, layers) in enumerate(readers.items())
+    )
+    monkeypatch.setattr("rtlynx.calibrate", lambda *_, **__: CalibrationReport({}, {}, costs))
+    worth = [layers for key, layers in readers.items() if alone[key] < dense]
     for count in (1, 2, 3):
-        target = planned_ms(model, variant.recipe, only=worth[-count:])
+        wanted = {name for layers in worth[-count:] for name in layers}
+        target = planned_ms(model, variant.recipe, only=wanted)
         recipe = by_budget(variant, variant.recipe, model, SMALL, target)
-        assert set(names) - set(recipe.skip) == set(worth[-count:])
+        assert set(names) - set(recipe.skip) == wanted
     impossible = by_budget(variant, variant.recipe, model, SMALL, 0.0)
-    assert set(names) - set(impossible.skip) == set(worth)
+    assert set(names) - set(impossible.skip) == {name for layers in worth for name in layers}
 
 
 def test_pruned_layers_are_pruned_and_text_stays(model):
