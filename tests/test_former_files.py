@@ -40,7 +40,7 @@ def former_index(index):
     recipe = index["recipe"]
     recipe["forms"] = recipe.pop("formats")
     recipe["budget"]["saving"] = recipe["budget"].pop("speedup_share")
-    for setting in ("score", "intercept", "rotate_values"):
+    for setting in ("score", "intercept", "rotate_values", "permute_hidden"):
         del recipe[setting]
     for entry in index["layers"].values():
         del entry["pattern"]["score"], entry["intercept"]
