@@ -21,7 +21,7 @@ from rtlynx.models.reparameterize import hidden_groups
 
 _FILE = "bases.safetensors"
 # Tokens by which hidden features are permuted, where memory allows.
-_TOKENS = 4096
+_TOKENS = 2048
 
 
 class _Outputs:

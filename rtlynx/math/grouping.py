@@ -12,8 +12,8 @@ from torch import Tensor
 _CPU_BYTES, _GPU_BYTES = 1 << 22, 1 << 26
 # An exchange saves at least this share of what its two groups drop: rounding alone makes none.
 _LEAST_GAIN = 1e-5
-# How often all groups meet another one: a few times the number of groups changes little, and so does more.
-_LEAST_ROUNDS, _MOST_ROUNDS = 32, 512
+# How many others each group meets: of 1,024 features of a trained FLUX, 32 save nine tenths of what 288 do.
+_ROUNDS = 64
 
 
 def dropped_energy(energies: Tensor, n: int = 2, m: int = 4) -> float:
@@ -62,7 +62,7 @@ def grouping_permutation(energies: Tensor, n: int = 2, m: int = 4, *, seed: int 
     groups = order.unflatten(0, (-1, m)).clone()
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, (_GPU_BYTES if rows.is_cuda else _CPU_BYTES) // (4 * m * tokens))
-    for _ in range(min(count + _LEAST_ROUNDS, _MOST_ROUNDS)):
+    for _ in range(_ROUNDS):
         shuffled = torch.randperm(count, generator=generator)[: count // 2 * 2].to(rows.device)
         for one, other in zip(*(half.split(at_once) for half in shuffled.chunk(2)), strict=True):
             _exchange(rows, groups, (one, other), m - n)
