@@ -41,7 +41,7 @@ SWEEPS = {
     "pattern": "Other patterns, for which there is no kernel",
     "fp8": "fp8, dense and sparse",
     "fp8-budget": "Formats by an error budget, fp8 among them",
-    "free": "What costs nothing at inference: an intercept, rotated values in fp8",
+    "free": "What costs nothing at inference: an intercept, rotated values, permuted hidden features",
     "bf16-budget": "Layers by an error budget, in bfloat16",
     "cache": "On top of first-block caching",
 }

@@ -130,8 +130,8 @@ class Recipe:
         Which m compete. Auto: strided for attention outputs, whose groups then span different heads, and for
         outputs fed by attention and MLP together (each part in itself); adjacent elsewhere.
     tp_degree : int
-        Keep strided groups inside each of that many equal shards of an input, so that tensor parallelism of
-        this degree, or one that divides it, serves the model.
+        Keep strided groups and permutations inside each of that many equal shards of an input, so that tensor
+        parallelism of this degree, or one that divides it, serves the model.
     norm : "auto" | "none" | "scale" | "paper"
         Per-token norm compensation. Auto: on where the weight is not refitted. "paper": with the printed
         epsilon.
@@ -145,6 +145,10 @@ class Recipe:
     rotate_values : bool
         Rotate the values of each attention head such that strong channels compete with weak ones in the
         layers that read it (needs calibration; costs nothing at inference). Their groups are adjacent then.
+    permute_hidden : bool
+        Permute the hidden features of MLPs so that strong ones compete with weak ones (needs calibration;
+        costs nothing at inference, changes nothing of the dense model). They stay inside each of `tp_degree`
+        shards.
     lowrank_solver : "closed-form" | "trained"
         Trained: as in the paper, by AdamW on the layer's output error for `train_steps` steps.
     lowrank_sharing : "shared" | "own"
@@ -203,6 +207,7 @@ class Recipe:
     refit: bool = True
     intercept: bool = False
     rotate_values: bool = False
+    permute_hidden: bool = False
     lowrank_solver: Literal["closed-form", "trained"] = "closed-form"
     lowrank_sharing: Literal["shared", "own"] = "shared"
     train_steps: int = 2000
@@ -233,7 +238,7 @@ class Recipe:
             raise ValueError(
                 f"tp_degree is a whole number above 0 and at most {MOST_TP_DEGREE}, got {self.tp_degree!r}"
             )
-        for flag in ("refit", "intercept", "rotate_values"):
+        for flag in ("refit", "intercept", "rotate_values", "permute_hidden"):
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"{flag} is true or false, got {getattr(self, flag)!r}")
         if self.rank is not None and self.rank != "auto":
@@ -363,7 +368,8 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe has anything to solve for or measure on real activations."""
-        return self.refit or self.rotate_values or self.rank is not None or self.budget is not None
+        folded = self.rotate_values or self.permute_hidden
+        return self.refit or folded or self.rank is not None or self.budget is not None
 
     @property
     def uses_fp8(self) -> bool:

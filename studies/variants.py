@@ -92,7 +92,8 @@ NAIVE = Recipe.immediate(grouping="adjacent", norm="none")
 NORM = Recipe.immediate(grouping="adjacent")
 OURS = Recipe(rank=RANK)
 BF16 = Recipe.recommended(precision="bf16")
-FREE: dict[str, Any] = {"rotate_values": True, "intercept": True}  # they cost nothing at inference
+# What costs nothing at inference.
+FREE: dict[str, Any] = {"rotate_values": True, "permute_hidden": True, "intercept": True}
 ALL_OF_OURS = Recipe(rank=RANK, text_rows="dense", dense_steps=2)
 
 
@@ -184,14 +185,18 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("fp8", "ours", Recipe(rank=RANK, precision="fp8"))
     yield _sweep("fp8", "all-of-ours", Recipe(rank=RANK, precision="fp8", text_rows="dense", dense_steps=2))
     rotated: dict[str, Any] = {"rotate_values": True}
+    both = {**rotated, "intercept": True}
     last = {**rotated, "dense_precision": "fp8"}
     yield _sweep("free", "refit+intercept", _adjacent(rank=None, intercept=True))
     yield _sweep("free", "refit+rotated", _adjacent(rank=None, **rotated))
-    yield _sweep("free", "refit+rotated+intercept", _adjacent(rank=None, **FREE))
-    yield _sweep("free", "fp8-refit+rotated+intercept", Recipe(rank=None, precision="fp8", **FREE))
+    yield _sweep("free", "refit+permuted", _adjacent(rank=None, permute_hidden=True))
+    yield _sweep("free", "refit+rotated+intercept", _adjacent(rank=None, **both))
+    yield _sweep("free", "fp8-refit+rotated+intercept", Recipe(rank=None, precision="fp8", **both))
+    yield _sweep("free", "fp8-refit+rotated+permuted+intercept", Recipe(rank=None, precision="fp8", **FREE))
     every = Recipe(rank=None, precision="fp8", dense_last_steps=4, **last)
     yield _sweep("free", "fp8-refit+rotated+last-4", every)
-    yield _sweep("free", "fp8-recommended+rotated+intercept", Recipe.recommended(**FREE))
+    yield _sweep("free", "fp8-recommended+rotated+intercept", Recipe.recommended(**both))
+    yield _sweep("free", "fp8-recommended+rotated+permuted+intercept", Recipe.recommended(**FREE))
     yield _sweep("free", "fp8-recommended+rotated+last-2", Recipe.recommended(dense_last_steps=2, **last))
     for error in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
         budget = Budget(error=error)

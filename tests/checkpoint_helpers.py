@@ -36,6 +36,9 @@ RECIPES = {
         rank=None, ridge=RIDGE, rotate_values=True, intercept=True, dense_steps=2, text_rows="dense"
     ),
     "rotated values, fp8": Recipe(rank=None, ridge=RIDGE, rotate_values=True, precision="fp8"),
+    "permuted features": Recipe(
+        rank=4, ridge=RIDGE, rotate_values=True, permute_hidden=True, intercept=True, precision="fp8"
+    ),
     "every format": Recipe(
         rank=4, ridge=RIDGE, formats={"*.to_q": "fp8-sparse", "*.to_k": "fp8-dense", "*.to_v": "dense"}
     ),

@@ -40,13 +40,47 @@ def former_index(index):
     recipe = index["recipe"]
     recipe["forms"] = recipe.pop("formats")
     recipe["budget"]["saving"] = recipe["budget"].pop("speedup_share")
-    for setting in ("score", "intercept", "rotate_values"):
+    for setting in ("score", "intercept", "rotate_values", "permute_hidden"):
         del recipe[setting]
     for entry in index["layers"].values():
         del entry["pattern"]["score"], entry["intercept"]
     if "tensors" in index:
         index["tensors"] = {former_key(key): digest for key, digest in index["tensors"].items()}
     return index | {"sha256": hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()}
+
+
+def version_4(index):
+    """An index of rotated values as version 4 wrote it, signed."""
+    index = {key: value for key, value in index.items() if key != "sha256"} | {"version": 4}
+    del index["recipe"]["permute_hidden"], index["permutations"]
+    index["rotated_tensors"] = index.pop("reparameterized_tensors")
+    return index | {"sha256": hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()}
+
+
+def test_rotated_values_of_version_4(tmp_path):
+    model = make(Recipe(rank=4, ridge=RIDGE, rotate_values=True, intercept=True))
+    save(model, tmp_path)
+    path = tmp_path / "rtlynx.json"
+    path.write_text(json.dumps(version_4(json.loads(path.read_text()))))
+    assert torch.equal(output(load(tiny_flux(), tmp_path), flux_call()), output(model, flux_call()))
+
+
+def test_a_whole_model_with_rotated_values_of_version_4(tmp_path):
+    model = make(Recipe.immediate(rotate_values=True))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    quantization = config["quantization_config"]
+    kept = {"quant_method": quantization.pop("quant_method")}
+    config["quantization_config"] = kept | version_4(quantization)
+    path.write_text(json.dumps(config))
+    again = FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(output(again, flux_call()), output(model, flux_call()))
+    again.save_pretrained(tmp_path / "again")  # (which knows the rotated layers that stayed dense)
+    assert torch.equal(
+        output(FluxTransformer2DModel.from_pretrained(tmp_path / "again"), flux_call()),
+        output(model, flux_call()),
+    )
 
 
 def test_a_sidecar(calibrated, tmp_path):

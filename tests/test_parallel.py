@@ -44,12 +44,14 @@ RECIPES = {
     "rotated": Recipe(rank=None, ridge=RIDGE, tp_degree=2, rotate_values=True, intercept=True),
     "intercept-kept": Recipe(rank=None, ridge=RIDGE, tp_degree=2, intercept=True, dense_steps=1),
     "rotated-norm": Recipe.immediate(tp_degree=2, rotate_values=True),
+    "permuted": Recipe(rank=None, ridge=RIDGE, tp_degree=4, permute_hidden=True, rotate_values=True),
+    "permuted-norm": Recipe.immediate(tp_degree=2, permute_hidden=True),
     "fp8": Recipe.immediate(tp_degree=2, precision="fp8"),
     "fp8-refit": Recipe(rank=0.05, ridge=RIDGE, tp_degree=2, precision="fp8"),
     "fp8-dense": Recipe.immediate(tp_degree=2, formats={"*": "fp8-dense"}),
 }
-UNDONE = ("norm", "rotated-norm")
-QWEN_RECIPES = ("norm", "low-rank", "refit", "rotated")
+UNDONE = ("norm", "rotated-norm", "permuted-norm")
+QWEN_RECIPES = ("norm", "low-rank", "refit", "rotated", "permuted-norm")
 PAIRS = [*(("flux", recipe) for recipe in RECIPES), *(("qwen", recipe) for recipe in QWEN_RECIPES)]
 ROWS = ("to_out.0", "to_add_out", "net.2", "proj_out")  # row-parallel
 EIGHT_BITS = [recipe for recipe in RECIPES if recipe.startswith("fp8")]
@@ -143,6 +145,13 @@ def tp_crossing_groups(folder):
 def tp_crossing_checkpoint(folder):
     model = tensor_parallel(tiny_flux())
     said = message(lambda: load(model, folder / "flux-one-part"))
+    assert not sparse_layers(model)
+    return said
+
+
+def tp_crossing_permutation(folder):
+    model = tensor_parallel(tiny_flux())
+    said = message(lambda: load(model, folder / "flux-permuted-whole"))
     assert not sparse_layers(model)
     return said
 
@@ -276,6 +285,7 @@ CASES = {
     "tp-shapes": tp_shapes,
     "tp-crossing-groups": tp_crossing_groups,
     "tp-crossing-checkpoint": tp_crossing_checkpoint,
+    "tp-crossing-permutation": tp_crossing_permutation,
     "tp-other-weights": tp_other_weights,
     "tp-too-late": tp_too_late,
     "tp-save": tp_save,
@@ -294,6 +304,7 @@ def models():
     """(model, recipe) -> the sparse model of one process, calibrated where the recipe says so."""
     made = {(m, r): make(RECIPES[r], *MODELS[m]) for m, r in PAIRS}
     made["flux", "one-part"] = make(Recipe(rank=None, ridge=RIDGE))
+    made["flux", "permuted-whole"] = make(Recipe.immediate(grouping="adjacent", permute_hidden=True))
     return made
 
 
@@ -476,6 +487,7 @@ def test_densify_gives_the_sharded_model_back(results):
     [
         ("tp-crossing-groups", "ValueError: .*to_out.0: its strided groups reach over 2 .*tp_degree=2"),
         ("tp-crossing-checkpoint", "ValueError: .*to_out.0: its strided groups reach over 2 .*tp_degree=2"),
+        ("tp-crossing-permutation", "ValueError: .*net.2 were permuted .* across 2 .*tp_degree=2"),
         ("tp-other-weights", "CheckpointError: .*other weights"),
         ("tp-too-late", "RuntimeError: .*enable tensor parallelism first"),
         ("tp-save", "ValueError: .*spread over several processes: save it before"),

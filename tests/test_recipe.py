@@ -20,6 +20,7 @@ EVERYTHING = {
     "refit": False,
     "intercept": False,
     "rotate_values": False,
+    "permute_hidden": False,
     "lowrank_solver": "trained",
     "lowrank_sharing": "own",
     "train_steps": 100,
@@ -79,6 +80,7 @@ WITH_REFIT = {
         ({"refit": 1}, "refit is true or false"),
         ({"intercept": 1}, "intercept is true or false"),
         ({"rotate_values": None}, "rotate_values is true or false"),
+        ({"permute_hidden": 1}, "permute_hidden is true or false"),
         ({"rotate_values": True, "grouping": "strided"}, "strided groups span heads"),
         ({"intercept": True, "refit": False}, "intercept is refitted together with the weight"),
         ({"rank": 0}, "rank"),
@@ -172,7 +174,7 @@ def test_json_that_is_no_recipe_is_refused(text):
 def test_each_setting_survives_json(key):
     assert key in Recipe().to_dict()
     settings = {**EVERYTHING, **IN_FP8} if key in ("precision", "formats") else EVERYTHING
-    if key in ("intercept", "rotate_values"):
+    if key in ("intercept", "rotate_values", "permute_hidden"):
         settings = {**EVERYTHING, **WITH_REFIT, key: True}
     assert settings[key] != Recipe().to_dict()[key] or key == "score"  # (there is one)
     recipe = Recipe.from_dict(settings)

@@ -14,7 +14,7 @@ from helpers import flux_call, output, qwen_call, relative_error, tiny_flux, tin
 from mutations import signed
 from safetensors.torch import load_file, save_file
 
-import rtlynx.calibration.rotation
+import rtlynx.calibration.reparameterize
 from rtlynx import CalibrationOptions, CheckpointError, Recipe, densify, load, save
 from rtlynx.cli.inspection import describe
 from rtlynx.evaluate.layers import layer_errors
@@ -28,7 +28,7 @@ TEXT = (f"{DOUBLE}.add_v_proj", f"{DOUBLE}.to_add_out")
 
 
 def matrices(model):
-    return state_of(model).rotation.matrices
+    return state_of(model).reparameterization.bases
 
 
 def test_error_behind_attention_is_lower_than_with_neighbours():
@@ -95,11 +95,11 @@ def test_dense_steps_and_rows_run_on_rotated_originals(recipe):
 @pytest.mark.parametrize("recipe", ["rotated values, immediate", "rotated values, dense steps and rows"])
 def test_densify_gives_the_original_weights_back(recipe):
     model = make(RECIPES[recipe])
-    assert state_of(model).rotation.originals
+    assert state_of(model).reparameterization.originals
     before, after = tiny_flux().state_dict(), densify(model).state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert not any("rtlynx_rotated" in vars(module) for module in model.modules())
+    assert not any("rtlynx_reparameterized" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("recipe", ["rotated values, immediate", "rotated values, dense steps and rows"])
@@ -107,7 +107,7 @@ def test_memory_of_kept_originals_is_as_announced(recipe):
     before, after = describe(tiny_flux(), RECIPES[recipe]), describe(make(RECIPES[recipe]))
     assert before["extra_bytes"] == after["extra_bytes"]
     assert after["extra_bytes"] >= sum(
-        one.nbytes for one in state_of(make(RECIPES[recipe])).rotation.originals.values()
+        one.nbytes for one in state_of(make(RECIPES[recipe])).reparameterization.originals.values()
     )
 
 
@@ -248,7 +248,7 @@ def test_a_resumed_calibration_takes_the_rotation_that_it_found(tmp_path, monkey
     def never(*_):
         raise AssertionError("the rotation was found before")
 
-    monkeypatch.setattr(rtlynx.calibration.rotation, "_replay", never)
+    monkeypatch.setattr(rtlynx.calibration.reparameterize, "_replay", never)
     again, _ = run(recipe=ROTATED, options=options)
     assert_same(solution(again), solution(first))
     assert all(torch.equal(matrices(again)[name], one) for name, one in matrices(first).items())
@@ -263,7 +263,7 @@ def test_an_interrupted_calibration_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(model, ROTATED)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_flux().parameters(), strict=True))
-    assert not any("rtlynx_rotated" in vars(module) for module in model.modules())
+    assert not any("rtlynx_reparameterized" in vars(module) for module in model.modules())
 
 
 def _one_of_two(rank, folder):

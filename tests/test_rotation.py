@@ -10,7 +10,7 @@ from rtlynx import Recipe
 from rtlynx.math.rotation import rotate_columns, rotate_rows, value_rotation
 from rtlynx.math.selection import nm_mask, select
 from rtlynx.models.plan import make_plan
-from rtlynx.models.rotation import rotate
+from rtlynx.models.reparameterize import reparameterize
 
 TOKENS, HEADS, D, INPUTS, OUTPUTS = 60, 6, 16, 24, 20
 
@@ -110,7 +110,7 @@ def random_matrices(plan):
 
 def rotated(model, **changes):
     plan = make_plan(model, Recipe.immediate(rotate_values=True, text_stream="sparse", **changes))
-    rotate(model, plan.rotated, random_matrices(plan))
+    reparameterize(model, plan.rotated, random_matrices(plan))
     return plan
 
 
@@ -123,7 +123,7 @@ def test_a_rotated_model_computes_the_same(name):
     assert len(plan.rotated) == {"flux": 2, "qwen": 1, "z-image": 3}[name]
     before, after = dense.state_dict(), model.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    made = {f"{layer}.{kind}" for one in plan.rotated for layer in one.values for kind in ("weight", "bias")}
+    made = {f"{layer}.{kind}" for one in plan.rotated for layer in one.makers for kind in ("weight", "bias")}
     read = {f"{layer}.weight" for one in plan.rotated for layer in one.readers}
     assert changed == (made | read) & before.keys()
     assert relative_error(output(model, call), output(dense, call)) < 1e-12
@@ -201,4 +201,4 @@ def test_a_rotation_without_an_inverse_is_refused():
     plan = make_plan(model, Recipe(rotate_values=True))
     matrices = {name: torch.zeros_like(one) for name, one in random_matrices(plan).items()}
     with pytest.raises(ValueError, match="has no inverse"):
-        rotate(model, plan.rotated, matrices)
+        reparameterize(model, plan.rotated, matrices)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rtlynx.models.plan import LayerPlan, Plan
-from rtlynx.models.rotation import Rotation
+from rtlynx.models.reparameterize import Reparameterization
 from rtlynx.models.sparsify import apply_plan, state_of
 from rtlynx.nn.solution import Solution
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -21,14 +21,14 @@ def apply_solutions(
     plan: Plan,
     solutions: Mapping[str, Solution],
     tensors: dict[str, str] | None = None,
-    rotation: Rotation | None = None,
+    done: Reparameterization | None = None,
 ) -> None:
     """Make `model` sparse by `plan`, each layer with its solution; see `apply_plan`, also for the others."""
 
     def prepare(name: str, layer: SparseLinear) -> None:
         solutions[name].install(layer, keep_dense=layer.depends_on_call)
 
-    apply_plan(model, plan, prepare, tensors=tensors, rotation=rotation)
+    apply_plan(model, plan, prepare, tensors=tensors, done=done)
     state = state_of(model)
     assert state is not None
     state.errors = {name: one.error for name, one in solutions.items() if math.isfinite(one.error)}

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rtlynx.calibration.calls import CalibrationError, CallStore
 from rtlynx.calibration.moments import Moments, balanced
-from rtlynx.calibration.processes import distributed, world
+from rtlynx.calibration.processes import all_rows, distributed
 from rtlynx.math.reference import compress
 from rtlynx.models.architecture import Architecture, TextRows
 from rtlynx.models.plan import LayerPlan
@@ -69,16 +68,8 @@ class InputGroup:
             for kind in kinds:  # every process takes part, also one that saw no such token
                 by_kind = self.moments.setdefault(split, {})
                 by_kind.setdefault(kind, Moments(self.k, device=device)).all_reduce()
-        sizes = torch.tensor([sum(len(t) for t in self.tokens)], device=device)
-        all_sizes = [torch.zeros_like(sizes) for _ in range(world())]
-        dist.all_gather(all_sizes, sizes)
-        longest = max(int(size) for size in all_sizes)
-        if longest:
-            mine = torch.cat(self.tokens) if self.tokens else torch.zeros(0, self.k)
-            padded = torch.nn.functional.pad(mine.float(), (0, 0, 0, longest - len(mine))).to(device)
-            pieces = [torch.zeros_like(padded) for _ in all_sizes]
-            dist.all_gather(pieces, padded)
-            self.tokens = [piece[: int(size)].cpu() for piece, size in zip(pieces, all_sizes, strict=True)]
+        every = all_rows(torch.cat(self.tokens) if self.tokens else torch.zeros(0, self.k), device)
+        self.tokens = [every] if len(every) else []
 
 
 def input_groups(layers: Sequence[LayerPlan]) -> list[InputGroup]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from rtlynx.storage.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
 
 MANIFEST = "calibration.json"
-FORMAT = 4
-_FILES = ("calls-*", "solution-*", "rotations*")
+FORMAT = 5
+_FILES = ("calls-*", "solution-*", "bases*")
 
 
 class WorkFolder:

@@ -107,6 +107,9 @@ class CalibrationReport:
         weights save.
     tokens : dict[str, int]
         Per candidate, where the recipe has a budget: tokens in one recorded call.
+    unpermuted : dict[str, str]
+        Down projections of MLPs whose hidden features the recipe would permute and calibration did not, with
+        the reason.
     """
 
     solutions: dict[str, Solution]
@@ -116,3 +119,4 @@ class CalibrationReport:
     unrotated: Mapping[str, str] = field(default_factory=dict)
     extra_bytes: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
+    unpermuted: Mapping[str, str] = field(default_factory=dict)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def distributed() -> bool:
@@ -26,3 +28,16 @@ def agree(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def all_rows(mine: Tensor, device: torch.device) -> Tensor:
+    """Rows (N, K) of all processes in float32 on the CPU, in order of rank, however many each has."""
+    sizes = torch.tensor([len(mine)], device=device)
+    all_sizes = [torch.zeros_like(sizes) for _ in range(world())]
+    dist.all_gather(all_sizes, sizes)
+    longest = max(int(size) for size in all_sizes)
+    padded = torch.nn.functional.pad(mine.float(), (0, 0, 0, longest - len(mine))).to(device)
+    pieces = [torch.zeros_like(padded) for _ in all_sizes]
+    if longest:
+        dist.all_gather(pieces, padded)
+    return torch.cat([piece[: int(size)].cpu() for piece, size in zip(pieces, all_sizes, strict=True)])

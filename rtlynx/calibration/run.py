@@ -26,14 +26,14 @@ from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
-from rtlynx.calibration.rotation import find_rotations
+from rtlynx.calibration.reparameterize import find_bases
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import judged, solve_layer
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.guards import refuse_meta
 from rtlynx.models.plan import LayerPlan, Plan
-from rtlynx.models.rotation import Rotation, rotate
+from rtlynx.models.reparameterize import Reparameterization, reparameterize
 from rtlynx.models.sparsify import (
     densify,
     extra_bytes,
@@ -155,7 +155,7 @@ class _Calibration:
         }
         plan = self.plan.leave_dense(silent)
         _refuse_all_dense(plan)
-        plan, rotation = self._rotate(plan)
+        plan, done = self._reparameterize(plan)
         self._solve([group for group in groups if group.block in order], order)
         for name, dense in self.originals.items():
             self.model.set_submodule(name, dense)
@@ -167,7 +167,7 @@ class _Calibration:
             if not plan.sparse:
                 raise CalibrationError(self._none_left(costs))
         solutions = self.solutions.of(plan.sparse)
-        apply_solutions(self.model, plan, solutions, rotation=rotation)
+        apply_solutions(self.model, plan, solutions, done=done)
         return CalibrationReport(
             solutions,
             {layer.name: layer.dense_reason for layer in plan.layers if layer.dense_reason is not None},
@@ -176,17 +176,20 @@ class _Calibration:
             plan.unrotated,
             extra_bytes(self.model),
             self.tokens,
+            plan.unpermuted,
         )
 
-    def _rotate(self, plan: Plan) -> tuple[Plan, Rotation | None]:
-        """Rotate the values of the dense model, so that all that follows sees the channels sorted."""
-        if not plan.rotated:
+    def _reparameterize(self, plan: Plan) -> tuple[Plan, Reparameterization | None]:
+        """Rotate and permute in the dense model, so that all that follows sees the channels sorted."""
+        if not plan.reparameterized:
             return plan, None
-        with ProgressBar("finding rotations", len(self.recording.batches["fit"]), show=self.show) as advance:
-            matrices = find_rotations(plan, self.recording, advance)
-        silent = {one.name: "did not run in calibration" for one in plan.rotated if one.name not in matrices}
-        plan = plan.leave_unrotated(silent)
-        return plan, rotate(self.model, plan.rotated, matrices) if plan.rotated else None
+        replays = len(self.recording.batches["fit"])
+        with ProgressBar("finding rotations and permutations", replays, show=self.show) as advance:
+            bases = find_bases(plan, self.recording, advance)
+        silent = (one.name for one in plan.reparameterized if one.name not in bases)
+        plan = plan.leave_basis(dict.fromkeys(silent, "did not run in calibration"))
+        changed = plan.reparameterized
+        return plan, reparameterize(self.model, changed, bases) if changed else None
 
     def _block_order(self, groups: list[InputGroup]) -> list[str]:
         blocks = list(dict.fromkeys(group.block for group in groups))

@@ -64,15 +64,13 @@ def _describe_layer(layer: LayerPlan, error: float | None) -> dict[str, Any]:
 
 
 def _planned_originals(model: nn.Module, plan: Plan, bytes_each: int) -> int:
-    """Bytes of rotated layers as they were: kept where all others keep their original weight too."""
+    """Bytes of reparameterized layers as they were: kept where all others keep their original weight too."""
     changed = plan.recipe.refit or any(layer.quantized for layer in plan.sparse)
     whole = plan.recipe.dense_precision == "bf16"
     if changed and not (whole and all(layer.has_dense_calls(plan.recipe) for layer in plan.sparse)):
         return 0
-    weights = [f"{name}.weight" for one in plan.rotated for name in (*one.values, *one.readers)]
-    biases = [f"{name}.bias" for one in plan.rotated for name in one.values]
-    found = dict(model.named_parameters())
-    return bytes_each * sum(found[name].numel() for name in (*weights, *biases) if name in found)
+    names = {name for one in plan.reparameterized for name in one.parameters}
+    return bytes_each * sum(one.numel() for name, one in model.named_parameters() if name in names)
 
 
 def _planned_biases(model: nn.Module, plan: Plan, bytes_each: int) -> int:

@@ -50,6 +50,7 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
         },
         "dense": report.dense,
         "unrotated": dict(report.unrotated),
+        "unpermuted": dict(report.unpermuted),
         "budget": None
         if report.choice is None
         else {
@@ -90,6 +91,8 @@ def print_report(report: Any) -> None:
         out.print(f"{counts}: measured error at the output {report.choice.error:.3e}, {reached}")
     for name, reason in report.unrotated.items():
         out.print(f"The values of {name} were not rotated: {reason}")
+    for name, reason in report.unpermuted.items():
+        out.print(f"The hidden features of {name} were not permuted: {reason}")
     out.print(
         f"{len(report.solutions)} layers changed, {len(report.dense)} left dense, "
         + memory(report.extra_bytes)

@@ -1,8 +1,8 @@
 """Save what rtlynx did to a model, and do it to the same base model again.
 
 A checkpoint is a folder: `rtlynx.json` (recipe, layers, digests) and `rtlynx.safetensors` (low-rank factors,
-refitted weights and biases, quantised weights and their scales, in natural column order; rotations). It goes
-onto the base model that it was made from.
+refitted weights and biases, quantised weights and their scales, in natural column order; rotations and
+permutations). It goes onto the base model that it was made from.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from rtlynx._version import __version__
 from rtlynx.calibration.apply import apply_solutions
 from rtlynx.io.schema import check_schema, check_values, stored_pattern, stored_quantized, wrong_numbers
-from rtlynx.models.architecture import Attention
+from rtlynx.models.architecture import Attention, Reparameterizable
 from rtlynx.models.fingerprint import base_tensors, records, same, weight_fingerprint
 from rtlynx.models.guards import refuse_foreign, refuse_meta, refuse_prepared
 from rtlynx.models.plan import Plan, make_plan
-from rtlynx.models.rotation import fixed_reason, rotate
+from rtlynx.models.reparameterize import fixed_reason, refuse_crossing, reparameterize
 from rtlynx.models.sparsify import SparseState, sparse_layers, state_of, target_model
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.solution import Solution, stored_shapes
@@ -53,12 +53,14 @@ from rtlynx.storage.files import (
     write_tensors,
 )
 
-# Version 2 knows fp8 layers, version 4 intercepts and rotated values.
-FORMAT_VERSION = 4
-# What the file calls R of an attention.
-_ROTATION = "value_rotation"
+# Version 2 knows fp8 layers, version 4 intercepts and rotated values, version 5 permuted hidden features.
+FORMAT_VERSION = 5
+# What the file calls R of an attention and the order of an MLP's hidden features.
+_BASIS = {"rotate_values": "value_rotation", "permute_hidden": "hidden_permutation"}
 # Most that safetensors takes for the header of a file.
 _HEADER = 100 << 20
+
+_One = TypeVar("_One", bound=Reparameterizable)
 
 
 def save(model_or_pipeline: Any, folder: str | Path) -> None:
@@ -94,23 +96,22 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
         for kind in solution_shapes(body["layers"][name]):
             tensors[f"{name}.{kind}"] = getattr(layer, kind)
     _refuse_unreadable(layers, tensors)
-    tensors |= {f"{name}.{_ROTATION}": matrix for name, matrix in _rotations(model).items()}
+    tensors |= _bases(model)
     with replaced_checkpoint(Path(folder)) as new:
         write_tensors(new / TENSORS, tensors, {"format": "rtlynx"})
         write_json(new / INDEX, signed({**body, "tensors_sha256": sha256_of(new / TENSORS)}))
 
 
-def _rotations(model: nn.Module) -> dict[str, Tensor]:
-    """Attention -> R (H, d, d); ValueError where that is not known any more."""
-    rotation = _state(model).rotation
-    known = {} if rotation is None else rotation.matrices
-    found = {name: matrix for name, matrix in known.items() if matrix is not None}
-    if len(found) < len(known):
-        raise ValueError(
-            "this model was loaded by from_pretrained, whose files hold rotated weights, and not the "
-            "rotations that a checkpoint for the base model needs: use save_pretrained"
-        )
-    return found
+def _bases(model: nn.Module) -> dict[str, Tensor]:
+    """Rotations and permutations, as the file calls them; ValueError where they are not known any more."""
+    state = _state(model)
+    if state.reparameterization is None:
+        return {}
+    try:
+        known = state.reparameterization.known
+    except ValueError as error:
+        raise ValueError(f"{error}, which a checkpoint would have to hold: use save_pretrained") from None
+    return {f"{one.name}.{_BASIS[one.setting]}": known[one.name] for one in state.plan.reparameterized}
 
 
 def _refuse_changes(model: nn.Module) -> None:
@@ -121,7 +122,8 @@ def _refuse_changes(model: nn.Module) -> None:
         raise ValueError(f"{offloaded[0]} is on 'meta' (offloaded?): remove the offloading, then save")
     if state.tensors:
         found = records(base_tensors(model))
-        expected = {**state.tensors, **(state.rotation.records if state.rotation else {})}
+        done = state.reparameterization
+        expected = {**state.tensors, **(done.records if done else {})}
         changed = [
             name for name, one in found.items() if name not in expected or not same(expected[name], one)
         ]
@@ -182,7 +184,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         },
         "dense": {one.name: one.dense_reason for one in state.plan.layers if one.name not in layers},
         **({"base_tensors": dict(sorted(state.tensors.items()))} if state.tensors else {}),
-        **({} if state.rotation is None else _describe_rotation(state)),
+        **({} if state.reparameterization is None else _describe_reparameterization(state)),
     }
 
 
@@ -195,11 +197,12 @@ def _state(model: nn.Module) -> SparseState:
     return state
 
 
-def _describe_rotation(state: SparseState) -> dict[str, Any]:
-    records = {} if state.rotation is None else state.rotation.records
+def _describe_reparameterization(state: SparseState) -> dict[str, Any]:
+    records = {} if state.reparameterization is None else state.reparameterization.records
     return {
-        "rotations": {one.name: [one.value_heads, one.head_dim] for one in state.plan.rotated},
-        "rotated_tensors": dict(sorted(records.items())),
+        "rotations": {one.name: one.size for one in state.plan.rotated},
+        "permutations": {one.name: one.size for one in state.plan.permuted},
+        "reparameterized_tensors": dict(sorted(records.items())),
     }
 
 
@@ -236,27 +239,28 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
     with all_or_none(model):
         # Once, and not before the folder turns out to be one: it reads much of the model.
         base = functools.cache(lambda: records(base_tensors(model)))
-        plan, solutions, matrices = while_unchanged(folder, lambda: _read_folder(model, folder, base))
+        plan, solutions, bases = while_unchanged(folder, lambda: _read_folder(model, folder, base))
+        refuse_crossing(model, plan.reparameterized, bases)
         try:
-            rotation = rotate(model, plan.rotated, matrices) if matrices else None
+            done = reparameterize(model, plan.reparameterized, bases) if bases else None
         except ValueError as error:
             raise CheckpointError(f"{folder} is damaged: {error}") from None
-        apply_solutions(model, plan, solutions, base(), rotation)
+        apply_solutions(model, plan, solutions, base(), done)
     return model_or_pipeline
 
 
 def _read_folder(
     model: nn.Module, folder: Path, base: Callable[[], dict[str, str]]
 ) -> tuple[Plan, dict[str, Solution], dict[str, Tensor]]:
-    """Plan, solutions and rotations of a checkpoint for `model`, whose records `base` takes, all checked."""
+    """Plan, solutions and bases of a checkpoint for `model`, whose records `base` takes, all checked."""
     index = read_index(folder)
     plan = stored_plan(model, index, folder)
     _check_base(model, index, folder, base())
     path, layers = tensors_of(folder, index), index["layers"]
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-    rotations = sum(8 * heads * d * d for heads, d in index.get("rotations", {}).values())
-    if size > _HEADER + sum(map(_most_bytes, layers.values())) + rotations:
+    bases = sum(8 * math.prod(_basis_shape(one)) for one in plan.reparameterized)
+    if size > _HEADER + sum(map(_most_bytes, layers.values())) + bases:
         raise CheckpointError(f"{path} is damaged: its {size} bytes are more than its layers can fill")
     if sha256_of(path) != index["tensors_sha256"]:
         raise CheckpointError(f"{path} is damaged: its digest is not the one in {INDEX}")
@@ -265,10 +269,10 @@ def _read_folder(
     for name, entry in layers.items():
         linear: Any = model.get_submodule(name)
         solutions[name] = _stored_solution(name, entry, tensors, path, linear.weight.dtype)
-    matrices = {one.name: _stored_rotation(one, tensors, path) for one in plan.rotated}
+    found = {one.name: _stored_basis(one, tensors, path) for one in plan.reparameterized}
     if tensors:
         raise CheckpointError(f"{path} holds {sorted(tensors)[0]!r}, which {INDEX} does not know")
-    return plan, solutions, matrices
+    return plan, solutions, found
 
 
 def _most_bytes(entry: dict[str, Any]) -> int:
@@ -411,32 +415,52 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
                 dense_reason=None,
             )
         )
-    return replace(plan, layers=tuple(layers), rotated=_rotated(model, plan, index, folder), unrotated={})
+    rotations, permutations = index.get("rotations", {}), index.get("permutations", {})
+    attentions = plan.architecture.attentions_of(model) if rotations else []
+    mlps = plan.architecture.mlps_of(model) if permutations else []
+    return replace(
+        plan,
+        layers=tuple(layers),
+        rotated=_stored(model, attentions, rotations, "rotates values of", folder),
+        permuted=_stored(model, mlps, permutations, "permutes hidden features of", folder),
+        unrotated={},
+        unpermuted={},
+    )
 
 
-def _rotated(model: nn.Module, plan: Plan, index: dict[str, Any], folder: Path) -> tuple[Attention, ...]:
-    """The attentions whose values a checkpoint rotates; CheckpointError where `model` has not the like."""
-    stored = index.get("rotations", {})
-    known = plan.architecture.attentions_of(model) if stored else []
-    rotated = tuple(one for one in known if stored.get(one.name) == [one.value_heads, one.head_dim])
-    for name in stored.keys() - {one.name for one in rotated}:
-        raise CheckpointError(f"{folder} was made for another architecture: it rotates values of {name}")
-    for one in rotated:
+def _stored(
+    model: nn.Module, known: Sequence[_One], stored: dict[str, list[int]], does: str, folder: Path
+) -> tuple[_One, ...]:
+    """Those of `known` that a checkpoint has (name -> size); CheckpointError where `model` lacks one."""
+    found = tuple(one for one in known if stored.get(one.name) == one.size)
+    for name in stored.keys() - {one.name for one in found}:
+        raise CheckpointError(f"{folder} was made for another architecture: it {does} {name}")
+    for one in found:
         reason = fixed_reason(model, one)
         if reason is not None:
-            raise CheckpointError(f"{folder} rotates values of {one.name}, which cannot be here: {reason}")
-    return rotated
+            raise CheckpointError(f"{folder} {does} {one.name}, which cannot be here: {reason}")
+    return found
 
 
-def _stored_rotation(attention: Attention, tensors: dict[str, Tensor], path: Path) -> Tensor:
-    """R (H, d, d) of one attention, checked; it is taken out of `tensors`."""
-    name, shape = f"{attention.name}.{_ROTATION}", (attention.value_heads, *2 * (attention.head_dim,))
-    matrix = tensors.pop(name, None)
-    if matrix is None:
+def _basis_shape(one: Reparameterizable) -> tuple[int, ...]:
+    """Of the tensor that a checkpoint has of `one`: (H, d, d) of an attention, (K,) of an MLP."""
+    return (*one.size, one.size[-1]) if isinstance(one, Attention) else tuple(one.size)
+
+
+def _stored_basis(one: Reparameterizable, tensors: dict[str, Tensor], path: Path) -> Tensor:
+    """R of an attention, or the order of an MLP's hidden features, checked; it is taken out of `tensors`."""
+    name, shape = f"{one.name}.{_BASIS[one.setting]}", _basis_shape(one)
+    basis = tensors.pop(name, None)
+    if basis is None:
         raise CheckpointError(f"{path} lacks the tensor {name}")
-    if matrix.shape != shape or matrix.dtype is not torch.float32 or not bool(matrix.isfinite().all()):
-        raise CheckpointError(f"{path}: {name} should be {shape} of finite torch.float32 numbers")
-    return matrix
+    if isinstance(one, Attention):
+        dtype, what = torch.float32, "finite torch.float32 numbers"
+    else:
+        dtype, what = torch.int32, f"torch.int32 numbers, each from 0 to {shape[0] - 1} once"
+    right = basis.shape == shape and basis.dtype is dtype and bool(basis.isfinite().all())
+    if not right or (dtype is torch.int32 and not torch.equal(basis.sort().values, torch.arange(len(basis)))):
+        raise CheckpointError(f"{path}: {name} should be {shape} of {what}")
+    return basis
 
 
 def _stored_solution(

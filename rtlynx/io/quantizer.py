@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.io.checkpoint import check_index, describe, load, read_index, signed, solution_shapes, stored_plan
-from rtlynx.io.schema import stored_quantized, wrong_numbers
+from rtlynx.io.schema import reparameterized_tensors, stored_quantized, wrong_numbers
 from rtlynx.math.fp8 import E4M3
 from rtlynx.models.fingerprint import full_digests, is_plain, weight_fingerprint
 from rtlynx.models.plan import Plan
-from rtlynx.models.rotation import Rotation, mark_rotated
+from rtlynx.models.reparameterize import Reparameterization, mark
 from rtlynx.models.sparsify import (
     apply_plan,
     densify,
@@ -102,9 +102,9 @@ class RTLynxConfig(_BaseConfig):
             recipe = Recipe.from_dict(recipe)
         if recipe is not None and recipe.needs_calibration:
             raise ValueError(
-                "this recipe has something to calibrate (rank, refit, rotate_values or budget), and "
-                "from_pretrained has no prompts: load the model dense and call rtlynx.calibrate(pipeline, "
-                "prompts, recipe), whose result save_pretrained keeps, or use Recipe.immediate()"
+                "this recipe has something to calibrate (rank, refit, rotate_values, permute_hidden or "
+                "budget), and from_pretrained has no prompts: load the model dense and call rtlynx.calibrate("
+                "pipeline, prompts, recipe), whose result save_pretrained keeps, or use Recipe.immediate()"
             )
         self.quant_method = QuantMethod.RTLYNX
         self.recipe = (recipe or Recipe.immediate()) if sidecar is None else None
@@ -301,13 +301,13 @@ class RTLynxQuantizer(_BaseQuantizer):
 
         plan = stored_plan(model, stored, self._folder)
         base = {name: entry["base"] for name, entry in stored["layers"].items()}
-        rotation = None
-        if plan.rotated:
-            unknown = dict.fromkeys(one.name for one in plan.rotated)
-            rotation = Rotation(unknown, records=stored.get("rotated_tensors", {}))
-            mark_rotated(model, plan.rotated)
+        done = None
+        if plan.reparameterized:
+            unknown = dict.fromkeys(one.name for one in plan.reparameterized)
+            done = Reparameterization(unknown, records=reparameterized_tensors(stored))
+            mark(model, plan.reparameterized)
         try:
-            apply_plan(model, plan, prepare, base, rotation=rotation)
+            apply_plan(model, plan, prepare, base, done=done)
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(f"{place} does not fit this model: {first_line(error)}") from None
         state = state_of(model)

@@ -87,15 +87,16 @@ _PATTERN: dict[str, _Check] = {
 _TABLES: dict[str, _Check] = {
     "base_tensors": _text(RECORD, "a record of a tensor"),
     "tensors": _text("[0-9a-f]{32}", "a digest of 32 digits"),
-    "rotated_tensors": _text(RECORD, "a record of a tensor"),
-    "rotations": (lambda value: _is_rotation(value), "its heads and their width"),
+    "rotated_tensors": _text(RECORD, "a record of a tensor"),  # as version 4 called the next
+    "reparameterized_tensors": _text(RECORD, "a record of a tensor"),
+    "rotations": (lambda value: _is_size(value, _MOST_HEADS, _MOST_HEAD_DIM), "its heads and their width"),
+    "permutations": (lambda value: _is_size(value, _MOST_FEATURES), "how many hidden features it has"),
 }
 
 
-def _is_rotation(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2:
+def _is_size(value: Any, *limits: int) -> bool:
+    if not isinstance(value, list) or len(value) != len(limits):
         return False
-    limits = (_MOST_HEADS, _MOST_HEAD_DIM)
     return all(type(one) is int and 1 <= one <= most for one, most in zip(value, limits, strict=True))
 
 
@@ -179,6 +180,11 @@ def _check_keys(values: dict[str, Any], checks: dict[str, _Check], where: str, p
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def reparameterized_tensors(index: dict[str, Any]) -> dict[str, str]:
+    """Name -> record of what rotations and permutations changed; version 4 had another name for it."""
+    return index.get("reparameterized_tensors", index.get("rotated_tensors", {}))
 
 
 def stored_quantized(entry: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import fnmatch
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -52,20 +52,91 @@ class AttentionRule:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One attention of a model.
+class MlpRule:
+    """MLPs by name, whose hidden features go through nothing that mixes them.
 
-    name, values, readers : dotted names in the model; see `AttentionRule`.
+    pattern : name of a block with `*` for its index.
+    between : names in the block of the modules that call the layers, and what comes between these.
+    up : of the layers that make the hidden features.
+    down : of the layer that reads them, with its last columns.
+    """
+
+    pattern: str
+    between: tuple[str, ...]
+    up: tuple[str, ...]
+    down: str
+
+
+@dataclass(frozen=True)
+class Reparameterizable:
+    """A tensor inside a model that may be given in another basis: what reads it undoes what makes it does.
+
+    name : dotted name in the model that stands for it.
+    makers, readers : layers that make the tensor and layers that read it.
+    """
+
+    setting: ClassVar[str]  # field of `Recipe` that asks for it
+
+    name: str
+    makers: tuple[str, ...]
+    readers: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layers whose parameters change."""
+        return (*self.makers, *self.readers)
+
+    @property
+    def size(self) -> list[int]:
+        """How large the tensor is, in what a basis of it depends on."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that change, of those that are there."""
+        biases = (f"{name}.bias" for name in self.makers)
+        return (*(f"{name}.weight" for name in self.layers), *biases)
+
+
+@dataclass(frozen=True)
+class Attention(Reparameterizable):
+    """One attention of a model, which its name is; it gives what its values give, in the same basis.
+
     heads, head_dim : of what it gives.
     value_heads : heads of the values, each read by `heads` / `value_heads` heads in a row.
     """
 
-    name: str
-    values: tuple[str, ...]
-    readers: tuple[str, ...]
+    setting = "rotate_values"
+
     heads: int
     head_dim: int
     value_heads: int
+
+    @property
+    def size(self) -> list[int]:
+        """Of the values: heads and their width."""
+        return [self.value_heads, self.head_dim]
+
+
+@dataclass(frozen=True)
+class Mlp(Reparameterizable):
+    """One MLP of a model, by the name of its down projection.
+
+    between : dotted names of the modules that the hidden features go through.
+    width : how many hidden features.
+    first : column of the down projection that reads the first of them.
+    """
+
+    setting = "permute_hidden"
+
+    between: tuple[str, ...]
+    width: int
+    first: int = 0
+
+    @property
+    def size(self) -> list[int]:
+        """How many hidden features."""
+        return [self.width]
 
 
 @dataclass(frozen=True)
@@ -96,6 +167,7 @@ class Architecture:
     fused : class name of a block -> a `forward` of it that lets linear layers read prologues
         (`rtlynx.nn.prologue`); its arguments are the block, its class's own forward, and what that takes.
     attentions : those whose values can be rotated.
+    mlps : those whose hidden features can be permuted.
     """
 
     class_name: str
@@ -106,6 +178,7 @@ class Architecture:
     find: Callable[[nn.Module], list[Candidate]] | None = None
     fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     attentions: tuple[AttentionRule, ...] = ()
+    mlps: tuple[MlpRule, ...] = ()
 
     def candidates(self, model: nn.Module) -> list[Candidate]:
         """Layers of `model` that can be sparse, in the model's own order."""
@@ -142,6 +215,23 @@ class Architecture:
                 readers = tuple(f"{block}.{one}" for one in rule.readers)
                 shared = made.out_features // head_dim
                 found.append(Attention(name, values, readers, attn.heads, head_dim, shared))
+        return found
+
+    def mlps_of(self, model: nn.Module) -> list[Mlp]:
+        """MLPs of `model` whose hidden features can be permuted, in the model's own order."""
+        found = []
+        for down in self.candidates(model) if self.mlps else ():
+            for rule in self.mlps:
+                if down.name != f"{down.block}.{rule.down}" or not fnmatch.fnmatchcase(
+                    down.block, rule.pattern
+                ):
+                    continue
+                up, between = (
+                    tuple(f"{down.block}.{one}" for one in some) for some in (rule.up, rule.between)
+                )
+                inputs: Any = model.get_submodule(down.name).in_features
+                first = 0 if isinstance(down.parts, int) else down.parts[0]
+                found.append(Mlp(down.name, up, (down.name,), between, inputs - first, first))
         return found
 
     def call_arguments(

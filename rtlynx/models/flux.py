@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, TextRows
+from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule, TextRows
 from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
 from rtlynx.nn.prologue import adaln, concat_activated, read
 
@@ -97,6 +97,11 @@ FLUX = Architecture(
     attentions=(
         AttentionRule(DOUBLE, "attn", ("attn.to_v", "attn.add_v_proj"), ("attn.to_out.0", "attn.to_add_out")),
         AttentionRule(SINGLE, "attn", ("attn.to_v",), ("proj_out",)),
+    ),
+    mlps=(
+        MlpRule(DOUBLE, ("ff", "ff.net.0"), ("ff.net.0.proj",), "ff.net.2"),
+        MlpRule(DOUBLE, ("ff_context", "ff_context.net.0"), ("ff_context.net.0.proj",), "ff_context.net.2"),
+        MlpRule(SINGLE, ("act_mlp",), ("proj_mlp",), "proj_out"),
     ),
     fused={"FluxTransformerBlock": double_block, "FluxSingleTransformerBlock": single_block},
 )

@@ -200,8 +200,12 @@ def _foreign_weight(layer: nn.Linear) -> str | None:
 
 # -------------------------------------------------------------------------------------------- adapters
 
-# Attribute of a layer whose weight is that of rotated values (`rtlynx.models.rotation`).
-ROTATED = "rtlynx_rotated"
+# Attribute of a layer that `rtlynx.models.reparameterize` changed: the recipe's settings that asked for it.
+REPARAMETERIZED = "rtlynx_reparameterized"
+_CHANGES = {
+    "rotate_values": "the values that {} makes or reads were rotated",
+    "permute_hidden": "the hidden features that {} makes or reads were permuted",
+}
 
 # Kinds of adapters of peft by how they act, beside a layer whose weight they neither read nor change: they
 # add to its output, or scale or rotate its input or output. All others read the weight of the layer, which
@@ -223,13 +227,13 @@ def refuse_adapters(model: nn.Module) -> None:
     for wrapper, layer in _adapted(model):
         changed = isinstance(layer, SparseLinear) and layer.weight_changed
         reason = _wrapper_reason(wrapper) if changed else None
-        if reason is not None or hasattr(layer, ROTATED):
+        if reason is not None or hasattr(layer, REPARAMETERIZED):
             name = next(name for name, module in model.named_modules() if module is wrapper)
             _refuse_adapter(name, layer, reason)
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Sparse and rotated layers that something of peft wraps, each after its outermost wrapper.
+    """Sparse and reparameterized layers that something of peft wraps, each after its outermost wrapper.
 
     Lean, and without looking through what adapters are made of: this runs before each step.
     """
@@ -239,7 +243,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         children = module._modules
         if "base_layer" in children or "original_module" in children:
             layer = _wrapped_layer(module)
-            if isinstance(layer, SparseLinear) or hasattr(layer, ROTATED):
+            if isinstance(layer, SparseLinear) or hasattr(layer, REPARAMETERIZED):
                 yield module, layer
                 continue
         if children:
@@ -295,11 +299,13 @@ def _config_reason(config: Any) -> str | None:
 
 
 def _refuse_adapter(name: str, layer: Any, reason: str | None) -> NoReturn:
-    if hasattr(layer, ROTATED):
+    if hasattr(layer, REPARAMETERIZED):
+        settings = dict.fromkeys(getattr(layer, REPARAMETERIZED))
+        changes = " and ".join(f"{_CHANGES[one].format(name)} ({one})" for one in settings)
+        without = ", ".join(f"{one}=False" for one in settings)
         raise RuntimeError(
-            f"this adapter was made for the dense model, and the values that {name} makes or reads were "
-            "rotated (rotate_values): it would act on other channels. Fuse the adapter into the dense model, "
-            "then calibrate that; or calibrate with Recipe(rotate_values=False)"
+            f"this adapter was made for the dense model, and {changes}: it would act on other channels. Fuse "
+            f"the adapter into the dense model, then calibrate that; or calibrate with Recipe({without})"
         )
     what = "quantised to eight bits" if layer.format.quantized else "refitted"
     raise RuntimeError(
@@ -320,11 +326,11 @@ def _check_injection(
     reason = _config_reason(config)
     for name, layer in model.named_modules():
         changed = isinstance(layer, SparseLinear) and layer.weight_changed
-        rotated = hasattr(layer, ROTATED)
-        if not changed and not rotated:
+        other_basis = hasattr(layer, REPARAMETERIZED)
+        if not changed and not other_basis:
             continue
         name = name.removesuffix(".base_layer")
-        if (reason is None and not rotated) or not _targeted(tuner, config, name, state_dict):
+        if (reason is None and not other_basis) or not _targeted(tuner, config, name, state_dict):
             if not _saved_whole(config, name):
                 continue
             reason = "modules_to_save puts a copy of it, trained by itself, in its place"

@@ -12,12 +12,19 @@ from torch import nn
 from rtlynx.math.formats import BF16_SPARSE, DENSE, FORMATS, FP8_DENSE, FP8_SPARSE, Format, FormatName
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
-from rtlynx.models.architecture import STRIDED_ROLES, Architecture, Attention, Candidate
+from rtlynx.models.architecture import (
+    STRIDED_ROLES,
+    Architecture,
+    Attention,
+    Candidate,
+    Mlp,
+    Reparameterizable,
+)
 from rtlynx.models.flux import FLUX
 from rtlynx.models.generic import GENERIC
 from rtlynx.models.guards import foreign_reason, refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
-from rtlynx.models.rotation import fixed_reason
+from rtlynx.models.reparameterize import fixed_reason, hidden_groups
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
@@ -32,6 +39,8 @@ def architecture_of(model: nn.Module) -> Architecture:
     return GENERIC
 
 
+# Why nothing is gained by another basis.
+_READS_ALL = "no layer that reads it drops activations"
 # What a budget chooses among beside dense.
 _AUTO_FORMATS: tuple[FormatName, ...] = ("fp8-dense", "fp8-sparse")
 
@@ -92,19 +101,31 @@ class Plan:
     """A decision for every candidate layer of a model.
 
     rotated : attentions whose values are rotated.
-    unrotated : attention -> why its values are not, where the recipe asks for it.
+    permuted : MLPs whose hidden features are permuted.
+    unrotated, unpermuted : attention or MLP -> why that is not done, where the recipe asks for it.
     """
 
     recipe: Recipe
     architecture: Architecture
     layers: tuple[LayerPlan, ...]
     rotated: tuple[Attention, ...] = ()
+    permuted: tuple[Mlp, ...] = ()
     unrotated: Mapping[str, str] = field(default_factory=dict, compare=False)
+    unpermuted: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def sparse(self) -> tuple[LayerPlan, ...]:
         """The layers that a `SparseLinear` takes the place of, in model order."""
         return tuple(layer for layer in self.layers if layer.dense_reason is None)
+
+    @property
+    def reparameterized(self) -> tuple[Reparameterizable, ...]:
+        """All that gets another basis, in the order in which it is done."""
+        return (*self.rotated, *self.permuted)
+
+    def layer(self, name: str) -> LayerPlan | None:
+        """The decision for one layer; None where it is no candidate."""
+        return next((layer for layer in self.layers if layer.name == name), None)
 
     def leave_dense(self, reasons: dict[str, str]) -> Plan:
         """The same plan with further layers left dense (name -> reason)."""
@@ -113,10 +134,19 @@ class Plan:
         )
         return replace(self, layers=tuple(layers))
 
-    def leave_unrotated(self, reasons: Mapping[str, str]) -> Plan:
-        """The same plan with the values of further attentions as they are (name -> reason)."""
-        rotated = tuple(attention for attention in self.rotated if attention.name not in reasons)
-        return replace(self, rotated=rotated, unrotated={**self.unrotated, **reasons})
+    def leave_basis(self, reasons: Mapping[str, str]) -> Plan:
+        """The same plan with further attentions and MLPs in the basis that they have (name -> reason)."""
+
+        def left(known: Mapping[str, str], of: tuple[Reparameterizable, ...]) -> dict[str, str]:
+            return {**known, **{one.name: reasons[one.name] for one in of if one.name in reasons}}
+
+        return replace(
+            self,
+            rotated=tuple(one for one in self.rotated if one.name not in reasons),
+            permuted=tuple(one for one in self.permuted if one.name not in reasons),
+            unrotated=left(self.unrotated, self.rotated),
+            unpermuted=left(self.unpermuted, self.permuted),
+        )
 
     def in_formats(self, formats: Mapping[str, FormatName]) -> Plan:
         """The same plan with sparse layers in other formats (name -> format)."""
@@ -186,9 +216,11 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     dropping = {layer.name for layer in layers if layer.dense_reason is None and not layer.keeps_all}
     for one in attentions:
         if reasons[one.name] is None and not dropping & set(one.readers):
-            reasons[one.name] = "no layer that reads it drops activations"
-    plan = Plan(recipe, architecture, layers, tuple(attentions))
-    return plan.leave_unrotated({name: reason for name, reason in reasons.items() if reason is not None})
+            reasons[one.name] = _READS_ALL
+    mlps = _mlps(model, architecture) if recipe.permute_hidden else []
+    plan = Plan(recipe, architecture, layers, tuple(attentions), tuple(mlps))
+    reasons.update({one.name: _unpermuted_reason(model, one, plan) for one in mlps})
+    return plan.leave_basis({name: reason for name, reason in reasons.items() if reason is not None})
 
 
 def _attentions(model: nn.Module, architecture: Architecture) -> list[Attention]:
@@ -204,6 +236,25 @@ def _unrotated_reason(model: nn.Module, attention: Attention, m: int) -> str | N
     if attention.head_dim % m:
         return f"heads of {attention.head_dim} channels do not split into groups of {m}"
     return fixed_reason(model, attention)
+
+
+def _mlps(model: nn.Module, architecture: Architecture) -> list[Mlp]:
+    if not architecture.mlps:
+        raise ValueError(
+            f"which layers of {type(model).__name__} make and read the hidden features of its MLPs is not "
+            "known: use permute_hidden=False"
+        )
+    return architecture.mlps_of(model)
+
+
+def _unpermuted_reason(model: nn.Module, mlp: Mlp, plan: Plan) -> str | None:
+    down, shards = plan.layer(mlp.name), plan.recipe.tp_degree
+    if down is None or down.dense_reason is not None or down.keeps_all:
+        return _READS_ALL
+    if hidden_groups(mlp, down.pattern, shards) is None:
+        inside = f"inside {shards} shards of them" if shards > 1 else "among themselves"
+        return f"its {mlp.width} hidden features do not split into groups of {down.pattern.m} {inside}"
+    return fixed_reason(model, mlp)
 
 
 def _refuse_replaced(model: nn.Module, architecture: Architecture, recipe: Recipe) -> None:

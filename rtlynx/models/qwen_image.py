@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule
+from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule
 from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, read_by_attention
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import adaln
@@ -109,6 +109,10 @@ QWEN_IMAGE = Architecture(
     ),
     attentions=(
         AttentionRule(BLOCK, "attn", ("attn.to_v", "attn.add_v_proj"), ("attn.to_out.0", "attn.to_add_out")),
+    ),
+    mlps=(
+        MlpRule(BLOCK, ("img_mlp", "img_mlp.net.0"), ("img_mlp.net.0.proj",), "img_mlp.net.2"),
+        MlpRule(BLOCK, ("txt_mlp", "txt_mlp.net.0"), ("txt_mlp.net.0.proj",), "txt_mlp.net.2"),
     ),
     fused={"QwenImageTransformerBlock": block},
 )

@@ -16,7 +16,7 @@ from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
 from rtlynx.models.hooks import register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
-from rtlynx.models.rotation import Rotation, rotate, rotate_back
+from rtlynx.models.reparameterize import Reparameterization, reparameterize, undo_reparameterization
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.original import keep_original, keeps_original
@@ -40,7 +40,7 @@ class SparseState:
     hooks : handles of the model's forward pre-hooks.
     tensors : record of every tensor of the dense model (`fingerprint.record`), None where they are not known.
     errors : relative squared output error of the sparse layers that a calibration measured.
-    rotation : of its values, or None. `base` and `tensors` are of the model before.
+    reparameterization : what was done before, or None. `base` and `tensors` are of the model before that.
     """
 
     plan: Plan
@@ -48,7 +48,7 @@ class SparseState:
     hooks: Sequence[Any] = ()
     tensors: Mapping[str, str] | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
-    rotation: Rotation | None = None
+    reparameterization: Reparameterization | None = None
 
 
 def target_model(model_or_pipeline: Any) -> nn.Module:
@@ -84,21 +84,19 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
 
 
 def comparable(dense: nn.Module, model: nn.Module) -> nn.Module:
-    """The dense model whose layers those of `model` stand for: `dense`, or a copy with rotated values.
+    """The dense model whose layers those of `model` stand for: `dense`, or a reparameterized copy.
 
     Raises
     ------
     ValueError
-        If values of `model` are rotated and it is not known how (it was loaded by from_pretrained).
+        If `model` is reparameterized and it is not known how (it was loaded by from_pretrained).
     """
     state = state_of(model)
-    if state is None or state.rotation is None:
+    if state is None or state.reparameterization is None:
         return dense
-    known = {name: matrix for name, matrix in state.rotation.matrices.items() if matrix is not None}
-    if len(known) < len(state.rotation.matrices):
-        raise ValueError("values of this model are rotated, and from_pretrained does not know how")
+    bases = state.reparameterization.known
     twin = copy.deepcopy(dense)
-    rotate(twin, state.plan.rotated, known)
+    reparameterize(twin, state.plan.reparameterized, bases)
     return twin
 
 
@@ -129,8 +127,8 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
     recipe = recipe or Recipe.immediate()
     if recipe.needs_calibration:
         raise ValueError(
-            "this recipe has something to calibrate (rank, refit, rotate_values or budget): use "
-            "rtlynx.calibrate(pipeline, prompts, recipe), or Recipe.immediate() for selection and norm "
+            "this recipe has something to calibrate (rank, refit, rotate_values, permute_hidden or budget): "
+            "use rtlynx.calibrate(pipeline, prompts, recipe), or Recipe.immediate() for selection and norm "
             "compensation alone"
         )
     model = target_model(model_or_pipeline)
@@ -146,8 +144,8 @@ def make_plan_for_dense(model: nn.Module, recipe: Recipe) -> Plan:
     if state_of(model) is not None or sparse_layers(model):
         raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
     plan = make_plan(model, recipe)
-    rotated = (name for attention in plan.rotated for name in (*attention.values, *attention.readers))
-    refuse_foreign(model, (*(layer.name for layer in plan.sparse), *rotated))
+    changed = (name for one in plan.reparameterized for name in one.layers)
+    refuse_foreign(model, (*(layer.name for layer in plan.sparse), *changed))
     return plan
 
 
@@ -157,16 +155,16 @@ def apply_plan(
     prepare: Callable[[str, SparseLinear], None] | None = None,
     base: Mapping[str, str] | None = None,
     tensors: dict[str, str] | None = None,
-    rotation: Rotation | None = None,
+    done: Reparameterization | None = None,
 ) -> None:
     """Replace the planned layers of `model` by sparse ones; callers make it `all_or_none`.
 
     `prepare` is called with each new layer before any takes its place, to give it factors and weights.
     `base` gives the fingerprints of the original weights where the model does not hold those ("meta").
-    `tensors` are the `records` of its `base_tensors`, where they have been taken already. `rotation` is what
-    was done to its values before.
+    `tensors` are the `records` of its `base_tensors`, where they have been taken already. `done` says how it
+    was reparameterized before.
     """
-    originals = {} if rotation is None else rotation.originals
+    originals = {} if done is None else done.originals
     if tensors is None and base is None:
         tensors = records({**base_tensors(model), **originals})
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
@@ -209,10 +207,10 @@ def apply_plan(
         fingerprints[layer.name] = weight_fingerprint(weight) if base is None else base[layer.name]
     _replace(model, replacements)
     guard(model)
-    if rotation is not None and not all(keeps_original(layer) for layer in replacements.values()):
-        rotation = replace(rotation, originals={})  # the model cannot be made dense again
+    if done is not None and not all(keeps_original(layer) for layer in replacements.values()):
+        done = replace(done, originals={})  # the model cannot be made dense again
     hooks = register_hooks(model, plan)
-    setattr(model, _STATE, SparseState(plan, fingerprints, hooks, tensors, rotation=rotation))
+    setattr(model, _STATE, SparseState(plan, fingerprints, hooks, tensors, reparameterization=done))
     fuse_blocks(model, plan.architecture)
     if not any(layer.weight.is_meta for layer in replacements.values()):
         prepare_layers(model)
@@ -298,8 +296,8 @@ def densify(model_or_pipeline: Any) -> Any:
     Raises
     ------
     RuntimeError
-        If a weight was refitted, quantised or rotated and the original was not kept; the model is then
-        unchanged.
+        If a weight was refitted, quantised or reparameterized and the original was not kept; the model is
+        then unchanged.
     """
     model = target_model(model_or_pipeline)
     with all_or_none(model):
@@ -310,8 +308,8 @@ def densify(model_or_pipeline: Any) -> Any:
             unfuse_blocks(model)
             for hook in state.hooks:
                 hook.remove()
-            if state.rotation is not None:
-                rotate_back(model, state.rotation)
+            if state.reparameterization is not None:
+                undo_reparameterization(model, state.reparameterization)
             delattr(model, _STATE)
         _tell(model)
     return model_or_pipeline
@@ -324,7 +322,8 @@ def extra_bytes(model: nn.Module) -> int:
     layer's bias and factors, or of bfloat16 where it has none.
     """
     state = state_of(model)
-    total = state.rotation.bytes if state is not None and state.rotation is not None else 0
+    done = state.reparameterization if state is not None else None
+    total = done.bytes if done is not None else 0
     for layer in sparse_layers(model).values():
         added = layer.bias if layer.intercept == "added" else None
         for tensor in (added, *(getattr(layer, name) for name in OWN)):

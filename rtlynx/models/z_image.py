@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, Stream, TextRows
+from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule, Stream, TextRows
 from rtlynx.models.fusion import attend, follows, heads, read_by_attention
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import read, rmsnorm, silu_gated, untouched
@@ -100,6 +100,10 @@ Z_IMAGE = Architecture(
     ),
     attentions=tuple(
         AttentionRule(blocks, "attention", ("attention.to_v",), ("attention.to_out.0",))
+        for blocks in ("noise_refiner.*", "context_refiner.*", "layers.*")
+    ),
+    mlps=tuple(
+        MlpRule(blocks, ("feed_forward",), ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
         for blocks in ("noise_refiner.*", "context_refiner.*", "layers.*")
     ),
     fused={"ZImageTransformerBlock": block},

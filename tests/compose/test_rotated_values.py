@@ -1,4 +1,4 @@
-"""Adapters beside rotated values: refused where they act on other channels, exact elsewhere."""
+"""Adapters beside rotated values and permuted features: refused on other channels, exact elsewhere."""
 
 import pytest
 import torch
@@ -21,6 +21,10 @@ LAYERS = [
 REFUSAL = "values that {} makes or reads were rotated .* Fuse the adapter into the dense model"
 
 
+PERMUTED = Recipe(rank=None, ridge=0.1, permute_hidden=True)
+HIDDEN = ["transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2", *LAYERS[3:4]]
+
+
 def loaded(model, names, kind):
     if kind == "state":
         model.load_lora_adapter(adapter(model, names)[0], adapter_name="style")
@@ -38,6 +42,26 @@ def test_an_adapter_of_a_rotated_layer_is_refused_before_it_changes_any(name, ki
     assert [one for one, _ in model.named_modules()] == names
     assert not getattr(model, "peft_config", {})
     assert torch.equal(output(model, flux_call()), before)
+
+
+@pytest.mark.parametrize("kind", ["state", "config"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_an_adapter_of_a_permuted_layer_is_refused(name, kind):
+    model = refit(PERMUTED)
+    before = output(model, flux_call())
+    refusal = f"hidden features that {name} makes or reads were permuted .* Recipe.permute_hidden=False"
+    with pytest.raises(RuntimeError, match=refusal):
+        loaded(model, ["transformer_blocks.0.attn.to_v", name], kind)
+    assert torch.equal(output(model, flux_call()), before)
+
+
+def test_an_adapter_of_a_layer_that_reads_both_is_told_of_both():
+    model = refit(Recipe(rank=None, ridge=0.1, rotate_values=True, permute_hidden=True))
+    both = (
+        r"rotated \(rotate_values\) and the hidden .* permuted \(permute_hidden\): .*=False, permute_hidden=F"
+    )
+    with pytest.raises(RuntimeError, match=both):
+        loaded(model, ["single_transformer_blocks.0.proj_out"], "config")
 
 
 def test_an_adapter_of_other_layers_is_exact():
