@@ -16,7 +16,7 @@ from rtlynx.storage.files import CheckpointError, read_json, read_tensors, write
 
 MANIFEST = "calibration.json"
 FORMAT = 4
-_FILES = ("calls-*", "solution-*", "rotations*")
+_FILES = ("calls-*", "solution-*", "rotations*", "distillation*")
 
 
 class WorkFolder:
