@@ -295,7 +295,8 @@ class _Training:
         if before is None:
             before = self._judge(judged)
         own: list[State] = []
-        with ProgressBar("distilling", settings.steps, show=show) as advance:
+        what = f"distilling ({trained_bytes(self.plan.sparse, settings.rank) / 1e9:.2g} GB)"
+        with ProgressBar(what, settings.steps, show=show) as advance:
             advance(start)
             for step in range(start, settings.steps):
                 if step % every == 0:

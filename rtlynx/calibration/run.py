@@ -20,7 +20,7 @@ from rtlynx.calibration.collect import (
     input_groups,
     passes,
 )
-from rtlynx.calibration.distill import distill_layers, refuse_distillation
+from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport, Distillation
 from rtlynx.calibration.processes import agree, rank, world
@@ -124,6 +124,8 @@ def calibrate(
         _refuse_all_dense(plan)
         if distill is not None:
             refuse_distillation(plan)
+            if recipe.budget is None:  # which would leave fewer
+                refuse_without_memory(plan, distill, next(model.parameters()).device)
         recording = Recording(model, plan, options, distill)
         if calls is not None:
             recording.use_calls(list(calls))

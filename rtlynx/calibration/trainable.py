@@ -67,21 +67,24 @@ class TrainableLinear(nn.Linear):
     ) -> None:
         super().__init__(dense.in_features, dense.out_features, dense.bias is not None, device="meta")
         self.weight, self.bias = dense.weight, dense.bias
-        self.plan, self.solution, self.mode = plan, solution, mode
+        device = dense.weight.device
+        here = {
+            name: one.detach().to(device) for name, one in solution.tensors.items()
+        }  # maybe read from disk
+        self.plan, self.solution, self.mode = plan, replace(solution, **here), mode
         self.dense_steps = plan.has_dense_calls(recipe) and recipe.has_dense_steps
         self.text_rows_dense = plan.has_dense_calls(recipe) and plan.text_rows_dense
         self.dense_quantized = recipe.dense_precision == "fp8"
         for name in ("master", "up", "down", "master_bias"):
             self.register_parameter(name, None)
-        device = dense.weight.device
-        bias = dense.bias if solution.bias is None else solution.bias
-        self.solved_bias = None if bias is None else bias.detach().to(device, dense.weight.dtype)
+        bias = dense.bias if solution.bias is None else self.solution.bias
+        self.solved_bias = None if bias is None else bias.detach().to(dense.weight.dtype)
         if plan.keeps_all:
             return
         if bias is not None:
-            self.master_bias = nn.Parameter(bias.detach().to(device, torch.float32, copy=True))
+            self.master_bias = nn.Parameter(bias.detach().to(torch.float32, copy=True))
         if rank is None:
-            self.master = nn.Parameter(self._solved().to(device, torch.float32, copy=True))
+            self.master = nn.Parameter(self._solved().to(torch.float32, copy=True))
             return
         rank = trained_rank(plan, rank)
         # So large that a step moves a weight by about the learning rate, as without a rank.
@@ -118,12 +121,11 @@ class TrainableLinear(nn.Linear):
         return replace(self.solution, **found, refitted=True, error=float("nan"))
 
     def _solved(self) -> Tensor:
-        """Weight of the closed form (N, K), on the device of the layer."""
+        """Weight of the closed form (N, K)."""
         weight, scale = self.solution.weight, self.solution.weight_scale
         if weight is None:
             return self.weight.detach()
-        weight = weight.detach().to(self.weight.device)
-        return weight if scale is None else dequantize(weight, scale.to(weight.device))
+        return weight if scale is None else dequantize(weight, scale)
 
     def _master(self) -> Tensor:
         if self.master is not None:
