@@ -68,9 +68,8 @@ class TrainableLinear(nn.Linear):
         super().__init__(dense.in_features, dense.out_features, dense.bias is not None, device="meta")
         self.weight, self.bias = dense.weight, dense.bias
         device = dense.weight.device
-        here = {
-            name: one.detach().to(device) for name, one in solution.tensors.items()
-        }  # maybe read from disk
+        # A folder gives solutions on the CPU.
+        here: dict[str, Any] = {name: one.detach().to(device) for name, one in solution.tensors.items()}
         self.plan, self.solution, self.mode = plan, replace(solution, **here), mode
         self.dense_steps = plan.has_dense_calls(recipe) and recipe.has_dense_steps
         self.text_rows_dense = plan.has_dense_calls(recipe) and plan.text_rows_dense
