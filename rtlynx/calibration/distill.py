@@ -63,7 +63,7 @@ def refuse_without_memory(plan: Plan, settings: Distillation, device: torch.devi
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that is free on a card, with what PyTorch holds unused; of others it is not asked."""
+    """Memory that is free on a card, with what PyTorch holds unused; infinity on other devices."""
     if device.type != "cuda":
         return math.inf
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -117,7 +117,6 @@ class _Training:
         self.plan, self.recording, self.settings, self.device = plan, recording, settings, device
         self.model, self.options, self.mode = recording.model, recording.options, Mode()
         self.architecture = plan.architecture
-        # Before the layers are replaced.
         self.identity = digest([repr(plan.layers), sorted(solutions)])
         generator = torch.Generator().manual_seed(self.options.seed)
         self.layers = {
@@ -129,7 +128,6 @@ class _Training:
             )
             for layer in plan.sparse
         }
-        self.solutions = solutions
         self.trained = [
             parameter
             for layer in self.layers.values()

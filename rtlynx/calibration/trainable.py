@@ -115,6 +115,8 @@ class TrainableLinear(nn.Linear):
         found: dict[str, Any] = {"weight": self._master().detach()}
         if self.plan.quantized:
             found["weight"], found["weight_scale"] = quantize_weight(found["weight"])
+        else:
+            found["weight"] = found["weight"].to(self.weight.dtype)
         if self.master_bias is not None:
             found["bias"] = self.master_bias.detach()
         return replace(self.solution, **found, refitted=True, error=float("nan"))
