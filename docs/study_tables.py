@@ -42,6 +42,7 @@ SWEEPS = {
     "fp8": "fp8, dense and sparse",
     "fp8-budget": "Formats by an error budget, fp8 among them",
     "free": "What costs nothing at inference: an intercept, rotated values, permuted hidden features",
+    "distilled": "Sparse layers trained after calibration, for 500 steps",
     "bf16-budget": "Layers by an error budget, in bfloat16",
     "cache": "On top of first-block caching",
 }

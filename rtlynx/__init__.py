@@ -11,7 +11,13 @@ from rtlynx._version import __version__ as __version__
 from rtlynx.io.registration import register_with_diffusers
 
 if TYPE_CHECKING:
-    from rtlynx.calibration import CalibrationError, CalibrationOptions, CalibrationReport, calibrate
+    from rtlynx.calibration import (
+        CalibrationError,
+        CalibrationOptions,
+        CalibrationReport,
+        Distillation,
+        calibrate,
+    )
     from rtlynx.io.checkpoint import load, save
     from rtlynx.io.quantizer import RTLynxConfig
     from rtlynx.math.selection import Pattern, nm_mask, norm_scale, pack, unpack
@@ -27,6 +33,7 @@ __all__ = [
     "CalibrationOptions",
     "CalibrationReport",
     "CheckpointError",
+    "Distillation",
     "Pattern",
     "RTLynxConfig",
     "Recipe",
@@ -46,7 +53,13 @@ __all__ = [
 
 # Module -> the public names that it defines.
 _MODULES = {
-    "calibration": ("CalibrationError", "CalibrationOptions", "CalibrationReport", "calibrate"),
+    "calibration": (
+        "CalibrationError",
+        "CalibrationOptions",
+        "CalibrationReport",
+        "Distillation",
+        "calibrate",
+    ),
     "io.checkpoint": ("load", "save"),
     "io.quantizer": ("RTLynxConfig",),
     "math.selection": ("Pattern", "nm_mask", "norm_scale", "pack", "unpack"),

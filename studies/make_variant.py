@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from variants import BY_HAND, Variant
 
 import rtlynx
-from rtlynx import CalibrationOptions
+from rtlynx import CalibrationOptions, Distillation
 from rtlynx.evaluate.layers import watch_linears
 from rtlynx.evaluate.sampling import sample_pictures
 from rtlynx.math.fp8 import quantize_tokens
@@ -47,6 +47,7 @@ class Built:
     layers : name -> layer of the layers that differ from dense.
     plan : name -> what it is, of every candidate, for the model of time.
     recipe : as applied, plain values.
+    distillation : settings of the training that followed, and what it did; None without one.
     unmodelled : why no time is modelled, or None.
     """
 
@@ -55,6 +56,7 @@ class Built:
     plan: dict[str, Layer] = field(default_factory=dict)
     calibration_seconds: float | None = None
     recipe: dict[str, Any] | None = None
+    distillation: dict[str, Any] | None = None
     unmodelled: str | None = None
     cache: FirstBlockCache | None = None
 
@@ -99,7 +101,10 @@ def build(variant: Variant, study: StudyModel, calibration: Calibration, *, prog
         if recipe.needs_calibration:
             prompts = _calibration_prompts(study, variant, calibration)
             options = _options(variant, study, calibration)
-            rtlynx.calibrate(pipeline, prompts, recipe, options, progress=progress)
+            distill = _distill(variant, calibration)
+            report = rtlynx.calibrate(pipeline, prompts, recipe, options, distill=distill, progress=progress)
+            if distill is not None and report.distillation is not None:
+                built.distillation = {**asdict(distill), **asdict(report.distillation)}
         else:
             rtlynx.sparsify(pipeline, recipe)
         if recipe.needs_calibration or variant.layers == "by budget":
@@ -124,6 +129,13 @@ def _recipe(variant: Variant, study: StudyModel, calibration: Calibration) -> Re
         target = planned_ms(study, replace(recipe, skip=BY_HAND[study.architecture]))
         return by_budget(variant, recipe, study, calibration, target)
     return recipe
+
+
+def _distill(variant: Variant, calibration: Calibration) -> Distillation | None:
+    """The variant's training, of no more steps than the study's cap."""
+    if variant.distill is None or calibration.train_steps is None:
+        return variant.distill
+    return replace(variant.distill, steps=min(variant.distill.steps, calibration.train_steps))
 
 
 def _width(study: StudyModel) -> int:

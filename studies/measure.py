@@ -142,6 +142,7 @@ class Study:
             "calls_computed": computed,
             "forms": dict(Counter(layer.form for layer in built.plan.values())),
             "recipe": built.recipe,
+            "distillation": built.distillation,
             "calibration_prompts": None if built.calibration_seconds is None else self._prompts(variant),
             "calibration_seconds": _rounded(built.calibration_seconds),
             "drawing_seconds": _rounded(drawing),

@@ -126,7 +126,7 @@ FAMILIES = (
     Family("dense fp8", r"fp8:dense$", "#1f4e9c", "*"),
     Family(
         "ours, sparse fp8",
-        r"recommended(\+|$)|saving:auto|fp8-budget|fp8:|free:fp8|last-steps:",
+        r"recommended(\+|$)|saving:auto|fp8-budget|fp8:|free:fp8|last-steps:|distilled:",
         "#2f7d4f",
         "o",
     ),

@@ -98,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration-prompts", type=int, help="no more than these, for trials")
     parser.add_argument("--calibration-steps", type=int, default=24)
     parser.add_argument(
-        "--train-steps", type=int, help="no more than these, for trials; the paper's are 2,000"
+        "--train-steps",
+        type=int,
+        help="no more than these, for trials; the paper's are 2,000, distillation's 500",
     )
     parser.add_argument("--commit", help="what the figures belong to")
     parser.add_argument("--plan", action="store_true", help="print what is to do and stop")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from baselines import BASELINES
 
+from rtlynx import Distillation
 from rtlynx.recipe import Budget, Recipe
 
 Group = Literal["main", "sweep"]
@@ -44,6 +45,7 @@ class Variant:
     steps : sampling steps; reference_steps : of the dense pictures it is compared with.
     other_noise : whether it starts from other noise than its reference.
     dtype : of the model, where it is not the study's.
+    distill : training of the sparse layers that follows calibration.
     rank_of_width : rank of every layer, as a share of the model's width. The library's "auto" gives one rank
         to all layers of a full-size model.
     """
@@ -62,6 +64,7 @@ class Variant:
     other_noise: bool = False
     dtype: Literal["", "float32"] = ""
     rank_of_width: float | None = None
+    distill: Distillation | None = None
 
     @property
     def pictures(self) -> int:
@@ -198,6 +201,16 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("free", "fp8-recommended+rotated+intercept", Recipe.recommended(**both))
     yield _sweep("free", "fp8-recommended+rotated+permuted+intercept", Recipe.recommended(**FREE))
     yield _sweep("free", "fp8-recommended+rotated+last-2", Recipe.recommended(dense_last_steps=2, **last))
+    training, free = Distillation(steps=500, batch_size=32), Recipe(rank=None, precision="fp8", **FREE)
+    distilled = {
+        "refit": Recipe(rank=None, precision="fp8"),
+        "free": free,
+        "recommended": Recipe.recommended(**FREE),
+        "recommended+last-2": Recipe.recommended(dense_last_steps=2, dense_precision="fp8", **FREE),
+    }
+    for name, recipe in distilled.items():
+        yield _sweep("distilled", name, recipe, distill=training)
+    yield _sweep("distilled", "free-plain-loss", free, distill=replace(training, guidance=1.0))
     for error in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
         budget = Budget(error=error)
         yield _sweep("fp8-budget", f"{error:g}", Recipe(rank=RANK, precision="auto", budget=budget))

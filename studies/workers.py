@@ -69,7 +69,9 @@ def run_workers(
 
 
 def _trained(job: Job) -> bool:
-    return job.variant.recipe is not None and job.variant.recipe.lowrank_solver == "trained"
+    variant = job.variant
+    by_itself = variant.recipe is not None and variant.recipe.lowrank_solver == "trained"
+    return by_itself or variant.distill is not None
 
 
 def _collect(processes: Sequence[Any], found: Any, store: RowStore, say: Any) -> int:

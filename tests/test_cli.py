@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from helpers import tiny_z_image
+from helpers import TinyPipeline, tiny_flux, tiny_z_image
 
 
 @pytest.fixture
@@ -225,6 +225,24 @@ def test_local_folders_of_transformers_and_pipelines(run, tmp_path):
     assert code == 0
     assert overview["architecture"] == "generic"
     assert overview["sparse_layers"] == 2 * 6
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_distill_steps_are_taken_and_what_they_did_is_told(run, tmp_path, prompts, monkeypatch, as_json):
+    monkeypatch.setattr("rtlynx.models.pipelines.load_model", lambda *_, **__: TinyPipeline(tiny_flux()))
+    recipe = ("--set", "ridge=1", "--set", "precision=fp8", "--set", "budget=none")
+    code, out, _ = run(
+        "calibrate", "MODEL", "--out", tmp_path / "out", "--prompts", prompts, *recipe,
+        "--distill-steps", "1", *(["--json"] if as_json else []),
+    )  # fmt: skip
+    assert code == 0
+    if not as_json:
+        assert "11 layers trained for 1 steps: loss" in " ".join(out.split())
+        assert " - " in out  # the errors of trained layers
+        return
+    report = json.loads(out)
+    assert report["distillation"]["steps"] == 1
+    assert report["distillation"]["loss_after"] > 0
 
 
 @pytest.mark.parametrize(

@@ -56,13 +56,11 @@ def calls_by_step(
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal last
         call = architecture.call_arguments(model, args, kwargs)
-        names = (architecture.timestep_argument, *_TIMESTEPS)
-        timestep = next((call[name] for name in names if call.get(name) is not None), None)
-        values = _values(timestep)
-        if not steps or timestep is None or values != last:
+        timestep = timestep_of(call, architecture)
+        if not steps or timestep is None or timestep != last:
             steps.append([])
-        last = values
-        steps[-1].append(_move(call, "cpu"))
+        last = timestep
+        steps[-1].append(moved(call, "cpu"))
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -75,6 +73,18 @@ def calls_by_step(
             "another model, or calls `forward` itself. Give the pipeline that calls this one, or calls=..."
         )
     return steps
+
+
+def timestep_name(call: Call, architecture: Architecture) -> str | None:
+    """The argument of `call` that is its timestep; None where it has none."""
+    names = (architecture.timestep_argument, *_TIMESTEPS)
+    return next((name for name in names if call.get(name) is not None), None)
+
+
+def timestep_of(call: Call, architecture: Architecture) -> Any:
+    """The timestep of `call`, comparable; None where it has none."""
+    name = timestep_name(call, architecture)
+    return None if name is None else _values(call[name])
 
 
 def _values(timestep: Any) -> Any:
@@ -117,20 +127,21 @@ class CallStore:
         """The calls of `batches`, one at a time, with tensors on `device`."""
         for batch in batches:
             for call in self.get(batch):
-                yield _move(call, device)
+                yield moved(call, device)
 
 
 def _file(batch: int) -> str:
     return f"calls-{batch:05d}.safetensors"
 
 
-def _move(value: Any, device: torch.device | str) -> Any:
+def moved(value: Any, device: torch.device | str) -> Any:
+    """A copy of nested arguments of a call, with tensors on `device`."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
+        return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_move(item, device) for item in value)
+        return type(value)(moved(item, device) for item in value)
     return value
 
 

@@ -16,7 +16,7 @@ from rtlynx.storage.files import CheckpointError, read_json, read_tensors, write
 
 MANIFEST = "calibration.json"
 FORMAT = 5
-_FILES = ("calls-*", "solution-*", "bases*")
+_FILES = ("calls-*", "solution-*", "bases*", "distillation*")
 
 
 class WorkFolder:

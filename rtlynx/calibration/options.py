@@ -72,7 +72,80 @@ class CalibrationOptions:
             object.__setattr__(self, "folder", Path(self.folder))
 
 
-def _require(right: bool, options: CalibrationOptions, name: str, expected: str) -> None:
+@dataclass(frozen=True)
+class Distillation:
+    """Training after the closed form, so that the sparse model's guided velocity is that of the dense one.
+
+    Trained are the weights and biases of the layers that drop activations, and nothing else. The loss is
+    0.1 (c² + n²) + 0.2 (g c - (g - 1) n)², c and n the errors of the conditional and of the null prediction
+    at one state, g the guidance scale; the squared error alone where a step is one call. Adam, a learning
+    rate that falls to 0 along a cosine.
+
+    Parameters
+    ----------
+    steps : int
+        Steps of the optimiser.
+    batch_size : int
+        States a step, each with both guidance passes.
+    batch_at_once : int, optional
+        Of these, how many go through the model at one time; gradients add up. Default all.
+    learning_rate : float
+        Its largest value.
+    guidance : float, optional
+        Guidance scale g of null + g (conditional - null). Default: of `pipeline_kwargs` or the pipeline.
+        1 leaves the errors unpaired.
+    own_share : float in [0, 1]
+        Share of states that the sparse model's own sampling goes through; the others are those that
+        calibration recorded of the dense model.
+    own_prompts : int
+        Prompts that the sparse model draws for them, from fresh noise, at each refresh.
+    refresh_every : int, optional
+        Steps between two refreshes. Default a quarter of `steps`. With a folder, an interrupted training goes
+        on from the last one.
+    rank : int, optional
+        Train a correction of this rank to each weight, merged into it at the end, and not the weight: for
+        models whose master weights and optimiser states do not fit.
+    checkpoint_blocks : bool
+        Compute each block's activations again in the backward pass, and keep only its inputs.
+    """
+
+    steps: int = 500
+    batch_size: int = 32
+    batch_at_once: int | None = None
+    learning_rate: float = 3e-4
+    guidance: float | None = None
+    own_share: float = 0.5
+    own_prompts: int = 128
+    refresh_every: int | None = None
+    rank: int | None = None
+    checkpoint_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "own_prompts"):
+            value = getattr(self, name)
+            _require(_is_whole(value) and value >= 1, self, name, "a whole number above 0")
+        for name in ("batch_at_once", "refresh_every", "rank"):
+            value = getattr(self, name)
+            fits = value is None or (_is_whole(value) and value >= 1)
+            _require(fits, self, name, "a whole number above 0, or None")
+        rate, guidance = self.learning_rate, self.guidance
+        _require(
+            _is_number(rate) and 0 < rate < math.inf, self, "learning_rate", "a number above 0 and finite"
+        )
+        fits = guidance is None or (_is_number(guidance) and 0 <= guidance < math.inf)
+        _require(fits, self, "guidance", "a number, 0 or more and finite, or None")
+        _require(
+            _is_number(self.own_share) and 0 <= self.own_share <= 1, self, "own_share", "a share in [0, 1]"
+        )
+        _require(isinstance(self.checkpoint_blocks, bool), self, "checkpoint_blocks", "True or False")
+
+    @property
+    def refresh_steps(self) -> int:
+        """`refresh_every` with its default resolved."""
+        return self.refresh_every or -(-self.steps // 4)
+
+
+def _require(right: bool, options: object, name: str, expected: str) -> None:
     if not right:
         raise ValueError(f"{name} is {expected}, got {getattr(options, name)!r}")
 
@@ -83,6 +156,29 @@ def _is_whole(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """What distillation did.
+
+    Attributes
+    ----------
+    steps : int
+        Steps of the optimiser.
+    layers : int
+        Layers trained.
+    guidance : float or None
+        Guidance scale of the loss; None where each step of the pipeline is one call.
+    loss_before, loss_after : float
+        On calls of the dense model, of held-out prompts where there are any, at the start and at the end.
+    """
+
+    steps: int
+    layers: int
+    guidance: float | None
+    loss_before: float
+    loss_after: float
 
 
 @dataclass(frozen=True)
@@ -110,6 +206,8 @@ class CalibrationReport:
     unpermuted : dict[str, str]
         Down projections of MLPs whose hidden features the recipe would permute and calibration did not, with
         the reason.
+    distillation : DistillationReport or None
+        What distillation did, where there was one. The errors of the layers that it trained are not known.
     """
 
     solutions: dict[str, Solution]
@@ -120,3 +218,4 @@ class CalibrationReport:
     extra_bytes: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     unpermuted: Mapping[str, str] = field(default_factory=dict)
+    distillation: DistillationReport | None = None

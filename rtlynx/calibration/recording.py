@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from rtlynx.calibration.calls import CalibrationError, Call, CallStore, record_calls
+from rtlynx.calibration.calls import CalibrationError, Call, CallStore, calls_by_step, record_calls
 from rtlynx.calibration.folder import WorkFolder, digest
-from rtlynx.calibration.options import CalibrationOptions
+from rtlynx.calibration.options import CalibrationOptions, Distillation
 from rtlynx.calibration.processes import rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.math.formats import FP8_DENSE
@@ -23,10 +24,21 @@ class Recording:
     """The calls that this process holds.
 
     batches : split ("fit" or "heldout") -> numbers of its batches in `store`.
+    pipeline, prompts : what was sampled, of any split; None and empty where calls were given.
+    fit_prompts : those to fit.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, options: CalibrationOptions) -> None:
-        self.model, self.plan, self.options = model, plan, options
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        options: CalibrationOptions,
+        distillation: Distillation | None = None,
+    ) -> None:
+        self.model, self.plan, self.options, self.distillation = model, plan, options, distillation
+        self.pipeline: Any = None
+        self.prompts: list[str] = []
+        self.fit_prompts: list[str] = []
         self.folder: WorkFolder | None = None
         self.store = CallStore()
         self.batches: dict[str, list[int]] = {"fit": [], "heldout": []}
@@ -63,6 +75,8 @@ class Recording:
         splits = _split_prompts(prompts, self.options.heldout)
         self._refuse_without_heldout(splits)
         self._claim_folder(prompts, pipeline)
+        self.pipeline, self.prompts = pipeline, prompts
+        self.fit_prompts = [prompts[i] for i in splits["fit"]]
         with ProgressBar("recording calls", len(prompts), show=show) as advance:
             number = 0
             for split, indices in splits.items():
@@ -75,13 +89,21 @@ class Recording:
                     number += 1
                     advance(len(batch))
 
+    def draw_steps(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Call]]:
+        """Draw prompts with the model as it is now; its calls at each sampling step."""
+        return calls_by_step(
+            self.model, self.plan.architecture, lambda: self._draw(self.pipeline, prompts, seeds)
+        )
+
+    def _draw(self, pipeline: Any, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        draw(pipeline, prompts, seeds, {"output_type": "latent", **self.options.pipeline_kwargs})
+
     def _sample_batch(self, pipeline: Any, batch: dict[int, str], number: int) -> list[Call]:
-        settings = {"output_type": "latent", **self.options.pipeline_kwargs}
         seeds = [self.options.seed + i for i in batch]
         return record_calls(
             self.model,
             self.plan.architecture,
-            lambda: draw(pipeline, list(batch.values()), seeds, settings),
+            lambda: self._draw(pipeline, list(batch.values()), seeds),
             number,
             self.options.steps_per_prompt,
         )
@@ -112,6 +134,7 @@ class Recording:
             "heldout": options.heldout,
             "seed": options.seed,
             "sequential": options.sequential,
+            "distillation": None if self.distillation is None else asdict(self.distillation),
             "pipeline_kwargs": digest(options.pipeline_kwargs),
             "pipeline": type(pipeline).__name__,
             "scheduler": digest(_description(getattr(pipeline, "scheduler", None))),

@@ -20,8 +20,9 @@ from rtlynx.calibration.collect import (
     input_groups,
     passes,
 )
+from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
 from rtlynx.calibration.moments import Moments
-from rtlynx.calibration.options import CalibrationOptions, CalibrationReport
+from rtlynx.calibration.options import CalibrationOptions, CalibrationReport, Distillation
 from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
@@ -59,6 +60,7 @@ def calibrate(
     options: CalibrationOptions | None = None,
     *,
     calls: Iterable[Call] | None = None,
+    distill: Distillation | None = None,
     progress: bool = True,
 ) -> CalibrationReport:
     """Make a model sparse and compensate it on its own activations, in place.
@@ -74,6 +76,8 @@ def calibrate(
     options : CalibrationOptions, optional
     calls : iterable of dict, optional
         Keyword arguments of calls of the module, in place of prompts; every eighth is held out.
+    distill : Distillation, optional
+        Train the layers that drop activations afterwards, on the whole model. Needs prompts, and one process.
     progress : bool
         Show progress bars.
 
@@ -95,6 +99,8 @@ def calibrate(
         raise ValueError("prompts are a list of strings, got one string")
     if prompts is not None and calls is not None:
         raise ValueError("give prompts or calls, not both")
+    if distill is not None and calls is not None:
+        raise ValueError("distillation draws with the sparse model: give a pipeline and prompts, not calls")
     texts = [] if prompts is None else list(prompts)
     if recipe.precision == "auto" and options.sequential:
         raise ValueError(
@@ -117,7 +123,11 @@ def calibrate(
             densify(model)
         plan = make_plan_for_dense(model, recipe)
         _refuse_all_dense(plan)
-        recording = Recording(model, plan, options)
+        if distill is not None:
+            refuse_distillation(plan)
+            if recipe.budget is None:  # which would leave fewer
+                refuse_without_memory(plan, distill, next(model.parameters()).device)
+        recording = Recording(model, plan, options, distill)
         if calls is not None:
             recording.use_calls(list(calls))
         else:
@@ -167,6 +177,10 @@ class _Calibration:
             if not plan.sparse:
                 raise CalibrationError(self._none_left(costs))
         solutions = self.solutions.of(plan.sparse)
+        distilled = None
+        if self.recording.distillation is not None:
+            settings = self.recording.distillation
+            solutions, distilled = distill_layers(plan, self.recording, solutions, settings, show=self.show)
         apply_solutions(self.model, plan, solutions, done=done)
         return CalibrationReport(
             solutions,
@@ -177,6 +191,7 @@ class _Calibration:
             extra_bytes(self.model),
             self.tokens,
             plan.unpermuted,
+            distilled,
         )
 
     def _reparameterize(self, plan: Plan) -> tuple[Plan, Reparameterization | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def say(text: str) -> None:
 
 
 def number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+    return "-" if value is None or math.isnan(value) else format(value, spec)
 
 
 def memory(extra_bytes: int) -> str:
@@ -68,6 +69,7 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
                 for cost in report.costs
             ],
         },
+        "distillation": None if report.distillation is None else asdict(report.distillation),
         "extra_bytes": report.extra_bytes,
     }
 
@@ -75,7 +77,7 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
 def print_report(report: Any) -> None:
     table = Table("layer", "error before", "after", "ridge")
     for name, one in report.solutions.items():
-        table.add_row(name, f"{one.error_before:.4f}", f"{one.error:.4f}", number(one.ridge, "g"))
+        table.add_row(name, number(one.error_before, ".4f"), number(one.error, ".4f"), number(one.ridge, "g"))
     out.print(table)
     if report.choice is not None:
         columns = "input", "layers", "format", "error at the output", "us saved", "decision"
@@ -89,6 +91,12 @@ def print_report(report: Any) -> None:
         counts = ", ".join(f"{count} {format}" for format, count in formats.items())
         reached = f"{report.choice.speedup_share:.0%} of the possible saving"
         out.print(f"{counts}: measured error at the output {report.choice.error:.3e}, {reached}")
+    trained = report.distillation
+    if trained is not None:
+        out.print(
+            f"{trained.layers} layers trained for {trained.steps} steps: "
+            f"loss {trained.loss_before:.3e} before, {trained.loss_after:.3e} after"
+        )
     for name, reason in report.unrotated.items():
         out.print(f"The values of {name} were not rotated: {reason}")
     for name, reason in report.unpermuted.items():

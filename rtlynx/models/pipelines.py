@@ -196,6 +196,28 @@ def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings: 
         return pipeline(prompt=list(prompts), **given)
 
 
+def guidance_scale(pipeline: Any, settings: Mapping[str, Any]) -> float:
+    """g of null + g (conditional - null), as `pipeline` called with `settings` guides.
+
+    Raises
+    ------
+    ValueError
+        If it takes neither `true_cfg_scale` nor `guidance_scale`, or they say no number.
+    """
+    named, _ = _parameters(pipeline)
+    for name in ("true_cfg_scale", "guidance_scale"):  # beside the first, the second is an input of the model
+        if name in settings or name in named:
+            value = settings[name] if name in settings else named[name].default
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                beyond = type(pipeline).__name__.startswith(_GUIDE_BEYOND_CONDITIONAL)
+                return value + 1.0 if beyond else float(value)
+    raise ValueError(f"{type(pipeline).__name__} does not say by which scale it guides")
+
+
+# How the names of pipelines begin that guide by conditional + w (conditional - null): g is w + 1.
+_GUIDE_BEYOND_CONDITIONAL = ("ZImage", "Cosmos")
+
+
 def _parameters(pipeline: Any) -> tuple[dict[str, inspect.Parameter], bool]:
     """What a pipeline call takes by name, and whether it takes any other name too."""
     parameters = inspect.signature(pipeline).parameters.values()

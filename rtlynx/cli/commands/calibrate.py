@@ -45,6 +45,12 @@ def calibrate(
     work: Annotated[
         Path | None, typer.Option(help="Keep recorded calls and solutions here; run again to resume.")
     ] = None,
+    distill_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--distill-steps", metavar="N", min=1, help="Train the sparse layers afterwards, so many steps."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Plot error, time saved and format of each layer into this .png or .svg file."),
@@ -57,6 +63,7 @@ def calibrate(
     Without --prompts, a zoo model uses its own list of calibration prompts. Several processes:
     torchrun --nproc-per-node 2 -m rtlynx calibrate ...
     """
+    from rtlynx.calibration import Distillation
     from rtlynx.calibration import calibrate as calibrate_model
     from rtlynx.io.checkpoint import save
     from rtlynx.models.pipelines import load_model
@@ -70,7 +77,8 @@ def calibrate(
     how = calibration_options(options, work, pairs(pipeline, "--pipeline"))
     with _processes(device_of(device)) as (local_device, is_first):
         loaded = load_model(model, device=local_device)
-        report = calibrate_model(loaded, texts, chosen, how)
+        distill = None if distill_steps is None else Distillation(steps=distill_steps)
+        report = calibrate_model(loaded, texts, chosen, how, distill=distill)
         if not is_first:
             return
         save(loaded, folder)
