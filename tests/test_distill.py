@@ -73,6 +73,27 @@ def test_guided_velocity_comes_nearer_than_by_the_closed_form(solved, trained):
     assert guided_error(pipeline.transformer) < 0.95 * guided_error(solved)
 
 
+def test_the_loss_is_that_of_the_formula_on_held_out_calls(trained):
+    pipeline, report = trained
+    dense, recorded = dense_pipeline(), []
+    dense.transformer.register_forward_pre_hook(
+        lambda _model, _args, kwargs: recorded.append(dict(kwargs)), with_kwargs=True
+    )
+    noise = [torch.Generator().manual_seed(3)]  # of four prompts the last is held out
+    dense(PROMPTS[3:4], noise, **OPTIONS.pipeline_kwargs)
+    assert len(recorded) == 4  # two steps of two passes
+    off = []
+    for call in recorded:
+        call.pop("return_dict")
+        off.append(output(pipeline.transformer, call) - output(dense_pipeline().transformer, call))
+    losses = [
+        0.1 * (c.square() + n.square()) + 0.2 * (GUIDANCE * c - (GUIDANCE - 1) * n).square()
+        for c, n in (off[:2], off[2:])
+    ]
+    expected = float(torch.stack(losses).mean())
+    assert report.distillation.loss_after == pytest.approx(expected, rel=1e-4)
+
+
 def test_weights_and_biases_of_layers_that_drop_activations_change_and_nothing_else(solved, trained):
     model, report = trained[0].transformer, trained[1]
     before, after = dict(solved.named_parameters()), dict(model.named_parameters())
