@@ -25,25 +25,28 @@ from measure import Study
 from quality import device_name, header
 from row_store import RowStore
 from study_model import noise_seed
-from variants import FREE, STEPS, Variant
+from variants import FREE, STEPS, TRAINING, Variant
 
 import rtlynx
 from rtlynx import Budget, Recipe
 from rtlynx.evaluate.metrics import psnr, ssim
+from rtlynx.recipe import NO_STEP
 
 Range = tuple[float, float]
 # Original weights for the steps that are chosen later.
-_CHOSEN_LATER: dict[str, Any] = {"dense_sigmas": ((0, 1),), "dense_precision": "fp8"}
+_CHOSEN_LATER: dict[str, Any] = {"dense_sigmas": NO_STEP, "dense_precision": "fp8"}
+EVERY_LAYER = Recipe(rank=None, precision="fp8", **FREE, **_CHOSEN_LATER)
+FIRST, DISTILLED = "every-layer", "every-layer-distilled"
 RECIPES = {
-    "every-layer": Recipe(rank=None, precision="fp8", **FREE, **_CHOSEN_LATER),
+    FIRST: EVERY_LAYER,
+    DISTILLED: EVERY_LAYER,
     **{
-        f"mix-{100 * share:g}%": Recipe.recommended(
+        f"mix-{100 * share:g}": Recipe.recommended(
             budget=Budget(speedup_share=share), **FREE, **_CHOSEN_LATER
         )
         for share in (0.97, 0.95, 0.9)
     },
 }
-FIRST = "every-layer"
 
 
 def ranges(count: int) -> list[Range]:
@@ -125,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = header(options.model, study, "bfloat16")
     store = RowStore(options.out, about, options.commit, device_name(options.device))
     for name in options.recipes:
-        built = build(Variant(name, "sweep", recipe=RECIPES[name]), study.model, calibration)
+        distill = TRAINING if name == DISTILLED else None
+        variant = Variant(name, "sweep", recipe=RECIPES[name], distill=distill)
+        built = build(variant, study.model, calibration)
         curve = Curve(name, study, built, options.pictures, options.choosing)
         for row in curve.below(options.ranges):
             store.append(row)

@@ -97,6 +97,7 @@ OURS = Recipe(rank=RANK)
 BF16 = Recipe.recommended(precision="bf16")
 # What costs nothing at inference.
 FREE: dict[str, Any] = {"rotate_values": True, "permute_hidden": True, "intercept": True}
+TRAINING = Distillation(steps=500, batch_size=32)
 ALL_OF_OURS = Recipe(rank=RANK, text_rows="dense", dense_steps=2)
 
 
@@ -201,7 +202,7 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("free", "fp8-recommended+rotated+intercept", Recipe.recommended(**both))
     yield _sweep("free", "fp8-recommended+rotated+permuted+intercept", Recipe.recommended(**FREE))
     yield _sweep("free", "fp8-recommended+rotated+last-2", Recipe.recommended(dense_last_steps=2, **last))
-    training, free = Distillation(steps=500, batch_size=32), Recipe(rank=None, precision="fp8", **FREE)
+    free = Recipe(rank=None, precision="fp8", **FREE)
     distilled = {
         "refit": Recipe(rank=None, precision="fp8"),
         "free": free,
@@ -209,8 +210,8 @@ def _sweeps() -> Iterator[Variant]:
         "recommended+last-2": Recipe.recommended(dense_last_steps=2, dense_precision="fp8", **FREE),
     }
     for name, recipe in distilled.items():
-        yield _sweep("distilled", name, recipe, distill=training)
-    yield _sweep("distilled", "free-plain-loss", free, distill=replace(training, guidance=1.0))
+        yield _sweep("distilled", name, recipe, distill=TRAINING)
+    yield _sweep("distilled", "free-plain-loss", free, distill=replace(TRAINING, guidance=1.0))
     for error in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
         budget = Budget(error=error)
         yield _sweep("fp8-budget", f"{error:g}", Recipe(rank=RANK, precision="auto", budget=budget))

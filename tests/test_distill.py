@@ -205,8 +205,11 @@ def test_what_saves_memory_changes_no_result():
 # ------------------------------------------------------------------------------------------ the recipe
 
 
-def test_steps_that_run_dense_are_not_trained_on_and_keep_their_originals(monkeypatch):
-    recipe = Recipe(rank=None, ridge=RIDGE, text_rows="dense", dense_steps=1, dense_last_steps=1)
+@pytest.mark.parametrize(
+    "steps", [{"dense_steps": 1, "dense_last_steps": 1}, {"dense_sigmas": ((0.9, 1), (0, 0.3))}]
+)
+def test_steps_that_run_dense_are_not_trained_on_and_keep_their_originals(steps, monkeypatch):
+    recipe = Recipe(rank=None, ridge=RIDGE, text_rows="dense", **steps)
     seen, original = set(), rtlynx.calibration.distill.outputs
 
     def watched(model, rows, device):

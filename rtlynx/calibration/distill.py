@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from rtlynx.calibration.calls import CalibrationError, chosen_steps, timestep_of
@@ -27,11 +28,12 @@ from rtlynx.calibration.trainable import BYTES_TRAINED, Mode, TrainableLinear, t
 from rtlynx.models.hooks import EnterCall
 from rtlynx.models.pipelines import guidance_scale
 from rtlynx.models.plan import LayerPlan, Plan
-from rtlynx.nn.call import CallState
+from rtlynx.nn.call import CallState, step_of
 from rtlynx.nn.solution import Solution
 
 BETAS = (0.9, 0.99)
 WARM_UP = 0.05  # share of the steps in which the learning rate rises
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LARGEST_GRADIENT = 1.0  # norm, of the loss over the mean square of the dense velocity
 PLAIN, GUIDED = 0.1, 0.2  # weights of the errors of both predictions, and of the guided one
 _FILE = "distillation.safetensors"
@@ -139,6 +141,7 @@ class _Training:
         )
         self.guidance: float | None = None
         self.null_first = False
+        self.dense_numbers: set[int] = set()  # of steps
         self.unit = 1.0
 
     def _dense(self, layer: LayerPlan) -> nn.Linear:
@@ -220,17 +223,24 @@ class _Training:
         return [state for state in found if state.timestep not in dense]
 
     def _dense_timesteps(self) -> set[Any]:
-        """Timesteps of the steps that the recipe runs dense, as a picture shows them."""
-        recipe = self.plan.recipe
+        """Timesteps of the steps that the recipe runs dense, as a picture shows them; notes their numbers."""
+        recipe, architecture = self.plan.recipe, self.architecture
         if not recipe.has_dense_steps:
             return set()
-        with self._teacher():
-            steps = self.recording.draw_steps(self.recording.prompts[:1], [self.options.seed])
-        return {timestep_of(steps[number][0], self.architecture) for number in self._dense_steps(len(steps))}
 
-    def _dense_steps(self, count: int) -> set[int]:
-        recipe = self.plan.recipe
-        return {n for n in range(count) if n < recipe.dense_steps or n >= count - recipe.dense_last_steps}
+        def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = architecture.call_arguments(model, args, kwargs)
+            step = step_of(call.get(architecture.timestep_argument))
+            if step is not None and recipe.is_dense_step(step.index, step.count, step.sigma):
+                self.dense_numbers.add(step.index)
+
+        hook = self.model.register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            with self._teacher():
+                steps = self.recording.draw_steps(self.recording.prompts[:1], [self.options.seed])
+        finally:
+            hook.remove()
+        return {timestep_of(steps[number][0], architecture) for number in self.dense_numbers}
 
     @torch.no_grad()
     def _own(self, refresh: int) -> list[State]:
@@ -250,8 +260,7 @@ class _Training:
             for start in range(0, len(some), options.batch_size):
                 batch = some[start : start + options.batch_size]
                 steps = self.recording.draw_steps(batch, [first + start + i for i in range(len(batch))])
-                dense = self._dense_steps(len(steps))
-                sparse = [calls for number, calls in enumerate(steps) if number not in dense]
+                sparse = [calls for number, calls in enumerate(steps) if number not in self.dense_numbers]
                 number = refresh + start // options.batch_size
                 for step in sorted(chosen_steps(number, len(sparse), options.steps_per_prompt)):
                     found += states_of(sparse[step], self.architecture)
@@ -326,7 +335,8 @@ class _Training:
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * _rate(step, settings.steps)
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.enable_grad():
+        # Of cuDNN's attention gradients were not finite, with torch 2.11 on an H200.
+        with torch.enable_grad(), sdpa_kernel(_ATTENTION):
             for some in self._portions(states):
                 loss = self._loss(some) * (len(some) / len(states) / self.unit)
                 loss.backward()
