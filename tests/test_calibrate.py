@@ -43,6 +43,7 @@ from rtlynx import (
     nm_mask,
     sparsify,
 )
+from rtlynx.calibration.calls import CallStore
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.solve import solve_lowrank
@@ -272,13 +273,13 @@ def test_result_does_not_depend_on_the_batch_size():
 
 def test_recorded_steps_are_spread_and_guidance_passes_kept(monkeypatch):
     kept = []
-    original = rtlynx.calibration.recording.record_calls
+    original = CallStore.put
 
-    def spy(*args):
-        kept.append(original(*args))
-        return kept[-1]
+    def spy(store, batch, calls):
+        kept.append(calls)
+        original(store, batch, calls)
 
-    monkeypatch.setattr(rtlynx.calibration.recording, "record_calls", spy)
+    monkeypatch.setattr(CallStore, "put", spy)
     options = CalibrationOptions(
         batch_size=2,
         steps_per_prompt=2,

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from calibration_helpers import JOINT, PROMPTS, REFIT, assert_dense, calls, run,
 from diffusers import FluxTransformer2DModel
 from helpers import IMAGE_TOKENS, TEXT_TOKENS, TinyPipeline, tiny_flux
 
-import rtlynx.calibration.recording
 from rtlynx import CalibrationError, CalibrationOptions, Recipe, calibrate, sparsify
+from rtlynx.calibration.calls import CallStore
 from rtlynx.evaluate import compare
 from rtlynx.evaluate.activations import activation_energy_kept
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
@@ -80,13 +81,13 @@ def per_token_flux():
 def recorded(monkeypatch):
     """What each batch recorded: its list of calls."""
     kept = []
-    original = rtlynx.calibration.recording.record_calls
+    original = CallStore.put
 
-    def spy(*args):
-        kept.append(original(*args))
-        return kept[-1]
+    def spy(store, batch, calls):
+        kept.append(calls)
+        original(store, batch, calls)
 
-    monkeypatch.setattr(rtlynx.calibration.recording, "record_calls", spy)
+    monkeypatch.setattr(CallStore, "put", spy)
     return kept
 
 
@@ -113,6 +114,30 @@ def times_of(recorded):
 def test_each_of_few_steps_is_recorded_however_they_are_asked_for(recorded, settings):
     sample(Scheduled(), REFIT, options(pipeline_kwargs=settings))
     assert times_of(recorded) == [[1.0, 0.75, 0.5, 0.25]] * 3
+
+
+@pytest.mark.parametrize(
+    ("dense", "expected"),
+    [
+        ({"dense_steps": 1}, [0.75, 0.5, 0.25]),
+        ({"dense_last_steps": 2}, [1.0, 0.75]),
+        ({"dense_sigmas": ((0.4, 0.6),)}, [1.0, 0.75, 0.25]),
+    ],
+)
+def test_steps_that_run_dense_are_not_recorded(recorded, dense, expected):
+    settings = {"num_inference_steps": 4}
+    sample(TinyPipeline(tiny_flux()), replace(REFIT, **dense), options(pipeline_kwargs=settings))
+    assert times_of(recorded) == [expected] * 3
+
+
+def test_a_recipe_that_runs_every_step_dense_is_refused(recorded):
+    with pytest.raises(CalibrationError, match="all steps of a picture run dense"):
+        sample(
+            TinyPipeline(tiny_flux()),
+            replace(REFIT, dense_last_steps=4),
+            options(pipeline_kwargs={"num_inference_steps": 4}),
+        )
+    assert not recorded
 
 
 def test_steps_below_strength_are_those_recorded(recorded):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.folder import WorkFolder
 from rtlynx.models.architecture import Architecture
+from rtlynx.nn.call import step_of
+from rtlynx.recipe import Recipe
 
 Call = dict[str, Any]
 GOLDEN = 0.6180339887498949
@@ -28,35 +30,33 @@ class CalibrationError(ValueError):
     """Calibration data that cannot be used."""
 
 
-def record_calls(
-    model: nn.Module, architecture: Architecture, sample: Callable[[], Any], batch: int, wanted: int
-) -> list[Call]:
-    """Run `sample`, one pipeline call; the calls of `model` at `wanted` of the steps that ran."""
-    steps = calls_by_step(model, architecture, sample)
-    return [call for step in sorted(chosen_steps(batch, len(steps), wanted)) for call in steps[step]]
-
-
 def calls_by_step(
-    model: nn.Module, architecture: Architecture, sample: Callable[[], Any]
+    model: nn.Module, architecture: Architecture, sample: Callable[[], Any], recipe: Recipe | None = None
 ) -> list[list[Call]]:
     """Run `sample`, one pipeline call, and return all calls of `model` for each sampling step, on the CPU.
 
     A call at another timestep than the one before it begins a step; one at the same timestep is a further
     guidance pass. How many steps run is known only at the end, so the calls of all of them are kept until
-    then. A call without a timestep is a step of its own.
+    then. A call without a timestep is a step of its own. Steps that `recipe` runs dense are left out.
 
     Raises
     ------
     CalibrationError
-        If the model was not called.
+        If the model was not called, or in dense steps alone.
     """
     steps: list[list[Call]] = []
     last: Any = None
+    dense = False
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal last
+        nonlocal last, dense
         call = architecture.call_arguments(model, args, kwargs)
         timestep = timestep_of(call, architecture)
+        if recipe is not None and recipe.has_dense_steps:
+            step = step_of(call.get(architecture.timestep_argument))
+            if step is not None and recipe.is_dense_step(step.index, step.count, step.sigma):
+                dense = True
+                return
         if not steps or timestep is None or timestep != last:
             steps.append([])
         last = timestep
@@ -67,6 +67,11 @@ def calls_by_step(
         sample()
     finally:
         handle.remove()
+    if dense and not steps:
+        raise CalibrationError(
+            f"all steps of a picture run dense ({recipe.describe_dense_steps() if recipe else ''}), so there "
+            "is nothing to calibrate: leave some sparse"
+        )
     if not steps:
         raise CalibrationError(
             f"the pipeline ran, but made 0 calls of its transformer ({type(model).__name__}): it draws with "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from rtlynx.calibration.calls import CalibrationError, chosen_steps, timestep_of
+from rtlynx.calibration.calls import CalibrationError, chosen_steps
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.options import Distillation, DistillationReport
 from rtlynx.calibration.pairs import State, check_apart, null_first, outputs, states_of, turned
@@ -28,7 +28,7 @@ from rtlynx.calibration.trainable import BYTES_TRAINED, Mode, TrainableLinear, t
 from rtlynx.models.hooks import EnterCall
 from rtlynx.models.pipelines import guidance_scale
 from rtlynx.models.plan import LayerPlan, Plan
-from rtlynx.nn.call import CallState, step_of
+from rtlynx.nn.call import CallState
 from rtlynx.nn.solution import Solution
 
 BETAS = (0.9, 0.99)
@@ -141,7 +141,6 @@ class _Training:
         )
         self.guidance: float | None = None
         self.null_first = False
-        self.dense_numbers: set[int] = set()  # of steps
         self.unit = 1.0
 
     def _dense(self, layer: LayerPlan) -> nn.Linear:
@@ -215,32 +214,12 @@ class _Training:
 
     # --------------------------------------------------------------------------------------------- states
 
-    def _recorded(self, split: str, dense: set[Any]) -> list[State]:
-        """Of the dense model's sampling, at steps that run sparse."""
+    def _recorded(self, split: str) -> list[State]:
+        """Of the dense model's sampling."""
         store, found = self.recording.store, []
         for number in self.recording.batches[split]:
             found += states_of(store.get(number), self.architecture)
-        return [state for state in found if state.timestep not in dense]
-
-    def _dense_timesteps(self) -> set[Any]:
-        """Timesteps of the steps that the recipe runs dense, as a picture shows them; notes their numbers."""
-        recipe, architecture = self.plan.recipe, self.architecture
-        if not recipe.has_dense_steps:
-            return set()
-
-        def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = architecture.call_arguments(model, args, kwargs)
-            step = step_of(call.get(architecture.timestep_argument))
-            if step is not None and recipe.is_dense_step(step.index, step.count, step.sigma):
-                self.dense_numbers.add(step.index)
-
-        hook = self.model.register_forward_pre_hook(watch, with_kwargs=True)
-        try:
-            with self._teacher():
-                steps = self.recording.draw_steps(self.recording.prompts[:1], [self.options.seed])
-        finally:
-            hook.remove()
-        return {timestep_of(steps[number][0], architecture) for number in self.dense_numbers}
+        return found
 
     @torch.no_grad()
     def _own(self, refresh: int) -> list[State]:
@@ -260,10 +239,9 @@ class _Training:
             for start in range(0, len(some), options.batch_size):
                 batch = some[start : start + options.batch_size]
                 steps = self.recording.draw_steps(batch, [first + start + i for i in range(len(batch))])
-                sparse = [calls for number, calls in enumerate(steps) if number not in self.dense_numbers]
                 number = refresh + start // options.batch_size
-                for step in sorted(chosen_steps(number, len(sparse), options.steps_per_prompt)):
-                    found += states_of(sparse[step], self.architecture)
+                for step in sorted(chosen_steps(number, len(steps), options.steps_per_prompt)):
+                    found += states_of(steps[step], self.architecture)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -281,13 +259,7 @@ class _Training:
 
     def run(self, *, show: bool) -> tuple[dict[str, Solution], DistillationReport]:
         settings, every = self.settings, self.settings.refresh_steps
-        dense = self._dense_timesteps()
-        recorded, heldout = self._recorded("fit", dense), self._recorded("heldout", dense)
-        if not recorded:
-            raise CalibrationError(
-                "no recorded call is of a step that runs sparse: record more steps (steps_per_prompt), or "
-                "run fewer dense"
-            )
+        recorded, heldout = self._recorded("fit"), self._recorded("heldout")
         self.null_first = null_first([*recorded, *heldout], self.architecture)
         if self.null_first:
             recorded, heldout = turned(recorded), turned(heldout)

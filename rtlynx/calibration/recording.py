@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rtlynx.calibration.calls import CalibrationError, Call, CallStore, calls_by_step, record_calls
+from rtlynx.calibration.calls import CalibrationError, Call, CallStore, calls_by_step, chosen_steps
 from rtlynx.calibration.folder import WorkFolder, digest
 from rtlynx.calibration.options import CalibrationOptions, Distillation
 from rtlynx.calibration.processes import rank, world
@@ -85,28 +85,23 @@ class Recording:
                     if number % world() == rank():
                         self.batches[split].append(number)
                         if not self.store.has(number):
-                            self.store.put(number, self._sample_batch(pipeline, batch, number))
+                            self.store.put(number, self._sample_batch(batch, number))
                     number += 1
                     advance(len(batch))
 
     def draw_steps(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Call]]:
-        """Draw prompts with the model as it is now; its calls at each sampling step."""
+        """Draw prompts with the model as it is now; its calls at each sampling step that runs sparse."""
+        settings = {"output_type": "latent", **self.options.pipeline_kwargs}
+        plan = self.plan
         return calls_by_step(
-            self.model, self.plan.architecture, lambda: self._draw(self.pipeline, prompts, seeds)
+            self.model, plan.architecture, lambda: draw(self.pipeline, prompts, seeds, settings), plan.recipe
         )
 
-    def _draw(self, pipeline: Any, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-        draw(pipeline, prompts, seeds, {"output_type": "latent", **self.options.pipeline_kwargs})
-
-    def _sample_batch(self, pipeline: Any, batch: dict[int, str], number: int) -> list[Call]:
-        seeds = [self.options.seed + i for i in batch]
-        return record_calls(
-            self.model,
-            self.plan.architecture,
-            lambda: self._draw(pipeline, list(batch.values()), seeds),
-            number,
-            self.options.steps_per_prompt,
-        )
+    def _sample_batch(self, batch: dict[int, str], number: int) -> list[Call]:
+        """Calls at some of the steps."""
+        steps = self.draw_steps(list(batch.values()), [self.options.seed + i for i in batch])
+        chosen = chosen_steps(number, len(steps), self.options.steps_per_prompt)
+        return [call for step in sorted(chosen) for call in steps[step]]
 
     def _refuse_without_heldout(self, splits: Mapping[str, list[int]]) -> None:
         """Before any work: a ridge that is chosen on held-out prompts needs some."""
