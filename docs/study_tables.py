@@ -37,6 +37,7 @@ SWEEPS = {
     "text": "Text stream sparse; text rows of joint blocks dense",
     "dense-steps": "First steps dense",
     "last-steps": "Last steps in dense fp8",
+    "schedule": "Dense fp8 below a noise level; above it every input sparse, or this share of the saving",
     "steps": "8 steps, compared with dense at 8",
     "pattern": "Other patterns, for which there is no kernel",
     "fp8": "fp8, dense and sparse",

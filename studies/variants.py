@@ -142,6 +142,15 @@ def _leaving(saving: float) -> Iterator[Variant]:
     yield _sweep("saving", f"auto-{percent}", Recipe.recommended(budget=budget))
 
 
+def _below(sigma: float) -> Iterator[Variant]:
+    """Dense fp8 below this noise level, above it every input sparse, or fewer; what costs nothing is on."""
+    dense: dict[str, Any] = {"dense_sigmas": ((0, sigma),), "dense_precision": "fp8", **FREE}
+    yield _sweep("schedule", f"every-below-{sigma:g}", Recipe(rank=None, precision="fp8", **dense))
+    for share in (0.95, 0.9):
+        recipe = Recipe.recommended(budget=Budget(speedup_share=share), **dense)
+        yield _sweep("schedule", f"{100 * share:g}%-below-{sigma:g}", recipe)
+
+
 def _sweeps() -> Iterator[Variant]:
     yield Variant("dense:float32", "sweep", "floor", dtype="float32")
     for ridge in (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0):
@@ -178,6 +187,8 @@ def _sweeps() -> Iterator[Variant]:
         last: dict[str, Any] = {"dense_last_steps": steps, "dense_precision": "fp8"}
         yield _sweep("last-steps", f"refit-{steps}", Recipe(rank=None, precision="fp8", **last))
         yield _sweep("last-steps", f"recommended-{steps}", Recipe.recommended(**last))
+    for sigma in (0.25, 0.4, 0.5):
+        yield from _below(sigma)
     yield _sweep("order", "one-shot", OURS)
     yield _sweep("order", "sequential", OURS, sequential=True)
     yield _sweep("factors", "ours-own", Recipe(rank=RANK, lowrank_sharing="own"))
