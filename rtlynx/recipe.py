@@ -31,7 +31,7 @@ RECOMMENDED_SPEEDUP_SHARE = 0.9
 MOST_TP_DEGREE = 1024
 
 # `dense_sigmas` that hold for no step: original weights are kept for steps that are chosen later.
-NO_STEP = ((-1.0, 0.0),)
+NO_STEP = ((-2.0, -1.0),)
 
 # Fields by their names of version 0.1, which files and code may still use.
 _FORMER_RECIPE, _FORMER_BUDGET = {"forms": "formats"}, {"saving": "speedup_share"}
@@ -107,10 +107,10 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.error is None) == (self.speedup_share is None):
             raise ValueError("a budget has one limit: error or speedup_share")
-        if self.error is not None and not (_is_number(self.error) and self.error > 0):
+        if self.error is not None and not (is_number(self.error) and self.error > 0):
             raise ValueError(f"budget error is a number above 0, got {self.error!r}")
         if self.speedup_share is not None and not (
-            _is_number(self.speedup_share) and 0 < self.speedup_share <= 1
+            is_number(self.speedup_share) and 0 < self.speedup_share <= 1
         ):
             raise ValueError(f"budget speedup_share is a share in (0, 1], got {self.speedup_share!r}")
 
@@ -234,7 +234,7 @@ class Recipe:
         _check_choice("balance", self.balance, ("kinds", "tokens"))
         _check_choice("text_stream", self.text_stream, ("dense", "sparse"))
         _check_choice("text_rows", self.text_rows, ("sparse", "dense"))
-        if not _is_whole(self.tp_degree) or not 1 <= self.tp_degree <= MOST_TP_DEGREE:
+        if not is_whole(self.tp_degree) or not 1 <= self.tp_degree <= MOST_TP_DEGREE:
             raise ValueError(
                 f"tp_degree is a whole number above 0 and at most {MOST_TP_DEGREE}, got {self.tp_degree!r}"
             )
@@ -242,7 +242,7 @@ class Recipe:
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"{flag} is true or false, got {getattr(self, flag)!r}")
         if self.rank is not None and self.rank != "auto":
-            if not _is_number(self.rank) or self.rank <= 0:
+            if not is_number(self.rank) or self.rank <= 0:
                 raise ValueError(
                     f"rank is a whole number or a share of the inputs, above 0, 'auto', or none for no "
                     f"low-rank branch; got {self.rank!r}"
@@ -251,13 +251,13 @@ class Recipe:
                 raise ValueError(
                     f"rank as a share is below 1, got {self.rank}; give a whole number for a rank"
                 )
-        if self.ridge != "auto" and not (_is_number(self.ridge) and self.ridge > 0):
+        if self.ridge != "auto" and not (is_number(self.ridge) and self.ridge > 0):
             raise ValueError(f"ridge is a number above 0 or 'auto', got {self.ridge!r}")
-        if not _is_whole(self.train_steps) or self.train_steps < 1:
+        if not is_whole(self.train_steps) or self.train_steps < 1:
             raise ValueError(f"train_steps is a whole number above 0, got {self.train_steps!r}")
         for name in ("dense_steps", "dense_last_steps"):
             steps = getattr(self, name)
-            if not _is_whole(steps) or steps < 0:
+            if not is_whole(steps) or steps < 0:
                 raise ValueError(f"{name} is a whole number, 0 or more, got {steps!r}")
         object.__setattr__(self, "dense_sigmas", _ranges("dense_sigmas", self.dense_sigmas))
         _check_choice("dense_precision", self.dense_precision, ("bf16", "fp8"))
@@ -384,12 +384,20 @@ class Recipe:
     def is_dense_step(self, index: int, count: int, sigma: float | None) -> bool:
         """Whether step `index` of `count`, at noise level `sigma`, runs dense."""
         at_end = index < self.dense_steps or index >= count - self.dense_last_steps
-        return at_end or (sigma is not None and any(low < sigma <= high for low, high in self.dense_sigmas))
+        if sigma is None:
+            return at_end
+        # As float32 holds it, a sigma at the end of a range may lie beyond it.
+        return at_end or any(low < sigma - 1e-6 <= high for low, high in self.dense_sigmas)
+
+    @property
+    def needs_sigma(self) -> bool:
+        """Whether the noise level of a step decides if it runs dense."""
+        return any(high > 0 for _, high in self.dense_sigmas)
 
     def describe_dense_steps(self) -> str:
         """The fields that say which steps run dense, as one writes them."""
-        names = ("dense_steps", "dense_last_steps", "dense_sigmas")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name))
+        names = ["dense_steps", "dense_last_steps", *(["dense_sigmas"] if self.needs_sigma else [])]
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name)) or "none"
 
     @property
     def depends_on_call(self) -> bool:
@@ -420,18 +428,18 @@ class Recipe:
         return min(k, self.rank)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _ranges(name: str, value: Any) -> tuple[tuple[float, float], ...]:
     """`value` as tuples of (low, high)."""
     pairs = isinstance(value, list | tuple) and all(
-        isinstance(one, list | tuple) and len(one) == 2 and all(map(_is_number, one)) and one[0] < one[1]
+        isinstance(one, list | tuple) and len(one) == 2 and all(map(is_number, one)) and one[0] < one[1]
         for one in value
     )
     if not pairs:

@@ -233,7 +233,7 @@ def test_distill_steps_are_taken_and_what_they_did_is_told(run, tmp_path, prompt
     recipe = ("--set", "ridge=1", "--set", "precision=fp8", "--set", "budget=none")
     code, out, _ = run(
         "calibrate", "MODEL", "--out", tmp_path / "out", "--prompts", prompts, *recipe,
-        "--distill-steps", "1", *(["--json"] if as_json else []),
+        "--distill", "steps=1", *(["--json"] if as_json else []),
     )  # fmt: skip
     assert code == 0
     if not as_json:

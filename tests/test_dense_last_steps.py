@@ -1,6 +1,7 @@
 """The last steps of a picture dense, and original weights kept in e4m3."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -85,6 +86,50 @@ def test_an_unknown_noise_level_is_said():
         model(**flux_call(timestep=1.0))
     with pytest.raises(RuntimeError, match=r"dense_sigmas=\(\(0.0, 0.5\),\)"):
         model(**flux_call(timestep=1.0))
+
+
+def test_the_upper_end_of_a_range_holds_for_float32_too():
+    model, reference = sparsify(tiny_flux(), Recipe.immediate(dense_sigmas=[(0, 0.3)])), tiny_flux()
+    sigmas = torch.tensor([1.0, 0.6, 0.3, 0.2])  # float32(0.3) is above 0.3
+    with schedule(sigmas):
+        for sigma in sigmas:
+            call = flux_call(timestep=float(sigma))
+            dense = torch.equal(output(model, call), output(reference, call))
+            assert dense == (float(sigma) < 0.5)
+
+
+@pytest.mark.parametrize("changed", [{"dense_last_steps": 1}, {}])
+def test_steps_by_number_need_no_noise_levels(changed):
+    model, reference = sparsify(tiny_flux(), Recipe.immediate(dense_steps=1)), tiny_flux()
+    set_dense_steps(model, **changed)
+    with schedule([900, 500]):  # which say none
+        for t, dense in ((900, False), (500, bool(changed))):
+            call = flux_call(timestep=t)
+            assert torch.equal(output(model, call), output(reference, call)) == dense
+
+
+def test_dense_steps_may_be_changed_while_another_thread_draws():
+    model, stop, failures = sparsify(tiny_flux(), Recipe.immediate(dense_steps=1)), threading.Event(), []
+
+    def change():
+        while not stop.is_set():
+            set_dense_steps(model, dense_sigmas=[(0, 0.5)])
+            set_dense_steps(model, dense_steps=2)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        with schedule(TIMESTEPS):
+            for _ in range(15):
+                output(model, CALL)
+    except Exception as error:
+        failures.append(error)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failures
+    with pytest.raises(RuntimeError, match="no call is under way"):
+        sparse_layers(model)[LAYER](torch.ones(2, sparse_layers(model)[LAYER].in_features))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

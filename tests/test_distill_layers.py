@@ -14,7 +14,7 @@ from helpers import (
 )
 from torch import nn
 
-from rtlynx import CalibrationError, Recipe, SparseLinear
+from rtlynx import CalibrationError, Distillation, Recipe, SparseLinear
 from rtlynx.calibration.pairs import Pictures, Row, check_apart, null_first, outputs, states_of, turned
 from rtlynx.calibration.trainable import BYTES_TRAINED, Mode, TrainableLinear, trained_bytes
 from rtlynx.math.fp8 import quantize_tokens, quantize_weight
@@ -123,8 +123,11 @@ def test_a_correction_of_low_rank_starts_at_the_solution_and_is_merged():
     change = layer.distilled().weight - layer.solution.weight
     assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
     trained = sum(one.numel() for one in (layer.up, layer.down))
-    assert trained_bytes([plan], 2) == BYTES_TRAINED * trained
-    assert trained_bytes([plan], None) == BYTES_TRAINED * whole.master.numel()
+    numbers = whole.master.numel()
+    again, kept = Distillation(rank=2, checkpoint_blocks=True), Distillation(rank=2)
+    assert trained_bytes([plan], again) == BYTES_TRAINED * trained
+    assert trained_bytes([plan], kept) == BYTES_TRAINED * trained + 2 * numbers  # as multiplied, in bf16
+    assert trained_bytes([plan], Distillation()) == (BYTES_TRAINED + 2) * numbers
 
 
 def test_a_layer_that_drops_nothing_is_not_trained_but_hands_gradients_on():
@@ -136,7 +139,7 @@ def test_a_layer_that_drops_nothing_is_not_trained_but_hands_gradients_on():
     weight = quantize_weight(layer.solution.weight.float() * layer.solution.weight_scale[:, None])
     assert relative_error(x.grad, weight.dequantize().sum(0).expand_as(x)) < 1e-5
     assert layer.distilled() is layer.solution
-    assert trained_bytes([plan], None) == 0
+    assert trained_bytes([plan], Distillation()) == 0
 
 
 def test_as_the_teacher_it_is_the_dense_layer():

@@ -196,6 +196,15 @@ def test_dense_steps_in_fp8_read_the_chain_quantised(calls):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dense", [{}, {"dense_last_steps": 1, "dense_precision": "fp8"}])
+def test_layers_that_keep_everything_in_bf16_read_the_dense_chain(dense):
+    model, call = model_and_call("flux")
+    sparsify(model, Recipe.immediate(n=4, m=4, **dense))
+    with schedule([1.0, 0.5]):
+        assert relative_error(output(model, call), output(unfused(model), call)) < 5e-2
+
+
+@torch.no_grad()
 @pytest.mark.usefixtures("_served")
 def test_dense_steps_in_bf16_read_the_dense_chain(calls):
     model, call = model_and_call("flux")

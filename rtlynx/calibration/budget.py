@@ -12,7 +12,7 @@ from rtlynx.recipe import Budget
 
 @dataclass(frozen=True)
 class InputCost:
-    """One input in the balance: all layers that read it, in one format.
+    """What one input costs and saves: all layers that read it, in one format.
 
     name : key of the input, `Candidate.reads`.
     layers : names of its readers, without those whose format is not up for choice.
@@ -103,7 +103,7 @@ def choose(
     for options in by_name.values():
         price = 0.0
         for step in _hull(options):
-            price = max(price, step.error / step.saving)  # rounding must not turn the steps of an input round
+            price = max(price, step.error / step.saving)  # keeps an input's steps in order despite rounding
             priced.append((price, step))
     steps = [step for _, step in sorted(priced, key=lambda pair: pair[0])]
     possible = sum(step.saving for step in steps)

@@ -110,11 +110,19 @@ class CallStore:
     def __init__(self, folder: WorkFolder | None = None) -> None:
         self.folder = folder
         self._memory: dict[int, list[Call]] = {}
+        self._counts: dict[int, int] = {}
 
     def has(self, batch: int) -> bool:
         return batch in self._memory or (self.folder is not None and self.folder.has(_file(batch)))
 
+    def count(self, batch: int) -> int:
+        """How many calls a batch has."""
+        if batch not in self._counts:
+            self.get(batch)
+        return self._counts[batch]
+
     def put(self, batch: int, calls: list[Call]) -> None:
+        self._counts[batch] = len(calls)
         if self.folder is None:
             self._memory[batch] = calls
             return
@@ -126,6 +134,7 @@ class CallStore:
         if self.folder is None:
             return self._memory[batch]
         tensors, structure = self.folder.read(_file(batch))
+        self._counts[batch] = len(structure)
         return [_decode(call, tensors) for call in structure]
 
     def replay(self, batches: Sequence[int], device: torch.device) -> Iterator[Call]:
@@ -133,6 +142,14 @@ class CallStore:
         for batch in batches:
             for call in self.get(batch):
                 yield moved(call, device)
+
+
+def pictures_in(call: Call) -> int:
+    """How many pictures a call is of: as many as what diffusers passes first, latents, has rows."""
+    latents = next(iter(call.values()), None)
+    if isinstance(latents, list) or (isinstance(latents, Tensor) and latents.ndim > 0):
+        return max(1, len(latents))
+    return 1
 
 
 def _file(batch: int) -> str:

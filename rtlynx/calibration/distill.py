@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -40,8 +41,13 @@ _FILE = "distillation.safetensors"
 _RANK = 32  # of the correction that is advised where whole weights do not fit
 
 
-def refuse_distillation(plan: Plan) -> None:
-    """CalibrationError where no layer drops activations, or there are several processes."""
+def refuse_distillation(model: nn.Module, plan: Plan) -> None:
+    """CalibrationError where no layer drops activations, the model is offloaded, or there are processes."""
+    if getattr(model, "_hf_hook", None) is not None:
+        raise CalibrationError(
+            "distillation needs the whole model on one device, and it is offloaded: load it without "
+            "enable_model_cpu_offload"
+        )
     if world() > 1:
         raise CalibrationError(
             "distillation trains in one process, and there are several: run without torchrun"
@@ -52,15 +58,16 @@ def refuse_distillation(plan: Plan) -> None:
 
 def refuse_without_memory(plan: Plan, settings: Distillation, device: torch.device) -> None:
     """CalibrationError where master weights and optimiser states take more than is free on a card."""
-    needed, free = trained_bytes(plan.sparse, settings.rank), free_bytes(device)
+    needed, free = trained_bytes(plan.sparse, settings), free_bytes(device)
     if needed <= free:
         return
     rank = _RANK if settings.rank is None else max(1, settings.rank // 2)
+    smaller = replace(settings, rank=rank, checkpoint_blocks=True)
     raise CalibrationError(
         f"distillation of these layers takes {needed / 1e9:.3g} GB beside the model and its activations "
         f"({BYTES_TRAINED} bytes a trained number), and {free / 1e9:.3g} GB are free on {device}: train a "
-        f"correction of low rank (Distillation(rank={rank}) takes "
-        f"{trained_bytes(plan.sparse, rank) / 1e9:.3g} GB), or use a larger card"
+        f"correction of low rank (Distillation(rank={rank}, checkpoint_blocks=True) takes "
+        f"{trained_bytes(plan.sparse, smaller) / 1e9:.3g} GB), or use a larger card"
     )
 
 
@@ -96,11 +103,10 @@ def distill_layers(
     Raises
     ------
     CalibrationError
-        If no layer drops activations, the training does not fit into memory, there is no state to train on,
-        or a gradient is not finite.
+        If no layer drops activations, the training does not fit into memory, or a gradient is not finite.
     """
     device = next(recording.model.parameters()).device
-    refuse_distillation(plan)
+    refuse_distillation(recording.model, plan)
     refuse_without_memory(plan, distillation, device)
     training = _Training(plan, recording, solutions, distillation, device)
     with training.in_place():
@@ -119,7 +125,7 @@ class _Training:
         self.plan, self.recording, self.settings, self.device = plan, recording, settings, device
         self.model, self.options, self.mode = recording.model, recording.options, Mode()
         self.architecture = plan.architecture
-        self.identity = digest([repr(plan.layers), sorted(solutions)])
+        self.identity = digest([repr(plan.layers), sorted(solutions), asdict(settings)])
         generator = torch.Generator().manual_seed(self.options.seed)
         self.layers = {
             layer.name: TrainableLinear(
@@ -274,7 +280,7 @@ class _Training:
         if before is None:
             before = self._judge(judged)
         own: list[State] = []
-        what = f"distilling ({trained_bytes(self.plan.sparse, settings.rank) / 1e9:.2g} GB)"
+        what = f"distilling ({trained_bytes(self.plan.sparse, settings) / 1e9:.2g} GB)"
         with ProgressBar(what, settings.steps, show=show) as advance:
             advance(start)
             for step in range(start, settings.steps):
@@ -307,7 +313,7 @@ class _Training:
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * _rate(step, settings.steps)
         self.optimiser.zero_grad(set_to_none=True)
-        # Of cuDNN's attention gradients were not finite, with torch 2.11 on an H200.
+        # cuDNN attention gave gradients that were not finite (torch 2.11, H200).
         with torch.enable_grad(), sdpa_kernel(_ATTENTION):
             for some in self._portions(states):
                 loss = self._loss(some) * (len(some) / len(states) / self.unit)

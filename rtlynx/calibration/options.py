@@ -11,6 +11,7 @@ from typing import Any
 
 from rtlynx.calibration.budget import Choice, InputCost
 from rtlynx.nn.solution import Solution
+from rtlynx.recipe import is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,17 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps_per_prompt"):
             _require(
-                _is_whole(getattr(self, name)) and getattr(self, name) >= 1,
+                is_whole(getattr(self, name)) and getattr(self, name) >= 1,
                 self,
                 name,
                 "a whole number above 0",
             )
         _require(
-            _is_whole(self.seed) and 0 <= self.seed < 2**63, self, "seed", "a whole number from 0 to 2^63 - 1"
+            is_whole(self.seed) and 0 <= self.seed < 2**63, self, "seed", "a whole number from 0 to 2^63 - 1"
         )
-        _require(_is_number(self.heldout) and 0 <= self.heldout < 1, self, "heldout", "a share in [0, 1)")
+        _require(is_number(self.heldout) and 0 <= self.heldout < 1, self, "heldout", "a share in [0, 1)")
         _require(isinstance(self.sequential, bool), self, "sequential", "True or False")
-        finite = _is_number(self.memory_gb) and 0 < self.memory_gb < math.inf
+        finite = is_number(self.memory_gb) and 0 < self.memory_gb < math.inf
         _require(finite, self, "memory_gb", "a number above 0 and finite")
         kwargs = self.pipeline_kwargs
         named = isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)
@@ -123,19 +124,19 @@ class Distillation:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "own_prompts"):
             value = getattr(self, name)
-            _require(_is_whole(value) and value >= 1, self, name, "a whole number above 0")
+            _require(is_whole(value) and value >= 1, self, name, "a whole number above 0")
         for name in ("batch_at_once", "refresh_every", "rank"):
             value = getattr(self, name)
-            fits = value is None or (_is_whole(value) and value >= 1)
+            fits = value is None or (is_whole(value) and value >= 1)
             _require(fits, self, name, "a whole number above 0, or None")
         rate, guidance = self.learning_rate, self.guidance
         _require(
-            _is_number(rate) and 0 < rate < math.inf, self, "learning_rate", "a number above 0 and finite"
+            is_number(rate) and 0 < rate < math.inf, self, "learning_rate", "a number above 0 and finite"
         )
-        fits = guidance is None or (_is_number(guidance) and 0 <= guidance < math.inf)
+        fits = guidance is None or (is_number(guidance) and 0 <= guidance < math.inf)
         _require(fits, self, "guidance", "a number, 0 or more and finite, or None")
         _require(
-            _is_number(self.own_share) and 0 <= self.own_share <= 1, self, "own_share", "a share in [0, 1]"
+            is_number(self.own_share) and 0 <= self.own_share <= 1, self, "own_share", "a share in [0, 1]"
         )
         _require(isinstance(self.checkpoint_blocks, bool), self, "checkpoint_blocks", "True or False")
 
@@ -148,14 +149,6 @@ class Distillation:
 def _require(right: bool, options: object, name: str, expected: str) -> None:
     if not right:
         raise ValueError(f"{name} is {expected}, got {getattr(options, name)!r}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ a chain that a fused block takes over (norm, activation) is taken off neither si
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -106,8 +107,9 @@ def packaged_prices() -> Prices:
 class ModelPrices:
     """Prices of the inputs of one model.
 
-    A model whose least width is below `LEAST_WIDTH` is priced as if it were `FULL_WIDTH` wide, and its
-    longest input `FULL_TOKENS` long: what is chosen for it is what would be chosen for one of full size.
+    A model whose width, the median of its layers' inputs, is below `LEAST_WIDTH` is priced as if it were
+    `FULL_WIDTH` wide, and its longest input `FULL_TOKENS` long: what is chosen for it is what would be chosen
+    for one of full size.
     Text rows and steps that run dense are not counted.
 
     Parameters
@@ -122,7 +124,7 @@ class ModelPrices:
 
     def __init__(self, plan: Plan, tokens: Mapping[str, int], prices: Prices | None = None) -> None:
         self._prices, self._tokens, self._recipe = prices or packaged_prices(), tokens, plan.recipe
-        width = min(layer.in_features for layer in plan.layers)
+        width = statistics.median_low(layer.in_features for layer in plan.layers)
         longest = max(tokens.values(), default=0)
         self.stands_for_full_size = width < LEAST_WIDTH
         self._wider = FULL_WIDTH / width if self.stands_for_full_size else 1.0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from rtlynx.calibration.calls import CalibrationError, Call, CallStore, calls_by_step, chosen_steps
 from rtlynx.calibration.folder import WorkFolder, digest
-from rtlynx.calibration.options import CalibrationOptions, Distillation
+from rtlynx.calibration.options import CalibrationOptions
 from rtlynx.calibration.processes import rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.math.formats import FP8_DENSE
@@ -28,14 +27,8 @@ class Recording:
     fit_prompts : those to fit.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        options: CalibrationOptions,
-        distillation: Distillation | None = None,
-    ) -> None:
-        self.model, self.plan, self.options, self.distillation = model, plan, options, distillation
+    def __init__(self, model: nn.Module, plan: Plan, options: CalibrationOptions) -> None:
+        self.model, self.plan, self.options = model, plan, options
         self.pipeline: Any = None
         self.prompts: list[str] = []
         self.fit_prompts: list[str] = []
@@ -47,6 +40,11 @@ class Recording:
     def numbers(self) -> list[int]:
         """All batches of this process."""
         return self.batches["fit"] + self.batches["heldout"]
+
+    @property
+    def fit_calls(self) -> int:
+        """How many calls of this process there are to fit on."""
+        return sum(self.store.count(number) for number in self.batches["fit"])
 
     def use_calls(self, calls: list[Call]) -> None:
         """Take calls as they are, each a batch of its own."""
@@ -129,7 +127,6 @@ class Recording:
             "heldout": options.heldout,
             "seed": options.seed,
             "sequential": options.sequential,
-            "distillation": None if self.distillation is None else asdict(self.distillation),
             "pipeline_kwargs": digest(options.pipeline_kwargs),
             "pipeline": type(pipeline).__name__,
             "scheduler": digest(_description(getattr(pipeline, "scheduler", None))),

@@ -124,8 +124,7 @@ def _tokens_per_call(plan: Plan, recording: Recording) -> int:
     """How many tokens of each kind to keep of each call."""
     if not plan.permuted:
         return 0
-    numbers = recording.batches["fit"]
-    calls = sum(len(recording.store.get(number)) for number in numbers)
+    calls = recording.fit_calls
     each = next(recording.model.parameters()).element_size() * sum(mlp.width for mlp in plan.permuted)
     tokens = min(_TOKENS, int(recording.options.memory_gb * 1e9) // each)
     return max(1, -(-tokens // (max(1, calls) * world())))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.apply import apply_solutions, solved_layer, temporarily_sparse
 from rtlynx.calibration.budget import Choice, InputCost, choose, inputs_of
-from rtlynx.calibration.calls import CalibrationError, Call
+from rtlynx.calibration.calls import CalibrationError, Call, pictures_in
 from rtlynx.calibration.collect import (
     Collector,
     InputGroup,
@@ -21,6 +21,7 @@ from rtlynx.calibration.collect import (
     passes,
 )
 from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
+from rtlynx.calibration.folder import digest
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport, Distillation
 from rtlynx.calibration.prices import ModelPrices
@@ -124,15 +125,15 @@ def calibrate(
         plan = make_plan_for_dense(model, recipe)
         _refuse_all_dense(plan)
         if distill is not None:
-            refuse_distillation(plan)
+            refuse_distillation(model, plan)
             if recipe.budget is None:  # which would leave fewer
                 refuse_without_memory(plan, distill, next(model.parameters()).device)
-        recording = Recording(model, plan, options, distill)
+        recording = Recording(model, plan, options)
         if calls is not None:
             recording.use_calls(list(calls))
         else:
             recording.sample(model_or_pipeline, texts, show=show)
-        return _Calibration(plan, recording, show=show).finish()
+        return _Calibration(plan, recording, distill, show=show).finish()
 
 
 def _refuse_all_dense(plan: Plan) -> None:
@@ -146,7 +147,10 @@ def _refuse_all_dense(plan: Plan) -> None:
 class _Calibration:
     """Everything after recording."""
 
-    def __init__(self, plan: Plan, recording: Recording, *, show: bool) -> None:
+    def __init__(
+        self, plan: Plan, recording: Recording, distillation: Distillation | None, *, show: bool
+    ) -> None:
+        self.distillation = distillation
         self.plan, self.recipe, self.recording, self.show = plan, plan.recipe, recording, show
         self.model, self.options = recording.model, recording.options
         self.device = next(self.model.parameters()).device
@@ -178,9 +182,10 @@ class _Calibration:
                 raise CalibrationError(self._none_left(costs))
         solutions = self.solutions.of(plan.sparse)
         distilled = None
-        if self.recording.distillation is not None:
-            settings = self.recording.distillation
-            solutions, distilled = distill_layers(plan, self.recording, solutions, settings, show=self.show)
+        if self.distillation is not None:
+            solutions, distilled = distill_layers(
+                plan, self.recording, solutions, self.distillation, show=self.show
+            )
         apply_solutions(self.model, plan, solutions, done=done)
         return CalibrationReport(
             solutions,
@@ -203,6 +208,7 @@ class _Calibration:
             bases = find_bases(plan, self.recording, advance)
         silent = (one.name for one in plan.reparameterized if one.name not in bases)
         plan = plan.leave_basis(dict.fromkeys(silent, "did not run in calibration"))
+        self.solutions.bases = digest(bases)
         changed = plan.reparameterized
         return plan, reparameterize(self.model, changed, bases) if changed else None
 
@@ -236,8 +242,7 @@ class _Calibration:
     def _training_tokens_per_call(self) -> int:
         if self.recipe.lowrank_solver != "trained":
             return 0
-        calls = sum(len(self.recording.store.get(number)) for number in self.recording.batches["fit"])
-        return -(-TRAINING_TOKENS // (max(1, calls) * world()))
+        return -(-TRAINING_TOKENS // (max(1, self.recording.fit_calls) * world()))
 
     def _solve_group(self, group: InputGroup) -> dict[str, Solution]:
         """Solve the layers of one input: together, with one A, or each on its own."""
@@ -326,7 +331,9 @@ class _Calibration:
         fixed = {
             layer.name: layer.format.name for layer in plan.sparse if self.recipe.fixed_format(layer.name)
         }
-        self.tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.layers], calls[0])
+        tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.layers], calls[0])
+        pictures = pictures_in(calls[0])  # in serving there is one
+        self.tokens = {name: count // pictures for name, count in tokens.items()}
         references = [_output(self.model, call) for call in calls]
 
         def measure(formats: Mapping[str, FormatName]) -> float:

@@ -17,10 +17,14 @@ from rtlynx.nn.solution import Solution
 
 
 class SolutionStore:
-    """Solutions by name and format of a layer; one file for each group of layers that see the same."""
+    """Solutions by name and format of a layer; one file for each group of layers that see the same.
+
+    bases : digest of the bases that the model was turned to before; files of others are not read.
+    """
 
     def __init__(self, folder: WorkFolder | None) -> None:
         self.folder = folder
+        self.bases = ""
         self._solutions: dict[tuple[str, FormatName], Solution] = {}
 
     def of(self, layers: Iterable[LayerPlan]) -> dict[str, Solution]:
@@ -31,7 +35,10 @@ class SolutionStore:
         """Whether an earlier run solved `group`; its solutions are then read."""
         if self.folder is None or not self.folder.has(_file(group)):
             return False
-        tensors, numbers = self.folder.read(_file(group))
+        tensors, about = self.folder.read(_file(group))
+        if about["bases"] != self.bases:
+            return False
+        numbers = about["layers"]
         for layer in group.layers:
             ridge, before, error, refitted = numbers[layer.name]
             own = f"{layer.name}."
@@ -56,7 +63,7 @@ class SolutionStore:
         for layer in group.layers:
             self._solutions[layer.name, layer.format.name] = solutions[layer.name]
         if self.folder is not None and write:
-            self.folder.write(_file(group), tensors, numbers)
+            self.folder.write(_file(group), tensors, {"bases": self.bases, "layers": numbers})
 
 
 def _file(group: InputGroup) -> str:

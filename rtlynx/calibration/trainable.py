@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from rtlynx.calibration.options import Distillation
 from rtlynx.math.fp8 import dequantize, quantize_tokens, quantize_weight
 from rtlynx.math.reference import Compressed, sparse_linear
 from rtlynx.math.selection import norm_scale, pattern_mask, select
@@ -20,6 +21,7 @@ from rtlynx.recipe import Recipe
 
 # Bytes a trained number takes: itself, its gradient and two moments of Adam's, each in float32.
 BYTES_TRAINED = 16
+_BYTES_MULTIPLIED = 2  # bfloat16
 
 
 @dataclass
@@ -84,6 +86,7 @@ class TrainableLinear(nn.Linear):
             self.master_bias = nn.Parameter(bias.detach().to(torch.float32, copy=True))
         if rank is None:
             self.master = nn.Parameter(self._solved().to(torch.float32, copy=True))
+            self.solution = replace(self.solution, weight=None, weight_scale=None)  # the master's now
             return
         rank = trained_rank(plan, rank)
         # So large that a step moves a weight by about the learning rate, as without a rank.
@@ -161,17 +164,18 @@ class TrainableLinear(nn.Linear):
         return linear(_input_in_e4m3(x), weight, self.bias)
 
 
-def trained_bytes(layers: Iterable[LayerPlan], rank: int | None) -> int:
+def trained_bytes(layers: Iterable[LayerPlan], settings: Distillation) -> int:
     """Memory of what distillation keeps of the weights of `layers`, beside the model and its activations.
 
-    Master weights, or a correction of `rank` to each, with gradients and optimiser states. Biases hardly
-    count.
+    Master weights, or a low-rank correction to each, with gradients and optimiser states; and, unless blocks
+    are computed again in the backward pass, each weight as it is multiplied. Biases hardly count.
     """
-    total = 0
+    total, rank = 0, settings.rank
     for layer in layers:
         if not layer.keeps_all:
             n, k = layer.out_features, layer.in_features
             total += BYTES_TRAINED * (n * k if rank is None else trained_rank(layer, rank) * (n + k))
+            total += 0 if settings.checkpoint_blocks else _BYTES_MULTIPLIED * n * k
     return total
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
-    from rtlynx.calibration import CalibrationOptions
+    from rtlynx.calibration import CalibrationOptions, Distillation
     from rtlynx.recipe import Recipe
 
 
@@ -132,6 +132,19 @@ def calibration_options(
     if work is not None and work.exists() and not work.is_dir():
         raise ValueError(f"--work {work} is not a folder")
     return CalibrationOptions(folder=work, pipeline_kwargs=pipeline, **given)
+
+
+def distillation(settings: list[str] | None) -> Distillation | None:
+    """Distillation from KEY=VALUE pairs, None where there are none; unknown keys are refused."""
+    from rtlynx.calibration import Distillation
+    from rtlynx.recipe import refuse_unknown
+
+    if not settings:
+        return None
+    hints = get_type_hints(Distillation)
+    given = pairs(settings, "--distill", hints)
+    refuse_unknown("distillation", given, set(hints))
+    return Distillation(**given)
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -16,17 +16,18 @@ from rtlynx.nn.call import CallState, enter_call, leave_call, step_of
 from rtlynx.nn.tensor_parallel import local_text_rows
 
 
-def register_hooks(model: nn.Module, plan: Plan) -> list[Any]:
-    """Forward hooks that `model` needs; their handles."""
+def register_hooks(model: nn.Module, plan: Plan) -> tuple[list[Any], EnterCall | None]:
+    """Forward hooks that `model` needs: their handles, and what sets the state of its calls."""
     handles = [model.register_forward_pre_hook(begin_step)]
     if plan.rotated:
         names = tuple(attention.name for attention in plan.rotated)
         handles.append(model.register_forward_pre_hook(partial(refuse_processors, names)))
-    if plan.recipe.depends_on_call:
-        before = EnterCall(plan)
-        handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(model.register_forward_hook(before.leave, always_call=True))
-    return handles
+    if not plan.recipe.depends_on_call:
+        return handles, None
+    enter = EnterCall(plan)
+    handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
+    handles.append(model.register_forward_hook(enter.leave, always_call=True))
+    return handles, enter
 
 
 def begin_step(model: nn.Module, _args: tuple[Any, ...]) -> None:
@@ -55,7 +56,10 @@ def refuse_processors(attentions: tuple[str, ...], model: nn.Module, _args: tupl
 
 
 class EnterCall:
-    """Sets the state of each call of a sparse model, and takes it back when the call ends or fails."""
+    """Sets the state of each call of a sparse model, and takes it back when the call ends or fails.
+
+    `plan` may be replaced while calls run: each reads it once.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -63,12 +67,13 @@ class EnterCall:
     # Outside of what torch.compile makes of the model: steps are told apart by the value of a tensor.
     @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        architecture, recipe = self.plan.architecture, self.plan.recipe
+        plan = self.plan
+        architecture, recipe = plan.architecture, plan.recipe
         call = architecture.call_arguments(model, args, kwargs)
         rows = None
         if recipe.text_rows == "dense" and architecture.text_rows is not None:
             rows = local_text_rows(model, architecture.text_rows(call))
-        dense = recipe.has_dense_steps and self._is_dense_step(model, call)
+        dense = recipe.has_dense_steps and _is_dense_step(plan, model, call)
         if getattr(model, "peft_config", None):
             refuse_merged(model)
         enter_call(CallState(dense=dense, text_rows=rows), self)
@@ -77,28 +82,29 @@ class EnterCall:
     def leave(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         leave_call(self)
 
-    def _is_dense_step(self, model: nn.Module, call: dict[str, Any]) -> bool:
-        argument, recipe = self.plan.architecture.timestep_argument, self.plan.recipe
-        timestep = call.get(argument)
-        if timestep is None:
-            raise ValueError(
-                f"dense steps need the model's {argument!r} argument, which this call of "
-                f"{type(model).__name__} lacks"
-            )
-        step = step_of(timestep)
-        if step is None:
-            if model.training:  # no picture, so no first or last steps of one
-                return False
-            raise RuntimeError(
-                "some steps of a picture run dense here "
-                f"({recipe.describe_dense_steps()}), and a call alone does not tell which step it is: call "
-                "the model through a diffusers pipeline, or put your sampling loop into `with "
-                "rtlynx.schedule(timesteps):`"
-            )
-        if recipe.dense_sigmas and step.sigma is None:
-            raise RuntimeError(
-                "steps at some noise levels run dense here "
-                f"({recipe.describe_dense_steps()}), and the noise level of this one is not known: say it "
-                "with `rtlynx.schedule(timesteps, sigmas)`"
-            )
-        return recipe.is_dense_step(step.index, step.count, step.sigma)
+
+def _is_dense_step(plan: Plan, model: nn.Module, call: dict[str, Any]) -> bool:
+    argument, recipe = plan.architecture.timestep_argument, plan.recipe
+    timestep = call.get(argument)
+    if timestep is None:
+        raise ValueError(
+            f"dense steps need the model's {argument!r} argument, which this call of "
+            f"{type(model).__name__} lacks"
+        )
+    step = step_of(timestep)
+    if step is None:
+        if model.training:  # no picture, so no first or last steps of one
+            return False
+        raise RuntimeError(
+            "some steps of a picture run dense here "
+            f"({recipe.describe_dense_steps()}), and a call alone does not tell which step it is: call "
+            "the model through a diffusers pipeline, or put your sampling loop into `with "
+            "rtlynx.schedule(timesteps):`"
+        )
+    if recipe.needs_sigma and step.sigma is None:
+        raise RuntimeError(
+            "steps at some noise levels run dense here "
+            f"({recipe.describe_dense_steps()}), and the noise level of this one is not known: say it "
+            "with `rtlynx.schedule(timesteps, sigmas)`"
+        )
+    return recipe.is_dense_step(step.index, step.count, step.sigma)

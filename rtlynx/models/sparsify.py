@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rtlynx.models.fingerprint import base_tensors, records, weight_fingerprint
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
 from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
-from rtlynx.models.hooks import register_hooks
+from rtlynx.models.hooks import EnterCall, register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.models.reparameterize import Reparameterization, reparameterize, undo_reparameterization
 from rtlynx.models.transaction import all_or_none
@@ -41,6 +41,7 @@ class SparseState:
     tensors : record of every tensor of the dense model (`fingerprint.record`), None where they are not known.
     errors : relative squared output error of the sparse layers that a calibration measured.
     reparameterization : what was done before, or None. `base` and `tensors` are of the model before that.
+    enter : the one of its hooks that knows the steps, or None.
     """
 
     plan: Plan
@@ -49,6 +50,7 @@ class SparseState:
     tensors: Mapping[str, str] | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
     reparameterization: Reparameterization | None = None
+    enter: EnterCall | None = None
 
 
 def target_model(model_or_pipeline: Any) -> nn.Module:
@@ -209,8 +211,9 @@ def apply_plan(
     guard(model)
     if done is not None and not all(keeps_original(layer) for layer in replacements.values()):
         done = replace(done, originals={})  # the model cannot be made dense again
-    hooks = register_hooks(model, plan)
-    setattr(model, _STATE, SparseState(plan, fingerprints, hooks, tensors, reparameterization=done))
+    hooks, enter = register_hooks(model, plan)
+    state = SparseState(plan, fingerprints, hooks, tensors, reparameterization=done, enter=enter)
+    setattr(model, _STATE, state)
     fuse_blocks(model, plan.architecture)
     if not any(layer.weight.is_meta for layer in replacements.values()):
         prepare_layers(model)
@@ -224,10 +227,10 @@ def set_dense_steps(
     dense_last_steps: int = 0,
     dense_sigmas: Sequence[tuple[float, float]] = (),
 ) -> Any:
-    """Choose anew which steps of a picture run dense, in a model made sparse with some dense steps.
+    """Change which steps of a picture run dense, in a model that was made sparse with some dense steps.
 
-    Nothing else changes, so that speed can be traded for nearness while the model serves. Steps that are not
-    named run sparse.
+    You may call it at any time, to trade speed for nearness while the model serves: calls under way go on as
+    they began. Steps that are not named run sparse.
 
     Parameters
     ----------
@@ -251,18 +254,18 @@ def set_dense_steps(
     if state is None or not state.plan.recipe.has_dense_steps:
         raise ValueError(
             f"{type(model).__name__} keeps no original weights for dense steps: make it sparse with a recipe "
-            "of dense_steps, dense_last_steps or dense_sigmas, which may then be chosen anew"
+            "of dense_steps, dense_last_steps or dense_sigmas, which may then be changed"
         )
     recipe = replace(
         state.plan.recipe,
         dense_steps=dense_steps,
         dense_last_steps=dense_last_steps,
-        dense_sigmas=tuple(dense_sigmas) or NO_STEP,
+        dense_sigmas=tuple(dense_sigmas),
     )
-    for hook in state.hooks:
-        hook.remove()
-    state.plan = replace(state.plan, recipe=recipe)
-    state.hooks = register_hooks(model, state.plan)
+    if not recipe.has_dense_steps:
+        recipe = replace(recipe, dense_sigmas=NO_STEP)  # the original weights stay
+    assert state.enter is not None
+    state.plan = state.enter.plan = replace(state.plan, recipe=recipe)
     return model_or_pipeline
 
 

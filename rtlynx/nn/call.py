@@ -167,7 +167,7 @@ def schedule(
         As the model's timestep argument takes them, from the first step of the picture to the last.
     sigmas : sequence of float, optional
         Noise level of each, from 1 (noise) to 0 (picture), for recipes with `dense_sigmas`. Default: the
-        timesteps, where they fall and lie between 0 and 1.
+        timesteps, where there are several that fall and lie between 0 and 1.
 
     Raises
     ------
@@ -236,12 +236,18 @@ def _denoising_loop() -> tuple[float, _Steps] | None:
                 values = _values(timesteps)
                 if len(set(values)) == 1:  # DiTPipeline calls the current one so
                     values = _values(getattr(scheduler, "timesteps", values))
-                most = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-                # Of flow matching, which trains on timesteps in proportion to the noise level.
+                most = _timesteps_of_flow(scheduler)
                 sigmas = tuple(value / most for value in values) if most else None
                 return _single(found["t"]), _Steps(tuple(values), sigmas)
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _timesteps_of_flow(scheduler: Any) -> float | None:
+    """Timestep of sigma 1 in flow matching, which trains on timesteps in proportion to sigma; else None."""
+    config = getattr(scheduler, "config", None) or {}
+    flow = "FlowMatch" in type(scheduler).__name__ or getattr(config, "use_flow_sigmas", False)
+    return getattr(config, "num_train_timesteps", None) if flow else None
 
 
 def _is_of_diffusers(pipeline: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
-from rtlynx.math.fp8 import E4M3
+from rtlynx.math.formats import FP8_DENSE
 from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -124,9 +124,11 @@ def _parameters_if_supported(
     """What these layers, in dense fp8 in this call, multiply with; None where kernels do not support them."""
     parameters = []
     for layer in found:
-        of = quantized_original(layer) if layer.format.sparse else layer.fp8_parameters()
-        # Low-rank branches read the dense input.
-        if of is None or of.lowrank_a is not None or of.weight.dtype is not E4M3:
+        if layer.format is FP8_DENSE:
+            of: Fp8Parameters | None = layer.fp8_parameters()
+        else:
+            of = quantized_original(layer)
+        if of is None or of.lowrank_a is not None:  # low-rank branches read the dense input
             return None
         parameters.append(of)
     tensors = [one for one in prologue.arguments if isinstance(one, Tensor)]

@@ -22,7 +22,7 @@ from rtlynx.cli.app import (
     device_of,
     prompts_of,
 )
-from rtlynx.cli.inputs import calibration_options, pairs, recipe_of
+from rtlynx.cli.inputs import calibration_options, distillation, pairs, recipe_of
 from rtlynx.cli.output import print_json, print_report, report_json, say
 
 
@@ -45,10 +45,11 @@ def calibrate(
     work: Annotated[
         Path | None, typer.Option(help="Keep recorded calls and solutions here; run again to resume.")
     ] = None,
-    distill_steps: Annotated[
-        int | None,
+    distill: Annotated[
+        list[str] | None,
         typer.Option(
-            "--distill-steps", metavar="N", min=1, help="Train the sparse layers afterwards, so many steps."
+            metavar="KEY=VALUE",
+            help="Train the sparse layers afterwards, with this setting (steps, rank ...).",
         ),
     ] = None,
     plot: Annotated[
@@ -63,7 +64,6 @@ def calibrate(
     Without --prompts, a zoo model uses its own list of calibration prompts. Several processes:
     torchrun --nproc-per-node 2 -m rtlynx calibrate ...
     """
-    from rtlynx.calibration import Distillation
     from rtlynx.calibration import calibrate as calibrate_model
     from rtlynx.io.checkpoint import save
     from rtlynx.models.pipelines import load_model
@@ -75,10 +75,10 @@ def calibrate(
     # What can be wrong is looked at before the model is loaded.
     chosen, texts = recipe_of(recipe, settings, Recipe.recommended()), prompts_of(prompts, model)
     how = calibration_options(options, work, pairs(pipeline, "--pipeline"))
+    training = distillation(distill)
     with _processes(device_of(device)) as (local_device, is_first):
         loaded = load_model(model, device=local_device)
-        distill = None if distill_steps is None else Distillation(steps=distill_steps)
-        report = calibrate_model(loaded, texts, chosen, how, distill=distill)
+        report = calibrate_model(loaded, texts, chosen, how, distill=training)
         if not is_first:
             return
         save(loaded, folder)
