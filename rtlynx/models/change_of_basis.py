@@ -147,7 +147,7 @@ def _as(kind: type[nn.Module], module: nn.Module, **more: Any) -> Any:
 def basis_reason(kind: str, layer: Any) -> str | None:
     """Why adapters of a kind of peft cannot be given the bases of `layer`; None where they can."""
     if kind not in (_FACTORS, *_WHOLE):
-        return f"adapters of the kind {kind} are not known to follow that"
+        return f"adapters of the kind {kind} are not known to follow that, as a plain LoRA does"
     if any(change.basis is None for change in getattr(layer, REPARAMETERIZED)):
         return (
             "it is not known how, since from_pretrained loaded the model. Load the base model and make it "

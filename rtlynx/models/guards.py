@@ -259,7 +259,7 @@ def _reason(layer: nn.Module, kind: str, needs_weight: str | None) -> str | None
     if not hasattr(layer, REPARAMETERIZED):
         return needs_weight
     if needs_weight is not None:
-        return f"it needs the original weight ({needs_weight})"
+        return f"it needs the original weight ({needs_weight}), which a plain LoRA does not"
     return basis_reason(kind, layer)
 
 
@@ -340,9 +340,8 @@ def _refuse_adapter(name: str, layer: Any, reason: str) -> NoReturn:
         changes = " and ".join(f"{_CHANGES[one].format(name)} ({one})" for one in settings)
         without = ", ".join(f"{one}=False" for one in settings)
         raise RuntimeError(
-            f"this adapter was made for the dense model, and {changes}: {reason}. Or use a plain LoRA, which "
-            "follows where it can; fuse the adapter into the dense model, then calibrate that; or calibrate "
-            f"with Recipe({without})"
+            f"this adapter was made for the dense model, and {changes}: {reason}. Or fuse the adapter "
+            f"into the dense model, then calibrate that; or calibrate with Recipe({without})"
         )
     what = "quantised to eight bits" if layer.format.quantized else "refitted"
     raise RuntimeError(
