@@ -168,7 +168,8 @@ def follow_basis(wrapper: Any, layer: Any) -> None:
 
 def _follow(wrapper: Any, layer: Any) -> None:
     dtype = torch.float64 if layer.weight.dtype is torch.float64 else torch.float32
-    basis = LayerBasis(getattr(layer, REPARAMETERIZED), layer.weight.device, dtype)
+    device = torch.device("cpu") if layer.weight.is_meta else layer.weight.device  # (offloaded)
+    basis = LayerBasis(getattr(layer, REPARAMETERIZED), device, dtype)
     wrapper.add_module(_BASIS, basis)
     if not hasattr(wrapper, "lora_A"):
         wrapper.get_delta_weight = partial(_turned_delta, wrapper)
