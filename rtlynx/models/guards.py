@@ -239,6 +239,8 @@ def prepare_adapters(model: nn.Module) -> None:
 
 def _fit(wrapper: nn.Module, layer: Any) -> None:
     """Let adapters in `wrapper` follow the bases of `layer`, and refuse merges that would be wrong."""
+    if vars(wrapper).get("merge") is _refuse_merge_of_layer:
+        return
     other_basis = hasattr(layer, REPARAMETERIZED)
     if other_basis:
         follow_basis(wrapper, layer)
