@@ -178,6 +178,19 @@ def test_undone_the_adapters_are_those_of_the_dense_model():
     assert {type(one) for one in model.modules()} == {type(one) for one in dense.modules()}
 
 
+def test_a_lora_is_not_made_of_what_was_turned():
+    conversion = pytest.importorskip("peft.tuners.lora.conversion")
+    _, dense, model, _ = twins()
+    for one in (dense, model):
+        config = LoKrConfig(r=2, target_modules=[TO_V], init_weights=False)
+        one = get_peft_model(one, config)
+        if one.get_base_model() is dense:
+            conversion.convert_to_lora(one, 2)
+        else:
+            with pytest.raises(TypeError, match="do not support LoRA conversion"):
+                conversion.convert_to_lora(one, 2)
+
+
 def test_a_cast_of_the_model_leaves_bases_alone():
     one = Attention("attn", ("make",), ("read",), heads=2, head_dim=8, value_heads=2)
     matrix = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
