@@ -12,6 +12,7 @@ import torch
 from checkpoint_helpers import RIDGE, make
 from helpers import flux_call, output, qwen_call, relative_error, tiny_flux, tiny_qwen
 from parallel_helpers import PROCESSES, message, ring, run_together, tensor_parallel, ulysses
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -164,6 +165,11 @@ def tp_too_late(folder):
     return message(lambda: tensor_parallel(sparsify(tiny_flux(), RECIPES["norm"])))
 
 
+def tp_adapter(folder):
+    model, _ = sparse_after(tensor_parallel, folder, "flux", "rotated")
+    return message(lambda: inject_adapter_in_model(LoraConfig(target_modules=["to_v"]), model))
+
+
 def tp_save(folder):
     return message(lambda: save(sparsify(tensor_parallel(tiny_flux()), RECIPES["norm"]), folder / "never"))
 
@@ -288,6 +294,7 @@ CASES = {
     "tp-crossing-permutation": tp_crossing_permutation,
     "tp-other-weights": tp_other_weights,
     "tp-too-late": tp_too_late,
+    "tp-adapter": tp_adapter,
     "tp-save": tp_save,
     "tp-calibrate": partial(calibrated, tensor_parallel),
     "ulysses-calibrate": partial(calibrated, ulysses),
@@ -490,6 +497,7 @@ def test_densify_gives_the_sharded_model_back(results):
         ("tp-crossing-permutation", "ValueError: .*net.2 were permuted .* across 2 .*tp_degree=2"),
         ("tp-other-weights", "CheckpointError: .*other weights"),
         ("tp-too-late", "RuntimeError: .*enable tensor parallelism first"),
+        ("tp-adapter", "RuntimeError: .*were rotated .*: the layer is spread over GPUs"),
         ("tp-save", "ValueError: .*spread over several processes: save it before"),
         ("tp-calibrate", "ValueError: .*spread over several processes: calibrate before"),
         ("ulysses-calibrate", "ValueError: .*spread over several processes: calibrate before"),

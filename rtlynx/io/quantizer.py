@@ -305,7 +305,7 @@ class RTLynxQuantizer(_BaseQuantizer):
         if plan.reparameterized:
             unknown = dict.fromkeys(one.name for one in plan.reparameterized)
             done = Reparameterization(unknown, records=reparameterized_tensors(stored))
-            mark(model, plan.reparameterized)
+            mark(model, plan.reparameterized, unknown)
         try:
             apply_plan(model, plan, prepare, base, done=done)
         except (ValueError, RuntimeError) as error:

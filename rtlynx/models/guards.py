@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from rtlynx.models.change_of_basis import REPARAMETERIZED, basis_reason, follow_basis
 from rtlynx.nn.sparse_linear import SparseLinear
 
 
@@ -23,8 +24,7 @@ def guard(model: nn.Module) -> None:
     for module in model.modules():
         if callable(getattr(module, "fuse_projections", None)):
             module.fuse_projections = _refuse_fused_projections  # type: ignore[assignment]
-    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    if any(not layer.mergeable for layer in layers):
+    if not all(_takes_change(module) for module in model.modules()):
         model.fuse_lora = _refuse_merge  # type: ignore[assignment]
 
 
@@ -33,6 +33,8 @@ def unguard(model: nn.Module) -> None:
     model.__dict__.pop("fuse_lora", None)
     for module in model.modules():
         module.__dict__.pop("fuse_projections", None)
+        if module.__dict__.get("merge") is _refuse_merge_of_layer:
+            del module.__dict__["merge"]
 
 
 def refuse_merged(model: nn.Module) -> None:
@@ -200,8 +202,6 @@ def _foreign_weight(layer: nn.Linear) -> str | None:
 
 # -------------------------------------------------------------------------------------------- adapters
 
-# Attribute of a layer that `rtlynx.models.reparameterize` changed: the recipe's settings that asked for it.
-REPARAMETERIZED = "rtlynx_reparameterized"
 _CHANGES = {
     "rotate_values": "the values that {} makes or reads were rotated",
     "permute_hidden": "the hidden features that {} makes or reads were permuted",
@@ -217,19 +217,52 @@ _EXACT = _ADDING | {"ia3", "oft", "boft", "road", "beft"}
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "lycoris", "mini")
 
 
-def refuse_adapters(model: nn.Module) -> None:
-    """RuntimeError where an adapter beside a layer of `model` needs the original weight, which is not there.
+def prepare_adapters(model: nn.Module) -> None:
+    """Let adapters beside layers of `model` follow the bases of these.
 
-    Called before each forward: most are refused when they are loaded, but wrappers can be put in by hand.
+    Called before each forward: most are seen when they are loaded, but wrappers can be put in by hand.
+
+    Raises
+    ------
+    RuntimeError
+        If one cannot, or needs the original weight, which is not there.
     """
     if torch.compiler.is_compiling() or not getattr(model, "peft_config", None):
         return
     for wrapper, layer in _adapted(model):
-        changed = isinstance(layer, SparseLinear) and layer.weight_changed
-        reason = _wrapper_reason(wrapper) if changed else None
-        if reason is not None or hasattr(layer, REPARAMETERIZED):
+        reason = _reason(layer, _kind(wrapper), _wrapper_reason(wrapper)) if _changed(layer) else None
+        if reason is not None:
             name = next(name for name, module in model.named_modules() if module is wrapper)
             _refuse_adapter(name, layer, reason)
+        _fit(wrapper, layer)
+
+
+def _fit(wrapper: nn.Module, layer: Any) -> None:
+    """Let adapters in `wrapper` follow the bases of `layer`, and refuse merges that would be wrong."""
+    if vars(wrapper).get("merge") is _refuse_merge_of_layer:
+        return
+    other_basis = hasattr(layer, REPARAMETERIZED)
+    if other_basis:
+        follow_basis(wrapper, layer)
+    if other_basis or layer.format.quantized or layer.pattern.grouping != "adjacent":
+        wrapper.merge = _refuse_merge_of_layer  # type: ignore[assignment]
+
+
+def _changed(layer: nn.Module) -> bool:
+    """Whether the weight of `layer` is another than that of the dense model."""
+    return hasattr(layer, REPARAMETERIZED) or (isinstance(layer, SparseLinear) and layer.weight_changed)
+
+
+def _reason(layer: nn.Module, kind: str, needs_weight: str | None) -> str | None:
+    """Why an adapter cannot be beside `layer`, whose weight changed; None where it can.
+
+    `needs_weight` says why the adapter, of this kind of peft, needs the original weight, or is None.
+    """
+    if not hasattr(layer, REPARAMETERIZED):
+        return needs_weight
+    if needs_weight is not None:
+        return f"it needs the original weight ({needs_weight}), which a plain LoRA does not"
+    return basis_reason(kind, layer)
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -242,7 +275,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         module = modules.pop()
         children = module._modules
         if "base_layer" in children or "original_module" in children:
-            layer = _wrapped_layer(module)
+            layer = wrapped_layer(module)
             if isinstance(layer, SparseLinear) or hasattr(layer, REPARAMETERIZED):
                 yield module, layer
                 continue
@@ -250,7 +283,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
             modules.extend(child for child in children.values() if child is not None)
 
 
-def _wrapped_layer(module: nn.Module) -> nn.Module:
+def wrapped_layer(module: nn.Module) -> nn.Module:
     """What is at the bottom of wrappers that peft puts around layers."""
     while True:
         inner = module._modules.get("base_layer", module._modules.get("original_module"))
@@ -281,9 +314,14 @@ def _wrapper_reason(wrapper: nn.Module) -> str | None:
     return None
 
 
+def _peft_type(config: Any) -> str:
+    """ "lora" of a LoraConfig."""
+    return str(getattr(config.peft_type, "value", config.peft_type)).lower()
+
+
 def _config_reason(config: Any) -> str | None:
     """What an adapter of this peft config would do that needs the original weight; None if nothing."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    kind = _peft_type(config)
     if kind not in _EXACT:
         return f"adapters of the kind {kind} are not known to leave it alone"
     if getattr(config, "use_dora", False):
@@ -298,14 +336,14 @@ def _config_reason(config: Any) -> str | None:
     return None
 
 
-def _refuse_adapter(name: str, layer: Any, reason: str | None) -> NoReturn:
+def _refuse_adapter(name: str, layer: Any, reason: str) -> NoReturn:
     if hasattr(layer, REPARAMETERIZED):
-        settings = dict.fromkeys(getattr(layer, REPARAMETERIZED))
+        settings = dict.fromkeys(change.one.setting for change in getattr(layer, REPARAMETERIZED))
         changes = " and ".join(f"{_CHANGES[one].format(name)} ({one})" for one in settings)
         without = ", ".join(f"{one}=False" for one in settings)
         raise RuntimeError(
-            f"this adapter was made for the dense model, and {changes}: it would act on other channels. Fuse "
-            f"the adapter into the dense model, then calibrate that; or calibrate with Recipe({without})"
+            f"this adapter was made for the dense model, and {changes}: {reason}. Or fuse the adapter "
+            f"into the dense model, then calibrate that; or calibrate with Recipe({without})"
         )
     what = "quantised to eight bits" if layer.format.quantized else "refitted"
     raise RuntimeError(
@@ -323,14 +361,13 @@ def _check_injection(
     Before anything of the model is changed.
     """
     config = tuner.peft_config[adapter]
-    reason = _config_reason(config)
+    needs_weight = _config_reason(config)
     for name, layer in model.named_modules():
-        changed = isinstance(layer, SparseLinear) and layer.weight_changed
-        other_basis = hasattr(layer, REPARAMETERIZED)
-        if not changed and not other_basis:
+        if not _changed(layer):
             continue
         name = name.removesuffix(".base_layer")
-        if (reason is None and not other_basis) or not _targeted(tuner, config, name, state_dict):
+        reason = _reason(layer, _peft_type(config), needs_weight)
+        if reason is None or not _targeted(tuner, config, name, state_dict):
             if not _saved_whole(config, name):
                 continue
             reason = "modules_to_save puts a copy of it, trained by itself, in its place"
@@ -355,9 +392,16 @@ def _saved_whole(config: Any, name: str) -> bool:
     return any(f".{name}".endswith(f".{one}") for one in suffixes)
 
 
+def _takes_change(layer: nn.Module) -> bool:
+    """Whether the change that an adapter makes of the dense model's weight may be made of that of `layer`."""
+    if hasattr(layer, REPARAMETERIZED):
+        return False
+    return not isinstance(layer, SparseLinear) or layer.mergeable
+
+
 def _takes_merge(wrapper: nn.Module, layer: nn.Module) -> bool:
     """Whether an adapter may become part of the layer's weight, and the layer then gives the whole of it."""
-    if not isinstance(layer, SparseLinear) or not layer.mergeable:
+    if not isinstance(layer, SparseLinear) or not _takes_change(layer):
         return False
     adds = _kind(wrapper) in _ADDING and _wrapper_reason(wrapper) is None
     return adds or not layer.rank  # scaled weights beside a branch that is not
@@ -372,10 +416,7 @@ def _guard_peft(tuner: type[Any]) -> None:
         _check_injection(self, model, adapter_name, kwargs.get("state_dict"))
         inject(self, model, adapter_name, *args, **kwargs)
         for wrapper, layer in _adapted(model):
-            if not isinstance(layer, SparseLinear):
-                continue
-            if layer.format.quantized or layer.pattern.grouping != "adjacent":
-                wrapper.merge = _refuse_merge_of_layer  # type: ignore[assignment]
+            _fit(wrapper, layer)
 
     @wraps(check_merge)
     def check_merge_allowed(self: Any) -> None:
@@ -412,10 +453,10 @@ def _refuse_fused_projections(*_: Any, **__: Any) -> NoReturn:
 
 def _refuse_merge(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError(
-        "adapters are not merged into this model: its weights are quantised, or what is kept beside them "
-        "(original weights for dense rows and steps, low-rank branches, weights in the order of strided "
-        "groups) would miss the adapter. Leave out fuse_lora() or the merge: beside the layers the adapter "
-        "is exact. Or merge it into the dense model, then make that sparse"
+        "adapters are not merged into this model: its weights are quantised, rotated or permuted, or what is "
+        "kept beside them (original weights for dense rows and steps, low-rank branches, weights in the "
+        "order of strided groups) would miss the adapter. Leave out fuse_lora() or the merge: beside the "
+        "layers the adapter is exact. Or merge it into the dense model, then make that sparse"
     )
 
 

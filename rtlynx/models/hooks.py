@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rtlynx.models.fusion import processor_known
-from rtlynx.models.guards import refuse_adapters, refuse_merged
+from rtlynx.models.guards import prepare_adapters, refuse_merged
 from rtlynx.models.plan import Plan
 from rtlynx.nn.call import CallState, enter_call, leave_call, step_of
 from rtlynx.nn.tensor_parallel import local_text_rows
@@ -31,12 +31,12 @@ def register_hooks(model: nn.Module, plan: Plan) -> tuple[list[Any], EnterCall |
 
 
 def begin_step(model: nn.Module, _args: tuple[Any, ...]) -> None:
-    """Refuse adapters that need the original weights, and tell CUDA graphs that a step begins.
+    """Let adapters follow their layers, or refuse them, and tell CUDA graphs that a step begins.
 
     Those of torch.compile's mode "reduce-overhead" on blocks otherwise take each block's call for a step,
     and what a block gave for overwritten when the next reads it.
     """
-    refuse_adapters(model)
+    prepare_adapters(model)
     if not torch.compiler.is_compiling() and "torch._inductor.compile_fx" in sys.modules:
         torch.compiler.cudagraph_mark_step_begin()
 

@@ -5,27 +5,23 @@ The values of attentions are rotated, the hidden features of MLPs permuted. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from rtlynx.math.rotation import rotate_columns, rotate_rows
 from rtlynx.math.selection import Pattern, to_groups
 from rtlynx.models.architecture import Attention, Mlp, Reparameterizable
+from rtlynx.models.change_of_basis import REPARAMETERIZED, LayerChange, Side, Turn, turns, unfollow_basis
 from rtlynx.models.fingerprint import is_plain, record, records, same
 from rtlynx.models.fusion import hands_on
-from rtlynx.models.guards import REPARAMETERIZED, foreign_reason
+from rtlynx.models.guards import foreign_reason, wrapped_layer
 from rtlynx.nn.prologue import untouched
 
 # Classes that compute feature by feature what comes between the layers of an MLP, or call what does.
 _FEATURE_BY_FEATURE = {"FeedForward", "GELU"}
-
-# From a parameter and a basis to the parameter in that basis.
-_Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,12 +90,15 @@ def hidden_groups(mlp: Mlp, pattern: Pattern, shards: int) -> list[Tensor] | Non
     return [places[part[:, 0] == number] for number in range(shards)]
 
 
-def mark(model: nn.Module, changed: Iterable[Reparameterizable]) -> None:
-    """Let adapters know which layers of `model` have other bases than the dense model's, and by what."""
+def mark(model: nn.Module, changed: Iterable[Reparameterizable], bases: Mapping[str, Tensor | None]) -> None:
+    """Let adapters know which layers of `model` have other bases than the dense model's, and which."""
     for one in changed:
-        for name in one.layers:
-            layer = model.get_submodule(name)
-            setattr(layer, REPARAMETERIZED, (*getattr(layer, REPARAMETERIZED, ()), one.setting))
+        sides: tuple[tuple[tuple[str, ...], Side], ...] = (one.makers, "rows"), (one.readers, "columns")
+        for names, side in sides:
+            for name in names:
+                layer = model.get_submodule(name)
+                change = LayerChange(one, side, bases[one.name])
+                setattr(layer, REPARAMETERIZED, (*getattr(layer, REPARAMETERIZED, ()), change))
 
 
 def reparameterize(
@@ -116,7 +115,7 @@ def reparameterize(
     """
     originals: dict[str, nn.Parameter] = {}
 
-    def replace(name: str, kind: str, turn: _Turn, basis: Tensor) -> None:
+    def replace(name: str, kind: str, turn: Turn, basis: Tensor) -> None:
         linear = model.get_submodule(name)
         old = linear._parameters[kind]
         if old is not None:
@@ -125,40 +124,18 @@ def reparameterize(
 
     refuse_crossing(model, changed, bases)
     for one in changed:
-        make, read = _turns(one, bases[one.name])
+        make, read = turns(one, bases[one.name])
         for name in one.makers:
             replace(name, "weight", *make)
             replace(name, "bias", *make)
         for name in one.readers:
             replace(name, "weight", *read)
-    mark(model, changed)
-    now = {name: cast(Tensor, model.get_parameter(name)) for name in originals}
     kept = {one.name: bases[one.name].cpu() for one in changed}
+    mark(model, changed, kept)
+    now = {name: cast(Tensor, model.get_parameter(name)) for name in originals}
     return Reparameterization(
         kept, originals, records({name: one for name, one in now.items() if is_plain(one)})
     )
-
-
-def _turns(one: Reparameterizable, basis: Tensor) -> tuple[tuple[_Turn, Tensor], tuple[_Turn, Tensor]]:
-    """What gives the layers that make `one` the new basis, and those that read it; each with its argument."""
-    if not isinstance(one, Attention):
-        return (_permute_rows, basis), (_permute_columns, basis)
-    matrix = basis.double()
-    inverse, failed = torch.linalg.inv_ex(matrix)
-    if bool(failed.any()) or not bool(inverse.isfinite().all()):
-        raise ValueError(f"the rotation of {one.name} has no inverse")
-    sharing = one.heads // one.value_heads
-    return (rotate_rows, matrix), (partial(rotate_columns, sharing=sharing), inverse)
-
-
-def _permute_rows(tensor: Tensor, order: Tensor) -> Tensor:
-    return tensor[order]
-
-
-def _permute_columns(weight: Tensor, order: Tensor) -> Tensor:
-    """Its last columns."""
-    first = weight.shape[1] - len(order)
-    return torch.cat((weight[:, :first], weight[:, first:][:, order]), dim=1)
 
 
 def refuse_crossing(
@@ -194,7 +171,8 @@ def undo_reparameterization(model: nn.Module, done: Reparameterization) -> None:
         )
     for name, original in done.originals.items():
         layer, _, kind = name.rpartition(".")
-        linear: Any = model.get_submodule(layer)
+        place = model.get_submodule(layer)
+        linear: Any = wrapped_layer(place)
         now = linear._parameters[kind]
         if name in done.records and not same(done.records[name], record(now)):
             raise RuntimeError(
@@ -206,9 +184,10 @@ def undo_reparameterization(model: nn.Module, done: Reparameterization) -> None:
             original = nn.Parameter(moved, original.requires_grad)
         linear.register_parameter(kind, original)
         vars(linear).pop(REPARAMETERIZED, None)
+        unfollow_basis(place)
 
 
-def _turned(old: Tensor, turn: _Turn, basis: Tensor) -> Tensor:
+def _turned(old: Tensor, turn: Turn, basis: Tensor) -> Tensor:
     """`turn(old, basis)`; of a tensor-parallel shard, by the part of the basis that is its own."""
     tensor, device = old.detach(), old.device
     if is_plain(tensor):

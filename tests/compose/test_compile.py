@@ -1,6 +1,7 @@
 """torch.compile on sparse models: one graph for all steps and prompt lengths, and what takes another."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rtlynx.models import sparse_layers
 
 TIMESTEPS = (1.0, 0.8, 0.6)
 LENGTHS = (8, 20, 13)
+OTHER_BASES = Recipe(rank=None, ridge=0.1, rotate_values=True, permute_hidden=True)
 
 
 def call(timestep, length):
@@ -89,8 +91,9 @@ def test_dense_text_rows_take_one_graph_for_all_lengths(how):
     assert graphs(model, CALLS, how) == [1, 1, 1]
 
 
-def test_an_adapter_swapped_into_a_compiled_model_takes_no_other_graph():
-    model = sparse_flux(num_layers=0)
+@pytest.mark.parametrize("build", [sparse_flux, partial(refit, OTHER_BASES)])
+def test_an_adapter_swapped_into_a_compiled_model_takes_no_other_graph(build):
+    model = build(num_layers=0)
     names = list(sparse_layers(model))
     model.enable_lora_hotswap(target_rank=4)
     model.load_lora_adapter(adapter(model, names, seed=1)[0], adapter_name="style")
@@ -101,7 +104,7 @@ def test_an_adapter_swapped_into_a_compiled_model_takes_no_other_graph():
     model.load_lora_adapter(adapter(model, names, 2, rank=2)[0], adapter_name="style", hotswap=True)
     second = output(model, flux_call())
     assert counters["stats"]["unique_graphs"] == 1
-    plain = sparse_flux(num_layers=0)
+    plain = build(num_layers=0)
     plain.load_lora_adapter(adapter(plain, names, 2, rank=2)[0])
     torch.testing.assert_close(second, output(plain, flux_call()))
     assert not torch.allclose(first, second)

@@ -1,5 +1,7 @@
 """Offloading and layerwise casting. There is no accelerator here: both devices of a transfer are the CPU."""
 
+from functools import partial
+
 import accelerate
 import pytest
 import rtlynx_zoo as zoo
@@ -16,6 +18,7 @@ GROUPS = {
     "blocks": {"offload_type": "block_level", "num_blocks_per_group": 1},
     "leaves": {"offload_type": "leaf_level"},
 }
+OTHER_BASES = Recipe(rank=None, ridge=0.1, rotate_values=True, permute_hidden=True)
 KINDS = {
     "immediate": lambda: sparse_flux("immediate"),
     "refit": lambda: refit(Recipe(rank=4, ridge=0.1, text_rows="dense", dense_steps=1)),
@@ -57,9 +60,10 @@ def test_factors_scales_and_originals_go_where_the_layer_goes(kind, groups, tmp_
     assert relative_error(output(model, flux_call()), before) < 1e-5
 
 
+@pytest.mark.parametrize("build", [sparse_flux, partial(refit, OTHER_BASES)])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_an_adapter_loaded_under_group_offloading(groups):
-    model, plain = sparse_flux("refit"), sparse_flux("refit")
+def test_an_adapter_loaded_under_group_offloading(groups, build):
+    model, plain = build(), build()
     state, _ = adapter(plain, sparse_layers(plain))
     plain.load_lora_adapter(state)
     offload(model, groups)
@@ -113,6 +117,16 @@ def test_sequential_offloading(kind):
     for _ in range(2):
         for layer in sparse_layers(model).values():
             assert {tensor.device.type for tensor in (*layer.parameters(), *layer.buffers())} == {"meta"}
+        assert torch.equal(output(model, flux_call()), before)
+
+
+def test_an_adapter_beside_other_bases_under_sequential_offloading():
+    model = refit(OTHER_BASES)
+    model.load_lora_adapter(adapter(model, sparse_layers(model))[0])
+    before = output(model, flux_call())
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    for _ in range(2):
         assert torch.equal(output(model, flux_call()), before)
 
 
