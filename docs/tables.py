@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+from rtlynx.timing.overview import dense_steps
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
 
 DEMO = Path("docs/demo")
@@ -241,7 +242,8 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in variants:
-        cells = [in_words(variant["name"])]
+        told = dense_steps(variant)
+        cells = [in_words(variant["name"]) + (f": {told}, mean" if told else "")]
         cells += [number(variant.get(key), ".1f") for key in STEP_COLUMNS]
         cells += [
             factor(step_speed_up(variants, variant["name"], time=time)) for time in ("gpu_ms", "wall_ms")
