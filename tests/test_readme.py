@@ -61,6 +61,16 @@ def test_the_studys_plots_are_of_their_results_files():
                 )
 
 
+def test_the_plots_of_noise_levels_are_of_their_results_files():
+    sources = sorted((ROOT / study_tables.RESULTS).glob("noise-levels-*.json"))
+    assert sources
+    for source in sources:
+        with Image.open(ROOT / study_tables.plots_of(source) / "plot-noise-levels.png") as plot:
+            assert plot.text["Source"] == sha256_of(source), (
+                "run python studies/plots.py studies/results/noise-levels-*.json --to docs/study"
+            )
+
+
 def test_the_plots_of_speed_are_of_their_results_files():
     assert update.plotted()
     digests = {tables.plot_of(source): sha256_of(ROOT / source) for source in update.plotted()}
