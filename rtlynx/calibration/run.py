@@ -149,7 +149,8 @@ class _Calibration:
     def __init__(self, plan: Plan, recording: Recording, *, show: bool) -> None:
         self.plan, self.recipe, self.recording, self.show = plan, plan.recipe, recording, show
         self.model, self.options = recording.model, recording.options
-        self.device = next(self.model.parameters()).device
+        parameter = next(self.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.solutions = SolutionStore(recording.folder)
         self.tokens: dict[str, int] = {}
         self.originals: dict[str, nn.Module] = {}  # in sequential mode, of layers that run sparse
@@ -227,7 +228,8 @@ class _Calibration:
                     advance(len(self.recording.numbers))
                 for group in missing:
                     group.all_reduce(self.device)
-                    self.solutions.put(group, self._solve_group(group), write=rank() == 0)
+                    solved = self._solve_group(group)
+                    self.solutions.put(group, solved, self.dtype, write=rank() == 0)
                     group.moments.clear()
                     group.tokens.clear()
                 if self.options.sequential:
