@@ -10,6 +10,7 @@ diagrams and badges from diagrams.py.
 import hashlib
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import cli_reference
@@ -169,10 +170,21 @@ def sizes(root: Path, place: Place) -> str:
 
 
 def calibration(root: Path, place: Place) -> str:
-    """Time and memory of a calibration at full size."""
-    return _sections(
-        root, place, "calibration-*.json", "Calibration at full size", tables.calibration_section
+    """Time and memory of calibration and distillation at full size."""
+    whole, stages = "calibration-whole-*.json", tables.stages_section
+    parts = (
+        _sections(root, place, whole, "Calibration of a whole model", stages),
+        _sections(root, place, "distillation-*.json", "Distillation of a whole model", stages),
+        _sections(
+            root,
+            place,
+            "calibration-*.json",
+            "Calibration at full size, by blocks",
+            tables.calibration_section,
+            but=whole,
+        ),
     )
+    return "\n\n".join(part for part in parts if part)
 
 
 def kernel_parts(root: Path, place: Place) -> str:
@@ -185,9 +197,12 @@ def kernel_parts(root: Path, place: Place) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _sections(root: Path, place: Place, pattern: str, title: str, section: Callable[..., str]) -> str:
-    """A folded section of each results file that is there."""
-    found = [(source, read(root / source)) for source in _found(root, pattern)]
+def _sections(
+    root: Path, place: Place, pattern: str, title: str, section: Callable[..., str], but: str = ""
+) -> str:
+    """A folded section of each results file that is there and whose name does not match `but`."""
+    sources = [source for source in _found(root, pattern) if not fnmatch(source.name, but)]
+    found = [(source, read(root / source)) for source in sources]
     return "\n\n".join(
         folded(f"{title}, {results['device']}", section(results, source, place)) for source, results in found
     )

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 import rtlynx_zoo as zoo
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
-from helpers import flux_call, tiny_flux
+from helpers import SMALL, flux_call, tiny_flux
 from rich.console import Console
 from rtlynx_zoo.prompts import ASSETS
 
@@ -27,17 +26,6 @@ from rtlynx.timing.sustained import Measurement
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from targets import step_targets
-
-# The classes of MODELS, as wide outside, small inside.
-SMALL = {
-    "flux1-dev": lambda: FluxTransformer2DModel(
-        guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2
-    ),
-    "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
-    "z-image": lambda: ZImageTransformer2DModel(
-        dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
-    ),
-}
 
 
 @torch.no_grad()
