@@ -14,7 +14,7 @@ from helpers import SMALL, flux_call, tiny_flux
 from rich.console import Console
 from rtlynx_zoo.prompts import ASSETS
 
-from rtlynx import Recipe
+from rtlynx import Recipe, sparsify
 from rtlynx.io.checkpoint import read_index
 from rtlynx.models import make_plan, sparse_layers
 from rtlynx.timing import step, step_variants
@@ -247,6 +247,12 @@ def test_a_model_without_dense_steps_has_one_kind_and_a_schedule_of_one_kind_too
         ((name, one),) = step.kinds_of_steps(like, [call], [1.0, 0.1]).items()
         assert (name, one.steps) == ("", None)
     assert list(step.kinds_of_steps(model, [call], [1.0, 0.5])) == [", sparse step"]
+
+
+def test_dense_rows_of_text_beside_dense_steps_are_refused():
+    model = sparsify(tiny_flux(), Recipe.immediate(dense_sigmas=((0, 0.5),), text_rows="dense"))
+    with pytest.raises(ValueError, match="cannot be measured with text_rows='dense'"):
+        step.kinds_of_steps(model, [], [1.0, 0.1])
 
 
 def test_the_variant_with_a_schedule_has_adjacent_groups_and_holds_both_weights(monkeypatch):

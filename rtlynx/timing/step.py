@@ -120,12 +120,19 @@ def kinds_of_steps(model: nn.Module, calls: list[Call], sigmas: Sequence[float])
     model : dense, or sparse; which steps run dense is then a matter of their noise level alone.
     calls : arguments of the forwards of one step.
     sigmas : noise levels of all steps of a picture.
+
+    Raises
+    ------
+    ValueError
+        If the rows of text run dense besides: a captured step does not know which they are.
     """
     state = state_of(model)
     if state is None or not state.plan.recipe.has_dense_steps:
         step = step_of(model, calls)
         return {"": Kind(step, step, None)}
     recipe, kinds = state.plan.recipe, {}
+    if recipe.text_rows == "dense":
+        raise ValueError("dense steps cannot be measured with text_rows='dense': leave one of both out")
     for name, dense in ((SPARSE_STEP, False), (DENSE_STEP, True)):
         levels = [
             sigma for i, sigma in enumerate(sigmas) if recipe.is_dense_step(i, len(sigmas), sigma) is dense
