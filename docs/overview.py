@@ -8,8 +8,9 @@ from study_tables import RESULTS as STUDIES
 from study_tables import rows_of
 from tables import Place, card_of, factor, number, read
 
+from rtlynx.timing.overview import dense_steps
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
-from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, TORCHAO
+from rtlynx.timing.step_variants import DENSE_BELOW, DENSE_FP8, RECOMMENDED, SCHEDULED, TORCHAO
 
 CHART = Path("docs/speed/steps.png")
 RESULTS = Path("benchmarks/results")
@@ -36,6 +37,7 @@ VARIANTS = {
     TORCHAO: ("dense fp8, torchao", None),
     DENSE_FP8: ("dense fp8, rtlynx", "fp8:dense"),
     RECOMMENDED: ("**sparse fp8, rtlynx**", "recommended"),
+    SCHEDULED: (f"sparse fp8, dense below noise level {DENSE_BELOW:g}", None),
 }
 
 
@@ -66,9 +68,13 @@ def overview_section(root: Path, place: Place) -> str:
         document = read(root / steps[model.step])
         rows = document["variants"]
         for name, (title, study) in VARIANTS.items():
+            if name == SCHEDULED and not _row(document, name):
+                continue  # of files from before there was one
             row, graphs = _row(document, name), _row(document, name + BLOCK_GRAPHS)
             times = row.get("gpu_ms"), row.get("wall_ms"), graphs.get("wall_ms")
-            cells = [model.title, title, *(number(time, ".1f") for time in times)]
+            told = dense_steps(row)
+            named = f"{title} ({told})" if told else title
+            cells = [model.title, named, *(number(time, ".1f") for time in times)]
             cells += [factor(step_speed_up(rows, name)), *_picture(studies.get(model.study, {}), study)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _sources(root, steps.values(), studies, place)])

@@ -9,10 +9,11 @@ from overview import MODELS, VARIANTS
 from tables import speedup
 
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
-from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, TORCHAO
+from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, SCHEDULED, TORCHAO
 
 GREEN, GREY, BLUE, DARK = "#2f7d4f", "#9aa5b1", "#4c78a8", "#52606d"
-COLOURS = {REFERENCE: DARK, TORCHAO: GREY, DENSE_FP8: BLUE, RECOMMENDED: GREEN}
+LIGHT_GREEN = "#8fc1a3"
+COLOURS = {REFERENCE: DARK, TORCHAO: GREY, DENSE_FP8: BLUE, RECOMMENDED: GREEN, SCHEDULED: LIGHT_GREEN}
 Time = Callable[[dict], float | None]
 
 
@@ -30,9 +31,10 @@ def draw_steps(steps: dict[str, dict], path: Path, source: str) -> None:
     for index, model in enumerate(shown):
         rows = {row["name"]: row for row in steps[model.step]["variants"]}
         measured = [name for name in VARIANTS if rows.get(name, {}).get("gpu_ms")]
+        apart = 0.8 / max(4, len(measured))
         for place, name in enumerate(measured):
-            x, ms = index + 0.2 * (place - (len(measured) - 1) / 2), rows[name]["gpu_ms"]
-            axes.bar(x, ms, 0.18, color=COLOURS[name], label=VARIANTS[name][0].replace("*", ""))
+            x, ms = index + apart * (place - (len(measured) - 1) / 2), rows[name]["gpu_ms"]
+            axes.bar(x, ms, 0.9 * apart, color=COLOURS[name], label=VARIANTS[name][0].replace("*", ""))
             axes.text(x, ms / 2, f"{ms:.0f}", ha="center", va="center", fontsize=9, color="white")
             _mark(axes, x, rows[name], "D", 5, "wall time")
             _mark(axes, x, rows.get(name + BLOCK_GRAPHS, {}), "_", 14, "wall time with CUDA graphs")

@@ -22,6 +22,7 @@ CAPTIONS = {
     "distributions": "Weights and inputs of layers by role, and the energy that 2:4 keeps",
     "errors-by-layer": "Error of each layer's output",
     "errors-by-step": "Errors over the steps of sampling",
+    "noise-levels": "Quality by the noise levels that run sparse or in dense fp8",
 }
 LAYER_PLOTS = ("distributions", "errors-by-layer", "errors-by-step")
 SWEEPS = {

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+from rtlynx.timing.overview import dense_steps
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
 
 DEMO = Path("docs/demo")
@@ -241,7 +242,8 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in variants:
-        cells = [in_words(variant["name"])]
+        told = dense_steps(variant)
+        cells = [in_words(variant["name"]) + (f": {told}, mean" if told else "")]
         cells += [number(variant.get(key), ".1f") for key in STEP_COLUMNS]
         cells += [
             factor(step_speed_up(variants, variant["name"], time=time)) for time in ("gpu_ms", "wall_ms")
@@ -304,6 +306,31 @@ def calibration_section(results: dict, source: Path, place: Place) -> str:
         "tokens a call, refit and low-rank branch in every layer, solved in float32. "
         f"{measured_on(results)} ({place.file(source)}).",
     ]
+    return "\n".join(lines)
+
+
+def stages_section(results: dict, source: Path, place: Place) -> str:
+    """What calibrating or distilling a whole full-size model takes, stage by stage, in Markdown."""
+    lines = ["| stage | calls | seconds | longest call, s | peak, GiB |", "|---|---|---|---|---|"]
+    for stage, row in results["stages"].items():
+        seconds = number(row["seconds"], ".1f"), number(row["longest_seconds"], ".2f")
+        lines.append(
+            f"| {stage} | {row['calls']} | {' | '.join(seconds)} | {number(row['peak_gib'], '.1f')} |"
+        )
+    runs = results["run_seconds"]
+    of = "one run" if len(runs) == 1 else f"{len(runs)} runs, each going on where the one before was cut off"
+    lines += [
+        "",
+        f"{results['model']} with random weights, {results['image_tokens']:,} + {results['text_tokens']} "
+        f"tokens a call, {results['prompts']} prompts, {results['steps_per_prompt']} steps recorded of each. "
+        f"{sum(runs):.0f} s in {of}{'' if results['finished'] else '; not finished'}. "
+        f"{measured_on(results)} ({place.file(source)}).",
+    ]
+    if "distill_rank" in results:
+        lines[-1] += (
+            f" A training step: a correction of rank {results['distill_rank']} to each weight, "
+            f"{results['distill_batch']} states, one at a time, activations computed again for the gradients."
+        )
     return "\n".join(lines)
 
 

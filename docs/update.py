@@ -10,6 +10,7 @@ diagrams and badges from diagrams.py.
 import hashlib
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import cli_reference
@@ -28,7 +29,16 @@ RESULTS = overview.RESULTS
 # The texts with generated parts, and which: each between `<!-- name: begin -->` and `<!-- name: end -->`.
 TEXTS = {
     Path("README.md"): ("overview",),
-    Path("docs/results/quality.md"): ("front", "fronts", "pictures", "claims", "study", "sweeps", "figures"),
+    Path("docs/results/quality.md"): (
+        "front",
+        "fronts",
+        "pictures",
+        "noise-levels",
+        "claims",
+        "study",
+        "sweeps",
+        "figures",
+    ),
     Path("docs/results/speed.md"): ("overview", "steps", "layers", "sizes", "calibration", "parts"),
     Path("docs/results/goals.md"): ("goals-step", "goals-layer", "goals-compression", "goals-host"),
     Path("docs/reference/cli.md"): ("cli",),
@@ -64,10 +74,21 @@ def pictures(root: Path, place: Place) -> str:
     return "\n\n".join(_plots(root, place, ("pictures",), also=("worst", "worst-recommended")))
 
 
-def _plots(root: Path, place: Place, names: tuple[str, ...], also: tuple[str, ...] = ()) -> list[str]:
+def noise_levels(root: Path, place: Place) -> str:
+    """Quality by the noise levels that run sparse or dense."""
+    return "\n\n".join(_plots(root, place, ("noise-levels",), pattern="noise-levels-*.json"))
+
+
+def _plots(
+    root: Path,
+    place: Place,
+    names: tuple[str, ...],
+    also: tuple[str, ...] = (),
+    pattern: str = "quality-*.json",
+) -> list[str]:
     """The plots of each model: the first one's in sight, those of the others and further ones folded."""
     parts = []
-    for index, (source, results) in enumerate(_studied(root)):
+    for index, (source, results) in enumerate(_studied(root, pattern)):
         shown = study_tables.plots_section(source, place, names, root)
         further = study_tables.plots_section(source, place, also, root)
         title = study_tables.model_title(results)
@@ -108,9 +129,9 @@ def sweeps(root: Path, place: Place) -> str:
     return "\n\n".join(parts)
 
 
-def _studied(root: Path) -> list[tuple[Path, dict]]:
+def _studied(root: Path, pattern: str = "quality-*.json") -> list[tuple[Path, dict]]:
     folder = root / study_tables.RESULTS
-    return [(file.relative_to(root), read(file)) for file in sorted(folder.glob("quality-*.json"))]
+    return [(file.relative_to(root), read(file)) for file in sorted(folder.glob(pattern))]
 
 
 def layers(root: Path, place: Place) -> str:
@@ -149,10 +170,21 @@ def sizes(root: Path, place: Place) -> str:
 
 
 def calibration(root: Path, place: Place) -> str:
-    """Time and memory of a calibration at full size."""
-    return _sections(
-        root, place, "calibration-*.json", "Calibration at full size", tables.calibration_section
+    """Time and memory of calibration and distillation at full size."""
+    whole, stages = "calibration-whole-*.json", tables.stages_section
+    parts = (
+        _sections(root, place, whole, "Calibration of a whole model", stages),
+        _sections(root, place, "distillation-*.json", "Distillation of a whole model", stages),
+        _sections(
+            root,
+            place,
+            "calibration-*.json",
+            "Calibration at full size, by blocks",
+            tables.calibration_section,
+            but=whole,
+        ),
     )
+    return "\n\n".join(part for part in parts if part)
 
 
 def kernel_parts(root: Path, place: Place) -> str:
@@ -165,9 +197,12 @@ def kernel_parts(root: Path, place: Place) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _sections(root: Path, place: Place, pattern: str, title: str, section: Callable[..., str]) -> str:
-    """A folded section of each results file that is there."""
-    found = [(source, read(root / source)) for source in _found(root, pattern)]
+def _sections(
+    root: Path, place: Place, pattern: str, title: str, section: Callable[..., str], but: str = ""
+) -> str:
+    """A folded section of each results file that is there and whose name does not match `but`."""
+    sources = [source for source in _found(root, pattern) if not fnmatch(source.name, but)]
+    found = [(source, read(root / source)) for source in sources]
     return "\n\n".join(
         folded(f"{title}, {results['device']}", section(results, source, place)) for source, results in found
     )
@@ -190,6 +225,7 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "front": front,
     "fronts": fronts,
     "pictures": pictures,
+    "noise-levels": noise_levels,
     "claims": claims,
     "study": study,
     "sweeps": sweeps,

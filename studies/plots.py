@@ -2,7 +2,8 @@
 
 Writes PNG files into a folder of the results' name, beside them or in `--to`: distributions (the paper's
 Figure 2), errors by layer and by step, quality against modelled speed with its Pareto front, pictures of
-the main variants, and those furthest from dense. Of a file of `widths.py`: damage by width.
+the main variants, and those furthest from dense. Of a file of `widths.py`: damage by width; of one of
+`noise_levels.py`: quality by the noise levels that run sparse or dense.
 """
 
 from __future__ import annotations
@@ -225,6 +226,60 @@ def by_width(document: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
+NOISE_LEVEL_RECIPES = {  # of noise_levels.py -> what the plot calls them
+    "every-layer": "every layer sparse",
+    "every-layer-distilled": "every layer sparse, distilled",
+    "every-layer-unpermuted": "every layer sparse, features not permuted",
+}
+
+
+def by_noise_level(document: Mapping[str, Any]) -> Figure | None:
+    """PSNR by the one range of noise levels that runs sparse or dense, and by the bound below which all do.
+
+    A further panel shows the latter over modelled time, where that is known.
+    """
+    rows = document["rows"]
+    below = [row for row in rows if row["kind"] == "dense-below"]
+    if not below:
+        return None
+    timed = any(row["modelled_ms"] is not None for row in below)
+    figure, panels = _panels(2 + timed, 4.2, 4)
+    for kind, label, colour in (
+        ("sparse-at", "sparse here, dense elsewhere", "#2f7d4f"),
+        ("dense-at", "dense here, sparse elsewhere", "#1f4e9c"),
+    ):
+        ranges = sorted((*row["range"], row["psnr"]) for row in rows if row["kind"] == kind)
+        if ranges:
+            low, high, quality = zip(*ranges, strict=True)
+            panels[0].hlines(quality, low, high, linewidth=3, label=label, colors=colour)
+    for name in dict.fromkeys(row["recipe"] for row in below):
+        of = sorted(
+            (row["range"][1], row["psnr"], row["modelled_ms"]) for row in below if row["recipe"] == name
+        )
+        bound, quality, times = zip(*of, strict=True)
+        # No line from none dense to all: nothing is known of the way between them.
+        line = "o-" if len(of) > 2 else "o"
+        label = NOISE_LEVEL_RECIPES.get(name) or re.sub(r"^mix-(.*)$", r"\1 % of the saving sparse", name)
+        panels[1].plot(bound, quality, line, markersize=4, label=label)
+        if None not in times:
+            panels[2].plot(times, quality, line, markersize=4, label=label)
+    xlabels = (
+        "noise level",
+        "noise level at and below which steps are dense",
+        "modelled time of linear layers, ms",
+    )
+    for axes, xlabel in zip(panels, xlabels, strict=False):
+        axes.set_xlabel(xlabel)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+    panels[0].set_xlim(1.02, -0.02)  # as sampling goes
+    panels[0].set_ylabel("PSNR against dense bfloat16, dB")
+    bottom, top = (choose(axes.get_ylim()[i] for axes in panels) for i, choose in enumerate((min, max)))
+    for axes in panels:
+        axes.set_ylim(bottom, top)
+    return figure
+
+
 def place_labels(
     axes: Axes, labels: Mapping[str, tuple[float, float]], points: Iterable[tuple[float, float]]
 ) -> None:
@@ -320,7 +375,11 @@ def write_plots(results: Path, to: Path | None = None) -> list[Path]:
     folder = (to or results.parent) / results.stem
     folder.mkdir(parents=True, exist_ok=True)
     digest = sha256_of(results)  # so that a test sees when a plot is stale
-    plots = {"by-width": by_width} if "training" in document else PLOTS
+    plots = PLOTS
+    if "training" in document:
+        plots = {"by-width": by_width}
+    elif any("kind" in row for row in document["rows"]):
+        plots = {"noise-levels": by_noise_level}
     for name, plot in plots.items():
         figure = plot(document)
         if figure is None:
@@ -359,7 +418,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="+", help="files of quality.py or widths.py")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="files of quality.py, widths.py or noise_levels.py"
+    )
     parser.add_argument("--to", type=Path, help="folder of the plots' folders, default that of each file")
     options = parser.parse_args(arguments)
     for results in options.results:

@@ -85,6 +85,18 @@ def _seeded(build, seed):
     return build().eval()
 
 
+# The classes of full-size models, as wide outside, small inside.
+SMALL = {
+    "flux1-dev": lambda: FluxTransformer2DModel(
+        guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2
+    ),
+    "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
+    "z-image": lambda: ZImageTransformer2DModel(
+        dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
+    ),
+}
+
+
 def tiny_flux(seed=0, **changes):
     """One double and one single block, width 128."""
     config = {

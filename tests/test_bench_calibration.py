@@ -1,17 +1,21 @@
-"""The benchmark of calibration picks one block of each kind."""
+"""The benchmark of calibration, as far as it needs no card."""
 
 import fnmatch
+import json
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import tiny_flux, tiny_qwen, tiny_z_image
+import torch
+from helpers import SMALL, TinyPipeline, tiny_flux, tiny_qwen, tiny_z_image
 
-from rtlynx import Recipe
-from rtlynx.models import make_plan
+from rtlynx import CalibrationOptions, Distillation, Recipe
+from rtlynx.calibration import run
+from rtlynx.models import make_plan, sparse_layers
+from rtlynx.timing.full_models import MODELS, Sampling, Size
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from calibration import BLOCKS
+from calibration import BLOCKS, RandomPipeline, Stages, calibrate_whole, distill_quantised
 
 SEVERAL = {
     "flux1-dev": lambda: tiny_flux(num_layers=3, num_single_layers=12),
@@ -35,3 +39,74 @@ def test_one_block_of_a_kind_is_calibrated(name, kind, block):
     skip = [glob for glob in BLOCKS[name][kind] if fnmatch.filter(names, glob)]
     plan = make_plan(model, Recipe(skip=tuple(skip)))
     assert {layer.candidate.block for layer in plan.sparse} == {block}
+
+
+# ---------------------------------------------------------------------------- a whole model, stage by stage
+
+PROMPTS = ["a cat", "a dog"]
+
+
+def test_a_random_pipeline_goes_through_the_noise_levels_of_the_model():
+    torch.manual_seed(0)
+    for name, forwards in (("flux1-dev", 1), ("qwen-image", 2), ("z-image", 1)):
+        of = MODELS[name]
+        of = of._replace(sampling=Sampling(3, of.sampling.scheduler))
+        model, seen = SMALL[name]().eval(), []
+        argument = "t" if name == "z-image" else "timestep"
+        model.register_forward_pre_hook(
+            lambda _m, _a, call, argument=argument, seen=seen: seen.append(float(call[argument])),
+            with_kwargs=True,
+        )
+        size = Size(side=64, text_tokens=5)
+        pipeline = RandomPipeline(model, of, size, lambda seed: torch.randn)
+        pipeline(["a cat"], [torch.Generator().manual_seed(3)])
+        wanted = [sigma for sigma in of.sampling.sigmas(size) for _ in range(forwards)]
+        assert seen == pytest.approx(wanted)
+
+
+def test_a_calibration_that_was_cut_off_goes_on_and_adds_up_its_stages(tmp_path, monkeypatch):
+    file, about = tmp_path / "results.json", {"model": "tiny"}
+    options = CalibrationOptions(batch_size=1, steps_per_prompt=2, folder=tmp_path / "work")
+    choose = run._Calibration._choose
+
+    def cut(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run._Calibration, "_choose", cut)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_whole(TinyPipeline(tiny_flux()), PROMPTS, options, Stages(file, about))
+    first = json.loads(file.read_text())
+    assert not first["finished"]
+    assert first["stages"]["recording"]["calls"] == len(PROMPTS)
+    assert "budget" not in first["stages"]
+    monkeypatch.setattr(run._Calibration, "_choose", choose)
+    pipeline = TinyPipeline(tiny_flux())
+    calibrate_whole(pipeline, PROMPTS, options, Stages(file, about))
+    whole = json.loads(file.read_text())
+    assert whole["finished"]
+    assert whole["layers"] == len(sparse_layers(pipeline.transformer))
+    for stage in ("recording", "moments", "solving"):
+        assert whole["stages"][stage] == first["stages"][stage]
+    assert {"rotations and permutations", "budget", "applying"} <= set(whole["stages"])
+    assert all(row["seconds"] >= row["longest_seconds"] > 0 for row in whole["stages"].values())
+    assert len(whole["run_seconds"]) == 2
+    assert sum(whole["run_seconds"]) > sum(row["seconds"] for row in whole["stages"].values())
+    with pytest.raises(ValueError, match="is finished: move it away, or give another --out"):
+        Stages(file, about)
+    with pytest.raises(ValueError, match="differs in model: "):
+        Stages(file, {"model": "another"})
+
+
+def test_a_distillation_is_timed_step_by_step_and_leaves_the_model_dense(tmp_path):
+    file = tmp_path / "results.json"
+    settings = Distillation(
+        steps=2, batch_size=2, batch_at_once=1, own_share=0.0, rank=2, checkpoint_blocks=True
+    )
+    options = CalibrationOptions(batch_size=1, steps_per_prompt=2)
+    model = tiny_flux()
+    stages = Stages(file, {})
+    distill_quantised(TinyPipeline(model), PROMPTS, options, settings, stages)
+    found = json.loads(file.read_text())["stages"]
+    assert found["training steps"]["calls"] == 2
+    assert found["loss of held-out calls"]["calls"] == 2
+    assert not sparse_layers(model)

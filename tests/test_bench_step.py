@@ -2,22 +2,23 @@
 
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rtlynx_zoo as zoo
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
-from helpers import tiny_flux
+from helpers import SMALL, flux_call, tiny_flux
 from rich.console import Console
 from rtlynx_zoo.prompts import ASSETS
 
-from rtlynx import Recipe
+from rtlynx import Recipe, sparsify
 from rtlynx.io.checkpoint import read_index
 from rtlynx.models import make_plan, sparse_layers
 from rtlynx.timing import step, step_variants
-from rtlynx.timing.full_models import MODELS, Size, full_model
+from rtlynx.timing.full_models import MODELS, TIMESTEP, Size, full_model
 from rtlynx.timing.overview import step_overview
 from rtlynx.timing.results import step_speed_up
 from rtlynx.timing.step_split import kind
@@ -25,17 +26,6 @@ from rtlynx.timing.sustained import Measurement
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from targets import step_targets
-
-# The classes of MODELS, as wide outside, small inside.
-SMALL = {
-    "flux1-dev": lambda: FluxTransformer2DModel(
-        guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2
-    ),
-    "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
-    "z-image": lambda: ZImageTransformer2DModel(
-        dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
-    ),
-}
 
 
 @torch.no_grad()
@@ -188,8 +178,140 @@ def test_memory_counts_each_storage_once_and_what_wrappers_hold():
     assert step.held_bytes(model) == 8 * 4 * 4 + 16 * 4 + 16 * 4
 
 
-def ready(shares=None):
-    return step.Ready(None, None, shares or {"linear": 0.6, "attention": 0.3, "rest": 0.1}, 30.0)
+# ---------------------------------------------------------------------- dense steps at some noise levels
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "shift", "terminal"),
+    [
+        ("flux1-dev", 28, math.exp(1.15), None),  # 4,096 tokens are the most of its scheduler
+        ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
+        ("z-image", 9, 3.0, None),
+    ],
+)
+def test_a_picture_goes_through_the_noise_levels_of_its_pipeline(name, steps, shift, terminal):
+    times = [1 - i / steps for i in range(steps)]
+    wanted = [shift * t / (1 + (shift - 1) * t) for t in times]  # Esser et al. 2024, equation 23
+    if terminal is not None:
+        wanted = [1 - (1 - sigma) * (1 - terminal) / (1 - wanted[-1]) for sigma in wanted]
+    assert MODELS[name].sampling.sigmas(Size()) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_larger_pictures_stay_noisy_for_longer_where_the_shift_grows_with_them():
+    small, large = (MODELS["flux1-dev"].sampling.sigmas(Size(side=side)) for side in (512, 1024))
+    assert all(a < b for a, b in zip(small[1:], large[1:], strict=True))
+
+
+def scheduled(monkeypatch):
+    """A small model as the variant with a schedule, as always sparse, as always in dense fp8; and a call."""
+    monkeypatch.setattr(step_variants, "normals", lambda seed: torch.randn)
+    changes = {variant.name: variant.change for variant in step_variants.VARIANTS}
+    model, sparse, dense = tiny_flux(), tiny_flux(), tiny_flux()
+    changes[step_variants.SCHEDULED](model)
+    step_variants.every_layer("fp8", rank=None, grouping="adjacent")(sparse)
+    changes[step_variants.DENSE_FP8](dense)
+    return model, sparse, dense, flux_call(timestep=TIMESTEP)
+
+
+def test_both_kinds_of_step_are_those_that_users_and_graphs_run(monkeypatch):
+    model, sparse, dense, call = scheduled(monkeypatch)
+    kinds = step.kinds_of_steps(model, [call], [1.0, 0.7, 0.41, 0.4, 0.1])
+    assert {name: one.steps for name, one in kinds.items()} == {", sparse step": 3, ", dense step": 2}
+    for one, like in zip(kinds.values(), (sparse, dense), strict=True):
+        (wanted,), (users,), (captured,) = (
+            made() for made in (step.step_of(like, [call]), one.users, one.captured)
+        )
+        assert torch.equal(users, wanted)
+        assert torch.equal(captured, wanted)
+    assert not torch.equal(kinds[", sparse step"].captured()[0], kinds[", dense step"].captured()[0])
+
+
+def test_a_captured_step_reads_no_timestep(monkeypatch):
+    """Reading one that is on the card waits for the card, and no CUDA graph can hold that."""
+    model, *_, call = scheduled(monkeypatch)
+    kinds = step.kinds_of_steps(model, [call], [1.0, 0.1])
+
+    def read(_timestep):
+        raise AssertionError("a timestep was read")
+
+    monkeypatch.setattr("rtlynx.models.hooks.step_of", read)
+    for one in kinds.values():
+        one.captured()
+        with pytest.raises(AssertionError, match="a timestep was read"):
+            one.users()
+
+
+def test_a_model_without_dense_steps_has_one_kind_and_a_schedule_of_one_kind_too(monkeypatch):
+    model, sparse, _, call = scheduled(monkeypatch)
+    for like in (tiny_flux(), sparse):
+        ((name, one),) = step.kinds_of_steps(like, [call], [1.0, 0.1]).items()
+        assert (name, one.steps) == ("", None)
+    assert list(step.kinds_of_steps(model, [call], [1.0, 0.5])) == [", sparse step"]
+
+
+def test_dense_rows_of_text_beside_dense_steps_are_refused():
+    model = sparsify(tiny_flux(), Recipe.immediate(dense_sigmas=((0, 0.5),), text_rows="dense"))
+    with pytest.raises(ValueError, match="cannot be measured with text_rows='dense'"):
+        step.kinds_of_steps(model, [], [1.0, 0.1])
+
+
+def test_the_variant_with_a_schedule_has_adjacent_groups_and_holds_both_weights(monkeypatch):
+    model, sparse, *_ = scheduled(monkeypatch)
+    dropping = {
+        name: layer for name, layer in sparse_layers(model).items() if layer.pattern.n < layer.pattern.m
+    }
+    assert {layer.pattern.grouping for layer in dropping.values()} == {"adjacent"}
+    more = step.held_bytes(model) - step.held_bytes(sparse)
+    entries = sum(layer.weight.numel() for layer in dropping.values())
+    scales = 4 * sum(layer.out_features for layer in dropping.values())
+    assert more == entries + scales
+
+
+def test_a_variant_with_a_schedule_gives_a_row_a_kind_and_their_mean(monkeypatch):
+    names = ("a, sparse step", "a, dense step")
+
+    def prepare(variant, *rest):
+        return {
+            name: ready(steps=steps)._replace(peak_gib=peak)
+            for name, steps, peak in zip(names, (24, 4), (30.0, 31.0), strict=True)
+        }
+
+    taken = {
+        f"{name}/{how}": Measurement(us, [us], 1500.0, 700.0)
+        for name, us in zip(names, (80_000.0, 94_000.0), strict=True)
+        for how in ("gpu", "wall")
+    }
+    monkeypatch.setattr(step, "prepare", prepare)
+    monkeypatch.setattr(step, "measure", lambda *rest: taken)
+    bench = step.Bench(None, [], [], None, 1.0, 1, print)
+    rows = step.measure_together([step_variants.Variant("a", None)], bench)
+    assert [row["name"] for row in rows] == [*names, "a"]
+    assert [row["gpu_ms"] for row in rows] == [80.0, 94.0, 82.0]
+    assert (rows[2]["wall_ms"], rows[2]["linear_ms"], rows[2]["peak_gib"]) == (82.0, 49.2, 31.0)
+    assert (rows[2]["steps"], rows[2]["dense_steps"]) == (28, 4)
+    del taken["a, dense step/gpu"]
+    *_, mean = step.measure_together([step_variants.Variant("a", None)], bench)
+    assert (mean["gpu_ms"], mean["wall_ms"]) == (None, 82.0)
+    console = Console(width=150, record=True)
+    console.print(step_overview(document() | {"variants": [document()["variants"][0], *rows]}))
+    assert "4 of 28 steps dense" in console.export_text()
+
+
+def test_copies_of_weights_decide_whether_variants_fit_the_card_together(monkeypatch):
+    model, quantised = tiny_flux(), tiny_flux()
+    step_variants.dense_fp8(quantised)
+    weights = 4 * sum(one.numel() for one in model.parameters())
+    copy_bytes = sum(layer.weight.numel() for layer in sparse_layers(quantised).values())
+    card = SimpleNamespace(total_memory=(weights + 1.5 * copy_bytes) / step.ROOM)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    one, two = (step_variants.Variant("a", None, fp8_weights=count) for count in (1, 2))
+    assert step.fits_together(model, [one])
+    assert not step.fits_together(model, [one, one])
+    assert not step.fits_together(model, [two])
+
+
+def ready(shares=None, steps=None):
+    return step.Ready(None, None, shares or {"linear": 0.6, "attention": 0.3, "rest": 0.1}, 30.0, steps)
 
 
 def test_a_row_splits_gpu_time_and_leaves_out_what_was_not_measured():
@@ -209,7 +331,7 @@ def test_cuda_graphs_of_blocks_are_made_before_a_graph_of_a_step_is_captured(mon
         made.append(variant.name)
         if variant.name == "b":
             raise RuntimeError("out of luck")
-        return ready()
+        return {variant.name: ready()}
 
     monkeypatch.setattr(step, "prepare", prepare)
     monkeypatch.setattr(step, "measure", lambda *rest: {})
@@ -218,7 +340,7 @@ def test_cuda_graphs_of_blocks_are_made_before_a_graph_of_a_step_is_captured(mon
         step_variants.Variant("b", None, mode="reduce-overhead"),
         step_variants.Variant("c", None),
     ]
-    rows = step.measure_together(variants, step.Bench(None, [], None, 1.0, 1, print))
+    rows = step.measure_together(variants, step.Bench(None, [], [], None, 1.0, 1, print))
     assert made == ["b", "a", "c"]
     assert [row["name"] for row in rows] == ["a", "b", "c"]
     assert rows[1]["reason"] == "RuntimeError: out of luck"
@@ -230,9 +352,11 @@ def test_pairs_stand_beside_their_own_reference(monkeypatch):
     def together(variants, of):
         assert next(iter(variants)).name == step.REFERENCE
         times = {step.REFERENCE: next(reference), "a": 50.0, "b": 26.0}
-        return [
+        rows = [
             {"name": one.name, "gpu_ms": times[one.name], "wall_ms": None, "reason": None} for one in variants
         ]
+        kinds = [rows[1] | {"name": "a, sparse step"}] if rows[1]["name"] == "a" else []
+        return [rows[0], *kinds, rows[1]]
 
     monkeypatch.setattr(step, "measure_together", together)
     variants = [
@@ -240,15 +364,15 @@ def test_pairs_stand_beside_their_own_reference(monkeypatch):
         *(one for one in step_variants.VARIANTS if one.name == step.REFERENCE),
     ]
     rows = step.measure_pairwise([*variants, step_variants.Variant("b", None)], None)
-    assert [row["name"] for row in rows] == [step.REFERENCE, "a", "b"]
+    assert [row["name"] for row in rows] == [step.REFERENCE, "a, sparse step", "a", "b"]
     assert rows[0]["drift"] == pytest.approx(0.04)
-    assert (rows[1]["beside"]["gpu_ms"], rows[2]["beside"]["gpu_ms"]) == (100.0, 104.0)
+    assert [row["beside"]["gpu_ms"] for row in rows[1:]] == [100.0, 100.0, 104.0]
     document = {
         "model": "qwen-image",
         "variants": [
             *rows,
-            rows[2] | {"name": "rtlynx fp8-2:4", "wall_ms": 30.0},
-            rows[2] | {"name": "rtlynx fp8-2:4 (reduce-overhead)", "gpu_ms": None, "wall_ms": 27.0},
+            rows[3] | {"name": "rtlynx fp8-2:4", "wall_ms": 30.0},
+            rows[3] | {"name": "rtlynx fp8-2:4 (reduce-overhead)", "gpu_ms": None, "wall_ms": 27.0},
         ],
     }
     verdicts = {target["what"]: target for target in step_targets(document)}
@@ -258,6 +382,11 @@ def test_pairs_stand_beside_their_own_reference(monkeypatch):
     assert (over["met"], over["measured"]) == (False, pytest.approx(30 / 26, abs=1e-4))
     over = verdicts["qwen-image, rtlynx fp8-2:4 (reduce-overhead), wall time over GPU time"]
     assert (over["met"], over["measured"]) == (True, pytest.approx(27 / 26, abs=1e-4))
+    assert not any("dense fp8 below" in what for what in verdicts)  # of files from before there was one
+    document["variants"].append(rows[3] | {"name": step_variants.SCHEDULED, "gpu_ms": 25.0})
+    verdicts = {target["what"]: target for target in step_targets(document)}
+    over = verdicts[f"qwen-image, {step_variants.SCHEDULED}, speed over rtlynx fp8-2:4"]
+    assert (over["met"], over["measured"]) == (True, pytest.approx(26 / 25))
 
 
 def test_variants_measured_in_pairs_can_be_measured_again_alone():

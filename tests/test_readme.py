@@ -23,7 +23,7 @@ from plots import FAMILIES, PLOTS, family_of
 from rtlynx.models.plan import ARCHITECTURES
 from rtlynx.storage.files import sha256_of
 from rtlynx.timing.results import REFERENCE
-from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED
+from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, SCHEDULED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,6 +59,16 @@ def test_the_studys_plots_are_of_their_results_files():
                 assert plot.text["Source"] == sha256_of(source), (
                     "run python studies/plots.py studies/results/quality-*.json --to docs/study"
                 )
+
+
+def test_the_plots_of_noise_levels_are_of_their_results_files():
+    sources = sorted((ROOT / study_tables.RESULTS).glob("noise-levels-*.json"))
+    assert sources
+    for source in sources:
+        with Image.open(ROOT / study_tables.plots_of(source) / "plot-noise-levels.png") as plot:
+            assert plot.text["Source"] == sha256_of(source), (
+                "run python studies/plots.py studies/results/noise-levels-*.json --to docs/study"
+            )
 
 
 def test_the_plots_of_speed_are_of_their_results_files():
@@ -116,6 +126,26 @@ def test_the_newest_card_that_dense_fp8_was_measured_on_is_shown(measured):
     assert "Sparsity makes its step faster by 1.20x (FLUX.1-dev)." in verdict
     earlier = update.steps(root, ON_SITE)
     assert '??? note "Earlier: FLUX.1-dev, NVIDIA H100"' in earlier
+
+
+def test_a_schedule_of_dense_steps_is_shown_as_its_mean_where_it_was_measured(measured):
+    times = {REFERENCE: 90.0, DENSE_FP8: 60.0, RECOMMENDED: 50.0}
+    root = measured("z-image", "H200", **times)
+    assert "noise level" not in overview.overview_section(root, IN_README)
+    kinds = {f"{SCHEDULED}, sparse step": 44.0, f"{SCHEDULED}, dense step": 60.0}
+    root = measured("z-image", "H200", **times, **kinds, **{SCHEDULED: 45.0})
+    file = root / update.RESULTS / "step-z-image-h200.json"
+    results = json.loads(file.read_text())
+    results["variants"][-1] |= {"steps": 16, "dense_steps": 1}
+    file.write_text(json.dumps(results))
+    text = overview.overview_section(root, IN_README)
+    shown = "sparse fp8, dense below noise level 0.4 (1 of 16 steps dense)"
+    assert f"| Z-Image | {shown} | 45.0 | 46.0 | – | 2.00x | – | – |" in text  # noqa: RUF001
+    assert "44.0" not in text
+    table = tables.steps_section(results, update.RESULTS / file.name, ON_SITE)
+    name = "sparse fp8 (every layer, dense fp8 below 0.4)"
+    assert f"| {name}, sparse step | 44.0 |" in table
+    assert f"| {name}: 1 of 16 steps dense, mean | 45.0 |" in table
 
 
 def test_nothing_is_said_where_nothing_was_measured(tmp_path):

@@ -90,6 +90,36 @@ def test_steps_and_sizes_appear_with_their_results(tmp_path):
     assert "| one | 5 | 6.1 | 0.20 | 57.5 |" in lines
 
 
+def test_stages_of_a_whole_calibration_and_a_distillation_stand_apart_from_those_of_blocks(tmp_path):
+    place = tables.Place(Path("docs/results/speed.md"))
+    row = {"calls": 57, "seconds": 401.26, "longest_seconds": 12.345, "peak_gib": 61.04}
+    whole = STEP | {
+        "image_tokens": 4096,
+        "text_tokens": 512,
+        "prompts": 8,
+        "steps_per_prompt": 4,
+        "run_seconds": [550.0, 60.4],
+        "finished": False,
+        "stages": {"moments": row, "budget": row | {"peak_gib": None}},
+    }
+    trained = whole | {"distill_rank": 32, "distill_batch": 4, "finished": True, "run_seconds": [60.0]}
+    folder = tmp_path / update.RESULTS
+    folder.mkdir(parents=True)
+    (folder / "calibration-whole-x-h100.json").write_text(json.dumps(whole))
+    (folder / "distillation-x-h100.json").write_text(json.dumps(trained))
+    lines = [line.strip() for line in update.PARTS["calibration"](tmp_path, place).splitlines()]
+    assert [line.split('"')[1] for line in lines if line.startswith("???")] == [
+        "Calibration of a whole model, a card",
+        "Distillation of a whole model, a card",
+    ]
+    assert lines.count("| moments | 57 | 401.3 | 12.35 | 61.0 |") == 2
+    assert "| budget | 57 | 401.3 | 12.35 | – |" in lines  # noqa: RUF001
+    text = " ".join(lines)
+    assert "610 s in 2 runs, each going on where the one before was cut off; not finished." in text
+    assert "60 s in one run." in text
+    assert text.count("A training step: a correction of rank 32") == 1
+
+
 def test_dense_fp8_is_before_bf16_sparsity_as_the_quality_page_says():
     for file in (ROOT / study_tables.RESULTS).glob("quality-*.json"):
         rows = study_tables.rows_of(json.loads(file.read_text()))

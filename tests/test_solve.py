@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rtlynx.calibration.moments import Moments, balanced
+from rtlynx.calibration.moments import Moments, balanced, rounded_to_tf32
 from rtlynx.calibration.solve import RIDGES, solve_joint, solve_layer, solve_lowrank, solve_refit
 from rtlynx.math.fp8 import dequantize, quantize_tokens, quantize_weight
 from rtlynx.math.selection import nm_mask, norm_scale, select
@@ -407,3 +407,34 @@ def test_a_joint_low_rank_branch_with_an_intercept_reaches_what_descent_reaches(
     closed = float(objective(*centred, w, solution.weight, low, lam, mu))
     found = min(descend(*centred, w, lam, mu, refit=True, rank=RANK, seed=seed) for seed in range(3))
     assert closed == pytest.approx(found, rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------- numbers of TF32
+
+
+def test_numbers_of_16_bits_are_numbers_of_tf32():
+    """So products of them in TF32 are those in float32."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        values = every.view(dtype).float()
+        values = values[values.isfinite()]
+        assert torch.equal(rounded_to_tf32(values), values)
+
+
+def test_rounding_to_tf32_gives_the_nearest_number_of_ten_bits():
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, generator=gen) * 10.0 ** torch.randint(-20, 20, (4096,), generator=gen)
+    rounded = rounded_to_tf32(x)
+    mantissa, exponent = np.frexp(x.double().numpy())
+    wanted = np.ldexp(np.sign(mantissa) * np.floor(np.abs(mantissa) * 2048 + 0.5) / 2048, exponent)
+    assert np.array_equal(rounded.double().numpy(), wanted)
+    extreme = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
+    assert torch.equal(rounded_to_tf32(extreme), extreme)
+    assert bool(rounded_to_tf32(torch.tensor([torch.nan])).isnan())
+
+
+def test_errors_of_a_layer_without_a_branch_are_those_of_its_tokens():
+    x, s, w, moments = problem(3)
+    new = w + 0.1
+    wanted = (s @ new.T - x @ w.T).square().sum() / (x @ w.T).square().sum()
+    assert moments.layer_error(w, new) == pytest.approx(float(wanted))

@@ -9,7 +9,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
 import study_tables
 from matplotlib.text import Text
-from plots import LABELLED, front
+from plots import LABELLED, by_noise_level, front
 from tables import Place
 
 ON_SITE = Place(Path("docs/results/quality.md"))
@@ -109,3 +109,40 @@ def test_labels_of_the_pareto_plot_do_not_cover_each_other():
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
         inside = axes.get_window_extent()
         assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)
+
+
+def noise_row(recipe, kind, low, high, psnr, ms=None):
+    return {"recipe": recipe, "kind": kind, "range": [low, high], "psnr": psnr, "modelled_ms": ms}
+
+
+def test_the_plot_of_noise_levels_shows_ranges_bounds_and_time():
+    rows = [
+        noise_row("every-layer", "dense-below", 0.0, 1.0, 36.0, 50.0),
+        noise_row("every-layer", "dense-below", 0.0, 0.0, 20.0, 40.0),
+        noise_row("every-layer", "dense-below", 0.0, 0.5, 35.0, 45.0),
+        noise_row("mix-90", "dense-below", 0.0, 0.0, 24.0, 42.0),
+        noise_row("mix-90", "dense-below", 0.0, 1.0, 36.5, 50.0),
+        noise_row("every-layer", "sparse-at", 0.5, 1.0, 34.0),
+        noise_row("every-layer", "dense-at", 0.5, 1.0, 21.0),
+        noise_row("every-layer", "best-dense", None, None, 99.0),
+    ]
+    ranges, bounds, times = by_noise_level({"rows": rows}).axes
+    shown = {lines.get_label(): lines.get_segments()[0].tolist() for lines in ranges.collections}
+    assert shown == {
+        "sparse here, dense elsewhere": [[0.5, 34.0], [1.0, 34.0]],
+        "dense here, sparse elsewhere": [[0.5, 21.0], [1.0, 21.0]],
+    }
+    by_bound, over_time = (
+        {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in (bounds, times)
+    )
+    assert by_bound["every layer sparse"] == [[0.0, 20.0], [0.5, 35.0], [1.0, 36.0]]
+    assert over_time["90 % of the saving sparse"] == [[42.0, 24.0], [50.0, 36.5]]
+    styles = {line.get_label(): line.get_linestyle() for line in bounds.lines}
+    assert styles == {"every layer sparse": "-", "90 % of the saving sparse": "None"}
+
+
+def test_the_plot_of_noise_levels_has_no_panel_of_time_where_none_is_known():
+    rows = [noise_row("every-layer", "dense-below", 0, bound, 30.0 + bound) for bound in (0, 1)]
+    figure = by_noise_level({"rows": rows})
+    assert len(figure.axes) == 2
+    assert by_noise_level({"rows": [noise_row("every-layer", "dense-at", 0.0, 0.5, 30.0)]}) is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from rtlynx.calibration.processes import distributed
 
+# Of which every number is one of TF32: 8 bits of exponent, 10 of mantissa.
+_IN_TF32 = (torch.bfloat16, torch.float16)
 _SUMS = ("dense", "cross", "kept", "dense_sum", "kept_sum")
 
 
@@ -48,18 +51,25 @@ class Moments:
     def add(self, x: Tensor, s: Tensor) -> None:
         """Add tokens: `x` (..., K) dense and `s` (..., K), s ⊙ X~ as the sparse product sees it.
 
+        On a card, tokens in 16 bits are multiplied in TF32, which holds them exactly and is several times
+        as fast as float32. `s` is rounded to it first, so that all sums are of the same numbers.
+
         Raises
         ------
         ValueError
             If a token is not finite; the sums are then unchanged.
         """
+        in_tf32 = x.is_cuda and x.dtype in _IN_TF32 and self.dense.dtype is torch.float32
         x = x.detach().reshape(-1, x.shape[-1]).to(self.dense)
         s = s.detach().reshape(-1, s.shape[-1]).to(self.dense)
         if not bool(torch.isfinite(x).all()):
             raise ValueError("calibration data holds NaN or Inf")
-        self.dense.addmm_(x.T, x)
-        self.cross.addmm_(s.T, x)
-        self.kept.addmm_(s.T, s)
+        if in_tf32:
+            s = rounded_to_tf32(s)
+        with _products_in_tf32(in_tf32):
+            self.dense.addmm_(x.T, x)
+            self.cross.addmm_(s.T, x)
+            self.kept.addmm_(s.T, s)
         self.dense_sum += x.sum(0)
         self.kept_sum += s.sum(0)
         self.count += x.shape[0]
@@ -120,12 +130,10 @@ class Moments:
         """
         original, weight = original.to(self.dense), weight.to(self.dense)
         residual = self._residual(original, lowrank_a, lowrank_b)
-        energy = ((original @ self.dense) * original).sum()
-        error = (
-            ((weight @ self.kept) * weight).sum()
-            + ((residual @ self.dense) * residual).sum()
-            + 2 * ((weight @ self.cross) * residual).sum()
-        )
+        energy = left = ((original @ self.dense) * original).sum()
+        if lowrank_a is not None and lowrank_b is not None:
+            left = ((residual @ self.dense) * residual).sum()
+        error = ((weight @ self.kept) * weight).sum() + left + 2 * ((weight @ self.cross) * residual).sum()
         if shift is not None:
             shift = shift.to(self.dense)
             missed = self.mean_error(original, weight, lowrank_a, lowrank_b)
@@ -138,6 +146,26 @@ class Moments:
         if lowrank_a is not None and lowrank_b is not None:
             residual = residual + lowrank_b.to(self.dense) @ lowrank_a.to(self.dense)
         return residual
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """`x` float32 rounded to the nearest number of TF32, ties away from zero; NaN and Inf stay."""
+    bits = x.contiguous().view(torch.int32)
+    return torch.where(x.isfinite(), ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32), x)
+
+
+@contextmanager
+def _products_in_tf32(wanted: bool) -> Iterator[None]:
+    """Let products of float32 matrices on a card be those of TF32."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    if wanted:
+        settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        if wanted:
+            settings.fp32_precision = before
 
 
 def balanced(kinds: Iterable[Moments], balance: str) -> Moments:

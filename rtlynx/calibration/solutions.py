@@ -1,11 +1,13 @@
-"""Solved layers, in memory and, where there is a folder, on disk for a later run."""
+"""Solved layers, in the host's memory and, where there is a folder, on disk for a later run."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rtlynx.calibration.calls import CalibrationError
@@ -50,18 +52,27 @@ class SolutionStore:
             )
         return True
 
-    def put(self, group: InputGroup, solutions: dict[str, Solution], *, write: bool) -> None:
-        """Keep the solutions of `group`; `write` also puts them into the folder."""
+    def put(
+        self, group: InputGroup, solutions: dict[str, Solution], dtype: torch.dtype, *, write: bool
+    ) -> None:
+        """Keep the solutions of `group`; `write` also puts them into the folder.
+
+        On the CPU and, but for models whose `dtype` is float64, in no more than four bytes a number: those of
+        a large model would not fit beside it on a card.
+        """
         tensors: dict[str, Tensor] = {}
         numbers = {}
+        formats = {layer.name: layer.format.name for layer in group.layers}
         for name, solution in solutions.items():
+            held: dict[str, Any] = {}
             for kind, tensor in solution.tensors.items():
                 if not bool(tensor.float().isfinite().all()):
                     raise CalibrationError(f"the solved {kind} of {name} is not finite: take a larger ridge")
-                tensors[f"{name}.{kind}"] = tensor
+                if tensor.dtype is torch.float64:
+                    tensor = tensor.to(torch.promote_types(dtype, torch.float32))
+                held[kind] = tensors[f"{name}.{kind}"] = tensor.cpu().contiguous()
+            self._solutions[name, formats[name]] = replace(solution, **held)
             numbers[name] = [solution.ridge, solution.error_before, solution.error, solution.refitted]
-        for layer in group.layers:
-            self._solutions[layer.name, layer.format.name] = solutions[layer.name]
         if self.folder is not None and write:
             self.folder.write(_file(group), tensors, {"bases": self.bases, "layers": numbers})
 

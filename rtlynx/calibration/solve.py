@@ -116,10 +116,14 @@ def solve_layer(
     elif heldout is None or not heldout.count:
         raise ValueError("ridge='auto' is chosen on held-out prompts, and there are none: give more prompts")
     else:
-        tried = [judged(heldout, weight, solved(value), bias) for value in RIDGES]
-        best = min(one.error for one in tried)
-        good = [one for one in tried if one.error <= best * (1 + RIDGE_TOLERANCE)]
-        solution = good[-1] if best < tried[0].error_before else Solution()  # nothing carries over
+        tried = [solved(value) for value in RIDGES]
+        errors = [_error(heldout, weight, one, bias) for one in tried]
+        best = min(errors)
+        good = [
+            one for one, error in zip(tried, errors, strict=True) if error <= best * (1 + RIDGE_TOLERANCE)
+        ]
+        before = heldout.layer_error(weight, weight)
+        solution = good[-1] if best < before else Solution()  # nothing carries over
     if quantised:
         mu = (solution.ridge or 0.0) * _mean_diagonal(moments.dense)
         # A refitted bias takes up the mean error; without one the scales have to see it.
@@ -133,15 +137,20 @@ def judged(moments: Moments, weight: Tensor, solution: Solution, bias: Tensor | 
 
     `bias` (N,) is the original one where the solution has another.
     """
-    before, new = weight, weight if solution.weight is None else solution.weight
-    if solution.weight_scale is not None:
-        before, new = quantize_weight(weight).dequantize(), dequantize(new, solution.weight_scale)
-    shift = None if solution.bias is None or bias is None else solution.bias - bias.to(solution.bias)
+    before = weight if solution.weight_scale is None else quantize_weight(weight).dequantize()
     return replace(
         solution,
         error_before=moments.layer_error(weight, before),
-        error=moments.layer_error(weight, new, solution.lowrank_a, solution.lowrank_b, shift),
+        error=_error(moments, weight, solution, bias),
     )
+
+
+def _error(moments: Moments, weight: Tensor, solution: Solution, bias: Tensor | None) -> float:
+    new = weight if solution.weight is None else solution.weight
+    if solution.weight_scale is not None:
+        new = dequantize(new, solution.weight_scale)
+    shift = None if solution.bias is None or bias is None else solution.bias - bias.to(solution.bias)
+    return moments.layer_error(weight, new, solution.lowrank_a, solution.lowrank_b, shift)
 
 
 def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, lam: float, mu: float) -> Solution:
@@ -200,10 +209,11 @@ def _mean_diagonal(matrix: Tensor) -> float:
 
 def _cholesky(matrix: Tensor, ridge: float) -> Tensor:
     """Cholesky factor of matrix + ridge, with just enough jitter where rounding made it indefinite."""
-    eye = torch.eye(matrix.shape[0], device=matrix.device, dtype=matrix.dtype)
     jitter = 0.0
     for _ in range(12):
-        factor, info = torch.linalg.cholesky_ex(matrix + (ridge + jitter) * eye)
+        raised = matrix.clone()  # at 15,360 inputs an identity matrix beside it would take 1.9 GB more
+        raised.diagonal().add_(ridge + jitter)
+        factor, info = torch.linalg.cholesky_ex(raised)
         if int(info) == 0 and bool(torch.isfinite(factor).all()):
             return factor
         jitter = jitter * 10 or 1e-12 * _mean_diagonal(matrix)

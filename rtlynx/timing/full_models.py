@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 Call = dict[str, Any]  # arguments of one forward
+TIMESTEP = 0.5  # of every call, whatever noise level it is timed at: time does not depend on it
 
 
 class Size(NamedTuple):
@@ -24,18 +27,41 @@ class Size(NamedTuple):
         return (self.side // 16) ** 2
 
 
+class Sampling(NamedTuple):
+    """How a model's pipeline usually samples.
+
+    steps : of a picture
+    scheduler : what scheduler/scheduler_config.json of the published weights gives, where it is not the
+        default of diffusers' FlowMatchEulerDiscreteScheduler
+    """
+
+    steps: int
+    scheduler: Mapping[str, Any]
+
+    def sigmas(self, size: Size) -> list[float]:
+        """Noise level of each step from 1 down, as the pipelines of diffusers 0.42 set their schedulers."""
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(**self.scheduler)
+        of = scheduler.config
+        slope = (of.max_shift - of.base_shift) / (of.max_image_seq_len - of.base_image_seq_len)
+        mu = of.base_shift + slope * (size.image_tokens - of.base_image_seq_len)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / self.steps, self.steps), mu=mu)
+        return scheduler.sigmas[:-1].tolist()
+
+
 class FullModel(NamedTuple):
     """One transformer.
 
     build : the module, its class's defaults but for what is given here
     calls : arguments of the forwards of one step: two where guidance takes two
     text_tokens : of a common prompt
+    sampling : which steps a picture usually takes
     """
 
     name: str
     build: Callable[[], Any]
     calls: Callable[[Size, Callable[..., Tensor]], list[Call]]
     text_tokens: int
+    sampling: Sampling
 
 
 def _flux(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
@@ -48,7 +74,7 @@ def _flux(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
             "hidden_states": tokens,
             "encoder_hidden_states": normal(batch, size.text_tokens, 4096),
             "pooled_projections": normal(batch, 768),
-            "timestep": tokens.new_full((batch,), 0.5),
+            "timestep": tokens.new_full((batch,), TIMESTEP),
             "guidance": tokens.new_full((batch,), 3.5, dtype=torch.float32),
             "img_ids": ids.view(-1, 3).to(tokens.device),
             "txt_ids": tokens.new_zeros(size.text_tokens, 3, dtype=torch.float32),
@@ -64,7 +90,7 @@ def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
         {
             "hidden_states": tokens,
             "encoder_hidden_states": normal(batch, length, 3584),
-            "timestep": tokens.new_full((batch,), 0.5),
+            "timestep": tokens.new_full((batch,), TIMESTEP),
             "img_shapes": [[(1, side, side)]] * batch,
         }
         for length in (size.text_tokens, max(1, size.text_tokens // 4))
@@ -77,18 +103,35 @@ def _z_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     return [
         {
             "x": latents,
-            "t": latents[0].new_full((size.batch,), 0.5),
+            "t": latents[0].new_full((size.batch,), TIMESTEP),
             "cap_feats": [normal(size.text_tokens, 2560) for _ in range(size.batch)],
         }
     ]
 
 
+# Number of steps: the default of FluxPipeline and of QwenImagePipeline, and what the model card of
+# Z-Image-Turbo calls ZImagePipeline with.
+FLUX_SAMPLING = Sampling(28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15})
+QWEN_IMAGE_SAMPLING = Sampling(
+    50,
+    {
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "max_image_seq_len": 8192,
+        "shift_terminal": 0.02,
+    },
+)
+Z_IMAGE_SAMPLING = Sampling(9, {"shift": 3.0})
+
 MODELS = {
     model.name: model
     for model in (
-        FullModel("flux1-dev", lambda: FluxTransformer2DModel(guidance_embeds=True), _flux, 512),
-        FullModel("qwen-image", lambda: QwenImageTransformer2DModel(), _qwen_image, 128),
-        FullModel("z-image", lambda: ZImageTransformer2DModel(), _z_image, 32),
+        FullModel(
+            "flux1-dev", lambda: FluxTransformer2DModel(guidance_embeds=True), _flux, 512, FLUX_SAMPLING
+        ),
+        FullModel("qwen-image", lambda: QwenImageTransformer2DModel(), _qwen_image, 128, QWEN_IMAGE_SAMPLING),
+        FullModel("z-image", lambda: ZImageTransformer2DModel(), _z_image, 32, Z_IMAGE_SAMPLING),
     )
 }
 

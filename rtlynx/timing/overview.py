@@ -45,9 +45,15 @@ def step_overview(document: Mapping[str, Any]) -> Table:
         cells = ("-" if row.get(name) is None else f"{row[name]:.1f}" for name in columns)
         speed_ups = (_times(step_speed_up(rows, row["name"], time=time)) for time in ("gpu_ms", "wall_ms"))
         table.add_row(row["name"], *cells, *speed_ups)
-        if row.get("reason"):
-            table.add_row(f"  {row['reason']}")
+        for line in (dense_steps(row), row.get("reason")):
+            if line:
+                table.add_row(f"  {line}")
     return table
+
+
+def dense_steps(row: Mapping[str, Any]) -> str | None:
+    """Of a row that is a mean over the steps of a picture: how many of them run dense."""
+    return f"{row['dense_steps']} of {row['steps']} steps dense" if "dense_steps" in row else None
 
 
 def _times(value: float | None) -> str:

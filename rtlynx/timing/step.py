@@ -2,12 +2,14 @@
 
 GPU time is that of a replayed CUDA graph, wall time that of calls without one; windows of all variants take
 turns in one process. Where variants do not fit the card together each is measured beside compiled bfloat16
-alone, which is measured before and after.
+alone, which is measured before and after. Of a model that runs some steps of a picture dense, both kinds of
+step are measured, and their mean over a picture.
 """
 
 import copy
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -16,9 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from rtlynx.models import make_plan
+from rtlynx.models.sparsify import state_of
+from rtlynx.nn.call import calling, schedule
 from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.recipe import Recipe
 from rtlynx.timing.card import Card
-from rtlynx.timing.full_models import MODELS, Call, Size, build, normals
+from rtlynx.timing.full_models import MODELS, TIMESTEP, Call, Size, build, normals
 from rtlynx.timing.results import REFERENCE
 from rtlynx.timing.step_split import split
 from rtlynx.timing.step_variants import DESIGNS, OURS, VARIANTS, Variant
@@ -55,34 +61,109 @@ class WallTimer:
 
 
 class Ready(NamedTuple):
-    """A variant that can be timed. `gpu` is None where no graph holds it."""
+    """A variant, or one kind of its steps, that can be timed. `gpu` is None where no graph holds it.
+
+    steps : how many of a picture are of this kind; None where all are alike.
+    """
 
     gpu: Timer | None
     wall: Timer
     shares: dict[str, float]
     peak_gib: float
+    steps: int | None = None
 
 
-def step_of(model: nn.Module, calls: list[Call]) -> Callable[[], list[Tensor]]:
+ROOM = 0.9  # share of the card's memory for weights: activations and CUDA graphs take the rest
+Step = Callable[[], list[Tensor]]
+# Kinds of step of a model that runs some dense, as rows of results are called.
+SPARSE_STEP, DENSE_STEP = ", sparse step", ", dense step"
+
+
+class Kind(NamedTuple):
+    """Steps of one kind.
+
+    users : one of them, as users call it.
+    captured : the same for a CUDA graph, which holds no hook that reads a timestep.
+    steps : how many of a picture; None where all are alike.
+    """
+
+    users: Step
+    captured: Step
+    steps: int | None
+
+
+def step_of(
+    call_model: Callable[..., Any],
+    calls: list[Call],
+    around: Callable[[], AbstractContextManager] = nullcontext,
+) -> Step:
+    """The calls of one step, in the context that `around` makes."""
+
     @torch.no_grad()
     def step() -> list[Tensor]:
         outputs = []
-        for call in calls:
-            torch.compiler.cudagraph_mark_step_begin()  # for dense blocks in mode "reduce-overhead"
-            (y,) = model(**call, return_dict=False)
-            outputs += y if isinstance(y, list) else [y]
+        with around():
+            for call in calls:
+                torch.compiler.cudagraph_mark_step_begin()  # for dense blocks in mode "reduce-overhead"
+                (y,) = call_model(**call, return_dict=False)
+                outputs += y if isinstance(y, list) else [y]
         return outputs
 
     return step
 
 
-def prepare(variant: Variant, model: nn.Module, calls: list[Call], missing: dict[str, str]) -> Ready:
-    """Make the variant, compile it, capture it; RuntimeError and the like where it does not run."""
+def kinds_of_steps(model: nn.Module, calls: list[Call], sigmas: Sequence[float]) -> dict[str, Kind]:
+    """The kinds of step that a picture of `model` has, by what they add to the name of a variant.
+
+    Parameters
+    ----------
+    model : dense, or sparse; which steps run dense is then a matter of their noise level alone.
+    calls : arguments of the forwards of one step.
+    sigmas : noise levels of all steps of a picture.
+
+    Raises
+    ------
+    ValueError
+        If the rows of text run dense besides: a captured step does not know which they are.
+    """
+    state = state_of(model)
+    if state is None or not state.plan.recipe.has_dense_steps:
+        step = step_of(model, calls)
+        return {"": Kind(step, step, None)}
+    recipe, kinds = state.plan.recipe, {}
+    if recipe.text_rows == "dense":
+        raise ValueError("dense steps cannot be measured with text_rows='dense': leave one of both out")
+    for name, dense in ((SPARSE_STEP, False), (DENSE_STEP, True)):
+        levels = [
+            sigma for i, sigma in enumerate(sigmas) if recipe.is_dense_step(i, len(sigmas), sigma) is dense
+        ]
+        if levels:
+            users = step_of(model, calls, partial(schedule, [TIMESTEP], levels[:1]))
+            # Without the model's own hook, which finds the step out from a timestep on the card.
+            captured = step_of(model.forward, calls, partial(calling, dense=dense))
+            kinds[name] = Kind(users, captured, len(levels))
+    return kinds
+
+
+def prepare(variant: Variant, of: "Bench", missing: dict[str, str]) -> dict[str, Ready]:
+    """Make the variant, compile and capture each kind of its steps; row of results -> what is timed.
+
+    RuntimeError and the like where it does not run.
+    """
+    model = of.model
     twin: Any = copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
     variant.change(twin)
     if variant.compiled:
         twin.compile_repeated_blocks(fullgraph=True, mode=variant.mode)
-    step = step_of(twin, calls)
+    kinds = kinds_of_steps(twin, of.calls, of.sigmas)
+    return {
+        variant.name + suffix: _ready(variant, variant.name + suffix, kind, twin, missing)
+        for suffix, kind in kinds.items()
+    }
+
+
+def _ready(variant: Variant, name: str, kind: Kind, twin: nn.Module, missing: dict[str, str]) -> Ready:
+    step = kind.users
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -92,8 +173,8 @@ def prepare(variant: Variant, model: nn.Module, calls: list[Call], missing: dict
     peak = torch.cuda.max_memory_allocated() - before + held_bytes(twin)
     gpu = None
     if variant.mode == "default":
-        gpu = attempt(missing, f"{variant.name}, graph", partial(Graphs().timer, [step], replay_ms=1.0))
-    return Ready(gpu, WallTimer(step), split(step), peak / 2**30)
+        gpu = attempt(missing, f"{name}, graph", partial(Graphs().timer, [kind.captured], replay_ms=1.0))
+    return Ready(gpu, WallTimer(step), split(step), peak / 2**30, kind.steps)
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -134,11 +215,38 @@ def variant_row(name: str, ready: Ready, taken: dict[str, Measurement], missing:
     }
 
 
+def picture_row(name: str, rows: Sequence[Mapping], counts: Mapping[str, int]) -> dict:
+    """Mean of the rows of all kinds of step over the steps of a picture; memory is the largest.
+
+    Parameters
+    ----------
+    rows : of the kinds of step.
+    counts : name of each row -> how many such steps a picture has.
+    """
+    total = sum(counts.values())
+
+    def mean(key: str) -> float | None:
+        values = [(row.get(key), counts[row["name"]]) for row in rows]
+        known = [value * count for value, count in values if value is not None]
+        return round(sum(known) / total, 3) if len(known) == len(values) else None
+
+    times = ("gpu_ms", "wall_ms", "linear_ms", "attention_ms", "rest_ms")
+    return {
+        "name": name,
+        **{key: mean(key) for key in times},
+        "peak_gib": max(row["peak_gib"] for row in rows),
+        "steps": total,
+        "dense_steps": counts.get(name + DENSE_STEP, 0),
+        "reason": "; ".join(row["reason"] for row in rows if row["reason"]) or None,
+    }
+
+
 class Bench(NamedTuple):
     """What variants are made of, and how they are measured."""
 
     model: nn.Module
     calls: list[Call]
+    sigmas: list[float]
     sample: Sample
     seconds: float
     rounds: int
@@ -146,13 +254,13 @@ class Bench(NamedTuple):
 
 
 def measure_together(variants: Sequence[Variant], of: Bench) -> list[dict]:
-    """A row a variant, windows of all interleaved."""
-    ready: dict[str, Ready] = {}
+    """A row a variant, or one a kind of its steps and their mean; windows of all interleaved."""
+    ready: dict[str, dict[str, Ready]] = {}
     missing: dict[str, str] = {}
     # cudagraph trees, of reduce-overhead, free cuBLAS's workspaces, which graphs captured before would read.
     for variant in sorted(variants, key=lambda one: one.mode == "default"):
         started = perf_counter()
-        made = attempt(missing, variant.name, partial(prepare, variant, of.model, of.calls, missing))
+        made = attempt(missing, variant.name, partial(prepare, variant, of, missing))
         if made is not None:
             ready[variant.name] = made
         why = f": {missing[variant.name]}" if variant.name in missing else ""
@@ -162,17 +270,24 @@ def measure_together(variants: Sequence[Variant], of: Bench) -> list[dict]:
         gc.collect()
         torch.cuda.empty_cache()
     timers: dict[str, Timer] = {}
-    for name, one in ready.items():
-        if one.gpu is not None:
-            timers[f"{name}/gpu"] = one.gpu
-        timers[f"{name}/wall"] = one.wall
+    for kinds in ready.values():
+        for name, one in kinds.items():
+            if one.gpu is not None:
+                timers[f"{name}/gpu"] = one.gpu
+            timers[f"{name}/wall"] = one.wall
     taken = measure(timers, of.seconds, of.rounds, of.sample, missing)
-    return [
-        variant_row(one.name, ready[one.name], taken, missing)
-        if one.name in ready
-        else {"name": one.name, "gpu_ms": None, "wall_ms": None, "reason": missing[one.name]}
-        for one in variants
-    ]
+    return [row for one in variants for row in _rows(one.name, ready.get(one.name), taken, missing)]
+
+
+def _rows(
+    name: str, kinds: dict[str, Ready] | None, taken: dict[str, Measurement], missing: dict[str, str]
+) -> list[dict]:
+    """Of one variant; `kinds` is None where it does not run."""
+    if kinds is None:
+        return [{"name": name, "gpu_ms": None, "wall_ms": None, "reason": missing[name]}]
+    rows = [variant_row(one, ready, taken, missing) for one, ready in kinds.items()]
+    counts = {one: ready.steps for one, ready in kinds.items() if ready.steps is not None}
+    return [*rows, picture_row(name, rows, counts)] if counts else rows
 
 
 def run(
@@ -206,9 +321,9 @@ def run(
     model: Any = build(of)
     model.set_attention_backend(attention)
     calls = of.calls(size, normals(7))
-    together = fits_together(model)
+    together = fits_together(model, taken)
     rows = (measure_together if together else measure_pairwise)(
-        taken, Bench(model, calls, card.sample, seconds, rounds, report)
+        taken, Bench(model, calls, of.sampling.sigmas(size), card.sample, seconds, rounds, report)
     )
     return {
         **card.describe(commit),
@@ -226,10 +341,13 @@ def run(
     }
 
 
-def fits_together(model: nn.Module) -> bool:
-    """Whether the card holds the weights in bfloat16 once and in eight bits twice, and room to work."""
+def fits_together(model: nn.Module, variants: Iterable[Variant]) -> bool:
+    """Whether the card holds the weights in bfloat16 once, all copies in eight bits, and room to work."""
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    return 2.3 * weights < torch.cuda.get_device_properties().total_memory
+    layers = make_plan(model, Recipe.dense_fp8()).sparse
+    copy_bytes = sum(layer.in_features * layer.out_features for layer in layers)
+    held = weights + copy_bytes * sum(variant.fp8_weights for variant in variants)
+    return held < ROOM * torch.cuda.get_device_properties().total_memory
 
 
 def measure_pairwise(variants: Sequence[Variant], of: Bench) -> list[dict]:
@@ -240,12 +358,9 @@ def measure_pairwise(variants: Sequence[Variant], of: Bench) -> list[dict]:
         if variant is reference:
             continue
         pair = measure_together((reference, variant), of)
-        by_name = {row["name"]: row for row in pair}
-        beside = by_name[REFERENCE]
+        beside, *own = pair  # in the order of the two
         seen.append(beside)
-        rows.append(
-            by_name[variant.name] | {"beside": {key: beside.get(key) for key in ("gpu_ms", "wall_ms")}}
-        )
+        rows += [row | {"beside": {key: beside.get(key) for key in ("gpu_ms", "wall_ms")}} for row in own]
         gc.collect()
         torch.cuda.empty_cache()
     return [seen[0] | {"drift": drift(seen)}, *rows]

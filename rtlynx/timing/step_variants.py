@@ -30,14 +30,17 @@ DENSE_IN_FP8 = {
 class Variant(NamedTuple):
     """`change` makes a copy of the model, which shares its parameters, into what is measured.
 
-    `mode` is torch.compile's. With "reduce-overhead" each block is a CUDA graph of its own, which a graph of
-    the whole step cannot hold: no GPU time.
+    Where steps at some noise levels then run dense, both kinds of step are measured. `mode` is
+    torch.compile's. With "reduce-overhead" each block is a CUDA graph of its own, which a graph of the whole
+    step cannot hold: no GPU time. `fp8_weights` says how many copies of all layers' weights in eight bits the
+    variant holds.
     """
 
     name: str
     change: Callable[[nn.Module], object]
     compiled: bool = True
     mode: Literal["default", "reduce-overhead"] = "default"
+    fp8_weights: int = 0
 
 
 def torchao_fp8(model: nn.Module) -> None:
@@ -72,18 +75,18 @@ def every_layer(
     *,
     rank: int | None = RANK,
     text: FormatName | None = None,
-    text_rows: Literal["sparse", "dense"] = "sparse",
+    **settings: Any,
 ) -> Callable[[nn.Module], None]:
     """`Recipe()` itself: refitted weights, a low-rank branch in every layer; factors are random too.
 
-    `text` is what layers of the text stream are, where that is not what the recipe makes of them; `text_rows`
-    are those of layers that image and text share.
+    `text` is what layers of the text stream are, where that is not what the recipe makes of them; `settings`
+    are further fields of the recipe.
     """
 
     def change(model: nn.Module) -> None:
         candidates = architecture_of(model).candidates(model)
         formats = {one.name: text for one in candidates if text and one.stream == "text"}
-        recipe = Recipe(rank=rank, refit=True, precision=precision, formats=formats, text_rows=text_rows)
+        recipe = Recipe(rank=rank, refit=True, precision=precision, formats=formats, **settings)
         plan = make_plan(model, recipe)
         normal, lowrank_as = normals(3), {}
 
@@ -149,19 +152,34 @@ def dense_fp8(model: nn.Module) -> None:
 
 
 DENSE_FP8, RECOMMENDED, EVERY_LAYER = "rtlynx dense fp8", "rtlynx fp8-2:4", "rtlynx fp8-2:4 (every layer)"
+# The noise level from which on steps run in dense fp8, in the variant that has a schedule.
+DENSE_BELOW = 0.4
+SCHEDULED = f"rtlynx fp8-2:4 (every layer, dense fp8 below {DENSE_BELOW:g})"
 TORCHAO = "fp8 compiled (torchao)"
 
 VARIANTS = (
     Variant("bf16 eager", lambda model: None, compiled=False),
     Variant(REFERENCE, lambda model: None),
-    Variant(TORCHAO, torchao_fp8),  # the slowest to compile
-    Variant(DENSE_FP8, dense_fp8),
-    Variant(RECOMMENDED, recommended("fp8")),
-    Variant(EVERY_LAYER, every_layer("fp8", rank=None)),
+    Variant(TORCHAO, torchao_fp8, fp8_weights=1),  # the slowest to compile
+    Variant(DENSE_FP8, dense_fp8, fp8_weights=1),
+    Variant(RECOMMENDED, recommended("fp8"), fp8_weights=1),
+    Variant(EVERY_LAYER, every_layer("fp8", rank=None), fp8_weights=1),
+    # Rotated values make all groups adjacent; random weights need no rotation for that.
+    Variant(
+        SCHEDULED,
+        every_layer(
+            "fp8",
+            rank=None,
+            grouping="adjacent",
+            dense_sigmas=((0.0, DENSE_BELOW),),
+            dense_precision="fp8",
+        ),
+        fp8_weights=2,
+    ),
     # What a user sets where the host cannot keep up.
     Variant(f"{REFERENCE}{BLOCK_GRAPHS}", lambda model: None, mode="reduce-overhead"),
-    Variant(f"{DENSE_FP8}{BLOCK_GRAPHS}", dense_fp8, mode="reduce-overhead"),
-    Variant(f"{RECOMMENDED}{BLOCK_GRAPHS}", recommended("fp8"), mode="reduce-overhead"),
+    Variant(f"{DENSE_FP8}{BLOCK_GRAPHS}", dense_fp8, mode="reduce-overhead", fp8_weights=1),
+    Variant(f"{RECOMMENDED}{BLOCK_GRAPHS}", recommended("fp8"), mode="reduce-overhead", fp8_weights=1),
 )
 # Other designs, measured where they are named.
 DESIGNS = (
@@ -169,8 +187,10 @@ DESIGNS = (
     Variant(f"rtlynx bf16-2:4{BLOCK_GRAPHS}", recommended("bf16"), mode="reduce-overhead"),
     Variant("rtlynx bf16-2:4 (every layer)", every_layer("bf16", rank=None)),
     Variant(f"rtlynx bf16-2:4 (every layer, rank {RANK})", every_layer("bf16")),
-    Variant(f"rtlynx fp8-2:4 (every layer, rank {RANK})", every_layer("fp8")),
-    Variant("rtlynx fp8-2:4 (every layer, text bf16)", every_layer("fp8", rank=None, text="dense")),
+    Variant(f"rtlynx fp8-2:4 (every layer, rank {RANK})", every_layer("fp8"), fp8_weights=1),
+    Variant(
+        "rtlynx fp8-2:4 (every layer, text bf16)", every_layer("fp8", rank=None, text="dense"), fp8_weights=1
+    ),
     Variant(
         "rtlynx bf16-2:4 (every layer, text rows dense)", every_layer("bf16", rank=None, text_rows="dense")
     ),
