@@ -76,20 +76,35 @@ def step_of(model: nn.Module, calls: list[Call]) -> Callable[[], list[Tensor]]:
     return step
 
 
-def prepare(variant: Variant, model: nn.Module, calls: list[Call], missing: dict[str, str]) -> Ready:
-    """Make the variant, compile it, capture it; RuntimeError and the like where it does not run."""
-    twin: Any = copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
-    variant.change(twin)
+def twin_of(model: nn.Module) -> Any:
+    """A copy of `model` that shares its parameters and buffers."""
+    return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
+
+
+def compile_blocks(model: Any, variant: Variant) -> None:
+    """Compile the blocks of `model` as the variant says."""
     if variant.compiled:
-        twin.compile_repeated_blocks(fullgraph=True, mode=variant.mode)
-    step = step_of(twin, calls)
-    step()
+        model.compile_repeated_blocks(fullgraph=True, mode=variant.mode)
+
+
+def peak_bytes(step: Callable[[], object], model: nn.Module) -> int:
+    """What one `step` of `model`, which has run before, takes on the card, the model's own included."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before + held_bytes(twin)
+    return torch.cuda.max_memory_allocated() - before + held_bytes(model)
+
+
+def prepare(variant: Variant, model: nn.Module, calls: list[Call], missing: dict[str, str]) -> Ready:
+    """Make the variant, compile it, capture it; RuntimeError and the like where it does not run."""
+    twin = twin_of(model)
+    variant.change(twin)
+    compile_blocks(twin, variant)
+    step = step_of(twin, calls)
+    step()
+    peak = peak_bytes(step, twin)
     gpu = None
     if variant.mode == "default":
         gpu = attempt(missing, f"{variant.name}, graph", partial(Graphs().timer, [step], replay_ms=1.0))
