@@ -61,6 +61,7 @@ def message(action):
 
 
 def _work(rank, folder, cases, device):
+    gc.freeze()  # what was imported before the fork is not searched in each collection
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -123,7 +124,7 @@ def torchrun(folder, script, arguments, before=lambda: None):
 
 
 def _run_script(rank, folder, script, arguments, before, port):
-    gc.freeze()  # what was imported before the fork is not searched in each collection
+    gc.freeze()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
