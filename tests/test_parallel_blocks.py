@@ -5,12 +5,14 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed._functional_collectives as funcol
 from diffusers import ContextParallelConfig
 from fusion_helpers import count_calls, serve, unfused
 from helpers import MODELS, in_dtype, output, relative_error
-from parallel_helpers import PROCESSES, run_together, tensor_parallel, ulysses
+from parallel_helpers import PROCESSES, ring, run_together, tensor_parallel, ulysses
 
 from rtlynx import Recipe, densify, sparsify
+from rtlynx.timing.communication import ARRANGEMENTS, Traffic
 
 RECIPES = {
     "norm": Recipe.immediate(tp_degree=2),
@@ -82,6 +84,29 @@ def undone(folder):
         return {"before": before, "after": output(densify(model), call)}
 
 
+def sent(spread, folder):
+    """Bytes that this process sends in the collectives of one call, counted where they are called."""
+    total = 0
+
+    def counted(original, share):
+        def call(x, *args, **kwargs):
+            nonlocal total
+            total += x.numel() * x.element_size() * share
+            return original(x, *args, **kwargs)
+
+        return call
+
+    model = spread(MODELS["flux"][0]().bfloat16())
+    call = in_dtype(MODELS["flux"][1](), torch.bfloat16)
+    kept = (PROCESSES - 1) / PROCESSES
+    shares = {"all_to_all_single": kept, "all_gather_tensor": PROCESSES - 1, "all_reduce": 2 * kept}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, share in shares.items():
+            patch.setattr(funcol, name, counted(getattr(funcol, name), share))
+        output(model, call)
+    return {"bytes": torch.tensor(total)}
+
+
 def compiled(name, recipe, spread, first, folder):
     with pytest.MonkeyPatch.context() as patch:
         serve(patch)
@@ -98,9 +123,11 @@ COMPILED = {
     "tensor": ("qwen", "norm", tensor_parallel, True),
     "ulysses": ("qwen", "fp8", even, False),
 }
+SENT = {"Ulysses": even, "ring": ring, "tensor parallel": tensor_parallel}
 CASES = {
     **{f"tensor-{m}-{r}": partial(fused, m, r, tensor_parallel, True) for m, r in TENSOR},
     "ulysses-qwen-no-norm": partial(fused, "qwen", "no-norm", ulysses, False),
+    **{f"sent-{name}": partial(sent, spread) for name, spread in SENT.items()},
     "hooked": hooked,
     "undone": undone,
     **{f"compiled-{name}": partial(compiled, *of) for name, of in COMPILED.items()},
@@ -165,3 +192,12 @@ def test_blocks_compile_as_one_graph_each(results, name):
         assert torch.equal(theirs["y"], theirs["expected"])
         assert torch.equal(theirs["again"], theirs["expected"])
         assert theirs["graphs"] == 1
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_the_plan_on_paper_counts_what_is_sent(results, name):
+    """A block of each kind: two attentions, three sums."""
+    velocity = 0 if name == "tensor parallel" else 64 * 16 * 2 / PROCESSES
+    for theirs in results.tensors(f"sent-{name}"):
+        expected = ARRANGEMENTS[name](Traffic(128, attentions=2, sums=3), 72, PROCESSES) + velocity
+        assert theirs["bytes"].item() == expected
