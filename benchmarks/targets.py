@@ -5,12 +5,21 @@ The counters that say why one is missed, and the next ideas, are in NOTES.md, in
 
 from collections.abc import Iterable, Mapping
 
-from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, ratio, step_speed_up
+from rtlynx.timing.results import (
+    BLOCK_GRAPHS,
+    ONE_CARD,
+    REFERENCE,
+    over_reference,
+    ratio,
+    speed_up,
+    step_speed_up,
+)
 from rtlynx.timing.shapes import Shape
 from rtlynx.timing.step_variants import DENSE_FP8, EVERY_LAYER, RECOMMENDED, SCHEDULED, TORCHAO
 
 PRODUCT, LAYER, COMPRESSION = "What bounds the GEMM", "Where it stands", "Compression, version by version"
 PRODUCERS, HOST, FP8, STEP = "Producers, version by version", "Host time", "fp8", "A whole step"
+CARDS = "Several cards"
 
 
 def _target(
@@ -141,4 +150,27 @@ def step_targets(document: Mapping) -> list[dict]:
             targets.append(
                 _target(f"{model}, {name}{how}, wall time over GPU time", most, over, "x", STEP, at_most=True)
             )
+    return targets
+
+
+# Side of a FLUX.1 picture -> speed of Ulysses on two cards over one, at least.
+_ULYSSES = {1024: 1.75, 2048: 1.85}
+
+
+def parallel_targets(document: Mapping) -> list[dict]:
+    """Of parallel-*.json."""
+    rows, side = document["rows"], document["resolution"]
+    about = f"{document['model']}, {side}²"
+    targets = []
+    for row in rows:
+        if row["name"] != RECOMMENDED or row["arrangement"] == ONE_CARD or row["wall_ms"] is None:
+            continue
+        what = f"{about}, {RECOMMENDED}, {row['arrangement']} {document['cards']}"
+        if row["arrangement"] == "ulysses" and document["cards"] == 2:
+            wanted = _ULYSSES.get(side, min(_ULYSSES.values()))
+            targets.append(_target(f"{what}, speed over one card", wanted, speed_up(row), "x", CARDS))
+        kept = over_reference(rows, RECOMMENDED, row["arrangement"], REFERENCE)
+        targets.append(
+            _target(f"{what}, speed over {REFERENCE} beside that on one card", 1.0, kept, "x", CARDS)
+        )
     return targets

@@ -14,6 +14,7 @@ NEXT = {
     "Producers, version by version": "two halves of the grid out of step",
     "fp8": "stores by TMA from a double buffer; CTAs that stay",
     "A whole step": "one format for all readers of an input; fp8 weights for modulation",
+    "Several cards": "queries, keys and values in e4m3 through the all-to-all; a tile for fewer rows",
     "Host time": "one launch for both kernels; one guard a layer",
 }
 

@@ -17,6 +17,7 @@ import cli_reference
 import diagrams
 import goals
 import overview
+import parallel_tables
 import speed_plots
 import study_tables
 import tables
@@ -41,6 +42,7 @@ TEXTS = {
     ),
     Path("docs/results/speed.md"): ("overview", "steps", "layers", "sizes", "calibration", "parts"),
     Path("docs/results/goals.md"): ("goals-step", "goals-layer", "goals-compression", "goals-host"),
+    Path("docs/guides/parallel.md"): ("plan", "parallel"),
     Path("docs/reference/cli.md"): ("cli",),
 }
 
@@ -187,6 +189,17 @@ def calibration(root: Path, place: Place) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def parallel(root: Path, place: Place) -> str:
+    """A step on several cards, where it was measured."""
+    parts = []
+    for source in _found(root, "parallel-*.json"):
+        results = read(root / source)
+        title = f"{tables.in_words(results['model'])}, {results['resolution']}², {results['cards']} cards"
+        section = parallel_tables.measured_section(results, source, place)
+        parts.append(folded(f"{title}, {results['device']}", section))
+    return "\n\n".join(parts)
+
+
 def kernel_parts(root: Path, place: Place) -> str:
     """Compression, prologues and host time."""
     compression = "Compression and the prologues fused with it"
@@ -214,7 +227,10 @@ def goals_of(group: str) -> Callable[[Path, Place], str]:
 
 def documents(root: Path) -> list[dict]:
     """All results files that have targets, steps first; of several of one step the one that is shown."""
-    patterns = ("linear-fp8-*.json", "linear-bf16-*.json", "compress-*.json", "host-*.json")
+    patterns = (
+        *("parallel-*.json", "linear-fp8-*.json", "linear-bf16-*.json"),
+        *("compress-*.json", "host-*.json"),
+    )
     sources = [*overview.current_steps(root).values()]
     sources += [source for pattern in patterns for source in _found(root, pattern)]
     return [read(root / source) for source in sources]
@@ -235,6 +251,8 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "sizes": sizes,
     "calibration": calibration,
     "parts": kernel_parts,
+    "plan": parallel_tables.plan_section,
+    "parallel": parallel,
     "goals-step": goals_of(goals.STEP),
     "goals-layer": goals_of(goals.LAYER),
     "goals-compression": goals_of(goals.COMPRESSION),

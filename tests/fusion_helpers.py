@@ -1,11 +1,49 @@
 """What the tests of fused blocks share, here and on a card."""
 
 import copy
+from collections import Counter
 
 import torch
 
+import rtlynx.nn.prologue
+import rtlynx.nn.sparse_linear
 from rtlynx.models import sparse_layers
 from rtlynx.models.fusion import unfuse_blocks
+from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.prologues import COMPRESS, QUANTIZE
+
+
+def serve(monkeypatch):
+    """All bfloat16 calls without gradients are served, on this CPU too, by the kernels' reference."""
+
+    def serves(x, *_):
+        return x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_support", serves)
+    monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_supports", lambda k, x, *_: serves(x))
+    monkeypatch.setattr(rtlynx.nn.prologue, "scaled_mm_supports", serves)
+
+
+def count_calls(monkeypatch):
+    """Counts prologues and products, by name, from now on."""
+    count = Counter()
+
+    def watch(module, name):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+
+    def counted(name, original):
+        def call(*args):
+            count[name] += 1
+            return original(*args)
+
+        return call
+
+    for kind, table in (("compress", COMPRESS), ("quantize", QUANTIZE)):
+        for name, original in table.items():
+            monkeypatch.setitem(table, name, counted(f"{name}_{kind}", original))
+    for name in ("compress", "gemm", "gemm_joint", "linear"):
+        watch(ops, name)
+    return count
 
 
 def unfused(model):

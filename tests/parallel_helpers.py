@@ -1,5 +1,10 @@
-"""Two processes that run cases together, and what diffusers needs to be parallel without GPUs."""
+"""Two processes that run cases or a script together, and what diffusers needs to be parallel without GPUs."""
 
+import gc
+import os
+import runpy
+import socket
+import sys
 import time
 import traceback
 from datetime import timedelta
@@ -56,6 +61,7 @@ def message(action):
 
 
 def _work(rank, folder, cases, device):
+    gc.freeze()  # what was imported before the fork is not searched in each collection
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -104,9 +110,42 @@ class Results:
 def run_together(folder, cases, device="cpu"):
     """Run every case (name -> function of the folder) in two processes: over gloo, on "cuda" over NCCL."""
     # Forked, they need not import everything again; CUDA does not survive that.
-    start = torch.multiprocessing.start_processes
-    method = "spawn" if device == "cuda" else "fork"
-    context = start(_work, (folder, cases, device), PROCESSES, join=False, start_method=method)
+    _start(_work, (folder, cases, device), "spawn" if device == "cuda" else "fork")
+    return Results(folder)
+
+
+def torchrun(folder, script, arguments, before=lambda: None):
+    """What each of two processes says that run `script` as torchrun starts it, after `before()`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _start(_run_script, (folder, script, [str(one) for one in arguments], before, port), "fork")
+    return [(folder / f"said-{rank}.txt").read_text() for rank in range(PROCESSES)]
+
+
+def _run_script(rank, folder, script, arguments, before, port):
+    gc.freeze()
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    allow_cpu()
+    before()
+    sys.argv = [str(script), *arguments]
+    with (folder / f"said-{rank}.txt").open("w") as said:
+        sys.stdout = sys.stderr = said
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit:
+            pass
+        except Exception:
+            traceback.print_exc()
+
+
+def _start(work, arguments, method):
+    """Call `work(rank, *arguments)` in two processes, which are ended where they take too long."""
+    context = torch.multiprocessing.start_processes(
+        work, arguments, PROCESSES, join=False, start_method=method
+    )
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=1) and time.monotonic() < deadline:
@@ -115,4 +154,3 @@ def run_together(folder, cases, device="cpu"):
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    return Results(folder)

@@ -5,7 +5,6 @@ import gc
 import importlib
 import pickle
 import weakref
-from collections import Counter
 from functools import wraps
 
 import pytest
@@ -14,18 +13,14 @@ import torch._dynamo.testing
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
-from fusion_helpers import give_factors, unfused
+from fusion_helpers import count_calls, give_factors, serve, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error, tiny_flux
 from torch import nn
 
-import rtlynx.nn.prologue
-import rtlynx.nn.sparse_linear
 from rtlynx import Recipe, densify, schedule, sparsify
 from rtlynx.models import recompile_limit
 from rtlynx.models.fusion import rotate
 from rtlynx.nn.prologue import adaln, read
-from rtlynx.ops import sparse_linear as ops
-from rtlynx.ops.prologues import COMPRESS, QUANTIZE
 
 RECIPES = {
     "bf16": Recipe.immediate(),
@@ -44,37 +39,12 @@ def model_and_call(name):
 
 @pytest.fixture
 def _served(monkeypatch):
-    """All bfloat16 calls without gradients are served, on this CPU too."""
-
-    def serves(x, *_):
-        return x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-
-    monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_support", serves)
-    monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_supports", lambda k, x, *_: serves(x))
-    monkeypatch.setattr(rtlynx.nn.prologue, "scaled_mm_supports", serves)
+    serve(monkeypatch)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts prologues and products."""
-    count = Counter()
-
-    def watch(module, name):
-        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-
-    def counted(name, original):
-        def call(*args):
-            count[name] += 1
-            return original(*args)
-
-        return call
-
-    for kind, table in (("compress", COMPRESS), ("quantize", QUANTIZE)):
-        for name, original in table.items():
-            monkeypatch.setitem(table, name, counted(f"{name}_{kind}", original))
-    for name in ("compress", "gemm", "gemm_joint", "linear"):
-        watch(ops, name)
-    return count
+    return count_calls(monkeypatch)
 
 
 @torch.no_grad()

@@ -59,6 +59,40 @@ def test_diagrams_are_up_to_date(name):
     assert (ROOT / diagrams.FOLDER / name).read_text() == diagrams.DIAGRAMS[name]()
 
 
+def test_steps_on_several_cards_appear_with_their_results(tmp_path):
+    place = tables.Place(Path("docs/guides/parallel.md"))
+    assert update.PARTS["parallel"](tmp_path, place) == update.PARTS["plan"](tmp_path, place) == ""
+    times = {"gpu_time": "graph", "wall_ms": 100.0, "reason": None}
+    beside = {"gpu_ms": 90.0, "gpu_time": "graph", "wall_ms": 130.0}
+    rows = [
+        {"name": "rtlynx fp8-2:4", "arrangement": "one card", "gpu_ms": 90.5, **times},
+        {"name": "rtlynx fp8-2:4", "arrangement": "ulysses", "gpu_ms": 50.0, **times, "beside": beside}
+        | {"kernels_ms": {"communication": 4.25}, "peak_gib": [17.5, 17.25]},
+        {"name": "rtlynx fp8-2:4", "arrangement": "ring", "gpu_ms": None, **dict.fromkeys(times)}
+        | {"reason": "no log-sum-exp"},
+    ]
+    folder = tmp_path / update.RESULTS
+    folder.mkdir(parents=True)
+    (folder / "parallel-2-x-h200.json").write_text(json.dumps(STEP | {"cards": 2, "rows": rows}))
+    lines = [line.strip() for line in update.PARTS["parallel"](tmp_path, place).splitlines()]
+    assert '??? note "a model, 1024², 2 cards, a card"' in lines
+    ulysses = "| sparse fp8 | ulysses | 50.0 | 90.0 | **1.80x** | 100.0 | 1.30x | 4.2 | 17.5 + 17.2 |"
+    assert ulysses in lines
+    assert "- sparse fp8, ring: not measured: no log-sum-exp" in lines
+
+
+def test_the_plan_divides_a_measured_step(tmp_path):
+    place = tables.Place(Path("docs/guides/parallel.md"))
+    folder = tmp_path / update.RESULTS
+    folder.mkdir(parents=True)
+    variants = [{"name": name, "gpu_ms": 80.0} for name in ("rtlynx dense fp8", "rtlynx fp8-2:4")]
+    step = STEP | {"model": "flux1-dev", "variants": variants}
+    (folder / "step-flux1-dev-h200.json").write_text(json.dumps(step))
+    lines = update.PARTS["plan"](tmp_path, place).splitlines()
+    # 57 blocks, of 4,608 tokens of 3,072 numbers a quarter of four tensors of two bytes: 1.61 GB, 3.6 ms.
+    assert lines[2].startswith("| FLUX.1-dev, 1024², 80 | Ulysses | 1.61 / 0.71 | 3.6 / 1.6 | 1.84x | ")
+
+
 def test_steps_and_sizes_appear_with_their_results(tmp_path):
     place = tables.Place(Path("docs/results/speed.md"))
     variants = [

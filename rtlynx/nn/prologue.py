@@ -18,6 +18,7 @@ from rtlynx.math.formats import FP8_DENSE
 from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.nn.tensor_parallel import TensorParallelLinear
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports
 from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters
@@ -65,8 +66,7 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
     """The layers, if they all compress or quantise their input and are called for their output alone."""
     found = []
     for layer in layers:
-        # Adapters wrap a layer; hooks want the input that it would get.
-        if type(layer) is not SparseLinear or not untouched(layer):
+        if not isinstance(layer, SparseLinear) or not _reads_prepared(layer):
             return None
         if layer.dense_reason is not None or layer.backend is not None:
             return None
@@ -77,6 +77,13 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
             return None
         found.append(layer)
     return tuple(found)
+
+
+def _reads_prepared(layer: SparseLinear) -> bool:
+    """Whether no other than the layer looks at its input: adapters wrap layers, hooks want tensors."""
+    if type(layer) is TensorParallelLinear:
+        return layer.reads_prepared
+    return type(layer) is SparseLinear and untouched(layer)
 
 
 def _compression_supported(prologue: PrologueCall, found: tuple[SparseLinear, ...]) -> bool:

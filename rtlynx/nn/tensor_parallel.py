@@ -4,7 +4,8 @@ Context parallel (Ulysses, ring) cuts tokens, and these layers work token by tok
 text rows changes (`local_text_rows`). Tensor parallel cuts weights: the model is sharded first, then made
 sparse, each layer whole for a moment (its digest, its calibrated weight, its quantisation), after which every
 process keeps its shard. PyTorch's hooks of the dense layer stay: they turn its input into a `DTensor` and
-gather or sum its output.
+gather or sum its output. Layers that read a prologue share its compressed form, as in one process, but for
+row-parallel ones with norm compensation.
 
 - Column-parallel (to_q, to_k, to_v, MLP up): all K inputs, N/t outputs. A of the low-rank branch is whole, B
   cut like the weight. Everything else is as in one process.
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from rtlynx.math.selection import Pattern, select
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.original import original_bias_of
+from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
@@ -53,11 +55,13 @@ class Shard:
 
     dim : 0 where outputs are cut (column-parallel), 1 where inputs are (row-parallel).
     blocks : widths along `dim`, each of which is cut by itself (FLUX proj_out: attention | MLP).
+    plain : whether the layer is called with plain tensors, whole or this process's part, as by diffusers.
     """
 
     dim: Literal[0, 1]
     blocks: tuple[int, ...]
     mesh: DeviceMesh
+    plain: bool = False
 
     @property
     def degree(self) -> int:
@@ -172,7 +176,7 @@ def _shard(name: str, weight: Any, spec: Any) -> Shard:
             f"{name}: a weight placed as {weight.placements} over {degree} processes is not one that tensor "
             "parallelism of columns or rows alone leaves behind"
         )
-    return Shard(dim, widths, weight.device_mesh)
+    return Shard(dim, widths, weight.device_mesh, plain=spec is not None)
 
 
 class TensorParallelLinear(SparseLinear):
@@ -246,12 +250,29 @@ class TensorParallelLinear(SparseLinear):
 
     def forward(self, input: Any) -> Tensor:
         """X -> Y, `DTensor`s: (..., K) whole -> (..., N) cut, or (..., K) cut -> (..., N) to be summed."""
+        return self._distributed(super().forward(_local(input)))
+
+    def _distributed(self, y: Tensor) -> Tensor:
+        """This process's y (..., N) as the part that it is."""
         from torch.distributed.tensor import DTensor, Partial
         from torch.distributed.tensor import Shard as Placement
 
-        y = super().forward(_local(input))
         placement = Placement(y.ndim - 1) if self.shard.dim == 0 else Partial()
         return DTensor.from_local(y, self.shard.mesh, (placement,), run_check=False)
+
+    @property
+    def reads_prepared(self) -> bool:
+        """Whether it can be called with a `PreparedInput`: nothing but PyTorch's two hooks is around it."""
+        hooks = len(self._forward_pre_hooks), len(self._forward_hooks)
+        plain = self.shard.plain and hooks == (1, 1) and "forward" not in self.__dict__
+        return plain and not self._compensated  # (which asks other processes for their part of the input)
+
+    def __call__(self, input: Any) -> Any:
+        """As of any module; a `PreparedInput` passes by the hook that makes a tensor a `DTensor`."""
+        if not isinstance(input, PreparedInput):
+            return super().__call__(input)
+        (gather_or_sum,) = self._forward_hooks.values()
+        return gather_or_sum(self, (input,), self._distributed(input.output_of(self)))
 
     @property
     def whole_scale(self) -> Callable[..., Tensor] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rtlynx.timing.results import ratio, step_speed_up
+from rtlynx.timing.results import ratio, speed_up, step_speed_up
 
 
 def overview(document: Mapping[str, Any]) -> Table:
@@ -54,6 +54,30 @@ def step_overview(document: Mapping[str, Any]) -> Table:
 def dense_steps(row: Mapping[str, Any]) -> str | None:
     """Of a row that is a mean over the steps of a picture: how many of them run dense."""
     return f"{row['dense_steps']} of {row['steps']} steps dense" if "dense_steps" in row else None
+
+
+def parallel_overview(document: Mapping[str, Any]) -> Table:
+    """`rtlynx.timing.parallel.run`, a row a variant and arrangement, and the speed-ups over one card."""
+    title = f"One step of {document['model']}, {document['resolution']}², on {document['cards']} cards"
+    table = Table(title=f"{title}, {document['device']}, milliseconds")
+    for heading in ("variant", "arrangement"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("GPU", "by", "wall", "NCCL", "GiB a card", "speed-up", "by wall"):
+        table.add_column(heading, justify="right")
+    for row in document["rows"]:
+        communication = (row.get("kernels_ms") or {}).get("communication")
+        cells = [
+            "-" if one is None else f"{one:.1f}" for one in (row["gpu_ms"], row["wall_ms"], communication)
+        ]
+        speed_ups = (_times(speed_up(row, time)) for time in ("gpu_ms", "wall_ms"))
+        memory = " ".join(f"{one:.1f}" for one in row.get("peak_gib", ()))
+        gpu, *others = cells
+        table.add_row(
+            row["name"], row["arrangement"], gpu, row["gpu_time"] or "-", *others, memory, *speed_ups
+        )
+        if row["reason"]:
+            table.add_row(f"  {row['reason']}")
+    return table
 
 
 def _times(value: float | None) -> str:

@@ -14,6 +14,8 @@ from rtlynx.timing.sustained import Measurement
 REFERENCE = "bf16 compiled"
 # In names of variants: each block a CUDA graph of its own, by torch.compile's mode.
 BLOCK_GRAPHS = " (reduce-overhead)"
+# Of a step on several cards: what the others are compared with.
+ONE_CARD = "one card"
 # The variants of a linear layer; each gives a column `<name>_us`.
 LINEAR_VARIANTS = (
     "cublas",
@@ -97,6 +99,30 @@ def step_speed_up(
     if than == REFERENCE:
         other = own.get("beside", other)
     return ratio({"other": other.get(time), "own": own.get(time)}, "other", "own")
+
+
+def speed_up(row: Mapping, time: str = "gpu_ms") -> float | None:
+    """How much faster than one card, measured beside it; None where GPU times are not of one kind."""
+    beside = row.get("beside", {})
+    if time == "gpu_ms" and beside.get("gpu_time") != row["gpu_time"]:
+        return None
+    return ratio({"one": beside.get(time), "own": row[time]}, "one", "own")
+
+
+def over_reference(rows: Iterable[Mapping], name: str, arrangement: str, reference: str) -> float | None:
+    """How much more a variant gains by an arrangement over `reference` than on one card: 1 keeps all.
+
+    By GPU time.
+    """
+    at = {(row["name"], row["arrangement"]): row for row in rows}
+    spread = [at.get((one, arrangement), {}) for one in (reference, name)]
+    if len({one.get("gpu_time") for one in spread}) > 1:
+        return None
+    gains = [
+        ratio({"reference": first.get("gpu_ms"), "own": second.get("gpu_ms")}, "reference", "own")
+        for first, second in (spread, [one.get("beside", {}) for one in spread])
+    ]
+    return ratio(dict(zip(("spread", "alone"), gains, strict=True)), "spread", "alone")
 
 
 def geomean(values: Iterable[float | None]) -> float | None:

@@ -145,16 +145,36 @@ def kinds_of_steps(model: nn.Module, calls: list[Call], sigmas: Sequence[float])
     return kinds
 
 
+def twin_of(model: nn.Module) -> Any:
+    """A copy of `model` that shares its parameters and buffers."""
+    return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
+
+
+def compile_blocks(model: Any, variant: Variant) -> None:
+    """Compile the blocks of `model` as the variant says."""
+    if variant.compiled:
+        model.compile_repeated_blocks(fullgraph=True, mode=variant.mode)
+
+
+def peak_bytes(step: Callable[[], object], model: nn.Module) -> int:
+    """What one `step` of `model`, which has run before, takes on the card, the model's own included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before + held_bytes(model)
+
+
 def prepare(variant: Variant, of: "Bench", missing: dict[str, str]) -> dict[str, Ready]:
     """Make the variant, compile and capture each kind of its steps; row of results -> what is timed.
 
     RuntimeError and the like where it does not run.
     """
     model = of.model
-    twin: Any = copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
+    twin = twin_of(model)
     variant.change(twin)
-    if variant.compiled:
-        twin.compile_repeated_blocks(fullgraph=True, mode=variant.mode)
+    compile_blocks(twin, variant)
     kinds = kinds_of_steps(twin, of.calls, of.sigmas)
     return {
         variant.name + suffix: _ready(variant, variant.name + suffix, kind, twin, missing)
@@ -165,12 +185,7 @@ def prepare(variant: Variant, of: "Bench", missing: dict[str, str]) -> dict[str,
 def _ready(variant: Variant, name: str, kind: Kind, twin: nn.Module, missing: dict[str, str]) -> Ready:
     step = kind.users
     step()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before + held_bytes(twin)
+    peak = peak_bytes(step, twin)
     gpu = None
     if variant.mode == "default":
         gpu = attempt(missing, f"{name}, graph", partial(Graphs().timer, [kind.captured], replay_ms=1.0))

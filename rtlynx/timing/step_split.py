@@ -1,4 +1,4 @@
-"""Where the GPU time of a step goes: linear layers, attention, and the rest, by the names of kernels."""
+"""Where a step's GPU time goes, by names of kernels: linear layers, attention, NCCL, and the rest."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ STEPS = 3
 
 
 def kind(kernel: str) -> str:
-    """ "linear", "attention" or "rest"."""
+    """ "linear", "attention", "communication" or "rest"."""
     name = kernel.lower()
+    if name.startswith("nccl"):
+        return "communication"
     if name.startswith("triton_") and "_tem_" not in name:  # elementwise, named after its neighbours too
         return "rest"
     if any(part in name for part in ATTENTION):
@@ -23,16 +25,23 @@ def kind(kernel: str) -> str:
     return "linear" if any(part in name for part in LINEAR) else "rest"
 
 
-def split(step: Callable[[], object]) -> dict[str, float]:
-    """Shares of the time of all kernels of `step`."""
+def kernels_ms(step: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds that kernels of each kind take in `step`; of NCCL's, waiting for other cards included."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for _ in range(STEPS):
             step()
         torch.cuda.synchronize()
-    shares = {"linear": 0.0, "attention": 0.0, "rest": 0.0}
+    times = {"linear": 0.0, "attention": 0.0, "rest": 0.0}
     for event in trace.events():
         if event.device_type == DeviceType.CUDA:
-            shares[kind(event.name)] += event.time_range.elapsed_us()
-    total = sum(shares.values())
-    return {name: time / total for name, time in shares.items()} if total else shares
+            of = kind(event.name)
+            times[of] = times.get(of, 0.0) + event.time_range.elapsed_us() / 1e3 / STEPS
+    return times
+
+
+def split(step: Callable[[], object]) -> dict[str, float]:
+    """Shares of the time of all kernels of `step`."""
+    times = kernels_ms(step)
+    total = sum(times.values())
+    return {name: time / total for name, time in times.items()} if total else times

@@ -103,15 +103,15 @@ def every_layer(
     return change
 
 
-def recommended(precision: Literal["bf16", "fp8"]) -> Callable[[nn.Module], None]:
+def recommended(precision: Literal["bf16", "fp8"], *, tp_degree: int = 1) -> Callable[[nn.Module], None]:
     """Like `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 some whole.
 
     The former are taken as trained models have them: outputs of attention and of single-stream blocks, then
-    of MLPs.
+    of MLPs. `tp_degree` is the recipe's.
     """
 
     def change(model: nn.Module) -> None:
-        plan = make_plan(model, Recipe.recommended(precision=precision, budget=None))
+        plan = make_plan(model, Recipe.recommended(precision=precision, budget=None, tp_degree=tp_degree))
         layers = [layer for layer in plan.sparse if layer.pattern.n < layer.pattern.m]
         if precision == "fp8":
             plan = plan.in_formats(dict.fromkeys(spread_out(layers, DENSE_IN_FP8), "fp8-dense"))
