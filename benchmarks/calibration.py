@@ -184,7 +184,7 @@ def distill_quantised(
         values, scale = quantize_weight(model.get_submodule(layer.name).weight)
         solutions[layer.name] = Solution(weight=values, weight_scale=scale)
     with stages.watching(DISTILLATION_STAGES):
-        recording = Recording(model, plan, options, settings)
+        recording = Recording(model, plan, options)
         recording.sample(pipeline, list(prompts), show=False)
         _, report = distill.distill_layers(plan, recording, solutions, settings, show=False)
     stages.write(finished=True, layers=report.layers)
@@ -259,11 +259,11 @@ def main() -> None:
             settings = rtlynx.Distillation(
                 steps=options.distill_steps,
                 batch_size=options.distill_batch,
-                batch_at_once=1,
-                own_share=0.0,  # sampling is measured by recording
+                micro_batch_size=1,
+                on_policy_share=0.0,  # sampling is measured by recording
                 guidance=4.0,
                 rank=options.distill_rank,
-                checkpoint_blocks=True,
+                gradient_checkpointing=True,
             )
             data |= {"distill_batch": options.distill_batch, "distill_rank": options.distill_rank}
         try:

@@ -100,7 +100,7 @@ def test_a_calibration_that_was_cut_off_goes_on_and_adds_up_its_stages(tmp_path,
 def test_a_distillation_is_timed_step_by_step_and_leaves_the_model_dense(tmp_path):
     file = tmp_path / "results.json"
     settings = Distillation(
-        steps=2, batch_size=2, batch_at_once=1, own_share=0.0, rank=2, checkpoint_blocks=True
+        steps=2, batch_size=2, micro_batch_size=1, on_policy_share=0.0, rank=2, gradient_checkpointing=True
     )
     options = CalibrationOptions(batch_size=1, steps_per_prompt=2)
     model = tiny_flux()

@@ -23,7 +23,7 @@ from rtlynx.models import sparse_layers, state_of
 GUIDANCE = 3.0
 RIDGE = 3.0  # strong, since moments of a few states would be fitted too closely
 RECIPE = Recipe(rank=None, ridge=RIDGE, precision="fp8")
-QUICK = Distillation(steps=4, batch_size=4, own_prompts=2, refresh_every=2, learning_rate=1e-3)
+QUICK = Distillation(steps=4, batch_size=4, on_policy_prompts=2, refresh_every=2, learning_rate=1e-3)
 LONGER = replace(QUICK, steps=8, batch_size=6, learning_rate=5e-4)
 OPTIONS = CalibrationOptions(
     steps_per_prompt=2, pipeline_kwargs={"guidance_scale": GUIDANCE, "num_inference_steps": 2}
@@ -194,8 +194,8 @@ def test_what_saves_memory_changes_no_result():
     # Text rows dense, so that blocks that are computed again have to know where the text is.
     recipe = Recipe(rank=4, ridge=RIDGE, text_rows="dense")
     weights, losses = [], []
-    for changes in ({}, {"checkpoint_blocks": True, "batch_at_once": 3}):
-        pipeline, report = distilled(recipe, replace(QUICK, rank=8, own_share=0.0, **changes))
+    for changes in ({}, {"gradient_checkpointing": True, "micro_batch_size": 3}):
+        pipeline, report = distilled(recipe, replace(QUICK, rank=8, on_policy_share=0.0, **changes))
         weights.append(solution(pipeline.transformer))
         losses.append(report.distillation.loss_after)
         assert report.distillation.loss_after < report.distillation.loss_before
@@ -234,9 +234,9 @@ def test_steps_that_run_dense_are_not_trained_on_and_keep_their_originals(steps,
 
 
 @pytest.mark.parametrize("settings", [
-    {"steps": 0}, {"steps": 1.5}, {"batch_size": True}, {"batch_at_once": 0}, {"learning_rate": 0.0},
-    {"learning_rate": float("inf")}, {"guidance": -1}, {"guidance": "3"}, {"own_share": 1.1},
-    {"own_prompts": 0}, {"refresh_every": 0}, {"rank": 0}, {"rank": 0.5}, {"checkpoint_blocks": 1},
+    {"steps": 0}, {"steps": 1.5}, {"batch_size": True}, {"micro_batch_size": 0}, {"learning_rate": 0.0},
+    {"learning_rate": float("inf")}, {"guidance": -1}, {"guidance": "3"}, {"on_policy_share": 1.1},
+    {"on_policy_prompts": 0}, {"refresh_every": 0}, {"rank": 0}, {"rank": 0.5}, {"gradient_checkpointing": 1},
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

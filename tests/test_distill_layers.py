@@ -124,7 +124,7 @@ def test_a_correction_of_low_rank_starts_at_the_solution_and_is_merged():
     assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
     trained = sum(one.numel() for one in (layer.up, layer.down))
     numbers = whole.master.numel()
-    again, kept = Distillation(rank=2, checkpoint_blocks=True), Distillation(rank=2)
+    again, kept = Distillation(rank=2, gradient_checkpointing=True), Distillation(rank=2)
     assert trained_bytes([plan], again) == BYTES_TRAINED * trained
     assert trained_bytes([plan], kept) == BYTES_TRAINED * trained + 2 * numbers  # as multiplied, in bf16
     assert trained_bytes([plan], Distillation()) == (BYTES_TRAINED + 2) * numbers

@@ -62,11 +62,11 @@ def refuse_without_memory(plan: Plan, settings: Distillation, device: torch.devi
     if needed <= free:
         return
     rank = _RANK if settings.rank is None else max(1, settings.rank // 2)
-    smaller = replace(settings, rank=rank, checkpoint_blocks=True)
+    smaller = replace(settings, rank=rank, gradient_checkpointing=True)
     raise CalibrationError(
         f"distillation of these layers takes {needed / 1e9:.3g} GB beside the model and its activations "
         f"({BYTES_TRAINED} bytes a trained number), and {free / 1e9:.3g} GB are free on {device}: train a "
-        f"correction of low rank (Distillation(rank={rank}, checkpoint_blocks=True) takes "
+        f"correction of low rank (Distillation(rank={rank}, gradient_checkpointing=True) takes "
         f"{trained_bytes(plan.sparse, smaller) / 1e9:.3g} GB), or use a larger card"
     )
 
@@ -164,7 +164,7 @@ class _Training:
         blocks = {layer.candidate.block for layer in self.plan.sparse}
         wrapped = {
             block: vars(block).get("forward")
-            for block in map(self.model.get_submodule, blocks if self.settings.checkpoint_blocks else ())
+            for block in map(self.model.get_submodule, blocks if self.settings.gradient_checkpointing else ())
         }
         hooks = []
         try:
@@ -232,8 +232,8 @@ class _Training:
         """Of the sparse model's own sampling, from noise that nothing else starts from."""
         prompts, options = self.recording.fit_prompts, self.options
         order = torch.randperm(len(prompts), generator=self._generator(refresh, "prompts")).tolist()
-        some = [prompts[i] for i in order[: self.settings.own_prompts]]
-        first = options.seed + len(self.recording.prompts) + refresh * self.settings.own_prompts
+        some = [prompts[i] for i in order[: self.settings.on_policy_prompts]]
+        first = options.seed + len(self.recording.prompts) + refresh * self.settings.on_policy_prompts
         hooks = []
         if self.plan.recipe.depends_on_call:
             enter = EnterCall(self.plan)
@@ -287,7 +287,7 @@ class _Training:
                 if step % every == 0:
                     if step > start:
                         self._keep(step, before)
-                    own = self._own(step // every) if settings.own_share else []
+                    own = self._own(step // every) if settings.on_policy_share else []
                 self._step(step, recorded, own)
                 advance(1)
         if start < settings.steps:
@@ -308,7 +308,7 @@ class _Training:
     def _step(self, step: int, recorded: list[State], own: list[State]) -> None:
         """One step of the optimiser, on states of both kinds."""
         settings, generator = self.settings, self._generator(step, "states")
-        mine = round(settings.own_share * settings.batch_size) if own else 0
+        mine = round(settings.on_policy_share * settings.batch_size) if own else 0
         states = _drawn(own, mine, generator) + _drawn(recorded, settings.batch_size - mine, generator)
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * _rate(step, settings.steps)
@@ -327,7 +327,7 @@ class _Training:
         self.optimiser.step()
 
     def _portions(self, states: Sequence[State]) -> Iterator[Sequence[State]]:
-        size = self.settings.batch_at_once or len(states)
+        size = self.settings.micro_batch_size or len(states)
         for start in range(0, len(states), size):
             yield states[start : start + size]
 

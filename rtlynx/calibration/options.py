@@ -78,9 +78,9 @@ class Distillation:
     """Training after the closed form, so that the sparse model's guided velocity is that of the dense one.
 
     Trained are the weights and biases of the layers that drop activations, and nothing else. The loss is
-    0.1 (c² + n²) + 0.2 (g c - (g - 1) n)², c and n the errors of the conditional and of the null prediction
-    at one state, g the guidance scale; the squared error alone where a step is one call. Adam, a learning
-    rate that falls to 0 along a cosine.
+    0.1 (c² + u²) + 0.2 (g c - (g - 1) u)²: c and u are the errors of the conditional and the unconditional
+    prediction at one state, g is the guidance scale. Where a step is one call it is the squared error alone.
+    Adam, with a learning rate that falls to 0 along a cosine.
 
     Parameters
     ----------
@@ -88,17 +88,17 @@ class Distillation:
         Steps of the optimiser.
     batch_size : int
         States a step, each with both guidance passes.
-    batch_at_once : int, optional
+    micro_batch_size : int, optional
         Of these, how many go through the model at one time; gradients add up. Default all.
     learning_rate : float
         Its largest value.
     guidance : float, optional
-        Guidance scale g of null + g (conditional - null). Default: of `pipeline_kwargs` or the pipeline.
-        1 leaves the errors unpaired.
-    own_share : float in [0, 1]
+        Guidance scale g of u + g (c - u). Default: of `pipeline_kwargs` or the pipeline. With 1 the loss is
+        the mean of both squared errors.
+    on_policy_share : float in [0, 1]
         Share of states that the sparse model's own sampling goes through; the others are those that
         calibration recorded of the dense model.
-    own_prompts : int
+    on_policy_prompts : int
         Prompts that the sparse model draws for them, from fresh noise, at each refresh.
     refresh_every : int, optional
         Steps between two refreshes. Default a quarter of `steps`. With a folder, an interrupted training goes
@@ -106,26 +106,26 @@ class Distillation:
     rank : int, optional
         Train a correction of this rank to each weight, merged into it at the end, and not the weight: for
         models whose master weights and optimiser states do not fit.
-    checkpoint_blocks : bool
+    gradient_checkpointing : bool
         Compute each block's activations again in the backward pass, and keep only its inputs.
     """
 
     steps: int = 500
     batch_size: int = 32
-    batch_at_once: int | None = None
+    micro_batch_size: int | None = None
     learning_rate: float = 3e-4
     guidance: float | None = None
-    own_share: float = 0.5
-    own_prompts: int = 128
+    on_policy_share: float = 0.5
+    on_policy_prompts: int = 128
     refresh_every: int | None = None
     rank: int | None = None
-    checkpoint_blocks: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "own_prompts"):
+        for name in ("steps", "batch_size", "on_policy_prompts"):
             value = getattr(self, name)
             _require(is_whole(value) and value >= 1, self, name, "a whole number above 0")
-        for name in ("batch_at_once", "refresh_every", "rank"):
+        for name in ("micro_batch_size", "refresh_every", "rank"):
             value = getattr(self, name)
             fits = value is None or (is_whole(value) and value >= 1)
             _require(fits, self, name, "a whole number above 0, or None")
@@ -135,10 +135,9 @@ class Distillation:
         )
         fits = guidance is None or (is_number(guidance) and 0 <= guidance < math.inf)
         _require(fits, self, "guidance", "a number, 0 or more and finite, or None")
-        _require(
-            is_number(self.own_share) and 0 <= self.own_share <= 1, self, "own_share", "a share in [0, 1]"
-        )
-        _require(isinstance(self.checkpoint_blocks, bool), self, "checkpoint_blocks", "True or False")
+        share, again = self.on_policy_share, self.gradient_checkpointing
+        _require(is_number(share) and 0 <= share <= 1, self, "on_policy_share", "a share in [0, 1]")
+        _require(isinstance(again, bool), self, "gradient_checkpointing", "True or False")
 
     @property
     def refresh_steps(self) -> int:

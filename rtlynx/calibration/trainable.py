@@ -175,7 +175,7 @@ def trained_bytes(layers: Iterable[LayerPlan], settings: Distillation) -> int:
         if not layer.keeps_all:
             n, k = layer.out_features, layer.in_features
             total += BYTES_TRAINED * (n * k if rank is None else trained_rank(layer, rank) * (n + k))
-            total += 0 if settings.checkpoint_blocks else _BYTES_MULTIPLIED * n * k
+            total += 0 if settings.gradient_checkpointing else _BYTES_MULTIPLIED * n * k
     return total
 
 
