@@ -113,8 +113,8 @@ def measured_section(results: dict, source: Path, place: Place) -> str:
     if by_events:
         how += f"; in {by_events} rows, where none could be captured, that between events around calls"
     lines.append(
-        f"{in_words(results['model'])}, {results['resolution']}², batch {results['batch']}, on "
-        f"{results['cards']} cards. {how}. The slowest card counts. {measured_on(results)} "
+        f"{in_words(results['model'])}, {results['resolution']}², batch {results['batch']}. "
+        f"{how}. The slowest card counts. {measured_on(results)} "
         f"({place.file(source)})."
     )
     return "\n".join(lines)

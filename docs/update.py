@@ -162,9 +162,8 @@ def parallel(root: Path, place: Place) -> str:
     parts = []
     for source in _found(root, "parallel-*.json"):
         results = read(root / source)
-        title = f"{tables.in_words(results['model'])}, {results['resolution']}², {results['cards']} cards"
-        section = parallel_tables.measured_section(results, source, place)
-        parts.append(folded(f"{title}, {results['device']}", section))
+        title = f"{tables.in_words(results['model'])}, {results['resolution']}², {tables.cards_of(results)}"
+        parts.append(folded(title, parallel_tables.measured_section(results, source, place)))
     return "\n\n".join(parts)
 
 
@@ -182,7 +181,8 @@ def _sections(root: Path, place: Place, pattern: str, title: str, section: Calla
     """A folded section of each results file that is there."""
     found = [(source, read(root / source)) for source in _found(root, pattern)]
     return "\n\n".join(
-        folded(f"{title}, {results['device']}", section(results, source, place)) for source, results in found
+        folded(f"{title}, {tables.cards_of(results)}", section(results, source, place))
+        for source, results in found
     )
 
 
