@@ -2,7 +2,8 @@
 
 The whole model with random weights, calibrated by the default recipe on random calls, one block of each kind
 at a time. The same block on twice as many calls tells what a call costs apart from what solving costs. Writes
-results/calibration-<model>-<card>.json.
+results/calibration-<model>-<card>.json. Started by `torchrun --nproc-per-node 2`, processes share the calls,
+and results/calibration-<model>-2-<card>.json says whether all end with the same bits.
 
 With `--work FOLDER` the whole model is calibrated at once, as users do it: the recommended recipe with
 rotated values, permuted features and intercepts, on prompts with random embeddings. With `--distill-steps` it
@@ -14,7 +15,9 @@ measuring starts anew.
 
 import argparse
 import contextlib
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
@@ -22,15 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from script import FOLDER, options_parser
 
 import rtlynx
 from rtlynx.calibration import distill, run
 from rtlynx.calibration.collect import Collector
+from rtlynx.calibration.processes import distributed, rank, world
 from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.math.fp8 import quantize_weight
-from rtlynx.models import make_plan
+from rtlynx.models import make_plan, sparse_layers
 from rtlynx.models.plan import architecture_of
 from rtlynx.nn.solution import Solution
 from rtlynx.storage.files import write_json
@@ -191,7 +196,10 @@ def distill_quantised(
 
 
 def calibrated(model: torch.nn.Module, skip: tuple[str, ...], calls: list[dict], precision: str) -> dict:
-    """Seconds and peak memory of one calibration; the model is dense again afterwards."""
+    """Seconds and peak memory of one calibration; the model is dense again afterwards.
+
+    `same` says whether all processes, which each solve on the moments of all calls, found the same bits.
+    """
     recipe = rtlynx.Recipe(skip=skip, precision=precision, dense_steps=1)  # which keeps the original weights
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -200,9 +208,22 @@ def calibrated(model: torch.nn.Module, skip: tuple[str, ...], calls: list[dict],
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 2**30
+    digests = [digest(model)] * world()
+    if distributed():
+        dist.all_gather_object(digests, digests[0])
     rtlynx.densify(model)
     torch.cuda.empty_cache()
-    return {"layers": len(report.solutions), "calls": len(calls), "seconds": seconds, "peak_gib": peak}
+    run = {"layers": len(report.solutions), "calls": len(calls), "seconds": seconds, "peak_gib": peak}
+    return run | {"same": len(set(digests)) == 1}
+
+
+def digest(model: torch.nn.Module) -> str:
+    """SHA-256 of what calibration gave the sparse layers."""
+    found = hashlib.sha256()
+    for layer in sparse_layers(model).values():
+        for _, tensor in sorted(layer.state_dict().items()):
+            found.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def blocks_of(model: torch.nn.Module, of: FullModel, size: Size, options: argparse.Namespace) -> dict:
@@ -214,7 +235,8 @@ def blocks_of(model: torch.nn.Module, of: FullModel, size: Size, options: argpar
         for count in (options.calls, 2 * options.calls):
             calls = [call for seed in range(count) for call in draw(normals(seed))][:count]
             runs.append(calibrated(model, skip, calls, options.precision))
-            print(kind, runs[-1], flush=True)
+            if rank() == 0:
+                print(kind, runs[-1], flush=True)
         a_call = (runs[1]["seconds"] - runs[0]["seconds"]) / options.calls
         blocks[kind] = {
             "runs": runs,
@@ -239,6 +261,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.work and options.distill_steps:
         parser.error("a whole calibration and a distillation are measured apart: give one of both")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if options.work or options.distill_steps:
+            parser.error(
+                "several processes are measured block by block: leave out --work and --distill-steps"
+            )
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     card, of = Card(), MODELS[options.model]
     size = Size(text_tokens=of.text_tokens)
     about = {
@@ -248,7 +278,8 @@ def main() -> None:
         "text_tokens": size.text_tokens,
     }
     what = "calibration-whole" if options.work else "distillation" if options.distill_steps else "calibration"
-    path = options.out or FOLDER / f"{what}-{of.name}-{card.slug}.json"
+    several = f"-{world()}" if distributed() else ""
+    path = options.out or FOLDER / f"{what}-{of.name}{several}-{card.slug}.json"
     prompts = [f"prompt {number}" for number in range(options.prompts)]
     calibration = rtlynx.CalibrationOptions(batch_size=1, steps_per_prompt=options.steps, folder=options.work)
     data = {"prompts": options.prompts, "steps_per_prompt": options.steps}
@@ -277,7 +308,10 @@ def main() -> None:
             distill_quantised(pipeline, prompts, calibration, settings, stages)
         return
     blocks = blocks_of(build(of), of, size, options)
-    write(path, {**about, "precision": options.precision, "blocks": blocks})
+    if rank() == 0:
+        write(path, {**about, "precision": options.precision, "cards": world(), "blocks": blocks})
+    if distributed():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

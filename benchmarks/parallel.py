@@ -34,6 +34,9 @@ def main() -> None:
         "--arrangements", help="comma-separated: ulysses, ring, tensor, guidance; default all"
     )
     parser.add_argument(
+        "--no-graphs", action="store_true", help="GPU time between events around calls, not of a CUDA graph"
+    )
+    parser.add_argument(
         "--timeout", type=float, default=180, help="seconds that one card waits for another, before all end"
     )
     options = parser.parse_args()
@@ -71,6 +74,7 @@ def main() -> None:
         size=Size(options.side, text_tokens=full.text_tokens),
         **chosen,
         attention=options.attention,
+        graphs=not options.no_graphs,
         commit=options.commit,
         report=partial(print, flush=True),
         keep=keep,

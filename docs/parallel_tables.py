@@ -60,7 +60,7 @@ def plan_section(root: Path, place: Place) -> str:
         f"From formulas (`rtlynx/timing/communication.py`), with NVLink at {NVLINK / 1e9:.0f} GB/s and "
         f"InfiniBand at {INFINIBAND / 1e9:.0f} GB/s each way, and measured steps of one card in sparse fp8 "
         f"({files}). *At most*: all that is computed splits evenly and runs at the speed that it has on one "
-        "card. Two hosts: Ulysses inside, ring across.",
+        f"card. {LARGE}² was measured with every layer sparse. Two hosts: Ulysses inside, ring across.",
     ]
     return "\n".join(lines)
 
@@ -113,8 +113,8 @@ def measured_section(results: dict, source: Path, place: Place) -> str:
     if by_events:
         how += f"; in {by_events} rows, where none could be captured, that between events around calls"
     lines.append(
-        f"{in_words(results['model'])}, {results['resolution']}², batch {results['batch']}, on "
-        f"{results['cards']} cards. {how}. The slowest card counts. {measured_on(results)} "
+        f"{in_words(results['model'])}, {results['resolution']}², batch {results['batch']}. "
+        f"{how}. The slowest card counts. {measured_on(results)} "
         f"({place.file(source)})."
     )
     return "\n".join(lines)

@@ -300,11 +300,15 @@ def calibration_section(results: dict, source: Path, place: Place) -> str:
         seconds = number(block["seconds_to_solve"], ".1f"), number(block["seconds_a_call"], ".2f")
         cells = [kind, str(block["runs"][0]["layers"]), *seconds, number(block["peak_gib"], ".1f")]
         lines.append(f"| {' | '.join(cells)} |")
+    same = ""
+    if results.get("cards", 1) > 1:
+        found = all(run["same"] for block in results["blocks"].values() for run in block["runs"])
+        same = f"The cards share the calls and end with {'the same' if found else 'different'} bits. "
     lines += [
         "",
         f"{results['model']} with random weights, {results['image_tokens']:,} + {results['text_tokens']} "
         "tokens a call, refit and low-rank branch in every layer, solved in float32. "
-        f"{measured_on(results)} ({place.file(source)}).",
+        f"{same}{measured_on(results)} ({place.file(source)}).",
     ]
     return "\n".join(lines)
 
@@ -335,9 +339,16 @@ def stages_section(results: dict, source: Path, place: Place) -> str:
 
 
 def card_of(results: dict) -> str:
-    """Card and versions."""
+    """Card or cards, and versions."""
+    cards = cards_of(results) if results.get("cards", 1) > 1 else f"One {results['device']}"
     limit = number(results["power_limit_w"], ".0f")
-    return f"One {results['device']} (limit {limit} W), torch {results['torch']}, CUDA {results['cuda']}"
+    return f"{cards} (limit {limit} W), torch {results['torch']}, CUDA {results['cuda']}"
+
+
+def cards_of(results: dict) -> str:
+    """The card, with how many where there were several."""
+    count = results.get("cards", 1)
+    return results["device"] if count == 1 else f"{count} {results['device']}"
 
 
 def measured_on(results: dict) -> str:

@@ -194,9 +194,8 @@ def parallel(root: Path, place: Place) -> str:
     parts = []
     for source in _found(root, "parallel-*.json"):
         results = read(root / source)
-        title = f"{tables.in_words(results['model'])}, {results['resolution']}², {results['cards']} cards"
-        section = parallel_tables.measured_section(results, source, place)
-        parts.append(folded(f"{title}, {results['device']}", section))
+        title = f"{tables.in_words(results['model'])}, {results['resolution']}², {tables.cards_of(results)}"
+        parts.append(folded(title, parallel_tables.measured_section(results, source, place)))
     return "\n\n".join(parts)
 
 
@@ -217,7 +216,8 @@ def _sections(
     sources = [source for source in _found(root, pattern) if not fnmatch(source.name, but)]
     found = [(source, read(root / source)) for source in sources]
     return "\n\n".join(
-        folded(f"{title}, {results['device']}", section(results, source, place)) for source, results in found
+        folded(f"{title}, {tables.cards_of(results)}", section(results, source, place))
+        for source, results in found
     )
 
 

@@ -126,14 +126,14 @@ def flux_call(seed=0, batch=1, timestep=0.5):
     }
 
 
-def tiny_qwen(seed=0):
-    """One double block, width 128."""
+def tiny_qwen(seed=0, num_layers=1):
+    """One double block or more, width 128."""
     return _seeded(
         lambda: QwenImageTransformer2DModel(
             patch_size=2,
             in_channels=16,
             out_channels=4,
-            num_layers=1,
+            num_layers=num_layers,
             attention_head_dim=32,
             num_attention_heads=4,
             joint_attention_dim=64,

@@ -17,7 +17,8 @@ from diffusers import ContextParallelConfig, TensorParallelConfig
 from safetensors.torch import load_file, save_file
 
 PROCESSES = 2
-COLLECTIVE_TIMEOUT, TIMEOUT = 40, 150  # seconds; of one exchange, of all cases together
+# Seconds: of one exchange, of all cases together, and of those that compile on cards, too.
+COLLECTIVE_TIMEOUT, TIMEOUT, CUDA_TIMEOUT = 40, 150, 400
 
 
 def allow_cpu():
@@ -43,6 +44,12 @@ def tensor_parallel(model):
 def ulysses(model):
     """Also of token counts that do not split evenly."""
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=PROCESSES, ulysses_anything=True))
+    return model
+
+
+def even(model):
+    """Ulysses of token counts that split evenly, which compiles."""
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=PROCESSES))
     return model
 
 
@@ -110,7 +117,9 @@ class Results:
 def run_together(folder, cases, device="cpu"):
     """Run every case (name -> function of the folder) in two processes: over gloo, on "cuda" over NCCL."""
     # Forked, they need not import everything again; CUDA does not survive that.
-    _start(_work, (folder, cases, device), "spawn" if device == "cuda" else "fork")
+    on_cards = device == "cuda"
+    method, timeout = ("spawn", CUDA_TIMEOUT) if on_cards else ("fork", TIMEOUT)
+    _start(_work, (folder, cases, device), method, timeout)
     return Results(folder)
 
 
@@ -141,12 +150,12 @@ def _run_script(rank, folder, script, arguments, before, port):
             traceback.print_exc()
 
 
-def _start(work, arguments, method):
+def _start(work, arguments, method, timeout=TIMEOUT):
     """Call `work(rank, *arguments)` in two processes, which are ended where they take too long."""
     context = torch.multiprocessing.start_processes(
         work, arguments, PROCESSES, join=False, start_method=method
     )
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + timeout
     try:
         while not context.join(timeout=1) and time.monotonic() < deadline:
             pass

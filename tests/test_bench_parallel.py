@@ -12,7 +12,7 @@ from parallel_helpers import torchrun
 from rich.console import Console
 
 from rtlynx.timing import card, parallel
-from rtlynx.timing.full_models import MODELS, FullModel
+from rtlynx.timing.full_models import MODELS
 from rtlynx.timing.overview import parallel_overview
 from rtlynx.timing.results import over_reference, speed_up
 from rtlynx.timing.step_split import kind
@@ -41,8 +41,8 @@ class FakeCard:
 
 def without_cards():
     """A tiny model that is not compiled, in float32 on the CPU."""
-    MODELS["qwen-image"] = FullModel(
-        "qwen-image", tiny_qwen, lambda size, normal: [qwen_call(), qwen_call(seed=1)], 8
+    MODELS["qwen-image"] = MODELS["qwen-image"]._replace(
+        build=tiny_qwen, calls=lambda size, normal: [qwen_call(), qwen_call(seed=1)], text_tokens=8
     )
     card.Card = FakeCard
     parallel.build = lambda full: full.build()
@@ -55,7 +55,18 @@ def without_cards():
 
 def test_each_variant_runs_in_each_arrangement_beside_one_card(tmp_path):
     file = tmp_path / "out.json"
-    arguments = ["--model", "qwen-image", "--seconds", 0.005, "--attention", "native", "--timeout", 20]
+    arguments = [
+        "--model",
+        "qwen-image",
+        "--seconds",
+        0.005,
+        "--rounds",
+        1,
+        "--attention",
+        "native",
+        "--timeout",
+        20,
+    ]
     arguments += ["--out", file, "--commit", "abc", "--variants", f"{RECOMMENDED},{DENSE_FP8}"]
     said = torchrun(tmp_path, BENCHMARKS / "parallel.py", arguments, without_cards)
     assert file.is_file(), said[0]
@@ -71,8 +82,8 @@ def test_each_variant_runs_in_each_arrangement_beside_one_card(tmp_path):
         assert row["reason"] is None
         assert row["wall_ms"] > 0
         assert row["gpu_ms"] is None  # of a CPU
-        # Two rounds, of one card beside each of four arrangements.
-        assert len(row["wall_rounds_ms"]) == (8 if arrangement == "one card" else 2)
+        # Of one card beside each of four arrangements.
+        assert len(row["wall_rounds_ms"]) == (4 if arrangement == "one card" else 1)
         assert ("beside" in row) is (arrangement != "one card")
     assert f"wrote {file}" in said[0].replace("\n", "")
     assert "guidance" not in said[1]  # process 0 alone reports
@@ -81,7 +92,7 @@ def test_each_variant_runs_in_each_arrangement_beside_one_card(tmp_path):
 
 def test_guidance_is_split_where_a_step_takes_two_calls():
     of = SimpleNamespace(count=2)
-    bench = parallel.Bench(None, [{}], of, None, 1.0, 1, print)
+    bench = parallel.Bench(None, [{}], of, None, 1.0, 1, True, print)
     (guidance,) = (one for one in parallel.ARRANGEMENTS if one.splits_guidance)
     said = parallel.prepare(parallel.VARIANTS[0], guidance, bench)
     assert said == "a step of this model takes 1 calls, and there are 2 cards"

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed._functional_collectives as funcol
-from diffusers import ContextParallelConfig
 from fusion_helpers import count_calls, serve, unfused
 from helpers import MODELS, in_dtype, output, relative_error
-from parallel_helpers import PROCESSES, ring, run_together, tensor_parallel, ulysses
+from parallel_helpers import PROCESSES, even, ring, run_together, tensor_parallel, ulysses
 
 from rtlynx import Recipe, densify, sparsify
 from rtlynx.timing.communication import ARRANGEMENTS, Traffic
@@ -35,12 +34,6 @@ EXPECTED = {
     ("flux", "whole"): {"adaln_quantize": 5, "gelu_quantize": 2, "concat_gelu_quantize": 1},
     ("qwen", "no-norm"): {"adaln_compress": 2, "gelu_compress": 1},
 }
-
-
-def even(model):
-    """Ulysses of token counts that split evenly."""
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=PROCESSES))
-    return model
 
 
 def made(name, recipe, spread, *, first):

@@ -75,10 +75,16 @@ def test_steps_on_several_cards_appear_with_their_results(tmp_path):
     folder.mkdir(parents=True)
     (folder / "parallel-2-x-h200.json").write_text(json.dumps(STEP | {"cards": 2, "rows": rows}))
     lines = [line.strip() for line in update.PARTS["parallel"](tmp_path, place).splitlines()]
-    assert '??? note "a model, 1024², 2 cards, a card"' in lines
+    assert '??? note "a model, 1024², 2 a card"' in lines
     ulysses = "| sparse fp8 | ulysses | 50.0 | 90.0 | **1.80x** | 100.0 | 1.30x | 4.2 | 17.5 + 17.2 |"
     assert ulysses in lines
     assert "- sparse fp8, ring: not measured: no log-sum-exp" in lines
+    runs = [{"layers": 5, "same": True}, {"layers": 5, "same": True}]
+    block = {"runs": runs, "seconds_to_solve": 6.14, "seconds_a_call": 0.2, "peak_gib": 57.5}
+    calibration = STEP | {"cards": 2, "image_tokens": 4096, "blocks": {"one": block}}
+    (folder / "calibration-x-2-h200.json").write_text(json.dumps(calibration))
+    text = update.PARTS["calibration"](tmp_path, place)
+    assert "share the calls and end with the same bits. 2 a card (limit 700 W)" in text
 
 
 def test_the_plan_divides_a_measured_step(tmp_path):

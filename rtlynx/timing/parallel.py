@@ -76,14 +76,16 @@ class Bench(NamedTuple):
     card: Card
     seconds: float
     rounds: int
+    graphs: bool
     report: Callable[[str], object]
 
 
 class Ready(NamedTuple):
-    """A variant that can be timed; `replay` is None where no graph holds its step."""
+    """A variant that can be timed; `replay` is None where no graph holds its step, as `no_graph` says."""
 
     step: Step
     replay: Callable[[], object] | None
+    no_graph: str | None
     kernels: dict[str, float] | None
     peaks_gib: list[float]
 
@@ -130,12 +132,14 @@ def prepare(variant: Variant, arrangement: Arrangement | None, bench: Bench) -> 
         return why
     step, peak = made or (list, None)
     peaks = [round(one / 2**30, 2) for one in of.all(peak) if one is not None]
-    replay, kernels = None, None
-    if variant.mode == "default":
-        replay = captured(step, of, alone=alone)
-    if of.device.type == "cuda":
-        kernels, _ = of.attempt(partial(kernels_ms, step), alone=alone)
-    return Ready(step, replay, kernels, peaks)
+    if of.device.type != "cuda":
+        return Ready(step, None, "no card", None, peaks)
+    replay: Callable[[], object] | None = None
+    no_graph: str | None = "not asked for" if variant.mode == "default" else "its blocks are graphs"
+    if variant.mode == "default" and bench.graphs:
+        replay, no_graph = captured(step, of, alone=alone)
+    kernels, _ = of.attempt(partial(kernels_ms, step), alone=alone)
+    return Ready(step, replay, no_graph, kernels, peaks)
 
 
 def measured(ready: Mapping[str, Ready], bench: Bench) -> dict[str, dict]:
@@ -161,6 +165,7 @@ def _fields(
     return {
         "gpu_ms": gpu and round(gpu.us / 1e3, 3),
         "gpu_time": gpu and ("events" if ready.replay is None else "graph"),
+        "no_graph": ready.no_graph,
         "wall_ms": wall and round(wall.us / 1e3, 3),
         "gpu_rounds_ms": gpu and [round(us / 1e3, 3) for us in gpu.rounds_us],
         "wall_rounds_ms": wall and [round(us / 1e3, 3) for us in wall.rounds_us],
@@ -238,6 +243,7 @@ def run(
     variants: Sequence[str] | None = None,
     arrangements: Sequence[str] | None = None,
     attention: str = "_native_cudnn",
+    graphs: bool = True,
     commit: str | None = None,
     report: Callable[[str], object] = print,
     keep: Callable[[dict], object] = lambda document: None,
@@ -253,6 +259,7 @@ def run(
     size : default one picture of 1024 x 1024 with a common prompt.
     variants, arrangements : names of VARIANTS and ARRANGEMENTS; default all but eager and every layer; all.
     attention : diffusers attention backend; ring needs one that gives its log-sum-exp.
+    graphs : whether a CUDA graph of the step is captured for its GPU time.
     commit : what the figures belong to, where it cannot be found out.
     report : takes a line whenever something is begun.
     keep : takes the document as far as it is there, in process 0, after each arrangement.
@@ -279,7 +286,8 @@ def run(
         "rounds": rounds,
         "rows": [],
     }
-    bench = Bench(model, calls, of, card, seconds, rounds, report if of.rank == 0 else lambda line: None)
+    report = report if of.rank == 0 else lambda line: None
+    bench = Bench(model, calls, of, card, seconds, rounds, graphs, report)
     rows: list[dict] = []
 
     def keep_all(new: list[dict]) -> None:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from rtlynx.timing.sustained import Sample, Window, attempt, close
 
-SETTLE = 0.2  # of a window's steps, before it: clock and power settle
-
 
 class Processes:
     """All processes of the default group, which talk over gloo: no card takes part, and none waits busily.
@@ -68,12 +66,12 @@ class SharedTimer:
         self._call, self._of, self._by_events = call, of, by_events
         self._works = of.rank == 0 or not alone
 
-    def window(self, seconds: float, sample: Sample, discard: float = SETTLE) -> Window:
-        """Calls for about `seconds`, after `discard` times as many; times in microseconds."""
+    def window(self, seconds: float, sample: Sample, discard: float) -> Window:
+        """Calls for about `seconds`, after calls for about `discard`, or for as long; in microseconds."""
         window = Window([], [], [])
         few = self._calls(2)
         count = max(2, round(seconds * 1e3 / max(one.wall_ms for one in few)))
-        self._calls(max(1, round(discard * count)))
+        self._calls(max(1, round(min(1.0, discard / seconds) * count)))
         taken = self._calls(count, lambda: window.note(sample()))
         times = [one.events_ms if self._by_events else one.wall_ms for one in taken]
         window.call_us.append(max(time for time in times if time is not None) * 1e3)
@@ -102,18 +100,19 @@ class SharedTimer:
         return [one for one in of.all(mine) if one is not None]
 
 
-def captured(step: Callable[[], list[Tensor]], of: Processes, *, alone: bool) -> Callable[[], object] | None:
-    """The replay of a CUDA graph of `step`, collectives included; None where one process cannot capture it.
+def captured(
+    step: Callable[[], list[Tensor]], of: Processes, *, alone: bool
+) -> tuple[Callable[[], object] | None, str | None]:
+    """The replay of a CUDA graph of `step`, collectives included, or why a process cannot capture one.
 
     A graph that does not give what the step gives is none.
     """
-    if of.device.type != "cuda":
-        return None
     graph, why = of.attempt(partial(_capture, step), alone=alone)
+    if why is None:
+        _, why = of.attempt(partial(_check, graph, step), alone=alone)
     if why is not None:
-        return None
-    _, why = of.attempt(partial(_check, graph, step), alone=alone)
-    return None if why is not None else (graph[0].replay if graph else _nothing)
+        return None, why
+    return graph[0].replay if graph else _nothing, None
 
 
 def _nothing() -> None:

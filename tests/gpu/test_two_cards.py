@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 
 from checkpoint_helpers import RIDGE, make
 from helpers import MODELS, in_dtype, output, relative_error
-from parallel_helpers import PROCESSES, ring, run_together, tensor_parallel, ulysses
+from parallel_helpers import PROCESSES, even, ring, run_together, tensor_parallel, ulysses
 
 from rtlynx import Recipe, load, save, sparsify
 
@@ -26,6 +26,7 @@ RECIPES = {
 }
 WAYS = {"tensor": tensor_parallel, "ulysses": ulysses, "ring": ring}
 CASES = [(way, model, recipe) for way in WAYS for model in ("flux", "qwen") for recipe in RECIPES]
+COMPILED = [(way, mode) for way in WAYS for mode in ("default", "reduce-overhead")]
 
 
 def alone(model):
@@ -45,6 +46,19 @@ def made(folder, parallelise, model, recipe):
     return {"y": output(changed, in_dtype(call(), torch.bfloat16, "cuda"))}
 
 
+def compiled(folder, parallelise, mode):
+    """Qwen-Image in fp8, its blocks compiled: the outputs of three steps, and one of before."""
+    model = MODELS["qwen"][0]().bfloat16().cuda()
+    model.set_attention_backend("_native_cudnn")
+    model = sparsify(parallelise(model), RECIPES["fp8"])
+    call = in_dtype(MODELS["qwen"][1](), torch.bfloat16, "cuda")
+    expected = output(model, call)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, mode=mode)
+    # The first compiles, the second records a CUDA graph where there is one, the third replays it.
+    return {"expected": expected, **{f"y{step}": output(model, call).clone() for step in range(3)}}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
@@ -61,6 +75,11 @@ def results(folder):
         "-".join(case): partial(made, parallelise=WAYS[case[0]], model=case[1], recipe=case[2])
         for case in CASES
     }
+    ways = {**WAYS, "ulysses": even}
+    cases |= {
+        f"compiled-{way}-{mode}": partial(compiled, parallelise=ways[way], mode=mode)
+        for way, mode in COMPILED
+    }
     return run_together(folder, cases, "cuda")
 
 
@@ -69,3 +88,10 @@ def test_two_cards_give_what_one_gives(way, model, recipe, folder, results):
     expected = made(folder, alone, model, recipe)["y"].cpu()
     for theirs in results.tensors(f"{way}-{model}-{recipe}"):
         assert relative_error(theirs["y"], expected) < LIMIT
+
+
+@pytest.mark.parametrize(("way", "mode"), COMPILED)
+def test_compiled_blocks_on_two_cards_give_what_they_gave_before(way, mode, results):
+    for theirs in results.tensors(f"compiled-{way}-{mode}"):
+        for step in range(3):
+            assert relative_error(theirs[f"y{step}"], theirs["expected"]) < LIMIT
