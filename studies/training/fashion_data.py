@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from rtlynx_zoo.pipeline import FashionPipeline
 from rtlynx_zoo.prompts import FASHION_CLASSES
-from rtlynx_zoo.text import TABLE, encode_tokens
+from rtlynx_zoo.text import FASHION_TABLE, encode_tokens
 from safetensors.numpy import save_file
 
 from rtlynx.storage.files import atomic_file
@@ -69,7 +69,7 @@ def write_text_table(folder: Path) -> None:
     """Token states of the ten classes by MiniLM, which ship with the model."""
     states = [encode_tokens(name).numpy() for name in FASHION_CLASSES]
     lengths = np.array([len(part) for part in states])
-    save_file({"tokens": np.concatenate(states), "lengths": lengths}, folder / TABLE)
+    save_file({"tokens": np.concatenate(states), "lengths": lengths}, folder / FASHION_TABLE.name)
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import rtlynx_zoo
 from rtlynx_zoo.prompts import ASSETS, FASHION_CLASSES, rows
 
 TEXT_TOKENS = 16
 TEXT_WIDTH = 384
-TABLE = "text.safetensors"
+TABLE = ASSETS / "text.safetensors"
+FASHION_TABLE = ASSETS.parent / "fashion-text.safetensors"
 _FASHION_ROWS = {name.lower(): row for row, name in enumerate(FASHION_CLASSES)}
 
 
@@ -60,12 +60,12 @@ def encode_tokens(prompt: str) -> Tensor:
 
 def _known(prompt: str) -> Tensor | None:
     """Token states (T, 384) float16 of a lower-case prompt from a shipped table, None where none has it."""
-    row, folder = rows().get(prompt), ASSETS
-    if row is None and prompt in _FASHION_ROWS:
-        row, folder = _FASHION_ROWS[prompt], rtlynx_zoo.folder("flux-fashion")
-    if row is None or not (folder / TABLE).is_file():
+    row, table = rows().get(prompt), TABLE
+    if row is None:
+        row, table = _FASHION_ROWS.get(prompt), FASHION_TABLE
+    if row is None:
         return None
-    tokens, ends = _table(folder / TABLE)
+    tokens, ends = _table(table)
     start = ends[row - 1] if row else 0
     return tokens[start : ends[row]]
 
