@@ -114,7 +114,7 @@ for case in ('import rtlynx; from diffusers import FluxTransformer2DModel',
             sys.stdout.flush()
             os._exit(code)
     if os.waitpid(child, 0)[1] == 0:
-        print('known')
+        print('known', flush=True)  # or the next child has it in its buffer, too
 """
 
 
