@@ -19,19 +19,23 @@ CALL = flux_call(timestep=TIMESTEPS[-1])
 LAYER = "single_transformer_blocks.0.proj_mlp"
 
 
+def steps_of(model):
+    """A letter for each of TIMESTEPS: D where `model` runs dense, s where it drops activations."""
+    reference, ran = tiny_flux(), ""
+    with schedule(TIMESTEPS):
+        for t in TIMESTEPS:
+            call = flux_call(timestep=t)
+            ran += "D" if torch.equal(output(model, call), output(reference, call)) else "s"
+    return ran
+
+
 @pytest.mark.parametrize(
     ("first", "last", "expected"),
     [(0, 1, "sssD"), (1, 2, "DsDD"), (0, 4, "DDDD"), (3, 3, "DDDD"), (0, 9, "DDDD")],
 )
 def test_which_steps_run_dense(first, last, expected):
-    reference = tiny_flux()
     model = sparsify(tiny_flux(), Recipe.immediate(dense_steps=first, dense_last_steps=last))
-    ran = ""
-    with schedule(TIMESTEPS):
-        for t in TIMESTEPS:
-            call = flux_call(timestep=t)
-            ran += "D" if torch.equal(output(model, call), output(reference, call)) else "s"
-    assert ran == expected
+    assert steps_of(model) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,14 +52,8 @@ def test_dense_steps_by_noise_level(ranges, expected):
     chosen_before = sparsify(tiny_flux(), Recipe.immediate(dense_sigmas=ranges or [(-1, 0)]))
     chosen_after = sparsify(tiny_flux(), Recipe.immediate(dense_last_steps=2))
     assert set_dense_steps(chosen_after, dense_sigmas=ranges) is chosen_after
-    reference = tiny_flux()
-    for model in (chosen_before, chosen_after):
-        ran = ""
-        with schedule(TIMESTEPS):
-            for t in TIMESTEPS:
-                call = flux_call(timestep=t)
-                ran += "D" if torch.equal(output(model, call), output(reference, call)) else "s"
-        assert ran == expected
+    assert steps_of(chosen_before) == expected
+    assert steps_of(chosen_after) == expected
 
 
 @pytest.mark.parametrize("steps", [4, 10])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rtlynx.calibration.calls import CalibrationError, Call, moved, timestep_name, timestep_of
+from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in, timestep_name, timestep_of
 from rtlynx.calibration.folder import digest
 from rtlynx.models.architecture import Architecture
 
@@ -29,7 +29,7 @@ class Pictures:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.state = next(iter(call))
-        self.count = len(call[self.state])
+        self.count = pictures_in(call)
         self.apart = {name for name, value in call.items() if self._by_picture(name, value)}
         whole = {name: value for name, value in call.items() if name not in self.apart}
         try:
@@ -72,7 +72,6 @@ class State(NamedTuple):
 
     conditional: Row
     null: Row | None
-    timestep: Any
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -89,18 +88,17 @@ def states_of(calls: Sequence[Call], architecture: Architecture) -> list[State]:
     number = 0
     while number < len(calls):
         call = Pictures(calls[number])
-        timestep = timestep_of(call.call, architecture)
         second = Pictures(calls[number + 1]) if number + 1 < len(calls) else None
         half = call.count // 2
         if second is not None and _are_a_pair(call, second, architecture):
-            found += [State(Row(call, i), Row(second, i), timestep) for i in range(call.count)]
+            found += [State(Row(call, i), Row(second, i)) for i in range(call.count)]
             number += 1
         elif call.count == 2 * half and all(
             _same_state(Row(call, i), Row(call, i + half)) for i in range(half)
         ):
-            found += [State(Row(call, i), Row(call, i + half), timestep) for i in range(half)]
+            found += [State(Row(call, i), Row(call, i + half)) for i in range(half)]
         else:
-            found += [State(Row(call, i), None, timestep) for i in range(call.count)]
+            found += [State(Row(call, i), None) for i in range(call.count)]
         number += 1
     return found
 
@@ -119,7 +117,7 @@ def null_first(states: Sequence[State], architecture: Architecture) -> bool:
 
 def turned(states: Sequence[State]) -> list[State]:
     """The same states, the calls of each pair in the other order."""
-    return [one if one.null is None else State(one.null, one.conditional, one.timestep) for one in states]
+    return [one if one.null is None else State(one.null, one.conditional) for one in states]
 
 
 def outputs(model: nn.Module, rows: Sequence[Row], device: torch.device) -> list[Tensor]:

@@ -206,7 +206,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
             f"where the text rows of {type(model).__name__} are is not known: use text_rows='sparse'"
         )
     modules: dict[str, Any] = dict(model.named_modules())
-    attentions = _attentions(model, architecture) if recipe.rotate_values else []
+    _refuse_unknown_roles(model, architecture, recipe)
+    attentions = architecture.attentions_of(model) if recipe.rotate_values else []
     reasons = {one.name: _unrotated_reason(model, one, recipe.m) for one in attentions}
     readers = {name for one in attentions if reasons[one.name] is None for name in one.readers}
     layers = tuple(
@@ -217,34 +218,29 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     for one in attentions:
         if reasons[one.name] is None and not dropping & set(one.readers):
             reasons[one.name] = _READS_ALL
-    mlps = _mlps(model, architecture) if recipe.permute_hidden else []
+    mlps = architecture.mlps_of(model) if recipe.permute_hidden else []
     plan = Plan(recipe, architecture, layers, tuple(attentions), tuple(mlps))
     reasons.update({one.name: _unpermuted_reason(model, one, plan) for one in mlps})
     return plan.leave_basis({name: reason for name, reason in reasons.items() if reason is not None})
 
 
-def _attentions(model: nn.Module, architecture: Architecture) -> list[Attention]:
-    if not architecture.attentions:
-        raise ValueError(
-            f"which layers of {type(model).__name__} make and read the values of its attentions is not "
-            "known: use rotate_values=False"
-        )
-    return architecture.attentions_of(model)
+def _refuse_unknown_roles(model: nn.Module, architecture: Architecture, recipe: Recipe) -> None:
+    """ValueError where the recipe turns what layers make and read, and which these are is not known."""
+    for setting, known, what in (
+        ("rotate_values", architecture.attentions, "values of its attentions"),
+        ("permute_hidden", architecture.mlps, "hidden features of its MLPs"),
+    ):
+        if getattr(recipe, setting) and not known:
+            raise ValueError(
+                f"which layers of {type(model).__name__} make and read the {what} is not known: use "
+                f"{setting}=False"
+            )
 
 
 def _unrotated_reason(model: nn.Module, attention: Attention, m: int) -> str | None:
     if attention.head_dim % m:
         return f"heads of {attention.head_dim} channels do not split into groups of {m}"
     return fixed_reason(model, attention)
-
-
-def _mlps(model: nn.Module, architecture: Architecture) -> list[Mlp]:
-    if not architecture.mlps:
-        raise ValueError(
-            f"which layers of {type(model).__name__} make and read the hidden features of its MLPs is not "
-            "known: use permute_hidden=False"
-        )
-    return architecture.mlps_of(model)
 
 
 def _unpermuted_reason(model: nn.Module, mlp: Mlp, plan: Plan) -> str | None:
