@@ -36,17 +36,14 @@ Range = tuple[float, float]
 # Original weights for the steps that are chosen later.
 _CHOSEN_LATER: dict[str, Any] = {"dense_sigmas": NO_STEP, "dense_precision": "fp8"}
 EVERY_LAYER = Recipe(rank=None, precision="fp8", **FREE, **_CHOSEN_LATER)
-FIRST, DISTILLED = "every-layer", "every-layer-distilled"
-RECIPES = {
-    FIRST: EVERY_LAYER,
-    DISTILLED: EVERY_LAYER,
-    **{
-        f"mix-{100 * share:g}": Recipe.recommended(
-            budget=Budget(speedup_share=share), **FREE, **_CHOSEN_LATER
-        )
-        for share in (0.97, 0.95, 0.9)
-    },
+FIRST = "every-layer"
+_MIXES = {
+    f"mix-{100 * share:g}": Recipe.recommended(budget=Budget(speedup_share=share), **FREE, **_CHOSEN_LATER)
+    for share in (0.97, 0.95, 0.9)
 }
+_CLOSED_FORMS = {FIRST: EVERY_LAYER, **_MIXES}
+_DISTILLED = "-distilled"
+RECIPES = {**_CLOSED_FORMS, **{name + _DISTILLED: recipe for name, recipe in _CLOSED_FORMS.items()}}
 
 
 def ranges(count: int) -> list[Range]:
@@ -60,8 +57,10 @@ class Curve:
     The last `choosing` pictures do not count: ranges are chosen by them.
     """
 
-    def __init__(self, name: str, study: Study, built: Built, pictures: int, choosing: int) -> None:
-        self.name, self.study, self.built = name, study, built
+    def __init__(
+        self, name: str, study: Study, built: Built, pictures: int, choosing: int, trained: int
+    ) -> None:
+        self.name, self.study, self.built, self.training_steps = name, study, built, trained
         self.pictures, self.count = pictures, pictures + choosing
         self.reference = study.dense(self.count, STEPS, 0)
 
@@ -75,6 +74,7 @@ class Curve:
         return {
             "name": f"{self.name}:{kind}:{of if of is not None else len(dense)}",
             "recipe": self.name,
+            "training_steps": self.training_steps,
             "kind": kind,
             "range": of,
             "dense": recipe["dense_sigmas"],
@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--choosing", type=int, default=64, help="further ones, by which ranges are chosen")
     parser.add_argument("--no-curve", action="store_true", help="dense-below only")
     parser.add_argument("--calibration-prompts", type=int, help="no more than these, for trials")
+    parser.add_argument("--training-steps", type=int, default=TRAINING.steps, help="of distillation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="what the figures belong to")
     options = parser.parse_args(arguments)
@@ -128,10 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = header(options.model, study, "bfloat16")
     store = RowStore(options.out, about, options.commit, device_name(options.device))
     for name in options.recipes:
-        distill = TRAINING if name == DISTILLED else None
+        trained = options.training_steps if name.endswith(_DISTILLED) else 0
+        distill = replace(TRAINING, steps=trained) if trained else None
         variant = Variant(name, "sweep", recipe=RECIPES[name], distill=distill)
         built = build(variant, study.model, calibration)
-        curve = Curve(name, study, built, options.pictures, options.choosing)
+        curve = Curve(name, study, built, options.pictures, options.choosing, trained)
         for row in curve.below(options.ranges):
             store.append(row)
         if name == FIRST and not options.no_curve:

@@ -229,6 +229,7 @@ def by_width(document: Mapping[str, Any]) -> Figure | None:
 NOISE_LEVEL_RECIPES = {  # of noise_levels.py -> what the plot calls them
     "every-layer": "every layer sparse",
     "every-layer-distilled": "every layer sparse, distilled",
+    "mix-95-distilled": "layers of 95 %, distilled",
     "every-layer-unpermuted": "every layer sparse, features not permuted",
 }
 
