@@ -56,3 +56,19 @@ def place(tmp_path):
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What calibration records of each batch of prompts: its list of calls."""
+    from rtlynx.calibration.calls import CallStore
+
+    kept = []
+    original = CallStore.put
+
+    def spy(store, batch, calls):
+        kept.append(calls)
+        original(store, batch, calls)
+
+    monkeypatch.setattr(CallStore, "put", spy)
+    return kept

@@ -12,7 +12,6 @@ from diffusers import FluxTransformer2DModel
 from helpers import IMAGE_TOKENS, TEXT_TOKENS, TinyPipeline, tiny_flux
 
 from rtlynx import CalibrationError, CalibrationOptions, Recipe, calibrate, sparsify
-from rtlynx.calibration.calls import CallStore
 from rtlynx.evaluate import compare
 from rtlynx.evaluate.activations import activation_energy_kept
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
@@ -75,20 +74,6 @@ def per_token_flux():
     model = tiny_flux()
     model.__class__ = PerToken
     return model
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """What each batch recorded: its list of calls."""
-    kept = []
-    original = CallStore.put
-
-    def spy(store, batch, calls):
-        kept.append(calls)
-        original(store, batch, calls)
-
-    monkeypatch.setattr(CallStore, "put", spy)
-    return kept
 
 
 def options(**changes):

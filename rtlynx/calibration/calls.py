@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rtlynx.calibration.folder import WorkFolder
+from rtlynx.calibration.steps import counted_steps
 from rtlynx.models.architecture import Architecture
-from rtlynx.nn.call import step_of
+from rtlynx.models.hooks import is_dense_call
 from rtlynx.recipe import Recipe
 
 Call = dict[str, Any]
 GOLDEN = 0.6180339887498949
-# Names of the timestep in models that follow the generic rule.
-_TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
 
 
 def chosen_steps(batch: int, steps: int, wanted: int) -> set[int]:
@@ -30,65 +32,99 @@ class CalibrationError(ValueError):
     """Calibration data that cannot be used."""
 
 
+@dataclass
+class _Seen:
+    """One call while a pipeline runs.
+
+    steps : how many steps the pipeline's schedulers had taken before it.
+    timestep : comparable; None where it has none.
+    dense : whether the recipe runs its step dense; the call is then not kept.
+    """
+
+    call: Call
+    steps: int
+    timestep: Any
+    dense: bool
+
+
 def calls_by_step(
-    model: nn.Module, architecture: Architecture, sample: Callable[[], Any], recipe: Recipe | None = None
+    model: nn.Module,
+    architecture: Architecture,
+    sample: Callable[[], Any],
+    recipe: Recipe | None = None,
+    pipeline: Any = None,
 ) -> list[list[Call]]:
     """Run `sample`, one pipeline call, and return all calls of `model` for each sampling step, on the CPU.
 
-    A call at another timestep than the one before it begins a step; one at the same timestep is a further
-    guidance pass. How many steps run is known only at the end, so the calls of all of them are kept until
-    then. A call without a timestep is a step of its own. Steps that `recipe` runs dense are left out.
+    The calls between two steps of the pipeline's scheduler are the guidance passes of one step. Where no
+    scheduler takes steps, a call at another timestep than the one before it begins a step. How many steps run
+    is known only at the end, so the calls of all of them are kept until then. Steps that `recipe` runs dense
+    are left out.
 
     Raises
     ------
     CalibrationError
-        If the model was not called, or in dense steps alone.
+        If the model was not called, or in dense steps alone, or it is not known which call is of which step.
     """
-    steps: list[list[Call]] = []
-    last: Any = None
-    dense = False
+    seen: list[_Seen] = []
+    with counted_steps(pipeline) as steps:
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal last, dense
-        call = architecture.call_arguments(model, args, kwargs)
-        timestep = timestep_of(call, architecture)
-        if recipe is not None and recipe.has_dense_steps:
-            step = step_of(call.get(architecture.timestep_argument))
-            if step is not None and recipe.is_dense_step(step.index, step.count, step.sigma):
-                dense = True
-                return
-        if not steps or timestep is None or timestep != last:
-            steps.append([])
-        last = timestep
-        steps[-1].append(moved(call, "cpu"))
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = architecture.call_arguments(model, args, kwargs)
+            dense = recipe is not None and _runs_dense(architecture, recipe, model, call)
+            kept = {} if dense else moved(call, "cpu")
+            seen.append(_Seen(kept, steps.count, timestep_of(call, architecture), dense))
 
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        sample()
-    finally:
-        handle.remove()
-    if dense and not steps:
-        raise CalibrationError(
-            f"all steps of a picture run dense ({recipe.describe_dense_steps() if recipe else ''}), so there "
-            "is nothing to calibrate: leave some sparse"
-        )
-    if not steps:
+        handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            sample()
+        finally:
+            handle.remove()
+        scheduled = steps.count > 0
+    if not seen:
         raise CalibrationError(
             f"the pipeline ran, but made 0 calls of its transformer ({type(model).__name__}): it draws with "
             "another model, or calls `forward` itself. Give the pipeline that calls this one, or calls=..."
         )
-    return steps
+    found = [[one.call for one in step if not one.dense] for step in _split_steps(model, seen, scheduled)]
+    found = [step for step in found if step]
+    if not found:
+        raise CalibrationError(
+            f"all steps of a picture run dense ({recipe.describe_dense_steps() if recipe else ''}), so there "
+            "is nothing to calibrate: leave some sparse"
+        )
+    return found
 
 
-def timestep_name(call: Call, architecture: Architecture) -> str | None:
-    """The argument of `call` that is its timestep; None where it has none."""
-    names = (architecture.timestep_argument, *_TIMESTEPS)
-    return next((name for name in names if call.get(name) is not None), None)
+def _split_steps(model: nn.Module, seen: list[_Seen], scheduled: bool) -> list[list[_Seen]]:
+    if not scheduled and len(seen) > 1 and any(one.timestep is None for one in seen):
+        raise CalibrationError(
+            f"which calls of {type(model).__name__} belong to one sampling step is not known: the pipeline's "
+            "scheduler takes no steps, and the calls have no timestep. Record calls yourself, and calibrate "
+            "on them by calls=..."
+        )
+    found: list[list[_Seen]] = []
+    for one in seen:
+        last = found[-1][-1] if found else None
+        same = last is not None and (last.steps == one.steps if scheduled else last.timestep == one.timestep)
+        if same:
+            found[-1].append(one)
+        else:
+            found.append([one])
+    return found
+
+
+def _runs_dense(architecture: Architecture, recipe: Recipe, model: nn.Module, call: Call) -> bool:
+    """Whether the step that `call` is of runs dense, as it will when the sparse model draws."""
+    try:
+        return recipe.has_dense_steps and is_dense_call(architecture, recipe, model, call)
+    except (RuntimeError, ValueError) as error:
+        raise CalibrationError(str(error)) from None
 
 
 def timestep_of(call: Call, architecture: Architecture) -> Any:
     """The timestep of `call`, comparable; None where it has none."""
-    name = timestep_name(call, architecture)
+    name = architecture.timestep_name(call)
     return None if name is None else _values(call[name])
 
 
@@ -157,14 +193,21 @@ def _file(batch: int) -> str:
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
-    """A copy of nested arguments of a call, with tensors on `device`."""
+    """A copy of nested arguments of a call, with tensors on `device`.
+
+    Objects that hold values, such as caches, are copied as they are at this call: later ones change them.
+    """
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, dict):
         return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(moved(item, device) for item in value)
-    return value
+    if isinstance(value, nn.Module | Enum) or callable(value) or not hasattr(value, "__dict__"):
+        return value
+    twin = copy.copy(value)
+    vars(twin).update({name: moved(item, device) for name, item in vars(value).items()})
+    return twin
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -54,6 +54,10 @@ class InputGroup:
         """Memory of the moments: two splits of each kind of token."""
         return 2 * self.kinds * Moments.bytes_for(self.k)
 
+    def count(self, split: str) -> int:
+        """Tokens of one split that were gathered."""
+        return sum(moments.count for moments in self.moments.get(split, {}).values())
+
     def combined(self, split: str, balance: str) -> Moments | None:
         """Moments of one split over all kinds of tokens, per token; None where it has no tokens."""
         kinds = [moments for moments in self.moments.get(split, {}).values() if moments.count]
@@ -93,12 +97,27 @@ def block_order(model: nn.Module, blocks: Sequence[str], call: dict[str, Any]) -
         for block in blocks
     ]
     try:
-        with torch.no_grad():
-            model(**call)
+        _replay(model, call)
     finally:
         for handle in handles:
             handle.remove()
     return list(seen)
+
+
+def _replay(model: nn.Module, call: dict[str, Any]) -> None:
+    """Run a recorded call, as far as is of interest."""
+    try:
+        with torch.no_grad():
+            model(**call)
+    except _Enough:
+        pass
+    except (CalibrationError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"a recorded call of {type(model).__name__} does not run again ({type(error).__name__}: "
+            f"{error}): the model depends on more than the arguments of its calls, so it cannot be calibrated"
+        ) from error
 
 
 def passes(groups: Sequence[InputGroup], order: Sequence[str], memory: int) -> Iterator[list[InputGroup]]:
@@ -156,11 +175,7 @@ class Collector:
                 for number in numbers:
                     for call in self.store.replay([number], device):
                         position.update(split=split, batch=number, rows=self._text_rows(call, groups))
-                        try:
-                            with torch.no_grad():
-                                self.model(**call)
-                        except _Enough:
-                            pass
+                        _replay(self.model, call)
                     progress(1)
         finally:
             for handle in handles:

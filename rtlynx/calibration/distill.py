@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from rtlynx.calibration.calls import CalibrationError, chosen_steps
+from rtlynx.calibration.calls import CalibrationError
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.options import Distillation, DistillationReport
 from rtlynx.calibration.pairs import State, check_apart, null_first, outputs, states_of, turned
@@ -244,10 +244,9 @@ class _Training:
         try:
             for start in range(0, len(some), options.batch_size):
                 batch = some[start : start + options.batch_size]
-                steps = self.recording.draw_steps(batch, [first + start + i for i in range(len(batch))])
-                number = refresh + start // options.batch_size
-                for step in sorted(chosen_steps(number, len(steps), options.steps_per_prompt)):
-                    found += states_of(steps[step], self.architecture)
+                seeds = [first + start + i for i in range(len(batch))]
+                calls = self.recording.draw_some(batch, seeds, refresh + start // options.batch_size)
+                found += states_of(calls, self.architecture)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -99,7 +100,7 @@ class WorkFolder:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of nested values, each part with its kind and length, arrays and pictures by their content.
+    """SHA-256 of nested values, each part with its kind and length; arrays, pictures, files by their content.
 
     Raises
     ------
@@ -128,6 +129,11 @@ def digest(value: Any) -> str:
             put("list", str(len(item)).encode())
             for one in item:
                 feed(one)
+        elif isinstance(item, Path):
+            put("file", item.read_bytes())
+        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+            put("dataclass", type(item).__name__.encode())
+            feed({one.name: getattr(item, one.name) for one in dataclasses.fields(item)})
         elif isinstance(item, str):
             put("text", item.encode("utf-8", "surrogatepass"))
         elif isinstance(item, int | float) and not isinstance(item, bool):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in, timestep_name, timestep_of
+from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in, timestep_of
 from rtlynx.calibration.folder import digest
 from rtlynx.models.architecture import Architecture
 
@@ -180,5 +180,5 @@ def _same_state(one: Row, other: Row) -> bool:
 def _prompt(row: Row, architecture: Architecture) -> str:
     """Digest of what differs between pictures but for their states."""
     own = row.pictures
-    others = own.apart - {own.state, timestep_name(own.call, architecture)}
+    others = own.apart - {own.state, architecture.timestep_name(own.call)}
     return digest({name: row.argument(name) for name in others})

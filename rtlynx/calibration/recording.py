@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from rtlynx.calibration.calls import CalibrationError, Call, CallStore, calls_by_step, chosen_steps
@@ -15,8 +17,13 @@ from rtlynx.calibration.processes import rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.math.formats import FP8_DENSE
 from rtlynx.models.fingerprint import model_fingerprint
-from rtlynx.models.pipelines import check_call, draw
+from rtlynx.models.pipelines import check_call, draw, draw_alone
 from rtlynx.models.plan import Plan
+from rtlynx.models.prompts import Prompt, describe, together
+
+# Errors that another way of giving the prompt would not mend.
+_NOT_OF_THE_PROMPT = (CalibrationError, torch.OutOfMemoryError, MemoryError)
+_REASON = 300  # characters of an error that are shown: some hold whole tensors
 
 
 class Recording:
@@ -30,8 +37,9 @@ class Recording:
     def __init__(self, model: nn.Module, plan: Plan, options: CalibrationOptions) -> None:
         self.model, self.plan, self.options = model, plan, options
         self.pipeline: Any = None
-        self.prompts: list[str] = []
-        self.fit_prompts: list[str] = []
+        self.prompts: list[Prompt] = []
+        self.fit_prompts: list[Prompt] = []
+        self.in_lists: bool | None = None  # whether the pipeline takes lists of prompts, once that is known
         self.folder: WorkFolder | None = None
         self.store = CallStore()
         self.batches: dict[str, list[int]] = {"fit": [], "heldout": []}
@@ -61,18 +69,17 @@ class Recording:
                     self.store.put(number, [calls[number]])
                     self.batches[split].append(number)
 
-    def sample(self, pipeline: Any, prompts: list[str], *, show: bool) -> None:
+    def sample(self, pipeline: Any, prompts: list[Prompt], *, show: bool) -> None:
         """Sample prompts and record; batches already on disk are not sampled again."""
         if isinstance(pipeline, nn.Module):
             raise TypeError("a bare module has no prompts: give calibrate() a pipeline, or calls=...")
         if not prompts:
             raise ValueError("no prompts to calibrate on")
-        if any(not isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("prompts are a list of strings")
-        check_call(pipeline, self.options.pipeline_kwargs)
-        splits = _split_prompts(prompts, self.options.heldout)
+        check_call(pipeline, self.options.pipeline_kwargs, prompts)
+        identities = [self._identity(prompt) for prompt in prompts]
+        splits = _split_prompts(identities, self.options.heldout)
         self._refuse_without_heldout(splits)
-        self._claim_folder(prompts, pipeline)
+        self._claim_folder(identities, pipeline)
         self.pipeline, self.prompts = pipeline, prompts
         self.fit_prompts = [prompts[i] for i in splits["fit"]]
         with ProgressBar("recording calls", len(prompts), show=show) as advance:
@@ -83,23 +90,74 @@ class Recording:
                     if number % world() == rank():
                         self.batches[split].append(number)
                         if not self.store.has(number):
-                            self.store.put(number, self._sample_batch(batch, number))
+                            seeds = [self.options.seed + i for i in batch]
+                            self.store.put(number, self.draw_some(list(batch.values()), seeds, number))
                     number += 1
                     advance(len(batch))
 
-    def draw_steps(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Call]]:
-        """Draw prompts with the model as it is now; its calls at each sampling step that runs sparse."""
+    def draw_some(self, prompts: Sequence[Prompt], seeds: Sequence[int], number: int) -> list[Call]:
+        """Draw batch `number` of prompts with the model as it is now; its calls at some sparse steps."""
+        found: list[Call] = []
+        for shift, steps in enumerate(self._pipeline_calls(prompts, seeds)):
+            chosen = chosen_steps(number + shift, len(steps), self.options.steps_per_prompt)
+            found += [call for step in sorted(chosen) for call in steps[step]]
+        return found
+
+    def _pipeline_calls(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Iterator[list[list[Call]]]:
+        """What each pipeline call that draws some of `prompts` recorded, by sampling step."""
+        for numbers, texts in together(prompts):
+            some = [prompts[i] for i in numbers]
+            failed: Exception | None = None
+            if texts and self.in_lists is not False:
+                try:
+                    yield self._steps_of(partial(draw, self.pipeline, some, [seeds[i] for i in numbers]))
+                    self.in_lists = True
+                    continue
+                except _NOT_OF_THE_PROMPT:
+                    raise
+                except Exception as error:
+                    # Perhaps the pipeline takes no lists of prompts.
+                    if self.in_lists:
+                        raise self._failed(some[0], error) from error
+                    failed = error
+            for number in numbers:
+                alone = partial(draw_alone, self.pipeline, prompts[number], seeds[number])
+                try:
+                    steps = self._steps_of(alone)
+                except _NOT_OF_THE_PROMPT:
+                    raise
+                except Exception as error:
+                    first = failed or error
+                    raise self._failed(prompts[number], first) from first
+                if failed is not None:
+                    self.in_lists, failed = False, None
+                yield steps
+
+    def _steps_of(self, draw_with: Callable[[Mapping[str, Any]], Any]) -> list[list[Call]]:
         settings = {"output_type": "latent", **self.options.pipeline_kwargs}
         plan = self.plan
         return calls_by_step(
-            self.model, plan.architecture, lambda: draw(self.pipeline, prompts, seeds, settings), plan.recipe
+            self.model, plan.architecture, lambda: draw_with(settings), plan.recipe, self.pipeline
         )
 
-    def _sample_batch(self, batch: dict[int, str], number: int) -> list[Call]:
-        """Calls at some of the steps."""
-        steps = self.draw_steps(list(batch.values()), [self.options.seed + i for i in batch])
-        chosen = chosen_steps(number, len(steps), self.options.steps_per_prompt)
-        return [call for step in sorted(chosen) for call in steps[step]]
+    def _failed(self, prompt: Prompt, error: Exception) -> CalibrationError:
+        text = " ".join(str(error).split()) or "no reason given"
+        reason = f"{type(error).__name__}: {text:.{_REASON}}"
+        return CalibrationError(
+            f"{type(self.pipeline).__name__} does not draw the prompt {describe(prompt)} ({reason}): if it "
+            "needs other arguments, give them in pipeline_kwargs, or with each prompt"
+        )
+
+    def _identity(self, prompt: Prompt) -> Any:
+        """The same for copies of one prompt, and in a later run."""
+        if isinstance(prompt, str):
+            return prompt
+        try:
+            return digest(prompt)
+        except TypeError:  # of an object that is only equal to itself
+            if self.options.folder is not None:
+                raise
+            return id(prompt)
 
     def _refuse_without_heldout(self, splits: Mapping[str, list[int]]) -> None:
         """Before any work: a ridge that is chosen on held-out prompts needs some."""
@@ -157,7 +215,7 @@ def _description(component: Any) -> dict[str, Any]:
     }
 
 
-def _split_prompts(prompts: list[str], heldout: float) -> dict[str, list[int]]:
+def _split_prompts(prompts: list[Any], heldout: float) -> dict[str, list[int]]:
     """`_split` of the distinct prompts: all copies of one are held out, or none is."""
     distinct = list(dict.fromkeys(prompts))
     held = {distinct[i] for i in _split(len(distinct), heldout)["heldout"]}

@@ -35,6 +35,7 @@ from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.guards import refuse_meta
 from rtlynx.models.plan import LayerPlan, Plan
+from rtlynx.models.prompts import Prompt
 from rtlynx.models.reparameterize import Reparameterization, reparameterize
 from rtlynx.models.sparsify import (
     densify,
@@ -56,7 +57,7 @@ BUDGET_CALLS = 4
 @torch.compiler.set_stance("force_eager")
 def calibrate(
     model_or_pipeline: Any,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Prompt] | None = None,
     recipe: Recipe | None = None,
     options: CalibrationOptions | None = None,
     *,
@@ -70,8 +71,9 @@ def calibrate(
     ----------
     model_or_pipeline : diffusers pipeline or nn.Module
         Dense, or sparse without calibration. A bare module needs `calls`.
-    prompts : sequence of str
-        Hundreds; the pipeline samples them.
+    prompts : sequence of str or dict
+        Hundreds; the pipeline samples them. A dict holds the pipeline's arguments for one picture by name,
+        ``{"prompt": "make it snow", "image": picture}``. A `Path` in it stands for the picture in that file.
     recipe : Recipe, optional
         Default `Recipe.recommended()`.
     options : CalibrationOptions, optional
@@ -102,7 +104,6 @@ def calibrate(
         raise ValueError("give prompts or calls, not both")
     if distill is not None and calls is not None:
         raise ValueError("distillation draws with the sparse model: give a pipeline and prompts, not calls")
-    texts = [] if prompts is None else list(prompts)
     if recipe.precision == "auto" and options.sequential:
         raise ValueError(
             "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
@@ -132,7 +133,7 @@ def calibrate(
         if calls is not None:
             recording.use_calls(list(calls))
         else:
-            recording.sample(model_or_pipeline, texts, show=show)
+            recording.sample(model_or_pipeline, list(prompts or ()), show=show)
         return _Calibration(plan, recording, distill, show=show).finish()
 
 
@@ -158,6 +159,7 @@ class _Calibration:
         self.solutions = SolutionStore(recording.folder)
         self.tokens: dict[str, int] = {}
         self.originals: dict[str, nn.Module] = {}  # in sequential mode, of layers that run sparse
+        self.unseen: dict[str, str] = {}  # layers that no token reached (experts that are rarely chosen)
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
@@ -174,6 +176,8 @@ class _Calibration:
         self._solve([group for group in groups if group.block in order], order)
         for name, dense in self.originals.items():
             self.model.set_submodule(name, dense)
+        plan = plan.leave_dense(self.unseen)
+        _refuse_all_dense(plan)
         costs: tuple[InputCost, ...] = ()
         choice = None
         if self.recipe.budget is not None:
@@ -234,6 +238,10 @@ class _Calibration:
                     advance(len(self.recording.numbers))
                 for group in missing:
                     group.all_reduce(self.device)
+                    unseen = self._unseen_reason(group)
+                    if unseen is not None:
+                        self.unseen.update({layer.name: unseen for layer in group.layers})
+                        continue
                     solved = self._solve_group(group)
                     self.solutions.put(group, solved, self.dtype, write=rank() == 0)
                     group.tokens.clear()
@@ -245,14 +253,26 @@ class _Calibration:
             return 0
         return -(-TRAINING_TOKENS // (max(1, self.recording.fit_calls) * world()))
 
+    def _unseen_reason(self, group: InputGroup) -> str | None:
+        """Why the layers of one input cannot be solved; None where they can."""
+        if not group.count("fit"):
+            return "no token reached it in calibration"
+        if not group.count("heldout") and self.recipe.ridge == "auto" and self._is_solved(group.layers[0]):
+            return "no token of a held-out prompt reached it in calibration"
+        return None
+
+    def _is_solved(self, layer: LayerPlan) -> bool:
+        """Whether a weight or factors of a layer are solved for in closed form."""
+        refit = self.recipe.refit and layer.format is not FP8_DENSE
+        return self.recipe.lowrank_solver == "closed-form" and bool(layer.rank or refit)
+
     def _solve_group(self, group: InputGroup) -> dict[str, Solution]:
         """Solve the layers of one input: together, with one A, or each on its own; its moments are gone then.
 
         At 15,360 inputs those would take 11 GB beside what is computed here.
         """
         fit = group.combined("fit", self.recipe.balance)
-        if fit is None:
-            raise CalibrationError(f"no tokens reached {group.layers[0].name} in calibration")
+        assert fit is not None
         group.moments.pop("fit")
         heldout = group.combined("heldout", self.recipe.balance)
         group.moments.clear()
@@ -312,6 +332,8 @@ class _Calibration:
         """Sequential mode: the blocks solved so far run sparse from now on."""
         for group in groups:
             for layer in group.layers:
+                if layer.name in self.unseen:
+                    continue
                 solution = self.solutions.of([layer])[layer.name]
                 self.originals[layer.name] = self.model.get_submodule(layer.name)
                 sparse = solved_layer(self.model, layer, solution)

@@ -96,7 +96,7 @@ def _sample_by_step(
         def draw_part(part: Sequence[str] = part, start: int = start) -> None:
             pictures.append(_draw(pipeline, part, seed + start, settings))
 
-        by_step = calls_by_step(model, architecture_of(model), draw_part)
+        by_step = calls_by_step(model, architecture_of(model), draw_part, pipeline=pipeline)
         for step in sorted(chosen_steps(number, len(by_step), recorded)):
             calls += by_step[step]
         ran = max(ran, len(by_step))

@@ -18,6 +18,9 @@ Stream = Literal["image", "text", "joint"]
 # Roles whose groups are strided by default: their groups then span different heads.
 STRIDED_ROLES: tuple[Role, ...] = ("attention-out", "single-out")
 
+# Names of the timestep in models that follow the generic rule.
+_TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
+
 
 @dataclass(frozen=True)
 class LayerRule:
@@ -233,6 +236,11 @@ class Architecture:
                 first = 0 if isinstance(down.parts, int) else down.parts[0]
                 found.append(Mlp(down.name, up, (down.name,), between, inputs - first, first))
         return found
+
+    def timestep_name(self, call: Mapping[str, Any]) -> str | None:
+        """The argument of a call of the model that is its timestep; None where it has none."""
+        names = (self.timestep_argument, *_TIMESTEPS)
+        return next((name for name in names if call.get(name) is not None), None)
 
     def call_arguments(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from rtlynx.models.architecture import Architecture
 from rtlynx.models.fusion import processor_known
 from rtlynx.models.guards import prepare_adapters, refuse_merged
 from rtlynx.models.plan import Plan
-from rtlynx.nn.call import CallState, enter_call, leave_call, step_of
+from rtlynx.nn.call import CallState, current_schedule, enter_call, leave_call, step_of
 from rtlynx.nn.tensor_parallel import local_text_rows
+from rtlynx.recipe import Recipe
 
 
 def register_hooks(model: nn.Module, plan: Plan) -> tuple[list[Any], EnterCall | None]:
@@ -73,7 +75,7 @@ class EnterCall:
         rows = None
         if recipe.text_rows == "dense" and architecture.text_rows is not None:
             rows = local_text_rows(model, architecture.text_rows(call))
-        dense = recipe.has_dense_steps and _is_dense_step(plan, model, call)
+        dense = recipe.has_dense_steps and is_dense_call(architecture, recipe, model, call)
         if getattr(model, "peft_config", None):
             refuse_merged(model)
         enter_call(CallState(dense=dense, text_rows=rows), self)
@@ -83,15 +85,22 @@ class EnterCall:
         leave_call(self)
 
 
-def _is_dense_step(plan: Plan, model: nn.Module, call: dict[str, Any]) -> bool:
-    argument, recipe = plan.architecture.timestep_argument, plan.recipe
-    timestep = call.get(argument)
-    if timestep is None:
+def is_dense_call(architecture: Architecture, recipe: Recipe, model: nn.Module, call: dict[str, Any]) -> bool:
+    """Whether `recipe` runs the step dense that this call of `model` is of.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        If it is not known which step that is, or its noise level where that decides.
+    """
+    name = architecture.timestep_name(call)
+    timestep = None if name is None else call[name]
+    step = None if timestep is None and current_schedule() is not None else step_of(timestep)
+    if timestep is None and step is None:
         raise ValueError(
-            f"dense steps need the model's {argument!r} argument, which this call of "
+            f"dense steps need the model's {architecture.timestep_argument!r} argument, which this call of "
             f"{type(model).__name__} lacks"
         )
-    step = step_of(timestep)
     if step is None:
         if model.training:  # no picture, so no first or last steps of one
             return False

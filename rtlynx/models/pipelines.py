@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rtlynx.models.prompts import Prompt, arguments_of, check_prompts, joined, opened
 from rtlynx.recipe import refuse_unknown
 from rtlynx.storage.files import CheckpointError, read_json
 
@@ -147,41 +148,74 @@ def quiet(pipeline: Any) -> Iterator[None]:
         configure(**shown)
 
 
-def check_call(pipeline: Any, settings: Mapping[str, Any]) -> None:
-    """Refuse, before any work, settings with which `draw` could not call `pipeline`.
+def check_call(pipeline: Any, settings: Mapping[str, Any], prompts: Iterable[Prompt] = ("",)) -> None:
+    """Refuse, before any work, settings and prompts with which `draw` could not call `pipeline`.
 
     Raises
     ------
     TypeError
         If it is no pipeline.
     ValueError
-        If it takes no prompts, does not know one of the settings, or needs one more.
+        If it takes no prompts, does not know one of the arguments, or needs one more.
+    FileNotFoundError
+        If a picture is not there.
     """
     name = type(pipeline).__name__
     if not callable(pipeline):
         raise TypeError(f"a {name} cannot draw prompts: give a pipeline")
+    prompts = list(prompts)
+    check_prompts(prompts)
     named, anything = _parameters(pipeline)
-    given = {"prompt", "generator", "output_type", *settings}
-    missing = [key for key, one in named.items() if one.default is one.empty and key not in given]
-    if "prompt" not in named and (missing or not anything):
+    required = {key for key, one in named.items() if one.default is one.empty}
+    apart = {key for prompt in prompts for key in arguments_of(prompt)}
+    missing = sorted(
+        key
+        for prompt in prompts
+        for key in required - {"generator", "output_type", *settings, *arguments_of(prompt)}
+    )
+    if "prompt" in apart and "prompt" not in named and (missing or not anything):
         raise ValueError(
-            f"{name} takes no prompt (but {', '.join(named)}), so it cannot draw prompts: "
-            "record calls of its transformer yourself, and calibrate on them by calls=..."
+            f"{name} takes no prompt (but {', '.join(named)}), so it cannot draw prompts: give dicts of its "
+            "own arguments instead, or record calls of its transformer yourself, and calibrate on them by "
+            "calls=..."
         )
     for own, why in (("prompt", "prompts are given apart"), ("generator", "noise comes from `seed`")):
         if own in settings:
             raise ValueError(f"pipeline_kwargs cannot hold {own!r}: {why}")
+    if "generator" in apart:
+        raise ValueError("a prompt cannot hold 'generator': noise comes from `seed`")
     if not anything:
         refuse_unknown("pipeline_kwargs", settings, set(named))
+        refuse_unknown("prompt", dict.fromkeys(sorted(apart)), set(named))
     if missing:
-        raise ValueError(f"{name} needs {missing[0]!r}: give it in pipeline_kwargs")
+        raise ValueError(
+            f"{name} needs {missing[0]!r}: give it in pipeline_kwargs, or with each prompt (a dict of the "
+            "pipeline's arguments)"
+        )
 
 
-def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]) -> Any:
-    """Call `pipeline`, picture i from noise of `seeds[i]`; `output_type` is left out where it takes none.
+def draw(pipeline: Any, prompts: Sequence[Prompt], seeds: Sequence[int], settings: Mapping[str, Any]) -> Any:
+    """Call `pipeline` on lists of what `prompts` hold, picture i from noise of `seeds[i]`.
 
-    A pipeline that takes no generator draws from torch's own, which starts from the first seed.
+    `output_type` is left out where it takes none. A pipeline that takes no generator draws from torch's own,
+    which starts from the first seed.
     """
+    return _call(pipeline, joined(prompts), seeds, settings, list)
+
+
+def draw_alone(pipeline: Any, prompt: Prompt, seed: int, settings: Mapping[str, Any]) -> Any:
+    """`draw` of one prompt, which the pipeline gets as it is and not in lists."""
+    given = {name: opened(value) for name, value in arguments_of(prompt).items()}
+    return _call(pipeline, given, [seed], settings, next)
+
+
+def _call(
+    pipeline: Any,
+    arguments: Mapping[str, Any],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    generators: Callable[[Iterator[torch.Generator]], Any],
+) -> Any:
     named, anything = _parameters(pipeline)
     given = {
         key: value for key, value in settings.items() if anything or key != "output_type" or key in named
@@ -189,11 +223,11 @@ def draw(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], settings: 
     with ExitStack() as stack:
         stack.enter_context(quiet(pipeline))
         if anything or "generator" in named:
-            given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+            given["generator"] = generators(torch.Generator().manual_seed(seed) for seed in seeds)
         else:
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(seeds[0])
-        return pipeline(prompt=list(prompts), **given)
+        return pipeline(**{**given, **arguments})
 
 
 def guidance_scale(pipeline: Any, settings: Mapping[str, Any]) -> float:
