@@ -1,6 +1,7 @@
 """What prompts may be: text, arguments of the pipeline by name, pictures in files; and how each is drawn."""
 
 import copy
+import json
 
 import pytest
 from calibration_helpers import PROMPTS, REFIT, assert_dense, assert_same, sample, solution
@@ -171,3 +172,60 @@ def test_a_failure_after_lists_have_worked_is_no_refusal_of_lists():
         sample(pipeline, REFIT, OPTIONS)
     assert len(pipeline.seen) == 1
     assert_dense(pipeline.transformer)
+
+
+# ------------------------------------------------------------------------------------ on the command line
+
+
+def jsonl(folder, *lines):
+    file = folder / "edits.jsonl"
+    file.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return file
+
+
+def test_the_command_calibrates_on_edits_whose_pictures_lie_beside_the_file(command, tmp_path, monkeypatch):
+    ours, from_command = Editing(tiny_flux()), Editing(tiny_flux())
+    sample(ours, REFIT, OPTIONS, files(tmp_path, 4))
+    monkeypatch.setattr("rtlynx.models.pipelines.load_model", lambda *_, **__: from_command)
+    lines = [{"prompt": f"make it {i}", "image": f"{i}.png"} for i in range(4)]
+    recipe = ("rank=null", "ridge=0.1", "budget=null", "precision=bf16")
+    code, _, error = command(
+        "calibrate", "MODEL", "--out", tmp_path / "out", "--prompts", jsonl(tmp_path, *lines, ""),
+        "--option", "steps_per_prompt=2", "--option", "batch_size=4",
+        *(part for one in recipe for part in ("--set", one)),
+    )  # fmt: skip
+    assert (code, error.count("error")) == (0, 0), error
+    assert [prompt for prompt, _, _ in from_command.seen] == [f"make it {i}" for i in range(4)]
+    assert_same(solution(ours.transformer), solution(from_command.transformer))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("a plain prompt", "line 2: "),
+        ('["a"]', 'line 2: expected an object such as {"prompt": '),
+        ({}, "line 2: expected an object"),
+        ('{"prompt": "a", "prompt": "b"}', "line 2: a key is given twice"),
+        ('{"prompt": "a", "strength": NaN}', "line 2: NaN is not a number"),
+        ({"prompt": "a", "image": "none.png"}, "none.png (image)"),
+        ({"prompt": "a", "mask_image": ["0.png", "none.png"]}, "none.png (mask_image)"),
+        (
+            {"prompt": "a", "pose_video": "a.mp4"},
+            "a.mp4 (pose_video) is a video file: give a list",
+        ),
+    ],
+)
+def test_lines_that_are_no_inputs_are_named(command, tmp_path, line, said):
+    picture(0, tmp_path / "0.png")
+    file = jsonl(tmp_path, {"prompt": "a", "image": "0.png", "guidance_scale": 2.5}, line)
+    code, out, error = command("calibrate", "zoo:flux-emoji", "--out", tmp_path / "x", "--prompts", file)
+    assert (code, out, len(error.splitlines())) == (1, "", 1)
+    assert said in error
+    assert str(file) in error
+
+
+def test_commands_that_compare_pictures_take_text_alone(command, tmp_path):
+    file = jsonl(tmp_path, {"prompt": "a"})
+    code, _, error = command("evaluate", "zoo:flux-emoji", "--checkpoint", tmp_path, "--prompts", file)
+    assert code == 1
+    assert "which `rtlynx calibrate --prompts` alone takes" in error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 import stat
 import types
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 
 if TYPE_CHECKING:
     from rtlynx.calibration import CalibrationOptions, Distillation
+    from rtlynx.models.prompts import Prompt
     from rtlynx.recipe import Recipe
 
 
@@ -30,6 +32,9 @@ _ENCODINGS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _MOST_BYTES = 64 << 20
+# Names of arguments whose strings are paths of pictures, in files of prompts.
+_PICTURES = re.compile(r"(^|_)(images?|masks?|videos?|frames)(_|$)")
+_VIDEO_FILES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 
 
 def pairs(
@@ -149,11 +154,61 @@ def distillation(settings: list[str] | None) -> Distillation | None:
 
 def read_prompts(file: Path) -> list[str]:
     """The lines of a text file that are not blank. Lines end with "\\n" or "\\r\\n", with nothing else."""
-    text = read_text(file)
-    prompts = [line.strip(" \t\r") for line in text.split("\n") if line.strip()]
-    if not prompts:
+    if _is_json_lines(file):
+        raise ValueError(
+            f"{file} holds arguments of a pipeline, which `rtlynx calibrate --prompts` alone takes: give a "
+            "text file with one prompt a line"
+        )
+    return list(_lines(file).values())
+
+
+def read_prompts_with_inputs(file: Path) -> list[Prompt]:
+    """`read_prompts`, or of JSON lines (.jsonl) the pipeline's arguments for each prompt.
+
+    Strings under names of pictures and videos (image, mask_image, pose_video ...) are paths, relative to the
+    file; each becomes a `Path`, which calibration opens as a picture.
+    """
+    if not _is_json_lines(file):
+        return list(read_prompts(file))
+    found: list[Prompt] = []
+    for number, line in _lines(file).items():
+        try:
+            value = json.loads(line, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once)
+            if not isinstance(value, dict) or not value:
+                raise ValueError('expected an object such as {"prompt": "make it snow", "image": "cat.png"}')
+            found.append({name: _with_pictures(name, one, file.parent) for name, one in value.items()})
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
+    return found
+
+
+def _is_json_lines(file: Path) -> bool:
+    return file.suffix.lower() == ".jsonl"
+
+
+def _lines(file: Path) -> dict[int, str]:
+    """Number of a line, from 1 -> what it holds; blank ones left out."""
+    lines = enumerate(read_text(file).split("\n"), 1)
+    found = {number: line.strip(" \t\r") for number, line in lines if line.strip()}
+    if not found:
         raise ValueError(f"{file} holds no prompts: write one a line")
-    return prompts
+    return found
+
+
+def _with_pictures(name: str, value: Any, folder: Path) -> Any:
+    """`value` of the argument `name`, with a `Path` for each string, where it is one of pictures."""
+    if not _PICTURES.search(name):
+        return value
+    if isinstance(value, list):
+        return [_with_pictures(name, one, folder) for one in value]
+    if not isinstance(value, str):
+        return value
+    path = folder / value
+    if path.suffix.lower() in _VIDEO_FILES:
+        raise ValueError(f"{value} ({name}) is a video file: give a list of pictures, one for each frame")
+    if not path.is_file():
+        raise ValueError(f"there is no picture {path} ({name})")
+    return path
 
 
 def read_text(file: Path) -> str:

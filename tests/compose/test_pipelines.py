@@ -1,6 +1,9 @@
 """The pipelines of diffusers, in small and with random weights: each calibrates, or says why it does not."""
 
+import re
 import sys
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +57,36 @@ def test_a_pipeline_calibrates_on_its_own_inputs_or_says_why_not(name, monkeypat
     assert report.solutions
     assert all(one.error < 1 for one in report.solutions.values())
     draw(pipeline, case)
+
+
+def test_the_guide_says_how_many_calibrate():
+    guide = Path(__file__).parents[2] / "docs/guides/calibrate.md"
+    (said,) = re.findall(r"(\d+) pipelines of diffusers", guide.read_text(encoding="utf-8"))
+    assert int(said) == sum(case.refusal is None for case in PIPELINES.values())
+
+
+def encode(prompt, negative_prompt=None, *_args, **_kwargs):
+    """In place of a text encoder: embeddings (B, 8, 32) of prompts and negative ones, by their letters."""
+
+    def of(texts):
+        made = [torch.Generator().manual_seed(zlib.crc32((text or "").encode())) for text in texts]
+        return torch.stack([torch.randn(8, 32, generator=one) for one in made])
+
+    texts = prompt if isinstance(prompt, list) else [prompt]
+    return of(texts), of([""] * len(texts))
+
+
+@pytest.mark.parametrize(("name", "batches"), [("WanPipeline", [2, 1]), ("WanVACEPipeline", [1, 1, 1])])
+def test_prompts_go_in_lists_where_the_pipeline_takes_them(name, batches, monkeypatch, recorded):
+    case, pipeline = built(name, monkeypatch)
+    pipeline.encode_prompt = encode
+    drawn = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _model, _args, kwargs: drawn.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    settings = {"num_inference_steps": STEPS, **case.settings}
+    options = CalibrationOptions(steps_per_prompt=STEPS, pipeline_kwargs=settings)
+    report = calibrate(pipeline, ["a cat", "a dog", "a fox"], REFIT, options, progress=False)
+    assert drawn[: STEPS * 2 * len(batches)] == [size for size in batches for _ in range(STEPS * 2)]
+    assert sum(len(call["hidden_states"]) for batch in recorded for call in batch) == 3 * STEPS * 2
+    assert report.solutions

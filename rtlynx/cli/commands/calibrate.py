@@ -15,14 +15,19 @@ from rtlynx.cli.app import (
     Device,
     Model,
     PipelineSettings,
-    PromptFile,
     RecipeFile,
     Settings,
     app,
     device_of,
     prompts_of,
 )
-from rtlynx.cli.inputs import calibration_options, distillation, pairs, recipe_of
+from rtlynx.cli.inputs import (
+    calibration_options,
+    distillation,
+    pairs,
+    read_prompts_with_inputs,
+    recipe_of,
+)
 from rtlynx.cli.output import print_json, print_report, report_json, say
 
 
@@ -32,7 +37,13 @@ from rtlynx.cli.output import print_json, print_report, report_json, say
 def calibrate(
     model: Model,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint.")],
-    prompts: PromptFile = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, one prompt a line; or JSON lines (.jsonl), a line the pipeline's arguments for "
+            "one prompt, with paths of pictures relative to the file."
+        ),
+    ] = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
     pipeline: PipelineSettings = None,
@@ -73,12 +84,13 @@ def calibrate(
     if plot is not None:
         _check_plot(plot, folder)
     # What can be wrong is looked at before the model is loaded.
-    chosen, texts = recipe_of(recipe, settings, Recipe.recommended()), prompts_of(prompts, model)
+    chosen = recipe_of(recipe, settings, Recipe.recommended())
+    given = prompts_of(None, model) if prompts is None else read_prompts_with_inputs(prompts)
     how = calibration_options(options, work, pairs(pipeline, "--pipeline"))
     training = distillation(distill)
     with _processes(device_of(device)) as (local_device, is_first):
         loaded = load_model(model, device=local_device)
-        report = calibrate_model(loaded, texts, chosen, how, distill=training)
+        report = calibrate_model(loaded, given, chosen, how, distill=training)
         if not is_first:
             return
         save(loaded, folder)
