@@ -53,13 +53,15 @@ def calls_by_step(
     sample: Callable[[], Any],
     recipe: Recipe | None = None,
     pipeline: Any = None,
+    *,
+    may_be_idle: bool = False,
 ) -> list[list[Call]]:
     """Run `sample`, one pipeline call, and return all calls of `model` for each sampling step, on the CPU.
 
     The calls between two steps of the pipeline's scheduler are the guidance passes of one step. Where no
     scheduler takes steps, a call at another timestep than the one before it begins a step. How many steps run
     is known only at the end, so the calls of all of them are kept until then. Steps that `recipe` runs dense
-    are left out.
+    are left out. A model that `may_be_idle` may make no calls.
 
     Raises
     ------
@@ -81,6 +83,8 @@ def calls_by_step(
         finally:
             handle.remove()
         scheduled = steps.count > 0
+    if not seen and may_be_idle:
+        return []
     if not seen:
         raise CalibrationError(
             f"the pipeline ran, but made 0 calls of its transformer ({type(model).__name__}): it draws with "

@@ -200,6 +200,8 @@ class CalibrationReport:
         the reason.
     distillation : DistillationReport or None
         What distillation did, where there was one. The errors of the layers that it trained are not known.
+    others : dict[str, CalibrationReport]
+        Of the further transformers of a pipeline that draws with several, by name (`transformer_2`).
     """
 
     solutions: dict[str, Solution]
@@ -211,3 +213,4 @@ class CalibrationReport:
     tokens: dict[str, int] = field(default_factory=dict)
     unpermuted: Mapping[str, str] = field(default_factory=dict)
     distillation: DistillationReport | None = None
+    others: Mapping[str, CalibrationReport] = field(default_factory=dict)

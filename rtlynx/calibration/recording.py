@@ -32,10 +32,13 @@ class Recording:
     batches : split ("fit" or "heldout") -> numbers of its batches in `store`.
     pipeline, prompts : what was sampled, of any split; None and empty where calls were given.
     fit_prompts : those to fit.
+    part : name of the model in a pipeline with several, which may draw some pictures without it.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, options: CalibrationOptions) -> None:
-        self.model, self.plan, self.options = model, plan, options
+    def __init__(
+        self, model: nn.Module, plan: Plan, options: CalibrationOptions, part: str | None = None
+    ) -> None:
+        self.model, self.plan, self.options, self.part = model, plan, options, part
         self.pipeline: Any = None
         self.prompts: list[Prompt] = []
         self.fit_prompts: list[Prompt] = []
@@ -94,6 +97,11 @@ class Recording:
                             self.store.put(number, self.draw_some(list(batch.values()), seeds, number))
                     number += 1
                     advance(len(batch))
+        if self.part is not None and world() == 1 and not self.fit_calls:
+            raise CalibrationError(
+                f"{type(pipeline).__name__} made 0 calls of its {self.part}: with these settings it draws "
+                "with other transformers alone. Calibrate with more steps, or without this one"
+            )
 
     def draw_some(self, prompts: Sequence[Prompt], seeds: Sequence[int], number: int) -> list[Call]:
         """Draw batch `number` of prompts with the model as it is now; its calls at some sparse steps."""
@@ -137,7 +145,12 @@ class Recording:
         settings = {"output_type": "latent", **self.options.pipeline_kwargs}
         plan = self.plan
         return calls_by_step(
-            self.model, plan.architecture, lambda: draw_with(settings), plan.recipe, self.pipeline
+            self.model,
+            plan.architecture,
+            lambda: draw_with(settings),
+            plan.recipe,
+            self.pipeline,
+            may_be_idle=self.part is not None,
         )
 
     def _failed(self, prompt: Prompt, error: Exception) -> CalibrationError:

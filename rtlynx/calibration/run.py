@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from rtlynx.models.sparsify import (
     extra_bytes,
     make_plan_for_dense,
     state_of,
-    target_model,
+    transformers_of,
 )
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.solution import Solution
@@ -70,7 +71,8 @@ def calibrate(
     Parameters
     ----------
     model_or_pipeline : diffusers pipeline or nn.Module
-        Dense, or sparse without calibration. A bare module needs `calls`.
+        Dense, or sparse without calibration. A bare module needs `calls`. Of a pipeline with several
+        transformers each is calibrated, one after the other, on the steps that it draws.
     prompts : sequence of str or dict
         Hundreds; the pipeline samples them. A dict holds the pipeline's arguments for one picture by name,
         ``{"prompt": "make it snow", "image": picture}``. A `Path` in it stands for the picture in that file.
@@ -88,9 +90,8 @@ def calibrate(
     ------
     ValueError, CalibrationError, CheckpointError
         For no prompts, arguments that the pipeline does not take, a transformer that it does not call, no
-        layer to solve, a model that is itself spread over processes (`enable_parallelism`), non-finite
-        activations, a folder of another calibration. The model is then as before; what was recorded stays in
-        `options.folder`.
+        layer to solve, a model that is itself spread over processes, non-finite activations, a folder of
+        another calibration. The model is then as before; what was recorded stays in `options.folder`.
 
     Notes
     -----
@@ -109,7 +110,36 @@ def calibrate(
             "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
             "chooses their formats at the end: calibrate one-shot, or with precision fp8 or bf16"
         )
-    model = target_model(model_or_pipeline)
+    models = transformers_of(model_or_pipeline)
+    if len(models) > 1:
+        _refuse_for_several(model_or_pipeline, models, calls, distill)
+    pipeline = None if calls is not None else model_or_pipeline
+    data = list(prompts or ()) if calls is None else list(calls)
+    for model in models.values():
+        _refuse_unfit(model)
+    show = progress and rank() == 0
+    with all_or_none(*models.values()):
+        reports = {
+            name: _calibrate_model(
+                model, pipeline, data, recipe, options, distill, name if len(models) > 1 else None, show=show
+            )
+            for name, model in models.items()
+        }
+    first = next(iter(reports))
+    return replace(reports.pop(first), others=reports)
+
+
+def _refuse_for_several(
+    pipeline: Any, models: Mapping[str, nn.Module], calls: Any, distill: Distillation | None
+) -> None:
+    """ValueError for what is about one transformer, where the pipeline draws with several."""
+    if calls is not None or distill is not None:
+        what = "calls are of one transformer" if calls is not None else "distillation trains one transformer"
+        raise ValueError(f"{what}, and {type(pipeline).__name__} draws with several ({', '.join(models)})")
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    """ValueError for a model that is sharded, on "meta" or calibrated already."""
     refuse_parallel(
         model,
         "calibrate before enable_parallelism, one whole model a process, and load the checkpoint after it",
@@ -119,22 +149,39 @@ def calibrate(
     before = state_of(model)
     if before is not None and before.plan.recipe.needs_calibration:
         raise ValueError("the model has been calibrated already: call rtlynx.densify first")
-    show = progress and rank() == 0
-    with all_or_none(model):
-        if before is not None:
-            densify(model)
-        plan = make_plan_for_dense(model, recipe)
-        _refuse_all_dense(plan)
-        if distill is not None:
-            refuse_distillation(model, plan)
-            if recipe.budget is None:  # which would leave fewer
-                refuse_without_memory(plan, distill, next(model.parameters()).device)
-        recording = Recording(model, plan, options)
-        if calls is not None:
-            recording.use_calls(list(calls))
-        else:
-            recording.sample(model_or_pipeline, list(prompts or ()), show=show)
-        return _Calibration(plan, recording, distill, show=show).finish()
+
+
+def _calibrate_model(
+    model: nn.Module,
+    pipeline: Any,
+    data: list[Any],
+    recipe: Recipe,
+    options: CalibrationOptions,
+    distill: Distillation | None,
+    part: str | None,
+    *,
+    show: bool,
+) -> CalibrationReport:
+    """Calibrate one transformer on `data`: prompts of `pipeline`, or calls where there is none.
+
+    `part` is its name in a pipeline that draws with several.
+    """
+    if state_of(model) is not None:
+        densify(model)
+    plan = make_plan_for_dense(model, recipe)
+    _refuse_all_dense(plan)
+    if distill is not None:
+        refuse_distillation(model, plan)
+        if recipe.budget is None:  # which would leave fewer
+            refuse_without_memory(plan, distill, next(model.parameters()).device)
+    if part is not None and options.folder is not None:
+        options = replace(options, folder=options.folder / part)
+    recording = Recording(model, plan, options, part)
+    if pipeline is None:
+        recording.use_calls(data)
+    else:
+        recording.sample(pipeline, data, show=show)
+    return _Calibration(plan, recording, distill, show=show).finish()
 
 
 def _refuse_all_dense(plan: Plan) -> None:
@@ -219,7 +266,7 @@ class _Calibration:
 
     def _block_order(self, groups: list[InputGroup]) -> list[str]:
         blocks = list(dict.fromkeys(group.block for group in groups))
-        probe = next(self.recording.store.replay(self.recording.numbers[:1], self.device), None)
+        probe = next(self.recording.store.replay(self.recording.numbers, self.device), None)
         return agree(block_order(self.model, blocks, probe) if probe is not None else [])
 
     def _solve(self, groups: list[InputGroup], order: list[str]) -> None:
@@ -351,7 +398,8 @@ class _Calibration:
         """Measure the readers of each input alone, in each format, on a few calls; the budget decides."""
         assert self.recipe.budget is not None
         store = self.recording.store
-        numbers = agree(self.recording.batches["heldout"] or self.recording.batches["fit"])
+        heldout = [number for number in self.recording.batches["heldout"] if store.count(number)]
+        numbers = agree(heldout or self.recording.batches["fit"])
         if not all(store.has(number) for number in numbers):
             raise CalibrationError("a budget under torchrun needs a folder that all processes share")
         calls = list(itertools.islice(store.replay(numbers, self.device), BUDGET_CALLS))

@@ -71,6 +71,7 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
         },
         "distillation": None if report.distillation is None else asdict(report.distillation),
         "extra_bytes": report.extra_bytes,
+        "others": {name: report_json(one, folder / name) for name, one in report.others.items()},
     }
 
 
@@ -105,6 +106,9 @@ def print_report(report: Any) -> None:
         f"{len(report.solutions)} layers changed, {len(report.dense)} left dense, "
         + memory(report.extra_bytes)
     )
+    for name, one in report.others.items():
+        out.print(f"{name}:")
+        print_report(one)
 
 
 def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:

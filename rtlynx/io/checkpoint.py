@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from rtlynx._version import __version__
 from rtlynx.calibration.apply import apply_solutions
+from rtlynx.io.bases import BASES, basis_shape, stored_basis
+from rtlynx.io.parts import check_target, parts_of, refuse_other_parts
 from rtlynx.io.schema import check_schema, check_values, stored_pattern, stored_quantized, wrong_numbers
-from rtlynx.models.architecture import Attention, Reparameterizable
+from rtlynx.models.architecture import Reparameterizable
 from rtlynx.models.fingerprint import base_tensors, records, same, weight_fingerprint
 from rtlynx.models.guards import refuse_foreign, refuse_meta, refuse_prepared
 from rtlynx.models.plan import Plan, make_plan
 from rtlynx.models.reparameterize import fixed_reason, refuse_crossing, reparameterize
-from rtlynx.models.sparsify import SparseState, sparse_layers, state_of, target_model
+from rtlynx.models.sparsify import SparseState, sparse_layers, state_of
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.solution import Solution, stored_shapes
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -38,7 +40,6 @@ from rtlynx.recipe import Recipe
 from rtlynx.storage.checkpoint_folder import (
     INDEX,
     TENSORS,
-    check_replaceable,
     replaced_checkpoint,
     tensors_of,
     while_unchanged,
@@ -55,8 +56,6 @@ from rtlynx.storage.files import (
 
 # Version 2 knows fp8 layers, version 4 intercepts and rotated values, version 5 permuted hidden features.
 FORMAT_VERSION = 5
-# What the file calls R of an attention and the order of an MLP's hidden features.
-_BASIS = {"rotate_values": "value_rotation", "permute_hidden": "hidden_permutation"}
 # Most that safetensors takes for the header of a file.
 _HEADER = 100 << 20
 
@@ -71,7 +70,8 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     model_or_pipeline : nn.Module or diffusers pipeline
         A model that `sparsify`, `calibrate` or `load` made sparse, or its pipeline.
     folder : path
-        Created, or its checkpoint replaced, also through a link. It is whole at every moment: readers, and
+        Created, or its checkpoint replaced, also through a link. Of a pipeline with several transformers each
+        has a folder of its name in it. A checkpoint is whole at every moment: readers, and
         whoever comes after a kill, find the older checkpoint or the new one. Several may save to it at once;
         one of theirs stays.
 
@@ -86,18 +86,26 @@ def save(model_or_pipeline: Any, folder: str | Path) -> None:
     OSError
         If it cannot be written: found before any work where that can be known. Nothing is left behind then.
     """
-    model = target_model(model_or_pipeline)
+    parts = parts_of(model_or_pipeline, Path(folder))
+    for model in parts.values():
+        describe(model)
+    check_target(Path(folder), several=len(parts) > 1)
+    for model in parts.values():
+        _refuse_changes(model)
+    for part, model in parts.items():
+        _save(model, part)
+
+
+def _save(model: nn.Module, folder: Path) -> None:
     body = describe(model)
-    check_replaceable(Path(folder))
     layers = sparse_layers(model)
-    _refuse_changes(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         for kind in solution_shapes(body["layers"][name]):
             tensors[f"{name}.{kind}"] = getattr(layer, kind)
     _refuse_unreadable(layers, tensors)
     tensors |= _bases(model)
-    with replaced_checkpoint(Path(folder)) as new:
+    with replaced_checkpoint(folder) as new:
         write_tensors(new / TENSORS, tensors, {"format": "rtlynx"})
         write_json(new / INDEX, signed({**body, "tensors_sha256": sha256_of(new / TENSORS)}))
 
@@ -111,7 +119,7 @@ def _bases(model: nn.Module) -> dict[str, Tensor]:
         known = state.reparameterization.known
     except ValueError as error:
         raise ValueError(f"{error}, which a checkpoint would have to hold: use save_pretrained") from None
-    return {f"{one.name}.{_BASIS[one.setting]}": known[one.name] for one in state.plan.reparameterized}
+    return {f"{one.name}.{BASES[one.setting]}": known[one.name] for one in state.plan.reparameterized}
 
 
 def _refuse_changes(model: nn.Module) -> None:
@@ -230,23 +238,29 @@ def load(model_or_pipeline: Any, folder: str | Path) -> Any:
         If the model is sparse already, on "meta", or prepared in a way that has to come after; or groups
         reach over tensor-parallel shards (`Recipe.tp_degree`).
     """
-    model = target_model(model_or_pipeline)
-    if state_of(model) is not None or sparse_layers(model):
-        raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
-    refuse_prepared(model)
-    refuse_meta(model)
-    folder = Path(folder)
-    with all_or_none(model):
-        # Once, and not before the folder turns out to be one: it reads much of the model.
-        base = functools.cache(lambda: records(base_tensors(model)))
-        plan, solutions, bases = while_unchanged(folder, lambda: _read_folder(model, folder, base))
-        refuse_crossing(model, plan.reparameterized, bases)
-        try:
-            done = reparameterize(model, plan.reparameterized, bases) if bases else None
-        except ValueError as error:
-            raise CheckpointError(f"{folder} is damaged: {error}") from None
-        apply_solutions(model, plan, solutions, base(), done)
+    parts = parts_of(model_or_pipeline, Path(folder))
+    for model in parts.values():
+        if state_of(model) is not None or sparse_layers(model):
+            raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
+        refuse_prepared(model)
+        refuse_meta(model)
+    refuse_other_parts(Path(folder), parts)
+    with all_or_none(*parts.values()):
+        for part, model in parts.items():
+            _load(model, part)
     return model_or_pipeline
+
+
+def _load(model: nn.Module, folder: Path) -> None:
+    # Once, and not before the folder turns out to be one: it reads much of the model.
+    base = functools.cache(lambda: records(base_tensors(model)))
+    plan, solutions, bases = while_unchanged(folder, lambda: _read_folder(model, folder, base))
+    refuse_crossing(model, plan.reparameterized, bases)
+    try:
+        done = reparameterize(model, plan.reparameterized, bases) if bases else None
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+    apply_solutions(model, plan, solutions, base(), done)
 
 
 def _read_folder(
@@ -259,7 +273,7 @@ def _read_folder(
     path, layers = tensors_of(folder, index), index["layers"]
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-    bases = sum(8 * math.prod(_basis_shape(one)) for one in plan.reparameterized)
+    bases = sum(8 * math.prod(basis_shape(one)) for one in plan.reparameterized)
     if size > _HEADER + sum(map(_most_bytes, layers.values())) + bases:
         raise CheckpointError(f"{path} is damaged: its {size} bytes are more than its layers can fill")
     if sha256_of(path) != index["tensors_sha256"]:
@@ -269,7 +283,7 @@ def _read_folder(
     for name, entry in layers.items():
         linear: Any = model.get_submodule(name)
         solutions[name] = _stored_solution(name, entry, tensors, path, linear.weight.dtype)
-    found = {one.name: _stored_basis(one, tensors, path) for one in plan.reparameterized}
+    found = {one.name: stored_basis(one, tensors, path) for one in plan.reparameterized}
     if tensors:
         raise CheckpointError(f"{path} holds {sorted(tensors)[0]!r}, which {INDEX} does not know")
     return plan, solutions, found
@@ -440,27 +454,6 @@ def _stored(
         if reason is not None:
             raise CheckpointError(f"{folder} {does} {one.name}, which cannot be here: {reason}")
     return found
-
-
-def _basis_shape(one: Reparameterizable) -> tuple[int, ...]:
-    """Of the tensor that a checkpoint has of `one`: (H, d, d) of an attention, (K,) of an MLP."""
-    return (*one.size, one.size[-1]) if isinstance(one, Attention) else tuple(one.size)
-
-
-def _stored_basis(one: Reparameterizable, tensors: dict[str, Tensor], path: Path) -> Tensor:
-    """R of an attention, or the order of an MLP's hidden features, checked; it is taken out of `tensors`."""
-    name, shape = f"{one.name}.{_BASIS[one.setting]}", _basis_shape(one)
-    basis = tensors.pop(name, None)
-    if basis is None:
-        raise CheckpointError(f"{path} lacks the tensor {name}")
-    if isinstance(one, Attention):
-        dtype, what = torch.float32, "finite torch.float32 numbers"
-    else:
-        dtype, what = torch.int32, f"torch.int32 numbers, each from 0 to {shape[0] - 1} once"
-    right = basis.shape == shape and basis.dtype is dtype and bool(basis.isfinite().all())
-    if not right or (dtype is torch.int32 and not torch.equal(basis.sort().values, torch.arange(len(basis)))):
-        raise CheckpointError(f"{path}: {name} should be {shape} of {what}")
-    return basis
 
 
 def _stored_solution(

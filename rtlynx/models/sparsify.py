@@ -53,8 +53,8 @@ class SparseState:
     enter: EnterCall | None = None
 
 
-def target_model(model_or_pipeline: Any) -> nn.Module:
-    """The module to work on: the module itself, or a diffusers pipeline's transformer.
+def transformers_of(model_or_pipeline: Any) -> dict[str, nn.Module]:
+    """Name -> module to work on: the module itself, or the transformers of a diffusers pipeline.
 
     Of a module that torch.compile, DataParallel or peft has wrapped, it is what is inside; the wrapper then
     runs what became of that.
@@ -62,17 +62,44 @@ def target_model(model_or_pipeline: Any) -> nn.Module:
     Raises
     ------
     TypeError
-        If there is neither.
+        If there is none.
     """
-    found = model_or_pipeline
-    if not isinstance(found, nn.Module):
-        found = getattr(model_or_pipeline, "transformer", None)
-    if isinstance(found, nn.Module):
-        return unwrapped(found)
-    raise TypeError(
-        f"expected a torch module or a diffusers pipeline with a transformer, "
-        f"got {type(model_or_pipeline).__name__}"
-    )
+    if isinstance(model_or_pipeline, nn.Module):
+        return {"transformer": unwrapped(model_or_pipeline)}
+    further = (name for name in getattr(model_or_pipeline, "__dict__", ()) if "transformer" in name)
+    found: dict[str, nn.Module] = {}
+    for name in dict.fromkeys(("transformer", *further)):
+        part = getattr(model_or_pipeline, name, None)
+        if isinstance(part, nn.Module):
+            part = unwrapped(part)
+            if not any(part is one for one in found.values()):
+                found[name] = part
+    if not found:
+        raise TypeError(
+            f"expected a torch module or a diffusers pipeline with a transformer, "
+            f"got {type(model_or_pipeline).__name__}"
+        )
+    return found
+
+
+def target_model(model_or_pipeline: Any) -> nn.Module:
+    """The module to work on, where there is to be one: `transformers_of`.
+
+    Raises
+    ------
+    TypeError
+        If there is none.
+    ValueError
+        If there are several.
+    """
+    found = transformers_of(model_or_pipeline)
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model_or_pipeline).__name__} draws with several transformers ({', '.join(found)}), and "
+            "this is about one: give one of them in place of the pipeline"
+        )
+    (model,) = found.values()
+    return model
 
 
 def state_of(model: nn.Module) -> SparseState | None:
@@ -108,7 +135,7 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
     Parameters
     ----------
     model_or_pipeline : nn.Module or diffusers pipeline
-        For a pipeline, its `transformer`.
+        For a pipeline, its `transformer`, and those that it draws with besides (`transformer_2`).
     recipe : Recipe, optional
         Default `Recipe.immediate()`: 2:4 with norm compensation, text stream dense.
 
@@ -133,11 +160,12 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
             "use rtlynx.calibrate(pipeline, prompts, recipe), or Recipe.immediate() for selection and norm "
             "compensation alone"
         )
-    model = target_model(model_or_pipeline)
-    with all_or_none(model):
-        plan = make_plan_for_dense(model, recipe)
-        refuse_meta(model)
-        apply_plan(model, plan)
+    models = transformers_of(model_or_pipeline).values()
+    with all_or_none(*models):
+        for model in models:
+            plan = make_plan_for_dense(model, recipe)
+            refuse_meta(model)
+            apply_plan(model, plan)
     return model_or_pipeline
 
 
@@ -249,23 +277,26 @@ def set_dense_steps(
         If the model is not sparse, its recipe has no dense steps (it then keeps no original weights for
         them), or a value is one that `Recipe` refuses.
     """
-    model = target_model(model_or_pipeline)
-    state = state_of(model)
-    if state is None or not state.plan.recipe.has_dense_steps:
-        raise ValueError(
-            f"{type(model).__name__} keeps no original weights for dense steps: make it sparse with a recipe "
-            "of dense_steps, dense_last_steps or dense_sigmas, which may then be changed"
+    plans: list[tuple[SparseState, Plan]] = []
+    for model in transformers_of(model_or_pipeline).values():
+        state = state_of(model)
+        if state is None or not state.plan.recipe.has_dense_steps:
+            raise ValueError(
+                f"{type(model).__name__} keeps no original weights for dense steps: make it sparse with a "
+                "recipe of dense_steps, dense_last_steps or dense_sigmas, which may then be changed"
+            )
+        recipe = replace(
+            state.plan.recipe,
+            dense_steps=dense_steps,
+            dense_last_steps=dense_last_steps,
+            dense_sigmas=tuple(dense_sigmas),
         )
-    recipe = replace(
-        state.plan.recipe,
-        dense_steps=dense_steps,
-        dense_last_steps=dense_last_steps,
-        dense_sigmas=tuple(dense_sigmas),
-    )
-    if not recipe.has_dense_steps:
-        recipe = replace(recipe, dense_sigmas=NO_STEP)  # the original weights stay
-    assert state.enter is not None
-    state.plan = state.enter.plan = replace(state.plan, recipe=recipe)
+        if not recipe.has_dense_steps:
+            recipe = replace(recipe, dense_sigmas=NO_STEP)  # the original weights stay
+        plans.append((state, replace(state.plan, recipe=recipe)))
+    for state, plan in plans:
+        assert state.enter is not None
+        state.plan = state.enter.plan = plan
     return model_or_pipeline
 
 
@@ -302,20 +333,25 @@ def densify(model_or_pipeline: Any) -> Any:
         If a weight was refitted, quantised or reparameterized and the original was not kept; the model is
         then unchanged.
     """
-    model = target_model(model_or_pipeline)
-    with all_or_none(model):
-        _replace(model, {name: layer.to_linear() for name, layer in sparse_layers(model).items()})
-        unguard(model)
-        state = state_of(model)
-        if state is not None:
-            unfuse_blocks(model)
-            for hook in state.hooks:
-                hook.remove()
-            if state.reparameterization is not None:
-                undo_reparameterization(model, state.reparameterization)
-            delattr(model, _STATE)
-        _tell(model)
+    models = transformers_of(model_or_pipeline).values()
+    with all_or_none(*models):
+        for model in models:
+            _densify(model)
     return model_or_pipeline
+
+
+def _densify(model: nn.Module) -> None:
+    _replace(model, {name: layer.to_linear() for name, layer in sparse_layers(model).items()})
+    unguard(model)
+    state = state_of(model)
+    if state is not None:
+        unfuse_blocks(model)
+        for hook in state.hooks:
+            hook.remove()
+        if state.reparameterization is not None:
+            undo_reparameterization(model, state.reparameterization)
+        delattr(model, _STATE)
+    _tell(model)
 
 
 def extra_bytes(model: nn.Module) -> int:

@@ -11,14 +11,14 @@ from torch import nn
 
 
 @contextmanager
-def all_or_none(model: nn.Module) -> Iterator[None]:
-    """Give every module of `model` back what it held before if the body fails, whatever ends it.
+def all_or_none(*models: nn.Module) -> Iterator[None]:
+    """Give every module of `models` back what it held before if the body fails, whatever ends it.
 
     Attributes, submodules, parameters, buffers and hooks are restored, also after Ctrl-C and where memory ran
     out. The entries of tensors are not: nothing here changes those in place. Inference mode is off inside,
     since tensors made under it could not be tracked or saved later.
     """
-    before = [(module, _shallow(module)) for module in model.modules()]
+    before = [(module, _shallow(module)) for model in models for module in model.modules()]
     try:
         with torch.inference_mode(False):
             yield

@@ -117,7 +117,7 @@ def convert(
 ) -> None:
     """Make a model sparse without calibration (2:4 and norm compensation) and save the checkpoint."""
     from rtlynx.io.checkpoint import save
-    from rtlynx.models import sparse_layers, sparsify, target_model
+    from rtlynx.models import sparse_layers, sparsify, transformers_of
     from rtlynx.models.pipelines import load_model
     from rtlynx.recipe import Recipe
 
@@ -126,7 +126,7 @@ def convert(
     loaded = load_model(model)
     sparsify(loaded, chosen)
     save(loaded, folder)
-    count = len(sparse_layers(target_model(loaded)))
+    count = sum(len(sparse_layers(model)) for model in transformers_of(loaded).values())
     if as_json:
         print_json({"checkpoint": str(folder), "sparse_layers": count})
     else:
@@ -135,9 +135,9 @@ def convert(
 
 def _check_target(folder: Path) -> None:
     """What stands in the way of a checkpoint there is said before the work, not after it."""
-    from rtlynx.storage.checkpoint_folder import check_replaceable
+    from rtlynx.io.parts import check_target
 
-    check_replaceable(folder)
+    check_target(folder)
 
 
 def _check_plot(plot: Path, folder: Path) -> None:

@@ -60,6 +60,7 @@ def inspect(
 
     from rtlynx.cli.inspection import describe
     from rtlynx.io.checkpoint import load
+    from rtlynx.models import transformers_of
     from rtlynx.models.pipelines import load_model
     from rtlynx.recipe import Recipe
 
@@ -73,15 +74,19 @@ def inspect(
     planned = chosen if checkpoint is None else None
     if checkpoint is not None:
         load(loaded, checkpoint)
-    overview = describe(loaded, planned)
+    overviews = {name: describe(model, planned) for name, model in transformers_of(loaded).items()}
     if plot is not None:
         from rtlynx.evaluate.layer_plots import plot_layers, save_plot
 
         save_plot(plot_layers(loaded, recipe=planned, tokens=tokens or _zoo_tokens(model)), plot)
     if as_json:
-        print_json({**overview, "activation_energy_kept": kept})
+        whole = {name: {**one, "activation_energy_kept": kept} for name, one in overviews.items()}
+        print_json(whole if len(whole) > 1 else next(iter(whole.values())))
         return
-    print_overview(overview, kept)
+    for name, overview in overviews.items():
+        if len(overviews) > 1:
+            say(f"{name}:")
+        print_overview(overview, kept)
     if plot is not None:
         say(f"Plot: {plot}")
 
