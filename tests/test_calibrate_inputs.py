@@ -8,7 +8,7 @@ from calibration_helpers import PROMPTS, REFIT, assert_dense, assert_same, sampl
 from helpers import TinyPipeline, tiny_flux
 from PIL import Image
 
-from rtlynx import CalibrationError, CalibrationOptions, CheckpointError
+from rtlynx import CalibrationError, CalibrationOptions, CheckpointError, Distillation, Recipe, calibrate
 
 OPTIONS = CalibrationOptions(batch_size=4, steps_per_prompt=2)
 
@@ -156,6 +156,30 @@ def test_a_picture_that_is_not_there_is_named_before_any_work(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"prompt 0: there is no picture .*0\.png \(image\)"):
         sample(pipeline, REFIT, OPTIONS, edits(tmp_path))
     assert pipeline.seen == []
+
+
+def test_a_list_that_a_pipeline_takes_for_parts_of_one_picture_is_drawn_prompt_by_prompt():
+    class Parts(Editing):
+        def __call__(self, prompt, generator=None):
+            texts = prompt if isinstance(prompt, list) else [prompt]
+            one = generator[0] if isinstance(generator, list) else generator
+            return super().__call__(None, ["; ".join(texts)], None, [one])
+
+    parts, apart = Parts(tiny_flux()), Editing(tiny_flux(), lists=False)
+    sample(parts, REFIT, OPTIONS)
+    sample(apart, REFIT, OPTIONS)
+    assert [prompt for (prompt,), _, _ in parts.seen] == ["; ".join(PROMPTS[:4]), *PROMPTS]
+    assert_same(solution(parts.transformer), solution(apart.transformer))
+
+
+def test_distillation_draws_with_the_inputs_of_each_prompt():
+    pipeline = Editing(tiny_flux())
+    distill = Distillation(steps=1, batch_size=2, on_policy_prompts=2)
+    recipe = Recipe(rank=None, ridge=0.1, precision="fp8")
+    report = calibrate(pipeline, edits(count=4), recipe, OPTIONS, distill=distill, progress=False)
+    assert report.distillation.steps == 1
+    assert len(pipeline.seen) == 4 + 2
+    assert all(image is not None for _, image, _ in pipeline.seen)
 
 
 def test_a_failure_after_lists_have_worked_is_no_refusal_of_lists():

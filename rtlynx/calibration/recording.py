@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rtlynx.calibration.calls import CalibrationError, Call, CallStore, calls_by_step, chosen_steps
+from rtlynx.calibration.calls import (
+    CalibrationError,
+    Call,
+    CallStore,
+    calls_by_step,
+    chosen_steps,
+    pictures_in,
+)
 from rtlynx.calibration.folder import WorkFolder, digest
 from rtlynx.calibration.options import CalibrationOptions
 from rtlynx.calibration.processes import rank, world
@@ -43,6 +50,7 @@ class Recording:
         self.prompts: list[Prompt] = []
         self.fit_prompts: list[Prompt] = []
         self.in_lists: bool | None = None  # whether the pipeline takes lists of prompts, once that is known
+        self._refusal: Exception | None = None
         self.folder: WorkFolder | None = None
         self.store = CallStore()
         self.batches: dict[str, list[int]] = {"fit": [], "heldout": []}
@@ -114,32 +122,41 @@ class Recording:
     def _pipeline_calls(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Iterator[list[list[Call]]]:
         """What each pipeline call that draws some of `prompts` recorded, by sampling step."""
         for numbers, texts in together(prompts):
-            some = [prompts[i] for i in numbers]
-            failed: Exception | None = None
+            listed = None
             if texts and self.in_lists is not False:
-                try:
-                    yield self._steps_of(partial(draw, self.pipeline, some, [seeds[i] for i in numbers]))
-                    self.in_lists = True
-                    continue
-                except _NOT_OF_THE_PROMPT:
-                    raise
-                except Exception as error:
-                    # Perhaps the pipeline takes no lists of prompts.
-                    if self.in_lists:
-                        raise self._failed(some[0], error) from error
-                    failed = error
+                listed = self._in_list([prompts[i] for i in numbers], [seeds[i] for i in numbers])
+            if listed is not None:
+                yield listed
+                continue
             for number in numbers:
-                alone = partial(draw_alone, self.pipeline, prompts[number], seeds[number])
-                try:
-                    steps = self._steps_of(alone)
-                except _NOT_OF_THE_PROMPT:
-                    raise
-                except Exception as error:
-                    first = failed or error
-                    raise self._failed(prompts[number], first) from first
-                if failed is not None:
-                    self.in_lists, failed = False, None
-                yield steps
+                yield self._alone(prompts[number], seeds[number])
+
+    def _in_list(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Call]] | None:
+        """Steps of one pipeline call for all `prompts`; None where it does not take lists of them."""
+        try:
+            steps = self._steps_of(partial(draw, self.pipeline, prompts, seeds))
+        except _NOT_OF_THE_PROMPT:
+            raise
+        except Exception as error:
+            if self.in_lists:
+                raise self._failed(prompts[0], error) from error
+            self.in_lists, self._refusal = False, error
+            return None
+        if len(prompts) > 1 and not self.in_lists:
+            # Some take a list of prompts for the parts of one picture or video.
+            self.in_lists = all(pictures_in(call) % len(prompts) == 0 for step in steps for call in step)
+        return steps if self.in_lists is not False else None
+
+    def _alone(self, prompt: Prompt, seed: int) -> list[list[Call]]:
+        try:
+            steps = self._steps_of(partial(draw_alone, self.pipeline, prompt, seed))
+        except _NOT_OF_THE_PROMPT:
+            raise
+        except Exception as error:
+            first = self._refusal or error  # of lists: it says more where both fail
+            raise self._failed(prompt, first) from first
+        self._refusal = None
+        return steps
 
     def _steps_of(self, draw_with: Callable[[Mapping[str, Any]], Any]) -> list[list[Call]]:
         settings = {"output_type": "latent", **self.options.pipeline_kwargs}

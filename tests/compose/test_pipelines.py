@@ -3,6 +3,7 @@
 import re
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,25 @@ def test_a_pipeline_calibrates_on_its_own_inputs_or_says_why_not(name, monkeypat
     assert set(sparse_layers(pipeline.transformer)) == set(report.solutions)
     assert report.solutions
     assert all(one.error < 1 for one in report.solutions.values())
+    draw(pipeline, case)
+
+
+# Timesteps per token or frame, that rise, under other names, or of loops of another shape.
+ODD_LOOPS = [
+    "AnyFlowPipeline", "Cosmos2VideoToWorldPipeline", "DiTPipeline", "Flux2KleinKVPipeline",
+    "HiDreamImagePipeline", "LTXImageToVideoPipeline", "Lumina2Pipeline",
+    "SkyReelsV2DiffusionForcingPipeline", "SanaSprintPipeline",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_LOOPS)
+def test_a_last_step_that_runs_dense_is_told_apart(name, monkeypatch, recorded):
+    case, pipeline = built(name, monkeypatch)
+    settings = {"num_inference_steps": STEPS, **case.settings}
+    options = CalibrationOptions(steps_per_prompt=STEPS, pipeline_kwargs=settings)
+    prompts = [case.inputs() for _ in range(2)]
+    calibrate(pipeline, prompts, replace(REFIT, dense_last_steps=1), options, progress=False)
+    assert [len(batch) for batch in recorded] == [(STEPS - 1) * case.calls] * 2
     draw(pipeline, case)
 
 
