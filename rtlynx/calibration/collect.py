@@ -183,7 +183,14 @@ class Collector:
 
     def _text_rows(self, call: dict[str, Any], groups: Sequence[InputGroup]) -> Any:
         joint = any(group.layers[0].candidate.stream == "joint" for group in groups)
-        return self.architecture.text_rows(call) if joint and self.architecture.text_rows else None
+        if not joint or self.architecture.text_rows is None:
+            return None
+        try:
+            return self.architecture.text_rows(call)
+        except ValueError:
+            if any(group.layers[0].text_rows_dense for group in groups):
+                raise
+            return None  # where text is is not known in this call: its tokens are not told apart
 
     def _watch(self, group: InputGroup, position: dict[str, Any]) -> Any:
         layer = group.layers[0]

@@ -21,7 +21,7 @@ class CalibrationOptions:
     Parameters
     ----------
     batch_size : int
-        Prompts a pipeline call.
+        Prompts a pipeline call, where they are text alone and it takes lists of them; else one.
     steps_per_prompt : int
         Sampling steps recorded of each prompt (both guidance passes), evenly spread over those that run.
     heldout : float in [0, 1)

@@ -51,6 +51,8 @@ class Recording:
         self.fit_prompts: list[Prompt] = []
         self.in_lists: bool | None = None  # whether the pipeline takes lists of prompts, once that is known
         self._refusal: Exception | None = None
+        # Whether it has to decode what it draws, once that is known (or asked for).
+        self._decodes: bool | None = False if "output_type" in options.pipeline_kwargs else None
         self.folder: WorkFolder | None = None
         self.store = CallStore()
         self.batches: dict[str, list[int]] = {"fit": [], "heldout": []}
@@ -159,13 +161,31 @@ class Recording:
         return steps
 
     def _steps_of(self, draw_with: Callable[[Mapping[str, Any]], Any]) -> list[list[Call]]:
-        settings = {"output_type": "latent", **self.options.pipeline_kwargs}
-        plan = self.plan
+        """Steps of one pipeline call; without decoding, where the pipeline can do without."""
+        if self._decodes is not None:
+            return self._steps_with(draw_with, decodes=self._decodes)
+        try:
+            steps = self._steps_with(draw_with, decodes=False)
+            self._decodes = False
+        except _NOT_OF_THE_PROMPT:
+            raise
+        except Exception as error:
+            try:
+                steps = self._steps_with(draw_with, decodes=True)
+            except Exception:
+                raise error from None
+            self._decodes = True
+        return steps
+
+    def _steps_with(
+        self, draw_with: Callable[[Mapping[str, Any]], Any], *, decodes: bool
+    ) -> list[list[Call]]:
+        settings = {**({} if decodes else {"output_type": "latent"}), **self.options.pipeline_kwargs}
         return calls_by_step(
             self.model,
-            plan.architecture,
+            self.plan.architecture,
             lambda: draw_with(settings),
-            plan.recipe,
+            self.plan.recipe,
             self.pipeline,
             may_be_idle=self.part is not None,
         )

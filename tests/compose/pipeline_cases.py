@@ -1,6 +1,7 @@
 """Pipelines of diffusers in small: which parts they are made of, and what one prompt gives them."""
 
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,8 @@ class Case:
     arguments : of the pipeline's constructor, beside components.
     attributes : of the pipeline, set when it is built.
     functions : of the pipeline's module, replaced: they say that pictures are of a million pixels.
-    calls : of each transformer in one step.
+    output_type : that it can draw; calibration is not told.
+    calls : of the transformer in one step.
     refusal : what calibration says where it does not work, as a regular expression.
     """
 
@@ -52,6 +54,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     functions: dict[str, Any] = field(default_factory=dict)
+    output_type: str = "latent"
     calls: int = 1
     refusal: str | None = None
 
@@ -65,7 +68,7 @@ class Case:
             if key != "self" and one.default is one.empty
         )
         for key, (model, config) in self.models.items():
-            made = (getattr(diffusers, model) if isinstance(model, str) else model)(**config)
+            made = (operator.attrgetter(model)(diffusers) if isinstance(model, str) else model)(**config)
             parts[key] = made.eval() if isinstance(made, torch.nn.Module) else made
         pipeline = kind(**{**parts, **self.arguments})
         for key, value in self.attributes.items():

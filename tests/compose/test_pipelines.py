@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from edit_pipelines import EDIT_PIPELINES
 from flux_pipelines import FLUX_PIPELINES
 from image_pipelines import IMAGE_PIPELINES
 from pipeline_cases import STEPS
@@ -16,7 +17,7 @@ from video_pipelines import VIDEO_PIPELINES
 from rtlynx import CalibrationError, CalibrationOptions, Recipe, calibrate
 from rtlynx.models import sparse_layers
 
-PIPELINES = {**FLUX_PIPELINES, **IMAGE_PIPELINES, **VIDEO_PIPELINES}
+PIPELINES = {**FLUX_PIPELINES, **IMAGE_PIPELINES, **VIDEO_PIPELINES, **EDIT_PIPELINES}
 REFIT = Recipe(rank=None, ridge=0.1)
 
 
@@ -31,7 +32,7 @@ def built(name, monkeypatch):
 
 def draw(pipeline, case):
     """As calibration does."""
-    settings = {"output_type": "latent", "num_inference_steps": STEPS, **case.settings}
+    settings = {"output_type": case.output_type, "num_inference_steps": STEPS, **case.settings}
     with torch.no_grad():
         return pipeline(**settings, **case.inputs(), generator=torch.Generator().manual_seed(7))
 
@@ -65,6 +66,7 @@ ODD_LOOPS = [
     "AnyFlowPipeline", "Cosmos2VideoToWorldPipeline", "DiTPipeline", "Flux2KleinKVPipeline",
     "HiDreamImagePipeline", "LTXImageToVideoPipeline", "Lumina2Pipeline",
     "SkyReelsV2DiffusionForcingPipeline", "SanaSprintPipeline",
+    "WanAnimatePipeline", "LTX2ImageToVideoPipeline",
 ]  # fmt: skip
 
 

@@ -69,6 +69,24 @@ def vision_processor():
     return transformers.CLIPImageProcessor(crop_size=32, size=32)
 
 
+def siglip():
+    return transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        )
+    )
+
+
+def siglip_processor():
+    return transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+
+
+FLOW_VISION = {"image_encoder": (siglip, {}), "feature_extractor": (siglip_processor, {})}
 SEES = {"image_encoder": (vision, {}), "image_processor": (vision_processor, {})}
 
 
