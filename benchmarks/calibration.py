@@ -58,7 +58,7 @@ WHOLE = rtlynx.Recipe.recommended(rotate_values=True, permute_hidden=True, inter
 DISTILLED = rtlynx.Recipe(rank=None, precision="fp8")
 # Stage -> the functions whose calls it consists of; none of them calls another.
 CALIBRATION_STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
-    "recording": ((Recording, "_sample_batch"),),
+    "recording": ((Recording, "draw_some"),),
     "rotations and permutations": ((run, "find_bases"), (run, "reparameterize")),
     "moments": ((Collector, "collect"),),
     "solving": ((run._Calibration, "_solve_group"),),
@@ -67,7 +67,7 @@ CALIBRATION_STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "applying": ((run, "apply_solutions"),),
 }
 DISTILLATION_STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
-    "recording": ((Recording, "_sample_batch"),),
+    "recording": ((Recording, "draw_some"),),
     "loss of held-out calls": ((distill._Training, "_judge"),),
     "training steps": ((distill._Training, "_step"),),
 }
