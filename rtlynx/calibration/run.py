@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rtlynx.calibration.collect import (
     input_groups,
     passes,
 )
+from rtlynx.calibration.dense_step_search import DenseStepSearch
 from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.moments import Moments
@@ -46,7 +48,7 @@ from rtlynx.models.sparsify import (
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.solution import Solution
 from rtlynx.nn.tensor_parallel import refuse_parallel
-from rtlynx.recipe import Recipe
+from rtlynx.recipe import Budget, Recipe
 
 TRAINING_TOKENS = 16384
 BUDGET_CALLS = 4
@@ -93,7 +95,7 @@ def calibrate(
     Notes
     -----
     Under `torchrun` every process records and replays its own prompts; moments are summed over processes,
-    so all end with the same model.
+    so all end with the same model. With `dense_sigmas` "auto" each draws a part of the held-out prompts.
     """
     recipe, options = recipe or Recipe.recommended(), options or CalibrationOptions()
     if isinstance(prompts, str):
@@ -103,11 +105,7 @@ def calibrate(
     if distill is not None and calls is not None:
         raise ValueError("distillation draws with the sparse model: give a pipeline and prompts, not calls")
     texts = [] if prompts is None else list(prompts)
-    if recipe.precision == "auto" and options.sequential:
-        raise ValueError(
-            "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
-            "chooses their formats at the end: calibrate one-shot, or with precision fp8 or bf16"
-        )
+    _refuse_choices(recipe, options, calls)
     model = target_model(model_or_pipeline)
     refuse_parallel(
         model,
@@ -136,6 +134,24 @@ def calibrate(
         return _Calibration(plan, recording, distill, show=show).finish()
 
 
+def _refuse_choices(recipe: Recipe, options: CalibrationOptions, calls: Iterable[Call] | None) -> None:
+    """ValueError where the recipe leaves a choice to calibration that these settings do not allow."""
+    if recipe.precision == "auto" and options.sequential:
+        raise ValueError(
+            "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
+            "chooses their formats at the end: calibrate one-shot, or with precision fp8 or bf16"
+        )
+    if recipe.chooses_dense_steps and options.sequential:
+        raise ValueError(
+            "sequential calibration shows each block what the sparse blocks before it give, and dense_sigmas "
+            "'auto' chooses at the end in which steps they are sparse: calibrate one-shot, or give ranges"
+        )
+    if recipe.chooses_dense_steps and calls is not None:
+        raise ValueError(
+            "dense_sigmas 'auto' chooses by pictures: give a pipeline and prompts, not calls, or give ranges"
+        )
+
+
 def _refuse_all_dense(plan: Plan) -> None:
     """CalibrationError where there is no layer to solve."""
     if not plan.sparse:
@@ -161,6 +177,9 @@ class _Calibration:
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
+        search = None
+        if self.recipe.chooses_dense_steps:  # before the work, since some pipelines tell too little
+            search = DenseStepSearch(self.recording, show=self.show)
         groups = input_groups(self.plan.alternatives())
         order = self._block_order(groups)
         silent = {
@@ -177,8 +196,7 @@ class _Calibration:
         costs: tuple[InputCost, ...] = ()
         choice = None
         if self.recipe.budget is not None:
-            costs, choice = self._choose(plan)
-            plan = plan.in_formats(choice.formats).leave_dense(choice.dense)
+            plan, costs, choice = self._choose(plan, search)
             if not plan.sparse:
                 raise CalibrationError(self._none_left(costs))
         solutions = self.solutions.of(plan.sparse)
@@ -325,9 +343,12 @@ class _Calibration:
             "calibrate on larger pictures, or without a budget"
         )
 
-    def _choose(self, plan: Plan) -> tuple[tuple[InputCost, ...], Choice]:
+    def _choose(
+        self, plan: Plan, search: DenseStepSearch | None
+    ) -> tuple[Plan, tuple[InputCost, ...], Choice]:
         """Measure the readers of each input alone, in each format, on a few calls; the budget decides."""
-        assert self.recipe.budget is not None
+        budget = self.recipe.budget
+        assert budget is not None
         store = self.recording.store
         numbers = agree(self.recording.batches["heldout"] or self.recording.batches["fit"])
         if not all(store.has(number) for number in numbers):
@@ -360,7 +381,16 @@ class _Calibration:
                 saving = prices.us([*others, *dense]) - prices.us([*others, *chosen])
                 costs.append(InputCost(name, names, format, measure(dict.fromkeys(names, format)), saving))
                 advance(1)
-        return tuple(costs), choose(costs, self.recipe.budget, measure, fixed)
+
+        def decide(limit: Budget) -> Choice:
+            return choose(costs, limit, measure, fixed)
+
+        if search is None:
+            choice = decide(budget)
+            return plan.in_formats(choice.formats).leave_dense(choice.dense), tuple(costs), choice
+        plan, choice = search.choose(plan, costs, prices, decide, self.solutions)
+        self.recording.settle_dense_steps(plan, partial(search.runs_dense, plan))
+        return plan, tuple(costs), choice
 
 
 def _options(plan: Plan) -> dict[tuple[str, FormatName], list[LayerPlan]]:
