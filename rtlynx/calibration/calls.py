@@ -94,6 +94,19 @@ def known_level(model: nn.Module, step: Step | None) -> tuple[Step, float]:
     return step, step.sigma
 
 
+def by_step(calls: Sequence[Call], architecture: Architecture) -> list[list[Call]]:
+    """Consecutive calls at one timestep together; each call without one alone."""
+    steps: list[list[Call]] = []
+    last: Any = None
+    for call in calls:
+        timestep = timestep_of(call, architecture)
+        if not steps or timestep is None or timestep != last:
+            steps.append([])
+        last = timestep
+        steps[-1].append(call)
+    return steps
+
+
 def timestep_name(call: Call, architecture: Architecture) -> str | None:
     """The argument of `call` that is its timestep; None where it has none."""
     names = (architecture.timestep_argument, *_TIMESTEPS)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from rtlynx.calibration.calls import CalibrationError, chosen_steps
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.options import Distillation, DistillationReport
+from rtlynx.calibration.output_error import guided_square
 from rtlynx.calibration.pairs import State, check_apart, null_first, outputs, states_of, turned
 from rtlynx.calibration.processes import world
 from rtlynx.calibration.progress import ProgressBar
@@ -36,7 +37,6 @@ BETAS = (0.9, 0.99)
 WARM_UP = 0.05  # share of the steps in which the learning rate rises
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LARGEST_GRADIENT = 1.0  # norm, of the loss over the mean square of the dense velocity
-PLAIN, GUIDED = 0.1, 0.2  # weights of the errors of both predictions, and of the guided one
 _FILE = "distillation.safetensors"
 _RANK = 32  # of the correction that is advised where whole weights do not fit
 
@@ -358,17 +358,10 @@ class _Training:
         if alone:
             total = total + torch.cat(alone).square().mean() * (len(alone) / len(states))
         if pairs:
+            assert self.guidance is not None
             conditional, null = (torch.cat(some) for some in zip(*pairs, strict=True))
-            total = total + self._of_pairs(conditional, null) * (len(pairs) / len(states))
+            total = total + guided_square(conditional, null, self.guidance) * (len(pairs) / len(states))
         return total
-
-    def _of_pairs(self, conditional: Tensor, null: Tensor) -> Tensor:
-        g = self.guidance
-        assert g is not None
-        plain = conditional.square().mean() + null.square().mean()
-        if g == 1:
-            return plain / 2
-        return PLAIN * plain + GUIDED * (g * conditional - (g - 1) * null).square().mean()
 
     @torch.no_grad()
     def _judge(self, states: Sequence[State]) -> float:

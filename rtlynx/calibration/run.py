@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.apply import apply_solutions, solved_layer, temporarily_sparse
 from rtlynx.calibration.budget import Choice, InputCost, choose, inputs_of
-from rtlynx.calibration.calls import CalibrationError, Call, pictures_in
+from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in
 from rtlynx.calibration.collect import (
     Collector,
     InputGroup,
@@ -26,6 +25,7 @@ from rtlynx.calibration.distill import distill_layers, refuse_distillation, refu
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport, Distillation
+from rtlynx.calibration.output_error import OutputError, judged_calls
 from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
@@ -36,6 +36,7 @@ from rtlynx.calibration.solve import judged, solve_layer
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.guards import refuse_meta
+from rtlynx.models.pipelines import guidance_scale
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.reparameterize import Reparameterization, reparameterize
 from rtlynx.models.sparsify import (
@@ -51,7 +52,6 @@ from rtlynx.nn.tensor_parallel import refuse_parallel
 from rtlynx.recipe import Budget, Recipe
 
 TRAINING_TOKENS = 16384
-BUDGET_CALLS = 4
 
 
 # Hooks record what layers read, which code that was compiled before them would leave out.
@@ -343,32 +343,41 @@ class _Calibration:
             "calibrate on larger pictures, or without a budget"
         )
 
+    def _guidance(self) -> float | None:
+        """Scale by which the pipeline guides; None where there is none, or it is not known."""
+        if self.recording.pipeline is None:
+            return None
+        try:
+            return guidance_scale(self.recording.pipeline, self.options.pipeline_kwargs)
+        except ValueError:
+            return None
+
     def _choose(
         self, plan: Plan, search: DenseStepSearch | None
     ) -> tuple[Plan, tuple[InputCost, ...], Choice]:
-        """Measure the readers of each input alone, in each format, on a few calls; the budget decides."""
+        """Measure the readers of each input alone, in each format, on a few steps; the budget decides."""
         budget = self.recipe.budget
         assert budget is not None
         store = self.recording.store
         numbers = agree(self.recording.batches["heldout"] or self.recording.batches["fit"])
         if not all(store.has(number) for number in numbers):
             raise CalibrationError("a budget under torchrun needs a folder that all processes share")
-        calls = list(itertools.islice(store.replay(numbers, self.device), BUDGET_CALLS))
+        calls = judged_calls(store, numbers, self.plan.architecture)
         layers = {(layer.name, layer.format.name): layer for layer in plan.alternatives()}
         fixed = {
             layer.name: layer.format.name for layer in plan.sparse if self.recipe.fixed_format(layer.name)
         }
-        tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.layers], calls[0])
+        tokens = _tokens_per_layer(
+            self.model, [layer.name for layer in plan.layers], moved(calls[0], self.device)
+        )
         pictures = pictures_in(calls[0])  # in serving there is one
         self.tokens = {name: count // pictures for name, count in tokens.items()}
-        references = [_output(self.model, call) for call in calls]
+        error = OutputError(self.model, calls, self.plan.architecture, self._guidance())
 
         def measure(formats: Mapping[str, FormatName]) -> float:
             chosen = [layers[item] for item in formats.items()]
             with temporarily_sparse(self.model, chosen, self.solutions.of(chosen)):
-                outputs = [_output(self.model, call) for call in calls]
-            error = sum(float((y - ref).square().sum()) for y, ref in zip(outputs, references, strict=True))
-            return error / sum(float(ref.square().sum()) for ref in references)
+                return error()
 
         options = _options(plan)
         prices = ModelPrices(plan, self.tokens)
@@ -402,14 +411,6 @@ def _options(plan: Plan) -> dict[tuple[str, FormatName], list[LayerPlan]]:
     return found
 
 
-def _output(model: nn.Module, call: Call) -> Tensor:
-    with torch.no_grad():
-        output = model(**{**call, "return_dict": False})[0]
-    if isinstance(output, Tensor):
-        return output.float()
-    return torch.cat([one.float().flatten() for one in output])
-
-
 def _tokens_per_layer(model: nn.Module, names: list[str], call: Call) -> dict[str, int]:
     tokens: dict[str, int] = {}
 
@@ -421,7 +422,8 @@ def _tokens_per_layer(model: nn.Module, names: list[str], call: Call) -> dict[st
 
     handles = [watch(name) for name in names]
     try:
-        _output(model, call)
+        with torch.no_grad():
+            model(**call)
     finally:
         for handle in handles:
             handle.remove()
