@@ -29,7 +29,8 @@ from rtlynx import (
 from rtlynx.calibration.budget import choose, inputs_of
 from rtlynx.calibration.prices import ModelPrices
 from rtlynx.cli.inputs import recipe_of
-from rtlynx.cli.output import print_report, report_json
+from rtlynx.cli.inspection import describe
+from rtlynx.cli.output import print_overview, print_report, report_json
 from rtlynx.models import sparse_layers, state_of
 from rtlynx.models.plan import make_plan
 from rtlynx.storage.files import CheckpointError
@@ -259,6 +260,7 @@ def test_the_report_shows_what_was_compared(chosen, capsys, tmp_path):
     print_report(report)
     said = capsys.readouterr().out
     assert "Dense steps" in said
+    assert "in steps that run sparse" in " ".join(said.split())
     rows = report_json(report, tmp_path)["budget"]["dense_steps"]
     assert [row["error"] for row in rows] == [one.error for one in report.choice.candidates]
     taken = [row for row in rows if row["chosen"]]
@@ -266,6 +268,8 @@ def test_the_report_shows_what_was_compared(chosen, capsys, tmp_path):
     for row in rows:
         assert f"{row['last_steps']} of {STEPS}" in said
         assert f"{row['error']:.3e}" in said
+    print_overview(describe(pipeline_of(), AUTO), {})
+    assert "It also decides how many of the last steps run in dense fp8." in capsys.readouterr().out
     fixed = calibrated(replace(AUTO, dense_sigmas=()))[1]
     assert fixed.choice.candidates == ()
     assert fixed.choice.best_candidate is None

@@ -93,7 +93,8 @@ def print_report(report: Any) -> None:
         out.print(budget)
         formats = Counter(report.choice.formats.values())
         counts = ", ".join(f"{count} {format}" for format, count in formats.items())
-        reached = f"{report.choice.speedup_share:.0%} of the possible saving"
+        where = " in steps that run sparse" if report.choice.candidates else ""
+        reached = f"{report.choice.speedup_share:.0%} of the possible saving{where}"
         out.print(f"{counts}: measured error at the output {report.choice.error:.3e}, {reached}")
         _print_candidates(report.choice)
     trained = report.distillation
@@ -155,3 +156,5 @@ def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
     )
     if overview["undecided"]:
         out.print("Calibration decides, by the budget, which of these stay dense or take another format.")
+    if overview["recipe"]["dense_sigmas"] == "auto":
+        out.print("It also decides how many of the last steps run in dense fp8.")
