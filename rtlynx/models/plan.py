@@ -200,11 +200,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         for glob in globs:
             if not fnmatch.filter(names, glob):
                 raise ValueError(f"{setting} pattern {glob!r} matches no layer of {type(model).__name__}")
-    unknown = architecture.find is not None or any(candidate.stream == "joint" for candidate in candidates)
-    if recipe.text_rows == "dense" and architecture.text_rows is None and unknown:
-        raise ValueError(
-            f"where the text rows of {type(model).__name__} are is not known: use text_rows='sparse'"
-        )
+    if recipe.text_rows == "dense" and architecture.text_rows is None:
+        _refuse_unknown_text(model, candidates)
     modules: dict[str, Any] = dict(model.named_modules())
     _refuse_unknown_roles(model, architecture, recipe)
     attentions = architecture.attentions_of(model) if recipe.rotate_values else []
@@ -222,6 +219,18 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     plan = Plan(recipe, architecture, layers, tuple(attentions), tuple(mlps))
     reasons.update({one.name: _unpermuted_reason(model, one, plan) for one in mlps})
     return plan.leave_basis({name: reason for name, reason in reasons.items() if reason is not None})
+
+
+def _refuse_unknown_text(model: nn.Module, candidates: list[Candidate]) -> None:
+    """ValueError where text may be among the tokens of layers, and which rows these are is not known."""
+    joint = [candidate.name for candidate in candidates if candidate.stream == "joint"]
+    if not joint and any(candidate.stream == "text" for candidate in candidates):
+        return
+    where = f"{len(joint)} layers, as {joint[0]}," if joint else "layers"
+    raise ValueError(
+        f"where the text rows of {type(model).__name__} are is not known, and {where} may read them together "
+        "with others: use text_rows='sparse'"
+    )
 
 
 def _refuse_unknown_roles(model: nn.Module, architecture: Architecture, recipe: Recipe) -> None:
