@@ -127,6 +127,26 @@ class Plan:
         """The decision for one layer; None where it is no candidate."""
         return next((layer for layer in self.layers if layer.name == name), None)
 
+    def reading(self, reads: Mapping[str, str]) -> Plan:
+        """The same plan where more is known of which layers read one tensor (name -> `Candidate.reads`)."""
+        layers = []
+        for layer in self.layers:
+            key = reads.get(layer.name, layer.candidate.reads)
+            layers.append(replace(layer, candidate=replace(layer.candidate, reads=key)))
+        return replace(self, layers=tuple(layers))
+
+    @property
+    def traced_reads(self) -> dict[str, str]:
+        """Layer -> `Candidate.reads`, where a call told what `Architecture.rules` does not; else empty."""
+        reads = {layer.name: layer.candidate.reads for layer in self.layers}
+        traced = self.architecture.decide is not None and any(key != name for name, key in reads.items())
+        return reads if traced else {}
+
+    @property
+    def knows_shared_inputs(self) -> bool:
+        """Whether it is known which layers read one tensor."""
+        return self.architecture.decide is None or bool(self.traced_reads)
+
     def leave_dense(self, reasons: dict[str, str]) -> Plan:
         """The same plan with further layers left dense (name -> reason)."""
         layers = (
