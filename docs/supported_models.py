@@ -4,19 +4,27 @@ It writes docs/reference/layers-of-models.txt, which tests compare with the rule
 docs/update.py makes the table of models. Models are built on the meta device, in their default size.
 """
 
+import functools
 import importlib
 import pkgutil
+import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
+import diffusers
 import torch
+from diffusers import ModelMixin
+from diffusers.models import transformers
+from tables import Place
 from torch import nn
 
 from rtlynx.models import architecture_of
+from rtlynx.models.plan import ARCHITECTURES
 
-LISTING = Path(__file__).resolve().parent / "reference" / "layers-of-models.txt"
+ROOT = Path(__file__).resolve().parent.parent
+LISTING = ROOT / "docs" / "reference" / "layers-of-models.txt"
 COMMAND = "python docs/supported_models.py"
 # Settings of classes whose defaults build no model: those of a released model, or the size of one block.
 CONFIGS = {
@@ -62,9 +70,6 @@ CONFIGS = {
 
 def classes() -> dict[str, type[nn.Module]]:
     """Every model class that diffusers defines among its transformers, by name."""
-    from diffusers import ModelMixin
-    from diffusers.models import transformers
-
     found = {}
     for file in pkgutil.iter_modules(transformers.__path__):
         module = importlib.import_module(f"{transformers.__name__}.{file.name}")
@@ -89,13 +94,29 @@ def listing() -> str:
     return "\n".join([head, *(described(build(kind)) for kind in classes().values())])
 
 
+@functools.cache
+def pipelines() -> dict[str, list[str]]:
+    """Model class -> diffusers' pipelines that take one as their transformer or prior, by their sources."""
+    found: dict[str, list[str]] = {}
+    for file in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
+        for source in re.split(r"^class (?=\w+Pipeline\b)", file.read_text(), flags=re.MULTILINE)[1:]:
+            name = source.partition("(")[0]
+            init = re.search(r"def __init__\((.*?)\n    \)", source, re.DOTALL)
+            arguments = (
+                re.findall(r"^ +(?:transformer|prior)\w*: ([^=\n]+)", init[1], re.MULTILINE) if init else ()
+            )
+            for kind in {kind for argument in arguments for kind in re.findall(r"\w+", argument)}:
+                found.setdefault(kind, []).append(name)
+    return found
+
+
 def sections(text: str) -> dict[str, str]:
     """What `text` says of each class."""
     return {part.partition(":")[0]: f"{part.rstrip()}\n" for part in text.split("\n\n")[1:]}
 
 
 def described(model: nn.Module) -> str:
-    """A line about `model`, then one for each layer, indices of blocks as `*`."""
+    """Lines about `model`, then one for each layer, indices of blocks as `*`."""
     decided = architecture_of(model).decisions(model)
     weights: Counter[str] = Counter()
     lines: dict[tuple[str, str], list[int]] = {}
@@ -109,10 +130,13 @@ def described(model: nn.Module) -> str:
     total = sum(weights.values())
     shares = ", ".join(f"{kind} {weights[kind] / total:.1%}" for kind in ("image", "joint", "text", "dense"))
     of_all = total / sum(parameter.numel() for parameter in model.parameters())
-    head = f"{type(model).__name__}: {len(decided)} layers, {of_all:.1%} of all parameters; {shares}"
+    kind = type(model)
+    head = f"{kind.__name__}: {len(decided)} layers, {of_all:.1%} of all parameters; {shares}"
+    used = f"  pipelines: {', '.join(pipelines().get(kind.__name__, ())) or 'none'}"
+    compiled = f"  repeated blocks: {', '.join(getattr(kind, '_repeated_blocks', ())) or 'not declared'}"
     width = max(len(name) for name, _ in lines)
     rows = (f"  {name:{width}} {len(sizes):4} {line}" for (name, line), sizes in lines.items())
-    return "\n".join([head, *rows, ""])
+    return "\n".join([head, used, compiled, *rows, ""])
 
 
 def _without_indices(model: nn.Module, name: str) -> str:
@@ -124,6 +148,32 @@ def _without_indices(model: nn.Module, name: str) -> str:
         parts.append("*" if alike else part)
         module = module.get_submodule(part)
     return ".".join(parts)
+
+
+def models_section(root: Path, _place: Place) -> str:
+    """The table of models, of the listing as it is written."""
+    text = (root / LISTING.relative_to(ROOT)).read_text()
+    lines = [
+        "| model class | pipelines | known by name | fused norms and activations | can be sparse | text "
+        "| in linears | `compile_repeated_blocks` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, section in sections(text).items():
+        head, used, blocks, *_ = section.splitlines()
+        image, joint = (float(share) for share in re.findall(r"(?:image|joint) (\S+)%", head))
+        [text_share], [of_all] = re.findall(r"text (\S+)%", head), re.findall(r"(\S+)% of all", head)
+        pipelines = [f"`{one}`" for one in used.partition(": ")[2].split(", ") if one != "none"]
+        known = ARCHITECTURES.get(name)
+        cells = [
+            f"`{name}`",
+            ", ".join(pipelines[:2]) + (f" and {len(pipelines) - 2} more" if pipelines[2:] else "")
+            or "\N{EN DASH}",
+            *("yes" if one else "no" for one in (known, known and known.fused)),
+            *(f"{float(share):.0f} %" for share in (image + joint, text_share, of_all)),
+            "no" if blocks.endswith("not declared") else "yes",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Of diffusers {text.split()[2]}."])
 
 
 def main() -> None:
