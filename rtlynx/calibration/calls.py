@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.folder import WorkFolder
 from rtlynx.models.architecture import Architecture
-from rtlynx.nn.call import step_of
+from rtlynx.nn.call import Step, step_of
 from rtlynx.recipe import Recipe
 
 Call = dict[str, Any]
@@ -42,7 +42,8 @@ def calls_by_step(
     Raises
     ------
     CalibrationError
-        If the model was not called, or in dense steps alone.
+        If the model was not called, or in dense steps alone, or `recipe` chooses dense steps and the noise
+        level of a step is not known.
     """
     steps: list[list[Call]] = []
     last: Any = None
@@ -54,6 +55,8 @@ def calls_by_step(
         timestep = timestep_of(call, architecture)
         if recipe is not None and recipe.has_dense_steps:
             step = step_of(call.get(architecture.timestep_argument))
+            if recipe.chooses_dense_steps:
+                known_level(model, step)
             if step is not None and recipe.is_dense_step(step.index, step.count, step.sigma):
                 dense = True
                 return
@@ -77,6 +80,30 @@ def calls_by_step(
             f"the pipeline ran, but made 0 calls of its transformer ({type(model).__name__}): it draws with "
             "another model, or calls `forward` itself. Give the pipeline that calls this one, or calls=..."
         )
+    return steps
+
+
+def known_level(model: nn.Module, step: Step | None) -> tuple[Step, float]:
+    """The step of a call of `model` and its noise level; CalibrationError where that is not known."""
+    if step is None or step.sigma is None:
+        raise CalibrationError(
+            "dense_sigmas 'auto' chooses steps by their noise level, and the pipeline that calls this "
+            f"{type(model).__name__} does not tell it: put its sampling loop into `with "
+            "rtlynx.schedule(timesteps, sigmas):`, or choose the steps yourself (dense_last_steps)"
+        )
+    return step, step.sigma
+
+
+def by_step(calls: Sequence[Call], architecture: Architecture) -> list[list[Call]]:
+    """Consecutive calls at one timestep together; each call without one alone."""
+    steps: list[list[Call]] = []
+    last: Any = None
+    for call in calls:
+        timestep = timestep_of(call, architecture)
+        if not steps or timestep is None or timestep != last:
+            steps.append([])
+        last = timestep
+        steps[-1].append(call)
     return steps
 
 

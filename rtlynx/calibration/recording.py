@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,14 +24,15 @@ class Recording:
 
     batches : split ("fit" or "heldout") -> numbers of its batches in `store`.
     pipeline, prompts : what was sampled, of any split; None and empty where calls were given.
-    fit_prompts : those to fit.
+    prompts_of : split -> its prompts by their numbers.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, options: CalibrationOptions) -> None:
         self.model, self.plan, self.options = model, plan, options
         self.pipeline: Any = None
         self.prompts: list[str] = []
-        self.fit_prompts: list[str] = []
+        self.prompts_of: dict[str, dict[int, str]] = {"fit": {}, "heldout": {}}
+        self._runs_dense: Callable[[Call], bool] | None = None
         self.folder: WorkFolder | None = None
         self.store = CallStore()
         self.batches: dict[str, list[int]] = {"fit": [], "heldout": []}
@@ -74,7 +75,7 @@ class Recording:
         self._refuse_without_heldout(splits)
         self._claim_folder(prompts, pipeline)
         self.pipeline, self.prompts = pipeline, prompts
-        self.fit_prompts = [prompts[i] for i in splits["fit"]]
+        self.prompts_of = {split: {i: prompts[i] for i in indices} for split, indices in splits.items()}
         with ProgressBar("recording calls", len(prompts), show=show) as advance:
             number = 0
             for split, indices in splits.items():
@@ -89,11 +90,22 @@ class Recording:
 
     def draw_steps(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[list[Call]]:
         """Draw prompts with the model as it is now; its calls at each sampling step that runs sparse."""
-        settings = {"output_type": "latent", **self.options.pipeline_kwargs}
         plan = self.plan
-        return calls_by_step(
-            self.model, plan.architecture, lambda: draw(self.pipeline, prompts, seeds, settings), plan.recipe
-        )
+        return calls_by_step(self.model, plan.architecture, lambda: self.draw(prompts, seeds), plan.recipe)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+        """What the pipeline gives for prompts, with the model as it is now: latents where it can."""
+        settings = {"output_type": "latent", **self.options.pipeline_kwargs}
+        return draw(self.pipeline, prompts, seeds, settings)
+
+    def settle_dense_steps(self, plan: Plan, runs_dense: Callable[[Call], bool]) -> None:
+        """Calibration has chosen which steps run dense: `plan` says which, and `runs_dense` which calls."""
+        self.plan, self._runs_dense = plan, runs_dense
+
+    def sparse_calls(self, number: int) -> list[Call]:
+        """The calls of batch `number`, of steps that run sparse."""
+        calls = self.store.get(number)
+        return calls if self._runs_dense is None else [one for one in calls if not self._runs_dense(one)]
 
     def _sample_batch(self, batch: dict[int, str], number: int) -> list[Call]:
         """Calls at some of the steps."""

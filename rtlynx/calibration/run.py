@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.apply import apply_solutions, solved_layer, temporarily_sparse
 from rtlynx.calibration.budget import Choice, InputCost, choose, inputs_of
-from rtlynx.calibration.calls import CalibrationError, Call, pictures_in
+from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in
 from rtlynx.calibration.collect import (
     Collector,
     InputGroup,
@@ -20,10 +20,12 @@ from rtlynx.calibration.collect import (
     input_groups,
     passes,
 )
+from rtlynx.calibration.dense_step_search import DenseStepSearch
 from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport, Distillation
+from rtlynx.calibration.output_error import OutputError, judged_calls
 from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
@@ -34,6 +36,7 @@ from rtlynx.calibration.solve import judged, solve_layer
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.guards import refuse_meta
+from rtlynx.models.pipelines import guidance_scale
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.reparameterize import Reparameterization, reparameterize
 from rtlynx.models.sparsify import (
@@ -47,10 +50,9 @@ from rtlynx.models.tracing import shared_reads
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.solution import Solution
 from rtlynx.nn.tensor_parallel import refuse_parallel
-from rtlynx.recipe import Recipe
+from rtlynx.recipe import Budget, Recipe
 
 TRAINING_TOKENS = 16384
-BUDGET_CALLS = 4
 
 
 # Hooks record what layers read, which code that was compiled before them would leave out.
@@ -94,7 +96,7 @@ def calibrate(
     Notes
     -----
     Under `torchrun` every process records and replays its own prompts; moments are summed over processes,
-    so all end with the same model.
+    so all end with the same model. With `dense_sigmas` "auto" each draws a part of the held-out prompts.
     """
     recipe, options = recipe or Recipe.recommended(), options or CalibrationOptions()
     if isinstance(prompts, str):
@@ -104,11 +106,7 @@ def calibrate(
     if distill is not None and calls is not None:
         raise ValueError("distillation draws with the sparse model: give a pipeline and prompts, not calls")
     texts = [] if prompts is None else list(prompts)
-    if recipe.precision == "auto" and options.sequential:
-        raise ValueError(
-            "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
-            "chooses their formats at the end: calibrate one-shot, or with precision fp8 or bf16"
-        )
+    _refuse_choices(recipe, options, calls)
     model = target_model(model_or_pipeline)
     refuse_parallel(
         model,
@@ -137,6 +135,24 @@ def calibrate(
         return _Calibration(plan, recording, distill, show=show).finish()
 
 
+def _refuse_choices(recipe: Recipe, options: CalibrationOptions, calls: Iterable[Call] | None) -> None:
+    """ValueError where the recipe leaves a choice to calibration that these settings do not allow."""
+    if recipe.precision == "auto" and options.sequential:
+        raise ValueError(
+            "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
+            "chooses their formats at the end: calibrate one-shot, or with precision fp8 or bf16"
+        )
+    if recipe.chooses_dense_steps and options.sequential:
+        raise ValueError(
+            "sequential calibration shows each block what the sparse blocks before it give, and dense_sigmas "
+            "'auto' chooses at the end in which steps they are sparse: calibrate one-shot, or give ranges"
+        )
+    if recipe.chooses_dense_steps and calls is not None:
+        raise ValueError(
+            "dense_sigmas 'auto' chooses by pictures: give a pipeline and prompts, not calls, or give ranges"
+        )
+
+
 def _refuse_all_dense(plan: Plan) -> None:
     """CalibrationError where there is no layer to solve."""
     if not plan.sparse:
@@ -162,6 +178,9 @@ class _Calibration:
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
+        search = None
+        if self.recipe.chooses_dense_steps:  # before the work, since some pipelines tell too little
+            search = DenseStepSearch(self.recording, show=self.show)
         self.plan = self._with_shared_inputs()
         groups = input_groups(self.plan.alternatives())
         order = self._block_order(groups)
@@ -179,8 +198,7 @@ class _Calibration:
         costs: tuple[InputCost, ...] = ()
         choice = None
         if self.recipe.budget is not None:
-            costs, choice = self._choose(plan)
-            plan = plan.in_formats(choice.formats).leave_dense(choice.dense)
+            plan, costs, choice = self._choose(plan, search)
             if not plan.sparse:
                 raise CalibrationError(self._none_left(costs))
         solutions = self.solutions.of(plan.sparse)
@@ -338,29 +356,41 @@ class _Calibration:
             "calibrate on larger pictures, or without a budget"
         )
 
-    def _choose(self, plan: Plan) -> tuple[tuple[InputCost, ...], Choice]:
-        """Measure the readers of each input alone, in each format, on a few calls; the budget decides."""
-        assert self.recipe.budget is not None
+    def _guidance(self) -> float | None:
+        """Scale by which the pipeline guides; None where there is none, or it is not known."""
+        if self.recording.pipeline is None:
+            return None
+        try:
+            return guidance_scale(self.recording.pipeline, self.options.pipeline_kwargs)
+        except ValueError:
+            return None
+
+    def _choose(
+        self, plan: Plan, search: DenseStepSearch | None
+    ) -> tuple[Plan, tuple[InputCost, ...], Choice]:
+        """Measure the readers of each input alone, in each format, on a few steps; the budget decides."""
+        budget = self.recipe.budget
+        assert budget is not None
         store = self.recording.store
         numbers = agree(self.recording.batches["heldout"] or self.recording.batches["fit"])
         if not all(store.has(number) for number in numbers):
             raise CalibrationError("a budget under torchrun needs a folder that all processes share")
-        calls = list(itertools.islice(store.replay(numbers, self.device), BUDGET_CALLS))
+        calls = judged_calls(store, numbers, self.plan.architecture)
         layers = {(layer.name, layer.format.name): layer for layer in plan.alternatives()}
         fixed = {
             layer.name: layer.format.name for layer in plan.sparse if self.recipe.fixed_format(layer.name)
         }
-        tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.layers], calls[0])
+        tokens = _tokens_per_layer(
+            self.model, [layer.name for layer in plan.layers], moved(calls[0], self.device)
+        )
         pictures = pictures_in(calls[0])  # in serving there is one
         self.tokens = {name: count // pictures for name, count in tokens.items()}
-        references = [_output(self.model, call) for call in calls]
+        error = OutputError(self.model, calls, self.plan.architecture, self._guidance())
 
         def measure(formats: Mapping[str, FormatName]) -> float:
             chosen = [layers[item] for item in formats.items()]
             with temporarily_sparse(self.model, chosen, self.solutions.of(chosen)):
-                outputs = [_output(self.model, call) for call in calls]
-            error = sum(float((y - ref).square().sum()) for y, ref in zip(outputs, references, strict=True))
-            return error / sum(float(ref.square().sum()) for ref in references)
+                return error()
 
         options = _options(plan)
         prices = ModelPrices(plan, self.tokens)
@@ -373,7 +403,16 @@ class _Calibration:
                 saving = prices.us([*others, *dense]) - prices.us([*others, *chosen])
                 costs.append(InputCost(name, names, format, measure(dict.fromkeys(names, format)), saving))
                 advance(1)
-        return tuple(costs), choose(costs, self.recipe.budget, measure, fixed)
+
+        def decide(limit: Budget) -> Choice:
+            return choose(costs, limit, measure, fixed)
+
+        if search is None:
+            choice = decide(budget)
+            return plan.in_formats(choice.formats).leave_dense(choice.dense), tuple(costs), choice
+        plan, choice = search.choose(plan, costs, prices, decide, self.solutions)
+        self.recording.settle_dense_steps(plan, partial(search.runs_dense, plan))
+        return plan, tuple(costs), choice
 
 
 def _options(plan: Plan) -> dict[tuple[str, FormatName], list[LayerPlan]]:
@@ -383,14 +422,6 @@ def _options(plan: Plan) -> dict[tuple[str, FormatName], list[LayerPlan]]:
     for layer in free:
         found.setdefault((layer.candidate.reads, layer.format.name), []).append(layer)
     return found
-
-
-def _output(model: nn.Module, call: Call) -> Tensor:
-    with torch.no_grad():
-        output = model(**{**call, "return_dict": False})[0]
-    if isinstance(output, Tensor):
-        return output.float()
-    return torch.cat([one.float().flatten() for one in output])
 
 
 def _tokens_per_layer(model: nn.Module, names: list[str], call: Call) -> dict[str, int]:
@@ -404,7 +435,8 @@ def _tokens_per_layer(model: nn.Module, names: list[str], call: Call) -> dict[st
 
     handles = [watch(name) for name in names]
     try:
-        _output(model, call)
+        with torch.no_grad():
+            model(**call)
     finally:
         for handle in handles:
             handle.remove()

@@ -58,6 +58,10 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
             "output_error": report.choice.error,
             "speedup_share": report.choice.speedup_share,
             "formats": report.choice.formats,
+            "dense_steps": [
+                {**asdict(one), "chosen": one is report.choice.best_candidate}
+                for one in report.choice.candidates
+            ],
             "costs": [
                 {
                     "input": cost.name,
@@ -89,8 +93,10 @@ def print_report(report: Any) -> None:
         out.print(budget)
         formats = Counter(report.choice.formats.values())
         counts = ", ".join(f"{count} {format}" for format, count in formats.items())
-        reached = f"{report.choice.speedup_share:.0%} of the possible saving"
+        where = " in steps that run sparse" if report.choice.candidates else ""
+        reached = f"{report.choice.speedup_share:.0%} of the possible saving{where}"
         out.print(f"{counts}: measured error at the output {report.choice.error:.3e}, {reached}")
+        _print_candidates(report.choice)
     trained = report.distillation
     if trained is not None:
         out.print(
@@ -105,6 +111,26 @@ def print_report(report: Any) -> None:
         f"{len(report.solutions)} layers changed, {len(report.dense)} left dense, "
         + memory(report.extra_bytes)
     )
+
+
+def _print_candidates(choice: Any) -> None:
+    """What `dense_sigmas="auto"` compared."""
+    if not choice.candidates:
+        return
+    columns = (
+        "last steps in dense fp8",
+        "noise levels",
+        "saving of the others",
+        "error of pictures",
+        "decision",
+    )
+    table = Table(*columns, title="Dense steps")
+    for one in choice.candidates:
+        levels = " ".join(f"{max(low, 0):g} to {high:.3g}" for low, high in one.dense_sigmas) or "-"
+        decision = "chosen" if one is choice.best_candidate else ""
+        steps = f"{one.last_steps} of {one.steps}"
+        table.add_row(steps, levels, f"{one.speedup_share:.1%}", f"{one.error:.3e}", decision)
+    out.print(table)
 
 
 def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
@@ -137,3 +163,5 @@ def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
         out.print(f"{others.total()} linear layers are no candidates and stay dense: {listed}")
     if overview["undecided"]:
         out.print("Calibration decides, by the budget, which of these stay dense or take another format.")
+    if overview["recipe"]["dense_sigmas"] == "auto":
+        out.print("It also decides how many of the last steps run in dense fp8.")

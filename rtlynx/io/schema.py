@@ -218,9 +218,14 @@ def _recipe(settings: dict[str, Any], path: Path) -> Recipe:
     ):
         raise CheckpointError(f"{path} is damaged: its recipe has too many or too long patterns")
     try:
-        return Recipe.from_dict(settings)
+        recipe = Recipe.from_dict(settings)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: its recipe: {first_line(error)}") from None
+    if recipe.chooses_dense_steps:
+        raise CheckpointError(
+            f"{path} is damaged: its recipe leaves the choice of dense_sigmas to calibration"
+        )
+    return recipe
 
 
 def wrong_numbers(

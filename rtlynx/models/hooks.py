@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -33,9 +35,23 @@ def register_hooks(model: nn.Module, plan: Plan) -> tuple[list[Any], EnterCall |
     if not plan.recipe.depends_on_call:
         return handles, None
     enter = EnterCall(plan)
-    handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
-    handles.append(model.register_forward_hook(enter.leave, always_call=True))
-    return handles, enter
+    return [*handles, *_register(model, enter)], enter
+
+
+def _register(model: nn.Module, enter: EnterCall) -> list[Any]:
+    before = model.register_forward_pre_hook(enter, with_kwargs=True)
+    return [before, model.register_forward_hook(enter.leave, always_call=True)]
+
+
+@contextmanager
+def entering_calls(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Meanwhile, calls of `model` say which of their steps and rows run dense, as `plan` has it."""
+    handles = _register(model, EnterCall(plan)) if plan.recipe.depends_on_call else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def begin_step(model: nn.Module, _args: tuple[Any, ...]) -> None:

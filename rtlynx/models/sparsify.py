@@ -186,7 +186,7 @@ def apply_plan(
             sparse = kind.from_linear(whole, pattern=layer.pattern, norm=layer.norm)
         except TypeError as error:
             raise TypeError(f"{layer.name}: {error}") from None
-        _set_what_runs_dense(sparse, layer, plan.recipe)
+        set_what_runs_dense(sparse, layer, plan.recipe)
         sparse.shared_input = shared[_memory(layer, known)]
         if prepare is not None:
             prepare(layer.name, sparse)
@@ -250,6 +250,10 @@ def set_dense_steps(
         If the model is not sparse, its recipe has no dense steps (it then keeps no original weights for
         them), or a value is one that `Recipe` refuses.
     """
+    if isinstance(dense_sigmas, str):
+        raise ValueError(
+            f"dense_sigmas is a list of (low, high) here, got {dense_sigmas!r}: only calibration chooses them"
+        )
     model = target_model(model_or_pipeline)
     state = state_of(model)
     if state is None or not state.plan.recipe.has_dense_steps:
@@ -270,7 +274,8 @@ def set_dense_steps(
     return model_or_pipeline
 
 
-def _set_what_runs_dense(sparse: SparseLinear, layer: LayerPlan, recipe: Recipe) -> None:
+def set_what_runs_dense(sparse: SparseLinear, layer: LayerPlan, recipe: Recipe) -> None:
+    """Tell `sparse` which rows and steps run dense, and in which precision, as `recipe` says for `layer`."""
     dense = layer.has_dense_calls(recipe)
     sparse.dense_precision = recipe.dense_precision
     sparse.text_rows_dense = dense and layer.text_rows_dense
