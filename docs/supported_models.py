@@ -125,7 +125,8 @@ def described(model: nn.Module) -> str:
         size = linear.in_features * linear.out_features
         dense = isinstance(one, str)
         weights["dense" if dense else one.stream] += size
-        line = f"dense: {one}" if dense else f"{one.stream} {one.role}: {one.rule}"
+        parts = "" if dense or isinstance(one.parts, int) else f" of {' | '.join(map(str, one.parts))}"
+        line = f"dense: {one}" if dense else f"{one.stream} {one.role}{parts}: {one.rule}"
         lines.setdefault((_without_indices(model, name), line), []).append(size)
     total = sum(weights.values())
     shares = ", ".join(f"{kind} {weights[kind] / total:.1%}" for kind in ("image", "joint", "text", "dense"))

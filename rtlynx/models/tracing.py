@@ -30,9 +30,9 @@ def shared_reads(
     read: dict[str, list[int]] = {}
 
     def note(name: str, x: Tensor) -> None:
-        known = numbers.get(id(x))
-        if known is None or known[0]() is not x or known[1] != x._version:
-            known = numbers[id(x)] = (weakref.ref(x), x._version, next(count))
+        known, version = numbers.get(id(x)), 0 if x.is_inference() else x._version
+        if known is None or known[0]() is not x or known[1] != version:
+            known = numbers[id(x)] = (weakref.ref(x), version, next(count))
         read.setdefault(name, []).append(known[2])
 
     def watch(name: str) -> Any:
