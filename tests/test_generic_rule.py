@@ -20,6 +20,7 @@ from helpers import (
 from torch import nn
 
 from rtlynx import Recipe, densify, sparsify
+from rtlynx.calibration.collect import input_groups
 from rtlynx.models import architecture_of, make_plan, sparse_layers, state_of
 from rtlynx.models.architecture import Candidate
 from rtlynx.models.generic import GENERIC
@@ -215,6 +216,8 @@ def test_where_no_layer_of_a_block_reads_text_it_is_among_the_other_tokens():
     found = {one.name: one.stream for one in GENERIC.candidates(model)}
     assert {stream for name, stream in found.items() if name.startswith("single")} == {"joint"}
     assert {stream for name, stream in found.items() if name.startswith("joint_")} == {"image", "text"}
+    # Calibration does not keep apart kinds of tokens that it cannot tell apart: each takes K x K numbers.
+    assert {group.kinds for group in input_groups(make_plan(model, Recipe()).sparse)} == {1}
     with pytest.raises(
         ValueError, match=r"7 layers, as single_transformer_blocks\.0\.attn\.to_q, may read them"
     ):

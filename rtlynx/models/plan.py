@@ -47,7 +47,11 @@ _AUTO_FORMATS: tuple[FormatName, ...] = ("fp8-dense", "fp8-sparse")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one candidate. `dense_reason` is None where a `SparseLinear` takes its place."""
+    """What happens to one candidate.
+
+    dense_reason : None where a `SparseLinear` takes its place.
+    splits_text : whether its input holds text and image tokens, and which are which is known.
+    """
 
     candidate: Candidate
     in_features: int
@@ -58,6 +62,7 @@ class LayerPlan:
     text_rows_dense: bool
     dense_reason: str | None
     quantized: bool = False
+    splits_text: bool = False
 
     @property
     def name(self) -> str:
@@ -231,6 +236,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         _plan_layer(modules[candidate.name], candidate, recipe, candidate.name in readers)
         for candidate in candidates
     )
+    if architecture.text_rows is not None:
+        layers = tuple(replace(layer, splits_text=layer.candidate.stream == "joint") for layer in layers)
     dropping = {layer.name for layer in layers if layer.dense_reason is None and not layer.keeps_all}
     for one in attentions:
         if reasons[one.name] is None and not dropping & set(one.readers):
