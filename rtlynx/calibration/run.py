@@ -46,6 +46,7 @@ from rtlynx.models.sparsify import (
     state_of,
     target_model,
 )
+from rtlynx.models.tracing import shared_reads
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.solution import Solution
 from rtlynx.nn.tensor_parallel import refuse_parallel
@@ -180,6 +181,7 @@ class _Calibration:
         search = None
         if self.recipe.chooses_dense_steps:  # before the work, since some pipelines tell too little
             search = DenseStepSearch(self.recording, show=self.show)
+        self.plan = self._with_shared_inputs()
         groups = input_groups(self.plan.alternatives())
         order = self._block_order(groups)
         silent = {
@@ -231,9 +233,20 @@ class _Calibration:
         changed = plan.reparameterized
         return plan, reparameterize(self.model, changed, bases) if changed else None
 
+    def _with_shared_inputs(self) -> Plan:
+        """The plan, which also says what read one tensor in the first call where names do not tell."""
+        if self.plan.knows_shared_inputs:
+            return self.plan
+        probe = self._first_call()
+        candidates = [layer.candidate for layer in self.plan.sparse]
+        return self.plan.reading(agree(shared_reads(self.model, candidates, probe) if probe else {}))
+
+    def _first_call(self) -> dict[str, Any] | None:
+        return next(self.recording.store.replay(self.recording.numbers[:1], self.device), None)
+
     def _block_order(self, groups: list[InputGroup]) -> list[str]:
         blocks = list(dict.fromkeys(group.block for group in groups))
-        probe = next(self.recording.store.replay(self.recording.numbers[:1], self.device), None)
+        probe = self._first_call()
         return agree(block_order(self.model, blocks, probe) if probe is not None else [])
 
     def _solve(self, groups: list[InputGroup], order: list[str]) -> None:

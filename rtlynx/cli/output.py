@@ -134,13 +134,16 @@ def _print_candidates(choice: Any) -> None:
 
 
 def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
-    columns = ["layer", "shape", "stream", "pattern", "rank", "state"] + (["energy kept"] if kept else [])
+    by_name = overview["architecture"] != "generic"
+    columns = ["layer", "shape", "stream", *([] if by_name else ["because"]), "pattern", "rank", "state"]
+    columns += ["energy kept"] if kept else []
     table = Table(*columns, title=f"{overview['model']}, rule: {overview['architecture']}")
     for layer in overview["layers"]:
         row = [
             layer["name"],
             f"{layer['in_features']} -> {layer['out_features']}",
             layer["stream"],
+            *([] if by_name else [layer["rule"]]),
             layer["pattern"],
             str(layer["rank"] or "-"),
             f"dense: {layer['dense_reason']}" if layer["dense_reason"] else layer["format"],
@@ -154,6 +157,10 @@ def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
         f"{overview['sparse_share']:.1%} of the weights of all linear layers; "
         + memory(overview["extra_bytes"])
     )
+    others = Counter(overview["other_layers"].values())
+    if others:
+        listed = "; ".join(f"{count} {reason}" for reason, count in others.most_common())
+        out.print(f"{others.total()} linear layers are no candidates and stay dense: {listed}")
     if overview["undecided"]:
         out.print("Calibration decides, by the budget, which of these stay dense or take another format.")
     if overview["recipe"]["dense_sigmas"] == "auto":

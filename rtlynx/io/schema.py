@@ -89,6 +89,7 @@ _TABLES: dict[str, _Check] = {
     "tensors": _text("[0-9a-f]{32}", "a digest of 32 digits"),
     "rotated_tensors": _text(RECORD, "a record of a tensor"),  # as version 4 called the next
     "reparameterized_tensors": _text(RECORD, "a record of a tensor"),
+    "reads": _NAME,  # of layers that read one tensor, where a call told it
     "rotations": (lambda value: _is_size(value, _MOST_HEADS, _MOST_HEAD_DIM), "its heads and their width"),
     "permutations": (lambda value: _is_size(value, _MOST_FEATURES), "how many hidden features it has"),
 }

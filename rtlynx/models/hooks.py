@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,12 +15,20 @@ from rtlynx.models.fusion import processor_known
 from rtlynx.models.guards import prepare_adapters, refuse_merged
 from rtlynx.models.plan import Plan
 from rtlynx.nn.call import CallState, enter_call, leave_call, step_of
+from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.tensor_parallel import local_text_rows
 
 
 def register_hooks(model: nn.Module, plan: Plan) -> tuple[list[Any], EnterCall | None]:
     """Forward hooks that `model` needs: their handles, and what sets the state of its calls."""
     handles = [model.register_forward_pre_hook(begin_step)]
+    memories = (
+        (layer.candidate.block, cast(SparseLinear, model.get_submodule(layer.name)).shared_input)
+        for layer in plan.sparse
+    )
+    for block, shared in dict.fromkeys(memories):
+        if shared.traced and not shared.single:
+            handles.append(model.get_submodule(block).register_forward_hook(shared.forget_traced))
     if plan.rotated:
         names = tuple(attention.name for attention in plan.rotated)
         handles.append(model.register_forward_pre_hook(partial(refuse_processors, names)))

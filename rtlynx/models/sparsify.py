@@ -171,9 +171,10 @@ def apply_plan(
         tensors = records({**base_tensors(model), **originals})
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
     # enough: they run one after the other.
-    known = plan.architecture.find is None
+    known = plan.knows_shared_inputs
     readers = Counter(_memory(layer, known) for layer in plan.sparse)
-    shared = {key: SharedInput(single=count == 1) for key, count in readers.items()}
+    traced = bool(plan.traced_reads)
+    shared = {key: SharedInput(single=count == 1, traced=traced) for key, count in readers.items()}
     modules: dict[str, Any] = dict(model.named_modules())
     shards = shards_of(model, (layer.name for layer in plan.sparse))
     replacements, fingerprints = {}, {}
