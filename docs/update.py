@@ -20,6 +20,7 @@ import overview
 import parallel_tables
 import speed_plots
 import study_tables
+import supported_models
 import tables
 from tables import Place, folded, read
 
@@ -44,6 +45,7 @@ TEXTS = {
     Path("docs/results/goals.md"): ("goals-step", "goals-layer", "goals-compression", "goals-host"),
     Path("docs/guides/parallel.md"): ("plan", "parallel"),
     Path("docs/reference/cli.md"): ("cli",),
+    Path("docs/reference/models.md"): ("models",),
 }
 
 
@@ -257,6 +259,7 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "goals-layer": goals_of(goals.LAYER),
     "goals-compression": goals_of(goals.COMPRESSION),
     "goals-host": goals_of(goals.HOST),
+    "models": supported_models.models_section,
     "cli": lambda root, place: cli_reference.reference(),
 }
 

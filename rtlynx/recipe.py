@@ -171,9 +171,11 @@ class Recipe:
         loops of your own say so with `rtlynx.schedule`.
     dense_last_steps : int
         Run the last steps of each picture densely: no later step corrects their errors.
-    dense_sigmas : tuple of (low, high)
+    dense_sigmas : tuple of (low, high), or "auto"
         Run the steps densely whose noise level sigma lies in one of these ranges, low < sigma <= high:
-        whatever the number of steps. Sigma falls from 1 (noise) to 0 (picture).
+        whatever the number of steps. Sigma falls from 1 (noise) to 0 (picture). Auto: calibration draws
+        pictures and chooses how many of the last steps run in dense fp8, and which formats the others take,
+        at the time that the budget's `speedup_share` means over all steps of a picture.
     dense_precision : "bf16" | "fp8"
         What dense rows and steps multiply: the original weight in the model's dtype, or in e4m3, which takes
         half the memory and less time.
@@ -217,7 +219,7 @@ class Recipe:
     text_rows: Literal["sparse", "dense"] = "sparse"
     dense_steps: int = 0
     dense_last_steps: int = 0
-    dense_sigmas: tuple[tuple[float, float], ...] = ()
+    dense_sigmas: tuple[tuple[float, float], ...] | Literal["auto"] = ()
     dense_precision: Literal["bf16", "fp8"] = "bf16"
     skip: tuple[str, ...] = ()
     budget: Budget | None = None
@@ -259,8 +261,11 @@ class Recipe:
             steps = getattr(self, name)
             if not is_whole(steps) or steps < 0:
                 raise ValueError(f"{name} is a whole number, 0 or more, got {steps!r}")
-        object.__setattr__(self, "dense_sigmas", _ranges("dense_sigmas", self.dense_sigmas))
         _check_choice("dense_precision", self.dense_precision, ("bf16", "fp8"))
+        if self.dense_sigmas == "auto":
+            self._check_auto_sigmas()
+        else:
+            object.__setattr__(self, "dense_sigmas", _ranges("dense_sigmas", self.dense_sigmas))
         if not isinstance(self.skip, list | tuple) or not all(isinstance(glob, str) for glob in self.skip):
             raise ValueError(f"skip is a list of glob patterns, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
@@ -292,6 +297,23 @@ class Recipe:
             raise ValueError("the intercept is refitted together with the weight: it needs refit=True")
         if self.lowrank_solver == "trained" and (self.rank is None or self.refit):
             raise ValueError("the trained low-rank branch is the paper's: it needs a rank and refit=False")
+
+    def _check_auto_sigmas(self) -> None:
+        """ValueError unless the recipe says all that the choice of dense steps needs."""
+        if self.dense_precision != "fp8":
+            raise ValueError(
+                "dense_sigmas 'auto' chooses steps that run in dense fp8: give dense_precision='fp8'"
+            )
+        if self.budget is None or self.budget.speedup_share is None:
+            raise ValueError(
+                "dense_sigmas 'auto' shares one saving out between dense steps and dense layers: give "
+                f"budget=Budget(speedup_share=...), got budget={self.budget!r}"
+            )
+        if self.dense_steps or self.dense_last_steps:
+            raise ValueError(
+                "dense_sigmas 'auto' chooses the dense steps itself: leave out dense_steps and "
+                "dense_last_steps"
+            )
 
     @classmethod
     def recommended(cls, **changes: Any) -> Recipe:
@@ -361,7 +383,9 @@ class Recipe:
         """Plain JSON values; inverse of `from_dict`."""
         values = asdict(self)
         values["skip"] = list(self.skip)
-        values["dense_sigmas"] = [list(one) for one in self.dense_sigmas]
+        values["dense_sigmas"] = (
+            "auto" if self.chooses_dense_steps else [list(one) for one in self.dense_ranges]
+        )
         values["formats"] = dict(self.formats)
         return values
 
@@ -377,8 +401,18 @@ class Recipe:
         return self.precision != "bf16" or any(format.startswith("fp8") for format in self.formats.values())
 
     @property
+    def chooses_dense_steps(self) -> bool:
+        """Whether calibration is still to choose the steps that run dense."""
+        return self.dense_sigmas == "auto"
+
+    @property
+    def dense_ranges(self) -> tuple[tuple[float, float], ...]:
+        """The ranges of `dense_sigmas`; none while calibration is still to choose them."""
+        return () if isinstance(self.dense_sigmas, str) else self.dense_sigmas
+
+    @property
     def has_dense_steps(self) -> bool:
-        """Whether some steps of a picture run dense."""
+        """Whether some steps of a picture run dense, or may once calibration has chosen."""
         return self.dense_steps > 0 or self.dense_last_steps > 0 or bool(self.dense_sigmas)
 
     def is_dense_step(self, index: int, count: int, sigma: float | None) -> bool:
@@ -387,12 +421,12 @@ class Recipe:
         if sigma is None:
             return at_end
         # As float32 holds it, a sigma at the end of a range may lie beyond it.
-        return at_end or any(low < sigma - 1e-6 <= high for low, high in self.dense_sigmas)
+        return at_end or any(low < sigma - 1e-6 <= high for low, high in self.dense_ranges)
 
     @property
     def needs_sigma(self) -> bool:
         """Whether the noise level of a step decides if it runs dense."""
-        return any(high > 0 for _, high in self.dense_sigmas)
+        return self.chooses_dense_steps or any(high > 0 for _, high in self.dense_ranges)
 
     def describe_dense_steps(self) -> str:
         """The fields that say which steps run dense, as one writes them."""
@@ -443,7 +477,7 @@ def _ranges(name: str, value: Any) -> tuple[tuple[float, float], ...]:
         for one in value
     )
     if not pairs:
-        raise ValueError(f"{name} is a list of (low, high), low below high; got {value!r}")
+        raise ValueError(f"{name} is a list of (low, high), low below high, or 'auto'; got {value!r}")
     return tuple((float(low), float(high)) for low, high in value)
 
 

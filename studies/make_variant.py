@@ -208,7 +208,7 @@ def _describe(built: Built, model: nn.Module, recipe: Recipe) -> None:
     state = state_of(model)
     assert state is not None
     built.layers = dict(sparse_layers(model))
-    built.recipe = recipe.to_dict()
+    built.recipe = state.plan.recipe.to_dict()
     for layer in state.plan.layers:
         built.plan[layer.name] = _in_plan(layer, recipe)
     patterns = {(layer.pattern.n, layer.pattern.m) for layer in state.plan.sparse}

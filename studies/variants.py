@@ -98,6 +98,9 @@ BF16 = Recipe.recommended(precision="bf16")
 # What costs nothing at inference.
 FREE: dict[str, Any] = {"rotate_values": True, "permute_hidden": True, "intercept": True}
 TRAINING = Distillation(steps=500, batch_size=32)
+RECOMMENDED = Recipe.recommended(
+    rotate_values=True, intercept=True, dense_sigmas="auto", dense_precision="fp8"
+)
 ALL_OF_OURS = Recipe(rank=RANK, text_rows="dense", dense_steps=2)
 
 
@@ -122,7 +125,7 @@ def _main() -> Iterator[Variant]:
         "refit+lowrank+strided": OURS,
         "all-of-ours": ALL_OF_OURS,
         "recommended:bf16": BF16,
-        "recommended": Recipe.recommended(),
+        "recommended": RECOMMENDED,
     }
     for name, recipe in recipes.items():
         yield Variant(name, "main", recipe=recipe)
@@ -217,8 +220,7 @@ def _sweeps() -> Iterator[Variant]:
     distilled = {
         "refit": Recipe(rank=None, precision="fp8"),
         "free": free,
-        "recommended": Recipe.recommended(**FREE),
-        "recommended+last-2": Recipe.recommended(dense_last_steps=2, dense_precision="fp8", **FREE),
+        "recommended": RECOMMENDED,
     }
     for name, recipe in distilled.items():
         yield _sweep("distilled", name, recipe, distill=TRAINING)

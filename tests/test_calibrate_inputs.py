@@ -182,6 +182,17 @@ def test_distillation_draws_with_the_inputs_of_each_prompt():
     assert all(image is not None for _, image, _ in pipeline.seen)
 
 
+def test_dense_steps_are_chosen_on_the_inputs_of_each_prompt():
+    pipeline = Editing(tiny_flux())
+    recipe = Recipe.recommended(dense_sigmas="auto", dense_precision="fp8")
+    report = calibrate(pipeline, edits(), recipe, OPTIONS, progress=False)
+    drawn = (
+        len(pipeline.seen) - 8
+    )  # beside those recorded: a held-out one, dense and by each candidate
+    assert drawn == 1 + len(report.choice.candidates) > 1
+    assert all(image is not None for _, image, _ in pipeline.seen)
+
+
 def test_a_failure_after_lists_have_worked_is_no_refusal_of_lists():
     class Fails(Editing):
         def __call__(self, image=None, prompt=None, generator=None):

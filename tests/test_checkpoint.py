@@ -352,6 +352,7 @@ def test_quantised_damage_that_the_digest_cannot_tell(saved_fp8, tmp_path):
         {"layers": {"transformer_blocks.0.attn.to_q": {}}},
         {"dense": None},
         {"model": None},
+        {"reads": {"transformer_blocks.0.attn.to_q": 3}},
     ],
 )
 def test_a_signed_index_that_makes_no_sense(folder, changes):

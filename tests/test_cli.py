@@ -225,6 +225,13 @@ def test_local_folders_of_transformers_and_pipelines(run, tmp_path):
     assert code == 0
     assert overview["architecture"] == "generic"
     assert overview["sparse_layers"] == 2 * 6
+    assert {layer["rule"] for layer in overview["layers"]} == {"in a repeated block"}
+    others = overview["other_layers"]
+    assert others["transformer_blocks.1.norm1.linear"] == "makes modulation"
+    assert others["proj_out_1"] == "outside the repeated blocks"
+    code, out, _ = run("inspect", tmp_path / "pipe")
+    assert code == 0
+    assert "no candidates and stay dense: 6 makes modulation; 2 outside the" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from guidance_helpers import FLUX, doubled, two_passes
 from helpers import (
     IMAGE_TOKENS,
     TinyPipeline,
@@ -149,25 +150,6 @@ def test_as_the_teacher_it_is_the_dense_layer():
 
 
 # ----------------------------------------------------------------------------------------------- pairs
-
-
-def two_passes(seed=0, batch=2, timestep=0.5):
-    """Conditional and null call at the same states; the null prompt is the same for all pictures."""
-    conditional = flux_call(seed, batch, timestep)
-    null = {**conditional, "encoder_hidden_states": torch.zeros(batch, 8, 64)}
-    null["pooled_projections"] = torch.zeros(batch, 32)
-    return conditional, null
-
-
-def doubled(conditional, null):
-    shared = ("img_ids", "txt_ids")
-    return {
-        name: value if name in shared else torch.cat((value, null[name]))
-        for name, value in conditional.items()
-    }
-
-
-FLUX = architecture_of(tiny_flux())
 
 
 @pytest.mark.parametrize("in_one_call", [False, True])

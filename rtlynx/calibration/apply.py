@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import nn
 
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.reparameterize import Reparameterization
-from rtlynx.models.sparsify import apply_plan, state_of
+from rtlynx.models.sparsify import apply_plan, set_what_runs_dense, state_of
+from rtlynx.nn.original import keep_original
 from rtlynx.nn.solution import Solution
 from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.recipe import Recipe
 
 
 def apply_solutions(
@@ -34,23 +36,39 @@ def apply_solutions(
     state.errors = {name: one.error for name, one in solutions.items() if math.isfinite(one.error)}
 
 
-def solved_layer(model: nn.Module, layer: LayerPlan, solution: Solution) -> SparseLinear:
-    """The sparse layer, with its solution, that takes the place of a dense one of `model`."""
+def solved_layer(
+    model: nn.Module, layer: LayerPlan, solution: Solution, recipe: Recipe | None = None
+) -> SparseLinear:
+    """The sparse layer, with its solution, that takes the place of a dense one of `model`.
+
+    `recipe` says which rows and steps run dense; without one, none do.
+    """
     dense: Any = model.get_submodule(layer.name)
     sparse = SparseLinear.from_linear(dense, pattern=layer.pattern, norm=layer.norm)
-    solution.install(sparse, keep_dense=False)
+    if recipe is not None:
+        set_what_runs_dense(sparse, layer, recipe)
+    solution.install(sparse, keep_dense=sparse.depends_on_call)
+    if sparse.depends_on_call and sparse.dense_precision == "fp8":
+        keep_original(sparse)  # in e4m3 also where the weight is the original one
     return sparse
 
 
 @contextmanager
 def temporarily_sparse(
-    model: nn.Module, layers: list[LayerPlan], solutions: Mapping[str, Solution]
+    model: nn.Module,
+    layers: Iterable[LayerPlan],
+    solutions: Mapping[str, Solution],
+    recipe: Recipe | None = None,
 ) -> Iterator[None]:
-    """Run a dense `model` with some layers sparse, one original weight in memory at most beside each."""
+    """Run a dense `model` with some layers sparse, one original weight in memory at most beside each.
+
+    For rows and steps that run dense give a `recipe`, whose calls the model's hooks are to enter.
+    """
+    layers = list(layers)
     originals: dict[str, Any] = {layer.name: model.get_submodule(layer.name) for layer in layers}
     try:
         for layer in layers:
-            sparse = solved_layer(model, layer, solutions[layer.name])
+            sparse = solved_layer(model, layer, solutions[layer.name], recipe)
             model.set_submodule(layer.name, sparse)
         yield
     finally:

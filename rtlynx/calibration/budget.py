@@ -37,6 +37,24 @@ def inputs_of(layers: Iterable[LayerPlan]) -> dict[str, list[LayerPlan]]:
 
 
 @dataclass(frozen=True)
+class DenseStepsCandidate:
+    """So many of a picture's last steps in dense fp8, and what that costs in the time of the budget.
+
+    last_steps, steps : how many run dense, and how many a picture has.
+    dense_sigmas : the same as ranges of noise levels, as `Recipe` takes them.
+    speedup_share : share of the possible saving that the other steps must then reach, for `Budget`.
+    error : mean squared error of what the pipeline drew (latents where it gives them) against the dense
+        model, of held-out prompts where there are any.
+    """
+
+    last_steps: int
+    steps: int
+    dense_sigmas: tuple[tuple[float, float], ...]
+    speedup_share: float
+    error: float
+
+
+@dataclass(frozen=True)
 class Choice:
     """What the budget decided.
 
@@ -45,6 +63,7 @@ class Choice:
     error : relative squared error of the model's output with exactly these layers changed, measured.
     speedup_share : share of the possible saving that they reach.
     formats : format of each layer in `sparse`; one for all that are up for choice and read one input.
+    candidates : what was compared where `Recipe.dense_sigmas` is "auto", by growing number of dense steps.
     """
 
     sparse: tuple[str, ...]
@@ -52,10 +71,16 @@ class Choice:
     error: float
     speedup_share: float
     formats: dict[str, FormatName]
+    candidates: tuple[DenseStepsCandidate, ...] = ()
+
+    @property
+    def best_candidate(self) -> DenseStepsCandidate | None:
+        """The candidate of least error, which was taken (of equal ones that of fewest dense steps)."""
+        return min(self.candidates, key=lambda one: one.error, default=None)
 
 
 @dataclass(frozen=True)
-class _Step:
+class FormatStep:
     """From one format of an input (None: dense) to the next on its convex hull."""
 
     start: InputCost | None
@@ -96,20 +121,11 @@ def choose(
         room: while it is not, the worst step is taken back.
     """
     fixed = dict(fixed or {})
-    by_name: dict[str, list[InputCost]] = {}
-    for cost in costs:
-        by_name.setdefault(cost.name, []).append(cost)
-    priced: list[tuple[float, _Step]] = []
-    for options in by_name.values():
-        price = 0.0
-        for step in _hull(options):
-            price = max(price, step.error / step.saving)  # keeps an input's steps in order despite rounding
-            priced.append((price, step))
-    steps = [step for _, step in sorted(priced, key=lambda pair: pair[0])]
+    steps = format_steps(costs)
     possible = sum(step.saving for step in steps)
-    dense = {name: "saves nothing" for name in by_name}
+    dense = {cost.name: "saves nothing" for cost in costs}
     stopped: set[str] = set()
-    chosen: list[_Step] = []
+    chosen: list[FormatStep] = []
     error = measure(fixed) if fixed and budget.error is not None else 0.0
     saving = 0.0
     for step in steps:
@@ -142,7 +158,21 @@ def choose(
     return Choice(tuple(found), reasons, together, reached, found)
 
 
-def _hull(options: Sequence[InputCost]) -> list[_Step]:
+def format_steps(costs: Sequence[InputCost]) -> list[FormatStep]:
+    """All steps of all inputs, in the order in which a budget takes them. Together they save all there is."""
+    by_name: dict[str, list[InputCost]] = {}
+    for cost in costs:
+        by_name.setdefault(cost.name, []).append(cost)
+    priced: list[tuple[float, FormatStep]] = []
+    for options in by_name.values():
+        price = 0.0
+        for step in _hull(options):
+            price = max(price, step.error / step.saving)  # keeps an input's steps in order despite rounding
+            priced.append((price, step))
+    return [step for _, step in sorted(priced, key=lambda pair: pair[0])]
+
+
+def _hull(options: Sequence[InputCost]) -> list[FormatStep]:
     """Steps from dense along the lower convex hull of (saving, error), as far as saving grows."""
     path: list[InputCost] = []
     for option in sorted(options, key=lambda cost: (cost.saving, -cost.error)):
@@ -150,10 +180,10 @@ def _hull(options: Sequence[InputCost]) -> list[_Step]:
             continue
         while path:
             start = path[-2] if len(path) > 1 else None
-            before, after = _Step(start, path[-1]), _Step(path[-1], option)
+            before, after = FormatStep(start, path[-1]), FormatStep(path[-1], option)
             if after.saving > 0 and before.error * after.saving <= after.error * before.saving:
                 break
             path.pop()  # above the line from the point before it to `option`
         path.append(option)
     starts = [None, *path]
-    return [_Step(starts[i], end) for i, end in enumerate(path)]
+    return [FormatStep(starts[i], end) for i, end in enumerate(path)]

@@ -15,6 +15,7 @@ from rtlynx.calibration.folder import WorkFolder
 from rtlynx.calibration.steps import counted_steps
 from rtlynx.models.architecture import Architecture
 from rtlynx.models.hooks import is_dense_call
+from rtlynx.nn.call import Step, step_of
 from rtlynx.recipe import Recipe
 
 Call = dict[str, Any]
@@ -66,7 +67,8 @@ def calls_by_step(
     Raises
     ------
     CalibrationError
-        If the model was not called, or in dense steps alone, or it is not known which call is of which step.
+        If the model was not called, or in dense steps alone; if it is not known which call is of which step,
+        or `recipe` chooses dense steps and the noise level of a step is not known.
     """
     seen: list[_Seen] = []
     with counted_steps(pipeline) as steps:
@@ -120,16 +122,50 @@ def _split_steps(model: nn.Module, seen: list[_Seen], scheduled: bool) -> list[l
 
 def _runs_dense(architecture: Architecture, recipe: Recipe, model: nn.Module, call: Call) -> bool:
     """Whether the step that `call` is of runs dense, as it will when the sparse model draws."""
+    if not recipe.has_dense_steps:
+        return False
     try:
-        return recipe.has_dense_steps and is_dense_call(architecture, recipe, model, call)
+        if recipe.chooses_dense_steps:
+            known_level(model, step_of(timestep_argument(call, architecture)))
+        return is_dense_call(architecture, recipe, model, call)
     except (RuntimeError, ValueError) as error:
         raise CalibrationError(str(error)) from None
 
 
+def known_level(model: nn.Module, step: Step | None) -> tuple[Step, float]:
+    """The step of a call of `model` and its noise level; CalibrationError where that is not known."""
+    if step is None or step.sigma is None:
+        raise CalibrationError(
+            "dense_sigmas 'auto' chooses steps by their noise level, and the pipeline that calls this "
+            f"{type(model).__name__} does not tell it: put its sampling loop into `with "
+            "rtlynx.schedule(timesteps, sigmas):`, or choose the steps yourself (dense_last_steps)"
+        )
+    return step, step.sigma
+
+
+def by_step(calls: Sequence[Call], architecture: Architecture) -> list[list[Call]]:
+    """Consecutive calls at one timestep together; each call without one alone."""
+    steps: list[list[Call]] = []
+    last: Any = None
+    for call in calls:
+        timestep = timestep_of(call, architecture)
+        if not steps or timestep is None or timestep != last:
+            steps.append([])
+        last = timestep
+        steps[-1].append(call)
+    return steps
+
+
+def timestep_argument(call: Call, architecture: Architecture) -> Any:
+    """The timestep of `call` as the model takes it; None where it has none."""
+    name = architecture.timestep_name(call)
+    return None if name is None else call[name]
+
+
 def timestep_of(call: Call, architecture: Architecture) -> Any:
     """The timestep of `call`, comparable; None where it has none."""
-    name = architecture.timestep_name(call)
-    return None if name is None else _values(call[name])
+    timestep = timestep_argument(call, architecture)
+    return None if timestep is None else _values(timestep)
 
 
 def _values(timestep: Any) -> Any:

@@ -227,7 +227,7 @@ def _seen(tokens: Tensor, layer: LayerPlan) -> Tensor:
 
 def _kinds(layer: LayerPlan) -> int:
     """How many kinds of tokens of the input of `layer` are kept apart."""
-    return 2 if layer.candidate.stream == "joint" and not layer.text_rows_dense else 1
+    return 2 if layer.splits_text and not layer.text_rows_dense else 1
 
 
 def split_kinds(x: Tensor, rows: TextRows, layer: LayerPlan) -> dict[str, Tensor]:

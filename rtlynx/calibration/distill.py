@@ -21,12 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from rtlynx.calibration.calls import CalibrationError
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.options import Distillation, DistillationReport
+from rtlynx.calibration.output_error import guided_square
 from rtlynx.calibration.pairs import State, check_apart, null_first, outputs, states_of, turned
 from rtlynx.calibration.processes import world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.trainable import BYTES_TRAINED, Mode, TrainableLinear, trained_bytes
-from rtlynx.models.hooks import EnterCall
+from rtlynx.models.hooks import entering_calls
 from rtlynx.models.pipelines import guidance_scale
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.nn.call import CallState
@@ -36,7 +37,6 @@ BETAS = (0.9, 0.99)
 WARM_UP = 0.05  # share of the steps in which the learning rate rises
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LARGEST_GRADIENT = 1.0  # norm, of the loss over the mean square of the dense velocity
-PLAIN, GUIDED = 0.1, 0.2  # weights of the errors of both predictions, and of the guided one
 _FILE = "distillation.safetensors"
 _RANK = 32  # of the correction that is advised where whole weights do not fit
 
@@ -125,7 +125,8 @@ class _Training:
         self.plan, self.recording, self.settings, self.device = plan, recording, settings, device
         self.model, self.options, self.mode = recording.model, recording.options, Mode()
         self.architecture = plan.architecture
-        self.identity = digest([repr(plan.layers), sorted(solutions), asdict(settings)])
+        dense = plan.recipe.dense_ranges  # which a calibration may have chosen
+        self.identity = digest([repr(plan.layers), dense, sorted(solutions), asdict(settings)])
         generator = torch.Generator().manual_seed(self.options.seed)
         self.layers = {
             layer.name: TrainableLinear(
@@ -222,38 +223,39 @@ class _Training:
 
     def _recorded(self, split: str) -> list[State]:
         """Of the dense model's sampling."""
-        store, found = self.recording.store, []
+        found = []
         for number in self.recording.batches[split]:
-            found += states_of(store.get(number), self.architecture)
+            found += states_of(self.recording.sparse_calls(number), self.architecture)
         return found
 
     @torch.no_grad()
     def _own(self, refresh: int) -> list[State]:
         """Of the sparse model's own sampling, from noise that nothing else starts from."""
-        prompts, options = self.recording.fit_prompts, self.options
+        prompts, options = list(self.recording.prompts_of["fit"].values()), self.options
         order = torch.randperm(len(prompts), generator=self._generator(refresh, "prompts")).tolist()
         some = [prompts[i] for i in order[: self.settings.on_policy_prompts]]
         first = options.seed + len(self.recording.prompts) + refresh * self.settings.on_policy_prompts
-        hooks = []
-        if self.plan.recipe.depends_on_call:
-            enter = EnterCall(self.plan)
-            hooks.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks.append(self.model.register_forward_hook(enter.leave, always_call=True))
-            hooks.append(self.model.register_forward_pre_hook(self._let_pipeline_say))
         found: list[State] = []
-        try:
+        with entering_calls(self.model, self.plan), self._pipeline_says():
             for start in range(0, len(some), options.batch_size):
                 batch = some[start : start + options.batch_size]
                 seeds = [first + start + i for i in range(len(batch))]
                 calls = self.recording.draw_some(batch, seeds, refresh + start // options.batch_size)
                 found += states_of(calls, self.architecture)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return turned(found) if self.null_first else found
 
-    def _let_pipeline_say(self, _model: nn.Module, _args: Any) -> None:
-        self.mode.call = None
+    @contextmanager
+    def _pipeline_says(self) -> Iterator[None]:
+        """Meanwhile, the step of each call counts, which in training it does not."""
+
+        def forget(_model: nn.Module, _args: Any) -> None:
+            self.mode.call = None
+
+        handle = self.model.register_forward_pre_hook(forget)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _generator(self, number: int, what: str) -> torch.Generator:
         """A start of its own for each step, so that a resumed training draws the same."""
@@ -265,6 +267,12 @@ class _Training:
     def run(self, *, show: bool) -> tuple[dict[str, Solution], DistillationReport]:
         settings, every = self.settings, self.settings.refresh_steps
         recorded, heldout = self._recorded("fit"), self._recorded("heldout")
+        if not recorded:
+            raise CalibrationError(
+                "every recorded step runs dense by the choice of calibration, so there is none to train on: "
+                "give more prompts, or CalibrationOptions(steps_per_prompt=...) above "
+                f"{self.options.steps_per_prompt}"
+            )
         self.null_first = null_first([*recorded, *heldout], self.architecture)
         if self.null_first:
             recorded, heldout = turned(recorded), turned(heldout)
@@ -349,17 +357,10 @@ class _Training:
         if alone:
             total = total + torch.cat(alone).square().mean() * (len(alone) / len(states))
         if pairs:
+            assert self.guidance is not None
             conditional, null = (torch.cat(some) for some in zip(*pairs, strict=True))
-            total = total + self._of_pairs(conditional, null) * (len(pairs) / len(states))
+            total = total + guided_square(conditional, null, self.guidance) * (len(pairs) / len(states))
         return total
-
-    def _of_pairs(self, conditional: Tensor, null: Tensor) -> Tensor:
-        g = self.guidance
-        assert g is not None
-        plain = conditional.square().mean() + null.square().mean()
-        if g == 1:
-            return plain / 2
-        return PLAIN * plain + GUIDED * (g * conditional - (g - 1) * null).square().mean()
 
     @torch.no_grad()
     def _judge(self, states: Sequence[State]) -> float:

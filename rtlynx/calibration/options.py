@@ -187,7 +187,8 @@ class CalibrationReport:
         Per input and format, where the recipe has a budget: error at the output that the layers that read it
         add together, and the microseconds that they save in one recorded call.
     choice : Choice or None
-        What the budget decided.
+        What the budget decided; `candidates` are the dense steps that were compared where the recipe's
+        `dense_sigmas` is "auto".
     unrotated : dict[str, str]
         Attentions whose values the recipe would rotate and calibration did not, with the reason.
     extra_bytes : int

@@ -110,7 +110,7 @@ class ModelPrices:
     A model whose width, the median of its layers' inputs, is below `LEAST_WIDTH` is priced as if it were
     `FULL_WIDTH` wide, and its longest input `FULL_TOKENS` long: what is chosen for it is what would be chosen
     for one of full size.
-    Text rows and steps that run dense are not counted.
+    Text rows that run dense are not counted, and steps that do only in `dense_step_search`.
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,15 @@ def agree(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def total(mine: Sequence[float], device: torch.device) -> list[float]:
+    """The sums of each number over all processes, in float64."""
+    if not distributed():
+        return list(mine)
+    numbers = torch.tensor(mine, dtype=torch.float64, device=device)
+    dist.all_reduce(numbers)
+    return numbers.tolist()
 
 
 def all_rows(mine: Tensor, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,13 +32,16 @@ from rtlynx.models.prompts import Prompt, describe, together
 _NOT_OF_THE_PROMPT = (CalibrationError, torch.OutOfMemoryError, MemoryError)
 _REASON = 300  # characters of an error that are shown: some hold whole tensors
 
+_T = TypeVar("_T")
+_Use = Callable[[Callable[[], Any]], _T]  # makes something of one pipeline call
+
 
 class Recording:
     """The calls that this process holds.
 
     batches : split ("fit" or "heldout") -> numbers of its batches in `store`.
     pipeline, prompts : what was sampled, of any split; None and empty where calls were given.
-    fit_prompts : those to fit.
+    prompts_of : split -> its prompts by their numbers.
     part : name of the model in a pipeline with several, which may draw some pictures without it.
     """
 
@@ -48,11 +51,13 @@ class Recording:
         self.model, self.plan, self.options, self.part = model, plan, options, part
         self.pipeline: Any = None
         self.prompts: list[Prompt] = []
-        self.fit_prompts: list[Prompt] = []
+        self.prompts_of: dict[str, dict[int, Prompt]] = {"fit": {}, "heldout": {}}
         self.in_lists: bool | None = None  # whether the pipeline takes lists of prompts, once that is known
         self._refusal: Exception | None = None
+        self._pictures: set[int] = set()  # how many its last call drew
         # Whether it has to decode what it draws, once that is known (or asked for).
         self._decodes: bool | None = False if "output_type" in options.pipeline_kwargs else None
+        self._runs_dense: Callable[[Call], bool] | None = None
         self.folder: WorkFolder | None = None
         self.store = CallStore()
         self.batches: dict[str, list[int]] = {"fit": [], "heldout": []}
@@ -94,7 +99,7 @@ class Recording:
         self._refuse_without_heldout(splits)
         self._claim_folder(identities, pipeline)
         self.pipeline, self.prompts = pipeline, prompts
-        self.fit_prompts = [prompts[i] for i in splits["fit"]]
+        self.prompts_of = {split: {i: prompts[i] for i in indices} for split, indices in splits.items()}
         with ProgressBar("recording calls", len(prompts), show=show) as advance:
             number = 0
             for split, indices in splits.items():
@@ -116,27 +121,40 @@ class Recording:
     def draw_some(self, prompts: Sequence[Prompt], seeds: Sequence[int], number: int) -> list[Call]:
         """Draw batch `number` of prompts with the model as it is now; its calls at some sparse steps."""
         found: list[Call] = []
-        for shift, steps in enumerate(self._pipeline_calls(prompts, seeds)):
+        for shift, steps in enumerate(self._each(prompts, seeds, self._steps_of)):
             chosen = chosen_steps(number + shift, len(steps), self.options.steps_per_prompt)
             found += [call for step in sorted(chosen) for call in steps[step]]
         return found
 
-    def _pipeline_calls(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Iterator[list[list[Call]]]:
-        """What each pipeline call that draws some of `prompts` recorded, by sampling step."""
+    def draw(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Any]:
+        """What each pipeline call for some of `prompts` gives with the model as it is now."""
+        return list(self._each(prompts, seeds, lambda sample: sample()))
+
+    def _steps_of(self, sample: Callable[[], Any]) -> list[list[Call]]:
+        """The calls that one pipeline call makes, by sampling step."""
+        architecture, recipe = self.plan.architecture, self.plan.recipe
+        idle = self.part is not None
+        steps = calls_by_step(self.model, architecture, sample, recipe, self.pipeline, may_be_idle=idle)
+        self._pictures = {pictures_in(call) for step in steps for call in step}
+        return steps
+
+    def _each(self, prompts: Sequence[Prompt], seeds: Sequence[int], use: _Use[_T]) -> Iterator[_T]:
+        """What `use` makes of each pipeline call that draws some of `prompts`."""
         for numbers, texts in together(prompts):
-            listed = None
+            found = None
             if texts and self.in_lists is not False:
-                listed = self._in_list([prompts[i] for i in numbers], [seeds[i] for i in numbers])
-            if listed is not None:
-                yield listed
+                found = self._in_list([prompts[i] for i in numbers], [seeds[i] for i in numbers], use)
+            if found is not None:
+                yield found[0]
                 continue
             for number in numbers:
-                yield self._alone(prompts[number], seeds[number])
+                yield self._alone(prompts[number], seeds[number], use)
 
-    def _in_list(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[list[Call]] | None:
-        """Steps of one pipeline call for all `prompts`; None where it does not take lists of them."""
+    def _in_list(self, prompts: Sequence[Prompt], seeds: Sequence[int], use: _Use[_T]) -> tuple[_T] | None:
+        """One pipeline call for all `prompts`; None where it does not take lists of them."""
+        self._pictures = set()
         try:
-            steps = self._steps_of(partial(draw, self.pipeline, prompts, seeds))
+            found = self._without_decoding(partial(draw, self.pipeline, prompts, seeds), use)
         except _NOT_OF_THE_PROMPT:
             raise
         except Exception as error:
@@ -146,49 +164,50 @@ class Recording:
             return None
         if len(prompts) > 1 and not self.in_lists:
             # Some take a list of prompts for the parts of one picture or video.
-            self.in_lists = all(pictures_in(call) % len(prompts) == 0 for step in steps for call in step)
-        return steps if self.in_lists is not False else None
+            self.in_lists = all(count % len(prompts) == 0 for count in self._pictures)
+        return None if self.in_lists is False else (found,)
 
-    def _alone(self, prompt: Prompt, seed: int) -> list[list[Call]]:
+    def _alone(self, prompt: Prompt, seed: int, use: _Use[_T]) -> _T:
         try:
-            steps = self._steps_of(partial(draw_alone, self.pipeline, prompt, seed))
+            found = self._without_decoding(partial(draw_alone, self.pipeline, prompt, seed), use)
         except _NOT_OF_THE_PROMPT:
             raise
         except Exception as error:
             first = self._refusal or error  # of lists: it says more where both fail
             raise self._failed(prompt, first) from first
         self._refusal = None
-        return steps
+        return found
 
-    def _steps_of(self, draw_with: Callable[[Mapping[str, Any]], Any]) -> list[list[Call]]:
-        """Steps of one pipeline call; without decoding, where the pipeline can do without."""
+    def _without_decoding(self, draw_with: Callable[[Mapping[str, Any]], Any], use: _Use[_T]) -> _T:
+        """One pipeline call, which gives latents where the pipeline can do without decoding them."""
+
+        def call(*, decodes: bool) -> _T:
+            latent = {} if decodes else {"output_type": "latent"}
+            return use(lambda: draw_with({**latent, **self.options.pipeline_kwargs}))
+
         if self._decodes is not None:
-            return self._steps_with(draw_with, decodes=self._decodes)
+            return call(decodes=self._decodes)
         try:
-            steps = self._steps_with(draw_with, decodes=False)
+            found = call(decodes=False)
             self._decodes = False
         except _NOT_OF_THE_PROMPT:
             raise
         except Exception as error:
             try:
-                steps = self._steps_with(draw_with, decodes=True)
+                found = call(decodes=True)
             except Exception:
                 raise error from None
             self._decodes = True
-        return steps
+        return found
 
-    def _steps_with(
-        self, draw_with: Callable[[Mapping[str, Any]], Any], *, decodes: bool
-    ) -> list[list[Call]]:
-        settings = {**({} if decodes else {"output_type": "latent"}), **self.options.pipeline_kwargs}
-        return calls_by_step(
-            self.model,
-            self.plan.architecture,
-            lambda: draw_with(settings),
-            self.plan.recipe,
-            self.pipeline,
-            may_be_idle=self.part is not None,
-        )
+    def settle_dense_steps(self, plan: Plan, runs_dense: Callable[[Call], bool]) -> None:
+        """Calibration has chosen which steps run dense: `plan` says which, and `runs_dense` which calls."""
+        self.plan, self._runs_dense = plan, runs_dense
+
+    def sparse_calls(self, number: int) -> list[Call]:
+        """The calls of batch `number`, of steps that run sparse."""
+        calls = self.store.get(number)
+        return calls if self._runs_dense is None else [one for one in calls if not self._runs_dense(one)]
 
     def _failed(self, prompt: Prompt, error: Exception) -> CalibrationError:
         text = " ".join(str(error).split()) or "no reason given"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.apply import apply_solutions, solved_layer, temporarily_sparse
 from rtlynx.calibration.budget import Choice, InputCost, choose, inputs_of
-from rtlynx.calibration.calls import CalibrationError, Call, pictures_in
+from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in
 from rtlynx.calibration.collect import (
     Collector,
     InputGroup,
@@ -21,20 +20,23 @@ from rtlynx.calibration.collect import (
     input_groups,
     passes,
 )
+from rtlynx.calibration.dense_step_search import DenseStepSearch
 from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport, Distillation
+from rtlynx.calibration.output_error import OutputError, judged_calls
 from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
+from rtlynx.calibration.refusals import refuse_all_dense, refuse_choices, refuse_for_several, refuse_unfit
 from rtlynx.calibration.reparameterize import find_bases
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import judged, solve_layer
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FP8_DENSE, FormatName
-from rtlynx.models.guards import refuse_meta
+from rtlynx.models.pipelines import guidance_scale
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.prompts import Prompt
 from rtlynx.models.reparameterize import Reparameterization, reparameterize
@@ -45,13 +47,12 @@ from rtlynx.models.sparsify import (
     state_of,
     transformers_of,
 )
+from rtlynx.models.tracing import shared_reads
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.solution import Solution
-from rtlynx.nn.tensor_parallel import refuse_parallel
-from rtlynx.recipe import Recipe
+from rtlynx.recipe import Budget, Recipe
 
 TRAINING_TOKENS = 16384
-BUDGET_CALLS = 4
 
 
 # Hooks record what layers read, which code that was compiled before them would leave out.
@@ -96,7 +97,7 @@ def calibrate(
     Notes
     -----
     Under `torchrun` every process records and replays its own prompts; moments are summed over processes,
-    so all end with the same model.
+    so all end with the same model. With `dense_sigmas` "auto" each draws a part of the held-out prompts.
     """
     recipe, options = recipe or Recipe.recommended(), options or CalibrationOptions()
     if isinstance(prompts, str):
@@ -105,18 +106,14 @@ def calibrate(
         raise ValueError("give prompts or calls, not both")
     if distill is not None and calls is not None:
         raise ValueError("distillation draws with the sparse model: give a pipeline and prompts, not calls")
-    if recipe.precision == "auto" and options.sequential:
-        raise ValueError(
-            "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
-            "chooses their formats at the end: calibrate one-shot, or with precision fp8 or bf16"
-        )
+    refuse_choices(recipe, options, calls)
     models = transformers_of(model_or_pipeline)
     if len(models) > 1:
-        _refuse_for_several(model_or_pipeline, models, calls, distill)
+        refuse_for_several(model_or_pipeline, models, recipe, calls, distill)
     pipeline = None if calls is not None else model_or_pipeline
     data = list(prompts or ()) if calls is None else list(calls)
     for model in models.values():
-        _refuse_unfit(model)
+        refuse_unfit(model)
     show = progress and rank() == 0
     with all_or_none(*models.values()):
         reports = {
@@ -127,28 +124,6 @@ def calibrate(
         }
     first = next(iter(reports))
     return replace(reports.pop(first), others=reports)
-
-
-def _refuse_for_several(
-    pipeline: Any, models: Mapping[str, nn.Module], calls: Any, distill: Distillation | None
-) -> None:
-    """ValueError for what is about one transformer, where the pipeline draws with several."""
-    if calls is not None or distill is not None:
-        what = "calls are of one transformer" if calls is not None else "distillation trains one transformer"
-        raise ValueError(f"{what}, and {type(pipeline).__name__} draws with several ({', '.join(models)})")
-
-
-def _refuse_unfit(model: nn.Module) -> None:
-    """ValueError for a model that is sharded, on "meta" or calibrated already."""
-    refuse_parallel(
-        model,
-        "calibrate before enable_parallelism, one whole model a process, and load the checkpoint after it",
-        context=True,
-    )
-    refuse_meta(model)
-    before = state_of(model)
-    if before is not None and before.plan.recipe.needs_calibration:
-        raise ValueError("the model has been calibrated already: call rtlynx.densify first")
 
 
 def _calibrate_model(
@@ -169,7 +144,7 @@ def _calibrate_model(
     if state_of(model) is not None:
         densify(model)
     plan = make_plan_for_dense(model, recipe)
-    _refuse_all_dense(plan)
+    refuse_all_dense(plan)
     if distill is not None:
         refuse_distillation(model, plan)
         if recipe.budget is None:  # which would leave fewer
@@ -182,14 +157,6 @@ def _calibrate_model(
     else:
         recording.sample(pipeline, data, show=show)
     return _Calibration(plan, recording, distill, show=show).finish()
-
-
-def _refuse_all_dense(plan: Plan) -> None:
-    """CalibrationError where there is no layer to solve."""
-    if not plan.sparse:
-        reasons = Counter(layer.dense_reason for layer in plan.layers)
-        found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        raise CalibrationError(f"no layer is left to calibrate: {found}")
 
 
 class _Calibration:
@@ -210,6 +177,10 @@ class _Calibration:
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
+        search = None
+        if self.recipe.chooses_dense_steps:  # before the work, since some pipelines tell too little
+            search = DenseStepSearch(self.recording, show=self.show)
+        self.plan = self._with_shared_inputs()
         groups = input_groups(self.plan.alternatives())
         order = self._block_order(groups)
         silent = {
@@ -218,18 +189,17 @@ class _Calibration:
             if layer.candidate.block not in order
         }
         plan = self.plan.leave_dense(silent)
-        _refuse_all_dense(plan)
+        refuse_all_dense(plan)
         plan, done = self._reparameterize(plan)
         self._solve([group for group in groups if group.block in order], order)
         for name, dense in self.originals.items():
             self.model.set_submodule(name, dense)
         plan = plan.leave_dense(self.unseen)
-        _refuse_all_dense(plan)
+        refuse_all_dense(plan)
         costs: tuple[InputCost, ...] = ()
         choice = None
         if self.recipe.budget is not None:
-            costs, choice = self._choose(plan)
-            plan = plan.in_formats(choice.formats).leave_dense(choice.dense)
+            plan, costs, choice = self._choose(plan, search)
             if not plan.sparse:
                 raise CalibrationError(self._none_left(costs))
         solutions = self.solutions.of(plan.sparse)
@@ -264,9 +234,20 @@ class _Calibration:
         changed = plan.reparameterized
         return plan, reparameterize(self.model, changed, bases) if changed else None
 
+    def _with_shared_inputs(self) -> Plan:
+        """The plan, which also says what read one tensor in the first call where names do not tell."""
+        if self.plan.knows_shared_inputs:
+            return self.plan
+        probe = self._first_call()
+        candidates = [layer.candidate for layer in self.plan.sparse]
+        return self.plan.reading(agree(shared_reads(self.model, candidates, probe) if probe else {}))
+
+    def _first_call(self) -> dict[str, Any] | None:
+        return next(self.recording.store.replay(self.recording.numbers, self.device), None)
+
     def _block_order(self, groups: list[InputGroup]) -> list[str]:
         blocks = list(dict.fromkeys(group.block for group in groups))
-        probe = next(self.recording.store.replay(self.recording.numbers, self.device), None)
+        probe = self._first_call()
         return agree(block_order(self.model, blocks, probe) if probe is not None else [])
 
     def _solve(self, groups: list[InputGroup], order: list[str]) -> None:
@@ -394,30 +375,45 @@ class _Calibration:
             "calibrate on larger pictures, or without a budget"
         )
 
-    def _choose(self, plan: Plan) -> tuple[tuple[InputCost, ...], Choice]:
-        """Measure the readers of each input alone, in each format, on a few calls; the budget decides."""
-        assert self.recipe.budget is not None
+    def _guidance(self) -> float | None:
+        """Scale by which the pipeline guides; None where there is none, or it is not known."""
+        if self.recording.pipeline is None:
+            return None
+        try:
+            return guidance_scale(self.recording.pipeline, self.options.pipeline_kwargs)
+        except ValueError:
+            return None
+
+    def _choose(
+        self, plan: Plan, search: DenseStepSearch | None
+    ) -> tuple[Plan, tuple[InputCost, ...], Choice]:
+        """Measure the readers of each input alone, in each format, on a few steps; the budget decides."""
+        budget = self.recipe.budget
+        assert budget is not None
         store = self.recording.store
-        heldout = [number for number in self.recording.batches["heldout"] if store.count(number)]
-        numbers = agree(heldout or self.recording.batches["fit"])
+        heldout, fit = (
+            [number for number in self.recording.batches[split] if store.count(number)]
+            for split in ("heldout", "fit")
+        )
+        numbers = agree(heldout or fit)
         if not all(store.has(number) for number in numbers):
             raise CalibrationError("a budget under torchrun needs a folder that all processes share")
-        calls = list(itertools.islice(store.replay(numbers, self.device), BUDGET_CALLS))
+        calls = judged_calls(store, numbers, self.plan.architecture)
         layers = {(layer.name, layer.format.name): layer for layer in plan.alternatives()}
         fixed = {
             layer.name: layer.format.name for layer in plan.sparse if self.recipe.fixed_format(layer.name)
         }
-        tokens = _tokens_per_layer(self.model, [layer.name for layer in plan.layers], calls[0])
+        tokens = _tokens_per_layer(
+            self.model, [layer.name for layer in plan.layers], moved(calls[0], self.device)
+        )
         pictures = pictures_in(calls[0])  # in serving there is one
         self.tokens = {name: count // pictures for name, count in tokens.items()}
-        references = [_output(self.model, call) for call in calls]
+        error = OutputError(self.model, calls, self.plan.architecture, self._guidance())
 
         def measure(formats: Mapping[str, FormatName]) -> float:
             chosen = [layers[item] for item in formats.items()]
             with temporarily_sparse(self.model, chosen, self.solutions.of(chosen)):
-                outputs = [_output(self.model, call) for call in calls]
-            error = sum(float((y - ref).square().sum()) for y, ref in zip(outputs, references, strict=True))
-            return error / sum(float(ref.square().sum()) for ref in references)
+                return error()
 
         options = _options(plan)
         prices = ModelPrices(plan, self.tokens)
@@ -430,7 +426,16 @@ class _Calibration:
                 saving = prices.us([*others, *dense]) - prices.us([*others, *chosen])
                 costs.append(InputCost(name, names, format, measure(dict.fromkeys(names, format)), saving))
                 advance(1)
-        return tuple(costs), choose(costs, self.recipe.budget, measure, fixed)
+
+        def decide(limit: Budget) -> Choice:
+            return choose(costs, limit, measure, fixed)
+
+        if search is None:
+            choice = decide(budget)
+            return plan.in_formats(choice.formats).leave_dense(choice.dense), tuple(costs), choice
+        plan, choice = search.choose(plan, costs, prices, decide, self.solutions)
+        self.recording.settle_dense_steps(plan, partial(search.runs_dense, plan))
+        return plan, tuple(costs), choice
 
 
 def _options(plan: Plan) -> dict[tuple[str, FormatName], list[LayerPlan]]:
@@ -440,14 +445,6 @@ def _options(plan: Plan) -> dict[tuple[str, FormatName], list[LayerPlan]]:
     for layer in free:
         found.setdefault((layer.candidate.reads, layer.format.name), []).append(layer)
     return found
-
-
-def _output(model: nn.Module, call: Call) -> Tensor:
-    with torch.no_grad():
-        output = model(**{**call, "return_dict": False})[0]
-    if isinstance(output, Tensor):
-        return output.float()
-    return torch.cat([one.float().flatten() for one in output])
 
 
 def _tokens_per_layer(model: nn.Module, names: list[str], call: Call) -> dict[str, int]:
@@ -461,7 +458,8 @@ def _tokens_per_layer(model: nn.Module, names: list[str], call: Call) -> dict[st
 
     handles = [watch(name) for name in names]
     try:
-        _output(model, call)
+        with torch.no_grad():
+            model(**call)
     finally:
         for handle in handles:
             handle.remove()

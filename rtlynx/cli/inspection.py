@@ -17,10 +17,11 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
 
     Returns
     -------
-    dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, pattern,
-    rank, format, error, dense_reason), `sparse_layers` (how many drop activations), `sparse_share` (their
-    share of the weights of all linears), `extra_bytes` (memory beyond the dense model's, negative where
-    quantised weights save more) and `undecided` (whether a budget is still to decide).
+    dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, rule
+    that decided, pattern, rank, format, error, dense_reason), `other_layers` (linear that is none -> why),
+    `sparse_layers` (how many drop activations), `sparse_share` (their share of the weights of all
+    linears), `extra_bytes` (memory beyond the dense model's, negative where quantised weights save more) and
+    `undecided` (whether a budget is still to decide).
     """
     model = target_model(model_or_pipeline)
     state = state_of(model)
@@ -38,6 +39,11 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
         "architecture": plan.architecture.class_name if plan.architecture.rules else "generic",
         "recipe": plan.recipe.to_dict(),
         "layers": [_describe_layer(layer, errors.get(layer.name)) for layer in plan.layers],
+        "other_layers": {
+            name: reason
+            for name, reason in plan.architecture.decisions(model).items()
+            if isinstance(reason, str)
+        },
         "sparse_layers": len(halved),
         "sparse_share": sparse / weights if weights else 0.0,
         "extra_bytes": planned if state is None else extra_bytes(model),
@@ -53,6 +59,7 @@ def _describe_layer(layer: LayerPlan, error: float | None) -> dict[str, Any]:
         "out_features": layer.out_features,
         "role": layer.candidate.role,
         "stream": layer.candidate.stream,
+        "rule": layer.candidate.rule,
         "reads": layer.candidate.reads,
         "pattern": f"{pattern.n}:{pattern.m} {pattern.grouping}",
         "norm": layer.norm,

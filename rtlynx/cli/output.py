@@ -58,6 +58,10 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
             "output_error": report.choice.error,
             "speedup_share": report.choice.speedup_share,
             "formats": report.choice.formats,
+            "dense_steps": [
+                {**asdict(one), "chosen": one is report.choice.best_candidate}
+                for one in report.choice.candidates
+            ],
             "costs": [
                 {
                     "input": cost.name,
@@ -90,8 +94,10 @@ def print_report(report: Any) -> None:
         out.print(budget)
         formats = Counter(report.choice.formats.values())
         counts = ", ".join(f"{count} {format}" for format, count in formats.items())
-        reached = f"{report.choice.speedup_share:.0%} of the possible saving"
+        where = " in steps that run sparse" if report.choice.candidates else ""
+        reached = f"{report.choice.speedup_share:.0%} of the possible saving{where}"
         out.print(f"{counts}: measured error at the output {report.choice.error:.3e}, {reached}")
+        _print_candidates(report.choice)
     trained = report.distillation
     if trained is not None:
         out.print(
@@ -111,14 +117,37 @@ def print_report(report: Any) -> None:
         print_report(one)
 
 
+def _print_candidates(choice: Any) -> None:
+    """What `dense_sigmas="auto"` compared."""
+    if not choice.candidates:
+        return
+    columns = (
+        "last steps in dense fp8",
+        "noise levels",
+        "saving of the others",
+        "error of pictures",
+        "decision",
+    )
+    table = Table(*columns, title="Dense steps")
+    for one in choice.candidates:
+        levels = " ".join(f"{max(low, 0):g} to {high:.3g}" for low, high in one.dense_sigmas) or "-"
+        decision = "chosen" if one is choice.best_candidate else ""
+        steps = f"{one.last_steps} of {one.steps}"
+        table.add_row(steps, levels, f"{one.speedup_share:.1%}", f"{one.error:.3e}", decision)
+    out.print(table)
+
+
 def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
-    columns = ["layer", "shape", "stream", "pattern", "rank", "state"] + (["energy kept"] if kept else [])
+    by_name = overview["architecture"] != "generic"
+    columns = ["layer", "shape", "stream", *([] if by_name else ["because"]), "pattern", "rank", "state"]
+    columns += ["energy kept"] if kept else []
     table = Table(*columns, title=f"{overview['model']}, rule: {overview['architecture']}")
     for layer in overview["layers"]:
         row = [
             layer["name"],
             f"{layer['in_features']} -> {layer['out_features']}",
             layer["stream"],
+            *([] if by_name else [layer["rule"]]),
             layer["pattern"],
             str(layer["rank"] or "-"),
             f"dense: {layer['dense_reason']}" if layer["dense_reason"] else layer["format"],
@@ -132,5 +161,11 @@ def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
         f"{overview['sparse_share']:.1%} of the weights of all linear layers; "
         + memory(overview["extra_bytes"])
     )
+    others = Counter(overview["other_layers"].values())
+    if others:
+        listed = "; ".join(f"{count} {reason}" for reason, count in others.most_common())
+        out.print(f"{others.total()} linear layers are no candidates and stay dense: {listed}")
     if overview["undecided"]:
         out.print("Calibration decides, by the budget, which of these stay dense or take another format.")
+    if overview["recipe"]["dense_sigmas"] == "auto":
+        out.print("It also decides how many of the last steps run in dense fp8.")

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from rtlynx.calibration.calls import Call, calls_by_step, chosen_steps
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.evaluate.layers import layer_errors, mean_error
 from rtlynx.evaluate.metrics import psnr, ssim
-from rtlynx.models.pipelines import check_call, draw
+from rtlynx.models.pipelines import check_call, draw, tensor_of
 from rtlynx.models.plan import architecture_of
 from rtlynx.models.sparsify import comparable, sparse_layers, target_model
 
@@ -187,14 +186,4 @@ def _draw(
     """One batch; its picture i starts from noise of seed + i."""
     seeds = range(seed, seed + len(prompts))
     drawn = draw(pipeline, prompts, seeds, {**(pipeline_kwargs or {}), "output_type": "pt"})
-    pictures = drawn[0] if isinstance(drawn, tuple) else getattr(drawn, "images", drawn)
-    if isinstance(pictures, Tensor):
-        return pictures.float().cpu()
-    try:  # a pipeline without `output_type`: PIL's pictures, or (n, H, W, 3) in [0, 1]
-        arrays = np.stack([np.asarray(picture) for picture in pictures])
-        whole = arrays.astype(np.float32) / (255 if arrays.dtype == np.uint8 else 1)
-        return torch.from_numpy(whole).permute(0, 3, 1, 2).contiguous()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"{type(pipeline).__name__} draws no pictures, but a {type(drawn).__name__}"
-        ) from None
+    return tensor_of(pipeline, drawn)

@@ -192,6 +192,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         },
         "dense": {one.name: one.dense_reason for one in state.plan.layers if one.name not in layers},
         **({"base_tensors": dict(sorted(state.tensors.items()))} if state.tensors else {}),
+        **({"reads": state.plan.traced_reads} if state.plan.traced_reads else {}),
         **({} if state.reparameterization is None else _describe_reparameterization(state)),
     }
 
@@ -406,7 +407,7 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
         raise CheckpointError(f"{folder} was made for {index['model']}, this is {type(model).__name__}")
     _check_layers(model, index["layers"], folder)
     try:
-        plan = make_plan(model, Recipe.from_dict(index["recipe"]))
+        plan = make_plan(model, Recipe.from_dict(index["recipe"])).reading(index.get("reads", {}))
     except ValueError as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from None
     unknown = index["layers"].keys() - {layer.name for layer in plan.layers}

@@ -89,6 +89,7 @@ _TABLES: dict[str, _Check] = {
     "tensors": _text("[0-9a-f]{32}", "a digest of 32 digits"),
     "rotated_tensors": _text(RECORD, "a record of a tensor"),  # as version 4 called the next
     "reparameterized_tensors": _text(RECORD, "a record of a tensor"),
+    "reads": _NAME,  # of layers that read one tensor, where a call told it
     "rotations": (lambda value: _is_size(value, _MOST_HEADS, _MOST_HEAD_DIM), "its heads and their width"),
     "permutations": (lambda value: _is_size(value, _MOST_FEATURES), "how many hidden features it has"),
 }
@@ -217,9 +218,14 @@ def _recipe(settings: dict[str, Any], path: Path) -> Recipe:
     ):
         raise CheckpointError(f"{path} is damaged: its recipe has too many or too long patterns")
     try:
-        return Recipe.from_dict(settings)
+        recipe = Recipe.from_dict(settings)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: its recipe: {first_line(error)}") from None
+    if recipe.chooses_dense_steps:
+        raise CheckpointError(
+            f"{path} is damaged: its recipe leaves the choice of dense_sigmas to calibration"
+        )
+    return recipe
 
 
 def wrong_numbers(

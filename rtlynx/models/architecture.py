@@ -150,6 +150,7 @@ class Candidate:
     block : dotted name of the repeated block it belongs to.
     reads : key shared by all layers that read the same tensor as this one.
     parts : parts of the input inside which groups are strided.
+    rule : what made it one.
     """
 
     name: str
@@ -158,11 +159,12 @@ class Candidate:
     stream: Stream
     reads: str
     parts: int | tuple[int, ...] = 1
+    rule: str = ""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture. `rules` may be replaced by a function of the model (the generic rule).
+    """One architecture. `rules` may be replaced by `decide`, a function of the model (the generic rule).
 
     class_name : the model's class name.
     descending : whether the `timestep` argument falls while sampling.
@@ -178,19 +180,24 @@ class Architecture:
     descending: bool = True
     timestep_argument: str = "timestep"
     text_rows: Callable[[dict[str, Any]], TextRows] | None = None
-    find: Callable[[nn.Module], list[Candidate]] | None = None
+    decide: Callable[[nn.Module], dict[str, Candidate | str]] | None = None
     fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     attentions: tuple[AttentionRule, ...] = ()
     mlps: tuple[MlpRule, ...] = ()
 
     def candidates(self, model: nn.Module) -> list[Candidate]:
         """Layers of `model` that can be sparse, in the model's own order."""
-        if self.find is not None:
-            return self.find(model)
-        found = []
+        return [one for one in self.decisions(model).values() if isinstance(one, Candidate)]
+
+    def decisions(self, model: nn.Module) -> dict[str, Candidate | str]:
+        """Linear layer of `model` -> candidate, or why it is none; in the model's own order."""
+        if self.decide is not None:
+            return self.decide(model)
+        found: dict[str, Candidate | str] = {}
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
+            found[name] = f"no rule for {self.class_name} names it"
             for rule in self.rules:
                 if not fnmatch.fnmatchcase(name, rule.pattern):
                     continue
@@ -199,7 +206,7 @@ class Architecture:
                 if rule.attention_part:
                     parts = (module.out_features, module.in_features - module.out_features)
                 reads = f"{block}.{rule.reads}" if rule.reads else name
-                found.append(Candidate(name, block, rule.role, rule.stream, reads, parts))
+                found[name] = Candidate(name, block, rule.role, rule.stream, reads, parts, rule.pattern)
                 break
         return found
 

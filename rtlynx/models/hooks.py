@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from rtlynx.models.fusion import processor_known
 from rtlynx.models.guards import prepare_adapters, refuse_merged
 from rtlynx.models.plan import Plan
 from rtlynx.nn.call import CallState, current_schedule, enter_call, leave_call, step_of
+from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.tensor_parallel import local_text_rows
 from rtlynx.recipe import Recipe
 
@@ -21,15 +24,36 @@ from rtlynx.recipe import Recipe
 def register_hooks(model: nn.Module, plan: Plan) -> tuple[list[Any], EnterCall | None]:
     """Forward hooks that `model` needs: their handles, and what sets the state of its calls."""
     handles = [model.register_forward_pre_hook(begin_step)]
+    memories = (
+        (layer.candidate.block, cast(SparseLinear, model.get_submodule(layer.name)).shared_input)
+        for layer in plan.sparse
+    )
+    for block, shared in dict.fromkeys(memories):
+        if shared.traced and not shared.single:
+            handles.append(model.get_submodule(block).register_forward_hook(shared.forget_traced))
     if plan.rotated:
         names = tuple(attention.name for attention in plan.rotated)
         handles.append(model.register_forward_pre_hook(partial(refuse_processors, names)))
     if not plan.recipe.depends_on_call:
         return handles, None
     enter = EnterCall(plan)
-    handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
-    handles.append(model.register_forward_hook(enter.leave, always_call=True))
-    return handles, enter
+    return [*handles, *_register(model, enter)], enter
+
+
+def _register(model: nn.Module, enter: EnterCall) -> list[Any]:
+    before = model.register_forward_pre_hook(enter, with_kwargs=True)
+    return [before, model.register_forward_hook(enter.leave, always_call=True)]
+
+
+@contextmanager
+def entering_calls(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Meanwhile, calls of `model` say which of their steps and rows run dense, as `plan` has it."""
+    handles = _register(model, EnterCall(plan)) if plan.recipe.depends_on_call else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def begin_step(model: nn.Module, _args: tuple[Any, ...]) -> None:

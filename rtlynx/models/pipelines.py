@@ -8,8 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rtlynx.models.prompts import Prompt, arguments_of, check_prompts, joined, opened
 from rtlynx.recipe import refuse_unknown
@@ -228,6 +229,30 @@ def _call(
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(seeds[0])
         return pipeline(**{**given, **arguments})
+
+
+def tensor_of(pipeline: Any, drawn: Any) -> Tensor:
+    """Pictures (n, 3, H, W) in [0, 1], or latents as they are, that `draw` gave: float32, on the CPU.
+
+    Raises
+    ------
+    TypeError
+        If they are neither tensors nor arrays nor PIL's pictures.
+    """
+    if isinstance(drawn, tuple):
+        found = drawn[0]
+    else:
+        found = getattr(drawn, "images", getattr(drawn, "frames", drawn))
+    if isinstance(found, Tensor):
+        return found.float().cpu()
+    try:  # a pipeline without `output_type`: PIL's pictures, or (n, H, W, 3) in [0, 1]
+        arrays = np.stack([np.asarray(picture) for picture in found])
+        whole = arrays.astype(np.float32) / (255 if arrays.dtype == np.uint8 else 1)
+        return torch.from_numpy(whole).permute(0, 3, 1, 2).contiguous()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{type(pipeline).__name__} draws no pictures, but a {type(drawn).__name__}"
+        ) from None
 
 
 def guidance_scale(pipeline: Any, settings: Mapping[str, Any]) -> float:

@@ -47,7 +47,11 @@ _AUTO_FORMATS: tuple[FormatName, ...] = ("fp8-dense", "fp8-sparse")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one candidate. `dense_reason` is None where a `SparseLinear` takes its place."""
+    """What happens to one candidate.
+
+    dense_reason : None where a `SparseLinear` takes its place.
+    splits_text : whether its input holds text and image tokens, and which are which is known.
+    """
 
     candidate: Candidate
     in_features: int
@@ -58,6 +62,7 @@ class LayerPlan:
     text_rows_dense: bool
     dense_reason: str | None
     quantized: bool = False
+    splits_text: bool = False
 
     @property
     def name(self) -> str:
@@ -126,6 +131,26 @@ class Plan:
     def layer(self, name: str) -> LayerPlan | None:
         """The decision for one layer; None where it is no candidate."""
         return next((layer for layer in self.layers if layer.name == name), None)
+
+    def reading(self, reads: Mapping[str, str]) -> Plan:
+        """The same plan where more is known of which layers read one tensor (name -> `Candidate.reads`)."""
+        layers = []
+        for layer in self.layers:
+            key = reads.get(layer.name, layer.candidate.reads)
+            layers.append(replace(layer, candidate=replace(layer.candidate, reads=key)))
+        return replace(self, layers=tuple(layers))
+
+    @property
+    def traced_reads(self) -> dict[str, str]:
+        """Layer -> `Candidate.reads`, where a call told what `Architecture.rules` does not; else empty."""
+        reads = {layer.name: layer.candidate.reads for layer in self.layers}
+        traced = self.architecture.decide is not None and any(key != name for name, key in reads.items())
+        return reads if traced else {}
+
+    @property
+    def knows_shared_inputs(self) -> bool:
+        """Whether it is known which layers read one tensor."""
+        return self.architecture.decide is None or bool(self.traced_reads)
 
     def leave_dense(self, reasons: dict[str, str]) -> Plan:
         """The same plan with further layers left dense (name -> reason)."""
@@ -200,11 +225,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         for glob in globs:
             if not fnmatch.filter(names, glob):
                 raise ValueError(f"{setting} pattern {glob!r} matches no layer of {type(model).__name__}")
-    unknown = architecture.find is not None or any(candidate.stream == "joint" for candidate in candidates)
-    if recipe.text_rows == "dense" and architecture.text_rows is None and unknown:
-        raise ValueError(
-            f"where the text rows of {type(model).__name__} are is not known: use text_rows='sparse'"
-        )
+    if recipe.text_rows == "dense" and architecture.text_rows is None:
+        _refuse_unknown_text(model, candidates)
     modules: dict[str, Any] = dict(model.named_modules())
     _refuse_unknown_roles(model, architecture, recipe)
     attentions = architecture.attentions_of(model) if recipe.rotate_values else []
@@ -214,6 +236,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         _plan_layer(modules[candidate.name], candidate, recipe, candidate.name in readers)
         for candidate in candidates
     )
+    if architecture.text_rows is not None:
+        layers = tuple(replace(layer, splits_text=layer.candidate.stream == "joint") for layer in layers)
     dropping = {layer.name for layer in layers if layer.dense_reason is None and not layer.keeps_all}
     for one in attentions:
         if reasons[one.name] is None and not dropping & set(one.readers):
@@ -222,6 +246,18 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     plan = Plan(recipe, architecture, layers, tuple(attentions), tuple(mlps))
     reasons.update({one.name: _unpermuted_reason(model, one, plan) for one in mlps})
     return plan.leave_basis({name: reason for name, reason in reasons.items() if reason is not None})
+
+
+def _refuse_unknown_text(model: nn.Module, candidates: list[Candidate]) -> None:
+    """ValueError where text may be among the tokens of layers, and which rows these are is not known."""
+    joint = [candidate.name for candidate in candidates if candidate.stream == "joint"]
+    if not joint and any(candidate.stream == "text" for candidate in candidates):
+        return
+    where = f"{len(joint)} layers, as {joint[0]}," if joint else "layers"
+    raise ValueError(
+        f"where the text rows of {type(model).__name__} are is not known, and {where} may read them together "
+        "with others: use text_rows='sparse'"
+    )
 
 
 def _refuse_unknown_roles(model: nn.Module, architecture: Architecture, recipe: Recipe) -> None:

@@ -199,9 +199,10 @@ def apply_plan(
         tensors = records({**base_tensors(model), **originals})
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
     # enough: they run one after the other.
-    known = plan.architecture.find is None
+    known = plan.knows_shared_inputs
     readers = Counter(_memory(layer, known) for layer in plan.sparse)
-    shared = {key: SharedInput(single=count == 1) for key, count in readers.items()}
+    traced = bool(plan.traced_reads)
+    shared = {key: SharedInput(single=count == 1, traced=traced) for key, count in readers.items()}
     modules: dict[str, Any] = dict(model.named_modules())
     shards = shards_of(model, (layer.name for layer in plan.sparse))
     replacements, fingerprints = {}, {}
@@ -213,7 +214,7 @@ def apply_plan(
             sparse = kind.from_linear(whole, pattern=layer.pattern, norm=layer.norm)
         except TypeError as error:
             raise TypeError(f"{layer.name}: {error}") from None
-        _set_what_runs_dense(sparse, layer, plan.recipe)
+        set_what_runs_dense(sparse, layer, plan.recipe)
         sparse.shared_input = shared[_memory(layer, known)]
         if prepare is not None:
             prepare(layer.name, sparse)
@@ -277,6 +278,10 @@ def set_dense_steps(
         If the model is not sparse, its recipe has no dense steps (it then keeps no original weights for
         them), or a value is one that `Recipe` refuses.
     """
+    if isinstance(dense_sigmas, str):
+        raise ValueError(
+            f"dense_sigmas is a list of (low, high) here, got {dense_sigmas!r}: only calibration chooses them"
+        )
     plans: list[tuple[SparseState, Plan]] = []
     for model in transformers_of(model_or_pipeline).values():
         state = state_of(model)
@@ -300,7 +305,8 @@ def set_dense_steps(
     return model_or_pipeline
 
 
-def _set_what_runs_dense(sparse: SparseLinear, layer: LayerPlan, recipe: Recipe) -> None:
+def set_what_runs_dense(sparse: SparseLinear, layer: LayerPlan, recipe: Recipe) -> None:
+    """Tell `sparse` which rows and steps run dense, and in which precision, as `recipe` says for `layer`."""
     dense = layer.has_dense_calls(recipe)
     sparse.dense_precision = recipe.dense_precision
     sparse.text_rows_dense = dense and layer.text_rows_dense

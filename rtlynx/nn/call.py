@@ -212,7 +212,7 @@ def step_of(timestep: Any) -> Step | None:
     """
     given = _schedule.get()
     if given is not None:
-        return given.at(_single(timestep))
+        return given.at(single_timestep(timestep))
     loop = _denoising_loop()
     return None if loop is None else loop[1].at(loop[0])
 
@@ -238,7 +238,7 @@ def _denoising_loop() -> tuple[float, _Steps] | None:
                     values = _values(getattr(scheduler, "timesteps", values))
                 most = _timesteps_of_flow(scheduler)
                 sigmas = tuple(value / most for value in values) if most else None
-                return _single(found["t"]), _Steps(tuple(values), sigmas)
+                return single_timestep(found["t"]), _Steps(tuple(values), sigmas)
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
@@ -260,7 +260,8 @@ def _values(timesteps: Iterable[float] | Tensor) -> list[float]:
     return [float(one) for one in timesteps]
 
 
-def _single(timestep: Any) -> float:
+def single_timestep(timestep: Any) -> float:
+    """The timestep of a call, of one number or a tensor; ValueError where it is at several."""
     values = _values(timestep if isinstance(timestep, Tensor) else [timestep])
     if len(set(values)) != 1:
         raise ValueError(

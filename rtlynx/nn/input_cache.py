@@ -23,16 +23,21 @@ class SharedInput:
 
     Safe by construction: an entry is used only for the very same tensor object at the same version, in the
     same stream or the same capture of a CUDA graph, and dies with the tensor. Nothing is remembered where
-    versions are not tracked (inference mode), where the input needs a gradient, or under torch.compile.
+    versions are not tracked (inference mode), or where the input needs a gradient. torch.compile knows no
+    versions: there, what was seen to read one unchanged tensor is remembered until `forget_traced`.
 
     Parameters
     ----------
     single : bool
         Whether one layer alone is known to read its input, so that there is nothing to remember.
+    traced : bool
+        Whether compiled code may remember: a call showed that these layers read one tensor at one version,
+        and `forget_traced` is called after the last of them.
     """
 
-    def __init__(self, *, single: bool = False) -> None:
-        self.single = single
+    def __init__(self, *, single: bool = False, traced: bool = False) -> None:
+        self.single, self.traced = single, traced
+        self._in_graph: tuple[Tensor, object, Tensor | None, Any] | None = None
         self._entry: tuple[weakref.ref[Tensor], Tensor | None, object, Any] | None = None
         self._compared: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], object, bool]]
         self._compared = {}
@@ -44,7 +49,11 @@ class SharedInput:
     ) -> _T:
         """`compute()` for `x`, or what it gave when last called for this `x`, `key` and low-rank factor."""
         differentiable = torch.is_grad_enabled() and x.requires_grad
-        if self.single or torch.compiler.is_compiling() or differentiable or x.is_inference():
+        if self.single or differentiable:
+            return compute()
+        if torch.compiler.is_compiling():
+            return self._compress_in_graph(x, key, compute, lowrank_a) if self.traced else compute()
+        if x.is_inference():
             return compute()
         if lowrank_a is not None and lowrank_a.is_inference():
             return compute()
@@ -59,6 +68,21 @@ class SharedInput:
         state = (x._version, None if lowrank_a is None else lowrank_a._version, place, key)
         self._entry = (weakref.ref(x, self._forget), lowrank_a, state, result)
         return result
+
+    def _compress_in_graph(
+        self, x: Tensor, key: object, compute: Callable[[], _T], lowrank_a: Tensor | None
+    ) -> _T:
+        """As `compress`, while torch.compile traces: tensors are then variables of the graph."""
+        entry = self._in_graph
+        if entry is not None and entry[0] is x and entry[1] == key and entry[2] is lowrank_a:
+            return entry[3]
+        result = compute()
+        self._in_graph = (x, key, lowrank_a, result)
+        return result
+
+    def forget_traced(self, _block: Any, _args: Any, _output: Any) -> None:
+        """A forward hook of the block whose layers share: no graph hands its variables to the next call."""
+        self._in_graph = None
 
     def factor(self, lowrank_as: Sequence[Tensor | None]) -> tuple[Tensor | None, list[int]]:
         """A^T of layers that read one input, as one tensor, and the first of its rows that are each one's.
@@ -108,11 +132,12 @@ class SharedInput:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
         # A copy of the model shares nothing with the tensors seen by the original.
-        return SharedInput(single=self.single)
+        return SharedInput(single=self.single, traced=self.traced)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_one_factor": self._one_factor, "_joined": CachedTensor()}
-        return {"single": self.single, "_entry": None, "_compared": {}, **kept}
+        settings = {"single": self.single, "traced": self.traced, "_in_graph": None}
+        return {**settings, "_entry": None, "_compared": {}, **kept}
 
 
 def _beside(lowrank_as: Sequence[Tensor]) -> Tensor:

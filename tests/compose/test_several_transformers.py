@@ -23,6 +23,7 @@ from rtlynx import (
 )
 from rtlynx.models import sparse_layers, state_of, target_model, transformers_of
 
+AUTO_STEPS = Recipe.recommended(dense_sigmas="auto", dense_precision="fp8")
 REFIT = Recipe(rank=None, ridge=0.1)
 NAMES = ["transformer", "transformer_2"]
 BOUNDARY = 0.5  # share of the noise below which transformer_2 draws
@@ -135,12 +136,16 @@ def test_prompts_that_reach_one_alone_are_no_error():
     [
         ({"calls": [{}]}, r"calls are of one transformer, .* several \(transformer, transformer_2\)"),
         ({"prompts": ["a"], "distill": Distillation()}, "distillation trains one transformer"),
+        (
+            {"prompts": ["a"], "recipe": AUTO_STEPS},
+            "dense_sigmas 'auto' chooses steps of one",
+        ),
     ],
 )
 def test_what_is_about_one_transformer_is_refused(arguments, message):
     pipeline = two()
     with pytest.raises(ValueError, match=message):
-        calibrate(pipeline, recipe=REFIT, progress=False, **arguments)
+        calibrate(pipeline, **{"recipe": REFIT, "progress": False, **arguments})
     with pytest.raises(ValueError, match="give one of them in place of the pipeline"):
         target_model(pipeline)
     assert list(transformers_of(pipeline)) == NAMES

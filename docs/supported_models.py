@@ -1,0 +1,185 @@
+"""What is decided for every linear layer of diffusers' transformers: `python docs/supported_models.py`.
+
+It writes docs/reference/layers-of-models.txt, which tests compare with the rules as they are, and from which
+docs/update.py makes the table of models. Models are built on the meta device, in their default size.
+"""
+
+import functools
+import importlib
+import pkgutil
+import re
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from diffusers.models import transformers
+from tables import Place
+from torch import nn
+
+from rtlynx.models import architecture_of
+from rtlynx.models.plan import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parent.parent
+LISTING = ROOT / "docs" / "reference" / "layers-of-models.txt"
+COMMAND = "python docs/supported_models.py"
+# Settings of classes whose defaults build no model: those of a released model, or the size of one block.
+CONFIGS = {
+    "DreamLiteTransformer2DModel": {
+        "in_channels": 320,
+        "cross_attention_dim": 2048,
+        "num_attention_heads": 5,
+        "attention_head_dim": 64,
+        "use_linear_projection": True,
+    },
+    "EasyAnimateTransformer3DModel": {"in_channels": 16, "out_channels": 16, "patch_size": 2},
+    "HiDreamImageTransformer2DModel": {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "caption_channels": [4096, 4096],
+        "llama_layers": list(range(48)),
+    },
+    "HunyuanDiT2DModel": {"in_channels": 4, "patch_size": 2},
+    "LatteTransformer3DModel": {
+        "in_channels": 4,
+        "patch_size": 2,
+        "num_layers": 28,
+        "attention_head_dim": 72,
+        "cross_attention_dim": 1152,
+        "caption_channels": 4096,
+        "norm_type": "ada_norm_single",
+        "num_embeds_ada_norm": 1000,
+    },
+    "LuminaNextDiT2DModel": {"num_kv_heads": 8},
+    "OmniGenTransformer2DModel": {
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
+    },
+    "Transformer2DModel": {
+        "in_channels": 320,
+        "cross_attention_dim": 768,
+        "num_attention_heads": 8,
+        "attention_head_dim": 40,
+    },
+    "TransformerTemporalModel": {"in_channels": 320, "num_attention_heads": 8, "attention_head_dim": 40},
+}
+
+
+def classes() -> dict[str, type[nn.Module]]:
+    """Every model class that diffusers defines among its transformers, by name."""
+    found = {}
+    for file in pkgutil.iter_modules(transformers.__path__):
+        module = importlib.import_module(f"{transformers.__name__}.{file.name}")
+        for name, one in vars(module).items():
+            if isinstance(one, type) and issubclass(one, ModelMixin) and one.__module__ == module.__name__:
+                found[name] = one
+    return dict(sorted(found.items()))
+
+
+def build(kind: type[nn.Module]) -> nn.Module:
+    """A model without data."""
+    with (
+        torch.device("meta"),
+        mock.patch.object(nn.Linear, "reset_parameters"),
+    ):  # which takes most of the time
+        return kind(**CONFIGS.get(kind.__name__, {}))
+
+
+def listing() -> str:
+    """The whole file."""
+    head = f"By diffusers {version('diffusers')} - layer, how many, what is decided and by which rule.\n"
+    return "\n".join([head, *(described(build(kind)) for kind in classes().values())])
+
+
+@functools.cache
+def pipelines() -> dict[str, list[str]]:
+    """Model class -> diffusers' pipelines that take one as their transformer or prior, by their sources."""
+    found: dict[str, list[str]] = {}
+    for file in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
+        for source in re.split(r"^class (?=\w+Pipeline\b)", file.read_text(), flags=re.MULTILINE)[1:]:
+            name = source.partition("(")[0]
+            init = re.search(r"def __init__\((.*?)\n    \)", source, re.DOTALL)
+            arguments = (
+                re.findall(r"^ +(?:transformer|prior)\w*: ([^=\n]+)", init[1], re.MULTILINE) if init else ()
+            )
+            for kind in {kind for argument in arguments for kind in re.findall(r"\w+", argument)}:
+                found.setdefault(kind, []).append(name)
+    return found
+
+
+def sections(text: str) -> dict[str, str]:
+    """What `text` says of each class."""
+    return {part.partition(":")[0]: f"{part.rstrip()}\n" for part in text.split("\n\n")[1:]}
+
+
+def described(model: nn.Module) -> str:
+    """Lines about `model`, then one for each layer, indices of blocks as `*`."""
+    decided = architecture_of(model).decisions(model)
+    weights: Counter[str] = Counter()
+    lines: dict[tuple[str, str], list[int]] = {}
+    for name, one in decided.items():
+        linear = model.get_submodule(name)
+        size = linear.in_features * linear.out_features
+        dense = isinstance(one, str)
+        weights["dense" if dense else one.stream] += size
+        parts = "" if dense or isinstance(one.parts, int) else f" of {' | '.join(map(str, one.parts))}"
+        line = f"dense: {one}" if dense else f"{one.stream} {one.role}{parts}: {one.rule}"
+        lines.setdefault((_without_indices(model, name), line), []).append(size)
+    total = sum(weights.values())
+    shares = ", ".join(f"{kind} {weights[kind] / total:.1%}" for kind in ("image", "joint", "text", "dense"))
+    of_all = total / sum(parameter.numel() for parameter in model.parameters())
+    kind = type(model)
+    head = f"{kind.__name__}: {len(decided)} layers, {of_all:.1%} of all parameters; {shares}"
+    used = f"  pipelines: {', '.join(pipelines().get(kind.__name__, ())) or 'none'}"
+    compiled = f"  repeated blocks: {', '.join(getattr(kind, '_repeated_blocks', ())) or 'not declared'}"
+    width = max(len(name) for name, _ in lines)
+    rows = (f"  {name:{width}} {len(sizes):4} {line}" for (name, line), sizes in lines.items())
+    return "\n".join([head, used, compiled, *rows, ""])
+
+
+def _without_indices(model: nn.Module, name: str) -> str:
+    """`name` with `*` for places in lists of modules of one class."""
+    parts, module = [], model
+    for part in name.split("."):
+        listed = isinstance(module, nn.ModuleList | nn.ModuleDict) and part.isdigit()
+        alike = listed and len({type(child) for child in module.children()}) == 1
+        parts.append("*" if alike else part)
+        module = module.get_submodule(part)
+    return ".".join(parts)
+
+
+def models_section(root: Path, _place: Place) -> str:
+    """The table of models, of the listing as it is written."""
+    text = (root / LISTING.relative_to(ROOT)).read_text()
+    lines = [
+        "| model class | pipelines | known by name | fused norms and activations | can be sparse | text "
+        "| in linears | `compile_repeated_blocks` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, section in sections(text).items():
+        head, used, blocks, *_ = section.splitlines()
+        image, joint = (float(share) for share in re.findall(r"(?:image|joint) (\S+)%", head))
+        [text_share], [of_all] = re.findall(r"text (\S+)%", head), re.findall(r"(\S+)% of all", head)
+        pipelines = [f"`{one}`" for one in used.partition(": ")[2].split(", ") if one != "none"]
+        known = ARCHITECTURES.get(name)
+        cells = [
+            f"`{name}`",
+            ", ".join(pipelines[:2]) + (f" and {len(pipelines) - 2} more" if pipelines[2:] else "")
+            or "\N{EN DASH}",
+            *("yes" if one else "no" for one in (known, known and known.fused)),
+            *(f"{float(share):.0f} %" for share in (image + joint, text_share, of_all)),
+            "no" if blocks.endswith("not declared") else "yes",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Of diffusers {text.split()[2]}."])
+
+
+def main() -> None:
+    LISTING.write_text(listing())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What changed layers do to the model's output, on a few recorded calls, as guidance mixes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rtlynx.calibration.calls import Call, CallStore, by_step, moved
+from rtlynx.calibration.pairs import State, null_first, states_of, turned
+from rtlynx.models.architecture import Architecture
+
+JUDGED_STEPS = 4
+PLAIN, GUIDED = 0.1, 0.2  # weights of both predictions, and of the guided one
+
+
+def guided_square(conditional: Tensor, null: Tensor, guidance: float) -> Tensor:
+    """Mean square of both predictions (or their errors), and of what guidance makes of them.
+
+    Guidance g (c - u) + u enlarges what moves one of the two alone.
+    """
+    plain = conditional.square().mean() + null.square().mean()
+    if guidance == 1:
+        return plain / 2
+    guided = guidance * conditional - (guidance - 1) * null
+    return PLAIN * plain + GUIDED * guided.square().mean()
+
+
+def judged_calls(store: CallStore, batches: Sequence[int], architecture: Architecture) -> list[Call]:
+    """Calls of a few steps, from noise to picture, of batches that are spread over `batches`.
+
+    What guidance mixes at one step stays together.
+    """
+    found: dict[tuple[int, int], list[Call]] = {}
+    for i in range(JUDGED_STEPS):
+        batch = batches[i * len(batches) // JUDGED_STEPS]
+        steps = by_step(store.get(batch), architecture)
+        step = int((i + 0.5) / JUDGED_STEPS * len(steps))
+        found[batch, step] = steps[step]
+    return [call for step in found.values() for call in step]
+
+
+class OutputError:
+    """Relative squared error of a model's output against what it gave when this was made.
+
+    Parameters
+    ----------
+    model : Module
+        Dense now.
+    calls : of `model`, on the CPU; consecutive ones at one timestep are guidance passes.
+    guidance : float or None
+        Guidance scale; None judges each call for itself.
+    """
+
+    def __init__(
+        self, model: nn.Module, calls: Sequence[Call], architecture: Architecture, guidance: float | None
+    ) -> None:
+        self.model, self.calls = model, calls
+        self.device = next(model.parameters()).device
+        self.states: list[State] = []
+        self.guidance = 1.0 if guidance is None else guidance
+        if guidance is not None:
+            self.states = states_of(calls, architecture)
+            if null_first(self.states, architecture):
+                self.states = turned(self.states)
+        self.references = self._outputs()
+        self.unit = self._square(self.references) or 1.0
+
+    def __call__(self) -> float:
+        """Of the model as it is now."""
+        pairs = zip(self._outputs(), self.references, strict=True)
+        errors = [[y - ref for y, ref in zip(*call, strict=True)] for call in pairs]
+        return self._square(errors) / self.unit
+
+    @torch.no_grad()
+    def _outputs(self) -> list[list[Tensor]]:
+        """Of each call and picture, float32."""
+        found = []
+        for call in self.calls:
+            output = self.model(**{**moved(call, self.device), "return_dict": False})[0]
+            found.append([one.float() for one in output])
+        return found
+
+    def _square(self, outputs: Sequence[Sequence[Tensor]]) -> float:
+        if not self.states:
+            return float(sum(y.square().sum() for call in outputs for y in call))
+        of = {id(call): pictures for call, pictures in zip(self.calls, outputs, strict=True)}
+        total = outputs[0][0].new_zeros(())
+        for state in self.states:
+            c, *others = (of[id(row.pictures.call)][row.index] for row in state.rows)
+            for u in others:
+                total += guided_square(c, u, self.guidance) * c.numel()
+            if not others:
+                total += c.square().sum()
+        return float(total)
