@@ -186,9 +186,7 @@ def test_dense_steps_are_chosen_on_the_inputs_of_each_prompt():
     pipeline = Editing(tiny_flux())
     recipe = Recipe.recommended(dense_sigmas="auto", dense_precision="fp8")
     report = calibrate(pipeline, edits(), recipe, OPTIONS, progress=False)
-    drawn = (
-        len(pipeline.seen) - 8
-    )  # beside those recorded: a held-out one, dense and by each candidate
+    drawn = len(pipeline.seen) - 8  # beside those recorded: a held-out one, dense and by each candidate
     assert drawn == 1 + len(report.choice.candidates) > 1
     assert all(image is not None for _, image, _ in pipeline.seen)
 
