@@ -15,7 +15,8 @@ from rtlynx.timing.step_variants import DENSE_BELOW, DENSE_FP8, RECOMMENDED, SCH
 CHART = Path("docs/speed/steps.png")
 RESULTS = Path("benchmarks/results")
 Studies = dict[str, dict[str, dict]]
-LAST_STEPS = "last-steps:recommended-2"  # of the study: two of 28 steps
+CHOSEN_STEPS = "schedule:auto"  # of the study
+CHOOSE_STEPS = Path("docs/guides/calibrate.md")
 
 
 class Model(NamedTuple):
@@ -83,7 +84,7 @@ def overview_section(root: Path, place: Place) -> str:
 def verdict_section(root: Path, place: Place) -> str:
     """What sparsity adds to dense fp8 on the same kernels, and what it costs in pictures."""
     steps, studies = current_steps(root), _studies(root)
-    faster, costs, last = [], [], []
+    faster, costs, chosen = [], [], []
     for model in MODELS:
         rows = read(root / steps[model.step])["variants"] if model.step in steps else []
         speed = step_speed_up(rows, RECOMMENDED, DENSE_FP8)
@@ -93,18 +94,19 @@ def verdict_section(root: Path, place: Place) -> str:
         if {"fp8:dense", "recommended"} <= set(known):
             dense, sparse = (known[name]["figures"]["psnr"]["mean"] for name in ("fp8:dense", "recommended"))
             costs.append(f"from {dense:.1f} to {sparse:.1f} dB ({model.study})")
-        if LAST_STEPS in known:
-            last.append(f"{known[LAST_STEPS]['figures']['psnr']['mean']:.1f} dB ({model.study})")
+        if CHOSEN_STEPS in known:
+            chosen.append(f"{known[CHOSEN_STEPS]['figures']['psnr']['mean']:.1f} dB ({model.study})")
     text = "**The alternative is dense fp8**: the same model, quantised by the same fused kernels. "
     text += "It drops no activation."
     if faster:
         text += f" Sparsity makes its step faster by {_listed(faster)}."
     if costs:
         text += f" Sparsity changes pictures: PSNR falls {_listed(costs)}."
-    if last:
+    if chosen:
         text += (
-            f" With the last two of 28 steps in dense fp8 (`dense_last_steps=2`) it is {_listed(last)}, for "
-            "about 1 % of the linear layers' time."
+            " With rotated values, and dense fp8 in "
+            f"[steps that calibration chooses]({place.path(CHOOSE_STEPS)}#choose-dense-steps), it is "
+            f"{_listed(chosen)} in the same modelled time ({_counts(studies, CHOSEN_STEPS)} pictures)."
         )
     return text
 

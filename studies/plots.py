@@ -226,12 +226,15 @@ def by_width(document: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-NOISE_LEVEL_RECIPES = {  # of noise_levels.py -> what the plot calls them
-    "every-layer": "every layer sparse",
-    "every-layer-distilled": "every layer sparse, distilled",
-    "mix-95-distilled": "layers of 95 %, distilled",
-    "every-layer-unpermuted": "every layer sparse, features not permuted",
-}
+def noise_level_recipe(row: Mapping[str, Any]) -> str:
+    """What the plot calls the recipe of a row of noise_levels.py."""
+    recipe, *marks = row["recipe"].removeprefix("every-").split("-")
+    said = {
+        "unpermuted": "features not permuted",
+        "distilled": f"{row.get('training_steps')} steps distilled",
+    }
+    name = "every layer sparse" if recipe == "layer" else f"{marks.pop(0)} % of the saving sparse"
+    return ", ".join([name, *(said[mark] for mark in marks)])
 
 
 def by_noise_level(document: Mapping[str, Any]) -> Figure | None:
@@ -253,17 +256,18 @@ def by_noise_level(document: Mapping[str, Any]) -> Figure | None:
         if ranges:
             low, high, quality = zip(*ranges, strict=True)
             panels[0].hlines(quality, low, high, linewidth=3, label=label, colors=colour)
-    for name in dict.fromkeys(row["recipe"] for row in below):
-        of = sorted(
-            (row["range"][1], row["psnr"], row["modelled_ms"]) for row in below if row["recipe"] == name
-        )
+    recipes: dict[str, list[tuple[float, float, float | None]]] = {}
+    for row in below:
+        point = row["range"][1], row["psnr"], row["modelled_ms"]
+        recipes.setdefault(noise_level_recipe(row), []).append(point)
+    for number, (label, points) in enumerate(recipes.items()):
+        of = sorted(points)
         bound, quality, times = zip(*of, strict=True)
         # No line from none dense to all: nothing is known of the way between them.
         line = "o-" if len(of) > 2 else "o"
-        label = NOISE_LEVEL_RECIPES.get(name) or re.sub(r"^mix-(.*)$", r"\1 % of the saving sparse", name)
-        panels[1].plot(bound, quality, line, markersize=4, label=label)
+        panels[1].plot(bound, quality, line, color=f"C{number}", markersize=4, label=label)
         if None not in times:
-            panels[2].plot(times, quality, line, markersize=4, label=label)
+            panels[2].plot(times, quality, line, color=f"C{number}", markersize=4, label=label)
     xlabels = (
         "noise level",
         "noise level at and below which steps are dense",

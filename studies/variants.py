@@ -98,9 +98,8 @@ BF16 = Recipe.recommended(precision="bf16")
 # What costs nothing at inference.
 FREE: dict[str, Any] = {"rotate_values": True, "permute_hidden": True, "intercept": True}
 TRAINING = Distillation(steps=500, batch_size=32)
-RECOMMENDED = Recipe.recommended(
-    rotate_values=True, intercept=True, dense_sigmas="auto", dense_precision="fp8"
-)
+# Calibration chooses which steps run dense.
+AUTO = Recipe.recommended(rotate_values=True, intercept=True, dense_sigmas="auto", dense_precision="fp8")
 ALL_OF_OURS = Recipe(rank=RANK, text_rows="dense", dense_steps=2)
 
 
@@ -125,7 +124,7 @@ def _main() -> Iterator[Variant]:
         "refit+lowrank+strided": OURS,
         "all-of-ours": ALL_OF_OURS,
         "recommended:bf16": BF16,
-        "recommended": RECOMMENDED,
+        "recommended": Recipe.recommended(),
     }
     for name, recipe in recipes.items():
         yield Variant(name, "main", recipe=recipe)
@@ -192,6 +191,7 @@ def _sweeps() -> Iterator[Variant]:
         yield _sweep("last-steps", f"recommended-{steps}", Recipe.recommended(**last))
     for sigma in (0.25, 0.4, 0.5):
         yield from _below(sigma)
+    yield _sweep("schedule", "auto", AUTO)
     yield _sweep("order", "one-shot", OURS)
     yield _sweep("order", "sequential", OURS, sequential=True)
     yield _sweep("factors", "ours-own", Recipe(rank=RANK, lowrank_sharing="own"))
@@ -220,7 +220,7 @@ def _sweeps() -> Iterator[Variant]:
     distilled = {
         "refit": Recipe(rank=None, precision="fp8"),
         "free": free,
-        "recommended": RECOMMENDED,
+        "auto": AUTO,
     }
     for name, recipe in distilled.items():
         yield _sweep("distilled", name, recipe, distill=TRAINING)
