@@ -1,5 +1,10 @@
 """Trainable layers and paired calls, the parts of distillation, against work by hand."""
 
+import inspect
+import re
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 from guidance_helpers import FLUX, doubled, two_passes
@@ -247,3 +252,19 @@ def test_the_scale_is_that_of_the_pipelines_own_formula():
     assert guidance_scale(ZImagePipeline(), {}) == 6.0  # conditional + 5 (conditional - null)
     with pytest.raises(ValueError, match="Silent does not say"):
         guidance_scale(Silent(), {})
+
+
+def test_pipelines_that_guide_beyond_the_conditional_prediction_are_known():
+    formula = re.compile(r"= (\w*(?:pos|pred)\w*) \+ \S*guidance_scale \* \(\1 -")
+    folder, seen = Path(diffusers.__file__).parent / "pipelines", 0
+    for name in dir(diffusers):
+        pipeline = getattr(diffusers, name) if name.endswith("Pipeline") else None
+        if pipeline is None or "transformer" not in inspect.signature(pipeline.__init__).parameters:
+            continue
+        source = Path(inspect.getsourcefile(pipeline))
+        assert folder in source.parents
+        beyond = formula.search(source.read_text()) is not None
+        scale = guidance_scale(type(name, (), {"__call__": TinyPipeline.__call__})(), {"guidance_scale": 3.0})
+        assert scale == (4.0 if beyond else 3.0), name
+        seen += beyond
+    assert seen >= 10

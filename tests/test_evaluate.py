@@ -2,15 +2,16 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import by_hand, flux_call, output, slow_mask, tiny_flux, watched
+from helpers import TinyPipeline, by_hand, flux_call, output, slow_mask, tiny_flux, watched
 from torch import nn
 
 import rtlynx
 from rtlynx import Pattern, Recipe
-from rtlynx.evaluate import energy_kept, kid, layer_errors, psnr, ssim
+from rtlynx.evaluate import compare, energy_kept, kid, layer_errors, psnr, ssim
 from rtlynx.evaluate.layers import (
     Distribution,
     activation_distributions,
@@ -224,3 +225,15 @@ def test_distributions_of_weights_and_activations():
     q, v = (found[f"transformer_blocks.0.attn.to_{one}"] for one in "qv")
     assert Distribution.merged([q, v]).total == q.total
     assert Distribution.merged([q, found[name]]).total == pytest.approx(q.total + found[name].total)
+
+
+def test_videos_are_no_pictures():
+    class Frames(TinyPipeline):
+        def __call__(self, prompt, **settings):
+            super().__call__(prompt, **{**settings, "output_type": "latent"})
+            return SimpleNamespace(frames=torch.zeros(len(prompt), 2, 3, 16, 16))
+
+    dense = Frames(tiny_flux())
+    sparse = rtlynx.sparsify(Frames(tiny_flux()), Recipe.immediate())
+    with pytest.raises(TypeError, match="Frames draws no pictures, but an array of 5 dimensions"):
+        compare(dense, sparse, ["a lynx"], progress=False)

@@ -18,6 +18,7 @@ from helpers import (
     relative_error,
 )
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from rtlynx import Recipe, densify, sparsify
 from rtlynx.calibration.collect import input_groups
@@ -66,6 +67,23 @@ def test_generic_rule_takes_the_blocks_and_leaves_what_surrounds_them():
     }
     assert model.blocks[1].out_proj.pattern.grouping == "strided"
     assert model.blocks[1].qkv.pattern.grouping == "adjacent"
+
+
+def test_a_list_of_blocks_may_end_in_a_norm_and_a_list_of_linears_is_none():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj_in = nn.Linear(16, 16)
+            self.mixed = nn.ModuleList(weight_norm(nn.Linear(16, 16)) for _ in range(2))
+            self.layers = nn.ModuleList(
+                [*(nn.Sequential(nn.Linear(16, 16)) for _ in range(2)), nn.LayerNorm(16)]
+            )
+
+    found = architecture_of(Model()).candidates(Model())
+    assert [(one.name, one.block) for one in found] == [
+        ("layers.0.0", "layers.0"),
+        ("layers.1.0", "layers.1"),
+    ]
 
 
 BASIC = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.folder import WorkFolder
 from rtlynx.calibration.steps import counted_steps
-from rtlynx.models.architecture import Architecture
+from rtlynx.models.architecture import TIMESTEPS, Architecture
 from rtlynx.models.hooks import is_dense_call
 from rtlynx.nn.call import Step, step_of
 from rtlynx.recipe import Recipe
@@ -221,10 +221,14 @@ class CallStore:
 
 
 def pictures_in(call: Call) -> int:
-    """How many pictures a call is of: as many as what diffusers passes first, latents, has rows."""
-    latents = next(iter(call.values()), None)
-    if isinstance(latents, list) or (isinstance(latents, Tensor) and latents.ndim > 0):
-        return max(1, len(latents))
+    """How many pictures a call is of: as many as its first argument with rows has, latents in diffusers.
+
+    Timesteps do not count: models of other code may take one first, for the whole batch.
+    """
+    for name, value in call.items():
+        has_rows = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+        if has_rows and name not in TIMESTEPS:
+            return max(1, len(value))
     return 1
 
 

@@ -152,9 +152,17 @@ class DenseStepSearch:
         self.count = len(judged)
         self.prompts = judged[rank() :: world()]  # each process draws its part
         steps: _Schedules = {}
-        with self._progress("drawing dense pictures", 1) as advance, _watched(recording, steps):
-            self.reference = self._draw(advance)
-        self.levels: NoiseLevels = agree(_levels(steps) if steps else None)
+        refusal: CalibrationError | None = None
+        try:
+            with self._progress("drawing dense pictures", 1) as advance, _watched(recording, steps):
+                self.reference = self._draw(advance)
+        except CalibrationError as error:  # for the other processes, which wait, to say too
+            refusal = error
+        steps, of_first = agree((steps, refusal))
+        for error in (of_first, refusal):
+            if error is not None:
+                raise error
+        self.levels = _levels(steps)
 
     def choose(
         self,

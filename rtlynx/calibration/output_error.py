@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rtlynx.calibration.calls import Call, CallStore, by_step, moved
-from rtlynx.calibration.pairs import State, null_first, states_of, turned
+from rtlynx.calibration.pairs import Pictures, State, null_first, states_of, turned
 from rtlynx.models.architecture import Architecture
 
 JUDGED_STEPS = 4
+ASKED_BATCHES = 16  # that tell the null pass: reading calls of large models takes time
 PLAIN, GUIDED = 0.1, 0.2  # weights of both predictions, and of the guided one
 
 
@@ -25,6 +27,25 @@ def guided_square(conditional: Tensor, null: Tensor, guidance: float) -> Tensor:
         return plain / 2
     guided = guidance * conditional - (guidance - 1) * null
     return PLAIN * plain + GUIDED * guided.square().mean()
+
+
+class Guidance(NamedTuple):
+    """How a pipeline mixes the passes of a step.
+
+    scale : g of null + g (conditional - null)
+    null_first : whether the null pass is the first of both
+    """
+
+    scale: float
+    null_first: bool
+
+
+def null_comes_first(store: CallStore, batches: Sequence[int], architecture: Architecture) -> bool:
+    """Whether the null pass is the first one, by the prompts of some of the recorded `batches`."""
+    states: list[State] = []
+    for batch in batches[:: max(1, len(batches) // ASKED_BATCHES)][:ASKED_BATCHES]:
+        states += states_of(by_step(store.get(batch), architecture)[0], architecture)
+    return null_first(states, architecture)
 
 
 def judged_calls(store: CallStore, batches: Sequence[int], architecture: Architecture) -> list[Call]:
@@ -49,22 +70,28 @@ class OutputError:
     model : Module
         Dense now.
     calls : of `model`, on the CPU; consecutive ones at one timestep are guidance passes.
-    guidance : float or None
-        Guidance scale; None judges each call for itself.
+    guidance : Guidance, optional
+        How the pipeline mixes passes. Without it, or where outputs are not by picture, each call counts for
+        itself.
     """
 
     def __init__(
-        self, model: nn.Module, calls: Sequence[Call], architecture: Architecture, guidance: float | None
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        architecture: Architecture,
+        guidance: Guidance | None = None,
     ) -> None:
         self.model, self.calls = model, calls
         self.device = next(model.parameters()).device
         self.states: list[State] = []
-        self.guidance = 1.0 if guidance is None else guidance
-        if guidance is not None:
-            self.states = states_of(calls, architecture)
-            if null_first(self.states, architecture):
-                self.states = turned(self.states)
+        self.scale = 1.0 if guidance is None else guidance.scale
         self.references = self._outputs()
+        counts = [Pictures(call).count for call in calls]
+        if guidance is not None and counts == [len(pictures) for pictures in self.references]:
+            self.states = states_of(calls, architecture)
+            if guidance.null_first:
+                self.states = turned(self.states)
         self.unit = self._square(self.references) or 1.0
 
     def __call__(self) -> float:
@@ -90,7 +117,7 @@ class OutputError:
         for state in self.states:
             c, *others = (of[id(row.pictures.call)][row.index] for row in state.rows)
             for u in others:
-                total += guided_square(c, u, self.guidance) * c.numel()
+                total += guided_square(c, u, self.scale) * c.numel()
             if not others:
                 total += c.square().sum()
         return float(total)

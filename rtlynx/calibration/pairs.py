@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in, timestep_of
 from rtlynx.calibration.folder import digest
-from rtlynx.models.architecture import Architecture
+from rtlynx.models.architecture import TIMESTEPS, Architecture
 
 # How far the output for a picture may be from that in the recorded batch; rounding in bfloat16 is below it.
 _APART = 0.05
@@ -24,13 +24,15 @@ class Pictures:
 
     Tensors and lists as long as the batch are taken apart, but for position ids without a batch; all other
     arguments belong to each picture. What diffusers passes first, latents, is as long as the batch.
+
+    state : name of the argument that says which state a picture is at; None where none is by picture.
     """
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.state = next(iter(call))
         self.count = pictures_in(call)
         self.apart = {name for name, value in call.items() if self._by_picture(name, value)}
+        self.state = next((name for name in call if name in self.apart and name not in TIMESTEPS), None)
         whole = {name: value for name, value in call.items() if name not in self.apart}
         try:
             self.shared = digest(whole)
@@ -106,13 +108,16 @@ def states_of(calls: Sequence[Call], architecture: Architecture) -> list[State]:
 def null_first(states: Sequence[State], architecture: Architecture) -> bool:
     """Whether the first call of each pair is the null one.
 
-    The null prompt is one for all pictures, so fewer distinct prompts tell it; where there is one prompt
-    alone, the second call is the null one, as in most pipelines.
+    The null prompt is one for all pictures, so fewer distinct prompts tell it. Where there is one prompt
+    alone, it is as in most pipelines: the second of two calls, the first half of one.
     """
     pairs = [state for state in states if state.null is not None]
     spread = pairs[:: max(1, len(pairs) // _LOOKED_AT)]
     first, second = (len({_prompt(pair.rows[i], architecture) for pair in spread}) for i in (0, 1))
-    return first < second
+    in_one_call = any(
+        pair.null is not None and pair.null.pictures is pair.conditional.pictures for pair in pairs
+    )
+    return first < second or (first == second and in_one_call)
 
 
 def turned(states: Sequence[State]) -> list[State]:
@@ -173,8 +178,10 @@ def _are_a_pair(one: Pictures, other: Pictures, architecture: Architecture) -> b
 
 
 def _same_state(one: Row, other: Row) -> bool:
+    if one.pictures.state is None or other.pictures.state is None:
+        return False
     a, b = (row.argument(row.pictures.state) for row in (one, other))
-    return a.shape == b.shape and torch.equal(a, b)
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
 
 
 def _prompt(row: Row, architecture: Architecture) -> str:

@@ -25,7 +25,7 @@ from rtlynx.calibration.distill import distill_layers, refuse_distillation, refu
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport, Distillation
-from rtlynx.calibration.output_error import OutputError, judged_calls
+from rtlynx.calibration.output_error import Guidance, OutputError, judged_calls, null_comes_first
 from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
@@ -375,14 +375,17 @@ class _Calibration:
             "calibrate on larger pictures, or without a budget"
         )
 
-    def _guidance(self) -> float | None:
-        """Scale by which the pipeline guides; None where there is none, or it is not known."""
+    def _guidance(self) -> Guidance | None:
+        """How the pipeline guides; None where it does not, or that is not known."""
         if self.recording.pipeline is None:
             return None
         try:
-            return guidance_scale(self.recording.pipeline, self.options.pipeline_kwargs)
+            scale = guidance_scale(self.recording.pipeline, self.options.pipeline_kwargs)
         except ValueError:
             return None
+        store, batches = self.recording.store, self.recording.batches
+        asked = agree([number for split in batches.values() for number in split if store.count(number)])
+        return Guidance(scale, null_comes_first(store, asked, self.plan.architecture))
 
     def _choose(
         self, plan: Plan, search: DenseStepSearch | None
@@ -426,9 +429,10 @@ class _Calibration:
                 saving = prices.us([*others, *dense]) - prices.us([*others, *chosen])
                 costs.append(InputCost(name, names, format, measure(dict.fromkeys(names, format)), saving))
                 advance(1)
+        costs = agree(costs)  # cards round differently
 
         def decide(limit: Budget) -> Choice:
-            return choose(costs, limit, measure, fixed)
+            return agree(choose(costs, limit, measure, fixed))
 
         if search is None:
             choice = decide(budget)

@@ -186,4 +186,10 @@ def _draw(
     """One batch; its picture i starts from noise of seed + i."""
     seeds = range(seed, seed + len(prompts))
     drawn = draw(pipeline, prompts, seeds, {**(pipeline_kwargs or {}), "output_type": "pt"})
-    return tensor_of(pipeline, drawn)
+    pictures = tensor_of(pipeline, drawn)
+    if pictures.ndim != 4:
+        raise TypeError(
+            f"{type(pipeline).__name__} draws no pictures, but an array of {pictures.ndim} dimensions: "
+            "only pictures are compared"
+        )
+    return pictures

@@ -19,7 +19,7 @@ Stream = Literal["image", "text", "joint"]
 STRIDED_ROLES: tuple[Role, ...] = ("attention-out", "single-out")
 
 # Names of the timestep in models that follow the generic rule.
-_TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
+TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Architecture:
 
     def timestep_name(self, call: Mapping[str, Any]) -> str | None:
         """The argument of a call of the model that is its timestep; None where it has none."""
-        names = (self.timestep_argument, *_TIMESTEPS)
+        names = (self.timestep_argument, *TIMESTEPS)
         return next((name for name in names if call.get(name) is not None), None)
 
     def call_arguments(

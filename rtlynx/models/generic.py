@@ -119,10 +119,10 @@ def _layers(model: nn.Module) -> list[_Layer]:
 
 
 def _holds_blocks(module: nn.Module) -> bool:
-    """Whether it is a list of blocks; lists of parts, as [linear, dropout], hold modules without parts."""
-    return isinstance(module, nn.ModuleList) and all(
-        any(True for _ in child.children()) or isinstance(child, nn.Identity) for child in module
-    )
+    """Whether it is a list of blocks, perhaps with a norm at its end; lists of parts hold linear layers."""
+    if not isinstance(module, nn.ModuleList) or any(isinstance(child, nn.Linear) for child in module):
+        return False
+    return any(True for child in module for _ in child.children())
 
 
 def _outermost_block(name: str, lists: Iterable[str]) -> str | None:

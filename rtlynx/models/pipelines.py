@@ -274,7 +274,7 @@ def guidance_scale(pipeline: Any, settings: Mapping[str, Any]) -> float:
 
 
 # How the names of pipelines begin that guide by conditional + w (conditional - null): g is w + 1.
-_GUIDE_BEYOND_CONDITIONAL = ("ZImage", "Cosmos")
+_GUIDE_BEYOND_CONDITIONAL = ("ZImage", "CosmosTextToWorld", "CosmosVideoToWorld", "Cosmos2", "Krea2")
 
 
 def _parameters(pipeline: Any) -> tuple[dict[str, inspect.Parameter], bool]:

@@ -288,7 +288,8 @@ def set_dense_steps(
         if state is None or not state.plan.recipe.has_dense_steps:
             raise ValueError(
                 f"{type(model).__name__} keeps no original weights for dense steps: make it sparse with a "
-                "recipe of dense_steps, dense_last_steps or dense_sigmas, which may then be changed"
+                "recipe of dense_steps, dense_last_steps or ranges of dense_sigmas, which may then be "
+                "changed (where these are 'auto', calibration may choose none)"
             )
         recipe = replace(
             state.plan.recipe,
