@@ -159,9 +159,9 @@ class DenseStepSearch:
         except CalibrationError as error:  # for the other processes, which wait, to say too
             refusal = error
         steps, of_first = agree((steps, refusal))
-        for error in (of_first, refusal):
-            if error is not None:
-                raise error
+        for one in (of_first, refusal):
+            if one is not None:
+                raise one
         self.levels = _levels(steps)
 
     def choose(

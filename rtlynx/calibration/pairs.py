@@ -178,9 +178,10 @@ def _are_a_pair(one: Pictures, other: Pictures, architecture: Architecture) -> b
 
 
 def _same_state(one: Row, other: Row) -> bool:
-    if one.pictures.state is None or other.pictures.state is None:
+    names = one.pictures.state, other.pictures.state
+    if names[0] is None or names[1] is None:
         return False
-    a, b = (row.argument(row.pictures.state) for row in (one, other))
+    a, b = one.argument(names[0]), other.argument(names[1])
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
 
 
