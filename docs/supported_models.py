@@ -8,6 +8,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,9 @@ from rtlynx.models import architecture_of
 from rtlynx.models.plan import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests" / "compose"))
+from all_pipelines import PIPELINES  # noqa: E402
+
 LISTING = ROOT / "docs" / "reference" / "layers-of-models.txt"
 COMMAND = "python docs/supported_models.py"
 # Settings of classes whose defaults build no model: those of a released model, or the size of one block.
@@ -110,6 +114,12 @@ def pipelines() -> dict[str, list[str]]:
     return found
 
 
+def calibrates(pipeline: str) -> bool:
+    """Whether a test calibrates the pipeline of this name, with random weights of small models."""
+    case = PIPELINES.get(pipeline)
+    return case is not None and case.refusal is None
+
+
 def sections(text: str) -> dict[str, str]:
     """What `text` says of each class."""
     return {part.partition(":")[0]: f"{part.rstrip()}\n" for part in text.split("\n\n")[1:]}
@@ -155,20 +165,22 @@ def models_section(root: Path, _place: Place) -> str:
     """The table of models, of the listing as it is written."""
     text = (root / LISTING.relative_to(ROOT)).read_text()
     lines = [
-        "| model class | pipelines | known by name | fused norms and activations | can be sparse | text "
-        "| in linears | `compile_repeated_blocks` |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model class | pipelines | calibrate in small | known by name | fused norms and activations "
+        "| can be sparse | text | in linears | `compile_repeated_blocks` |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, section in sections(text).items():
         head, used, blocks, *_ = section.splitlines()
         image, joint = (float(share) for share in re.findall(r"(?:image|joint) (\S+)%", head))
         [text_share], [of_all] = re.findall(r"text (\S+)%", head), re.findall(r"(\S+)% of all", head)
-        pipelines = [f"`{one}`" for one in used.partition(": ")[2].split(", ") if one != "none"]
+        names = [one for one in used.partition(": ")[2].split(", ") if one != "none"]
+        pipelines, calibrated = [f"`{one}`" for one in names], [one for one in names if calibrates(one)]
         known = ARCHITECTURES.get(name)
         cells = [
             f"`{name}`",
             ", ".join(pipelines[:2]) + (f" and {len(pipelines) - 2} more" if pipelines[2:] else "")
             or "\N{EN DASH}",
+            f"{len(calibrated)} of {len(names)}" if calibrated else "\N{EN DASH}",
             *("yes" if one else "no" for one in (known, known and known.fused)),
             *(f"{float(share):.0f} %" for share in (image + joint, text_share, of_all)),
             "no" if blocks.endswith("not declared") else "yes",

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from edit_pipelines import EDIT_PIPELINES
-from flux_pipelines import FLUX_PIPELINES
-from image_pipelines import IMAGE_PIPELINES
+from all_pipelines import PIPELINES
 from pipeline_cases import STEPS
-from video_pipelines import VIDEO_PIPELINES
 
 from rtlynx import CalibrationError, CalibrationOptions, Recipe, calibrate
 from rtlynx.models import sparse_layers
 
-PIPELINES = {**FLUX_PIPELINES, **IMAGE_PIPELINES, **VIDEO_PIPELINES, **EDIT_PIPELINES}
 REFIT = Recipe(rank=None, ridge=0.1)
 
 
