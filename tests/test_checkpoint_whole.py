@@ -55,7 +55,7 @@ def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new_one(place, mod
 
 
 @needs_fork
-@pytest.mark.parametrize(("parents", "stride"), [("a/b", 1), ("", 4)])
+@pytest.mark.parametrize(("parents", "stride"), [("a/b", 3), ("", 4)])
 def test_a_first_save_that_is_killed_anywhere_leaves_all_or_nothing(place, models, parents, stride):
     folder, count, whole = place / parents / "lynx", 0, []
     while not killed_at(count, lambda: save(models["all"], folder)):

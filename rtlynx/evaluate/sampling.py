@@ -187,7 +187,7 @@ def _draw(
     seeds = range(seed, seed + len(prompts))
     drawn = draw(pipeline, prompts, seeds, {**(pipeline_kwargs or {}), "output_type": "pt"})
     pictures = tensor_of(pipeline, drawn)
-    if pictures.ndim != 4:
+    if pictures.ndim > 4:
         raise TypeError(
             f"{type(pipeline).__name__} draws no pictures, but an array of {pictures.ndim} dimensions: "
             "only pictures are compared"
