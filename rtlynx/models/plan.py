@@ -21,6 +21,7 @@ from rtlynx.models.architecture import (
     Reparameterizable,
 )
 from rtlynx.models.flux import FLUX
+from rtlynx.models.flux2 import FLUX2
 from rtlynx.models.generic import GENERIC
 from rtlynx.models.guards import foreign_reason, refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
@@ -28,7 +29,7 @@ from rtlynx.models.reparameterize import fixed_reason, hidden_groups
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
-ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, QWEN_IMAGE, Z_IMAGE)}
+ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE)}
 
 
 def architecture_of(model: nn.Module) -> Architecture:
