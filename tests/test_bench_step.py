@@ -181,10 +181,15 @@ def test_memory_counts_each_storage_once_and_what_wrappers_hold():
 # ---------------------------------------------------------------------- dense steps at some noise levels
 
 
+# FLUX.2's shift is a line in steps through these two, each a line in tokens.
+AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 4096 + 0.45666666
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "shift", "terminal"),
     [
         ("flux1-dev", 28, math.exp(1.15), None),  # 4,096 tokens are the most of its scheduler
+        ("flux2-klein", 4, math.exp(AT_10_STEPS + 6 / 190 * (AT_10_STEPS - AT_200_STEPS)), None),
         ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
         ("z-image", 9, 3.0, None),
     ],
