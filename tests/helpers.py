@@ -153,6 +153,11 @@ def tiny_flux2(seed=0, **changes):
     return _seeded(lambda: Flux2Transformer2DModel(**{**config, **changes}), seed)
 
 
+def flux2_ids(batch, *sizes):
+    """Positions (batch, tokens, 4) on four axes."""
+    return torch.cartesian_prod(*map(torch.arange, sizes)).expand(batch, -1, -1)
+
+
 def flux2_call(seed=0, batch=1, timestep=0.5):
     """Arguments of one call of `tiny_flux2`."""
     gen = torch.Generator().manual_seed(seed)
@@ -161,8 +166,8 @@ def flux2_call(seed=0, batch=1, timestep=0.5):
         "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 64, generator=gen),
         "timestep": torch.full((batch,), float(timestep)),
         "guidance": torch.full((batch,), 4.0),
-        "img_ids": torch.cartesian_prod(*map(torch.arange, (1, 8, 8, 1))),
-        "txt_ids": torch.cartesian_prod(*map(torch.arange, (1, 1, 1, TEXT_TOKENS))),
+        "img_ids": flux2_ids(batch, 1, 8, 8, 1),
+        "txt_ids": flux2_ids(batch, 1, 1, 1, TEXT_TOKENS),
     }
 
 

@@ -9,6 +9,7 @@ from helpers import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
     flux2_call,
+    flux2_ids,
     in_dtype,
     output,
     relative_error,
@@ -119,11 +120,11 @@ def with_cache_of_references(model):
 def with_references(call):
     """The arguments of the first step: reference tokens in front, whose keys and values are to be kept."""
     tokens = torch.randn(1, REFERENCES, 16, generator=torch.Generator().manual_seed(8))
-    ids = torch.cartesian_prod(*map(torch.arange, (1, 1, REFERENCES, 1)))
+    ids = flux2_ids(1, 1, 1, REFERENCES, 1) + torch.tensor([10, 0, 0, 0])
     return {
         **call,
         "hidden_states": torch.cat([tokens.to(call["hidden_states"].dtype), call["hidden_states"]], dim=1),
-        "img_ids": torch.cat([ids + torch.tensor([10, 0, 0, 0]), call["img_ids"]]),
+        "img_ids": torch.cat([ids, call["img_ids"]], dim=1),
         "kv_cache_mode": "extract",
         "num_ref_tokens": REFERENCES,
     }

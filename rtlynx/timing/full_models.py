@@ -107,15 +107,18 @@ def _flux2_klein_4b() -> Flux2Transformer2DModel:
 def _flux2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     side, batch = size.side // 16, size.batch
     tokens = normal(batch, size.image_tokens, 128)
-    image = torch.cartesian_prod(*map(torch.arange, (1, side, side, 1)))
-    text = torch.cartesian_prod(*map(torch.arange, (1, 1, 1, size.text_tokens)))
+
+    def ids(*sizes: int) -> Tensor:
+        positions = torch.cartesian_prod(*map(torch.arange, sizes))
+        return positions.expand(batch, -1, -1).to(tokens.device)
+
     return [
         {
             "hidden_states": tokens,
             "encoder_hidden_states": normal(batch, size.text_tokens, 7680),
             "timestep": tokens.new_full((batch,), TIMESTEP),
-            "img_ids": image.to(tokens.device),
-            "txt_ids": text.to(tokens.device),
+            "img_ids": ids(1, side, side, 1),
+            "txt_ids": ids(1, 1, 1, size.text_tokens),
         }
     ]
 
