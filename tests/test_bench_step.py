@@ -41,6 +41,13 @@ def test_the_inputs_fit_the_model(name, batch):
     assert all(bool(torch.isfinite(one).all()) for one in outputs)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_each_model_has_goals_before_it_is_measured(name):
+    goals = step_targets({"model": name, "variants": []})
+    assert any("speed over" in goal["what"] for goal in goals)
+    assert {goal["measured"] for goal in goals} == {None}
+
+
 def test_a_picture_has_a_token_for_16_by_16_pixels():
     assert Size().image_tokens == 4096
     assert Size(side=512).image_tokens == 1024
