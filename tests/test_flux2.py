@@ -1,8 +1,10 @@
 """FLUX.2: what it has beside other models: gated MLPs, modulation from outside, a cache of references."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import MagCacheConfig
+from diffusers import Flux2Transformer2DModel, MagCacheConfig
 from diffusers.models.transformers import transformer_flux2 as diffusers_flux2
 from fusion_helpers import count_calls, serve, unfused
 from helpers import (
@@ -235,6 +237,23 @@ def test_caches_skip_blocks_that_are_fused():
     assert torch.equal(steps[0], expected)
     assert 1 <= len(seen[last]) < 4
     assert all(bool(one.isfinite().all()) for one in steps)
+
+
+# -------------------------------------------------------------------------------------------- full sizes
+
+
+@pytest.mark.parametrize("recipe", [Recipe.immediate(precision="fp8"), Recipe.recommended()])
+def test_what_is_too_wide_for_sparse_fp8_kernels_is_dense_fp8(recipe):
+    """Single blocks of dev read attention of 6,144 and an MLP of 18,432."""
+    with torch.device("meta"):
+        dev = Flux2Transformer2DModel(num_layers=1, num_single_layers=1)
+    out, down = f"{SINGLE}.attn.to_out", f"{DOUBLE}.ff.linear_out"
+    plan = make_plan(dev, recipe)
+    assert (plan.layer(out).in_features, plan.layer(down).in_features) == (24576, 18432)
+    assert (plan.layer(out).format.name, plan.layer(down).format.name) == ("fp8-dense", "fp8-sparse")
+    assert out not in {one.name for one in plan.alternatives() if one.format.name == "fp8-sparse"}
+    forced = replace(recipe, formats={out: "fp8-sparse"})
+    assert make_plan(dev, forced).layer(out).format.name == "fp8-sparse"
 
 
 # --------------------------------------------------------------------------------------- changes of basis
