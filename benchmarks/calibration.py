@@ -44,11 +44,13 @@ from rtlynx.timing.full_models import MODELS, FullModel, Size, build, normals
 from rtlynx.timing.results import write
 
 # A block of each kind by itself: all others stay dense.
+FLUX_BLOCKS = {
+    "double": ("single_transformer_blocks.*", "transformer_blocks.[1-9]*"),
+    "single": ("transformer_blocks.*", "single_transformer_blocks.[1-9]*"),
+}
 BLOCKS = {
-    "flux1-dev": {
-        "double": ("single_transformer_blocks.*", "transformer_blocks.[1-9]*"),
-        "single": ("transformer_blocks.*", "single_transformer_blocks.[1-9]*"),
-    },
+    "flux1-dev": FLUX_BLOCKS,
+    "flux2-klein": FLUX_BLOCKS,
     "qwen-image": {"double": ("transformer_blocks.[1-9]*",)},
     "z-image": {"layer": ("noise_refiner.*", "layers.[1-9]*")},
 }

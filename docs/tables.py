@@ -44,6 +44,7 @@ WORDS = {
     "fp8-2:4": "sparse fp8",
     "bf16-2:4": "sparse bf16",
     "flux1-dev": "FLUX.1-dev",
+    "flux2-klein": "FLUX.2-klein",
     "qwen-image": "Qwen-Image",
     "z-image": "Z-Image",
 }

@@ -6,7 +6,12 @@ import zlib
 from contextlib import contextmanager, nullcontext
 
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
+)
 
 from rtlynx import schedule
 from rtlynx.nn.call import current_schedule
@@ -90,6 +95,13 @@ SMALL = {
     "flux1-dev": lambda: FluxTransformer2DModel(
         guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2
     ),
+    "flux2-klein": lambda: Flux2Transformer2DModel(
+        guidance_embeds=False,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=2,
+        joint_attention_dim=7680,
+    ),
     "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
     "z-image": lambda: ZImageTransformer2DModel(
         dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
@@ -123,6 +135,39 @@ def flux_call(seed=0, batch=1, timestep=0.5):
         "timestep": torch.full((batch,), float(timestep)),
         "img_ids": torch.zeros(IMAGE_TOKENS, 3),
         "txt_ids": torch.zeros(TEXT_TOKENS, 3),
+    }
+
+
+def tiny_flux2(seed=0, **changes):
+    """One double and one single block, width 128, MLPs of 384; with guidance as dev has it."""
+    config = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": (8, 8, 8, 8),
+    }
+    return _seeded(lambda: Flux2Transformer2DModel(**{**config, **changes}), seed)
+
+
+def flux2_ids(batch, *sizes):
+    """Positions (batch, tokens, 4) on four axes."""
+    return torch.cartesian_prod(*map(torch.arange, sizes)).expand(batch, -1, -1)
+
+
+def flux2_call(seed=0, batch=1, timestep=0.5):
+    """Arguments of one call of `tiny_flux2`."""
+    gen = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, IMAGE_TOKENS, 16, generator=gen),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 64, generator=gen),
+        "timestep": torch.full((batch,), float(timestep)),
+        "guidance": torch.full((batch,), 4.0),
+        "img_ids": flux2_ids(batch, 1, 8, 8, 1),
+        "txt_ids": flux2_ids(batch, 1, 1, 1, TEXT_TOKENS),
     }
 
 
@@ -187,6 +232,7 @@ def z_image_call(seed=0, timestep=0.5, side=16, batch=1):
 # name -> a tiny model of each architecture, and the arguments of a call of it
 MODELS = {
     "flux": (tiny_flux, flux_call),
+    "flux2": (tiny_flux2, flux2_call),
     "qwen": (tiny_qwen, qwen_call),
     "z-image": (tiny_z_image, z_image_call),
 }

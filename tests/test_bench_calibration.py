@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, TinyPipeline, qwen_call, tiny_flux, tiny_qwen, tiny_z_image
+from helpers import SMALL, TinyPipeline, qwen_call, tiny_flux, tiny_flux2, tiny_qwen, tiny_z_image
 from parallel_helpers import torchrun
 
 import rtlynx
@@ -23,6 +23,7 @@ from calibration import BLOCKS, RandomPipeline, Stages, calibrate_whole, distill
 
 SEVERAL = {
     "flux1-dev": lambda: tiny_flux(num_layers=3, num_single_layers=12),
+    "flux2-klein": lambda: tiny_flux2(num_layers=3, num_single_layers=12),
     "qwen-image": tiny_qwen,
     "z-image": tiny_z_image,
 }
@@ -33,6 +34,8 @@ SEVERAL = {
     [
         ("flux1-dev", "double", "transformer_blocks.0"),
         ("flux1-dev", "single", "single_transformer_blocks.0"),
+        ("flux2-klein", "double", "transformer_blocks.0"),
+        ("flux2-klein", "single", "single_transformer_blocks.0"),
         ("qwen-image", "double", "transformer_blocks.0"),
         ("z-image", "layer", "layers.0"),
     ],
@@ -92,7 +95,7 @@ PROMPTS = ["a cat", "a dog"]
 
 def test_a_random_pipeline_goes_through_the_noise_levels_of_the_model():
     torch.manual_seed(0)
-    for name, forwards in (("flux1-dev", 1), ("qwen-image", 2), ("z-image", 1)):
+    for name, forwards in (("flux1-dev", 1), ("flux2-klein", 1), ("qwen-image", 2), ("z-image", 1)):
         of = MODELS[name]
         of = of._replace(sampling=Sampling(3, of.sampling.scheduler))
         model, seen = SMALL[name]().eval(), []

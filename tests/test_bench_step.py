@@ -41,6 +41,13 @@ def test_the_inputs_fit_the_model(name, batch):
     assert all(bool(torch.isfinite(one).all()) for one in outputs)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_each_model_has_goals_before_it_is_measured(name):
+    goals = step_targets({"model": name, "variants": []})
+    assert any("speed over" in goal["what"] for goal in goals)
+    assert {goal["measured"] for goal in goals} == {None}
+
+
 def test_a_picture_has_a_token_for_16_by_16_pixels():
     assert Size().image_tokens == 4096
     assert Size(side=512).image_tokens == 1024
@@ -181,10 +188,15 @@ def test_memory_counts_each_storage_once_and_what_wrappers_hold():
 # ---------------------------------------------------------------------- dense steps at some noise levels
 
 
+# FLUX.2's shift is a line in steps through these two, each a line in tokens.
+AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 4096 + 0.45666666
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "shift", "terminal"),
     [
         ("flux1-dev", 28, math.exp(1.15), None),  # 4,096 tokens are the most of its scheduler
+        ("flux2-klein", 4, math.exp(AT_10_STEPS + 6 / 190 * (AT_10_STEPS - AT_200_STEPS)), None),
         ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
         ("z-image", 9, 3.0, None),
     ],

@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 from checkpoint_helpers import RECIPES, RIDGE, make
 from helpers import (
+    MODELS,
     flux_call,
     output,
-    qwen_call,
     tiny_flux,
     tiny_qwen,
     tiny_z_image,
@@ -105,7 +105,8 @@ def test_round_trip_gives_identical_outputs(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("build", "call"), [(tiny_qwen, qwen_call), (lambda: tiny_z_image(dim=128), z_image_call)]
+    ("build", "call"),
+    [MODELS["flux2"], MODELS["qwen"], (lambda: tiny_z_image(dim=128), z_image_call)],
 )
 def test_round_trip_of_the_other_architectures(tmp_path, build, call):
     model = make(Recipe(rank=4, ridge=RIDGE, intercept=True), build, call)

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     DiTTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -155,7 +156,12 @@ def test_projections_that_are_read_but_never_called_stay_as_they_are():
     assert set(sparse_layers(model)) == {"0.linear1", "0.linear2"}
 
 
-KNOWN = (FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel)
+KNOWN = (
+    FluxTransformer2DModel,
+    Flux2Transformer2DModel,
+    QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
+)
 
 
 @pytest.mark.parametrize("kind", KNOWN, ids=lambda kind: kind.__name__)

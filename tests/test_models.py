@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
+    flux2_call,
     flux_call,
     output,
     qwen_call,
     relative_error,
     tiny_flux,
+    tiny_flux2,
     tiny_qwen,
     tiny_z_image,
     watched,
@@ -37,6 +39,7 @@ Z_LAYER = (
     *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
 )
 FLUX_SINGLE = names(SINGLE, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
+FLUX2_SINGLE = names(SINGLE, "attn.to_qkv_mlp_proj", "attn.to_out")
 
 # name -> model, its call, image and joint layers, text layers: written out from the architectures.
 MODELS = {
@@ -45,6 +48,12 @@ MODELS = {
         flux_call,
         [*names(DOUBLE, *ATTENTION, "ff.net.0.proj", "ff.net.2"), *FLUX_SINGLE],
         names(DOUBLE, *ADDED, "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
+    "flux2": (
+        tiny_flux2,
+        flux2_call,
+        [*names(DOUBLE, *ATTENTION, "ff.linear_in", "ff.linear_out"), *FLUX2_SINGLE],
+        names(DOUBLE, *ADDED, "ff_context.linear_in", "ff_context.linear_out"),
     ),
     "qwen": (
         tiny_qwen,
@@ -117,6 +126,7 @@ def test_keeping_everything_equals_dense_exactly(name, grouping):
 
 SHARED = {
     "flux": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3]), FLUX_SINGLE[:4]],
+    "flux2": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3])],
     "qwen": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3])],
     "z_image": [
         group

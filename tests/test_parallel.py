@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from checkpoint_helpers import RIDGE, make
-from helpers import flux_call, output, qwen_call, relative_error, tiny_flux, tiny_qwen
+from helpers import MODELS, flux_call, output, relative_error, tiny_flux
 from parallel_helpers import PROCESSES, message, ring, run_together, tensor_parallel, ulysses
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -33,7 +33,6 @@ from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.models import sparse_layers
 
 LIMIT = 1e-5  # float32, summed in another order
-MODELS = {"flux": (tiny_flux, flux_call), "qwen": (tiny_qwen, qwen_call)}
 PAPER = {"refit": False, "ridge": RIDGE}
 RECIPES = {
     "norm": Recipe.immediate(tp_degree=2),
@@ -53,7 +52,10 @@ RECIPES = {
 }
 UNDONE = ("norm", "rotated-norm", "permuted-norm")
 QWEN_RECIPES = ("norm", "low-rank", "refit", "rotated", "permuted-norm")
-PAIRS = [*(("flux", recipe) for recipe in RECIPES), *(("qwen", recipe) for recipe in QWEN_RECIPES)]
+FLUX2_RECIPES = ("all-strided", "refit", "kept", "rotated", "fp8")
+OF_OTHERS = {"flux2": FLUX2_RECIPES, "qwen": QWEN_RECIPES}
+PAIRS = [("flux", recipe) for recipe in RECIPES]
+PAIRS += [(model, recipe) for model, recipes in OF_OTHERS.items() for recipe in recipes]
 ROWS = ("to_out.0", "to_add_out", "net.2", "proj_out")  # row-parallel
 EIGHT_BITS = [recipe for recipe in RECIPES if recipe.startswith("fp8")]
 

@@ -20,7 +20,11 @@ RECIPES = {
     "whole": Recipe.dense_fp8(),
     "mixed": Recipe.immediate(tp_degree=2, norm="none", precision="fp8", formats={"*.to_k": "fp8-dense"}),
 }
-TENSOR = [("flux", "norm"), ("flux", "fp8"), ("flux", "whole"), ("qwen", "no-norm"), ("qwen", "mixed")]
+TENSOR = [
+    *(("flux", recipe) for recipe in ("norm", "fp8", "whole")),
+    *(("flux2", recipe) for recipe in ("fp8", "whole")),
+    *(("qwen", recipe) for recipe in ("no-norm", "mixed")),
+]
 # How often each kind of input is compressed or quantised in a call.
 DOUBLE_AND_SINGLE = {"adaln": 3, "gelu": 1, "concat_gelu": 1}
 EXPECTED = {
@@ -32,6 +36,11 @@ EXPECTED = {
         **{"adaln_quantize": 2, "gelu_quantize": 1},
     },
     ("flux", "whole"): {"adaln_quantize": 5, "gelu_quantize": 2, "concat_gelu_quantize": 1},
+    ("flux2", "fp8"): {
+        **{"adaln_compress": 3, "silu_gate_compress": 1},
+        **{"adaln_quantize": 2, "silu_gate_quantize": 1},
+    },
+    ("flux2", "whole"): {"adaln_quantize": 5, "silu_gate_quantize": 2},
     ("qwen", "no-norm"): {"adaln_compress": 2, "gelu_compress": 1},
 }
 

@@ -90,7 +90,7 @@ def structured(build):
 # ---------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MLPS)
 def test_a_permuted_model_computes_the_same(name):
     build, call = MODELS[name]
     call, dense, model = in_dtype(call(3), torch.float64), build().double(), build().double()

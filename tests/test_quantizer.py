@@ -14,7 +14,14 @@ from diffusers import (
     FluxTransformer2DModel,
     PipelineQuantizationConfig,
 )
-from helpers import flux_call, output, qwen_call, tiny_flux, tiny_qwen, tiny_z_image, z_image_call
+from helpers import (
+    MODELS,
+    flux_call,
+    output,
+    tiny_flux,
+    tiny_z_image,
+    z_image_call,
+)
 from peft import LoraConfig
 from quantizer_helpers import E4M3, PROJ_OUT, TIMESTEPS, TO_Q, assert_same, config_of, outputs, stored_tensors
 from rtlynx_zoo.pipeline import EmojiPipeline
@@ -98,8 +105,8 @@ def dit_call(seed=0, timestep=0.5):
 
 @pytest.mark.parametrize(
     ("build", "call"),
-    [(tiny_qwen, qwen_call), (lambda: tiny_z_image(dim=128), z_image_call), (tiny_dit, dit_call)],
-    ids=["qwen", "z-image", "generic"],
+    [MODELS["flux2"], MODELS["qwen"], (lambda: tiny_z_image(dim=128), z_image_call), (tiny_dit, dit_call)],
+    ids=["flux2", "qwen", "z-image", "generic"],
 )
 def test_round_trip_of_the_other_architectures(tmp_path, build, call):
     model = make(Recipe(rank=4, ridge=RIDGE, intercept=True), build, call)

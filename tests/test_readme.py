@@ -303,7 +303,7 @@ def test_every_public_name_that_the_readme_uses_exists():
 
 def test_the_models_of_the_support_matrix_are_those_known_by_name():
     rows = re.findall(r"^\| ([\w.-]+) \| yes \| (\w+) \| ([\w ]+) \|", README, re.MULTILINE)
-    classes = {"FLUX.1": "Flux", "Qwen-Image": "QwenImage", "Z-Image": "ZImage"}
+    classes = {"FLUX.1": "Flux", "FLUX.2": "Flux2", "Qwen-Image": "QwenImage", "Z-Image": "ZImage"}
     known = {f"{classes[name]}Transformer2DModel": (fused, rows_) for name, fused, rows_ in rows}
     assert set(known) == set(ARCHITECTURES)
     for name, (fused, text_rows) in known.items():

@@ -88,8 +88,13 @@ def _run(
     return forward(itself(), original, *args, **kwargs)
 
 
-# Attention processors that hand their input to q, k and v alone, beside asking for its shape.
+# Attention processors that hand their input to the layers that make q, k and v alone, beside asking for its
+# shape.
 _HANDING_ON = {
+    "Flux2AttnProcessor",
+    "Flux2KVAttnProcessor",
+    "Flux2KVParallelSelfAttnProcessor",
+    "Flux2ParallelSelfAttnProcessor",
     "FluxAttnProcessor",
     "FluxIPAdapterAttnProcessor",
     "QwenDoubleStreamAttnProcessor2_0",
@@ -178,18 +183,20 @@ class GatedMlp(NamedTuple):
     norm, ff : the LayerNorm before the MLP, and the MLP
     gate : of the attention's output, (B, D)
     modulation : shift, scale and gate of the MLP, each (B, D)
+    feed_forward : calls the MLP with what a prologue yields
     """
 
     norm: nn.LayerNorm
     ff: nn.Module
     gate: Tensor
     modulation: Sequence[Tensor]
+    feed_forward: Callable[[Any, PrologueCall], Tensor] = feed_forward
 
     def __call__(self, x: Tensor, attention: Tensor) -> Tensor:
         """The stream x (B, T, D) after attention's output (B, T, D) and the MLP."""
         x = x + self.gate.unsqueeze(1) * attention
         shift, scale, gate = self.modulation
-        return x + gate.unsqueeze(1) * feed_forward(self.ff, adaln(self.norm, x, shift, scale))
+        return x + gate.unsqueeze(1) * self.feed_forward(self.ff, adaln(self.norm, x, shift, scale))
 
 
 def finite_half(x: Tensor) -> Tensor:

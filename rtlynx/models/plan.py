@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from rtlynx.cuda.sm90.compress import MAX_COLUMNS_FP8
 from rtlynx.math.formats import BF16_SPARSE, DENSE, FORMATS, FP8_DENSE, FP8_SPARSE, Format, FormatName
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
@@ -21,6 +22,7 @@ from rtlynx.models.architecture import (
     Reparameterizable,
 )
 from rtlynx.models.flux import FLUX
+from rtlynx.models.flux2 import FLUX2
 from rtlynx.models.generic import GENERIC
 from rtlynx.models.guards import foreign_reason, refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
@@ -28,7 +30,7 @@ from rtlynx.models.reparameterize import fixed_reason, hidden_groups
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
-ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, QWEN_IMAGE, Z_IMAGE)}
+ARCHITECTURES = {one.class_name: one for one in (FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE)}
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -308,7 +310,9 @@ def _like_linear(module: nn.Module) -> bool:
 def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe, rotated: bool) -> LayerPlan:
     fixed = recipe.fixed_format(candidate.name)
     keep_all = fixed is None and candidate.stream == "text" and recipe.text_stream == "dense"
-    eight_bits: FormatName = "fp8-dense" if keep_all else "fp8-sparse"
+    # The kernels do not compress wider inputs in fp8: sparsity would be slower than none.
+    too_wide = linear.in_features > MAX_COLUMNS_FP8
+    eight_bits: FormatName = "fp8-dense" if keep_all or too_wide else "fp8-sparse"
     layer = LayerPlan(
         candidate,
         linear.in_features,

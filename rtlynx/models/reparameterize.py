@@ -65,13 +65,15 @@ def fixed_reason(model: nn.Module, one: Reparameterizable) -> str | None:
         reason = "is not there" if layer is None else foreign_reason(layer)
         if reason is not None:
             return f"{name} {reason}"
+    if isinstance(one, Attention) and one.value_heads > one.heads:  # (queries and keys, too)
+        return f"{one.makers[0]} makes more than its values"
     if isinstance(one, Mlp):
+        if any(cast(Any, modules[name]).out_features != one.width for name in one.makers):
+            return f"what its up projection makes are not the {one.width} features that {one.name} reads"
         for name in one.between:
             module = modules.get(name)
             if type(module).__name__ not in _FEATURE_BY_FEATURE or not untouched(cast(nn.Module, module)):
                 return f"{name} is not known to compute feature by feature, as diffusers' own does"
-        if any(cast(Any, modules[name]).out_features != one.width for name in one.makers):
-            return f"what its up projection makes are not the {one.width} features that {one.name} reads"
     return None
 
 

@@ -26,6 +26,7 @@ class Traffic(NamedTuple):
 
 TRAFFIC = {
     "flux1-dev": Traffic(3072, 19 + 38, 2 * 19 + 38),
+    "flux2-klein": Traffic(3072, 5 + 20, 2 * 5 + 20),
     "qwen-image": Traffic(3072, 60, 2 * 60),
 }
 

@@ -1,4 +1,4 @@
-"""The three transformers at full size with random weights, and the inputs of one denoising step."""
+"""Transformers at full size with random weights, and the inputs of one denoising step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
@@ -33,17 +38,23 @@ class Sampling(NamedTuple):
     steps : of a picture
     scheduler : what scheduler/scheduler_config.json of the published weights gives, where it is not the
         default of diffusers' FlowMatchEulerDiscreteScheduler
+    shift : of image tokens and steps, the scheduler's mu, where the pipeline does not take it from
+        `scheduler` by a line
     """
 
     steps: int
     scheduler: Mapping[str, Any]
+    shift: Callable[[int, int], float] | None = None
 
     def sigmas(self, size: Size) -> list[float]:
         """Noise level of each step from 1 down, as the pipelines of diffusers 0.42 set their schedulers."""
         scheduler: Any = FlowMatchEulerDiscreteScheduler(**self.scheduler)
-        of = scheduler.config
-        slope = (of.max_shift - of.base_shift) / (of.max_image_seq_len - of.base_image_seq_len)
-        mu = of.base_shift + slope * (size.image_tokens - of.base_image_seq_len)
+        of, tokens = scheduler.config, size.image_tokens
+        if self.shift is not None:
+            mu = self.shift(tokens, self.steps)
+        else:
+            slope = (of.max_shift - of.base_shift) / (of.max_image_seq_len - of.base_image_seq_len)
+            mu = of.base_shift + slope * (tokens - of.base_image_seq_len)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / self.steps, self.steps), mu=mu)
         return scheduler.sigmas[:-1].tolist()
 
@@ -82,6 +93,42 @@ def _flux(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
+def _flux2_klein_4b() -> Flux2Transformer2DModel:
+    """The class's defaults are those of dev; these sizes are of the published FLUX.2-klein-4B."""
+    return Flux2Transformer2DModel(
+        num_layers=5,
+        num_single_layers=20,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    )
+
+
+def _flux2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    side, batch = size.side // 16, size.batch
+    tokens = normal(batch, size.image_tokens, 128)
+
+    def ids(*sizes: int) -> Tensor:
+        positions = torch.cartesian_prod(*map(torch.arange, sizes))
+        return positions.expand(batch, -1, -1).to(tokens.device)
+
+    return [
+        {
+            "hidden_states": tokens,
+            "encoder_hidden_states": normal(batch, size.text_tokens, 7680),
+            "timestep": tokens.new_full((batch,), TIMESTEP),
+            "img_ids": ids(1, side, side, 1),
+            "txt_ids": ids(1, 1, 1, size.text_tokens),
+        }
+    ]
+
+
+def _flux2_shift(tokens: int, steps: int) -> float:
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return compute_empirical_mu(tokens, steps)
+
+
 def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     """With guidance: a prompt, and a negative one."""
     side, batch = size.side // 16, size.batch
@@ -109,9 +156,10 @@ def _z_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
-# Number of steps: the default of FluxPipeline and of QwenImagePipeline, and what the model card of
-# Z-Image-Turbo calls ZImagePipeline with.
+# Number of steps: the default of FluxPipeline and of QwenImagePipeline, and what the model cards of
+# FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
 FLUX_SAMPLING = Sampling(28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15})
+FLUX2_KLEIN_SAMPLING = Sampling(4, {"use_dynamic_shifting": True}, _flux2_shift)
 QWEN_IMAGE_SAMPLING = Sampling(
     50,
     {
@@ -130,6 +178,7 @@ MODELS = {
         FullModel(
             "flux1-dev", lambda: FluxTransformer2DModel(guidance_embeds=True), _flux, 512, FLUX_SAMPLING
         ),
+        FullModel("flux2-klein", _flux2_klein_4b, _flux2, 512, FLUX2_KLEIN_SAMPLING),
         FullModel("qwen-image", lambda: QwenImageTransformer2DModel(), _qwen_image, 128, QWEN_IMAGE_SAMPLING),
         FullModel("z-image", lambda: ZImageTransformer2DModel(), _z_image, 32, Z_IMAGE_SAMPLING),
     )

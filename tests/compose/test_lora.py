@@ -7,16 +7,13 @@ import torch
 from compose_helpers import REFIT, adapter, formulas, refit, sparse_flux
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from helpers import (
+    MODELS,
     TEXT_TOKENS,
     flux_call,
     output,
-    qwen_call,
     relative_error,
     tiny_flux,
-    tiny_qwen,
-    tiny_z_image,
     watched,
-    z_image_call,
 )
 
 from rtlynx import Recipe, densify, sparsify
@@ -70,7 +67,7 @@ def test_beside_layers_of_other_recipes(recipe):
         check_layers(model, deltas, expected, flux_call(timestep=timestep))
 
 
-@pytest.mark.parametrize(("build", "call"), [(tiny_qwen, qwen_call), (tiny_z_image, z_image_call)])
+@pytest.mark.parametrize(("build", "call"), [MODELS[name] for name in ("flux2", "qwen", "z-image")])
 def test_beside_the_layers_of_other_architectures(build, call):
     model = sparsify(build())
     plain = formulas(model)

@@ -11,7 +11,7 @@ import torch
 from all_pipelines import PIPELINES
 from pipeline_cases import STEPS
 
-from rtlynx import CalibrationError, CalibrationOptions, Recipe, calibrate
+from rtlynx import Budget, CalibrationError, CalibrationOptions, Recipe, calibrate, load, save
 from rtlynx.models import sparse_layers
 
 REFIT = Recipe(rank=None, ridge=0.1)
@@ -75,6 +75,32 @@ def test_a_last_step_that_runs_dense_is_told_apart(name, monkeypatch, recorded):
     calibrate(pipeline, prompts, replace(REFIT, dense_last_steps=1), options, progress=False)
     assert [len(batch) for batch in recorded] == [(STEPS - 1) * case.calls] * 2
     draw(pipeline, case)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Flux2Pipeline", "Flux2KleinKVPipeline"])
+def test_flux2_draws_the_same_from_a_checkpoint_with_a_budget_and_dense_text_rows(
+    name, monkeypatch, tmp_path
+):
+    def drawn(pipeline):
+        torch.manual_seed(0)
+        return draw(pipeline, case).images
+
+    case, pipeline = built(name, monkeypatch)
+    dense = drawn(pipeline)
+    options = CalibrationOptions(pipeline_kwargs={"num_inference_steps": STEPS, **case.settings})
+    recipe = Recipe(
+        rank=None, ridge=0.1, precision="auto", budget=Budget(speedup_share=0.8), text_rows="dense"
+    )
+    report = calibrate(pipeline, [case.inputs() for _ in range(2)], recipe, options, progress=False)
+    assert report.choice.speedup_share >= 0.8 * (1 - 1e-9)
+    assert len(report.costs) == 4 + 2 * 6  # inputs of text layers in dense fp8 alone, others sparse too
+    sparse = drawn(pipeline)
+    assert sparse.isfinite().all()
+    assert not torch.equal(sparse, dense)
+    save(pipeline, tmp_path / "lynx")
+    _, other = built(name, monkeypatch)
+    assert torch.equal(drawn(load(other, tmp_path / "lynx")), sparse)
 
 
 def test_the_guide_says_how_many_calibrate():
