@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 from calibration_helpers import RIDGE, calls, run
-from helpers import flux_call, output, qwen_call, tiny_flux, tiny_qwen, tiny_z_image, z_image_call
+from helpers import (
+    flux_call,
+    output,
+    qwen_call,
+    tiny_flux,
+    tiny_qwen,
+    tiny_wan,
+    tiny_z_image,
+    wan_call,
+    z_image_call,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -222,9 +232,10 @@ def test_forms_by_hand_are_not_up_for_choice():
         assert prices.us([q, *changed]) == pytest.approx(prices.us([q]) + prices.us(changed))
 
 
-@pytest.mark.parametrize("build", [tiny_flux, tiny_qwen, tiny_z_image])
+@pytest.mark.parametrize("build", [tiny_flux, tiny_qwen, tiny_wan, tiny_z_image])
 def test_readers_of_an_input_share_a_format(build):
-    call = {tiny_flux: flux_call, tiny_qwen: qwen_call, tiny_z_image: z_image_call}[build]
+    calls_of = {tiny_flux: flux_call, tiny_qwen: qwen_call, tiny_wan: wan_call, tiny_z_image: z_image_call}
+    call = calls_of[build]
     recipe = Recipe.recommended(ridge=RIDGE, budget=Budget(speedup_share=0.7))
     model, report = run(build(), recipe, data=[call(seed) for seed in range(2)])
     layers = state_of(model).plan.layers

@@ -15,7 +15,9 @@ from helpers import (
     qwen_call,
     tiny_flux,
     tiny_qwen,
+    tiny_wan,
     tiny_z_image,
+    wan_call,
     z_image_call,
 )
 
@@ -105,7 +107,8 @@ def test_round_trip_gives_identical_outputs(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("build", "call"), [(tiny_qwen, qwen_call), (lambda: tiny_z_image(dim=128), z_image_call)]
+    ("build", "call"),
+    [(tiny_qwen, qwen_call), (tiny_wan, wan_call), (lambda: tiny_z_image(dim=128), z_image_call)],
 )
 def test_round_trip_of_the_other_architectures(tmp_path, build, call):
     model = make(Recipe(rank=4, ridge=RIDGE, intercept=True), build, call)

@@ -241,7 +241,15 @@ def test_whoever_hooks_a_layer_sees_its_input():
 @pytest.mark.usefixtures("_served")
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [("flux", "adjacent"), ("flux", "whole"), ("flux", "mixed"), ("qwen", "mixed"), ("z-image", "adjacent")],
+    [
+        ("flux", "adjacent"),
+        ("flux", "whole"),
+        ("flux", "mixed"),
+        ("qwen", "mixed"),
+        ("z-image", "adjacent"),
+        ("wan", "adjacent"),
+        ("wan", "mixed"),
+    ],
 )
 def test_it_compiles_as_one_graph_a_block(name, recipe):
     model, call = model_and_call(name)

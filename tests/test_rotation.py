@@ -120,7 +120,7 @@ def test_a_rotated_model_computes_the_same(name):
     call, dense, model = in_dtype(call(3), torch.float64), build().double(), build().double()
     plan = rotated(model)
     assert not plan.unrotated
-    assert len(plan.rotated) == {"flux": 2, "qwen": 1, "z-image": 3}[name]
+    assert len(plan.rotated) == {"flux": 2, "qwen": 1, "z-image": 3, "wan": 2}[name]
     before, after = dense.state_dict(), model.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     made = {f"{layer}.{kind}" for one in plan.rotated for layer in one.makers for kind in ("weight", "bias")}
