@@ -29,7 +29,7 @@ from rtlynx.models.wan import WAN
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
-ARCHITECTURES = {architecture.class_name: architecture for architecture in (FLUX, QWEN_IMAGE, WAN, Z_IMAGE)}
+ARCHITECTURES = {one.class_name: one for one in (FLUX, QWEN_IMAGE, WAN, Z_IMAGE)}
 
 
 def architecture_of(model: nn.Module) -> Architecture:

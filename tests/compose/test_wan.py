@@ -1,4 +1,4 @@
-"""Wan: blocks, with a timestep for each token and with a picture, and beside adapters and caches."""
+"""Blocks of Wan: fused, with a timestep for each token, with a picture, and beside adapters and caches."""
 
 import copy
 
