@@ -135,7 +135,7 @@ def step_targets(document: Mapping) -> list[dict]:
             "x",
             STEP,
         )
-        for name, than, least in _STEP_SPEED_UPS[model]
+        for name, than, least in _STEP_SPEED_UPS.get(model, ())
     ]
     if SCHEDULED in rows:  # nearer pictures in no more time
         speed = step_speed_up(document["variants"], SCHEDULED, RECOMMENDED)

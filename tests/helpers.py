@@ -99,6 +99,7 @@ SMALL = {
     "z-image": lambda: ZImageTransformer2DModel(
         dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
     ),
+    "wan2.2-14b": lambda: WanTransformer3DModel(num_layers=1, num_attention_heads=2, ffn_dim=512),
 }
 
 

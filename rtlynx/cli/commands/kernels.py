@@ -65,7 +65,9 @@ def bench(
     ] = 1.0,
     model: Annotated[
         str | None,
-        typer.Option(help="flux1-dev, qwen-image or z-image: a denoising step instead of single layers."),
+        typer.Option(
+            help="flux1-dev, qwen-image, z-image or wan2.2-14b: a denoising step instead of single layers."
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option("--out", help="Write all figures to this JSON file.")] = None,
 ) -> None:
