@@ -1,11 +1,12 @@
 """Blocks of Wan: fused, with a timestep for each token, with a picture, and beside adapters and caches."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from compose_helpers import adapter, formulas
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from fusion_helpers import count_calls, serve, unfused
 from helpers import (
@@ -18,8 +19,9 @@ from helpers import (
     wan_picture_call,
     watched,
 )
+from video_pipelines import VIDEO_PIPELINES, wan
 
-from rtlynx import Recipe, calibrate, densify, load, save, schedule, sparsify
+from rtlynx import Budget, CalibrationOptions, Recipe, calibrate, densify, load, save, schedule, sparsify
 from rtlynx.models import sparse_layers
 from rtlynx.nn.prologue import adaln_float32, affine_layernorm
 from rtlynx.ops import sparse_linear as ops
@@ -83,6 +85,23 @@ def test_a_fused_block_is_as_near_to_float32(build, make, recipe, calls):
     calls.clear()
     y = output(model, call)
     assert any(name.endswith(("_compress", "_quantize")) for name in calls)
+    assert relative_error(y, exact) < 1.4 * relative_error(expected, exact)
+
+
+@torch.no_grad()
+def test_as_from_pretrained_loads_it_with_norms_and_modulation_in_float32(calls, tmp_path):
+    tiny_wan().save_pretrained(tmp_path)
+    model = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    call = in_dtype(wan_call(), torch.bfloat16)
+    block = model.blocks[0]
+    assert block.scale_shift_table.dtype == block.norm2.weight.dtype == torch.float32
+    assert block.attn1.to_q.weight.dtype == torch.bfloat16
+    sparsify(model, FP8)
+    exact = output(copy.deepcopy(model).float(), in_dtype(call, torch.float32))
+    expected = output(unfused(model), call)
+    calls.clear()
+    y = output(model, call)
+    assert (calls["adaln_compress"], calls["gelu_compress"]) == (3, 1)
     assert relative_error(y, exact) < 1.4 * relative_error(expected, exact)
 
 
@@ -220,3 +239,35 @@ def test_a_first_block_cache_skips_and_draws_what_it_does_layer_by_layer():
     assert len(ran) == 2  # the last block in the first step of either
     assert torch.equal(torch.stack(drawn[:2]), torch.stack(drawn[2:]))
     assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_both_transformers_of_wan_2_2_are_calibrated_to_a_budget_and_draw_fused(calls, tmp_path):
+    case = VIDEO_PIPELINES["WanPipeline"]
+    of = replace(case, models={**case.models, "transformer_2": wan()}, arguments={"boundary_ratio": 0.5})
+    settings = {**case.settings, "num_inference_steps": 4}
+    given = case.inputs()
+
+    def built():
+        pipeline = of.build("WanPipeline").to(torch.bfloat16)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def draw(pipeline):
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            return pipeline(**given, **settings, output_type="latent", generator=generator).frames
+
+    pipeline = built()
+    recipe = Recipe.recommended(ridge=0.1, budget=Budget(speedup_share=0.8))
+    options = CalibrationOptions(steps_per_prompt=4, pipeline_kwargs=settings)
+    report = calibrate(pipeline, [case.inputs() for _ in range(3)], recipe, options, progress=False)
+    for one in (report, report.others["transformer_2"]):
+        assert one.choice.speedup_share >= 0.8
+    save(pipeline, tmp_path)
+    calls.clear()
+    drawn = draw(pipeline)
+    passes = 4 * 2  # steps and guidance, of a block each
+    assert calls["adaln_compress"] + calls["adaln_quantize"] == 3 * passes
+    assert calls["gelu_compress"] + calls["gelu_quantize"] == passes
+    assert torch.equal(draw(load(built(), tmp_path)), drawn)
+    assert not torch.equal(draw(built()), drawn)
