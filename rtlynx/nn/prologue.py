@@ -182,8 +182,8 @@ def adaln_float32(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -
 def affine_layernorm(norm: nn.LayerNorm, x: Tensor) -> PrologueCall:
     """norm(x), which the model computes in float32 and rounds once: x (B, T, K), `norm` with weight and bias.
 
-    Kernels take the weight for 1 + (weight - 1) and read the latter in bfloat16: between 0 and 2 it is off by
-    at most 2^-9, which of a weight about one is what they round the result by.
+    Kernels take the weight for 1 + (weight - 1) and read the latter in bfloat16: a weight between 0 and 2 is
+    off by at most 2^-9. Where all lie from 0.1 to 0.3 that moves the result by 0.5 %; e4m3 moves it by 3 %.
     """
     shift, scale = norm.bias.to(x.dtype), (norm.weight.float() - 1).to(x.dtype)
     return PrologueCall("adaln", (x, shift, scale, norm.eps), lambda: norm(x.float()).type_as(x))

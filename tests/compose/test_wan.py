@@ -127,17 +127,18 @@ def test_where_nothing_is_dropped_a_block_is_the_dense_one_bit_for_bit(build, ma
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("affine", [False, True])
-def test_the_kernels_norm_is_as_near_to_its_formula_as_the_models(affine):
+@pytest.mark.parametrize(("weights", "limit"), [(None, 1.01), ((0.25, 1.75), 1.01), ((0.1, 0.3), 1.04)])
+def test_the_kernels_norm_is_as_near_to_its_formula_as_the_models(weights, limit):
     """Modulation and weights in float32, as `from_pretrained` keeps them, which kernels read in bfloat16."""
     block, gen = tiny_wan().blocks[0], torch.Generator().manual_seed(2)
     x = (3 + torch.randn(2, 40, 128, generator=gen)).bfloat16()
     shift, scale = 0.5 * torch.randn(2, 2, 1, 128, generator=gen)
-    norm = block.norm2 if affine else block.norm1
+    norm = block.norm1 if weights is None else block.norm2
     exact = (x.double() - x.double().mean(-1, keepdim=True)) / (
         x.double().var(-1, correction=0, keepdim=True) + 1e-6
     ).sqrt()
-    if affine:
+    if weights is not None:
+        norm.weight.uniform_(*weights, generator=gen)
         prologue = affine_layernorm(norm, x)
         exact = exact * norm.weight.double() + norm.bias.double()
     else:
@@ -147,7 +148,7 @@ def test_the_kernels_norm_is_as_near_to_its_formula_as_the_models(affine):
     values, t = QUANTIZE["adaln"](*prologue.arguments)
     from_model, t_model = QUANTIZE["identity"](prologue.dense())
     errors = [relative_error(v.float() * s, exact) for v, s in ((values, t), (from_model, t_model))]
-    assert errors[0] < 1.02 * errors[1]
+    assert errors[0] < limit * errors[1]
 
 
 @torch.no_grad()
