@@ -272,7 +272,7 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     card, of = Card(), MODELS[options.model]
-    size = Size(text_tokens=of.text_tokens)
+    size = of.size
     about = {
         **card.describe(options.commit),
         "model": of.name,

@@ -19,7 +19,7 @@ from targets import parallel_targets
 from rtlynx.storage.files import write_json
 from rtlynx.timing import parallel
 from rtlynx.timing.card import Card
-from rtlynx.timing.full_models import MODELS, Size
+from rtlynx.timing.full_models import MODELS
 from rtlynx.timing.overview import parallel_overview
 from rtlynx.timing.processes import Processes
 
@@ -27,7 +27,7 @@ from rtlynx.timing.processes import Processes
 def main() -> None:
     parser = options_parser(__doc__, seconds=1.0)
     parser.add_argument("--model", choices=list(MODELS), required=True)
-    parser.add_argument("--side", type=int, default=1024, help="of the picture, in pixels")
+    parser.add_argument("--side", type=int, help="of the picture, default 1024 pixels; of a video its height")
     parser.add_argument("--attention", default="_native_cudnn", help="diffusers attention backend")
     parser.add_argument("--variants", help="comma-separated names, default all that are compiled")
     parser.add_argument(
@@ -59,7 +59,8 @@ def main() -> None:
     # One card alone may be compiled and measured while the others wait.
     of = Processes(device, 5 * options.timeout)
     full = MODELS[options.model]
-    file = options.out or FOLDER / f"parallel-{of.count}-{full.name}-{options.side}-{card.slug}.json"
+    size = full.size if options.side is None else full.size._replace(side=options.side)
+    file = options.out or FOLDER / f"parallel-{of.count}-{full.name}-{size.side}-{card.slug}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(document: dict) -> None:
@@ -71,7 +72,7 @@ def main() -> None:
         of,
         seconds=options.seconds,
         rounds=options.rounds,
-        size=Size(options.side, text_tokens=full.text_tokens),
+        size=size,
         **chosen,
         attention=options.attention,
         graphs=not options.no_graphs,

@@ -17,14 +17,15 @@ from rtlynx.timing.overview import step_overview
 from rtlynx.timing.results import REFERENCE, write
 
 VARIANTS = (REFERENCE, "rtlynx bf16-2:4", "rtlynx fp8-2:4")
+PICTURES = [model.name for model in MODELS.values() if model.size.frames == 1]
 
 
 def sizes_of(model: FullModel) -> list[Size]:
     """Smaller and larger pictures, a short prompt, a batch; the usual size is benchmarks/step.py's."""
-    usual = Size(text_tokens=model.text_tokens)
+    usual = model.size
     return [
         *(usual._replace(side=side) for side in (512, 256, 768)),
-        usual._replace(text_tokens=max(8, model.text_tokens // 16)),
+        usual._replace(text_tokens=max(8, usual.text_tokens // 16)),
         usual._replace(side=2048),
         usual._replace(batch=4),
     ]
@@ -32,7 +33,7 @@ def sizes_of(model: FullModel) -> list[Size]:
 
 def main() -> None:
     parser = options_parser(__doc__, seconds=1.0)
-    parser.add_argument("--model", choices=list(MODELS), required=True)
+    parser.add_argument("--model", choices=PICTURES, required=True)
     options = parser.parse_args()
     card, of = Card(), MODELS[options.model]
     document = {**card.describe(options.commit), "model": of.name, "window_s": options.seconds}

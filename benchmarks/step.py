@@ -23,8 +23,10 @@ from rtlynx.timing.results import write
 def main() -> None:
     parser = options_parser(__doc__, seconds=1.5)
     parser.add_argument("--model", choices=list(MODELS), required=True)
-    parser.add_argument("--side", type=int, default=1024, help="of the picture, in pixels")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--side", type=int, help="of the picture, default 1024 pixels; of a video its height")
+    parser.add_argument("--width", type=int, help="of a video, in pixels, default 832")
+    parser.add_argument("--frames", type=int, help="of a video, default 81")
+    parser.add_argument("--batch", type=int, help="default 1")
     parser.add_argument("--text-tokens", type=int, help="default: a common prompt's")
     parser.add_argument("--attention", default="_native_cudnn", help="diffusers attention backend")
     parser.add_argument("--variants", help="comma-separated names, default all")
@@ -35,7 +37,11 @@ def main() -> None:
     kept = options.renew and json.loads(options.renew.read_text())
     if kept and (kept["together"] or kept["model"] != options.model):
         parser.error(f"{options.renew} holds no variants of {options.model} measured in pairs")
-    size = Size(options.side, options.batch, options.text_tokens or MODELS[options.model].text_tokens)
+    common = MODELS[options.model].size
+    if common.frames == 1 and (options.width or options.frames):
+        parser.error(f"{options.model} draws square pictures: leave out --width and --frames")
+    given = {name: one for name in Size._fields if (one := getattr(options, name)) is not None}
+    size = common._replace(**given)
     card = Card()
     document = step.run(
         options.model,
@@ -52,8 +58,7 @@ def main() -> None:
         document = step.renewed(kept, document)
     document["targets"] = step_targets(document)
     print(step_overview(document))
-    plain = (options.side, options.batch, options.text_tokens) == (1024, 1, None) and not options.variants
-    if options.out or options.renew or plain:
+    if options.out or options.renew or (size == common and not options.variants):
         write(options.out or options.renew or FOLDER / f"step-{options.model}-{card.slug}.json", document)
 
 

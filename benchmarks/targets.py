@@ -118,8 +118,9 @@ _STEP_SPEED_UPS = {
         (EVERY_LAYER, REFERENCE, 2.05),
         (DENSE_FP8, REFERENCE, 1.65),
     ),
-    "flux2-klein": ((RECOMMENDED, REFERENCE, 1.85), (DENSE_FP8, REFERENCE, 1.65)),
+    "flux2-klein": ((RECOMMENDED, REFERENCE, 1.5),),
     "qwen-image": ((RECOMMENDED, REFERENCE, 1.85), (DENSE_FP8, REFERENCE, 1.65)),
+    "wan2.2-14b": ((RECOMMENDED, REFERENCE, 1.5),),
     "z-image": ((RECOMMENDED, REFERENCE, 1.9), (DENSE_FP8, REFERENCE, 1.65)),
 }
 
@@ -136,7 +137,7 @@ def step_targets(document: Mapping) -> list[dict]:
             "x",
             STEP,
         )
-        for name, than, least in _STEP_SPEED_UPS[model]
+        for name, than, least in _STEP_SPEED_UPS.get(model, ())
     ]
     if SCHEDULED in rows:  # nearer pictures in no more time
         speed = step_speed_up(document["variants"], SCHEDULED, RECOMMENDED)

@@ -16,7 +16,7 @@ from rtlynx.timing.communication import (
     hosts_seconds,
 )
 from rtlynx.timing.full_models import Size
-from rtlynx.timing.results import speed_up
+from rtlynx.timing.results import picture_size, speed_up
 from rtlynx.timing.step_variants import RECOMMENDED
 
 LARGE = 2048  # pixels
@@ -113,7 +113,7 @@ def measured_section(results: dict, source: Path, place: Place) -> str:
     if by_events:
         how += f"; in {by_events} rows, where none could be captured, that between events around calls"
     lines.append(
-        f"{in_words(results['model'])}, {results['resolution']}², batch {results['batch']}. "
+        f"{in_words(results['model'])}, {picture_size(results)}, batch {results['batch']}. "
         f"{how}. The slowest card counts. {measured_on(results)} "
         f"({place.file(source)})."
     )

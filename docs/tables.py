@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rtlynx.timing.overview import dense_steps
-from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
+from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, picture_size, step_speed_up
 
 DEMO = Path("docs/demo")
 STEP_COLUMNS = ("gpu_ms", "linear_ms", "attention_ms", "rest_ms", "wall_ms", "peak_gib")
@@ -47,6 +47,7 @@ WORDS = {
     "flux2-klein": "FLUX.2-klein",
     "qwen-image": "Qwen-Image",
     "z-image": "Z-Image",
+    "wan2.2-14b": "Wan 2.2 14B",
 }
 
 
@@ -256,10 +257,9 @@ def steps_section(results: dict, source: Path, place: Place) -> str:
     ]
     lines += [""] if lines[-1] else []
     also = "".join(f", {in_words(one['name'])} at {one['commit']}" for one in variants if "commit" in one)
-    model, side = in_words(results["model"]), results["resolution"]
     lines.append(
-        f"{model}, {side}x{side}, batch {results['batch']}, {results['text_tokens']} "
-        f"text tokens, attention: {results['attention']}; ours: {results['ours']}. "
+        f"{in_words(results['model'])}, {picture_size(results)}, batch {results['batch']}, "
+        f"{results['text_tokens']} text tokens, attention: {results['attention']}; ours: {results['ours']}. "
         f"{measured_on(results)}{also} ({place.file(source)})."
     )
     return "\n".join(lines)

@@ -25,6 +25,7 @@ import tables
 from tables import Place, folded, read
 
 from rtlynx.storage.files import sha256_of
+from rtlynx.timing.results import picture_size
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = overview.RESULTS
@@ -196,7 +197,7 @@ def parallel(root: Path, place: Place) -> str:
     parts = []
     for source in _found(root, "parallel-*.json"):
         results = read(root / source)
-        title = f"{tables.in_words(results['model'])}, {results['resolution']}², {tables.cards_of(results)}"
+        title = f"{tables.in_words(results['model'])}, {picture_size(results)}, {tables.cards_of(results)}"
         parts.append(folded(title, parallel_tables.measured_section(results, source, place)))
     return "\n\n".join(parts)
 

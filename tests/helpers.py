@@ -10,6 +10,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 
@@ -106,6 +107,7 @@ SMALL = {
     "z-image": lambda: ZImageTransformer2DModel(
         dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
     ),
+    "wan2.2-14b": lambda: WanTransformer3DModel(num_layers=1, num_attention_heads=2, ffn_dim=512),
 }
 
 
@@ -229,12 +231,57 @@ def z_image_call(seed=0, timestep=0.5, side=16, batch=1):
     }
 
 
+def tiny_wan(seed=0, **changes):
+    """One block, width 128, in whose norms and modulation nothing is one or zero."""
+    config = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 64,
+        "freq_dim": 32,
+        "ffn_dim": 384,
+        "num_layers": 1,
+        "rope_max_seq_len": 32,
+    }
+    model = _seeded(lambda: WanTransformer3DModel(**{**config, **changes}), seed)
+    with torch.no_grad():
+        for one in model.blocks:
+            if isinstance(one.norm2, torch.nn.LayerNorm):
+                one.norm2.weight.uniform_(0.25, 1.75)
+                one.norm2.bias.normal_(std=0.2)
+    return model
+
+
+def wan_call(seed=0, timestep=0.5, batch=1, text_tokens=TEXT_TOKENS):
+    """Arguments of one call of `tiny_wan`: 2 frames of 4 x 8 tokens."""
+    gen = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 4, 2, 8, 16, generator=gen),
+        "encoder_hidden_states": torch.randn(batch, text_tokens, 64, generator=gen),
+        "timestep": torch.full((batch,), float(timestep)),
+    }
+
+
+def tiny_wan_of_picture(seed=0):
+    """`tiny_wan` whose cross-attention reads a picture beside the prompt, as in Wan 2.1 I2V."""
+    return tiny_wan(seed, added_kv_proj_dim=128, image_dim=48)
+
+
+def wan_picture_call(seed=0, timestep=0.5):
+    """Arguments of one call of `tiny_wan_of_picture`; the prompt has the 512 tokens that diffusers counts."""
+    gen = torch.Generator().manual_seed(100 + seed)
+    picture = {"encoder_hidden_states_image": torch.randn(1, 5, 48, generator=gen)}
+    return {**wan_call(seed, timestep, text_tokens=512), **picture}
+
+
 # name -> a tiny model of each architecture, and the arguments of a call of it
 MODELS = {
     "flux": (tiny_flux, flux_call),
     "flux2": (tiny_flux2, flux2_call),
     "qwen": (tiny_qwen, qwen_call),
     "z-image": (tiny_z_image, z_image_call),
+    "wan": (tiny_wan, wan_call),
 }
 
 

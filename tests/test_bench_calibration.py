@@ -15,7 +15,7 @@ from rtlynx import CalibrationOptions, Distillation, Recipe
 from rtlynx.calibration import run
 from rtlynx.models import make_plan, sparse_layers
 from rtlynx.timing import card, full_models
-from rtlynx.timing.full_models import MODELS, Sampling, Size
+from rtlynx.timing.full_models import MODELS, Size
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import calibration
@@ -58,7 +58,7 @@ class FakeCard:
 def without_cards():
     """A tiny model, and a CPU that counts no memory."""
     full_models.MODELS["qwen-image"] = full_models.MODELS["qwen-image"]._replace(
-        build=lambda: tiny_qwen(num_layers=2), calls=lambda size, seed: [qwen_call(seed=seed)], text_tokens=8
+        build=lambda: tiny_qwen(num_layers=2), calls=lambda size, seed: [qwen_call(seed=seed)]
     )
     full_models.build, full_models.normals = (lambda full: full.build()), (lambda seed: seed)
     card.Card = FakeCard
@@ -95,9 +95,10 @@ PROMPTS = ["a cat", "a dog"]
 
 def test_a_random_pipeline_goes_through_the_noise_levels_of_the_model():
     torch.manual_seed(0)
-    for name, forwards in (("flux1-dev", 1), ("flux2-klein", 1), ("qwen-image", 2), ("z-image", 1)):
+    small = (("flux1-dev", 1), ("flux2-klein", 1), ("qwen-image", 2), ("z-image", 1), ("wan2.2-14b", 2))
+    for name, forwards in small:
         of = MODELS[name]
-        of = of._replace(sampling=Sampling(3, of.sampling.scheduler))
+        of = of._replace(sampling=of.sampling._replace(steps=3))
         model, seen = SMALL[name]().eval(), []
         argument = "t" if name == "z-image" else "timestep"
         model.register_forward_pre_hook(

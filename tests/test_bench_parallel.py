@@ -42,7 +42,7 @@ class FakeCard:
 def without_cards():
     """A tiny model that is not compiled, in float32 on the CPU."""
     MODELS["qwen-image"] = MODELS["qwen-image"]._replace(
-        build=tiny_qwen, calls=lambda size, normal: [qwen_call(), qwen_call(seed=1)], text_tokens=8
+        build=tiny_qwen, calls=lambda size, normal: [qwen_call(), qwen_call(seed=1)]
     )
     card.Card = FakeCard
     parallel.build = lambda full: full.build()

@@ -106,7 +106,7 @@ def test_round_trip_gives_identical_outputs(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("build", "call"),
-    [MODELS["flux2"], MODELS["qwen"], (lambda: tiny_z_image(dim=128), z_image_call)],
+    [MODELS["flux2"], MODELS["qwen"], MODELS["wan"], (lambda: tiny_z_image(dim=128), z_image_call)],
 )
 def test_round_trip_of_the_other_architectures(tmp_path, build, call):
     model = make(Recipe(rank=4, ridge=RIDGE, intercept=True), build, call)

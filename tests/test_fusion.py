@@ -244,6 +244,7 @@ def test_whoever_hooks_a_layer_sees_its_input():
     [
         *(("flux", recipe) for recipe in ("adjacent", "whole", "mixed")),
         *(("flux2", recipe) for recipe in ("adjacent", "whole")),
+        *(("wan", recipe) for recipe in ("adjacent", "mixed")),
         ("qwen", "mixed"),
         ("z-image", "adjacent"),
     ],

@@ -14,7 +14,11 @@ from helpers import (
     tiny_flux,
     tiny_flux2,
     tiny_qwen,
+    tiny_wan,
+    tiny_wan_of_picture,
     tiny_z_image,
+    wan_call,
+    wan_picture_call,
     watched,
     z_image_call,
 )
@@ -40,6 +44,12 @@ Z_LAYER = (
 )
 FLUX_SINGLE = names(SINGLE, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
 FLUX2_SINGLE = names(SINGLE, "attn.to_qkv_mlp_proj", "attn.to_out")
+WAN_SELF, WAN_CROSS = "blocks.0.attn1", "blocks.0.attn2"
+WAN_VIDEO = [
+    *names(WAN_SELF, "to_q", "to_k", "to_v", "to_out.0"),
+    *names(WAN_CROSS, "to_q", "to_out.0"),
+    *names("blocks.0.ffn.net", "0.proj", "2"),
+]
 
 # name -> model, its call, image and joint layers, text layers: written out from the architectures.
 MODELS = {
@@ -66,6 +76,18 @@ MODELS = {
         z_image_call,
         [*names("noise_refiner.0", *Z_LAYER), *names("layers.0", *Z_LAYER)],
         names("context_refiner.0", *Z_LAYER),
+    ),
+    "wan": (
+        tiny_wan,
+        wan_call,
+        WAN_VIDEO,
+        names(WAN_CROSS, "to_k", "to_v"),
+    ),
+    "wan_with_picture": (
+        tiny_wan_of_picture,
+        wan_picture_call,
+        WAN_VIDEO,
+        names(WAN_CROSS, "to_k", "to_v", "add_k_proj", "add_v_proj"),
     ),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -132,6 +154,11 @@ SHARED = {
         group
         for block in ("noise_refiner.0", "context_refiner.0", "layers.0")
         for group in (names(block, *Z_LAYER[:3]), names(block, "feed_forward.w1", "feed_forward.w3"))
+    ],
+    "wan": [WAN_VIDEO[:3], names(WAN_CROSS, "to_k", "to_v")],
+    "wan_with_picture": [
+        *(WAN_VIDEO[:3], names(WAN_CROSS, "to_k", "to_v")),
+        names(WAN_CROSS, "add_k_proj", "add_v_proj"),
     ],
 }
 

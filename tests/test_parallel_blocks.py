@@ -42,6 +42,7 @@ EXPECTED = {
     },
     ("flux2", "whole"): {"adaln_quantize": 5, "silu_gate_quantize": 2},
     ("qwen", "no-norm"): {"adaln_compress": 2, "gelu_compress": 1},
+    ("wan", "no-norm"): {"adaln_compress": 3, "gelu_compress": 1},
 }
 
 
@@ -125,10 +126,11 @@ COMPILED = {
     "tensor": ("qwen", "norm", tensor_parallel, True),
     "ulysses": ("qwen", "fp8", even, False),
 }
+SPLIT = ("qwen", "wan")
 SENT = {"Ulysses": even, "ring": ring, "tensor parallel": tensor_parallel}
 CASES = {
     **{f"tensor-{m}-{r}": partial(fused, m, r, tensor_parallel, True) for m, r in TENSOR},
-    "ulysses-qwen-no-norm": partial(fused, "qwen", "no-norm", ulysses, False),
+    **{f"ulysses-{m}-no-norm": partial(fused, m, "no-norm", ulysses, False) for m in SPLIT},
     **{f"sent-{name}": partial(sent, spread) for name, spread in SENT.items()},
     "hooked": hooked,
     "undone": undone,
@@ -169,10 +171,11 @@ def test_shards_that_read_one_prologue_share_it(results, one_process, model, rec
             assert counts_of(theirs) == EXPECTED[model, recipe]
 
 
-def test_blocks_whose_inputs_are_split_stay_fused(results, one_process):
-    plain, exact = one_process("qwen", "no-norm")
-    for theirs in results.tensors("ulysses-qwen-no-norm"):
-        assert counts_of(theirs) == EXPECTED["qwen", "no-norm"]
+@pytest.mark.parametrize("model", SPLIT)
+def test_blocks_whose_inputs_are_split_stay_fused(results, one_process, model):
+    plain, exact = one_process(model, "no-norm")
+    for theirs in results.tensors(f"ulysses-{model}-no-norm"):
+        assert counts_of(theirs) == EXPECTED[model, "no-norm"]
         assert relative_error(theirs["y"], exact) < 1.5 * relative_error(plain, exact)
 
 

@@ -48,6 +48,7 @@ MLPS = {
         f"transformer_blocks.0.{mlp}.net.2": [f"transformer_blocks.0.{mlp}.net.0.proj"]
         for mlp in ("img_mlp", "txt_mlp")
     },
+    "wan": {"blocks.0.ffn.net.2": ["blocks.0.ffn.net.0.proj"]},
     "z-image": {
         f"{block}.0.feed_forward.w2": [f"{block}.0.feed_forward.{up}" for up in ("w1", "w3")]
         for block in ("noise_refiner", "context_refiner", "layers")

@@ -302,9 +302,15 @@ def test_every_public_name_that_the_readme_uses_exists():
 
 
 def test_the_models_of_the_support_matrix_are_those_known_by_name():
-    rows = re.findall(r"^\| ([\w.-]+) \| yes \| (\w+) \| ([\w ]+) \|", README, re.MULTILINE)
-    classes = {"FLUX.1": "Flux", "FLUX.2": "Flux2", "Qwen-Image": "QwenImage", "Z-Image": "ZImage"}
-    known = {f"{classes[name]}Transformer2DModel": (fused, rows_) for name, fused, rows_ in rows}
+    rows = re.findall(r"^\| ([\w ,.-]+) \| yes \| (\w+) \| ([\w ]+) \|", README, re.MULTILINE)
+    classes = {
+        "FLUX.1": "FluxTransformer2DModel",
+        "FLUX.2": "Flux2Transformer2DModel",
+        "Qwen-Image": "QwenImageTransformer2DModel",
+        "Wan 2.1, 2.2": "WanTransformer3DModel",
+        "Z-Image": "ZImageTransformer2DModel",
+    }
+    known = {classes[name]: (fused, rows_) for name, fused, rows_ in rows}
     assert set(known) == set(ARCHITECTURES)
     for name, (fused, text_rows) in known.items():
         assert (fused == "yes") == bool(ARCHITECTURES[name].fused)

@@ -44,8 +44,8 @@ class AttentionRule:
     """Attentions by name, whose values go through nothing but a layer, the mixing and what reads that.
 
     pattern : name of a block with `*` for its index.
-    attention, values, readers : names in the block of the attention, of the layers that make its values, and
-        of those that read what it gives, with their first columns.
+    attention, values, readers : names in the block of the attention, of the layers that make its values
+        (those of them that the block has), and of those that read what it gives, with their first columns.
     """
 
     pattern: str
@@ -213,15 +213,16 @@ class Architecture:
     def attentions_of(self, model: nn.Module) -> list[Attention]:
         """Attentions of `model` whose values can be rotated, in the model's own order."""
         found = []
-        for name, module in model.named_modules():
+        modules = dict(model.named_modules())
+        for name, module in modules.items():
             for rule in self.attentions:
                 block = name.removesuffix(f".{rule.attention}")
                 if block == name or block.count(".") != 1 or not fnmatch.fnmatchcase(block, rule.pattern):
                     continue
                 attn: Any = module
                 head_dim = attn.inner_dim // attn.heads
-                values = tuple(f"{block}.{one}" for one in rule.values)
-                made: Any = model.get_submodule(values[0])
+                values = tuple(one for value in rule.values if (one := f"{block}.{value}") in modules)
+                made: Any = modules[values[0]]
                 readers = tuple(f"{block}.{one}" for one in rule.readers)
                 shared = made.out_features // head_dim
                 found.append(Attention(name, values, readers, attn.heads, head_dim, shared))

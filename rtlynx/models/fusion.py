@@ -98,6 +98,7 @@ _HANDING_ON = {
     "FluxAttnProcessor",
     "FluxIPAdapterAttnProcessor",
     "QwenDoubleStreamAttnProcessor2_0",
+    "WanAttnProcessor",
     "ZSingleStreamAttnProcessor",
 }
 

@@ -11,6 +11,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -21,15 +23,36 @@ TIMESTEP = 0.5  # of every call, whatever noise level it is timed at: time does 
 
 
 class Size(NamedTuple):
-    """Of a picture: `side` pixels, `batch` pictures, `text_tokens` of each prompt."""
+    """Of a picture or video.
+
+    side : pixels of its height, and of its width unless `width` says another.
+    batch : pictures or videos.
+    text_tokens : of each prompt.
+    frames : of a video, 1 + a multiple of 4; 1 for a picture.
+    """
 
     side: int = 1024
     batch: int = 1
     text_tokens: int = 512
+    width: int | None = None
+    frames: int = 1
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        """Frames, height and width: each is of 8 by 8 pixels of 4 frames, or of the first frame alone."""
+        return 1 + (self.frames - 1) // 4, self.side // 8, (self.width or self.side) // 8
 
     @property
     def image_tokens(self) -> int:
-        return (self.side // 16) ** 2
+        frames, height, width = self.latents
+        return frames * (height // 2) * (width // 2)
+
+    def described(self) -> dict[str, int]:
+        """As results files have it."""
+        found = {"resolution": self.side, "batch": self.batch, "text_tokens": self.text_tokens}
+        if self.frames > 1 or self.width is not None:
+            found |= {"width": self.width or self.side, "frames": self.frames}
+        return found
 
 
 class Sampling(NamedTuple):
@@ -37,18 +60,23 @@ class Sampling(NamedTuple):
 
     steps : of a picture
     scheduler : what scheduler/scheduler_config.json of the published weights gives, where it is not the
-        default of diffusers' FlowMatchEulerDiscreteScheduler
+        default of the scheduler's class
+    kind : that class
     shift : of image tokens and steps, the scheduler's mu, where the pipeline does not take it from
         `scheduler` by a line
     """
 
     steps: int
     scheduler: Mapping[str, Any]
+    kind: type = FlowMatchEulerDiscreteScheduler
     shift: Callable[[int, int], float] | None = None
 
     def sigmas(self, size: Size) -> list[float]:
         """Noise level of each step from 1 down, as the pipelines of diffusers 0.42 set their schedulers."""
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(**self.scheduler)
+        scheduler: Any = self.kind(**self.scheduler)
+        if self.kind is UniPCMultistepScheduler:
+            scheduler.set_timesteps(self.steps)
+            return scheduler.sigmas[:-1].tolist()
         of, tokens = scheduler.config, size.image_tokens
         if self.shift is not None:
             mu = self.shift(tokens, self.steps)
@@ -64,14 +92,14 @@ class FullModel(NamedTuple):
 
     build : the module, its class's defaults but for what is given here
     calls : arguments of the forwards of one step: two where guidance takes two
-    text_tokens : of a common prompt
+    size : of a common picture or video and prompt
     sampling : which steps a picture usually takes
     """
 
     name: str
     build: Callable[[], Any]
     calls: Callable[[Size, Callable[..., Tensor]], list[Call]]
-    text_tokens: int
+    size: Size
     sampling: Sampling
 
 
@@ -156,10 +184,23 @@ def _z_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
-# Number of steps: the default of FluxPipeline and of QwenImagePipeline, and what the model cards of
-# FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
+def _wan(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    """With guidance: a prompt, and a negative one, both padded."""
+    latents = normal(size.batch, 16, *size.latents)
+    return [
+        {
+            "hidden_states": latents,
+            "encoder_hidden_states": normal(size.batch, size.text_tokens, 4096),
+            "timestep": latents.new_full((size.batch,), TIMESTEP),
+        }
+        for _ in range(2)
+    ]
+
+
+# Number of steps: the default of FluxPipeline, of QwenImagePipeline and of WanPipeline, and what the model
+# cards of FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
 FLUX_SAMPLING = Sampling(28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15})
-FLUX2_KLEIN_SAMPLING = Sampling(4, {"use_dynamic_shifting": True}, _flux2_shift)
+FLUX2_KLEIN_SAMPLING = Sampling(4, {"use_dynamic_shifting": True}, shift=_flux2_shift)
 QWEN_IMAGE_SAMPLING = Sampling(
     50,
     {
@@ -171,16 +212,36 @@ QWEN_IMAGE_SAMPLING = Sampling(
     },
 )
 Z_IMAGE_SAMPLING = Sampling(9, {"shift": 3.0})
+# The shift is the one that the example of diffusers' WanPipeline has for 480p.
+WAN_SAMPLING = Sampling(
+    50,
+    {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+    UniPCMultistepScheduler,
+)
 
 MODELS = {
     model.name: model
     for model in (
         FullModel(
-            "flux1-dev", lambda: FluxTransformer2DModel(guidance_embeds=True), _flux, 512, FLUX_SAMPLING
+            "flux1-dev", lambda: FluxTransformer2DModel(guidance_embeds=True), _flux, Size(), FLUX_SAMPLING
         ),
-        FullModel("flux2-klein", _flux2_klein_4b, _flux2, 512, FLUX2_KLEIN_SAMPLING),
-        FullModel("qwen-image", lambda: QwenImageTransformer2DModel(), _qwen_image, 128, QWEN_IMAGE_SAMPLING),
-        FullModel("z-image", lambda: ZImageTransformer2DModel(), _z_image, 32, Z_IMAGE_SAMPLING),
+        FullModel(
+            *("qwen-image", lambda: QwenImageTransformer2DModel(), _qwen_image),
+            *(Size(text_tokens=128), QWEN_IMAGE_SAMPLING),
+        ),
+        FullModel(
+            "z-image", lambda: ZImageTransformer2DModel(), _z_image, Size(text_tokens=32), Z_IMAGE_SAMPLING
+        ),
+        # One of the two transformers, of which each step takes one. The class's defaults are its 14 billion
+        # parameters; size and frames are the defaults of WanPipeline: 32,760 tokens.
+        FullModel(
+            "wan2.2-14b",
+            lambda: WanTransformer3DModel(),
+            _wan,
+            Size(side=480, width=832, frames=81),
+            WAN_SAMPLING,
+        ),
+        FullModel("flux2-klein", _flux2_klein_4b, _flux2, Size(), FLUX2_KLEIN_SAMPLING),
     )
 }
 

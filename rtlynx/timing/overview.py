@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rtlynx.timing.results import ratio, speed_up, step_speed_up
+from rtlynx.timing.results import picture_size, ratio, speed_up, step_speed_up
 
 
 def overview(document: Mapping[str, Any]) -> Table:
@@ -35,7 +35,7 @@ def overview(document: Mapping[str, Any]) -> Table:
 def step_overview(document: Mapping[str, Any]) -> Table:
     """`rtlynx.timing.step.run`, a row a variant, and the speed-ups over compiled bfloat16."""
     rows = document["variants"]
-    title = f"One step of {document['model']}, {document['resolution']}², batch {document['batch']}"
+    title = f"One step of {document['model']}, {picture_size(document)}, batch {document['batch']}"
     table = Table(title=f"{title}, {document['device']}, milliseconds")
     table.add_column("variant", no_wrap=True)
     for heading in ("GPU", "wall", "linear", "attention", "rest", "GiB", "speed-up", "by wall"):
@@ -58,7 +58,7 @@ def dense_steps(row: Mapping[str, Any]) -> str | None:
 
 def parallel_overview(document: Mapping[str, Any]) -> Table:
     """`rtlynx.timing.parallel.run`, a row a variant and arrangement, and the speed-ups over one card."""
-    title = f"One step of {document['model']}, {document['resolution']}², on {document['cards']} cards"
+    title = f"One step of {document['model']}, {picture_size(document)}, on {document['cards']} cards"
     table = Table(title=f"{title}, {document['device']}, milliseconds")
     for heading in ("variant", "arrangement"):
         table.add_column(heading, no_wrap=True)

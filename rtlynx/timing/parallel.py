@@ -256,7 +256,7 @@ def run(
     ----------
     seconds : length of a window.
     rounds : windows of each variant, arrangement and kind of time.
-    size : default one picture of 1024 x 1024 with a common prompt.
+    size : default one picture or video of the model's common size with a common prompt.
     variants, arrangements : names of VARIANTS and ARRANGEMENTS; default all but eager and every layer; all.
     attention : diffusers attention backend; ring needs one that gives its log-sum-exp.
     graphs : whether a CUDA graph of the step is captured for its GPU time.
@@ -265,7 +265,7 @@ def run(
     keep : takes the document as far as it is there, in process 0, after each arrangement.
     """
     full = MODELS[name]
-    size = size or Size(text_tokens=full.text_tokens)
+    size = size or full.size
     chosen = [one for one in VARIANTS if one.name in (variants or default_variants())]
     spread = [one for one in ARRANGEMENTS if arrangements is None or one.name in arrangements]
     torch._dynamo.config.recompile_limit = 64  # blocks of all variants run the same code objects
@@ -277,9 +277,7 @@ def run(
         **card.describe(commit),
         "cards": of.count,
         "model": name,
-        "resolution": size.side,
-        "batch": size.batch,
-        "text_tokens": size.text_tokens,
+        **size.described(),
         "forwards": len(calls),
         "attention": attention,
         "window_s": seconds,

@@ -83,6 +83,13 @@ def ratio(row: Mapping, over: str, under: str) -> float | None:
     return row[over] / row[under]
 
 
+def picture_size(document: Mapping) -> str:
+    """What was drawn, of a results file: "1024²", or "832x480, 81 frames"."""
+    if "frames" not in document:
+        return f"{document['resolution']}²"
+    return f"{document['width']}x{document['resolution']}, {document['frames']} frames"
+
+
 def step_speed_up(
     rows: Iterable[Mapping], name: str, than: str = REFERENCE, time: str = "gpu_ms"
 ) -> float | None:

@@ -323,14 +323,14 @@ def run(
     ----------
     seconds : length of a window.
     rounds : windows of each variant and kind of time.
-    size : default one picture of 1024 x 1024 with a common prompt.
+    size : default one picture or video of the model's common size with a common prompt.
     variants : names; default all.
     attention : diffusers attention backend.
     commit : what the figures belong to, where it cannot be found out.
     report : takes a line whenever a variant is ready.
     """
     of = MODELS[name]
-    size = size or Size(text_tokens=of.text_tokens)
+    size = size or of.size
     taken = [one for one in VARIANTS + DESIGNS if one.name in variants] if variants else list(VARIANTS)
     torch._dynamo.config.recompile_limit = 64  # blocks of all variants run the same code objects
     model: Any = build(of)
@@ -343,9 +343,7 @@ def run(
     return {
         **card.describe(commit),
         "model": name,
-        "resolution": size.side,
-        "batch": size.batch,
-        "text_tokens": size.text_tokens,
+        **size.described(),
         "forwards": len(calls),
         "attention": attention,
         "ours": OURS,
