@@ -18,6 +18,7 @@ import diagrams
 import goals
 import overview
 import parallel_tables
+import picture_goals
 import speed_plots
 import study_tables
 import supported_models
@@ -43,7 +44,9 @@ TEXTS = {
         "figures",
     ),
     Path("docs/results/speed.md"): ("overview", "steps", "layers", "sizes", "calibration", "parts"),
-    Path("docs/results/goals.md"): ("goals-step", "goals-layer", "goals-compression", "goals-host"),
+    Path("docs/results/goals.md"): (
+        *("goals-pictures", "goals-step", "goals-layer", "goals-compression", "goals-host"),
+    ),
     Path("docs/guides/parallel.md"): ("plan", "parallel"),
     Path("docs/reference/cli.md"): ("cli",),
     Path("docs/reference/models.md"): ("models",),
@@ -256,6 +259,7 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "parts": kernel_parts,
     "plan": parallel_tables.plan_section,
     "parallel": parallel,
+    "goals-pictures": picture_goals.goals_section,
     "goals-step": goals_of(goals.STEP),
     "goals-layer": goals_of(goals.LAYER),
     "goals-compression": goals_of(goals.COMPRESSION),

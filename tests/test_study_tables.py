@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
+import picture_goals
 import study_tables
 from matplotlib.text import Text
 from plots import LABELLED, by_noise_level, front
@@ -146,3 +147,28 @@ def test_the_plot_of_noise_levels_has_no_panel_of_time_where_none_is_known():
     figure = by_noise_level({"rows": rows})
     assert len(figure.axes) == 2
     assert by_noise_level({"rows": [noise_row("every-layer", "dense-at", 0.0, 0.5, 30.0)]}) is None
+
+
+def test_goals_for_pictures_take_the_best_that_costs_little(tmp_path):
+    def below(recipe, bound, psnr, ms):
+        return {"recipe": recipe, "kind": "dense-below", "range": [0, bound], "psnr": psnr, "modelled_ms": ms}
+
+    levels = [
+        below("every-layer", 0, 25.0, 50.0),
+        below("every-layer-distilled", 0, 29.5, 50.0),
+        below("every-layer", 0.1, 34.0, 51.9),
+        below("every-layer", 0.2, 38.0, 52.1),  # beyond 4 %
+        below("mix-90", 0, 30.0, 53.0),
+    ]
+    mixed = [("recommended", 28.0), ("schedule:auto", 32.96)]
+    folder = tmp_path / study_tables.RESULTS
+    folder.mkdir(parents=True)
+    for model in picture_goals.MODELS:
+        rows = [{"name": name, "figures": {"psnr": {"mean": psnr}}} for name, psnr in mixed]
+        (folder / f"noise-levels-{model}.json").write_text(json.dumps({"rows": levels}))
+        (folder / f"quality-{model}.json").write_text(json.dumps({"rows": rows}))
+    lines = picture_goals.goals_section(tmp_path, Place(Path("docs/results/goals.md"))).splitlines()
+    found = [line.split(" | ")[1:] for line in lines if "flux-emoji" in line]
+    assert found[0][0] == "32.96 dB"  # rounding does not hide what is missing
+    assert "distillation" in found[0][1]
+    assert found[1:] == [["29.5 dB", "reached |"], ["34.0 dB", "reached |"]]
