@@ -275,6 +275,8 @@ class Recipe:
         for glob, format in self.formats.items():
             _check_choice(f"the format of {glob!r}", format, FORMAT_NAMES)
         object.__setattr__(self, "formats", dict(self.formats))
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise ValueError(f"budget is Budget(error=x) or Budget(speedup_share=x), got {self.budget!r}")
         if self.precision == "auto" and self.budget is None:
             raise ValueError(
                 "precision 'auto' lets the budget choose: give a budget, or precision fp8 or bf16"
@@ -364,8 +366,6 @@ class Recipe:
             limits = _by_new_names(values["budget"], _FORMER_BUDGET)
             refuse_unknown("budget", limits, {field.name for field in fields(Budget)})
             values["budget"] = Budget(**limits)
-        if values.get("budget") is not None and not isinstance(values["budget"], Budget):
-            raise ValueError(f"budget is {{'error': x}} or {{'speedup_share': x}}, got {values['budget']!r}")
         return cls(**values)
 
     @classmethod

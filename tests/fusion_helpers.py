@@ -10,17 +10,19 @@ import rtlynx.nn.sparse_linear
 from rtlynx.models import sparse_layers
 from rtlynx.models.fusion import unfuse_blocks
 from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.dispatch import wants_gradient
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
 
 
 def serve(monkeypatch):
     """All bfloat16 calls without gradients are served, on this CPU too, by the kernels' reference."""
 
-    def serves(x, *_):
-        return x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    def serves(x, *others):
+        tensors = [one for one in others if isinstance(one, torch.Tensor)]
+        return x.dtype == torch.bfloat16 and not wants_gradient(x, *tensors)
 
     monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_support", serves)
-    monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_supports", lambda k, x, *_: serves(x))
+    monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_supports", lambda k, *tensors: serves(*tensors))
     monkeypatch.setattr(rtlynx.nn.prologue, "scaled_mm_supports", serves)
 
 

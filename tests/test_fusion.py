@@ -186,6 +186,16 @@ def test_dense_steps_in_bf16_read_the_dense_chain(calls):
     assert torch.equal(y, output(model_and_call("flux")[0], call))
 
 
+@pytest.mark.usefixtures("_served")
+def test_a_modulation_that_is_trained_gets_its_gradient(calls):
+    model, call = model_and_call("flux")
+    sparsify(model, RECIPES["bf16"]).requires_grad_(False)
+    modulation = model.transformer_blocks[0].norm1.linear.weight.requires_grad_()
+    model(**call, return_dict=False)[0].float().square().sum().backward()
+    assert modulation.grad.abs().max() > 0
+    assert calls["adaln_compress"] == 0  # what follows it needs a gradient, too
+
+
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
 def test_autocast_reads_the_dense_chain(calls):

@@ -298,3 +298,8 @@ def test_pickles_of_earlier_versions_keep_what_they_say():
     old = Recipe(formats={"*.to_v": "dense"})
     old.__dict__["forms"] = old.__dict__.pop("formats")
     assert pickle.loads(pickle.dumps(old)) == Recipe(formats={"*.to_v": "dense"})
+
+
+def test_a_budget_is_no_bare_number():
+    with pytest.raises(ValueError, match=r"budget is Budget\(error=x\) or .*, got 0.2"):
+        Recipe(budget=0.2)

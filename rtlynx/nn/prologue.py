@@ -20,7 +20,7 @@ from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, Quant
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.tensor_parallel import TensorParallelLinear
 from rtlynx.ops import sparse_linear as ops
-from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports
+from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports, wants_gradient
 from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
 
@@ -88,8 +88,12 @@ def _reads_prepared(layer: SparseLinear) -> bool:
 
 def _compression_supported(prologue: PrologueCall, found: tuple[SparseLinear, ...]) -> bool:
     """Whether kernels support these sparse layers, as one product; true of no layers."""
-    x = prologue.arguments[0]
-    return len(found) == 0 or (_of_one_format(found) and all(layer.supported(x) for layer in found))
+    if not found:
+        return True
+    x, *others = (one for one in prologue.arguments if isinstance(one, Tensor))
+    if wants_gradient(*others):  # of a modulation or norm that is trained; layers ask of x
+        return False
+    return _of_one_format(found) and all(layer.supported(x) for layer in found)
 
 
 def _compressed(prologue: PrologueCall, found: tuple[SparseLinear, ...]) -> CompressedInput:
