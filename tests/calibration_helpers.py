@@ -2,6 +2,7 @@
 
 import torch
 import torch.multiprocessing
+from diffusers import FluxTransformer2DModel
 from helpers import (
     flux_call,
     output,
@@ -31,6 +32,24 @@ UNSEEN = [
     Recipe.immediate(rank=8, norm="none", balance="tokens"),
 ]
 PROMPTS = [f"a drawing of animal number {i}" for i in range(8)]
+
+
+class PerToken(FluxTransformer2DModel):
+    """A transformer that takes a timestep for each token or picture, as those of image-to-video do."""
+
+    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids,
+                return_dict=True):  # fmt: skip
+        whole = timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep
+        return super().forward(
+            hidden_states, encoder_hidden_states, pooled_projections, whole, img_ids, txt_ids,
+            return_dict=return_dict,
+        )  # fmt: skip
+
+
+def per_token_flux():
+    model = tiny_flux()
+    model.__class__ = PerToken
+    return model
 
 
 def in_two_processes(function, *arguments):

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +17,9 @@ from rtlynx import Recipe, sparsify
 from rtlynx.io.checkpoint import read_index
 from rtlynx.models import make_plan, sparse_layers
 from rtlynx.timing import step, step_variants
-from rtlynx.timing.full_models import MODELS, TIMESTEP, Size, full_model
+from rtlynx.timing.full_models import MODELS, TIMESTEP, Size
 from rtlynx.timing.overview import step_overview
-from rtlynx.timing.results import picture_size, step_speed_up
+from rtlynx.timing.results import step_speed_up
 from rtlynx.timing.step_split import kind
 from rtlynx.timing.sustained import Measurement
 
@@ -51,33 +50,6 @@ def test_each_model_has_goals_before_it_is_measured(name):
 def test_a_picture_has_a_token_for_16_by_16_pixels():
     assert Size().image_tokens == 4096
     assert Size(side=512).image_tokens == 1024
-
-
-def test_a_video_has_latents_for_four_frames_together_and_for_the_first_alone():
-    video = MODELS["wan2.2-14b"].size
-    assert video.image_tokens == 21 * 30 * 52 == 32_760
-    (latents,) = {tuple(call["hidden_states"].shape) for call in MODELS["wan2.2-14b"].calls(video, meta)}
-    assert latents == (1, 16, 21, 60, 104)
-    assert video.described() == {**Size(side=480).described(), "width": 832, "frames": 81}
-    assert picture_size(video.described()) == "832x480, 81 frames"
-    assert picture_size(Size().described()) == "1024²"
-
-
-def meta(*shape):
-    return torch.empty(shape, device="meta")
-
-
-def test_wan_has_fourteen_billion_parameters():
-    with torch.device("meta"):
-        model = MODELS["wan2.2-14b"].build()
-    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 1) == 14.3
-    (shape,) = {tuple(block.ffn.net[0].proj.weight.shape) for block in model.blocks}
-    assert (len(model.blocks), *shape) == (40, 13_824, 5120)
-
-
-def test_an_unknown_model_is_refused_by_name():
-    with pytest.raises(ValueError, match="no full-size model is called 'flux'; there are flux1-dev, "):
-        full_model("flux")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
@@ -208,30 +180,6 @@ def test_memory_counts_each_storage_once_and_what_wrappers_hold():
 
 
 # ---------------------------------------------------------------------- dense steps at some noise levels
-
-
-# FLUX.2's shift is a line in steps through these two, each a line in tokens.
-AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 4096 + 0.45666666
-
-
-@pytest.mark.parametrize(
-    ("name", "steps", "shift", "terminal"),
-    [
-        ("flux1-dev", 28, math.exp(1.15), None),  # 4,096 tokens are the most of its scheduler
-        ("flux2-klein", 4, math.exp(AT_10_STEPS + 6 / 190 * (AT_10_STEPS - AT_200_STEPS)), None),
-        ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
-        ("z-image", 9, 3.0, None),
-        ("wan2.2-14b", 50, 3.0, None),
-    ],
-)
-def test_a_picture_goes_through_the_noise_levels_of_its_pipeline(name, steps, shift, terminal):
-    # UniPC ends at the first of its 1,000 steps of training, the others at the picture.
-    end = 1 / 1000 if name == "wan2.2-14b" else 0.0
-    times = [1 - (1 - end) * i / steps for i in range(steps)]
-    wanted = [shift * t / (1 + (shift - 1) * t) for t in times]  # Esser et al. 2024, equation 23
-    if terminal is not None:
-        wanted = [1 - (1 - sigma) * (1 - terminal) / (1 - wanted[-1]) for sigma in wanted]
-    assert MODELS[name].sampling.sigmas(Size()) == pytest.approx(wanted, abs=2e-6)
 
 
 def test_larger_pictures_stay_noisy_for_longer_where_the_shift_grows_with_them():

@@ -7,8 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from calibration_helpers import JOINT, PROMPTS, REFIT, assert_dense, calls, run, sample
-from diffusers import FluxTransformer2DModel
+from calibration_helpers import (
+    JOINT,
+    PROMPTS,
+    REFIT,
+    assert_dense,
+    calls,
+    per_token_flux,
+    run,
+    sample,
+)
 from helpers import IMAGE_TOKENS, TEXT_TOKENS, TinyPipeline, tiny_flux
 
 from rtlynx import CalibrationError, CalibrationOptions, Recipe, calibrate, sparsify
@@ -56,24 +64,6 @@ class Scheduled:
         elif callable(times):
             times = times(len(self.ran))
         return self.run(prompt, generator, times)
-
-
-class PerToken(FluxTransformer2DModel):
-    """A transformer that takes a timestep for each token or picture, as those of image-to-video do."""
-
-    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids,
-                return_dict=True):  # fmt: skip
-        whole = timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep
-        return super().forward(
-            hidden_states, encoder_hidden_states, pooled_projections, whole, img_ids, txt_ids,
-            return_dict=return_dict,
-        )  # fmt: skip
-
-
-def per_token_flux():
-    model = tiny_flux()
-    model.__class__ = PerToken
-    return model
 
 
 def options(**changes):

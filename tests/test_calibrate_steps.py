@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 import torch
-from calibration_helpers import REFIT, run, sample
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from calibration_helpers import REFIT, PerToken, run, sample
+from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import IMAGE_TOKENS, TEXT_TOKENS, tiny_flux
 from torch import nn
 
@@ -16,12 +16,11 @@ from rtlynx.models import sparse_layers
 OPTIONS = CalibrationOptions(batch_size=4, steps_per_prompt=1)
 
 
-class Level(FluxTransformer2DModel):
+class Level(PerToken):
     """Takes its timestep under a name that nothing knows."""
 
     def forward(self, hidden_states, encoder_hidden_states, pooled_projections, level, img_ids, txt_ids,
                 return_dict=True):  # fmt: skip
-        level = level.flatten(1).amax(1) if level.dim() > 1 else level
         return super().forward(
             hidden_states, encoder_hidden_states, pooled_projections, level, img_ids, txt_ids,
             return_dict=return_dict,

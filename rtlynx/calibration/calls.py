@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from rtlynx.nn.call import Step, step_of
 from rtlynx.recipe import Recipe
 
 Call = dict[str, Any]
+_T = TypeVar("_T")
 GOLDEN = 0.6180339887498949
 
 
@@ -109,14 +110,19 @@ def _split_steps(model: nn.Module, seen: list[_Seen], scheduled: bool) -> list[l
             "scheduler takes no steps, and the calls have no timestep. Record calls yourself, and calibrate "
             "on them by calls=..."
         )
-    found: list[list[_Seen]] = []
-    for one in seen:
-        last = found[-1][-1] if found else None
-        same = last is not None and (last.steps == one.steps if scheduled else last.timestep == one.timestep)
-        if same:
-            found[-1].append(one)
-        else:
-            found.append([one])
+    return _runs(seen, lambda one: one.steps if scheduled else one.timestep)
+
+
+def _runs(items: Iterable[_T], key: Callable[[_T], Any]) -> list[list[_T]]:
+    """Consecutive items of one key together; each whose key is None alone."""
+    found: list[list[_T]] = []
+    last: Any = None
+    for item in items:
+        now = key(item)
+        if not found or now is None or now != last:
+            found.append([])
+        last = now
+        found[-1].append(item)
     return found
 
 
@@ -126,7 +132,7 @@ def _runs_dense(architecture: Architecture, recipe: Recipe, model: nn.Module, ca
         return False
     try:
         if recipe.chooses_dense_steps:
-            known_level(model, step_of(timestep_argument(call, architecture)))
+            known_level(model, step_of(architecture.timestep(call)))
         return is_dense_call(architecture, recipe, model, call)
     except (RuntimeError, ValueError) as error:
         raise CalibrationError(str(error)) from None
@@ -145,26 +151,12 @@ def known_level(model: nn.Module, step: Step | None) -> tuple[Step, float]:
 
 def by_step(calls: Sequence[Call], architecture: Architecture) -> list[list[Call]]:
     """Consecutive calls at one timestep together; each call without one alone."""
-    steps: list[list[Call]] = []
-    last: Any = None
-    for call in calls:
-        timestep = timestep_of(call, architecture)
-        if not steps or timestep is None or timestep != last:
-            steps.append([])
-        last = timestep
-        steps[-1].append(call)
-    return steps
-
-
-def timestep_argument(call: Call, architecture: Architecture) -> Any:
-    """The timestep of `call` as the model takes it; None where it has none."""
-    name = architecture.timestep_name(call)
-    return None if name is None else call[name]
+    return _runs(calls, lambda call: timestep_of(call, architecture))
 
 
 def timestep_of(call: Call, architecture: Architecture) -> Any:
     """The timestep of `call`, comparable; None where it has none."""
-    timestep = timestep_argument(call, architecture)
+    timestep = architecture.timestep(call)
     return None if timestep is None else _values(timestep)
 
 

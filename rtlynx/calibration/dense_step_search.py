@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.apply import temporarily_sparse
 from rtlynx.calibration.budget import Choice, DenseStepsCandidate, InputCost, format_steps, inputs_of
-from rtlynx.calibration.calls import CalibrationError, Call, known_level, timestep_argument
+from rtlynx.calibration.calls import CalibrationError, Call, known_level
 from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, total, world
 from rtlynx.calibration.progress import ProgressBar
@@ -210,7 +210,7 @@ class DenseStepSearch:
 
     def runs_dense(self, plan: Plan, call: Call) -> bool:
         """Whether `plan` runs a recorded call dense."""
-        timestep = single_timestep(timestep_argument(call, plan.architecture))
+        timestep = single_timestep(plan.architecture.timestep(call))
         steps = len(self.levels.sigmas)
         # Which of the steps it is does not matter: noise levels decide.
         return plan.recipe.is_dense_step(0, steps, self.levels.sigma_at(timestep))
@@ -257,7 +257,7 @@ def _watched(recording: Recording, steps: _Schedules) -> Iterator[None]:
     architecture: Architecture = recording.plan.architecture
 
     def see(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = timestep_argument(architecture.call_arguments(model, args, kwargs), architecture)
+        timestep = architecture.timestep(architecture.call_arguments(model, args, kwargs))
         step, sigma = known_level(model, step_of(timestep))
         steps.setdefault(step.count, {}).setdefault(step.index, (single_timestep(timestep), sigma))
 

@@ -84,6 +84,7 @@ class OutputError:
     ) -> None:
         self.model, self.calls = model, calls
         self.device = next(model.parameters()).device
+        self.inputs = [moved(call, self.device) for call in calls]
         self.states: list[State] = []
         self.scale = 1.0 if guidance is None else guidance.scale
         self.references = self._outputs()
@@ -104,7 +105,7 @@ class OutputError:
     def _outputs(self) -> list[list[Tensor]]:
         """Of each call and picture, float32."""
         found = []
-        for call in self.calls:
+        for call in self.inputs:  # copied again: a model may change what it is given, as a cache
             output = self.model(**{**moved(call, self.device), "return_dict": False})[0]
             found.append([one.float() for one in output])
         return found

@@ -250,6 +250,11 @@ class Architecture:
         names = (self.timestep_argument, *TIMESTEPS)
         return next((name for name in names if call.get(name) is not None), None)
 
+    def timestep(self, call: Mapping[str, Any]) -> Any:
+        """The timestep of a call as the model takes it; None where it has none."""
+        name = self.timestep_name(call)
+        return None if name is None else call[name]
+
     def call_arguments(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:

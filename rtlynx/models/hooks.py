@@ -117,8 +117,7 @@ def is_dense_call(architecture: Architecture, recipe: Recipe, model: nn.Module, 
     ValueError, RuntimeError
         If it is not known which step that is, or its noise level where that decides.
     """
-    name = architecture.timestep_name(call)
-    timestep = None if name is None else call[name]
+    timestep = architecture.timestep(call)
     step = None if timestep is None and current_schedule() is not None else step_of(timestep)
     if timestep is None and step is None:
         raise ValueError(

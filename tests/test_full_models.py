@@ -1,0 +1,62 @@
+"""Full-size models for timing: their sizes, and the noise levels that their pictures go through."""
+
+import math
+
+import pytest
+import torch
+
+from rtlynx.timing.full_models import MODELS, Size, full_model
+from rtlynx.timing.results import picture_size
+
+
+def test_a_video_has_latents_for_four_frames_together_and_for_the_first_alone():
+    video = MODELS["wan2.2-14b"].size
+    assert video.image_tokens == 21 * 30 * 52 == 32_760
+    (latents,) = {tuple(call["hidden_states"].shape) for call in MODELS["wan2.2-14b"].calls(video, meta)}
+    assert latents == (1, 16, 21, 60, 104)
+    assert video.described() == {**Size(side=480).described(), "width": 832, "frames": 81}
+    assert picture_size(video.described()) == "832x480, 81 frames"
+    assert picture_size(Size().described()) == "1024²"
+
+
+def meta(*shape):
+    return torch.empty(shape, device="meta")
+
+
+def test_wan_has_fourteen_billion_parameters():
+    with torch.device("meta"):
+        model = MODELS["wan2.2-14b"].build()
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 1) == 14.3
+    (shape,) = {tuple(block.ffn.net[0].proj.weight.shape) for block in model.blocks}
+    assert (len(model.blocks), *shape) == (40, 13_824, 5120)
+
+
+def test_an_unknown_model_is_refused_by_name():
+    with pytest.raises(ValueError, match="no full-size model is called 'flux'; there are flux1-dev, "):
+        full_model("flux")
+
+
+# FLUX.2's shift is a line in steps through these two, each a line in tokens.
+AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 4096 + 0.45666666
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "shift", "terminal"),
+    [
+        ("flux1-dev", 28, math.exp(1.15), None),  # 4,096 tokens are the most of its scheduler
+        ("flux2-klein", 4, math.exp(AT_10_STEPS + 6 / 190 * (AT_10_STEPS - AT_200_STEPS)), None),
+        ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
+        ("z-image", 9, 3.0, None),
+        ("wan2.2-14b", 50, 3.0, None),
+    ],
+)
+def test_a_picture_goes_through_the_noise_levels_of_its_pipeline(name, steps, shift, terminal):
+    # UniPC ends at the first of its 1,000 steps of training, the others at the picture.
+    end = 1 / 1000 if name == "wan2.2-14b" else 0.0
+    times = [1 - (1 - end) * i / steps for i in range(steps)]
+    wanted = [shift * t / (1 + (shift - 1) * t) for t in times]  # Esser et al. 2024, equation 23
+    if terminal is not None:
+        wanted = [1 - (1 - sigma) * (1 - terminal) / (1 - wanted[-1]) for sigma in wanted]
+    # UniPC holds them in float32.
+    error = 2e-6 if name == "wan2.2-14b" else 1e-6
+    assert MODELS[name].sampling.sigmas(Size()) == pytest.approx(wanted, abs=error)
