@@ -142,9 +142,10 @@ class Recipe:
         Refit the weight to the selected activations (needs calibration; costs nothing at inference).
     intercept : bool
         Refit the bias with the weight; a layer without one gets one. Needs `refit`.
-    rotate_values : bool
+    rotate_values : bool | "auto"
         Rotate the values of each attention head such that strong channels compete with weak ones in the
         layers that read it (needs calibration; costs nothing at inference). Their groups are adjacent then.
+        Auto: where it is known which layers make and read them.
     permute_hidden : bool
         Permute the hidden features of MLPs so that strong ones compete with weak ones (needs calibration;
         costs nothing at inference, changes nothing of the dense model). They stay inside each of `tp_degree`
@@ -175,7 +176,8 @@ class Recipe:
         Run the steps densely whose noise level sigma lies in one of these ranges, low < sigma <= high:
         whatever the number of steps. Sigma falls from 1 (noise) to 0 (picture). Auto: calibration draws
         pictures and chooses how many of the last steps run in dense fp8, and which formats the others take,
-        at the time that the budget's `speedup_share` means over all steps of a picture.
+        at the time that the budget's `speedup_share` means over all steps of a picture. Where it cannot
+        compare pictures, it warns and no step runs dense.
     dense_precision : "bf16" | "fp8"
         What dense rows and steps multiply: the original weight in the model's dtype, or in e4m3, which takes
         half the memory and less time.
@@ -208,7 +210,7 @@ class Recipe:
     rank: int | float | Literal["auto"] | None = "auto"
     refit: bool = True
     intercept: bool = False
-    rotate_values: bool = False
+    rotate_values: bool | Literal["auto"] = False
     permute_hidden: bool = False
     lowrank_solver: Literal["closed-form", "trained"] = "closed-form"
     lowrank_sharing: Literal["shared", "own"] = "shared"
@@ -241,7 +243,8 @@ class Recipe:
                 f"tp_degree is a whole number above 0 and at most {MOST_TP_DEGREE}, got {self.tp_degree!r}"
             )
         for flag in ("refit", "intercept", "rotate_values", "permute_hidden"):
-            if not isinstance(getattr(self, flag), bool):
+            auto = flag == "rotate_values" and self.rotate_values == "auto"
+            if not auto and not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"{flag} is true or false, got {getattr(self, flag)!r}")
         if self.rank is not None and self.rank != "auto":
             if not is_number(self.rank) or self.rank <= 0:
@@ -319,18 +322,20 @@ class Recipe:
 
     @classmethod
     def recommended(cls, **changes: Any) -> Recipe:
-        """Refitted weights, no low-rank branch, each input in the format that costs least for what it saves.
+        """Refitted weights and rotated values, no low-rank branch; calibration chooses formats and dense steps.
 
-        At equal time the nearest to the dense model's pictures in docs/results/quality.md: a tenth of the
-        saving buys more there, left to a few layers, than as a branch in all of them, and eight bits cost
-        less than dropped activations.
+        At equal time the nearest to the dense model's pictures in docs/results/quality.md. Steps are chosen
+        where `changes` leave that open: with a budget of time, fp8, and no dense steps of their own.
         """
-        settings = {
-            "rank": None,
-            "precision": "auto",
-            "budget": Budget(speedup_share=RECOMMENDED_SPEEDUP_SHARE),
-        }
-        return cls(**{**settings, **changes})
+        budget = Budget(speedup_share=RECOMMENDED_SPEEDUP_SHARE)
+        settings = {"rank": None, "precision": "auto", "budget": budget, **changes}
+        settings.setdefault("intercept", settings.get("refit", True))
+        settings.setdefault("rotate_values", settings.get("grouping") != "strided" and "auto")
+        steps = {"dense_steps", "dense_last_steps", "dense_sigmas", "dense_precision"}
+        shared = getattr(settings["budget"], "speedup_share", None) is not None
+        if shared and settings["precision"] != "bf16" and not steps & settings.keys():
+            settings |= {"dense_sigmas": "auto", "dense_precision": "fp8"}
+        return cls(**settings)
 
     @classmethod
     def immediate(cls, **changes: Any) -> Recipe:
@@ -350,8 +355,8 @@ class Recipe:
         return cls(**{**layers, **branch, **changes})
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Recipe:
-        """From plain JSON values.
+    def from_dict(cls, settings: Mapping[str, Any], preset: Callable[..., Recipe] | None = None) -> Recipe:
+        """From plain JSON values, as changes of `preset` (`Recipe.recommended`, ...); default `Recipe` itself.
 
         Raises
         ------
@@ -366,7 +371,7 @@ class Recipe:
             limits = _by_new_names(values["budget"], _FORMER_BUDGET)
             refuse_unknown("budget", limits, {field.name for field in fields(Budget)})
             values["budget"] = Budget(**limits)
-        return cls(**values)
+        return (preset or cls)(**values)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -392,7 +397,7 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe has anything to solve for or measure on real activations."""
-        folded = self.rotate_values or self.permute_hidden
+        folded = bool(self.rotate_values) or self.permute_hidden
         return self.refit or folded or self.rank is not None or self.budget is not None
 
     @property

@@ -65,7 +65,7 @@ def _output_errors(
     total: dict[float, float] = defaultdict(float)
     parameter = next(model.parameters())
     argument = architecture_of(dense).timestep_argument
-    with schedule(float(call[argument].flatten()[0]) for call in calls):
+    with schedule([float(call[argument].flatten()[0]) for call in calls], levels):
         for level, call in zip(levels, calls, strict=True):
             expected = _output(dense, call, next(dense.parameters()).dtype)
             wrong[level] += _energy(_output(model, call, parameter.dtype) - expected)

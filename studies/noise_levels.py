@@ -25,7 +25,7 @@ from measure import Study
 from quality import device_name, header
 from row_store import RowStore
 from study_model import noise_seed
-from variants import FREE, STEPS, TRAINING, Variant
+from variants import FREE, MIX, STEPS, TRAINING, Variant
 
 import rtlynx
 from rtlynx import Budget, Recipe
@@ -38,7 +38,7 @@ _CHOSEN_LATER: dict[str, Any] = {"dense_sigmas": NO_STEP, "dense_precision": "fp
 EVERY_LAYER = Recipe(rank=None, precision="fp8", **FREE, **_CHOSEN_LATER)
 FIRST = "every-layer"
 _MIXES = {
-    f"mix-{100 * share:g}": Recipe.recommended(budget=Budget(speedup_share=share), **FREE, **_CHOSEN_LATER)
+    f"mix-{100 * share:g}": replace(MIX, budget=Budget(speedup_share=share), **FREE, **_CHOSEN_LATER)
     for share in (0.97, 0.95, 0.9)
 }
 _CLOSED_FORMS = {FIRST: EVERY_LAYER, **_MIXES}

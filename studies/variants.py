@@ -10,7 +10,7 @@ from typing import Any, Literal
 from baselines import BASELINES
 
 from rtlynx import Distillation
-from rtlynx.recipe import Budget, Recipe
+from rtlynx.recipe import RECOMMENDED_SPEEDUP_SHARE, Budget, Recipe
 
 Group = Literal["main", "sweep"]
 PICTURES: dict[Group, int] = {"main": 1000, "sweep": 256}
@@ -94,12 +94,12 @@ def _paper(**changes: Any) -> Recipe:
 NAIVE = Recipe.immediate(grouping="adjacent", norm="none")
 NORM = Recipe.immediate(grouping="adjacent")
 OURS = Recipe(rank=RANK)
-BF16 = Recipe.recommended(precision="bf16")
+BF16 = Recipe(rank=None, budget=Budget(speedup_share=RECOMMENDED_SPEEDUP_SHARE))
+# In all steps; layers are sparse fp8, dense fp8 or dense.
+MIX = replace(BF16, precision="auto")
 # What costs nothing at inference.
 FREE: dict[str, Any] = {"rotate_values": True, "permute_hidden": True, "intercept": True}
 TRAINING = Distillation(steps=500, batch_size=32)
-# Calibration chooses which steps run dense.
-AUTO = Recipe.recommended(rotate_values=True, intercept=True, dense_sigmas="auto", dense_precision="fp8")
 ALL_OF_OURS = Recipe(rank=RANK, text_rows="dense", dense_steps=2)
 
 
@@ -123,7 +123,6 @@ def _main() -> Iterator[Variant]:
         "refit+lowrank": _adjacent(),
         "refit+lowrank+strided": OURS,
         "all-of-ours": ALL_OF_OURS,
-        "recommended:bf16": BF16,
         "recommended": Recipe.recommended(),
     }
     for name, recipe in recipes.items():
@@ -141,7 +140,7 @@ def _leaving(saving: float) -> Iterator[Variant]:
     yield _sweep("saving", f"refit-{percent}", replace(BF16, budget=budget))
     yield _sweep("saving", f"refit-rows-dense-{percent}", replace(BF16, text_rows="dense", budget=budget))
     yield _sweep("saving", f"ours-{percent}", Recipe(budget=budget), rank_of_width=RANK)
-    yield _sweep("saving", f"auto-{percent}", Recipe.recommended(budget=budget))
+    yield _sweep("saving", f"auto-{percent}", replace(MIX, budget=budget))
 
 
 def _below(sigma: float) -> Iterator[Variant]:
@@ -149,7 +148,7 @@ def _below(sigma: float) -> Iterator[Variant]:
     dense: dict[str, Any] = {"dense_sigmas": ((0, sigma),), "dense_precision": "fp8", **FREE}
     yield _sweep("schedule", f"every-below-{sigma:g}", Recipe(rank=None, precision="fp8", **dense))
     for share in (0.95, 0.9):
-        recipe = Recipe.recommended(budget=Budget(speedup_share=share), **dense)
+        recipe = replace(MIX, budget=Budget(speedup_share=share), **dense)
         yield _sweep("schedule", f"{100 * share:g}%-below-{sigma:g}", recipe)
 
 
@@ -188,10 +187,9 @@ def _sweeps() -> Iterator[Variant]:
     for steps in (1, 2, 4):
         last: dict[str, Any] = {"dense_last_steps": steps, "dense_precision": "fp8"}
         yield _sweep("last-steps", f"refit-{steps}", Recipe(rank=None, precision="fp8", **last))
-        yield _sweep("last-steps", f"recommended-{steps}", Recipe.recommended(**last))
+        yield _sweep("last-steps", f"90%-{steps}", replace(MIX, **last))
     for sigma in (0.25, 0.4, 0.5):
         yield from _below(sigma)
-    yield _sweep("schedule", "auto", AUTO)
     yield _sweep("order", "one-shot", OURS)
     yield _sweep("order", "sequential", OURS, sequential=True)
     yield _sweep("factors", "ours-own", Recipe(rank=RANK, lowrank_sharing="own"))
@@ -213,14 +211,14 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("free", "fp8-refit+rotated+permuted+intercept", Recipe(rank=None, precision="fp8", **FREE))
     every = Recipe(rank=None, precision="fp8", dense_last_steps=4, **last)
     yield _sweep("free", "fp8-refit+rotated+last-4", every)
-    yield _sweep("free", "fp8-recommended+rotated+intercept", Recipe.recommended(**both))
-    yield _sweep("free", "fp8-recommended+rotated+permuted+intercept", Recipe.recommended(**FREE))
-    yield _sweep("free", "fp8-recommended+rotated+last-2", Recipe.recommended(dense_last_steps=2, **last))
+    yield _sweep("free", "fp8-90%+rotated+intercept", replace(MIX, **both))
+    yield _sweep("free", "fp8-90%+rotated+permuted+intercept", replace(MIX, **FREE))
+    yield _sweep("free", "fp8-90%+rotated+last-2", replace(MIX, dense_last_steps=2, **last))
     free = Recipe(rank=None, precision="fp8", **FREE)
     distilled = {
         "refit": Recipe(rank=None, precision="fp8"),
         "free": free,
-        "auto": AUTO,
+        "recommended": Recipe.recommended(),
     }
     for name, recipe in distilled.items():
         yield _sweep("distilled", name, recipe, distill=TRAINING)
@@ -231,7 +229,7 @@ def _sweeps() -> Iterator[Variant]:
         yield _sweep("bf16-budget", f"{error:g}", Recipe(rank=RANK, budget=budget))
     for threshold in (0.05, 0.1, 0.2):
         yield _sweep("cache", f"dense-{threshold:g}", cache=threshold)
-        for name, recipe in {"fp8": dense_fp8, "ours": OURS, "recommended": Recipe.recommended()}.items():
+        for name, recipe in {"fp8": dense_fp8, "ours": OURS, "90%": MIX}.items():
             yield _sweep("cache", f"{name}-{threshold:g}", recipe, cache=threshold)
 
 

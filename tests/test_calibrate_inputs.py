@@ -184,8 +184,7 @@ def test_distillation_draws_with_the_inputs_of_each_prompt():
 
 def test_dense_steps_are_chosen_on_the_inputs_of_each_prompt():
     pipeline = Editing(tiny_flux())
-    recipe = Recipe.recommended(dense_sigmas="auto", dense_precision="fp8")
-    report = calibrate(pipeline, edits(), recipe, OPTIONS, progress=False)
+    report = calibrate(pipeline, edits(), Recipe.recommended(), OPTIONS, progress=False)
     drawn = len(pipeline.seen) - 8  # beside those recorded: a held-out one, dense and by each candidate
     assert drawn == 1 + len(report.choice.candidates) > 1
     assert all(image is not None for _, image, _ in pipeline.seen)
@@ -221,7 +220,7 @@ def test_the_command_calibrates_on_edits_whose_pictures_lie_beside_the_file(comm
     sample(ours, REFIT, OPTIONS, files(tmp_path, 4))
     monkeypatch.setattr("rtlynx.models.pipelines.load_model", lambda *_, **__: from_command)
     lines = [{"prompt": f"make it {i}", "image": f"{i}.png"} for i in range(4)]
-    recipe = ("rank=null", "ridge=0.1", "budget=null", "precision=bf16")
+    recipe = ("rank=null", "ridge=0.1", "budget=null", "precision=bf16", "intercept=no", "rotate_values=no")
     code, _, error = command(
         "calibrate", "MODEL", "--out", tmp_path / "out", "--prompts", jsonl(tmp_path, *lines, ""),
         "--option", "steps_per_prompt=2", "--option", "batch_size=4",

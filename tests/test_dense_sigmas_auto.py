@@ -276,8 +276,8 @@ def test_the_report_shows_what_was_compared(chosen, capsys, tmp_path):
 
 
 def test_the_recipe_is_auto_from_the_command_line_and_through_json():
-    recipe = recipe_of(None, ["dense_sigmas=auto", "dense_precision=fp8"], Recipe.recommended())
-    assert recipe == Recipe.recommended(dense_sigmas="auto", dense_precision="fp8")
+    recipe = recipe_of(None, ["dense_sigmas=auto", "dense_precision=fp8"], Recipe.recommended)
+    assert recipe == Recipe.recommended()
     assert Recipe.from_json(json.dumps(recipe.to_dict())) == recipe
     assert recipe.to_dict()["dense_sigmas"] == "auto"
     assert hash(recipe) == hash(Recipe.from_dict(recipe.to_dict()))
@@ -305,12 +305,29 @@ def test_recipes_that_leave_nothing_to_choose_are_refused(changes, message):
         replace(AUTO, **changes)
 
 
-def test_what_cannot_draw_pictures_is_refused():
+def as_without_dense_steps(make, message, recipe=AUTO, data=PROMPTS, options=OPTIONS, **settings):
+    """Calibrate, which warns; the recipe and the layers are those of no dense steps."""
+    pipeline, plain = make(), make()
+    fixed = replace(recipe, dense_sigmas=())
+    with pytest.warns(RuntimeWarning, match=rf"no step runs dense, since dense_sigmas 'auto' .*{message}"):
+        report = calibrate(pipeline, data, recipe, options, progress=False, **settings)
+    calibrate(plain, data, fixed, replace(options, folder=None), progress=False, **settings)
+    model, other = (getattr(one, "transformer", one) for one in (pipeline, plain))
+    assert report.choice is None or report.choice.candidates == ()
+    assert state_of(model).plan.recipe == fixed
+    assert_same(solution(model), solution(other))
+
+
+def test_what_cannot_compare_pictures_warns_and_runs_no_step_dense():
+    given = calls(2)
+    as_without_dense_steps(lambda: pipeline_of().transformer, "prompts, not calls", data=None, calls=given)
+    sequential = replace(OPTIONS, sequential=True)
+    recipe = replace(AUTO, precision="fp8")
+    as_without_dense_steps(pipeline_of, "one-shot", recipe, options=sequential)
+
+
+def test_sparsify_and_set_dense_steps_do_not_choose():
     pipeline = pipeline_of()
-    with pytest.raises(ValueError, match="give a pipeline and prompts, not calls"):
-        calibrate(pipeline.transformer, calls=calls(2), recipe=AUTO, progress=False)
-    with pytest.raises(ValueError, match=r"dense_sigmas 'auto' chooses at the end.*one-shot"):
-        calibrate(pipeline, PROMPTS, replace(AUTO, precision="fp8"), replace(OPTIONS, sequential=True))
     with pytest.raises(ValueError, match=r"rtlynx\.calibrate"):
         sparsify(pipeline, AUTO)
     assert pipeline.batches == []
@@ -347,15 +364,18 @@ class Wordless(TinyPipeline):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Unscheduled, r"FluxTransformer2DModel does not tell it: .*rtlynx\.schedule"),
+        (Unscheduled, r"FluxTransformer2DModel does not tell them: .*rtlynx\.schedule"),
         (Renoising, r"do not fall \(1, 0\.5, 0\.75, 0\.25\)"),
-        (Wordless, "compares pictures: Wordless draws no pictures, but a dict"),
+        (Wordless, "compares pictures, and Wordless draws no pictures, but a dict"),
     ],
 )
-def test_pipelines_that_tell_too_little_are_refused_and_the_model_left(kind, message):
-    pipeline = kind(tiny_flux())
-    if kind is Unscheduled:
-        pipeline._denoise = lambda *given: Unscheduled._denoise(pipeline, *given[:3], [1000.0], given[4])
-    with pytest.raises(CalibrationError, match=message):
-        calibrate(pipeline, PROMPTS, AUTO, OPTIONS, progress=False)
-    assert_dense(pipeline.transformer)
+def test_pipelines_that_tell_too_little_warn_and_run_no_step_dense(kind, message, tmp_path):
+    def make():
+        pipeline = kind(randomize(tiny_flux(num_attention_heads=2)))
+        if kind is Unscheduled:
+            pipeline._denoise = lambda *given: Unscheduled._denoise(pipeline, *given[:3], [1000.0], given[4])
+        return pipeline
+
+    options = replace(OPTIONS, folder=tmp_path)
+    as_without_dense_steps(make, message, options=options)
+    as_without_dense_steps(make, message, options=options)  # on what the folder holds

@@ -112,13 +112,13 @@ def test_values_are_json_or_text():
 )
 def test_yes_and_no_are_what_they_say(word, value):
     assert calibration_options([f"sequential={word}"], None, {}).sequential is value
-    assert recipe_of(None, [f"refit={word}"], Recipe()).refit is value
+    assert recipe_of(None, [f"refit={word}"], Recipe).refit is value
 
 
 def test_none_is_no_branch_and_no_budget_but_a_norm():
-    recipe = recipe_of(None, ["rank=none", "budget=None", "precision=bf16"], Recipe.recommended())
+    recipe = recipe_of(None, ["rank=none", "budget=None", "precision=bf16"], Recipe.recommended)
     assert (recipe.rank, recipe.budget) == (None, None)
-    assert recipe_of(None, ["norm=none", "rank=none"], Recipe()).norm == "none"
+    assert recipe_of(None, ["norm=none", "rank=none"], Recipe).norm == "none"
 
 
 @pytest.mark.parametrize(

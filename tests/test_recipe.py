@@ -247,9 +247,31 @@ def test_the_recommended_recipe_has_no_branch_and_leaves_layers_dense():
     recipe = Recipe.recommended()
     assert (recipe.refit, recipe.rank, recipe.precision) == (True, None, "auto")
     assert recipe.budget == Budget(speedup_share=0.9)
+    assert (recipe.rotate_values, recipe.intercept) == ("auto", True)
+    assert (recipe.dense_sigmas, recipe.dense_precision) == ("auto", "fp8")
     assert recipe.needs_calibration
-    changed = Recipe.recommended(precision="bf16", budget=Budget(error=0.01))
-    assert (changed.precision, changed.budget, changed.rank) == ("bf16", Budget(error=0.01), None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"budget": Budget(error=0.01)},
+        {"budget": None, "precision": "fp8"},
+        {"dense_last_steps": 2},
+        {"dense_sigmas": ()},
+        {"dense_precision": "bf16"},
+        {"refit": False},
+        {"grouping": "strided"},
+    ],
+)
+def test_the_recommended_recipe_leaves_out_what_changes_rule_out(changes):
+    recipe = Recipe.recommended(**changes)
+    assert {name: getattr(recipe, name) for name in changes} == changes
+    assert recipe.intercept is recipe.refit
+    assert recipe.rotate_values == ("auto" if recipe.grouping == "auto" else False)
+    open_steps = {"refit", "grouping"} >= changes.keys()
+    assert recipe.chooses_dense_steps is open_steps
 
 
 def test_what_needs_what():

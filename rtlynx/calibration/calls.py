@@ -15,7 +15,6 @@ from rtlynx.calibration.folder import WorkFolder
 from rtlynx.calibration.steps import counted_steps
 from rtlynx.models.architecture import TIMESTEPS, Architecture
 from rtlynx.models.hooks import is_dense_call
-from rtlynx.nn.call import Step, step_of
 from rtlynx.recipe import Recipe
 
 Call = dict[str, Any]
@@ -68,8 +67,7 @@ def calls_by_step(
     Raises
     ------
     CalibrationError
-        If the model was not called, or in dense steps alone; if it is not known which call is of which step,
-        or `recipe` chooses dense steps and the noise level of a step is not known.
+        If the model was not called, or in dense steps alone; if it is not known which call is of which step.
     """
     seen: list[_Seen] = []
     with counted_steps(pipeline) as steps:
@@ -128,25 +126,12 @@ def _runs(items: Iterable[_T], key: Callable[[_T], Any]) -> list[list[_T]]:
 
 def _runs_dense(architecture: Architecture, recipe: Recipe, model: nn.Module, call: Call) -> bool:
     """Whether the step that `call` is of runs dense, as it will when the sparse model draws."""
-    if not recipe.has_dense_steps:
+    if not recipe.has_dense_steps or recipe.chooses_dense_steps:
         return False
     try:
-        if recipe.chooses_dense_steps:
-            known_level(model, step_of(architecture.timestep(call)))
         return is_dense_call(architecture, recipe, model, call)
     except (RuntimeError, ValueError) as error:
         raise CalibrationError(str(error)) from None
-
-
-def known_level(model: nn.Module, step: Step | None) -> tuple[Step, float]:
-    """The step of a call of `model` and its noise level; CalibrationError where that is not known."""
-    if step is None or step.sigma is None:
-        raise CalibrationError(
-            "dense_sigmas 'auto' chooses steps by their noise level, and the pipeline that calls this "
-            f"{type(model).__name__} does not tell it: put its sampling loop into `with "
-            "rtlynx.schedule(timesteps, sigmas):`, or choose the steps yourself (dense_last_steps)"
-        )
-    return step, step.sigma
 
 
 def by_step(calls: Sequence[Call], architecture: Architecture) -> list[list[Call]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.apply import temporarily_sparse
 from rtlynx.calibration.budget import Choice, DenseStepsCandidate, InputCost, format_steps, inputs_of
-from rtlynx.calibration.calls import CalibrationError, Call, known_level
+from rtlynx.calibration.calls import CalibrationError, Call
 from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, total, world
 from rtlynx.calibration.progress import ProgressBar
@@ -37,6 +37,11 @@ from rtlynx.recipe import Budget
 LAST_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
 # How many prompts each candidate draws; few order the candidates, since all start from the same noise.
 JUDGED_PROMPTS = 16
+
+
+class IncomparableSteps(CalibrationError):
+    """A pipeline does not tell what the choice of dense steps needs."""
+
 
 # How many steps a picture has -> number of each -> its timestep and noise level.
 _Schedules = dict[int, dict[int, tuple[float, float]]]
@@ -138,9 +143,9 @@ class DenseStepSearch:
 
     Raises
     ------
-    CalibrationError
+    IncomparableSteps
         If the noise levels of the pipeline's steps are not known or do not fall, or it draws nothing that
-        can be compared.
+        can be compared. In all processes at once.
     """
 
     def __init__(self, recording: Recording, *, show: bool) -> None:
@@ -152,11 +157,11 @@ class DenseStepSearch:
         self.count = len(judged)
         self.prompts = judged[rank() :: world()]  # each process draws its part
         steps: _Schedules = {}
-        refusal: CalibrationError | None = None
+        refusal: IncomparableSteps | None = None
         try:
             with self._progress("drawing dense pictures", 1) as advance, _watched(recording, steps):
                 self.reference = self._draw(advance)
-        except CalibrationError as error:  # for the other processes, which wait, to say too
+        except IncomparableSteps as error:  # for the other processes, which wait, to say too
             refusal = error
         steps, of_first = agree((steps, refusal))
         for one in (of_first, refusal):
@@ -241,7 +246,7 @@ class DenseStepSearch:
                     tensor_of(self.recording.pipeline, drawn) for drawn in self.recording.draw(prompts, seeds)
                 ]
             except TypeError as error:
-                raise CalibrationError(f"dense_sigmas 'auto' compares pictures: {error}") from None
+                raise IncomparableSteps(f"it compares pictures, and {error}") from None
             advance(len(prompts))
         return found
 
@@ -258,8 +263,14 @@ def _watched(recording: Recording, steps: _Schedules) -> Iterator[None]:
 
     def see(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = architecture.timestep(architecture.call_arguments(model, args, kwargs))
-        step, sigma = known_level(model, step_of(timestep))
-        steps.setdefault(step.count, {}).setdefault(step.index, (single_timestep(timestep), sigma))
+        step = step_of(timestep)
+        if step is None or step.sigma is None:
+            raise IncomparableSteps(
+                f"it goes by noise levels, and the pipeline that calls this {type(model).__name__} does not "
+                "tell them: put its sampling loop into `with rtlynx.schedule(timesteps, sigmas):`, or choose "
+                "the steps yourself (dense_last_steps)"
+            )
+        steps.setdefault(step.count, {}).setdefault(step.index, (single_timestep(timestep), step.sigma))
 
     handle = recording.model.register_forward_pre_hook(see, with_kwargs=True)
     try:
@@ -274,8 +285,8 @@ def _levels(steps: _Schedules) -> NoiseLevels:
     timesteps, sigmas = zip(*(first[index] for index in sorted(first)), strict=True)
     if any(after >= before for before, after in pairwise(sigmas)):
         shown = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
-        raise CalibrationError(
-            f"dense_sigmas 'auto' divides the steps of a picture at one noise level, and theirs do not fall "
-            f"({shown}): choose ranges yourself"
+        raise IncomparableSteps(
+            f"it divides the steps of a picture at one noise level, and theirs do not fall ({shown}): choose "
+            "ranges yourself"
         )
     return NoiseLevels(timesteps, sigmas)

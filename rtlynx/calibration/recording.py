@@ -243,12 +243,13 @@ class Recording:
 
     def _claim_folder(self, data: Any, pipeline: Any = None) -> None:
         """Keep what is recorded in the folder of the options, if it holds no other calibration."""
-        options = self.options
+        options, recipe = self.options, self.plan.recipe
         if options.folder is None:
             return
         settings = {
             "data": digest(data),
-            "recipe": {**self.plan.recipe.to_dict(), "budget": None},
+            # Where calibration is to choose dense steps, it records all of them, as where there are none.
+            "recipe": {**recipe.to_dict(), "budget": None, "dense_sigmas": recipe.dense_ranges},
             "batch_size": options.batch_size,
             "steps_per_prompt": options.steps_per_prompt,
             "heldout": options.heldout,

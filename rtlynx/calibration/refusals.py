@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,32 +19,52 @@ from rtlynx.nn.tensor_parallel import refuse_parallel
 from rtlynx.recipe import Recipe
 
 
-def refuse_choices(recipe: Recipe, options: CalibrationOptions, calls: Iterable[Call] | None) -> None:
-    """ValueError where the recipe leaves a choice to calibration that these settings do not allow."""
+def refuse_sequential(recipe: Recipe, options: CalibrationOptions) -> None:
+    """ValueError where the recipe leaves formats open that sequential calibration has to know."""
     if recipe.precision == "auto" and options.sequential:
         raise ValueError(
             "sequential calibration shows each block what the blocks before it give, and precision 'auto' "
             "chooses their formats at the end: calibrate one-shot, or with precision fp8 or bf16"
         )
-    if recipe.chooses_dense_steps and options.sequential:
-        raise ValueError(
-            "sequential calibration shows each block what the sparse blocks before it give, and dense_sigmas "
-            "'auto' chooses at the end in which steps they are sparse: calibrate one-shot, or give ranges"
+
+
+def choosing_steps(
+    recipe: Recipe, options: CalibrationOptions, transformers: int, calls: Iterable[Call] | None
+) -> Recipe:
+    """The recipe, which leaves dense steps to calibration only where these settings let it compare pictures."""
+    if calls is not None:
+        return without_choice(recipe, "it compares pictures, so it needs a pipeline and prompts, not calls")
+    if options.sequential:
+        return without_choice(
+            recipe,
+            "sequential calibration shows each block what the sparse blocks before it give, and which steps "
+            "are sparse is chosen at the end: calibrate one-shot",
         )
-    if recipe.chooses_dense_steps and calls is not None:
-        raise ValueError(
-            "dense_sigmas 'auto' chooses by pictures: give a pipeline and prompts, not calls, or give ranges"
-        )
+    if transformers > 1:
+        return without_choice(recipe, f"it is for one transformer, and this pipeline has {transformers}")
+    return recipe
+
+
+def without_choice(recipe: Recipe, reason: str) -> Recipe:
+    """The recipe, in which no step runs dense where calibration was to choose; a warning says why."""
+    if not recipe.chooses_dense_steps:
+        return recipe
+    warnings.warn(
+        f"no step runs dense, since dense_sigmas 'auto' cannot choose here: {reason}. Without this warning: "
+        "dense_sigmas=()",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return replace(recipe, dense_sigmas=())
 
 
 def refuse_for_several(
-    pipeline: Any, models: Mapping[str, nn.Module], recipe: Recipe, calls: Any, distill: Distillation | None
+    pipeline: Any, models: Mapping[str, nn.Module], calls: Any, distill: Distillation | None
 ) -> None:
     """ValueError for what is about one transformer, where the pipeline draws with several."""
     for what, given in (
         ("calls are of one transformer", calls is not None),
         ("distillation trains one transformer", distill is not None),
-        ("dense_sigmas 'auto' chooses steps of one transformer", recipe.chooses_dense_steps),
     ):
         if given:
             name = type(pipeline).__name__

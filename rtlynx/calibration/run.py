@@ -20,7 +20,7 @@ from rtlynx.calibration.collect import (
     input_groups,
     passes,
 )
-from rtlynx.calibration.dense_step_search import DenseStepSearch
+from rtlynx.calibration.dense_step_search import DenseStepSearch, IncomparableSteps
 from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
 from rtlynx.calibration.folder import digest
 from rtlynx.calibration.moments import Moments
@@ -30,7 +30,14 @@ from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import agree, rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
-from rtlynx.calibration.refusals import refuse_all_dense, refuse_choices, refuse_for_several, refuse_unfit
+from rtlynx.calibration.refusals import (
+    choosing_steps,
+    refuse_all_dense,
+    refuse_for_several,
+    refuse_sequential,
+    refuse_unfit,
+    without_choice,
+)
 from rtlynx.calibration.reparameterize import find_bases
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import judged, solve_layer
@@ -106,10 +113,11 @@ def calibrate(
         raise ValueError("give prompts or calls, not both")
     if distill is not None and calls is not None:
         raise ValueError("distillation draws with the sparse model: give a pipeline and prompts, not calls")
-    refuse_choices(recipe, options, calls)
+    refuse_sequential(recipe, options)
     models = transformers_of(model_or_pipeline)
     if len(models) > 1:
-        refuse_for_several(model_or_pipeline, models, recipe, calls, distill)
+        refuse_for_several(model_or_pipeline, models, calls, distill)
+    recipe = choosing_steps(recipe, options, len(models), calls)
     pipeline = None if calls is not None else model_or_pipeline
     data = list(prompts or ()) if calls is None else list(calls)
     for model in models.values():
@@ -177,9 +185,7 @@ class _Calibration:
 
     def finish(self) -> CalibrationReport:
         """Solve every layer, let the budget choose, and make the model sparse."""
-        search = None
-        if self.recipe.chooses_dense_steps:  # before the work, since some pipelines tell too little
-            search = DenseStepSearch(self.recording, show=self.show)
+        search = self._dense_step_search()
         self.plan = self._with_shared_inputs()
         groups = input_groups(self.plan.alternatives())
         order = self._block_order(groups)
@@ -220,6 +226,17 @@ class _Calibration:
             plan.unpermuted,
             distilled,
         )
+
+    def _dense_step_search(self) -> DenseStepSearch | None:
+        """What chooses dense steps, where the recipe leaves that open and the pipeline tells enough."""
+        if not self.recipe.chooses_dense_steps:
+            return None
+        try:
+            return DenseStepSearch(self.recording, show=self.show)
+        except IncomparableSteps as error:
+            self.recipe = without_choice(self.recipe, str(error))
+            self.plan = self.recording.plan = make_plan_for_dense(self.model, self.recipe)
+            return None
 
     def _reparameterize(self, plan: Plan) -> tuple[Plan, Reparameterization | None]:
         """Rotate and permute in the dense model, so that all that follows sees the channels sorted."""

@@ -8,7 +8,7 @@ import math
 import re
 import stat
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
@@ -109,18 +109,19 @@ def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def recipe_of(file: Path | None, settings: list[str] | None, default: Recipe) -> Recipe:
-    """A recipe from a file, or the default, with single settings changed."""
+def recipe_of(file: Path | None, settings: list[str] | None, preset: Callable[..., Recipe]) -> Recipe:
+    """A recipe from a file, or what `preset` makes of nothing, with single settings changed."""
     from rtlynx.recipe import Recipe
 
-    base = default
-    if file is not None:
-        text = read_text(file)
-        try:
-            base = Recipe.from_json(text)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file}: {error}") from None
-    return Recipe.from_dict({**base.to_dict(), **pairs(settings, "--set", get_type_hints(Recipe))})
+    changes = pairs(settings, "--set", get_type_hints(Recipe))
+    if file is None:
+        return Recipe.from_dict(changes, preset)
+    text = read_text(file)
+    try:
+        base = Recipe.from_json(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    return Recipe.from_dict({**base.to_dict(), **changes})
 
 
 def calibration_options(

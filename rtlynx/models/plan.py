@@ -269,7 +269,7 @@ def _refuse_unknown_roles(model: nn.Module, architecture: Architecture, recipe: 
         ("rotate_values", architecture.attentions, "values of its attentions"),
         ("permute_hidden", architecture.mlps, "hidden features of its MLPs"),
     ):
-        if getattr(recipe, setting) and not known:
+        if getattr(recipe, setting) is True and not known:
             raise ValueError(
                 f"which layers of {type(model).__name__} make and read the {what} is not known: use "
                 f"{setting}=False"

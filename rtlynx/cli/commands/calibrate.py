@@ -84,7 +84,7 @@ def calibrate(
     if plot is not None:
         _check_plot(plot, folder)
     # What can be wrong is looked at before the model is loaded.
-    chosen = recipe_of(recipe, settings, Recipe.recommended())
+    chosen = recipe_of(recipe, settings, Recipe.recommended)
     given = prompts_of(None, model) if prompts is None else read_prompts_with_inputs(prompts)
     how = calibration_options(options, work, pairs(pipeline, "--pipeline"))
     training = distillation(distill)
@@ -122,7 +122,7 @@ def convert(
     from rtlynx.recipe import Recipe
 
     _check_target(folder)
-    chosen = recipe_of(recipe, settings, Recipe.immediate())
+    chosen = recipe_of(recipe, settings, Recipe.immediate)
     loaded = load_model(model)
     sparsify(loaded, chosen)
     save(loaded, folder)

@@ -97,7 +97,7 @@ def _recipe(named: str) -> Recipe:
         return getattr(Recipe, named)()
     if not Path(named).exists():
         raise UsageError(f"no recipe or file is called {named!r}: give {', '.join(RECIPES)}, or a JSON file")
-    return recipe_of(Path(named), None, Recipe())
+    return recipe_of(Path(named), None, Recipe)
 
 
 def _calibration_prompts(file: Path | None, model: str) -> list[str]:

@@ -64,7 +64,7 @@ def inspect(
     from rtlynx.models.pipelines import load_model
     from rtlynx.recipe import Recipe
 
-    chosen = recipe_of(recipe, settings, Recipe.recommended())
+    chosen = recipe_of(recipe, settings, Recipe.recommended)
     loaded = load_model(model, device=device_of(None) if activations else "cpu")
     kept: dict[str, Any] = {}
     if activations:
