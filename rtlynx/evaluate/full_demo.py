@@ -28,6 +28,7 @@ from rtlynx.evaluate.results import write_results
 from rtlynx.evaluate.sampling import sample_and_record, sample_pictures
 from rtlynx.evaluate.variants import LIVE_PROMPTS, NAMES, Variant
 from rtlynx.models.plan import make_plan
+from rtlynx.models.sparsify import comparable
 from rtlynx.recipe import Recipe
 
 # Two dozen pictures, and as many steps as keep it well under ten minutes on two cores.
@@ -108,9 +109,18 @@ def _energy_kept(
 def _rows(
     transformer: nn.Module, variants: Sequence[Variant], drawn: _Drawn, prompts: list[str], *, progress: bool
 ) -> list[dict[str, Any]]:
-    with ProgressBar("measuring layers", len(drawn.calls), show=progress) as advance:
-        by_variant = {variant.name: variant.layers for variant in variants}
-        errors = layer_errors(transformer, by_variant, _counted(drawn.calls, advance))
+    # Layers of a variant whose values were rotated stand for those of a dense model rotated alike.
+    twins = [comparable(transformer, variant.pipeline.transformer) for variant in variants]
+    errors: dict[str, dict[str, float]] = {}
+    kinds = {id(twin): twin for twin in twins}
+    with ProgressBar("measuring layers", len(drawn.calls) * len(kinds), show=progress) as advance:
+        for kind, twin in kinds.items():
+            some = {
+                variant.name: variant.layers
+                for variant, other in zip(variants, twins, strict=True)
+                if id(other) == kind
+            }
+            errors |= layer_errors(twin, some, _counted(drawn.calls, advance))
     return [_row(variant, drawn, prompts, errors[variant.name]) for variant in variants]
 
 

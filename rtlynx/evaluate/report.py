@@ -42,7 +42,8 @@ EXPLAINED = {
     ),
     "recommended": (
         "`Recipe.recommended()`: each layer 2:4 in eight bits with refitted weights, in eight bits alone, or "
-        "as it was, by what it saves and what it costs at the model's output."
+        "as it was, by what it saves and what it costs at the model's output. Values are rotated, and the last "
+        "steps, as many as calibration chose by pictures, run in eight bits alone."
     ),
     "activation-2:4+norm:all-layers": (
         "Selection and norm as above, and the layers of the text stream sparse too. In no other row do they "
@@ -146,7 +147,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     recommended = rows["recommended"]
     if recommended["psnr"] is not None:
         said.append(
-            f"The recommended recipe, which chooses a format for each layer, draws at "
+            f"The recommended recipe, which chooses a format for each layer and dense last steps, draws at "
             f"{recommended['psnr']:.1f}{NBSP}dB."
         )
     image_only, everything = rows["activation-2:4+norm"], rows["activation-2:4+norm:all-layers"]
