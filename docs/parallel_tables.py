@@ -17,7 +17,7 @@ from rtlynx.timing.communication import (
 )
 from rtlynx.timing.full_models import Size
 from rtlynx.timing.results import picture_size, speed_up
-from rtlynx.timing.step_variants import RECOMMENDED
+from rtlynx.timing.step_variants import MIXED
 
 LARGE = 2048  # pixels
 
@@ -77,7 +77,7 @@ def _one_card(root: Path) -> Iterator[OneCard]:
 
 
 def _rows_of(size: dict, variants: list[dict], model: str, source: Path) -> Iterator[OneCard]:
-    gpu_ms = next((row["gpu_ms"] for row in variants if row["name"] == RECOMMENDED), None)
+    gpu_ms = next((row["gpu_ms"] for row in variants if row["name"] == MIXED), None)
     if gpu_ms is None or size["batch"] != 1:
         return
     tokens = Size(size["resolution"]).image_tokens + size["text_tokens"]

@@ -9,11 +9,11 @@ from overview import MODELS, VARIANTS
 from tables import speedup
 
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
-from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, SCHEDULED, TORCHAO
+from rtlynx.timing.step_variants import DENSE_FP8, MIXED, RECOMMENDED, TORCHAO
 
 GREEN, GREY, BLUE, DARK = "#2f7d4f", "#9aa5b1", "#4c78a8", "#52606d"
 LIGHT_GREEN = "#8fc1a3"
-COLOURS = {REFERENCE: DARK, TORCHAO: GREY, DENSE_FP8: BLUE, RECOMMENDED: GREEN, SCHEDULED: LIGHT_GREEN}
+COLOURS = {REFERENCE: DARK, TORCHAO: GREY, DENSE_FP8: BLUE, RECOMMENDED: GREEN, MIXED: LIGHT_GREEN}
 Time = Callable[[dict], float | None]
 
 

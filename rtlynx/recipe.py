@@ -322,7 +322,7 @@ class Recipe:
 
     @classmethod
     def recommended(cls, **changes: Any) -> Recipe:
-        """Refitted weights and rotated values, no low-rank branch; calibration chooses formats and dense steps.
+        """Refitted weights, rotated values, no low-rank branch; calibration chooses formats and dense steps.
 
         At equal time the nearest to the dense model's pictures in docs/results/quality.md. Steps are chosen
         where `changes` leave that open: with a budget of time, fp8, and no dense steps of their own.
@@ -356,7 +356,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], preset: Callable[..., Recipe] | None = None) -> Recipe:
-        """From plain JSON values, as changes of `preset` (`Recipe.recommended`, ...); default `Recipe` itself.
+        """From plain JSON values: changes of `preset` (`Recipe.recommended`, ...), or of `Recipe` itself.
 
         Raises
         ------

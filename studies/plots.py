@@ -140,10 +140,10 @@ LABELLED = {  # variant -> what the plot calls it
     "weight-2:4:wanda": "2:4 weights (Wanda)",
     "activation-2:4": "2:4 activations",
     "paper": "the paper's recipe",
-    "recommended:bf16": "recommended, bf16",
+    "weight-2:4:refit-fp8": "2:4 weights, refitted, fp8",
     "fp8:dense": "dense fp8",
     "saving:auto-80%": "80 % of the saving",
-    "last-steps:recommended-2": "last 2 steps dense",
+    "last-steps:90%-2": "90 %, last 2 steps dense",
     "recommended": "recommended",
     "fp8:refit": "every layer sparse",
 }

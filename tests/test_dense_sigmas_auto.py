@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calibration_helpers import PROMPTS as ALL_PROMPTS
-from calibration_helpers import RIDGE, assert_dense, assert_same, calls, in_two_processes, solution
+from calibration_helpers import RIDGE, assert_same, calls, in_two_processes, solution
 from diffusers import FluxTransformer2DModel
 from helpers import TinyPipeline, tiny_flux
 from mutations import signed
@@ -15,7 +15,6 @@ from zoo_helpers import randomize
 import rtlynx.calibration.distill
 from rtlynx import (
     Budget,
-    CalibrationError,
     CalibrationOptions,
     Distillation,
     Recipe,

@@ -23,7 +23,7 @@ from plots import FAMILIES, PLOTS, family_of
 from rtlynx.models.plan import ARCHITECTURES
 from rtlynx.storage.files import sha256_of
 from rtlynx.timing.results import REFERENCE
-from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, SCHEDULED
+from rtlynx.timing.step_variants import DENSE_FP8, MIXED, RECOMMENDED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,7 +40,8 @@ def test_it_is_read_in_two_minutes():
 def test_its_figures_are_those_of_the_results_files():
     assert update.updated(README, Path("README.md")) == README
     study = json.loads((ROOT / study_tables.RESULTS / "quality-flux-emoji.json").read_text())
-    for name, title in (("fp8:dense", "dense fp8, rtlynx"), ("recommended", r"\*\*sparse fp8, rtlynx\*\*")):
+    shown = (("fp8:dense", "dense fp8, rtlynx"), ("saving:auto-90%", "sparse fp8, one mix in all steps"))
+    for name, title in shown:
         psnr = study_tables.rows_of(study)[name]["figures"]["psnr"]["mean"]
         assert re.search(rf"\| FLUX.1-dev \| {title} \|.*\| {psnr:.1f} \|", README)
 
@@ -82,7 +83,7 @@ def test_the_plots_of_speed_are_of_their_results_files():
 def test_every_variant_of_the_study_belongs_to_one_family_of_points():
     families = {name: family_of(name).title for name in ("fp8:dense", "paper:by-hand", "fp8:refit", "refit")}
     assert list(families.values()) == ["dense fp8", "the paper's recipe", "ours, sparse fp8", "ours in bf16"]
-    assert family_of("recommended:bf16") is family_of("saving:refit-80%") is FAMILIES[-1]
+    assert family_of("bf16-budget:0.01") is family_of("saving:refit-80%") is FAMILIES[-1]
     assert family_of("rank:paper-2%") is family_of("paper")
 
 
@@ -128,22 +129,25 @@ def test_the_newest_card_that_dense_fp8_was_measured_on_is_shown(measured):
     assert '??? note "Earlier: FLUX.1-dev, NVIDIA H100"' in earlier
 
 
-def test_a_schedule_of_dense_steps_is_shown_as_its_mean_where_it_was_measured(measured):
-    times = {REFERENCE: 90.0, DENSE_FP8: 60.0, RECOMMENDED: 50.0}
+def test_the_recommended_recipe_is_shown_as_the_mean_of_its_steps(measured):
+    times = {REFERENCE: 90.0, DENSE_FP8: 60.0, MIXED: 50.0}
     root = measured("z-image", "H200", **times)
-    assert "noise level" not in overview.overview_section(root, IN_README)
-    kinds = {f"{SCHEDULED}, sparse step": 44.0, f"{SCHEDULED}, dense step": 60.0}
-    root = measured("z-image", "H200", **times, **kinds, **{SCHEDULED: 45.0})
+    assert "| sparse fp8, one mix in all steps | 50.0 |" in overview.overview_section(root, IN_README)
+    assert "**sparse fp8, rtlynx**" not in overview.overview_section(root, IN_README)
+    said = overview.verdict_section(root, IN_README)
+    assert "One mix of sparse and dense fp8 in all steps makes it faster by 1.20x (Z-Image)." in said
+    kinds = {f"{RECOMMENDED}, sparse step": 44.0, f"{RECOMMENDED}, dense step": 60.0}
+    root = measured("z-image", "H200", **times, **kinds, **{RECOMMENDED: 45.0})
     file = root / update.RESULTS / "step-z-image-h200.json"
     results = json.loads(file.read_text())
     results["variants"][-1] |= {"steps": 16, "dense_steps": 1}
     file.write_text(json.dumps(results))
     text = overview.overview_section(root, IN_README)
-    shown = "sparse fp8, dense below noise level 0.4 (1 of 16 steps dense)"
+    shown = "**sparse fp8, rtlynx** (1 of 16 steps dense)"
     assert f"| Z-Image | {shown} | 45.0 | 46.0 | – | 2.00x | – | – |" in text  # noqa: RUF001
     assert "44.0" not in text
     table = tables.steps_section(results, update.RESULTS / file.name, ON_SITE)
-    name = "sparse fp8 (every layer, dense fp8 below 0.4)"
+    name = "sparse fp8 (recommended)"
     assert f"| {name}, sparse step | 44.0 |" in table
     assert f"| {name}: 1 of 16 steps dense, mean | 45.0 |" in table
 

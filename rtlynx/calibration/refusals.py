@@ -31,7 +31,7 @@ def refuse_sequential(recipe: Recipe, options: CalibrationOptions) -> None:
 def choosing_steps(
     recipe: Recipe, options: CalibrationOptions, transformers: int, calls: Iterable[Call] | None
 ) -> Recipe:
-    """The recipe, which leaves dense steps to calibration only where these settings let it compare pictures."""
+    """The recipe; it leaves dense steps to calibration only where that can compare pictures."""
     if calls is not None:
         return without_choice(recipe, "it compares pictures, so it needs a pipeline and prompts, not calls")
     if options.sequential:

@@ -110,8 +110,9 @@ def _made(variant: Variant, arrangement: Arrangement | None, bench: Bench) -> tu
     of, twin = bench.of, twin_of(bench.model)
     if arrangement is not None and arrangement.cuts_weights:
         arrangement.spread(twin, of.count)
-        if variant.name.startswith(RECOMMENDED):
-            variant = variant._replace(change=recommended("fp8", tp_degree=of.count))
+    if variant.name.startswith(RECOMMENDED):  # of whose steps the sparse one is measured
+        degree = of.count if arrangement is not None and arrangement.cuts_weights else 1
+        variant = variant._replace(change=recommended("fp8", tp_degree=degree))
     variant.change(twin)
     if arrangement is not None and not arrangement.cuts_weights:
         arrangement.spread(twin, of.count)
