@@ -8,6 +8,7 @@ from torch import nn
 
 from rtlynx.math.formats import FormatName
 from rtlynx.models import make_plan
+from rtlynx.models.attention import fp8_attention
 from rtlynx.models.plan import LayerPlan, architecture_of
 from rtlynx.models.sparsify import apply_plan, sparsify
 from rtlynx.recipe import RECOMMENDED_SPEEDUP_SHARE, Recipe
@@ -151,11 +152,22 @@ def dense_fp8(model: nn.Module) -> None:
     sparsify(model, Recipe.dense_fp8())
 
 
+def in_fp8_attention(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
+    """`change`, and attention in eight bits besides."""
+
+    def both(model: nn.Module) -> None:
+        change(model)
+        fp8_attention(model)
+
+    return both
+
+
 DENSE_FP8, RECOMMENDED, EVERY_LAYER = "rtlynx dense fp8", "rtlynx fp8-2:4", "rtlynx fp8-2:4 (every layer)"
 # The noise level from which on steps run in dense fp8, in the variant that has a schedule.
 DENSE_BELOW = 0.4
 SCHEDULED = f"rtlynx fp8-2:4 (every layer, dense fp8 below {DENSE_BELOW:g})"
 TORCHAO = "fp8 compiled (torchao)"
+FP8_ATTENTION = " (fp8 attention)"
 
 VARIANTS = (
     Variant("bf16 eager", lambda model: None, compiled=False),
@@ -183,6 +195,9 @@ VARIANTS = (
 )
 # Other designs, measured where they are named.
 DESIGNS = (
+    Variant(f"{REFERENCE}{FP8_ATTENTION}", in_fp8_attention(lambda model: None)),
+    Variant(f"{DENSE_FP8}{FP8_ATTENTION}", in_fp8_attention(dense_fp8), fp8_weights=1),
+    Variant(f"{RECOMMENDED}{FP8_ATTENTION}", in_fp8_attention(recommended("fp8")), fp8_weights=1),
     Variant("rtlynx bf16-2:4", recommended("bf16")),
     Variant(f"rtlynx bf16-2:4{BLOCK_GRAPHS}", recommended("bf16"), mode="reduce-overhead"),
     Variant("rtlynx bf16-2:4 (every layer)", every_layer("bf16", rank=None)),
