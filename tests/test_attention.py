@@ -82,10 +82,11 @@ def test_of_many_tokens_a_part_tells_mean_and_scale():
     v[0, 1] = 1e6  # a token that is none of the 11th: far beyond 64 times the others
     values, scale, mean = quantize_values(v)
     assert torch.equal(mean, v[:, ::11].mean(1, keepdim=True))
-    assert float(scale) < 1
+    assert bool((scale < 1).all())
     assert bool((values[0, 1].float() == E4M3_MAX).all())
-    v[0, 1] = 60 * v[:, ::11].abs().max()
-    assert relative_error((lambda q: q.values.float() * q.scale + q.mean)(quantize_values(v)), v) < 0.04
+    v[0, 1] = 60 * v[:, ::11].abs().amax((0, 1))  # not beyond
+    values, scale, mean = quantize_values(v)
+    assert relative_error(values.float() * scale + mean, v) < 0.04
 
 
 def test_a_head_of_zeros_stays_one():

@@ -1,7 +1,7 @@
 """Attention in eight bits (e4m3): its definition, on any device.
 
 Queries and keys, which norms bound, are scaled by a power of two that is known beforehand. Values are centred
-and scaled head by head; the output comes in the same units, so it fits e4m3 as they do.
+and scaled channel by channel; the output comes in the same units, so it fits e4m3 as they do.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from rtlynx.math.fp8 import E4M3, E4M3_MAX, TOKEN_SCALE_FLOOR
 # Of softmax's numerators, which are at most 1, before they are rounded. A power of two, which costs no bits.
 P_SCALE = 256.0
 # Of more tokens than this, every 11th is looked at for the mean and the largest of values: a pass over all of
-# them takes as long as a tenth of the attention. (11 divides no row of a picture.)
-_FEW, _EVERY = 2048, 11
+# them takes as long as a tenth of the attention. (11 divides no row of a picture; 16 saw one border alone.)
+_FEW, _EVERY = 256, 11
 # The largest sampled value becomes this; what is 64 times larger still fits.
 _REACH = 7.0
 # Room for what bfloat16 adds to a norm's bound.
@@ -29,10 +29,10 @@ _STEP = 8
 
 
 class QuantizedValues(NamedTuple):
-    """Values in eight bits: values * scale + mean.
+    """Values in eight bits, channel by channel: values * scale + mean.
 
     values : (B, S, H, D) float8_e4m3fn.
-    scale : (B, 1, H, 1) float32. mean : (B, 1, H, D) float32.
+    scale, mean : (B, 1, H, D) float32.
     """
 
     values: Tensor
@@ -59,16 +59,16 @@ def saturated(x: Tensor) -> Tensor:
 
 
 def quantize_values(v: Tensor) -> QuantizedValues:
-    """Values (B, S, H, D) without a mean over tokens, each head scaled so that 64 times its largest fits.
+    """Values (B, S, H, D) without a mean over tokens, each channel scaled so that 64 times its largest fits.
 
-    Weights that add up to 1 leave any mean as it is, so no rounding need touch it. Where there are
-    more than 2,048 tokens, mean and largest are those of every 11th; values of others that are more than 64
-    times as large saturate.
+    Weights that add up to 1 leave any mean as it is, so no rounding need touch it. Where there are more than
+    256 tokens, mean and largest are those of every 11th; values of others that are more than 64 times as
+    large saturate.
     """
     x = v.float()
     sample = x[:, ::_EVERY] if x.shape[1] > _FEW else x
     mean = sample.mean(1, keepdim=True)
-    largest = sample.abs().amax((1, 3), keepdim=True)
+    largest = sample.abs().amax(1, keepdim=True)  # in one pass with the mean
     scale = (largest * (1 / _REACH)).clamp_min(TOKEN_SCALE_FLOOR)
     return QuantizedValues(saturated((x - mean) * scale.reciprocal()), scale, mean)
 
