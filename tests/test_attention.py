@@ -330,7 +330,7 @@ def test_masks_are_refused():
     [
         ({"is_causal": True}, "neither causal"),
         ({"dropout_p": 0.1}, "nor has it dropout"),
-        ({"parallel_config": object()}, "no context parallelism"),
+        ({"parallel_config": object()}, "takes no context parallelism"),
     ],
 )
 def test_what_the_kernel_does_not_do_is_refused(given, message):
@@ -360,6 +360,9 @@ def test_models_that_it_cannot_serve_are_refused_whole():
 
     model.transformer_blocks[0].attn.set_processor(Own())
     refused(model, ValueError, "transformer_blocks.0.attn, whose processor is Own")
+    model = tiny_flux()
+    model.transformer_blocks[0].attn.processor._parallel_config = object()
+    refused(model, ValueError, "context parallelism, which transformer_blocks.0.attn is set to")
     refused(tiny_wan().to("meta"), ValueError, "load them first")
     refused(torch.nn.Sequential(torch.nn.Linear(4, 4)), ValueError, "no attention that diffusers dispatches")
     with pytest.raises(TypeError, match="expected a torch module"):

@@ -59,8 +59,8 @@ def fp8_attention(model_or_pipeline: Any, *, enabled: bool = True) -> Any:
     RuntimeError
         If the model is on a card that is no Hopper.
     ValueError
-        If an attention is none of those, or of a head dimension that cuDNN does not take. Models are then
-        unchanged. Calls with a mask, or in context parallel, are refused when they come.
+        If an attention is none of those, in context parallel, or of a head dimension that cuDNN does not take.
+        Models are then unchanged. Calls with a mask are refused when they come.
     TypeError
         If it is neither a module nor a pipeline with a transformer.
     """
@@ -110,6 +110,8 @@ def _backend_for(name: str, attn: Any) -> Fp8Attention:
             f"fp8 attention knows no bound of the queries and keys of {name}, whose processor is {kind}: it "
             f"takes {', '.join(PROCESSORS)}"
         )
+    if processor._parallel_config is not None:
+        raise ValueError(f"fp8 attention takes no context parallelism, which {name} is set to")
     head_dim = getattr(attn, "head_dim", None) or attn.inner_dim // attn.heads
     reason = head_dim_reason(head_dim)
     if reason is not None:

@@ -23,7 +23,6 @@ class Fp8Attention:
     q_exponent: int
     k_exponent: int
     before: Any
-    value = "rtlynx fp8"  # as diffusers calls a backend where it refuses one
 
     def fitting_both(self, other: Fp8Attention) -> Fp8Attention:
         """Of a processor that two attentions share."""
@@ -59,7 +58,7 @@ class Fp8Attention:
         if is_causal or dropout_p:
             raise ValueError(f"fp8 attention is neither causal nor has it dropout; {_UNDO}")
         if parallel_config is not None:
-            raise ValueError(f"fp8 attention knows no context parallelism; {_UNDO}")
+            raise ValueError(f"fp8 attention takes no context parallelism; {_UNDO}")
         return attention(
             query,
             key,
