@@ -59,7 +59,7 @@ def fp8_attention(model_or_pipeline: Any, *, enabled: bool = True) -> Any:
     RuntimeError
         If the model is on a card that is no Hopper.
     ValueError
-        If an attention is none of those, in context parallel, or of a head dimension that cuDNN does not take.
+        If an attention is none of those, in context parallel, or of a head dimension that cuDNN lacks.
         Models are then unchanged. Calls with a mask are refused when they come.
     TypeError
         If it is neither a module nor a pipeline with a transformer.
