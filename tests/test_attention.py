@@ -350,6 +350,9 @@ def test_models_that_it_cannot_serve_are_refused_whole():
     model = tiny_flux()
     model.single_transformer_blocks[0].attn.norm_k = None
     refused(model, ValueError, "without norms, as in single_transformer_blocks.0.attn")
+    model = tiny_qwen()
+    model.transformer_blocks[0].attn.norm_added_q = None
+    refused(model, ValueError, "without norms, as in transformer_blocks.0.attn")
     model = tiny_flux()
     model.transformer_blocks[0].attn.norm_q = torch.nn.Identity()
     refused(model, ValueError, "no bound of what Identity gives, in transformer_blocks.0.attn")

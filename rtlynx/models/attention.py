@@ -30,7 +30,6 @@ PROCESSORS = (
     "WanAttnProcessor",
     "ZSingleStreamAttnProcessor",
 )
-_NORMS = {"q": ("norm_q", "norm_added_q"), "k": ("norm_k", "norm_added_k")}
 _DISPATCH = "dispatch_attention_fn"
 
 
@@ -119,19 +118,22 @@ def _backend_for(name: str, attn: Any) -> Fp8Attention:
     before = processor._attention_backend
     if isinstance(before, Fp8Attention):
         before = before.before
-    exponents = {x: exponent_below(_bound(name, attn, norms)) for x, norms in _NORMS.items()}
-    return Fp8Attention(exponents["q"], exponents["k"], before)
+    q, k = (exponent_below(_bound(name, attn, x)) for x in "qk")
+    return Fp8Attention(q, k, before)
 
 
-def _bound(name: str, attn: Any, norms: tuple[str, ...]) -> float:
-    """What no entry of the outputs of `norms` exceeds, also after a rotation."""
-    first, *further = (getattr(attn, norm, None) for norm in norms)
-    if first is None:
+def _bound(name: str, attn: Any, x: str) -> float:
+    """What no entry of queries ("q") or keys ("k") exceeds, of both streams where there are two."""
+    norms = [getattr(attn, f"norm_{x}", None)]
+    if getattr(attn, f"add_{x}_proj", None) is not None:
+        norms.append(getattr(attn, f"norm_added_{x}", None))
+    if None in norms:
         raise ValueError(f"fp8 attention knows no bound of queries and keys without norms, as in {name}")
-    return max(_bound_of(name, norm) for norm in (first, *further) if norm is not None)
+    return max(_bound_of(name, norm) for norm in norms)
 
 
 def _bound_of(name: str, norm: Any) -> float:
+    """What no entry of `norm`'s output exceeds, also after a rotation of pairs."""
     from diffusers.models.normalization import RMSNorm
 
     if not isinstance(norm, (nn.RMSNorm, nn.LayerNorm, RMSNorm)):
@@ -139,7 +141,7 @@ def _bound_of(name: str, norm: Any) -> float:
     weight, bias = norm.weight, getattr(norm, "bias", None)
     if weight is not None and weight.is_meta:
         raise ValueError(f"{name} has no weights yet (meta): load them first")
-    shape = getattr(norm, "normalized_shape", None) or norm.dim
+    shape: Any = getattr(norm, "normalized_shape", None) or norm.dim
     largest = 1.0 if weight is None else float(weight.detach().abs().max())
     # A normalised vector of n entries has the length √n, which a rotation of pairs can gather in one entry.
     shift = 0.0 if bias is None else math.sqrt(2) * float(bias.detach().abs().max())
@@ -183,8 +185,9 @@ def _is_ours(processor: Any) -> bool:
 
 
 def _put_in(processor: Any, backend: Fp8Attention) -> None:
+    kind: Any = type(processor)
     if not _is_ours(processor):
-        processor.__class__ = _dispatching(type(processor))
+        processor.__class__ = _dispatching(kind)
     processor._attention_backend = backend
 
 
