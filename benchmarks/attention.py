@@ -1,8 +1,8 @@
 """Attention in eight bits beside PyTorch's backends in bfloat16: `python benchmarks/attention.py`.
 
 Writes results/attention-<card>.json. `product` is cuDNN's kernel alone, `fp8` what a call costs that begins
-and ends with bfloat16, its quantisation compiled. In compiled blocks that of queries and keys goes into the
-kernel that normalises and rotates them.
+and ends with bfloat16, its quantisation compiled. `block_cudnn` and `block_fp8` begin before the norms and
+rotation of queries and keys, as in a compiled block: their quantisation goes into the kernel of those.
 """
 
 import importlib
@@ -13,9 +13,10 @@ import torch
 from script import FOLDER, options_parser
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from rtlynx.math.attention import quantize_values, saturated
+from rtlynx.models.fusion import rotate
 from rtlynx.ops.attention import attention, attention_fp8
 from rtlynx.timing import results
 from rtlynx.timing.card import Card
@@ -67,6 +68,16 @@ def quantized(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return saturated(q), saturated(k), *quantize_values(v)
 
 
+def in_block(of: Attention, weight: Tensor, factors: Tensor) -> Attention:
+    """`of`, behind the norms and rotation of queries and keys."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> object:
+        q, k = (rotate(rms_norm(one, weight.shape, weight), factors) for one in (q, k))
+        return of(q, k, v)
+
+    return run
+
+
 PEERS: dict[str, Callable[[], Attention]] = {
     "flash": lambda: by_backend(SDPBackend.FLASH_ATTENTION),
     "cudnn": lambda: by_backend(SDPBackend.CUDNN_ATTENTION),
@@ -79,13 +90,22 @@ def calls_of(sets: list[Inputs], missing: dict[str, str]) -> dict[str, list[Call
     """Variant -> a call of each of `sets`."""
     made = {name: attempt(missing, name, make) for name, make in PEERS.items()}
     variants = {name: one for name, one in made.items() if one is not None}
-    variants |= {"fp8": torch.compile(in_fp8, dynamic=False)}
+    _, tokens, _, width = sets[0][0].shape
+    weight = sets[0][0].new_ones(width)
+    angles = torch.rand(tokens, width // 2, device=weight.device)
+    factors = torch.polar(torch.ones_like(angles), angles)
+    ours = {
+        "fp8": in_fp8,
+        "block_cudnn": in_block(by_backend(SDPBackend.CUDNN_ATTENTION), weight, factors),
+        "block_fp8": in_block(in_fp8, weight, factors),
+    }
+    variants |= {name: torch.compile(one, dynamic=False) for name, one in ours.items()}
     calls: dict[str, list[Call]] = {
         name: [lambda of=of, one=one: one(*of) for of in sets] for name, one in variants.items()
     }
     quantize = torch.compile(quantized, dynamic=False)
     calls["quantize"] = [lambda of=of: quantize(*of) for of in sets]
-    scale = sets[0][0].shape[-1] ** -0.5
+    scale = width**-0.5
     eight_bits = [quantize(*of)[:3] for of in sets]
     calls["product"] = [lambda of=of: attention_fp8(*of, scale) for of in eight_bits]
     return calls
@@ -121,6 +141,7 @@ def row_of(shape: Shape, card: Card, generator: torch.Generator, seconds: float,
     row["best_bf16_us"] = best
     return row | {
         "speed_up": results.ratio(row, "best_bf16_us", "fp8_us"),
+        "block_speed_up": results.ratio(row, "block_cudnn_us", "block_fp8_us"),
         "product_speed_up": results.ratio(row, "best_bf16_us", "product_us"),
         "product_tflops": round(4 * shape.tokens * elements / row["product_us"] * 1e-6, 1)
         if "product" in measured
