@@ -22,6 +22,20 @@ def _no_tf32():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Memory of outputs is full of NaN before a kernel writes it."""
+    empty = torch.empty
+
+    def poisoned(*size, **settings):
+        memory = empty(*size, **settings)
+        if memory.dtype is E4M3:
+            memory.view(torch.uint8).fill_(0x7F)
+        return memory
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
 def drawn(batch, s_q, s_kv, heads, width, seed=0):
     gen = torch.Generator("cuda").manual_seed(seed)
     return [
@@ -36,14 +50,10 @@ def in_float64(q, k, v):
 
 
 def as_by_definition(q, k, v):
-    """Asserts that the kernel is as near to float64 as its definition; memory that it gets is poisoned."""
+    """Asserts that the kernel is as near to float64 as its definition."""
     scale = q.shape[-1] ** -0.5
     exact, defined = in_float64(q.float(), k.float(), v.float()), reference(q, k, v, scale)
-    poison = [torch.full_like(defined.view(torch.uint8), 0x7F) for _ in range(4)]
-    places = {one.data_ptr() for one in poison}
-    del poison
     y = attention_fp8(q, k, v, scale)
-    assert y.data_ptr() in places or q.shape[1] == 1
     assert y.is_contiguous()
     assert y.shape == q.shape
     assert y.dtype is E4M3
