@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rtlynx.io.checkpoint import load, save
     from rtlynx.io.quantizer import RTLynxConfig
     from rtlynx.math.selection import Pattern, nm_mask, norm_scale, pack, unpack
+    from rtlynx.models.attention import fp8_attention
     from rtlynx.models.sparsify import densify, set_dense_steps, sparsify
     from rtlynx.nn.call import schedule
     from rtlynx.nn.sparse_linear import SparseLinear
@@ -40,6 +41,7 @@ __all__ = [
     "SparseLinear",
     "calibrate",
     "densify",
+    "fp8_attention",
     "load",
     "nm_mask",
     "norm_scale",
@@ -63,6 +65,7 @@ _MODULES = {
     "io.checkpoint": ("load", "save"),
     "io.quantizer": ("RTLynxConfig",),
     "math.selection": ("Pattern", "nm_mask", "norm_scale", "pack", "unpack"),
+    "models.attention": ("fp8_attention",),
     "models.sparsify": ("densify", "set_dense_steps", "sparsify"),
     "nn.call": ("schedule",),
     "nn.sparse_linear": ("SparseLinear",),

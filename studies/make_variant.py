@@ -110,6 +110,9 @@ def build(variant: Variant, study: StudyModel, calibration: Calibration, *, prog
         if recipe.needs_calibration or variant.layers == "by budget":
             built.calibration_seconds = time.perf_counter() - start
         _describe(built, model, recipe)
+    if variant.attention == "fp8":
+        rtlynx.fp8_attention(pipeline)
+        built.unmodelled = "attention is not in the model of time"
     if variant.cache is not None:
         built.cache = FirstBlockCache(model, variant.cache)
     return built

@@ -46,6 +46,7 @@ class Variant:
     other_noise : whether it starts from other noise than its reference.
     dtype : of the model, where it is not the study's.
     distill : training of the sparse layers that follows calibration.
+    attention : "fp8" computes it in eight bits, on a card by cuDNN, which takes the zoo's heads of 64.
     rank_of_width : rank of every layer, as a share of the model's width. The library's "auto" gives one rank
         to all layers of a full-size model.
     """
@@ -65,6 +66,7 @@ class Variant:
     dtype: Literal["", "float32"] = ""
     rank_of_width: float | None = None
     distill: Distillation | None = None
+    attention: Literal["", "fp8"] = ""
 
     @property
     def pictures(self) -> int:
@@ -200,6 +202,9 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("fp8", "refit", Recipe(rank=None, precision="fp8"))
     yield _sweep("fp8", "ours", Recipe(rank=RANK, precision="fp8"))
     yield _sweep("fp8", "all-of-ours", Recipe(rank=RANK, precision="fp8", text_rows="dense", dense_steps=2))
+    yield _sweep("attention", "dense", attention="fp8")
+    yield _sweep("attention", "dense-fp8", dense_fp8, attention="fp8")
+    yield _sweep("attention", "recommended", Recipe.recommended(), attention="fp8")
     rotated: dict[str, Any] = {"rotate_values": True}
     both = {**rotated, "intercept": True}
     last = {**rotated, "dense_precision": "fp8"}

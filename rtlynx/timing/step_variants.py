@@ -8,6 +8,7 @@ from torch import nn
 
 from rtlynx.math.formats import FormatName
 from rtlynx.models import make_plan
+from rtlynx.models.attention import fp8_attention
 from rtlynx.models.plan import LayerPlan, architecture_of
 from rtlynx.models.sparsify import apply_plan, sparsify
 from rtlynx.recipe import RECOMMENDED_SPEEDUP_SHARE, Recipe
@@ -159,11 +160,22 @@ def dense_fp8(model: nn.Module) -> None:
     sparsify(model, Recipe.dense_fp8())
 
 
+def in_fp8_attention(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
+    """`change`, and attention in eight bits besides."""
+
+    def both(model: nn.Module) -> None:
+        change(model)
+        fp8_attention(model)
+
+    return both
+
+
 DENSE_FP8, EVERY_LAYER = "rtlynx dense fp8", "rtlynx fp8-2:4 (every layer)"
 RECOMMENDED = "rtlynx fp8-2:4 (recommended)"
 # What was recommended before, and is in files of then: one mix of sparse and dense fp8 in all steps.
 MIXED = "rtlynx fp8-2:4"
 TORCHAO = "fp8 compiled (torchao)"
+FP8_ATTENTION = " (fp8 attention)"
 
 VARIANTS = (
     Variant("bf16 eager", lambda model: None, compiled=False),
@@ -184,6 +196,13 @@ VARIANTS = (
 )
 # Other designs, measured where they are named.
 DESIGNS = (
+    Variant(f"{REFERENCE}{FP8_ATTENTION}", in_fp8_attention(lambda model: None)),
+    Variant(f"{DENSE_FP8}{FP8_ATTENTION}", in_fp8_attention(dense_fp8), fp8_weights=1),
+    Variant(
+        f"{RECOMMENDED}{FP8_ATTENTION}",
+        in_fp8_attention(recommended("fp8", dense_below=DENSE_BELOW)),
+        fp8_weights=2,
+    ),
     Variant("rtlynx bf16-2:4", recommended("bf16")),
     Variant(f"rtlynx bf16-2:4{BLOCK_GRAPHS}", recommended("bf16"), mode="reduce-overhead"),
     Variant("rtlynx bf16-2:4 (every layer)", every_layer("bf16", rank=None)),

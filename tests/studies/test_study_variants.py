@@ -128,6 +128,18 @@ def test_a_variant_draws_differs_from_dense_and_is_priced(model, name):
     assert changed == set(built.layers)
 
 
+@pytest.mark.parametrize("name", ["dense", "dense-fp8"])
+def test_attention_in_eight_bits_draws_other_pictures_and_has_no_modelled_time(model, name):
+    variant = BY_NAME[f"attention:{name}"]
+    without = build(replace(variant, attention=""), model, SMALL)
+    built = build(variant, model, SMALL)
+    assert set(built.layers) == set(without.layers)
+    pictures, as_before = draw(built.pipeline), draw(without.pipeline)
+    assert torch.isfinite(pictures).all()
+    assert not torch.equal(pictures, as_before)
+    assert built.modelled_ms(model.architecture, STEPS) is None
+
+
 def test_what_rounding_does_is_told_by_the_dense_model_in_float32(model):
     whole, half = model.pipeline, model.copy_of_pipeline().to(torch.bfloat16)
     built = build(BY_NAME["dense:float32"], StudyModel("half", half, ("a",), ("b",)), SMALL)

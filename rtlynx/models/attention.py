@@ -1,0 +1,199 @@
+"""Attention of diffusers' models in eight bits: which, how it is put in, and how it is taken out again.
+
+diffusers' attention processors hand queries, keys and values to `dispatch_attention_fn` with the backend that
+they are set to, one of a closed list. So a processor whose backend is to be ours becomes one of a class that
+calls `rtlynx.models.attention_backend.dispatch` in its place, which knows ours and hands all others on.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtlynx.cuda.cudnn_attention import head_dim_reason, missing_reason
+from rtlynx.math.attention import exponent_below
+from rtlynx.models.attention_backend import Fp8Attention, dispatch
+from rtlynx.models.sparsify import transformers_of
+from rtlynx.ops.dispatch import card_unsupported_reason
+
+# diffusers' attention processors whose queries and keys all come out of norms of the module.
+PROCESSORS = (
+    "Flux2AttnProcessor",
+    "Flux2ParallelSelfAttnProcessor",
+    "FluxAttnProcessor",
+    "QwenDoubleStreamAttnProcessor2_0",
+    "WanAttnProcessor",
+    "ZSingleStreamAttnProcessor",
+)
+_DISPATCH = "dispatch_attention_fn"
+
+
+def fp8_attention(model_or_pipeline: Any, *, enabled: bool = True) -> Any:
+    """Compute attention in eight bits (e4m3), in place; on a card by cuDNN's kernel.
+
+    For dense models and those that are sparse or in fp8, before or after. The model's weights and what `save`
+    writes stay as they are. On a CPU plain PyTorch computes the same numbers, slowly.
+
+    Parameters
+    ----------
+    model_or_pipeline : nn.Module or diffusers pipeline
+        FLUX.1, FLUX.2, Qwen-Image, Wan or Z-Image with diffusers' own attention processors.
+    enabled : bool
+        False: each attention gets the backend back that it had before.
+
+    Returns
+    -------
+    nn.Module or diffusers pipeline
+        The same object.
+
+    Raises
+    ------
+    ImportError
+        If there is a card, and cuDNN's Python package is not installed (`rtlynx[attention]`).
+    RuntimeError
+        If the model is on a card that is no Hopper.
+    ValueError
+        If an attention is none of those, in context parallel, or of a head dimension that cuDNN lacks.
+        Models are then unchanged. Calls with a mask are refused when they come.
+    TypeError
+        If it is neither a module nor a pipeline with a transformer.
+    """
+    models = transformers_of(model_or_pipeline)
+    if not enabled:
+        for model in models.values():
+            for _, attn in _attentions(model):
+                _take_out(attn.processor)
+        return model_or_pipeline
+    if torch.cuda.is_available() and (reason := missing_reason()) is not None:
+        raise ImportError(reason, name="cudnn")
+    backends: dict[Any, Fp8Attention] = {}
+    for model in models.values():
+        _refuse_card(model)
+        found = _attentions(model)
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no attention that diffusers dispatches")
+        for name, attn in found:
+            backend, other = _backend_for(name, attn), backends.get(attn.processor)
+            backends[attn.processor] = backend if other is None else backend.fitting_both(other)
+    for processor, backend in backends.items():
+        _put_in(processor, backend)
+    return model_or_pipeline
+
+
+def _attentions(model: nn.Module) -> list[tuple[str, Any]]:
+    """Name and module of all attentions that diffusers dispatches."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(getattr(module, "processor", None), "_attention_backend")
+    ]
+
+
+def _refuse_card(model: nn.Module) -> None:
+    for index in {one.get_device() for one in model.parameters() if one.is_cuda}:
+        reason = card_unsupported_reason(index)
+        if reason is not None:
+            raise RuntimeError(f"fp8 attention is for Hopper cards, and this model is on another: {reason}")
+
+
+def _backend_for(name: str, attn: Any) -> Fp8Attention:
+    processor = attn.processor
+    kind = type(processor).__name__
+    if kind not in PROCESSORS:
+        raise ValueError(
+            f"fp8 attention knows no bound of the queries and keys of {name}, whose processor is {kind}: it "
+            f"takes {', '.join(PROCESSORS)}"
+        )
+    if processor._parallel_config is not None:
+        raise ValueError(f"fp8 attention takes no context parallelism, which {name} is set to")
+    head_dim = getattr(attn, "head_dim", None) or attn.inner_dim // attn.heads
+    reason = head_dim_reason(head_dim)
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}")
+    before = processor._attention_backend
+    if isinstance(before, Fp8Attention):
+        before = before.before
+    q, k = (exponent_below(_bound(name, attn, x)) for x in "qk")
+    return Fp8Attention(q, k, before)
+
+
+def _bound(name: str, attn: Any, x: str) -> float:
+    """What no entry of queries ("q") or keys ("k") exceeds, of both streams where there are two."""
+    norms = [getattr(attn, f"norm_{x}", None)]
+    if getattr(attn, f"add_{x}_proj", None) is not None:
+        norms.append(getattr(attn, f"norm_added_{x}", None))
+    if None in norms:
+        raise ValueError(f"fp8 attention knows no bound of queries and keys without norms, as in {name}")
+    return max(_bound_of(name, norm) for norm in norms)
+
+
+def _bound_of(name: str, norm: Any) -> float:
+    """What no entry of `norm`'s output exceeds, also after a rotation of pairs."""
+    from diffusers.models.normalization import RMSNorm
+
+    if not isinstance(norm, (nn.RMSNorm, nn.LayerNorm, RMSNorm)):
+        raise ValueError(f"fp8 attention knows no bound of what {type(norm).__name__} gives, in {name}")
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    if weight is not None and weight.is_meta:
+        raise ValueError(f"{name} has no weights yet (meta): load them first")
+    shape: Any = getattr(norm, "normalized_shape", None) or norm.dim
+    largest = 1.0 if weight is None else float(weight.detach().abs().max())
+    # A normalised vector of n entries has the length √n, which a rotation of pairs can gather in one entry.
+    shift = 0.0 if bias is None else math.sqrt(2) * float(bias.detach().abs().max())
+    return math.sqrt(math.prod(shape)) * largest + shift
+
+
+@functools.cache
+def _dispatching(processor_class: type) -> type:
+    """A subclass of the same name whose `__call__` calls our `dispatch` in place of diffusers'."""
+    call: Any = processor_class.__call__
+    names = dict(call.__globals__)
+    if _DISPATCH not in call.__code__.co_names or _DISPATCH not in names:
+        raise RuntimeError(
+            f"{processor_class.__name__} of this diffusers does not call {_DISPATCH}: install the version "
+            "that rtlynx[diffusers] asks for"
+        )
+    del names["__name__"]  # Dynamo looks the globals of a module up by it
+    names[_DISPATCH] = dispatch
+    own = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
+    own.__kwdefaults__, own.__annotations__ = call.__kwdefaults__, call.__annotations__
+    return type(
+        processor_class.__name__,
+        (processor_class,),
+        {"__call__": own, "__reduce__": _reduce, "__module__": __name__},
+    )
+
+
+def _reduce(processor: Any) -> Any:
+    return _again, (type(processor).__base__, processor.__dict__)
+
+
+def _again(processor_class: type, state: dict[str, Any]) -> Any:
+    """A processor as `_put_in` left it, where it is copied or unpickled."""
+    processor: Any = object.__new__(_dispatching(processor_class))
+    processor.__dict__.update(state)
+    return processor
+
+
+def _is_ours(processor: Any) -> bool:
+    return type(processor).__module__ == __name__
+
+
+def _put_in(processor: Any, backend: Fp8Attention) -> None:
+    kind: Any = type(processor)
+    if not _is_ours(processor):
+        processor.__class__ = _dispatching(kind)
+    processor._attention_backend = backend
+
+
+def _take_out(processor: Any) -> None:
+    backend = processor._attention_backend
+    if isinstance(backend, Fp8Attention):
+        processor._attention_backend = backend.before
+    if _is_ours(processor):
+        processor.__class__ = type(processor).__base__

@@ -1,0 +1,81 @@
+"""What diffusers calls an attention backend, in eight bits, and a dispatch that knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from rtlynx.ops.attention import attention
+
+_UNDO = "rtlynx.fp8_attention(model, enabled=False) takes fp8 attention out"
+
+
+@dataclass(frozen=True)
+class Fp8Attention:
+    """What a processor's attention backend is, where that is ours.
+
+    q_exponent, k_exponent : queries and keys times 2^exponent fit e4m3.
+    before : the backend that it stands for, diffusers' own.
+    """
+
+    q_exponent: int
+    k_exponent: int
+    before: Any
+
+    def fitting_both(self, other: Fp8Attention) -> Fp8Attention:
+        """Of a processor that two attentions share."""
+        return replace(
+            self,
+            q_exponent=min(self.q_exponent, other.q_exponent),
+            k_exponent=min(self.k_exponent, other.k_exponent),
+        )
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        """Attention of (B, S, H, D), as `dispatch_attention_fn` gives it.
+
+        Raises
+        ------
+        ValueError
+            If there is a mask, dropout, or tokens are spread over processes.
+        """
+        if attn_mask is not None:
+            raise ValueError(
+                "fp8 attention takes no mask, and this call has one: draw prompts of one length together, or "
+                f"one at a time without a mask, as pipelines do; {_UNDO}"
+            )
+        if is_causal or dropout_p:
+            raise ValueError(f"fp8 attention is neither causal nor has it dropout; {_UNDO}")
+        if parallel_config is not None:
+            raise ValueError(f"fp8 attention takes no context parallelism; {_UNDO}")
+        return attention(
+            query,
+            key,
+            value,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            q_exponent=self.q_exponent,
+            k_exponent=self.k_exponent,
+        )
+
+
+def dispatch(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, backend: Any = None,
+    **others: Any,
+) -> Tensor:  # fmt: skip
+    """diffusers' `dispatch_attention_fn`, which knows our backend beside its own."""
+    if isinstance(backend, Fp8Attention):
+        return backend(query, key, value, attn_mask, **others)
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    return dispatch_attention_fn(query, key, value, attn_mask, backend=backend, **others)
