@@ -56,7 +56,9 @@ def main() -> None:
     )
     if kept:
         document = step.renewed(kept, document)
-    document["targets"] = step_targets(document)
+    targets = step_targets(document)
+    few = bool(options.variants)  # which say nothing of the others' goals
+    document["targets"] = [one for one in targets if one["measured"] is not None or not few]
     print(step_overview(document))
     if options.out or options.renew or (size == common and not options.variants):
         write(options.out or options.renew or FOLDER / f"step-{options.model}-{card.slug}.json", document)

@@ -10,12 +10,12 @@ from tables import Place, card_of, factor, number, read
 
 from rtlynx.timing.overview import dense_steps
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
-from rtlynx.timing.step_variants import DENSE_FP8, MIXED, RECOMMENDED, TORCHAO
+from rtlynx.timing.step_variants import DENSE_FP8, FP8_ATTENTION, MIXED, RECOMMENDED, TORCHAO
 
 CHART = Path("docs/speed/steps.png")
 RESULTS = Path("benchmarks/results")
 Studies = dict[str, dict[str, dict]]
-CHOOSE_STEPS = Path("docs/guides/calibrate.md")
+CHOOSE_STEPS, ATTENTION = Path("docs/guides/calibrate.md"), Path("docs/guides/attention.md")
 
 
 class Model(NamedTuple):
@@ -80,6 +80,42 @@ def overview_section(root: Path, place: Place) -> str:
             cells += [factor(step_speed_up(rows, name)), *_picture(studies.get(model.study, {}), study)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _sources(root, steps.values(), studies, place)])
+
+
+# Of files of attention in fp8: variant -> how it is called here, and its row in the study.
+IN_FP8_ATTENTION = {
+    REFERENCE: ("bf16, compiled", None),
+    DENSE_FP8: ("dense fp8", "fp8:dense"),
+    DENSE_FP8 + FP8_ATTENTION: ("dense fp8, fp8 attention", "attention:dense-fp8"),
+    RECOMMENDED: ("**sparse fp8, recommended**", "recommended"),
+    RECOMMENDED + FP8_ATTENTION: ("**sparse fp8, recommended, fp8 attention**", "attention:recommended"),
+}
+
+
+def attention_section(root: Path, place: Place) -> str:
+    """The recommended recipe and attention in fp8, where they were measured in one process, in Markdown."""
+    studies, lines = _studies(root), []
+    for model in MODELS:
+        for source in sorted((root / RESULTS).glob(f"attention-step-{model.step}-*.json")):
+            document = read(source)
+            for name, (title, study) in IN_FP8_ATTENTION.items():
+                row = _row(document, name)
+                told = dense_steps(row)
+                cells = [model.title, f"{title} ({told})" if told else title]
+                cells += [number(row.get(time), ".1f") for time in ("gpu_ms", "wall_ms")]
+                cells += [factor(step_speed_up(document["variants"], name))]
+                cells += _picture(studies.get(model.study, {}), study)
+                lines.append(f"| {' | '.join(cells)} |")
+            lines += ["", f"{card_of(document)} ({place.file(source.relative_to(root))})."]
+    if not lines:
+        return ""
+    head = [
+        f"The recommended recipe as it is now, and [attention in fp8]({place.path(ATTENTION)}), one process:",
+        "",
+        "| model | variant | GPU, ms | wall, ms | speed | PSNR, dB | SSIM |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *lines])
 
 
 def verdict_section(root: Path, place: Place) -> str:

@@ -58,8 +58,9 @@ def at_a_glance(root: Path, place: Place) -> str:
     if not overview.current_steps(root):
         return ""
     chart = f"![GPU and wall time of one step of three models]({place.path(overview.CHART)})"
-    parts = overview.overview_section(root, place), overview.verdict_section(root, place)
-    return "\n\n".join([chart, *parts])
+    sections = (overview.overview_section, overview.attention_section, overview.verdict_section)
+    parts = (section(root, place) for section in sections)
+    return "\n\n".join(part for part in (chart, *parts) if part)
 
 
 def figures(root: Path, place: Place) -> str:
@@ -163,8 +164,9 @@ def steps(root: Path, place: Place) -> str:
     """A denoising step end to end: what the chart shows first, then earlier results."""
     current = overview.current_steps(root).values()
     earlier = [source for source in _found(root, "step-*.json") if source not in current]
+    attention = _found(root, "attention-step-*.json")
     parts = []
-    for title, sources in (("", current), ("Earlier: ", earlier)):
+    for title, sources in (("", current), ("With attention in fp8: ", attention), ("Earlier: ", earlier)):
         for source in sources:
             results = read(root / source)
             title_of = f"{title}{tables.in_words(results['model'])}, {results['device']}"
@@ -234,7 +236,7 @@ def goals_of(group: str) -> Callable[[Path, Place], str]:
 def documents(root: Path) -> list[dict]:
     """All results files that have targets, steps first; of several of one step the one that is shown."""
     patterns = (
-        *("parallel-*.json", "linear-fp8-*.json", "linear-bf16-*.json"),
+        *("attention-step-*.json", "parallel-*.json", "linear-fp8-*.json", "linear-bf16-*.json"),
         *("compress-*.json", "host-*.json"),
     )
     sources = [*overview.current_steps(root).values()]
