@@ -94,7 +94,7 @@ IN_FP8_ATTENTION = {
 
 def attention_section(root: Path, place: Place) -> str:
     """The recommended recipe and attention in fp8, where they were measured in one process, in Markdown."""
-    studies, lines = _studies(root), []
+    studies, lines, sources = _studies(root), [], []
     for model in MODELS:
         for source in sorted((root / RESULTS).glob(f"attention-step-{model.step}-*.json")):
             document = read(source)
@@ -106,11 +106,12 @@ def attention_section(root: Path, place: Place) -> str:
                 cells += [factor(step_speed_up(document["variants"], name))]
                 cells += _picture(studies.get(model.study, {}), study)
                 lines.append(f"| {' | '.join(cells)} |")
-            lines += ["", f"{card_of(document)} ({place.file(source.relative_to(root))})."]
+            sources.append(f"{card_of(document)}, {place.file(source.relative_to(root))}")
     if not lines:
         return ""
     head = [
-        f"The recommended recipe as it is now, and [attention in fp8]({place.path(ATTENTION)}), one process:",
+        f"The recommended recipe as it is now, and [attention in fp8]({place.path(ATTENTION)}), in one process "
+        f"({'; '.join(sources)}):",
         "",
         "| model | variant | GPU, ms | wall, ms | speed | PSNR, dB | SSIM |",
         "|---|---|---|---|---|---|---|",
