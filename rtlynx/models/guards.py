@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 from collections.abc import Iterable, Iterator
 from functools import wraps
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from rtlynx.models.change_of_basis import REPARAMETERIZED, basis_reason, follow_basis
+from rtlynx.nn.prologue import fuse_adapters
 from rtlynx.nn.sparse_linear import SparseLinear
 
 
@@ -425,6 +427,7 @@ def _guard_peft(tuner: type[Any]) -> None:
             _refuse_merge()
 
     tuner.inject_adapter, tuner._check_merge_allowed = inject_adapter, check_merge_allowed
+    fuse_adapters(importlib.import_module("peft.tuners.lora.layer").Linear)
 
 
 def _notice_peft(module: nn.Module, name: str, _submodule: nn.Module | None) -> None:
