@@ -111,18 +111,25 @@ def test_each_reader_gets_its_own_loras_of_the_dense_input(ranks, recipe, own):
     attn = model.transformer_blocks[0].attn
     layers = {name: getattr(attn, name) for name in ("to_q", "to_k", "to_v")}
     prologue = chain_of(attn, model.transformer_blocks[0].norm1.norm)
-    plain = {name: layer(read(prologue, *layers.values())).double() for name, layer in layers.items()}
+    # (Where a LoRA is beside dense fp8 the chain is quantised from what the model rounds it to.)
+    from_stored = recipe == "whole" or (recipe == "mixed" and ranks[1] > 0)
+    plain = {
+        name: layer(
+            prologue.dense() if from_stored and not layer.format.sparse else read(prologue, *layers.values())
+        ).double()
+        for name, layer in layers.items()
+    }
     for name, rank in zip(layers, ranks, strict=True):
         if rank:
             load(model, f"style_{name}", rank, rank, [f"transformer_blocks.0.attn.{name}"])
-    model.set_adapters([one for one in model.peft_config], -1.5)
+    model.set_adapters(list(model.peft_config), -1.5)
     wrappers = [getattr(attn, name) for name in layers]
     x, dense = read(prologue, *wrappers), prologue.dense().double()
     assert not isinstance(x, torch.Tensor)
     for name, wrapper, rank in zip(layers, wrappers, ranks, strict=True):
         added = torch.zeros(())
         if rank:
-            (one,) = wrapper.active_adapters
+            one = f"style_{name}"
             added = (
                 -1.5 * dense @ wrapper.lora_A[one].weight.double().T @ wrapper.lora_B[one].weight.double().T
             )
@@ -153,10 +160,7 @@ def test_weights_switches_and_unloading_act_at_once(recipe):
     assert relative_error(output(model, call), before) < 5e-3
     model.enable_lora()
     model.set_adapters("second")
-    assert torch.equal(
-        output(model, call),
-        outputs["second", 1.0] if ("second", 1.0) in outputs else outputs[("second",), 1.0],
-    )
+    assert torch.equal(output(model, call), outputs[("second",), 1.0])
     model.delete_adapters("first")
     assert torch.equal(output(model, call), outputs[("second",), 1.0])
     model.unload_lora()
@@ -200,8 +204,7 @@ def test_hot_swapped_in_compiled_blocks_nothing_is_compiled_again(rank, recipe):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["blocks", "model"])
-@pytest.mark.parametrize("recipe", ["fp8", "mixed"])
+@pytest.mark.parametrize(("recipe", "how"), [("fp8", "blocks"), ("mixed", "model")])
 def test_compiled_it_follows_weights_and_switches(recipe, how):
     model, call = model_and_call(recipe=recipe)
     load(model, "first", 1)
@@ -277,8 +280,8 @@ UNLIKE = {
 @pytest.mark.parametrize("kind", UNLIKE)
 def test_adapters_of_other_kinds_keep_the_forward_of_peft(kind, calls):
     model, call = model_and_call()
-    names = "to_q|proj|net.2|proj_out|add_q_proj"
-    config = LoraConfig(r=4, target_modules=rf".*({names})", init_lora_weights=False, **UNLIKE[kind])
+    names = ["to_q", "add_q_proj", "net.0.proj", "net.2", "proj_mlp", "proj_out"]
+    config = LoraConfig(r=4, target_modules=names, init_lora_weights=False, **UNLIKE[kind])
     model.add_adapter(config)
     model.train(kind == "dropout")
     calls.clear()
