@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 
 from rtlynx.math.formats import FormatName
-from rtlynx.models import make_plan
+from rtlynx.models import make_plan, sparse_layers
 from rtlynx.models.plan import LayerPlan, architecture_of
 from rtlynx.models.sparsify import apply_plan, sparsify
 from rtlynx.recipe import RECOMMENDED_SPEEDUP_SHARE, Recipe
@@ -15,6 +15,7 @@ from rtlynx.timing.full_models import normals
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
 
 RANK = 64
+LORA_RANK = 16
 OURS = "the recommended recipe"  # the form of ours, unless a variant's name says otherwise
 # By role, the share of layers that the recommended recipe leaves whole in eight bits, in the model of the box
 # (solutions/recommended): which layers a budget takes depends on weights, and these are random.
@@ -122,6 +123,21 @@ def recommended(precision: Literal["bf16", "fp8"], *, tp_degree: int = 1) -> Cal
     return change
 
 
+def with_lora(change: Callable[[nn.Module], object], rank: int = LORA_RANK) -> Callable[[nn.Module], None]:
+    """`change`, and a LoRA of random values beside each layer that it makes sparse or quantises."""
+
+    def changed(model: nn.Module) -> None:
+        change(model)
+        normal, state = normals(4), {}
+        for name, layer in sparse_layers(model).items():
+            k, n = layer.in_features, layer.out_features
+            state[f"transformer.{name}.lora_A.weight"] = normal(rank, k) * k**-0.5
+            state[f"transformer.{name}.lora_B.weight"] = normal(n, rank) * (0.1 * rank**-0.5)
+        cast(Any, model).load_lora_adapter(state, adapter_name="style")
+
+    return changed
+
+
 def output_shares(
     layers: Sequence[LayerPlan], share: float = 1 - RECOMMENDED_SPEEDUP_SHARE
 ) -> dict[str, float]:
@@ -183,6 +199,8 @@ VARIANTS = (
 )
 # Other designs, measured where they are named.
 DESIGNS = (
+    Variant(f"{RECOMMENDED}, LoRA of rank {LORA_RANK}", with_lora(recommended("fp8")), fp8_weights=1),
+    Variant(f"{DENSE_FP8}, LoRA of rank {LORA_RANK}", with_lora(dense_fp8), fp8_weights=1),
     Variant("rtlynx bf16-2:4", recommended("bf16")),
     Variant(f"rtlynx bf16-2:4{BLOCK_GRAPHS}", recommended("bf16"), mode="reduce-overhead"),
     Variant("rtlynx bf16-2:4 (every layer)", every_layer("bf16", rank=None)),
