@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -149,10 +150,12 @@ def _windows(placed: Sequence[Sequence[tuple[int, Tensor]]]) -> tuple[list[Tenso
         for pieces, first in zip(placed, firsts, strict=True)
     ]
     stored = -(-max(widths) // STORE_COLUMNS) * STORE_COLUMNS  # rows start at multiples of 16 bytes
-    wide = [
-        sum(pad(piece, (start - first, stored - (start - first) - piece.shape[1])) for start, piece in pieces)
-        for pieces, first in zip(placed, firsts, strict=True)
-    ]
+    wide = []
+    for pieces, first in zip(placed, firsts, strict=True):
+        padded = [
+            pad(piece, (start - first, stored - (start - first) - piece.shape[1])) for start, piece in pieces
+        ]
+        wide.append(reduce(torch.add, padded))
     joined = torch.cat(wide).split([len(one) for one in wide])
     return [one[:, :width] for one, width in zip(joined, widths, strict=True)], firsts
 

@@ -77,7 +77,7 @@ def fuse_adapters(linear: type[nn.Module]) -> None:
             return x.output_of(self.base_layer)
         return original(self, x, *args, **kwargs)
 
-    linear.forward = forward  # type: ignore[method-assign]
+    linear.forward = forward
     adapter_classes.append(linear)
 
 
@@ -127,7 +127,8 @@ def _compressed(prologue: PrologueCall, readers: tuple[Reader, ...]) -> Compress
     """The prologue compressed for sparse layers."""
     found = _layers(readers)
     x, first = prologue.arguments[0], found[0]
-    lowrank_bs = None
+    lowrank_a: Tensor | None
+    lowrank_bs: list[Tensor] | None = None
     if any(reader.loras for reader in readers):
         lowrank_a, lowrank_bs, first_ranks = joint_factors(readers)
     else:

@@ -13,6 +13,7 @@ from torch import nn
 
 from rtlynx import Recipe, densify, schedule, sparsify
 from rtlynx.models import sparse_layers
+from rtlynx.models.plan import ARCHITECTURES
 from rtlynx.nn.prologue import adaln, read
 
 RECIPES = {
@@ -89,6 +90,12 @@ def test_several_loras_are_in_the_products_of_fused_blocks(name, recipe, rank, c
     assert torch.equal(check_model(model, call), y)
     exact = exact_of(model, call)
     assert relative_error(y, exact) < 0.25 * relative_error(before, exact)
+
+
+def test_every_architecture_with_fused_blocks_is_tested_here():
+    """The table of models says so of each."""
+    tested = {type(make()).__name__ for make, _ in MODELS.values()}
+    assert tested == {name for name, one in ARCHITECTURES.items() if one.fused}
 
 
 def chain_of(attn, norm, tokens=37):
