@@ -113,7 +113,8 @@ class QuantizedInput(PreparedInput):
         if added is None:
             return y
         t, lowrank_b = added
-        return y.flatten(0, -2).addmm_(t.flatten(0, -2), lowrank_b.T).view(y.shape)
+        y.view(-1, y.shape[-1]).addmm_(t.reshape(-1, t.shape[-1]), lowrank_b.T)
+        return y
 
 
 @dataclass

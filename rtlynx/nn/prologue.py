@@ -72,7 +72,8 @@ def fuse_adapters(linear: type[nn.Module]) -> None:
     @wraps(original)
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and not kwargs and isinstance(x, Tensor) and _adapted_alone(self):
-            x = read(PrologueCall(IDENTITY.name, (x,), lambda: x), self)
+            rows = x if x.stride(-1) == 1 else x.contiguous()
+            x = read(PrologueCall(IDENTITY.name, (rows,), lambda: rows), self)
         if isinstance(x, PreparedInput):
             return x.output_of(self.base_layer)
         return original(self, x, *args, **kwargs)

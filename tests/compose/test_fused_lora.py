@@ -145,6 +145,24 @@ def test_each_reader_gets_its_own_loras_of_the_dense_input(ranks, recipe, own):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "whole"])
+def test_a_layer_that_reads_alone_takes_any_tensor(recipe, calls):
+    model, _ = model_and_call(recipe=recipe)
+    load(model)
+    wrapper = model.transformer_blocks[0].attn.to_out[0]
+    whole = torch.randn(3, 128, 5).bfloat16().mT
+    for x in (whole, whole[1], whole[1, :1], whole[2, 4]):
+        calls.clear()
+        y = wrapper(x)
+        if recipe != "whole":
+            assert (calls["compress"], calls["gemm_joint"]) == (1, 1)
+        one = wrapper.lora_A["style"].weight.double(), wrapper.lora_B["style"].weight.double()
+        expected = wrapper.base_layer(x).double() + x.double() @ one[0].T @ one[1].T
+        assert y.shape == expected.shape
+        assert relative_error(y.double(), expected) < 6e-3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("recipe", ["bf16", "fp8", "mixed"])
 def test_weights_switches_and_unloading_act_at_once(recipe):
     model, call = model_and_call(recipe=recipe)
