@@ -1,12 +1,16 @@
 """LoRAs of peft in fused blocks: in the layers' own products. Kernels run as their reference."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
 from compose_helpers import adapter, refit
-from fusion_helpers import count_calls, give_factors, serve, unfused
+from fusion_helpers import count_calls, give_factors, loras_fused, serve, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error, tiny_flux
 from peft import LoraConfig
 from torch import nn
@@ -28,6 +32,8 @@ RECIPES = {
 @pytest.fixture(autouse=True)
 def _served(monkeypatch):
     serve(monkeypatch)
+    with loras_fused():
+        yield
 
 
 @pytest.fixture
@@ -90,6 +96,34 @@ def test_several_loras_are_in_the_products_of_fused_blocks(name, recipe, rank, c
     assert torch.equal(check_model(model, call), y)
     exact = exact_of(model, call)
     assert relative_error(y, exact) < 0.25 * relative_error(before, exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("value", "fused"), [("1", True), ("0", False), ("", False)])
+def test_the_switch_decides_for_the_process(value, fused):
+    script = """
+import pytest, peft, torch
+from fusion_helpers import serve
+from helpers import tiny_flux
+from rtlynx import Recipe, sparsify
+from rtlynx.nn.prologue import adaln, read
+with pytest.MonkeyPatch.context() as patch:
+    serve(patch)
+    model = sparsify(tiny_flux().bfloat16(), Recipe.immediate()).requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    block = model.transformer_blocks[0]
+    x, shift, scale = torch.randn(1, 5, 128), torch.randn(1, 128), torch.randn(1, 128)
+    with torch.no_grad():
+        x = read(adaln(block.norm1.norm, *(one.bfloat16() for one in (x, shift, scale))), block.attn.to_q)
+        print(type(x).__name__, tuple(block.attn.to_q(x).shape))
+"""
+    where = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": where, "RTLYNX_FUSE_LORA": value}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    name = "CompressedInput" if fused else "Tensor"
+    assert ran.stdout == f"{name} (1, 5, 128)\n", ran.stderr
 
 
 def test_every_architecture_with_fused_blocks_is_tested_here():

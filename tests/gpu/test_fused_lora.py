@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from fusion_helpers import give_factors, unfused
+from fusion_helpers import give_factors, loras_fused, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error
 
 import rtlynx.nn.lora
@@ -44,8 +44,10 @@ def sparse_model(name="flux", recipe="fp8"):
 
 
 @pytest.fixture(autouse=True)
-def _no_tf32():
+def _fused():
     torch.backends.cuda.matmul.allow_tf32 = False
+    with loras_fused():
+        yield
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
