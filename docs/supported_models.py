@@ -166,8 +166,8 @@ def models_section(root: Path, _place: Place) -> str:
     text = (root / LISTING.relative_to(ROOT)).read_text()
     lines = [
         "| model class | pipelines | calibrate in small | known by name | fused norms and activations "
-        "| can be sparse | text | in linears | `compile_repeated_blocks` |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| LoRA fused | can be sparse | text | in linears | `compile_repeated_blocks` |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, section in sections(text).items():
         head, used, blocks, *_ = section.splitlines()
@@ -181,7 +181,8 @@ def models_section(root: Path, _place: Place) -> str:
             ", ".join(pipelines[:2]) + (f" and {len(pipelines) - 2} more" if pipelines[2:] else "")
             or "\N{EN DASH}",
             f"{len(calibrated)} of {len(names)}" if calibrated else "\N{EN DASH}",
-            *("yes" if one else "no" for one in (known, known and known.fused)),
+            # (Blocks whose layers read prologues keep to that with LoRAs beside these.)
+            *("yes" if one else "no" for one in (known, known and known.fused, known and known.fused)),
             *(f"{float(share):.0f} %" for share in (image + joint, text_share, of_all)),
             "no" if blocks.endswith("not declared") else "yes",
         ]

@@ -1,7 +1,9 @@
 """What the tests of fused blocks share, here and on a card."""
 
 import copy
+import importlib
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
 
@@ -9,6 +11,8 @@ import rtlynx.nn.prologue
 import rtlynx.nn.sparse_linear
 from rtlynx.models import sparse_layers
 from rtlynx.models.fusion import unfuse_blocks
+from rtlynx.nn.lora import adapter_classes
+from rtlynx.nn.prologue import fuse_adapters
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import wants_gradient
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
@@ -46,6 +50,19 @@ def count_calls(monkeypatch):
     for name in ("compress", "gemm", "gemm_joint", "linear"):
         watch(ops, name)
     return count
+
+
+@contextmanager
+def loras_fused():
+    """Meanwhile LoRAs of peft are in the fused path, as by the switch RTLYNX_FUSE_LORA."""
+    linear = importlib.import_module("peft.tuners.lora.layer").Linear
+    original = linear.forward
+    fuse_adapters(linear)
+    try:
+        yield
+    finally:
+        linear.forward = original
+        adapter_classes.remove(linear)
 
 
 def unfused(model):

@@ -117,12 +117,18 @@ class _Factor(nn.Linear):
 
     held: tuple[LayerBasis, Side]  # a tuple, since the basis is the wrapper's own child
 
-    def forward(self, x: Tensor) -> Tensor:
+    def turned_weight(self) -> Tensor:
+        """Its weight in the basis of the layer."""
         basis, side = self.held
+        turned: Tensor = basis(self.weight, side)
+        return turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis, _ = self.held
         bias: Tensor | None = self._parameters["bias"]
         if bias is not None:  # of B: it adds to what the layer makes
             bias = basis(bias, "rows")
-        return nn.functional.linear(x, basis(self.weight, side), bias)
+        return nn.functional.linear(x, self.turned_weight(), bias)
 
 
 class _Factors(nn.ModuleDict):

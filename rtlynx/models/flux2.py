@@ -13,7 +13,8 @@ from torch import Tensor
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule
 from rtlynx.models.flux import DOUBLE, SINGLE, text_rows
 from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
-from rtlynx.nn.prologue import PrologueCall, adaln, read, silu_gated, untouched
+from rtlynx.nn.lora import untouched
+from rtlynx.nn.prologue import PrologueCall, adaln, read, silu_gated
 
 
 def feed_forward(ff: Any, prologue: PrologueCall) -> Tensor:

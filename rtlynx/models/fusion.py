@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from rtlynx.models.architecture import Architecture
 from rtlynx.models.attention_backend import dispatch
 from rtlynx.models.recompile_limit import with_own_code
+from rtlynx.nn.lora import untouched
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.prologue import PrologueCall, activated, adaln, read, untouched
+from rtlynx.nn.prologue import PrologueCall, activated, adaln, read
 from rtlynx.nn.sparse_linear import SparseLinear
 
 

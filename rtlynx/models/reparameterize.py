@@ -18,7 +18,7 @@ from rtlynx.models.change_of_basis import REPARAMETERIZED, LayerChange, Side, Tu
 from rtlynx.models.fingerprint import is_plain, record, records, same
 from rtlynx.models.fusion import hands_on
 from rtlynx.models.guards import foreign_reason, wrapped_layer
-from rtlynx.nn.prologue import untouched
+from rtlynx.nn.lora import untouched
 
 # Classes that compute feature by feature what comes between the layers of an MLP, or call what does.
 _FEATURE_BY_FEATURE = {"FeedForward", "GELU"}

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule, Stream, TextRows
 from rtlynx.models.fusion import attend, follows, heads, read_by_attention
+from rtlynx.nn.lora import untouched
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.prologue import read, rmsnorm, silu_gated, untouched
+from rtlynx.nn.prologue import read, rmsnorm, silu_gated
 
 # Z-Image pads the tokens of each picture and caption to a multiple of this (SEQ_MULTI_OF in diffusers).
 TOKEN_MULTIPLE = 32

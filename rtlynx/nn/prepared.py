@@ -57,10 +57,12 @@ class CompressedInput(PreparedInput):
     ----------
     compressed : packed A, scale and tiles of T, as from `rtlynx::compress`
     first_ranks : first of each layer's columns of T
+    lowrank_bs : B of each layer where LoRAs are beside one; None for the layers' own
     """
 
     compressed: tuple[Tensor, Tensor, Tensor]
     first_ranks: list[int]
+    lowrank_bs: list[Tensor] | None = None
     _outputs: list[Tensor] = field(default_factory=list)
 
     def _output(self, index: int) -> Tensor:
@@ -80,6 +82,8 @@ class CompressedInput(PreparedInput):
                 [one.column_scale for one in of],
             )
         )
+        if self.lowrank_bs is not None:
+            lowrank_bs = self.lowrank_bs
         y = ops.gemm_joint(
             *(packed_a, scale, lowrank),
             *([one.weight for one in of], lowrank_bs, biases, scales, self.first_ranks, rows),
@@ -96,13 +100,21 @@ class QuantizedInput(PreparedInput):
     ----------
     quantized : values (..., K) and scale (..., 1), as from `rtlynx::quantize`
     parameters : what each layer multiplies with
+    beside : T (..., r) and B (N, r) of what LoRAs add to each layer's output, or None where none do
     """
 
     quantized: fp8.CompressedFp8
     parameters: list[fp8.Fp8Parameters]
+    beside: list[tuple[Tensor, Tensor] | None] | None = None
 
     def _output(self, index: int) -> Tensor:
-        return fp8.scaled_product(self.quantized, self.parameters[index])
+        y = fp8.scaled_product(self.quantized, self.parameters[index])
+        added = None if self.beside is None else self.beside[index]
+        if added is None:
+            return y
+        t, lowrank_b = added
+        y.view(-1, y.shape[-1]).addmm_(t.reshape(-1, t.shape[-1]), lowrank_b.T)
+        return y
 
 
 @dataclass

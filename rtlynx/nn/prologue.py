@@ -8,21 +8,26 @@ prologue's result is then never stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
+from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.math.formats import FP8_DENSE
+from rtlynx.math.selection import Pattern
+from rtlynx.nn.lora import Reader, adapter_classes, beside_dense, joint_factors, reader_of
 from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
-from rtlynx.nn.tensor_parallel import TensorParallelLinear
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports, wants_gradient
-from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters
+from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters, compress_fp8
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
+
+_ALL = Pattern(1, 1)
 
 
 class PrologueCall(NamedTuple):
@@ -38,18 +43,13 @@ class PrologueCall(NamedTuple):
     dense: Callable[[], Tensor]
 
 
-def untouched(module: nn.Module) -> bool:
-    """Whether calling `module` does nothing but its class's forward."""
-    return not ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
-
-
 def read(prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
     """What to call `layers`, all that read `prologue`, with."""
     found = _readers(layers) if prologue.arguments else None
     if found is None or torch.is_autocast_enabled(prologue.arguments[0].device.type):
         return prologue.dense()
-    dense_fp8 = tuple(layer for layer in found if _drops_nothing(layer))
-    sparse = tuple(layer for layer in found if not _drops_nothing(layer))
+    dense_fp8 = tuple(reader for reader in found if _drops_nothing(reader.layer))
+    sparse = tuple(reader for reader in found if not _drops_nothing(reader.layer))
     of = _parameters_if_supported(prologue, dense_fp8)
     if of is None or not _compression_supported(prologue, sparse):
         return prologue.dense()
@@ -59,15 +59,45 @@ def read(prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
         return _compressed(prologue, sparse)
     # Each computes the prologue for itself: still less traffic than a stored result that both read.
     parts = _quantized(prologue, dense_fp8, of), _compressed(prologue, sparse)
-    return MixedInput(parts[0].shape, parts[0].dtype, parts[0].device, found, parts)
+    return MixedInput(parts[0].shape, parts[0].dtype, parts[0].device, _layers(found), parts)
 
 
-def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
+def fuse_adapters(linear: type[nn.Module]) -> None:
+    """Let peft's class of linear layers with LoRAs take prepared inputs, which hold what those add.
+
+    A layer that alone reads a tensor then takes its LoRAs into its own product, too.
+    """
+    original = linear.forward
+
+    @wraps(original)
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs and isinstance(x, Tensor) and _adapted_alone(self):
+            rows = x if x.stride(-1) == 1 else x.contiguous()
+            x = read(PrologueCall(IDENTITY.name, (rows,), lambda: rows), self)
+        if isinstance(x, PreparedInput):
+            return x.output_of(self.base_layer)
+        return original(self, x, *args, **kwargs)
+
+    linear.forward = forward
+    adapter_classes.append(linear)
+
+
+def _adapted_alone(wrapper: Any) -> bool:
+    """Whether LoRAs are active beside a sparse layer that no other shares its input with."""
+    layer = wrapper.base_layer
+    if type(layer) is not SparseLinear or not layer.shared_input.single:
+        return False
+    return not wrapper.disable_adapters and any(one in wrapper.lora_A for one in wrapper.active_adapters)
+
+
+def _readers(layers: Sequence[nn.Module]) -> tuple[Reader, ...] | None:
     """The layers, if they all compress or quantise their input and are called for their output alone."""
     found = []
-    for layer in layers:
-        if not isinstance(layer, SparseLinear) or not _reads_prepared(layer):
+    for module in layers:
+        reader = reader_of(module)
+        if reader is None:
             return None
+        layer = reader.layer
         if layer.dense_reason is not None or layer.backend is not None:
             return None
         call = layer.call()
@@ -75,19 +105,17 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[SparseLinear, ...] | None:
             return None
         if call is not None and call.dense and layer.weight_dense_scale is None:
             return None
-        found.append(layer)
+        found.append(reader)
     return tuple(found)
 
 
-def _reads_prepared(layer: SparseLinear) -> bool:
-    """Whether no other than the layer looks at its input: adapters wrap layers, hooks want tensors."""
-    if type(layer) is TensorParallelLinear:
-        return layer.reads_prepared
-    return type(layer) is SparseLinear and untouched(layer)
+def _layers(readers: Sequence[Reader]) -> tuple[SparseLinear, ...]:
+    return tuple(reader.layer for reader in readers)
 
 
-def _compression_supported(prologue: PrologueCall, found: tuple[SparseLinear, ...]) -> bool:
+def _compression_supported(prologue: PrologueCall, readers: tuple[Reader, ...]) -> bool:
     """Whether kernels support these sparse layers, as one product; true of no layers."""
+    found = _layers(readers)
     if not found:
         return True
     x, *others = (one for one in prologue.arguments if isinstance(one, Tensor))
@@ -96,18 +124,25 @@ def _compression_supported(prologue: PrologueCall, found: tuple[SparseLinear, ..
     return _of_one_format(found) and all(layer.supported(x) for layer in found)
 
 
-def _compressed(prologue: PrologueCall, found: tuple[SparseLinear, ...]) -> CompressedInput:
+def _compressed(prologue: PrologueCall, readers: tuple[Reader, ...]) -> CompressedInput:
     """The prologue compressed for sparse layers."""
+    found = _layers(readers)
     x, first = prologue.arguments[0], found[0]
-    lowrank_a, first_ranks = first.shared_input.factor([layer.lowrank_a for layer in found])
+    lowrank_a: Tensor | None
+    lowrank_bs: list[Tensor] | None = None
+    if any(reader.loras for reader in readers):
+        lowrank_a, lowrank_bs, first_ranks = joint_factors(readers)
+    else:
+        lowrank_a, first_ranks = first.shared_input.factor([layer.lowrank_a for layer in found])
     pattern = first.pattern
-    compressed = COMPRESS[prologue.name](
+    compress = ops.compress if prologue.name == IDENTITY.name else COMPRESS[prologue.name]
+    compressed = compress(
         *prologue.arguments,
         *(lowrank_a, pattern.grouping, ops.pattern_parts(pattern, first.in_features)),
         *(first.norm == "scale", first.format.name, pattern.score),
     )
     shape = torch.Size((*x.shape[:-1], first.in_features))
-    return CompressedInput(shape, x.dtype, x.device, found, compressed, first_ranks)
+    return CompressedInput(shape, x.dtype, x.device, found, compressed, first_ranks, lowrank_bs)
 
 
 def _of_one_format(found: Sequence[SparseLinear]) -> bool:
@@ -130,10 +165,11 @@ def _drops_nothing(layer: SparseLinear) -> bool:
 
 
 def _parameters_if_supported(
-    prologue: PrologueCall, found: tuple[SparseLinear, ...]
+    prologue: PrologueCall, readers: tuple[Reader, ...]
 ) -> list[Fp8Parameters] | None:
     """What these layers, in dense fp8 in this call, multiply with; None where kernels do not support them."""
     parameters = []
+    found = _layers(readers)
     for layer in found:
         if layer.format is FP8_DENSE:
             of: Fp8Parameters | None = layer.fp8_parameters()
@@ -149,13 +185,18 @@ def _parameters_if_supported(
 
 
 def _quantized(
-    prologue: PrologueCall, found: tuple[SparseLinear, ...], parameters: list[Fp8Parameters]
+    prologue: PrologueCall, readers: tuple[Reader, ...], parameters: list[Fp8Parameters]
 ) -> QuantizedInput:
     """The prologue quantised for layers that are dense fp8 in this call."""
-    x = prologue.arguments[0]
-    values, scale = QUANTIZE[prologue.name](*prologue.arguments)
+    x, found, beside = prologue.arguments[0], _layers(readers), None
+    if any(reader.loras for reader in readers):  # which read it unquantised: here it is stored after all
+        dense = prologue.dense()
+        beside = beside_dense(dense, readers)
+        quantized = compress_fp8(dense, _ALL, "none")
+    else:
+        quantized = CompressedFp8(*QUANTIZE[prologue.name](*prologue.arguments))
     shape = torch.Size((*x.shape[:-1], found[0].in_features))
-    return QuantizedInput(shape, x.dtype, x.device, found, CompressedFp8(values, scale), parameters)
+    return QuantizedInput(shape, x.dtype, x.device, found, quantized, parameters, beside)
 
 
 # --------------------------------------------------------------------------------- as models have them

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 
 from rtlynx.math.formats import FormatName
-from rtlynx.models import make_plan
+from rtlynx.models import make_plan, sparse_layers
 from rtlynx.models.attention import fp8_attention
 from rtlynx.models.plan import LayerPlan, architecture_of
 from rtlynx.models.sparsify import apply_plan, sparsify
@@ -16,6 +16,7 @@ from rtlynx.timing.full_models import normals
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
 
 RANK = 64
+LORA_RANK = 16
 OURS = "the recommended recipe"  # the form of ours, unless a variant's name says otherwise
 # What calibration chose for the model of the box (solutions/recommended), since weights here are random: the
 # share of layers left whole in eight bits, by role, and the noise level below which steps run in dense fp8.
@@ -131,6 +132,21 @@ def recommended(
     return change
 
 
+def with_lora(change: Callable[[nn.Module], object], rank: int = LORA_RANK) -> Callable[[nn.Module], None]:
+    """`change`, and a LoRA of random values beside each layer that it makes sparse or quantises."""
+
+    def changed(model: nn.Module) -> None:
+        change(model)
+        normal, state = normals(4), {}
+        for name, layer in sparse_layers(model).items():
+            k, n = layer.in_features, layer.out_features
+            state[f"transformer.{name}.lora_A.weight"] = normal(rank, k) * k**-0.5
+            state[f"transformer.{name}.lora_B.weight"] = normal(n, rank) * (0.1 * rank**-0.5)
+        cast(Any, model).load_lora_adapter(state, adapter_name="style")
+
+    return changed
+
+
 def output_shares(
     layers: Sequence[LayerPlan], share: float = 1 - RECOMMENDED_SPEEDUP_SHARE
 ) -> dict[str, float]:
@@ -203,6 +219,12 @@ DESIGNS = (
         in_fp8_attention(recommended("fp8", dense_below=DENSE_BELOW)),
         fp8_weights=2,
     ),
+    Variant(
+        f"{RECOMMENDED}, LoRA of rank {LORA_RANK}",
+        with_lora(recommended("fp8", dense_below=DENSE_BELOW)),
+        fp8_weights=2,
+    ),
+    Variant(f"{DENSE_FP8}, LoRA of rank {LORA_RANK}", with_lora(dense_fp8), fp8_weights=1),
     Variant("rtlynx bf16-2:4", recommended("bf16")),
     Variant(f"rtlynx bf16-2:4{BLOCK_GRAPHS}", recommended("bf16"), mode="reduce-overhead"),
     Variant("rtlynx bf16-2:4 (every layer)", every_layer("bf16", rank=None)),
