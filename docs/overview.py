@@ -110,8 +110,8 @@ def attention_section(root: Path, place: Place) -> str:
     if not lines:
         return ""
     head = [
-        f"The recommended recipe as it is now, and [attention in fp8]({place.path(ATTENTION)}), in one process "
-        f"({'; '.join(sources)}):",
+        f"The recommended recipe as it is now, and [attention in fp8]({place.path(ATTENTION)}), in one "
+        f"process ({'; '.join(sources)}):",
         "",
         "| model | variant | GPU, ms | wall, ms | speed | PSNR, dB | SSIM |",
         "|---|---|---|---|---|---|---|",
