@@ -141,6 +141,7 @@ def test_without_a_hopper_card_loading_says_what_was_found(monkeypatch, sources)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some B200")
     with pytest.raises(RuntimeError, match=r"Hopper card .* cuda:1, Some B200, has 10\.0"):
@@ -211,6 +212,7 @@ def launches(monkeypatch):
     """A kernel that is ready on device 0, on a machine without any, and what its launches did."""
     monkeypatch.setattr(ctypes, "CDLL", FakeDriver)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
 
     def make(pdl: bool, cluster: int = 1) -> tuple[jit.Kernel, FakeLaunch]:
         kernel = jit.Kernel("fill", None, 128, 1000, pdl, cluster)

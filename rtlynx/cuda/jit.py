@@ -261,7 +261,7 @@ class Kernel:
         RuntimeError
             With the driver's name for what failed.
         """
-        device = torch.cuda.current_device()
+        device = torch._C._cuda_getDevice()  # (current_device asks first whether CUDA is up)
         function = self._functions.get(device) or self._prepare(device, params)
         config = _pack_config(
             *grid, self._threads, 1, 1, self._shared_bytes, stream, self._attributes, self._attribute_count

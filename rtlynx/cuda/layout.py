@@ -62,7 +62,7 @@ class Layout:
             offset += size * count
         self.size = -(-offset // self.alignment) * self.alignment
         (whole,) = self.pieces()
-        self.pack = whole.pack
+        self.pack, self.unpack = whole.pack, whole.unpack
 
     def pieces(self, *names: str) -> list[struct.Struct]:
         """Packers of the parts that begin with the structure and with each of the fields `names`.

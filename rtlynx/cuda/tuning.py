@@ -62,6 +62,11 @@ def forced(config: GemmConfig) -> Iterator[None]:
         choose.cache_clear()
 
 
+def forced_config() -> GemmConfig | None:
+    """That of `forced`, inside it."""
+    return _forced
+
+
 @functools.cache
 def _table() -> dict[tuple[int, int, int], str]:
     if not TABLE.exists():

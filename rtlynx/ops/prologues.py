@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtlynx.cuda.forms import by_form
 from rtlynx.cuda.sm90 import compress as compress_kernel
 from rtlynx.cuda.sm90 import quantize as quantize_kernel
 from rtlynx.cuda.sm90.compress import CompressOptions
@@ -75,29 +76,30 @@ def launch_quantize(
 def _compress_operator(prologue: Prologue) -> Any:
     count = len(prologue.arguments)
 
-    def checked(
-        arguments: tuple[Any, ...],
-    ) -> tuple[tuple[int, ...], tuple[Any, ...], Tensor | None, CompressOptions]:
-        """Shape of the result, arguments of the prologue, and how it is compressed."""
+    def checked(*arguments: Any) -> tuple[tuple[int, ...], CompressOptions]:
+        """Shape of the result, and how it is compressed."""
         own, (lowrank_a, grouping, parts, *rest) = arguments[:count], arguments[count:]
         shape = check_prologue(prologue, own)
         check_selection(own[0], shape, lowrank_a, grouping, parts)
         refuse_gradients(lowrank_a)
-        return shape, own, lowrank_a, options_of(grouping, parts, *rest)
+        return shape, options_of(grouping, parts, *rest)
+
+    known = by_form(checked)
 
     def hopper(*arguments: Any) -> Compressed:
-        _, own, lowrank_a, options = checked(arguments)
+        _, options = known(*arguments)
+        own, lowrank_a = arguments[:count], arguments[count]
         return launch_compress(prologue, own, lowrank_a, options) or compress_kernel.launch_compress(
             rounded(prologue, own), lowrank_a, options
         )
 
     def reference(*arguments: Any) -> Compressed:
-        _, own, lowrank_a, options = checked(arguments)
-        return compress_reference(rounded(prologue, own), lowrank_a, options)
+        _, options = checked(*arguments)
+        return compress_reference(rounded(prologue, arguments[:count]), arguments[count], options)
 
     def fake(*arguments: Any) -> Compressed:
-        shape, own, lowrank_a, options = checked(arguments)
-        return compress_fake(own[0].new_empty(shape), lowrank_a, options)
+        shape, options = checked(*arguments)
+        return compress_fake(arguments[0].new_empty(shape), arguments[count], options)
 
     return operator(
         f"{prologue.name}_compress({prologue.schema}, {COMPRESS_TAIL}",
@@ -111,7 +113,7 @@ def _compress_operator(prologue: Prologue) -> Any:
 
 
 def _quantize_operator(prologue: Prologue) -> Any:
-    def checked(arguments: Sequence[Any]) -> tuple[int, ...]:
+    def checked(*arguments: Any) -> tuple[int, ...]:
         """Shape of the values."""
         shape = check_prologue(prologue, arguments)
         if not shape or shape[-1] == 0:
@@ -120,17 +122,19 @@ def _quantize_operator(prologue: Prologue) -> Any:
         check_size("columns of x", shape[-1])
         return shape
 
+    known = by_form(checked)
+
     def hopper(*arguments: Any) -> Quantized:
-        shape = checked(arguments)
+        shape = known(*arguments)
         found = launch_quantize(prologue, arguments, shape)
         return _quantize_matrix(rounded(prologue, arguments)) if found is None else found
 
     def reference(*arguments: Any) -> Quantized:
-        checked(arguments)
+        checked(*arguments)
         return _plain(rounded(prologue, arguments))
 
     def fake(*arguments: Any) -> Quantized:
-        shape, like = checked(arguments), arguments[0]
+        shape, like = checked(*arguments), arguments[0]
         return like.new_empty(shape, dtype=E4M3), like.new_empty((*shape[:-1], 1), dtype=torch.float32)
 
     name = "quantize" if prologue is IDENTITY else f"{prologue.name}_quantize"

@@ -39,7 +39,7 @@ def _on_cuda(hopper: Callable[..., Any], reference: Callable[..., Any]) -> Calla
         index = first.get_device()
         if index < 0 or card_unsupported_reason(index) is not None:  # (-1: another argument is on the card)
             return reference(first, *rest)
-        if index == torch.cuda.current_device():
+        if index == torch._C._cuda_getDevice():  # (a tensor is on a card, so CUDA is ready)
             return hopper(first, *rest)
         with torch.cuda.device(index):
             return hopper(first, *rest)

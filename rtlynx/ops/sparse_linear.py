@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rtlynx.cuda.forms import by_form
 from rtlynx.cuda.sm90.compress import CompressOptions, launch_compress
 from rtlynx.cuda.sm90.gemm import launch_gemm
 from rtlynx.cuda.sm90.linear import launch_linear
@@ -146,35 +149,72 @@ def _linear_fake(x: Tensor, of: Weights, lowrank_a: Tensor | None, options: Comp
 # ------------------------------------------------------------------------------------------------ Hopper
 
 
-def _product_hopper(
+def _gemm_hopper(
     packed_a: Tensor,
     scale: Tensor | None,
     lowrank: Tensor | None,
-    layers: Sequence[Weights],
+    weight: Tensor,
+    lowrank_b: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    layers = [Weights(weight, lowrank_b, bias, weight_scale)]
+    check = partial(check_gemm, packed_a, scale, lowrank, layers, (0,), rows)
+    return launch_gemm(packed_a, scale, lowrank, layers, rows, (0,), check)
+
+
+def _gemm_joint_hopper(
+    packed_a: Tensor,
+    scale: Tensor | None,
+    lowrank: Tensor | None,
+    weights: Sequence[Tensor],
+    lowrank_bs: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
     first_ranks: Sequence[int],
     rows: int,
 ) -> Tensor:
-    return launch_gemm(packed_a, scale, lowrank, layers, rows, first_ranks)
+    lists = weights, lowrank_bs, biases, weight_scales
+
+    def check() -> None:
+        layers = layers_of(*lists, first_ranks)
+        check_gemm(packed_a, scale, lowrank, layers, first_ranks, rows, JOINT_NAMES)
+
+    none = [None] * len(weights)
+    layers = [Weights(*of) for of in zip(*(given or none for given in lists), strict=False)]
+    lengths = tuple(map(len, lists))
+    return launch_gemm(packed_a, scale, lowrank, layers, rows, first_ranks, check, lengths)
 
 
 # --------------------------------------------------------------------------------------------- operators
 
 
-def _compress(run: Callable[..., Compressed]) -> Callable[..., Compressed]:
+# A card is faster than these checks: there each form of arguments is checked once (`by_form`).
+
+
+def _compress_options(
+    x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, *how: str
+) -> CompressOptions:
+    """Those of checked arguments of `compress`."""
+    check_compress(x, lowrank_a, grouping, parts)
+    return options_of(grouping, parts, norm, *how)
+
+
+def _compress(
+    run: Callable[..., Compressed], options: Callable[..., CompressOptions] = _compress_options
+) -> Callable[..., Compressed]:
     """`compress` by an implementation of it."""
 
-    def compress(
-        x: Tensor, lowrank_a: Tensor | None, grouping: str, parts: Sequence[int], norm: bool, *how: str
-    ) -> Compressed:
-        check_compress(x, lowrank_a, grouping, parts)
-        return run(x, lowrank_a, options_of(grouping, parts, norm, *how))
+    def compress(x: Tensor, lowrank_a: Tensor | None, *how: Any) -> Compressed:
+        return run(x, lowrank_a, options(x, lowrank_a, *how))
 
     return compress
 
 
 compress = operator(
     f"compress(Tensor x, {COMPRESS_TAIL}",
-    hopper=_compress(launch_compress),
+    hopper=_compress(launch_compress, by_form(_compress_options)),
     reference=_compress(compress_reference),
     fake=_compress(compress_fake),
 )
@@ -253,7 +293,7 @@ def _gemm_joint(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 gemm = operator(
     "gemm(Tensor packed_a, Tensor? scale, Tensor? lowrank, Tensor weight, Tensor? lowrank_b, Tensor? bias,"
     " SymInt rows, Tensor? weight_scale=None) -> Tensor",
-    hopper=_gemm(_product_hopper),
+    hopper=_gemm_hopper,
     reference=_gemm(_product_reference),
     fake=_gemm(_product_fake),
 )
@@ -281,7 +321,7 @@ Tensor (M, N) bfloat16
 gemm_joint = operator(
     "gemm_joint(Tensor packed_a, Tensor? scale, Tensor? lowrank, Tensor[] weights, Tensor[] lowrank_bs,"
     " Tensor[] biases, Tensor[] weight_scales, int[] first_ranks, SymInt rows) -> Tensor",
-    hopper=_gemm_joint(_product_hopper),
+    hopper=_gemm_joint_hopper,
     reference=_gemm_joint(_product_reference),
     fake=_gemm_joint(_product_fake),
 )
@@ -308,7 +348,27 @@ Tensor (M, sum of N_i) bfloat16
 """
 
 
-def _linear(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _linear_options(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lowrank_a: Tensor | None,
+    lowrank_b: Tensor | None,
+    grouping: str,
+    parts: Sequence[int],
+    norm: bool,
+    weight_scale: Tensor | None = None,
+    score: str = "magnitude",
+) -> CompressOptions:
+    """Those of checked arguments of `linear`."""
+    of = Weights(weight, lowrank_b, bias, weight_scale)
+    check_linear(x, of, lowrank_a, grouping, parts)
+    return CompressOptions(grouping, tuple(parts), norm, of.format, score_named(score))
+
+
+def _linear(
+    run: Callable[..., Tensor], options: Callable[..., CompressOptions] = _linear_options
+) -> Callable[..., Tensor]:
     """`linear` by an implementation that gives Y (M, N)."""
 
     def linear(
@@ -323,11 +383,8 @@ def _linear(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         weight_scale: Tensor | None = None,
         score: str = "magnitude",
     ) -> Tensor:
-        of = Weights(weight, lowrank_b, bias, weight_scale)
-        check_linear(x, of, lowrank_a, grouping, parts)
-        y = run(
-            x, of, lowrank_a, CompressOptions(grouping, tuple(parts), norm, of.format, score_named(score))
-        )
+        how = options(x, weight, bias, lowrank_a, lowrank_b, grouping, parts, norm, weight_scale, score)
+        y = run(x, Weights(weight, lowrank_b, bias, weight_scale), lowrank_a, how)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     return linear
@@ -336,7 +393,7 @@ def _linear(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 linear = operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lowrank_a, Tensor? lowrank_b, str grouping,"
     ' int[] parts, bool norm, Tensor? weight_scale=None, str score="magnitude") -> Tensor',
-    hopper=_linear(launch_linear),
+    hopper=_linear(launch_linear, by_form(_linear_options)),
     reference=_linear(_linear_reference),
     fake=_linear(_linear_fake),
 )

@@ -6,14 +6,15 @@ import functools
 import itertools
 import secrets
 import struct
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rtlynx.cuda import jit, tuning
 from rtlynx.cuda.driver import call, multiprocessors
+from rtlynx.cuda.forms import form_of, keep, placed_form_of
 from rtlynx.cuda.jit import Defines, Instantiation
 from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.compress import Addresses, address_of
@@ -29,7 +30,7 @@ _WEIGHT_ROW_BYTES = 128  # of a stage
 MAX_LAYERS = 4  # of one product
 _M_TILES_PER_SWIZZLE = 16
 _LAYER = Layout(*((name, "int") for name in ("column_end", "n_tile_end", "first_rank_block", "rank_blocks")))
-# The kernel's `Parameters`, in four pieces, of which a plan holds two.
+# The kernel's `Parameters`, in six pieces, of which a product holds four.
 _PARAMETERS = Layout(
     ("weight", "TensorMap", MAX_LAYERS),
     ("lowrank_b", "TensorMap", MAX_LAYERS),
@@ -44,8 +45,8 @@ _PARAMETERS = Layout(
     *((name, "int") for name in ("bias_is_float", "num_layers")),
     ("layer", _LAYER, MAX_LAYERS),
 )
-_pack_operands, _pack_shape, _pack_workspace, _pack_layers = (
-    piece.pack for piece in _PARAMETERS.pieces("rows", "workspace", "layer[0].column_end")
+_pack_maps, _pack_addresses, _pack_vectors, _pack_shape, _pack_workspace, _pack_layers = (
+    piece.pack for piece in _PARAMETERS.pieces("packed_a", "bias", "rows", "workspace", "layer[0].column_end")
 )
 
 
@@ -139,27 +140,32 @@ def launch_gemm(
     layers: Sequence[Weights],
     rows: int,
     first_ranks: Sequence[int] = (0,),
+    check: Callable[[], None] | None = None,
+    checked: tuple[Any, ...] = (),
 ) -> Tensor:
-    """Y (rows, N) of `rtlynx::gemm` and `gemm_joint`; see `rtlynx.ops.sparse_linear`, which checks."""
-    n = sum(of.weight.shape[0] for of in layers)
-    columns = stored_columns(n)
-    out = torch.empty((rows, columns), dtype=torch.bfloat16, device=packed_a.device)
-    if rows == 0 or n == 0:
+    """Y (rows, N) of `rtlynx::gemm` and `gemm_joint`; see `rtlynx.ops.sparse_linear`.
+
+    `check` refuses operands, once for each form of them and of what `checked` holds besides.
+    """
+    form = (*form_of((packed_a, scale, lowrank)), *checked)
+    has_factors = lowrank is not None and layers and layers[0].lowrank_b is not None
+    lowrank_bytes = lowrank.shape[0] if lowrank is not None and has_factors else 0
+    product = product_of(layers, rows, first_ranks, lowrank_bytes, form, check)
+    n, columns = product.n, stored_columns(product.n)
+    out = packed_a.new_empty((rows, columns), dtype=torch.bfloat16)  # (half the time of torch.empty)
+    if product.plan is None:
         return out[:, :n]
-    layers = [readable_weights(of) for of in layers]
     packed_a, lowrank = aligned(packed_a), None if lowrank is None else aligned(lowrank)
-    lowrank_bytes = lowrank.shape[0] if lowrank is not None and layers[0].lowrank_b is not None else 0
-    plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes)
     workspace = 0
-    if plan.workspace_bytes:
-        sums = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=packed_a.device)
+    if product.plan.workspace_bytes:
+        sums = packed_a.new_empty(product.plan.workspace_bytes)
         workspace = sums.data_ptr()
     given = Addresses(
         packed_a.data_ptr(),
         scale.data_ptr() if scale is not None and scale.shape[0] else 0,
         address_of(lowrank),
     )
-    start_gemm(plan, given, layers, out.data_ptr(), workspace)
+    start_gemm(product, given, out.data_ptr(), workspace)
     return out if columns == n else out[:, :n].contiguous()
 
 
@@ -180,12 +186,66 @@ def plan_gemm(
     return _plan(config, count, shape)
 
 
-def start_gemm(plan: GemmPlan, given: Addresses, layers: Sequence[Weights], out: int, workspace: int) -> None:
-    """Launch on the current stream. `out` and `workspace` are addresses."""
+class Product(NamedTuple):
+    """What a launch needs that depends on shapes and on the places of weights.
+
+    plan : None where there is nothing to compute
+    n : columns of Y
+    maps, vectors : pieces of the kernel's Parameters
+    bias_is_float : whether biases are float32
+    owners : copies of weights that kernels could not read, which must live until the launch
+    """
+
+    plan: GemmPlan | None
+    n: int
+    device: int
+    maps: bytes
+    vectors: bytes
+    bias_is_float: bool
+    owners: tuple[Weights, ...]
+
+
+_products: dict[tuple[Any, ...], Product] = {}
+
+
+def product_of(
+    layers: Sequence[Weights],
+    rows: int,
+    first_ranks: Sequence[int],
+    lowrank_bytes: int,
+    checked: tuple[Any, ...] = (),
+    check: Callable[[], None] | None = None,
+) -> Product:
+    """The product with these layers; as of a tensor map, what was made for memory freed since stays right.
+
+    `check` is called where this, with what `checked` says, has not passed it before, or a gradient may be
+    asked for.
+    """
+    places = placed_form_of([one for of in layers for one in of])
+    form = (rows, tuple(first_ranks), lowrank_bytes, checked, places, tuning.forced_config())
+    product = None if check is not None and torch.is_grad_enabled() else _products.get(form)
+    if product is None:
+        if check is not None:
+            check()
+        readable = [readable_weights(of) for of in layers]
+        product = _product(readable, rows, first_ranks, lowrank_bytes)
+        if places == placed_form_of([one for of in readable for one in of]):
+            keep(_products, form, product._replace(owners=()))
+    return product
+
+
+def _product(layers: Sequence[Weights], rows: int, first_ranks: Sequence[int], lowrank_bytes: int) -> Product:
+    """`product_of` layers that kernels can read."""
+    n, bias = sum(of.weight.shape[0] for of in layers), layers[0].bias
+    is_float = bias is not None and bias.dtype is torch.float32
+    device = layers[0].weight.get_device()
+    if rows == 0 or n == 0:
+        return Product(None, n, device, b"", b"", is_float, ())
+    plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes)
     columns, tile_k = plan.config.block_n, plan.config.format.tile_k
     none = [0] * (MAX_LAYERS - len(layers))
     no_maps = [_NO_MAP] * len(none)
-    operands = _pack_operands(
+    maps = _pack_maps(
         *[_tensor_map(of.weight, tile_k, columns) for of in layers],
         *no_maps,
         *[
@@ -193,20 +253,25 @@ def start_gemm(plan: GemmPlan, given: Addresses, layers: Sequence[Weights], out:
             for of in layers
         ],
         *no_maps,
-        given.packed_a,
-        given.lowrank,
-        given.scale,
-        out,
+    )
+    vectors = _pack_vectors(
         *[_address_at(of.bias, first) for of, first in zip(layers, plan.first_columns, strict=True)],
         *none,
         *[_address_at(of.column_scale, first) for of, first in zip(layers, plan.first_columns, strict=True)],
         *none,
     )
-    bias = layers[0].bias
-    is_float = bias is not None and bias.dtype is torch.float32
+    return Product(plan, n, device, maps, vectors, is_float, tuple(layers))
+
+
+def start_gemm(product: Product, given: Addresses, out: int, workspace: int) -> None:
+    """Launch on the current stream. `out` and `workspace` are addresses."""
+    plan = product.plan
+    assert plan is not None
+    addresses = _pack_addresses(given.packed_a, given.lowrank, given.scale, out)
     split = (workspace, workspace + plan.sum_bytes, _nonce()) if workspace else (0, 0, 0)
-    parameters = b"".join((operands, plan.shape, _pack_workspace(*split, is_float, len(layers)), plan.layers))
-    stream = torch._C._cuda_getCurrentRawStream(layers[0].weight.get_device())
+    rest = _pack_workspace(*split, product.bias_is_float, len(plan.first_columns))
+    parameters = b"".join((product.maps, addresses, product.vectors, plan.shape, rest, plan.layers))
+    stream = torch._C._cuda_getCurrentRawStream(product.device)
     _kernel(plan.config).launch((plan.ctas, 1, 1), stream, parameters)
 
 

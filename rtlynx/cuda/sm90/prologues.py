@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
+from rtlynx.cuda.forms import form_of, keep
 from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.weights import readable
 
@@ -181,8 +182,44 @@ def rounded(prologue: Prologue, arguments: Sequence[Any]) -> Tensor:
     return prologue.reference(*plain).bfloat16().contiguous()
 
 
+class _Packing(NamedTuple):
+    """What `bind` found for arguments of one form that needed no copy.
+
+    values : fields of `struct Prologue`, in which addresses are to be replaced
+    matrices : how many of its inputs are such; their fields come first
+    """
+
+    values: list[Any]
+    matrices: int
+    rows: int
+    columns: int
+
+
+_packings: dict[tuple[Any, ...], _Packing] = {}
+
+
 def bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
     """Checked `arguments` for a kernel; None where it cannot read them 16 bytes at a time."""
+    tensors = [one for one in arguments if isinstance(one, Tensor)]
+    addresses = [one.data_ptr() for one in tensors]
+    form = (prologue, *form_of(arguments))
+    known = _packings.get(form)
+    if known is None or any(address % 16 for address in addresses):
+        bound = _bind(prologue, arguments)
+        if bound is not None and addresses == [one.data_ptr() for one in bound.owners]:
+            values = list(prologue.layout.unpack(bound.parameters))
+            packing = _Packing(values, len(prologue.named("rows")), bound.rows, bound.columns)
+            keep(_packings, form, packing)
+        return bound
+    values, matrices, rows, columns = known
+    values = values.copy()
+    values[0 : 4 * matrices : 4] = addresses[:matrices]
+    values[4 * matrices : 3 * matrices + len(addresses)] = addresses[matrices:]
+    return BoundPrologue(prologue, prologue.layout.pack(*values), rows, columns, tensors[0].device, True)
+
+
+def _bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
+    """As `bind`, of a form that is new or at addresses where something must be copied."""
     matrices: list[Tensor] = []
     vectors: list[Tensor] = []
     batched: list[int] = []

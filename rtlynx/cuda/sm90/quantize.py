@@ -110,7 +110,7 @@ def launch(x: BoundPrologue, shape: Sequence[int], dense: Tensor | None = None) 
     scale : Tensor (..., 1) float32
     """
     values = torch.empty(shape, dtype=E4M3, device=x.device)
-    scale = torch.empty((*shape[:-1], 1), dtype=torch.float32, device=x.device)
+    scale = values.new_empty((*shape[:-1], 1), dtype=torch.float32)
     if x.rows:
         rest = _REST.pack(values.data_ptr(), scale.data_ptr(), address_of(dense), x.rows, x.columns)
         parameters = x.parameters + rest
