@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
-from rtlynx.math.formats import FP8_DENSE
+from rtlynx.math.formats import FP8_DENSE, FP8_WEIGHT_SPARSE
 from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -135,8 +135,11 @@ def _parameters_if_supported(
     """What these layers, in dense fp8 in this call, multiply with; None where kernels do not support them."""
     parameters = []
     for layer in found:
-        if layer.format is FP8_DENSE:
+        call = layer.call()
+        if layer.format is FP8_WEIGHT_SPARSE and (call is None or not call.dense):
             of: Fp8Parameters | None = layer.fp8_parameters()
+        elif layer.format is FP8_DENSE:
+            of = layer.fp8_parameters()
         else:
             of = quantized_original(layer)
         if of is None or of.lowrank_a is not None:  # low-rank branches read the dense input
