@@ -1,9 +1,9 @@
 """What a user can choose: every contradiction refused, every value kept through JSON."""
 
 import json
-import re
 import math
 import pickle
+import re
 
 import pytest
 from hypothesis import given, settings
