@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from rtlynx.math.formats import FORMAT_NAMES, FormatName
+from rtlynx.math.formats import FORMAT_NAMES, FP8_WEIGHT_SPARSE, FormatName
 from rtlynx.math.scores import MAGNITUDE
 from rtlynx.math.selection import Pattern
-
-_T = TypeVar("_T")
+from rtlynx.renaming import by_new_names, renamed
 
 # A rank given as a share of K is never less than this: a handful of directions at toy widths.
 MIN_SHARE_RANK = 4
@@ -37,50 +34,7 @@ NO_STEP = ((-2.0, -1.0),)
 _FORMER_RECIPE, _FORMER_BUDGET = {"forms": "formats"}, {"saving": "speedup_share"}
 
 
-def _renamed(former: Mapping[str, str]) -> Callable[[type[_T]], type[_T]]:
-    """Let a dataclass take and show fields by their former names, with a DeprecationWarning."""
-
-    def decorate(kind: type[_T]) -> type[_T]:
-        init: Callable[..., None] = kind.__init__
-
-        @functools.wraps(init)
-        def with_former(self: _T, *args: Any, **settings: Any) -> None:
-            for old in settings.keys() & former.keys():
-                _warn(kind, old, former[old])
-            init(self, *args, **_by_new_names(settings, former))
-
-        def shown(old: str, new: str) -> property:
-            def get(self: _T) -> Any:
-                _warn(kind, old, new)
-                return getattr(self, new)
-
-            return property(get, doc=f"Former name of `{new}`.")
-
-        def set_state(self: _T, state: Mapping[str, Any]) -> None:
-            self.__dict__.update(_by_new_names(state, former))  # of a pickle by an older version
-
-        kind.__setstate__ = set_state  # type: ignore[attr-defined]
-        kind.__init__ = with_former  # type: ignore[method-assign,assignment]
-        for old, new in former.items():
-            setattr(kind, old, shown(old, new))
-        return kind
-
-    return decorate
-
-
-def _by_new_names(settings: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
-    """ValueError where a setting is given by both of its names."""
-    for old, new in former.items():
-        if old in settings and new in settings:
-            raise ValueError(f"{old} is the former name of {new}: give one of them")
-    return {former.get(key, key): value for key, value in settings.items()}
-
-
-def _warn(kind: type, old: str, new: str) -> None:
-    warnings.warn(f"{kind.__name__}.{old} is called {new} now", DeprecationWarning, stacklevel=3)
-
-
-@_renamed(_FORMER_BUDGET)
+@renamed(_FORMER_BUDGET)
 @dataclass(frozen=True)
 class Budget:
     """Which layers stay dense, by rule, and with precision "auto" which format the others take.
@@ -115,7 +69,7 @@ class Budget:
             raise ValueError(f"budget speedup_share is a share in (0, 1], got {self.speedup_share!r}")
 
 
-@_renamed(_FORMER_RECIPE)
+@renamed(_FORMER_RECIPE)
 @dataclass(frozen=True)
 class Recipe:
     """How a model is made sparse. `Recipe.recommended` is what calibration uses where none is given.
@@ -188,10 +142,15 @@ class Recipe:
     precision : "bf16" | "fp8" | "auto"
         Of the sparse layers' products: the model's own dtype, or e4m3 weights and inputs with a scale for
         each output channel and token. Auto: the budget chooses for each input between fp8 that drops
-        activations, fp8 that drops none, and dense.
+        activations, fp8 that drops none, and dense (see also `drop`).
+    drop : "activations" | "weights" | "auto"
+        What sparse fp8 layers drop: half of their inputs, chosen token by token, or half of their weights,
+        which calibration chooses and refits ("fp8-weight-sparse"; 2:4, without a low-rank branch). Auto, with
+        precision "auto": the budget chooses for each input between both.
     formats : mapping
         Glob pattern of layer names -> what these layers are, whatever else the recipe says but `skip`:
-        "bf16-sparse" | "fp8-sparse" | "fp8-dense" (quantised, nothing dropped, not compensated) | "dense".
+        "bf16-sparse" | "fp8-sparse" | "fp8-weight-sparse" (see `drop`) | "fp8-dense" (quantised, nothing
+        dropped, not compensated) | "dense".
         The first pattern that matches counts.
     score : str
         Which n of m are kept: those of highest score (`rtlynx.math.scores`).
@@ -226,6 +185,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
     budget: Budget | None = None
     precision: Literal["bf16", "fp8", "auto"] = "bf16"
+    drop: Literal["activations", "weights", "auto"] = "activations"
     formats: Mapping[str, FormatName] = field(default_factory=dict, hash=False)
     score: str = MAGNITUDE.name
 
@@ -284,6 +244,7 @@ class Recipe:
             raise ValueError(
                 "precision 'auto' lets the budget choose: give a budget, or precision fp8 or bf16"
             )
+        self._check_drop()
         if self.uses_fp8 and (self.norm == "paper" or self.lowrank_solver == "trained"):
             raise ValueError(
                 "fp8 layers know neither the paper's printed norm formula nor its trained low-rank branch: "
@@ -302,6 +263,27 @@ class Recipe:
             raise ValueError("the intercept is refitted together with the weight: it needs refit=True")
         if self.lowrank_solver == "trained" and (self.rank is None or self.refit):
             raise ValueError("the trained low-rank branch is the paper's: it needs a rank and refit=False")
+
+    def _check_drop(self) -> None:
+        """ValueError unless the recipe leaves layers that drop weights what they need."""
+        _check_choice("drop", self.drop, ("activations", "weights", "auto"))
+        if self.drop != "activations" and self.precision == "bf16":
+            raise ValueError(
+                f"drop={self.drop!r} is for layers in fp8, got precision='bf16': give 'fp8' or 'auto'"
+            )
+        if self.drop == "auto" and self.precision != "auto":
+            raise ValueError(
+                f"drop='auto' lets the budget choose, got precision={self.precision!r}: give 'auto', or drop "
+                "'weights' or 'activations'"
+            )
+        if not self.drops_weights:
+            return
+        for name, wanted in {"n": 2, "m": 4, "score": MAGNITUDE.name, "refit": True, "rank": None}.items():
+            if getattr(self, name) != wanted:
+                raise ValueError(
+                    "layers that drop weights are 2:4, refitted, and have no low-rank branch: give "
+                    f"{name}={wanted!r}, got {name}={getattr(self, name)!r}"
+                )
 
     def _check_auto_sigmas(self) -> None:
         """ValueError unless the recipe says all that the choice of dense steps needs."""
@@ -365,10 +347,10 @@ class Recipe:
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"a recipe is a JSON object, got {settings!r}")
-        values = _by_new_names(settings, _FORMER_RECIPE)
+        values = by_new_names(settings, _FORMER_RECIPE)
         refuse_unknown("recipe", values, {field.name for field in fields(cls)})
         if isinstance(values.get("budget"), Mapping):
-            limits = _by_new_names(values["budget"], _FORMER_BUDGET)
+            limits = by_new_names(values["budget"], _FORMER_BUDGET)
             refuse_unknown("budget", limits, {field.name for field in fields(Budget)})
             values["budget"] = Budget(**limits)
         return (preset or cls)(**values)
@@ -404,6 +386,11 @@ class Recipe:
     def uses_fp8(self) -> bool:
         """Whether any layer may be quantised."""
         return self.precision != "bf16" or any(format.startswith("fp8") for format in self.formats.values())
+
+    @property
+    def drops_weights(self) -> bool:
+        """Whether any layer may drop weights."""
+        return self.drop != "activations" or FP8_WEIGHT_SPARSE.name in self.formats.values()
 
     @property
     def chooses_dense_steps(self) -> bool:

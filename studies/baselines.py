@@ -14,18 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtlynx.calibration.weight_pruning import damped, prune, prune_by
 from rtlynx.math.fp8 import quantize_weight
-from rtlynx.math.selection import Pattern, pattern_mask, select
 
-TWO_OF_FOUR = Pattern()
 RIA_POWER = 0.5
 SLIM_RANK = 0.1  # of the width
 # Exponents that `bawa_style` chooses among: of the norms of input and output channels, and of X.
 BAWA_NORMS = (0.0, 0.5, 1.0)
 BAWA_POWERS = (0.25, 0.5, 0.75, 1.0)
-DAMPING = 0.01  # SparseGPT's: added to the diagonal, times its mean
-COLUMNS = 128  # whose updates of all later ones are one product
-REFIT_ITERATIONS = 24  # on layers of flux-emoji within 6 % of the exact solution
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,6 @@ def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
     whole, off = weight.to(gram), (weight - pruned).to(gram)
     energy = float(((whole @ gram) * whole).sum())
     return float(((off @ gram) * off).sum().clamp_min(0)) / energy if energy > 0 else 0.0
-
-
-def prune_by(weight: Tensor, score: Tensor) -> Tensor:
-    """`weight` (N, K) with the two entries of best `score` (N, K) in each group of four, else 0."""
-    return select(weight, pattern_mask(score.float(), TWO_OF_FOUR))
 
 
 def magnitude(weight: Tensor, gram: Tensor) -> Pruned:
@@ -138,74 +129,14 @@ def slim(weight: Tensor, gram: Tensor, rank: float = SLIM_RANK) -> Pruned:
 
 
 def refit(weight: Tensor, gram: Tensor) -> Pruned:
-    """SparseGPT's choice of 2:4 weights (Frantar and Alistarh, ICML 2023), and least squares of what is kept.
-
-    SparseGPT updates the weights right of each that it removes. That is not yet the best for its mask: from
-    there, conjugate gradients approach each output's least-squares solution.
-    """
-    wide = weight.to(gram)
-    mean = float(gram.diagonal().mean())
-    damped = gram + (DAMPING * mean or 1.0) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    start, kept = sparsegpt(wide, damped)
-    return Pruned(least_squares(wide, start, kept, damped).to(weight.dtype))
+    """SparseGPT's choice, and least squares of what is kept: `rtlynx.calibration.weight_pruning`."""
+    return Pruned(prune(weight.to(gram), damped(gram)).to(weight.dtype))
 
 
 def refit_fp8(weight: Tensor, gram: Tensor) -> Pruned:
     """`refit` in e4m3 with a scale for each output, by the library's rule of least output error."""
     rounded = quantize_weight(refit(weight, gram).weight, gram).dequantize()
     return Pruned(rounded.to(weight.dtype), fp8=True)
-
-
-def sparsegpt(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Remove columns left to right, each error made good by the columns to its right.
-
-    Parameters
-    ----------
-    weight : Tensor (N, K)
-    hessian : Tensor (K, K), positive definite
-
-    Returns
-    -------
-    weight, kept : Tensor (N, K)
-        With two entries left of each group of four, those of largest w² / [H^-1]_jj; and which they are.
-    """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    # Row j of the factor: the inverse after the columns before j have been fixed, up to a scale.
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    left, kept = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
-    for start in range(0, weight.shape[1], COLUMNS):
-        stop = min(start + COLUMNS, weight.shape[1])
-        some, own = left[:, start:stop], factor[start:stop, start:stop]
-        errors = torch.zeros_like(some)
-        for j in range(stop - start):
-            if j % TWO_OF_FOUR.m == 0:
-                group = slice(j, j + TWO_OF_FOUR.m)
-                score = some[:, group].abs() / own.diagonal()[group]
-                kept[:, start:stop][:, group] = pattern_mask(score.float(), TWO_OF_FOUR)
-            errors[:, j] = torch.where(kept[:, start + j], 0.0, some[:, j] / own[j, j])
-            some[:, j:] -= errors[:, j, None] * own[j, j:]
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
-    return torch.where(kept, left, 0.0), kept
-
-
-def least_squares(weight: Tensor, start: Tensor, kept: Tensor, hessian: Tensor) -> Tensor:
-    """From `start` towards the least (w - weight) H (w - weight)^T of each row, w zero where not `kept`.
-
-    Conjugate gradients, preconditioned by the diagonal, of all rows at once: a direct solution would take a
-    factorisation for each row. The error falls with each iteration.
-    """
-    scale, found = hessian.diagonal(), start
-    residual = torch.where(kept, (weight - found) @ hessian, 0.0)
-    direction = residual / scale
-    size = (residual * direction).sum(1, keepdim=True)
-    for _ in range(REFIT_ITERATIONS):
-        image = torch.where(kept, direction @ hessian, 0.0)
-        step = _over(size, (direction * image).sum(1, keepdim=True))
-        found = found + step * direction
-        residual = residual - step * image
-        before, size = size, (residual.square() / scale).sum(1, keepdim=True)
-        direction = residual / scale + _over(size, before) * direction
-    return found
 
 
 BASELINES: dict[str, Callable[[Tensor, Tensor], Pruned]] = {

@@ -217,7 +217,7 @@ def _form_us(
     if form == "weight-2:4":
         extra = rank * (bf16["K"] + share * bf16["N"]) / (bf16["K"] * bf16["N"])
         return share * bf16["ours_gemm_us"] + extra * bf16["cublas_us"]
-    if form == "weight-2:4-fp8":
+    if form in ("weight-2:4-fp8", "fp8-weight-sparse"):
         return share * fp8["ours_gemm_us"] + fp8["cublas_fp8_quant_us"]
     if form == "fp8-dense":
         return share * fp8["cublas_fp8_us"] + fp8["cublas_fp8_quant_us"]

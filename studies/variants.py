@@ -154,6 +154,15 @@ def _below(sigma: float) -> Iterator[Variant]:
         yield _sweep("schedule", f"{100 * share:g}%-below-{sigma:g}", recipe)
 
 
+def _dropping_weights() -> Iterator[Variant]:
+    """Layers that drop weights in place of activations: all, or as the budget chooses."""
+    every = Recipe(rank=None, precision="fp8", drop="weights", intercept=True)
+    yield _sweep("drop", "fp8-weights", every)
+    yield _sweep("drop", "fp8-weights+rotated", replace(every, rotate_values=True))
+    yield _sweep("drop", "recommended-weights", Recipe.recommended(drop="weights"))
+    yield _sweep("drop", "recommended-auto", Recipe.recommended(drop="auto"))
+
+
 def _sweeps() -> Iterator[Variant]:
     yield Variant("dense:float32", "sweep", "floor", dtype="float32")
     for ridge in (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0):
@@ -219,6 +228,7 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("free", "fp8-90%+rotated+intercept", replace(MIX, **both))
     yield _sweep("free", "fp8-90%+rotated+permuted+intercept", replace(MIX, **FREE))
     yield _sweep("free", "fp8-90%+rotated+last-2", replace(MIX, dense_last_steps=2, **last))
+    yield from _dropping_weights()
     free = Recipe(rank=None, precision="fp8", **FREE)
     distilled = {
         "refit": Recipe(rank=None, precision="fp8"),

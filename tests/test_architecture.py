@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CUDA = sorted([*(ROOT / "cuda" / "sm90").glob("*.cu*"), *BENCHMARKS.glob("*.cu*")])
 # From the ground up; those in one line do not know each other.
 FLOORS = (
-    ("math", "storage"),
+    ("math", "storage", "renaming"),
     ("recipe", "cuda"),
     ("ops",),
     ("nn",),

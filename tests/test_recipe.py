@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -35,6 +36,7 @@ EVERYTHING = {
     "skip": ["*.to_v", "blocks.0.*"],
     "budget": {"error": 0.01, "speedup_share": None},
     "precision": "bf16",
+    "drop": "activations",
     "formats": {},
     "score": "magnitude",
 }
@@ -124,7 +126,7 @@ WITH_REFIT = {
         ({"formats": {1: "dense"}}, "formats is a mapping"),
         (
             {"formats": {"*.to_v": "fp8"}},
-            r"the format of '\*.to_v' is one of bf16-sparse, fp8-sparse, fp8-dense, d",
+            r"the format of '\*.to_v' is one of bf16-sparse, fp8-sparse, fp8-weight-sparse, fp8-dense, d",
         ),
         # contradictions
         ({"precision": "auto"}, "give a budget"),
@@ -174,6 +176,8 @@ def test_json_that_is_no_recipe_is_refused(text):
 def test_each_setting_survives_json(key):
     assert key in Recipe().to_dict()
     settings = {**EVERYTHING, **IN_FP8} if key in ("precision", "formats") else EVERYTHING
+    if key == "drop":
+        settings = {"drop": "auto", "precision": "auto", "rank": None, "budget": {"speedup_share": 0.5}}
     if key in ("intercept", "rotate_values", "permute_hidden"):
         settings = {**EVERYTHING, **WITH_REFIT, key: True}
     assert settings[key] != Recipe().to_dict()[key] or key == "score"  # (there is one)
@@ -189,6 +193,26 @@ def test_round_trip():
         assert Recipe.from_json(json.dumps(recipe.to_dict())) == recipe
         assert hash(recipe) == hash(Recipe.from_dict(recipe.to_dict()))
     assert set(EVERYTHING) == set(Recipe().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"drop": "both"}, "drop is one of activations, weights, auto; got 'both'"),
+        ({"drop": "weights"}, "drop='weights' is for layers in fp8, got precision='bf16'"),
+        ({"drop": "auto", "precision": "fp8"}, "drop='auto' lets the budget choose, got precision='fp8'"),
+        ({"drop": "weights", "precision": "fp8"}, "give rank=None, got rank='auto'"),
+        ({"drop": "weights", "precision": "fp8", "rank": None, "n": 1}, "give n=2, got n=1"),
+        ({"drop": "weights", "precision": "fp8", "rank": None, "n": 4, "m": 8}, "give n=2, got n=4"),
+        ({"drop": "weights", "precision": "fp8", "rank": None, "refit": False}, "give refit=True, got"),
+        ({"formats": {"*": "fp8-weight-sparse"}}, "give rank=None, got rank='auto'"),
+    ],
+)
+def test_layers_that_drop_weights_need_what_calibration_finds(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Recipe(**settings)
+    assert Recipe(drop="weights", precision="fp8", rank=None).needs_calibration
+    assert not Recipe.recommended().drops_weights
 
 
 def test_the_dictionary_is_not_changed_or_kept():

@@ -80,7 +80,7 @@ def input_groups(layers: Sequence[LayerPlan]) -> list[InputGroup]:
     """Group layers by the tensor they read and what they see of it, in the order given."""
     groups: dict[object, list[LayerPlan]] = {}
     for layer in layers:
-        key = (layer.candidate.reads, layer.pattern, layer.norm, layer.quantized)
+        key = (layer.candidate.reads, layer.pattern, layer.norm, layer.quantized, layer.weight_sparse)
         groups.setdefault(key, []).append(layer)
     return [InputGroup(tuple(members)) for members in groups.values()]
 

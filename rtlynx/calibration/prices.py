@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rtlynx.math.formats import DENSE, FormatName
+from rtlynx.math.formats import DENSE, FP8_DENSE, FormatName
 from rtlynx.models.plan import LayerPlan, Plan
 
 FILE = Path(__file__).with_name("prices.json")
@@ -91,11 +91,12 @@ class Prices:
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Prices:
         """From what a prices file holds."""
-        return cls(
-            document["device"],
-            {format: ProductLaw(**law) for format, law in document["products"].items()},
-            {format: PreparationLaw(**law) for format, law in document["preparations"].items()},
-        )
+        products = {format: ProductLaw(**law) for format, law in document["products"].items()}
+        preparations = {format: PreparationLaw(**law) for format, law in document["preparations"].items()}
+        # Sparse weights take the place of sparse inputs in the same product, and inputs are quantised alone.
+        products.setdefault("fp8-weight-sparse", products["fp8-sparse"])
+        preparations.setdefault("fp8-weight-sparse", preparations["fp8-dense"])
+        return cls(document["device"], products, preparations)
 
 
 @cache
@@ -145,11 +146,13 @@ class ModelPrices:
             work = 2 * pattern.n / pattern.m if layer.format.sparse else 1.0
             total += law.us(m, k, layer.out_features * self._wider, self._rank(layer), work)
             if layer.format is not DENSE:
-                prepared.setdefault(layer.format.name, []).append(layer)
-        for format, layers in prepared.items():
+                # What is quantised for dense weights serves sparse ones.
+                format = FP8_DENSE if layer.format.weight_sparse else layer.format
+                prepared.setdefault(format.name, []).append(layer)
+        for name, layers in prepared.items():
             ranks = [self._rank(layer) for layer in layers]
             rank = max(ranks) if self._recipe.lowrank_sharing == "shared" else sum(ranks)
-            total += self._prices.preparations[format].us(*self._size(layers[0]), rank)
+            total += self._prices.preparations[name].us(*self._size(layers[0]), rank)
         return total
 
     def _size(self, layer: LayerPlan) -> tuple[float, float]:

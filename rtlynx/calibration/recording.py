@@ -22,7 +22,6 @@ from rtlynx.calibration.folder import WorkFolder, digest
 from rtlynx.calibration.options import CalibrationOptions
 from rtlynx.calibration.processes import rank, world
 from rtlynx.calibration.progress import ProgressBar
-from rtlynx.math.formats import FP8_DENSE
 from rtlynx.models.fingerprint import model_fingerprint
 from rtlynx.models.pipelines import check_call, draw, draw_alone
 from rtlynx.models.plan import Plan
@@ -232,8 +231,7 @@ class Recording:
         """Before any work: a ridge that is chosen on held-out prompts needs some."""
         recipe = self.plan.recipe
         solved = recipe.lowrank_solver == "closed-form" and any(
-            layer.rank or (recipe.refit and layer.format is not FP8_DENSE)
-            for layer in self.plan.alternatives()
+            layer.rank or layer.refits(recipe) for layer in self.plan.alternatives()
         )
         if solved and recipe.ridge == "auto" and not splits["heldout"]:
             raise ValueError(

@@ -40,9 +40,9 @@ from rtlynx.calibration.refusals import (
 )
 from rtlynx.calibration.reparameterize import find_bases
 from rtlynx.calibration.solutions import SolutionStore
-from rtlynx.calibration.solve import judged, solve_layer
+from rtlynx.calibration.solve import judged, solve_layer, solve_pruned
 from rtlynx.calibration.train import train_lowrank
-from rtlynx.math.formats import FP8_DENSE, FormatName
+from rtlynx.math.formats import FormatName
 from rtlynx.models.pipelines import guidance_scale
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.prompts import Prompt
@@ -308,7 +308,7 @@ class _Calibration:
 
     def _is_solved(self, layer: LayerPlan) -> bool:
         """Whether a weight or factors of a layer are solved for in closed form."""
-        refit = self.recipe.refit and layer.format is not FP8_DENSE
+        refit = layer.refits(self.recipe)
         return self.recipe.lowrank_solver == "closed-form" and bool(layer.rank or refit)
 
     def _solve_group(self, group: InputGroup) -> dict[str, Solution]:
@@ -344,8 +344,11 @@ class _Calibration:
         heldout: Moments | None,
     ) -> Solution:
         recipe, (weight, bias) = self.recipe, linear
+        refit = layer.refits(recipe)
+        own = bias if refit and recipe.intercept else None
+        if layer.weight_sparse:
+            return solve_pruned(fit, weight, ridge=recipe.ridge, heldout=heldout, bias=own)
         if recipe.lowrank_solver == "closed-form":
-            refit = recipe.refit and layer.format is not FP8_DENSE
             return solve_layer(
                 fit,
                 weight,
@@ -354,7 +357,7 @@ class _Calibration:
                 ridge=recipe.ridge,
                 heldout=heldout,
                 quantised=layer.quantized,
-                bias=bias if refit and recipe.intercept else None,
+                bias=own,
             )
         lowrank_a, lowrank_b = train_lowrank(
             torch.cat(group.tokens),

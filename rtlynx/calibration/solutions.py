@@ -48,7 +48,12 @@ class SolutionStore:
                 key.removeprefix(own): tensor for key, tensor in tensors.items() if key.startswith(own)
             }
             self._solutions[layer.name, layer.format.name] = Solution(
-                **found, refitted=bool(refitted), ridge=ridge, error_before=before, error=error
+                **found,
+                refitted=bool(refitted),
+                weight_sparse=layer.weight_sparse,
+                ridge=ridge,
+                error_before=before,
+                error=error,
             )
         return True
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.calibration.moments import Moments
+from rtlynx.calibration.weight_pruning import DAMPING, prune, prune_by
 from rtlynx.math.fp8 import dequantize, quantize_weight
 from rtlynx.nn.solution import Solution
 
@@ -132,12 +133,52 @@ def solve_layer(
     return judged(judge, weight, solution, bias)
 
 
+def solve_pruned(
+    moments: Moments,
+    weight: Tensor,
+    *,
+    ridge: float | str,
+    heldout: Moments | None = None,
+    bias: Tensor | None = None,
+) -> Solution:
+    """Solve one layer that drops weights (or several that share an input, outputs concatenated).
+
+    With P what `solve_refit` finds, ||S W'^T - X W^T||² + lam ||W' - W||² is (W' - P) (G + lam) (W' - P)^T,
+    and what does not depend on W'. So W' is the 2:4-sparse weight that `prune` finds from P, and it makes
+    good the quantisation of the input too. Then it is quantised, by the scales of least output error.
+
+    Parameters
+    ----------
+    moments, heldout : Moments
+        Per token, of quantised inputs.
+    weight : Tensor (N, K)
+        K a multiple of 4.
+    ridge : float or "auto"
+        Relative to the mean diagonal of G. Auto: `DAMPING`.
+    bias : Tensor (N,) or None
+        As of `solve_layer`.
+    """
+    weight = weight.detach().to(moments.kept)
+    bias = None if bias is None else bias.detach().to(moments.kept)
+    value = DAMPING if isinstance(ridge, str) else float(ridge)
+    seen = moments if bias is None else moments.centred()
+    lam = value * _mean_diagonal(seen.kept)
+    target, raised = solve_refit(seen, weight, lam), seen.kept.clone()
+    raised.diagonal().add_(lam)
+    values, scale = quantize_weight(prune(target, raised), seen.kept)
+    found = Solution(values, weight_scale=scale, weight_sparse=True, refitted=True, ridge=value)
+    judge = heldout if heldout is not None and heldout.count else moments
+    return judged(judge, weight, _with_bias(moments, weight, found, bias), bias)
+
+
 def judged(moments: Moments, weight: Tensor, solution: Solution, bias: Tensor | None = None) -> Solution:
     """`solution` with its errors on the tokens of `moments`, for the original `weight` (N, K).
 
-    `bias` (N,) is the original one where the solution has another.
+    `bias` (N,) is the original one where the solution has another. Without the solution, a layer that drops
+    weights keeps the largest of them.
     """
-    before = weight if solution.weight_scale is None else quantize_weight(weight).dequantize()
+    before = prune_by(weight, weight.abs()) if solution.weight_sparse else weight
+    before = before if solution.weight_scale is None else quantize_weight(before).dequantize()
     return replace(
         solution,
         error_before=moments.layer_error(weight, before),

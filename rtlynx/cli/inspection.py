@@ -19,7 +19,7 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     -------
     dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, rule
     that decided, pattern, rank, format, error, dense_reason), `other_layers` (linear that is none -> why),
-    `sparse_layers` (how many drop activations), `sparse_share` (their share of the weights of all
+    `sparse_layers` (how many drop activations or weights), `sparse_share` (their share of the weights of all
     linears), `extra_bytes` (memory beyond the dense model's, negative where quantised weights save more) and
     `undecided` (whether a budget is still to decide).
     """
@@ -84,7 +84,7 @@ def _planned_biases(model: nn.Module, plan: Plan, bytes_each: int) -> int:
     """Bytes of refitted biases where there was none, and of the original ones that are kept."""
     if not plan.recipe.intercept:
         return 0
-    refitted = [layer for layer in plan.sparse if layer.format is not FP8_DENSE]
+    refitted = [layer for layer in plan.sparse if layer.refits(plan.recipe)]
     added = {layer.name for layer in refitted if model.get_submodule(layer.name).bias is None}
     copies = {layer.name: layer.has_dense_calls(plan.recipe) + (layer.name in added) for layer in refitted}
     return bytes_each * sum(layer.out_features * copies[layer.name] for layer in refitted)

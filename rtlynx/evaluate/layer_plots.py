@@ -29,6 +29,7 @@ PLOT_FORMATS = (".png", ".svg")
 # Colour and marker, both, so that formats differ in grey print too.
 _SIGNS: dict[FormatName, tuple[str, str]] = {
     "fp8-sparse": ("#d1600f", "o"),
+    "fp8-weight-sparse": ("#8a3fa0", "D"),
     "bf16-sparse": ("#23864f", "^"),
     "fp8-dense": ("#2463b0", "s"),
     "dense": ("#6b6b6b", "x"),

@@ -24,7 +24,7 @@ from rtlynx._version import __version__
 from rtlynx.calibration.apply import apply_solutions
 from rtlynx.io.bases import BASES, basis_shape, stored_basis
 from rtlynx.io.parts import check_target, parts_of, refuse_other_parts
-from rtlynx.io.schema import check_schema, check_values, stored_pattern, stored_quantized, wrong_numbers
+from rtlynx.io.schema import check_schema, check_values, stored_formats, stored_pattern, wrong_numbers
 from rtlynx.models.architecture import Reparameterizable
 from rtlynx.models.fingerprint import base_tensors, records, same, weight_fingerprint
 from rtlynx.models.guards import refuse_foreign, refuse_meta, refuse_prepared
@@ -54,8 +54,9 @@ from rtlynx.storage.files import (
     write_tensors,
 )
 
-# Version 2 knows fp8 layers, version 4 intercepts and rotated values, version 5 permuted hidden features.
-FORMAT_VERSION = 5
+# Version 2 knows fp8 layers, version 4 intercepts and rotated values, version 5 permuted hidden features,
+# version 6 layers that drop weights.
+FORMAT_VERSION = 6
 # Most that safetensors takes for the header of a file.
 _HEADER = 100 << 20
 
@@ -158,8 +159,9 @@ def _refuse_unreadable(layers: dict[str, SparseLinear], tensors: dict[str, Tenso
     """ValueError for tensors that `load` would refuse."""
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition(".")
-        quantised, own = layers[name].format.quantized, layers[name].compute_dtype or tensor.dtype
-        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own, refitted=True)
+        format, own = layers[name].format, layers[name].compute_dtype or tensor.dtype
+        kinds = {"quantized": format.quantized, "weight_sparse": format.weight_sparse}
+        wrong = wrong_numbers(kind, tensor, **kinds, own=own, refitted=True)
         if wrong is not None:
             raise ValueError(f"{key} {wrong}, and a checkpoint of that could not be loaded")
 
@@ -371,6 +373,7 @@ def _describe(layer: SparseLinear, base: str, error: float | None) -> dict[str, 
         "intercept": bool(layer.intercept),
         "base": base,
         **({} if error is None else {"error": error}),
+        **({"weight_sparse": True} if layer.format.weight_sparse else {}),
     }
 
 
@@ -420,13 +423,15 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
             reason = index["dense"].get(layer.name) or "not in the checkpoint"
             layers.append(layer.dense(reason))
             continue
+        kinds = stored_formats(entry)
         layers.append(
             replace(
                 layer,
                 pattern=stored_pattern(entry),
                 norm=entry["norm"],
                 rank=entry["rank"],
-                quantized=stored_quantized(entry),
+                quantized=kinds["quantized"],
+                weight_sparse=kinds["weight_sparse"],
                 dense_reason=None,
             )
         )
@@ -461,7 +466,7 @@ def _stored_solution(
     name: str, entry: dict[str, Any], tensors: dict[str, Tensor], path: Path, own: torch.dtype
 ) -> Solution:
     """The solution of one layer, checked; its tensors are taken out of `tensors`."""
-    quantised = stored_quantized(entry)
+    kinds = stored_formats(entry)
 
     def stored(kind: str, shape: tuple[int, ...]) -> Tensor:
         tensor = tensors.pop(f"{name}.{kind}", None)
@@ -469,20 +474,21 @@ def _stored_solution(
             raise CheckpointError(f"{path} lacks the tensor {name}.{kind}")
         if tensor.shape != shape:
             raise CheckpointError(f"{path}: {name}.{kind} is {tuple(tensor.shape)}, should be {shape}")
-        wrong = wrong_numbers(kind, tensor, quantised=quantised, own=own, refitted=True)
+        wrong = wrong_numbers(kind, tensor, **kinds, own=own, refitted=True)
         if wrong is not None:
             raise CheckpointError(f"{path}: {name}.{kind} {wrong}")
         return tensor
 
     found: dict[str, Any] = {kind: stored(kind, shape) for kind, shape in solution_shapes(entry).items()}
-    return Solution(**found, refitted=entry["refitted"], error=entry.get("error", math.nan))
+    solved = {"refitted": entry["refitted"], "weight_sparse": kinds["weight_sparse"]}
+    return Solution(**found, **solved, error=entry.get("error", math.nan))
 
 
 def solution_shapes(entry: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors that a checkpoint has of one layer."""
     sizes = entry["in_features"], entry["out_features"], entry["rank"]
     kinds = {"refitted": entry["refitted"], "intercept": entry.get("intercept", False)}
-    return stored_shapes(*sizes, quantized=stored_quantized(entry), **kinds)
+    return stored_shapes(*sizes, quantized=stored_formats(entry)["quantized"], **kinds)
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.io.checkpoint import check_index, describe, load, read_index, signed, solution_shapes, stored_plan
-from rtlynx.io.schema import reparameterized_tensors, stored_quantized, wrong_numbers
+from rtlynx.io.schema import reparameterized_tensors, stored_formats, wrong_numbers
 from rtlynx.math.fp8 import E4M3
 from rtlynx.models.fingerprint import full_digests, is_plain, weight_fingerprint
 from rtlynx.models.plan import Plan
@@ -451,19 +451,22 @@ def _wrong_numbers(layer: SparseLinear, kind: str, tensor: Tensor) -> str | None
     fp8, own = layer.format.quantized, layer.compute_dtype or torch.float32
     base = {"weight": not fp8 and not layer.refitted, "bias": not layer.intercept}
     made = not base.get(kind, False)
+    sparse = layer.format.weight_sparse and kind == "weight"  # not the original beside it
     if kind.startswith("weight_dense") and layer.weight_dense_scale is not None:
         kind, fp8 = kind.replace("weight_dense", "weight"), True
-    return wrong_numbers(kind, tensor, quantised=fp8, own=own, refitted=made)
+    return wrong_numbers(kind, tensor, quantized=fp8, own=own, refitted=made, weight_sparse=sparse)
 
 
 def _empty_solution(entry: dict[str, Any], dtype: torch.dtype) -> Solution:
     """What a stored layer holds, without data."""
-    dtypes = {"weight": E4M3 if stored_quantized(entry) else dtype, "weight_scale": torch.float32}
+    dtypes = {"weight": E4M3 if stored_formats(entry)["quantized"] else dtype, "weight_scale": torch.float32}
     empty: dict[str, Any] = {
         kind: torch.empty(shape, dtype=dtypes.get(kind, dtype), device="meta")
         for kind, shape in solution_shapes(entry).items()
     }
-    return Solution(**empty, refitted=bool(entry["refitted"]))
+    return Solution(
+        **empty, refitted=bool(entry["refitted"]), weight_sparse=stored_formats(entry)["weight_sparse"]
+    )
 
 
 def _plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

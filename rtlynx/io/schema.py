@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.math.fp8 import E4M3
+from rtlynx.math.fp8 import E4M3, is_two_of_four
 from rtlynx.math.scores import MAGNITUDE, SCORES
 from rtlynx.math.selection import Pattern
 from rtlynx.models.fingerprint import RECORD
@@ -73,7 +73,8 @@ _LAYER: dict[str, _Check] = {
 }
 # Only calibrated layers have these, and only in newer files.
 _OPTIONAL: dict[str, _Check] = {
-    "error": (lambda value: type(value) in (int, float) and value >= 0, "a number, 0 or more")
+    "error": (lambda value: type(value) in (int, float) and value >= 0, "a number, 0 or more"),
+    "weight_sparse": _FLAG,
 }
 _STORED_LAYER: dict[str, _Check] = {"weight": _DIGEST, "weight_dense": _FLAG}
 _PATTERN: dict[str, _Check] = {
@@ -161,11 +162,23 @@ def check_schema(index: dict[str, Any], path: Path, *, whole_model: bool) -> Rec
             raise CheckpointError(f"{path} is damaged: a layer of precision fp8 with norm 'paper',{where}")
         if layer["intercept"] and not layer["refitted"]:
             raise CheckpointError(f"{path} is damaged: an intercept without a refitted weight,{where}")
+        if layer.get("weight_sparse") and not _may_drop_weights(layer):
+            raise CheckpointError(
+                f"{path} is damaged: a layer that drops weights is refitted, of precision fp8, pattern 1:1, "
+                f"rank 0 and a multiple of 4 inputs, and this is not{where}"
+            )
         try:
             stored_pattern(entry).widths(entry["in_features"])
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: the pattern{where}: {first_line(error)}") from None
     return _recipe(index["recipe"], path)
+
+
+def _may_drop_weights(layer: dict[str, Any]) -> bool:
+    keeps_all = (
+        layer["pattern"]["n"] == layer["pattern"]["m"] and layer["norm"] == "none" and not layer["rank"]
+    )
+    return keeps_all and layer["refitted"] and layer["precision"] == "fp8" and layer["in_features"] % 4 == 0
 
 
 def _check_keys(values: dict[str, Any], checks: dict[str, _Check], where: str, path: Path) -> None:
@@ -188,9 +201,15 @@ def reparameterized_tensors(index: dict[str, Any]) -> dict[str, str]:
     return index.get("reparameterized_tensors", index.get("rotated_tensors", {}))
 
 
-def stored_quantized(entry: dict[str, Any]) -> bool:
-    """Whether the weight of one layer of an index is quantised; version 1 knew no such layers."""
-    return entry.get("precision") == "fp8"
+def stored_formats(entry: dict[str, Any]) -> dict[str, bool]:
+    """Whether the weight of one layer of an index is "quantized", and "weight_sparse".
+
+    Version 1 knew no quantised layers, versions 1 to 5 none that drop weights.
+    """
+    return {
+        "quantized": entry.get("precision") == "fp8",
+        "weight_sparse": bool(entry.get("weight_sparse", False)),
+    }
 
 
 def stored_pattern(entry: dict[str, Any]) -> Pattern:
@@ -229,18 +248,25 @@ def _recipe(settings: dict[str, Any], path: Path) -> Recipe:
 
 
 def wrong_numbers(
-    kind: str, tensor: Tensor, *, quantised: bool, own: torch.dtype, refitted: bool
+    kind: str,
+    tensor: Tensor,
+    *,
+    quantized: bool,
+    own: torch.dtype,
+    refitted: bool,
+    weight_sparse: bool = False,
 ) -> str | None:
-    """Why `tensor` cannot be the `kind` of a layer, `quantised` or not; None where it can.
+    """Why `tensor` cannot be the `kind` of a layer, `quantized` or not; None where it can.
 
     Parameters
     ----------
     kind : "weight" | "bias" or one of `rtlynx.nn.state_dict.OWN`
     own : dtype of the model; float64 is right in such a one alone.
     refitted : whether calibration made it; the base model's tensors may hold anything.
+    weight_sparse : whether the layer drops weights.
     """
-    precision = "fp8" if quantised else "bf16"
-    eight_bits = quantised and kind == "weight"
+    precision = "fp8" if quantized else "bf16"
+    eight_bits = quantized and kind == "weight"
     floats = (*_FLOATS, torch.float64) if own is torch.float64 else _FLOATS
     allowed = (E4M3,) if eight_bits else (torch.float32,) if kind == "weight_scale" else floats
     if tensor.dtype not in allowed:
@@ -250,6 +276,8 @@ def wrong_numbers(
     if eight_bits:
         bits = tensor.reshape(-1).view(torch.uint8)  # 0x7F and 0xFF are NaN
         nan = int(bits.max()) == 0xFF or int(bits.view(torch.int8).max()) == 0x7F
+        if weight_sparse and not is_two_of_four(tensor):
+            return "has more than two nonzero entries among four neighbours, in a layer that drops weights"
         return "holds NaN" if nan else None
     least, most = (float(end) for end in tensor.detach().aminmax())
     if not (math.isfinite(least) and math.isfinite(most)):

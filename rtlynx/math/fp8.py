@@ -137,6 +137,14 @@ def quantize_weight(weight: Tensor, gram: Tensor | None = None) -> Quantized:
     return Quantized(_round(weight, scale), scale.squeeze(-1))
 
 
+def is_two_of_four(weight: Tensor) -> bool:
+    """Whether at most two of every four neighbouring entries of each row of `weight` (N, K) are not zero."""
+    if weight.shape[-1] % 4:
+        return False
+    size = weight.detach().view(torch.uint8) & 0x7F if weight.dtype is E4M3 else weight.detach()
+    return bool(((size != 0).unflatten(-1, (-1, 4)).sum(-1) <= 2).all())
+
+
 def _best_scale(weight: Tensor, plain: Tensor, gram: Tensor) -> Tensor:
     """Of `plain` (N, 1) times each multiplier, what minimises (w - ŵ) G (w - ŵ)^T for each row."""
     best = plain

@@ -10,7 +10,16 @@ from typing import Any
 from torch import nn
 
 from rtlynx.cuda.sm90.compress import MAX_COLUMNS_FP8
-from rtlynx.math.formats import BF16_SPARSE, DENSE, FORMATS, FP8_DENSE, FP8_SPARSE, Format, FormatName
+from rtlynx.math.formats import (
+    BF16_SPARSE,
+    DENSE,
+    FORMATS,
+    FP8_DENSE,
+    FP8_SPARSE,
+    FP8_WEIGHT_SPARSE,
+    Format,
+    FormatName,
+)
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
 from rtlynx.models.architecture import (
@@ -44,8 +53,11 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 # Why nothing is gained by another basis.
 _READS_ALL = "no layer that reads it drops activations"
-# What a budget chooses among beside dense.
-_AUTO_FORMATS: tuple[FormatName, ...] = ("fp8-dense", "fp8-sparse")
+# What a budget chooses among beside dense, by the format that a layer is planned in.
+_AUTO_FORMATS: dict[FormatName, tuple[FormatName, ...]] = {
+    "fp8-sparse": ("fp8-dense", "fp8-sparse"),
+    "fp8-weight-sparse": ("fp8-dense", "fp8-weight-sparse"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class LayerPlan:
 
     dense_reason : None where a `SparseLinear` takes its place.
     splits_text : whether its input holds text and image tokens, and which are which is known.
+    weight_sparse : whether a quantised layer drops weights.
     """
 
     candidate: Candidate
@@ -66,6 +79,7 @@ class LayerPlan:
     dense_reason: str | None
     quantized: bool = False
     splits_text: bool = False
+    weight_sparse: bool = False
 
     @property
     def name(self) -> str:
@@ -83,7 +97,13 @@ class LayerPlan:
             return DENSE
         if not self.quantized:
             return BF16_SPARSE
+        if self.weight_sparse:
+            return FP8_WEIGHT_SPARSE
         return FP8_DENSE if self.keeps_all else FP8_SPARSE
+
+    def refits(self, recipe: Recipe) -> bool:
+        """Whether calibration solves for the weight of the layer."""
+        return recipe.refit and self.format is not FP8_DENSE
 
     def has_dense_calls(self, recipe: Recipe) -> bool:
         """Whether some rows or steps run dense, by an original weight apart from that of the layer."""
@@ -95,9 +115,12 @@ class LayerPlan:
         """A layer that is planned sparse, in another format; `reason` says why where that is dense."""
         if format == "dense":
             return self.dense(reason)
-        if format == "fp8-dense":
-            return replace(self, pattern=Pattern(1, 1), norm="none", rank=0, quantized=True)
-        return replace(self, quantized=FORMATS[format].quantized)
+        if format in ("fp8-dense", "fp8-weight-sparse"):
+            drops = FORMATS[format].weight_sparse
+            return replace(
+                self, pattern=Pattern(1, 1), norm="none", rank=0, quantized=True, weight_sparse=drops
+            )
+        return replace(self, quantized=FORMATS[format].quantized, weight_sparse=False)
 
     def dense(self, reason: str) -> LayerPlan:
         """The same layer, left dense."""
@@ -191,15 +214,16 @@ class Plan:
         """
         if self.recipe.precision != "auto":
             return list(self.sparse)
-        return [
-            one
-            for layer in self.sparse
-            for one in (
-                [layer]
-                if self.recipe.fixed_format(layer.name) or layer.format is FP8_DENSE
-                else [layer.in_format(format) for format in _AUTO_FORMATS]
-            )
-        ]
+        found: list[LayerPlan] = []
+        for layer in self.sparse:
+            formats = _AUTO_FORMATS.get(layer.format.name, ())
+            if self.recipe.fixed_format(layer.name) or not formats:
+                found.append(layer)
+                continue
+            if self.recipe.drop == "auto" and layer.format is FP8_SPARSE:
+                formats = (*formats, "fp8-weight-sparse")
+            found += [layer.in_format(format) for format in formats]
+        return found
 
 
 def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
@@ -241,7 +265,11 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     )
     if architecture.text_rows is not None:
         layers = tuple(replace(layer, splits_text=layer.candidate.stream == "joint") for layer in layers)
-    dropping = {layer.name for layer in layers if layer.dense_reason is None and not layer.keeps_all}
+    dropping = {
+        layer.name
+        for layer in layers
+        if layer.dense_reason is None and (layer.weight_sparse or not layer.keeps_all)
+    }
     for one in attentions:
         if reasons[one.name] is None and not dropping & set(one.readers):
             reasons[one.name] = _READS_ALL
@@ -314,6 +342,8 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe, rotated
     # The kernels do not compress wider inputs in fp8: sparsity would be slower than none.
     too_wide = linear.in_features > MAX_COLUMNS_FP8
     eight_bits: FormatName = "fp8-dense" if keep_all or too_wide else "fp8-sparse"
+    if not keep_all and (recipe.drop == "weights" or (too_wide and recipe.drop == "auto")):
+        eight_bits = "fp8-weight-sparse"
     layer = LayerPlan(
         candidate,
         linear.in_features,
@@ -324,7 +354,8 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe, rotated
         recipe.text_rows == "dense" and candidate.stream == "joint",
         None,
     ).in_format(fixed or ("bf16-sparse" if recipe.precision == "bf16" else eight_bits), "dense by 'formats'")
-    reason = layer.dense_reason or layer.pattern.misfit(linear.in_features)
+    pattern = Pattern() if layer.weight_sparse else layer.pattern
+    reason = layer.dense_reason or pattern.misfit(linear.in_features)
     if reason is None and keep_all and recipe.precision == "bf16":
         reason = "text stream"
     if reason is None:

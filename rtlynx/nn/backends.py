@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rtlynx.math import reference
-from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE
+from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE, FP8_WEIGHT_SPARSE
 from rtlynx.math.selection import pattern_mask, select
 from rtlynx.math.tiles import pack_lowrank
 from rtlynx.ops import fp8_linear as fp8
@@ -137,7 +137,7 @@ REFERENCE, REFERENCE_FP8, DENSE_FP8, HOPPER = Reference(), ReferenceFp8(), Dense
 
 def choose_backend(layer: SparseLinear, x: Tensor) -> Backend:
     """What serves `layer` for an input like `x` (..., K)."""
-    if layer.format is FP8_DENSE:
+    if layer.format in (FP8_DENSE, FP8_WEIGHT_SPARSE):
         return DENSE_FP8
     if layer.supported(x):
         return HOPPER

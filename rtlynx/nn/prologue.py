@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
 from rtlynx.cuda.sm90.prologues import IDENTITY
-from rtlynx.math.formats import FP8_DENSE
+from rtlynx.math.formats import FP8_DENSE, FP8_WEIGHT_SPARSE
 from rtlynx.math.selection import Pattern
 from rtlynx.nn.lora import Reader, adapter_classes, beside_dense, joint_factors, reader_of
 from rtlynx.nn.original import quantized_original
@@ -171,8 +171,11 @@ def _parameters_if_supported(
     parameters = []
     found = _layers(readers)
     for layer in found:
-        if layer.format is FP8_DENSE:
+        call = layer.call()
+        if layer.format is FP8_WEIGHT_SPARSE and (call is None or not call.dense):
             of: Fp8Parameters | None = layer.fp8_parameters()
+        elif layer.format is FP8_DENSE:
+            of = layer.fp8_parameters()
         else:
             of = quantized_original(layer)
         if of is None or of.lowrank_a is not None:  # low-rank branches read the dense input

@@ -21,6 +21,7 @@ class Solution:
     weight_scale : (N,) of a quantised `weight`, or None.
     bias : (N,) refitted bias, or None where the layer's own stays.
     refitted : whether a quantised `weight` is W'.
+    weight_sparse : whether `weight` is quantised and 2:4-sparse.
     ridge : relative regularisation used, None where none was (trained factors).
     error_before, error : relative squared layer error without and with the solution, on held-out tokens
         where there are any.
@@ -32,6 +33,7 @@ class Solution:
     weight_scale: Tensor | None = None
     bias: Tensor | None = None
     refitted: bool = False
+    weight_sparse: bool = False
     ridge: float | None = None
     error_before: float = float("nan")
     error: float = float("nan")
@@ -61,7 +63,8 @@ class Solution:
             layer.set_refit(self.weight, keep_dense=keep_dense)
         else:
             quantised = Quantized(self.weight, self.weight_scale)
-            layer.set_quantized(quantised, keep_dense=keep_dense, refitted=self.refitted)
+            kind = {"refitted": self.refitted, "sparse": self.weight_sparse}
+            layer.set_quantized(quantised, keep_dense=keep_dense, **kind)
         if self.bias is not None:
             new, old = self.bias.detach().to(layer.weight.device, own, copy=True), layer.bias
             if keep_dense:

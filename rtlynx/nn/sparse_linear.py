@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.cuda.sm90.weights import Weights
-from rtlynx.math.formats import Format, format_of
+from rtlynx.math.formats import FP8_WEIGHT_SPARSE, Format, format_of
 from rtlynx.math.fp8 import E4M3, Quantized, quantize_weight
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
@@ -346,10 +346,12 @@ class SparseLinear(nn.Linear):
             raise RuntimeError("the layer is quantised already")
         self.set_quantized(quantize_weight(self.weight, gram), keep_dense=keep_dense)
 
-    def set_quantized(self, weight: Quantized, *, keep_dense: bool = False, refitted: bool = False) -> None:
+    def set_quantized(
+        self, weight: Quantized, *, keep_dense: bool = False, refitted: bool = False, sparse: bool = False
+    ) -> None:
         """Take a weight that was quantised elsewhere: values (N, K) and scale (N,); see `quantize`.
 
-        `refitted` says that it is a refitted weight W' that was quantised.
+        `refitted` says that it is a refitted weight W', `sparse` that it is 2:4-sparse ("fp8-weight-sparse").
         """
         values, scale = weight
         shape = (self.out_features, self.in_features)
@@ -367,7 +369,8 @@ class SparseLinear(nn.Linear):
         device = self.weight.device
         self.weight = nn.Parameter(values.detach().to(device).contiguous(), requires_grad=False)
         self.weight_scale = scale.detach().to(device, torch.float32).contiguous()
-        self.format = format_of(sparse=self.pattern.n < self.pattern.m, quantized=True)
+        dense = format_of(sparse=self.pattern.n < self.pattern.m, quantized=True)
+        self.format = FP8_WEIGHT_SPARSE if sparse else dense
         self.refitted = self.refitted or refitted
 
     def forward(self, input: Tensor | PreparedInput) -> Tensor:
@@ -478,7 +481,7 @@ class SparseLinear(nn.Linear):
     def extra_repr(self) -> str:
         pattern = f"{self.pattern.n}:{self.pattern.m} {self.pattern.grouping}"
         if self.format.quantized:
-            pattern = f"fp8, {pattern}"
+            pattern = "fp8, 2:4 weights" if self.format.weight_sparse else f"fp8, {pattern}"
         state = f"dense: {self.dense_reason}" if self.dense_reason else f"{pattern}, norm={self.norm}"
         rank = f", rank={self.rank}" if self.rank else ""
         return f"{super().extra_repr()}, {state}{rank}{', refitted' if self.refitted else ''}"

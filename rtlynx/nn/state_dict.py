@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from rtlynx.math.fp8 import E4M3
+from rtlynx.math.fp8 import E4M3, is_two_of_four
 
 if TYPE_CHECKING:
     from rtlynx.nn.sparse_linear import SparseLinear
@@ -56,6 +56,11 @@ def refusal(
             f"{prefix}weight is {weight.dtype}, and the layer is "
             f"{'quantised to' if layer.format.quantized else 'not quantised to'} {E4M3}: "
             "load a quantised weight with its scale into a layer that is quantised"
+        )
+    if layer.format.weight_sparse and not weight.is_meta and not is_two_of_four(weight):
+        return (
+            f"{prefix}weight has more than two nonzero entries among four neighbours, and the layer's is "
+            "2:4-sparse: load it into a model that was made sparse the same way"
         )
     original = state_dict.get(f"{prefix}weight_dense")
     if original is not None and (original.dtype is E4M3) is (layer.weight_dense_scale is None):

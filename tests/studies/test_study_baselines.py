@@ -125,46 +125,6 @@ def correlated(k, seed=1):
     return x.T @ x / 256
 
 
-def test_sparsegpt_by_hand():
-    """Inputs in two pairs of equal ones, nearly: one of a pair does the work of both."""
-    pair = torch.tensor([[1.0, 0.999], [0.999, 1.0]], dtype=torch.float64)
-    gram = torch.block_diag(pair, pair)
-    found, kept = baselines.sparsegpt(torch.ones(1, 4, dtype=torch.float64), gram)
-    assert kept.tolist() == [[False, True, False, True]]
-    assert found[0].tolist() == pytest.approx([0, 1.999, 0, 1.999])
-
-
-def test_sparsegpt_is_the_surgeons_update_column_by_column():
-    """The optimal brain surgeon's formula, with the inverse of what is left made anew for each column."""
-    weight, hessian = normal(3, 12), correlated(12)
-    expected, left = weight.clone(), list(range(12))
-    found, kept = baselines.sparsegpt(weight, hessian)
-    for j in range(12):
-        inverse = hessian[left][:, left].inverse()
-        error = torch.where(kept[:, j], 0.0, expected[:, j]) / inverse[0, 0]
-        expected[:, left] -= error[:, None] * inverse[0]
-        left.pop(0)
-    assert torch.allclose(found, expected, atol=1e-9)
-
-
-def test_columns_in_blocks_are_columns_in_one(monkeypatch):
-    weight, hessian = normal(5, 24), correlated(24)
-    whole = baselines.sparsegpt(weight, hessian)
-    monkeypatch.setattr(baselines, "COLUMNS", 8)
-    for a, b in zip(whole, baselines.sparsegpt(weight, hessian), strict=True):
-        assert torch.allclose(a.double(), b.double())
-
-
-@pytest.mark.parametrize("k", [4, 8, 16])
-def test_least_squares_are_those_of_the_normal_equations(k):
-    weight, hessian = normal(6, k), correlated(k)
-    start, kept = baselines.sparsegpt(weight, hessian)
-    found = baselines.least_squares(weight, start, kept, hessian)
-    assert torch.allclose(found, exact(weight, kept, hessian), atol=1e-6)
-    errors = [baselines.output_error(weight, one, hessian) for one in (start, found)]
-    assert errors[1] <= errors[0] + 1e-12
-
-
 def test_refit_is_near_the_best_of_all_masks():
     """Against brute force over the 36 masks of each output of 8 inputs."""
     weight, gram = normal(6, 8), correlated(8)
