@@ -12,7 +12,7 @@ import torch
 
 from rtlynx.math.fp8 import E4M3
 
-FormatName = Literal["bf16-sparse", "fp8-sparse", "fp8-dense", "dense"]
+FormatName = Literal["bf16-sparse", "fp8-sparse", "fp8-weight-sparse", "fp8-dense", "dense"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 
 TILE_ROWS = 64  # of a packed tile: the rows of one warpgroup instruction
@@ -32,12 +32,15 @@ class Format:
         Whether n of m inputs are kept; else all are.
     k_multiple : int
         The kernels take layers whose number of inputs is a multiple of this.
+    weight_sparse : bool
+        Whether of every four neighbouring inputs of an output at most two weights are not zero.
     """
 
     name: FormatName
     dtype: torch.dtype
     sparse: bool
     k_multiple: int
+    weight_sparse: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -77,7 +80,10 @@ DENSE = Format("dense", torch.bfloat16, sparse=False, k_multiple=1)
 FP8_DENSE = Format("fp8-dense", E4M3, sparse=False, k_multiple=16)
 BF16_SPARSE = Format("bf16-sparse", torch.bfloat16, sparse=True, k_multiple=8)
 FP8_SPARSE = Format("fp8-sparse", E4M3, sparse=True, k_multiple=16)
-FORMATS: dict[str, Format] = {one.name: one for one in (BF16_SPARSE, FP8_SPARSE, FP8_DENSE, DENSE)}
+FP8_WEIGHT_SPARSE = Format("fp8-weight-sparse", E4M3, sparse=False, weight_sparse=True, k_multiple=16)
+FORMATS: dict[str, Format] = {
+    one.name: one for one in (BF16_SPARSE, FP8_SPARSE, FP8_WEIGHT_SPARSE, FP8_DENSE, DENSE)
+}
 # What the kernels pack.
 SPARSE_FORMATS = (BF16_SPARSE, FP8_SPARSE)
 
@@ -90,5 +96,6 @@ def format_named(name: str) -> Format:
 
 
 def format_of(*, sparse: bool, quantized: bool) -> Format:
-    """The one format of these two properties."""
-    return next(one for one in FORMATS.values() if (one.sparse, one.quantized) == (sparse, quantized))
+    """The one format of these two properties whose weight is not sparse."""
+    wanted = sparse, quantized, False
+    return next(one for one in FORMATS.values() if (one.sparse, one.quantized, one.weight_sparse) == wanted)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rtlynx.math import reference
-from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE
+from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE, FP8_WEIGHT_SPARSE
 from rtlynx.math.selection import pattern_mask, select
 from rtlynx.math.tiles import pack_lowrank
 from rtlynx.ops import fp8_linear as fp8
@@ -76,7 +76,10 @@ class ReferenceFp8:
 
 
 class DenseFp8(ReferenceFp8):
-    """Eight-bit values of which none is dropped: PyTorch's own row-wise scaled product, where it serves."""
+    """Eight-bit values of which none is dropped: one scaled product, where that serves.
+
+    PyTorch's own, or ours where half of the weight is zero.
+    """
 
     def multiply(self, layer: SparseLinear, x: Tensor, prepared: fp8.CompressedFp8) -> Tensor:
         return fp8.dense_linear_fp8(x, prepared, layer.fp8_parameters())
@@ -137,7 +140,7 @@ REFERENCE, REFERENCE_FP8, DENSE_FP8, HOPPER = Reference(), ReferenceFp8(), Dense
 
 def choose_backend(layer: SparseLinear, x: Tensor) -> Backend:
     """What serves `layer` for an input like `x` (..., K)."""
-    if layer.format is FP8_DENSE:
+    if layer.format in (FP8_DENSE, FP8_WEIGHT_SPARSE):
         return DENSE_FP8
     if layer.supported(x):
         return HOPPER

@@ -1,7 +1,7 @@
 """Linear layers that read a prologue: one kernel computes it and compresses or quantises the result.
 
 `read` gives the layers either the dense tensor or, where kernels support them all, what stands for it: a
-`CompressedInput` for sparse layers, a `QuantizedInput` for dense fp8 ones, or a `MixedInput` of both. The
+`CompressedInput` for sparse layers, a `QuantizedInput` for fp8 ones that drop nothing, or a `MixedInput`. The
 prologue's result is then never stored.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
-from rtlynx.math.formats import FP8_DENSE
+from rtlynx.math.formats import FP8_DENSE, FP8_WEIGHT_SPARSE
 from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -132,11 +132,14 @@ def _drops_nothing(layer: SparseLinear) -> bool:
 def _parameters_if_supported(
     prologue: PrologueCall, found: tuple[SparseLinear, ...]
 ) -> list[Fp8Parameters] | None:
-    """What these layers, in dense fp8 in this call, multiply with; None where kernels do not support them."""
+    """What these layers, which drop nothing in this call, multiply with; None where kernels do not serve."""
     parameters = []
     for layer in found:
-        if layer.format is FP8_DENSE:
+        call = layer.call()
+        if layer.format is FP8_WEIGHT_SPARSE and (call is None or not call.dense):
             of: Fp8Parameters | None = layer.fp8_parameters()
+        elif layer.format is FP8_DENSE:
+            of = layer.fp8_parameters()
         else:
             of = quantized_original(layer)
         if of is None or of.lowrank_a is not None:  # low-rank branches read the dense input
@@ -151,7 +154,7 @@ def _parameters_if_supported(
 def _quantized(
     prologue: PrologueCall, found: tuple[SparseLinear, ...], parameters: list[Fp8Parameters]
 ) -> QuantizedInput:
-    """The prologue quantised for layers that are dense fp8 in this call."""
+    """The prologue quantised for layers that are in fp8 and drop nothing in this call."""
     x = prologue.arguments[0]
     values, scale = QUANTIZE[prologue.name](*prologue.arguments)
     shape = torch.Size((*x.shape[:-1], found[0].in_features))

@@ -11,7 +11,7 @@ from torch import Tensor
 from rtlynx.cuda import jit
 from rtlynx.cuda.sm90.compress import MAX_COLUMNS_FP8, MAX_PARTS
 from rtlynx.cuda.sm90.quantize import takes
-from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE, FP8_SPARSE
+from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE, FP8_SPARSE, FP8_WEIGHT_SPARSE
 from rtlynx.math.fp8 import E4M3
 from rtlynx.math.reference import Norm
 from rtlynx.math.scores import SCORES
@@ -101,8 +101,15 @@ def quantizer_supports(k: int, x: Tensor, *others: Tensor) -> bool:
     return takes(k) and card_unsupported_reason(x.get_device()) is None
 
 
+def weight_sparse_supports(weight: Tensor) -> bool:
+    """Whether a kernel multiplies by `weight` (N, K) e4m3, of which half is zero; no matter of the input."""
+    if not weight.is_cuda or weight.shape[1] % FP8_WEIGHT_SPARSE.k_multiple:
+        return False
+    return card_unsupported_reason(weight.get_device()) is None
+
+
 def scaled_mm_supports(x: Tensor, of: Fp8Parameters) -> bool:
-    """Whether PyTorch's row-wise scaled product serves a dense fp8 layer for the input `x` (..., K).
+    """Whether `scaled_product` serves an fp8 layer that keeps all of its input `x` (..., K).
 
     On a CUDA device, a no is explained once.
     """
@@ -122,6 +129,8 @@ def _scaled_mm_unsupported_reason(x: Tensor, of: Fp8Parameters) -> str | None:
         return _GRADIENTS
     if any(tensor.dtype is not torch.bfloat16 for tensor in (x, *beside)):
         return "dense fp8 products take bfloat16 inputs, biases and factors"
+    if of.packed is not None:
+        return None
     multiple = FP8_DENSE.k_multiple
     if weight.shape[0] % multiple or weight.shape[1] % multiple or not weight.is_contiguous():
         return "dense fp8 products take layers whose numbers of inputs and outputs are multiples of 16"

@@ -49,7 +49,7 @@ _pack_operands, _pack_shape, _pack_workspace, _pack_layers = (
 )
 
 
-def _defines(config: GemmConfig) -> Defines:
+def _defines(config: GemmConfig, transposed: bool = False) -> Defines:
     if config.block_n % tuning.STORE_N:
         raise ValueError(f"a tile's columns are a multiple of {tuning.STORE_N}, got {config.block_n}")
     return (
@@ -58,6 +58,7 @@ def _defines(config: GemmConfig) -> Defines:
         ("NUM_STAGES", config.stages),
         ("SKEW", config.skew),
         *_PARAMETERS.defines,
+        *((("TRANSPOSED", 1),) if transposed else ()),
     )
 
 
@@ -71,18 +72,18 @@ INSTANTIATIONS = [
     Instantiation("gemm.cu", "gemm", _defines(config))
     for configs in tuning.CANDIDATES.values()
     for config in configs
-]
+] + [Instantiation("gemm.cu", "gemm", _defines(config, True)) for config in tuning.CANDIDATES[FP8_SPARSE]]
 
 _maps: dict[tuple[int, ...], bytes] = {}
 _NO_MAP = bytes(128)
 
 
 @functools.cache
-def _kernel(config: GemmConfig) -> jit.Kernel:
+def _kernel(config: GemmConfig, transposed: bool) -> jit.Kernel:
     return jit.load(
         "gemm.cu",
         "gemm",
-        _defines(config),
+        _defines(config, transposed),
         threads=_THREADS,
         shared_bytes=_shared_bytes(config),
         pdl=True,
@@ -164,19 +165,24 @@ def launch_gemm(
 
 
 def plan_gemm(
-    layers: Sequence[Weights], rows: int, first_ranks: Sequence[int], lowrank_bytes: int
+    layers: Sequence[Weights],
+    rows: int,
+    first_ranks: Sequence[int],
+    lowrank_bytes: int,
+    *,
+    transposed: bool = False,
 ) -> GemmPlan:
     """How to compute Y of `rows` rows; `lowrank_bytes` are those of all tiles of T, 0 without factors.
 
     Of the shapes of `layers`, whose weights and factors may have been padded along their rows. Columns of T
-    from `first_ranks` on are a layer's.
+    from `first_ranks` on are a layer's. `transposed` as in `GemmShape`: the one layer's weight is X.
     """
     widths = tuple(of.weight.shape[0] for of in layers)
     ranks = tuple(0 if of.lowrank_b is None else of.lowrank_b.shape[1] for of in layers)
     weight, format = layers[0].weight, layers[0].format
     count = multiprocessors(weight.get_device())
     config = tuning.choose(rows, sum(widths), weight.shape[1], format, count)
-    shape = GemmShape(rows, weight.shape[1], widths, ranks, tuple(first_ranks), lowrank_bytes)
+    shape = GemmShape(rows, weight.shape[1], widths, ranks, tuple(first_ranks), lowrank_bytes, transposed)
     return _plan(config, count, shape)
 
 
@@ -207,7 +213,7 @@ def start_gemm(plan: GemmPlan, given: Addresses, layers: Sequence[Weights], out:
     split = (workspace, workspace + plan.sum_bytes, _nonce()) if workspace else (0, 0, 0)
     parameters = b"".join((operands, plan.shape, _pack_workspace(*split, is_float, len(layers)), plan.layers))
     stream = torch._C._cuda_getCurrentRawStream(layers[0].weight.get_device())
-    _kernel(plan.config).launch((plan.ctas, 1, 1), stream, parameters)
+    _kernel(plan.config, plan.transposed).launch((plan.ctas, 1, 1), stream, parameters)
 
 
 def _address_at(vector: Tensor | None, first_column: int) -> int:
@@ -220,6 +226,7 @@ class GemmShape(NamedTuple):
 
     widths, ranks, first_ranks : one a layer
     lowrank_bytes : of all tiles of T, 0 without factors
+    transposed : whether `rows` are output channels and the one width tokens
     """
 
     rows: int
@@ -228,6 +235,7 @@ class GemmShape(NamedTuple):
     ranks: tuple[int, ...]
     first_ranks: tuple[int, ...]
     lowrank_bytes: int
+    transposed: bool = False
 
 
 class GemmPlan(NamedTuple):
@@ -245,6 +253,7 @@ class GemmPlan(NamedTuple):
     first_columns: tuple[int, ...]
     sum_bytes: int
     workspace_bytes: int
+    transposed: bool
 
 
 @functools.lru_cache(maxsize=4096)
@@ -257,7 +266,7 @@ def _plan(config: GemmConfig, ctas: int, of: GemmShape) -> GemmPlan:
     split = tuning.split(num_m_tiles * num_n_tiles, ctas, stages)
     shape = _pack_shape(
         of.rows,
-        stored_columns(sum(of.widths)),
+        stored_columns(of.rows if of.transposed else sum(of.widths)),
         k_blocks,
         of.lowrank_bytes // (num_m64 * LOWRANK_BYTES),
         num_m64,
@@ -278,6 +287,7 @@ def _plan(config: GemmConfig, ctas: int, of: GemmShape) -> GemmPlan:
         first_columns=tuple(itertools.accumulate(of.widths[:-1], initial=0)),
         sum_bytes=sum_bytes,
         workspace_bytes=sum_bytes + split.ctas * _CONSUMER_WARPS * 8,
+        transposed=of.transposed,
     )
 
 
@@ -297,5 +307,5 @@ def _layer_table(of: GemmShape, rank_blocks: Sequence[int], block_n: int) -> tup
     for width, first, tiles in zip(of.widths, of.first_ranks, rank_blocks, strict=True):
         end += width
         tile_end += -(-width // block_n)
-        table += [stored_columns(end), tile_end, first // LOWRANK_COLUMNS, tiles]
+        table += [end if of.transposed else stored_columns(end), tile_end, first // LOWRANK_COLUMNS, tiles]
     return table + [0] * (4 * (MAX_LAYERS - len(rank_blocks))), tile_end
