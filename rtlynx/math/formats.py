@@ -1,4 +1,4 @@
-"""The formats of a layer: which numbers its product multiplies, and whether half of its inputs are dropped.
+"""The formats of a layer: which numbers its product multiplies, and whether half of its inputs or weights are dropped.
 
 A format has one name in recipes, reports, results and docs. What depends on it asks the object here.
 """
@@ -33,7 +33,7 @@ class Format:
     k_multiple : int
         The kernels take layers whose number of inputs is a multiple of this.
     weight_sparse : bool
-        Whether of every four neighbouring inputs of an output at most two weights are not zero.
+        Whether at most two of four neighbouring weights of each output are not zero.
     """
 
     name: FormatName
@@ -96,6 +96,9 @@ def format_named(name: str) -> Format:
 
 
 def format_of(*, sparse: bool, quantized: bool) -> Format:
-    """The one format of these two properties whose weight is not sparse."""
-    wanted = sparse, quantized, False
-    return next(one for one in FORMATS.values() if (one.sparse, one.quantized, one.weight_sparse) == wanted)
+    """The one format of these two properties whose weight is dense."""
+    return next(
+        one
+        for one in FORMATS.values()
+        if (one.sparse, one.quantized, one.weight_sparse) == (sparse, quantized, False)
+    )

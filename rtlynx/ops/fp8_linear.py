@@ -111,7 +111,7 @@ def linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tenso
     -------
     Tensor (..., N) in the dtype of `x`.
     """
-    weight, channel, bias, lowrank_a, lowrank_b = of
+    weight, channel, bias, lowrank_a, lowrank_b, _ = of
     acc = product_in_float32(compressed.values, weight)
     if lowrank_a is not None and lowrank_b is not None:
         acc = acc + product_in_float32(
