@@ -1,5 +1,7 @@
 """Products by a 2:4-sparse weight: packing, the operator and layers over it, on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fusion_helpers import serve
@@ -16,6 +18,8 @@ from rtlynx.math.fp8 import E4M3, quantize_tokens, quantize_weight
 from rtlynx.math.tiles import pack_weight, packed_a_bytes, unpack_a
 from rtlynx.nn.prepared import QuantizedInput
 from rtlynx.nn.prologue import activated, read
+from rtlynx.nn.tensor_parallel import Shard, TensorParallelLinear
+from rtlynx.ops import dispatch as choice
 from rtlynx.ops import fp8_linear as fp8
 from rtlynx.ops.weight_sparse import gemm_weight_sparse
 
@@ -220,3 +224,31 @@ def test_layers_of_both_formats_quantise_a_shared_tensor_once(monkeypatch):
         for layer in layers:
             layer(x)
     assert len(count) == 1
+
+
+def test_which_weights_the_kernel_serves(monkeypatch):
+    monkeypatch.setattr(choice, "_cards", {0: None})
+    weights = {k: layer_weight(k) for k in (144, 136)}
+    assert not choice.weight_sparse_supports(weights[144])  # until it has run on a card
+    monkeypatch.setattr(choice, "WEIGHT_SPARSE_KERNELS", True)
+    assert choice.weight_sparse_supports(weights[144])
+    assert not choice.weight_sparse_supports(weights[136])
+    assert not choice.weight_sparse_supports(layer_of().weight)
+    monkeypatch.setattr(choice, "_cards", {0: "an older card"})
+    assert not choice.weight_sparse_supports(weights[144])
+
+
+def layer_weight(k):
+    """A weight on a card that there is not, as far as dispatch looks at it."""
+    return SimpleNamespace(is_cuda=True, shape=(N, k), get_device=lambda: 0)
+
+
+def test_shards_that_would_cut_groups_are_refused():
+    linear = nn.Linear(24, N).bfloat16()
+    layer = TensorParallelLinear.from_linear(linear, pattern=Pattern(1, 1), norm="none")
+    layer.quantize()
+    layer.format = FP8_WEIGHT_SPARSE
+    mesh = SimpleNamespace(size=lambda: 4, get_local_rank=lambda: 1)
+    with pytest.raises(ValueError, match="would cut the groups of four neighbouring weights"):
+        layer.take_shard(Shard(1, (24,), mesh), linear)
+    assert layer.weight.shape == (N, 24)

@@ -20,6 +20,10 @@ from rtlynx.math.selection import Pattern
 if TYPE_CHECKING:
     from rtlynx.ops.fp8_linear import Fp8Parameters
 
+# Whether layers in fp8-weight-sparse run on our product. It has not run on a card: until
+# tests/gpu/test_weight_sparse_kernels.py has passed on one they run on PyTorch's, as dense fp8.
+WEIGHT_SPARSE_KERNELS = False
+
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()
 _GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"
@@ -103,7 +107,7 @@ def quantizer_supports(k: int, x: Tensor, *others: Tensor) -> bool:
 
 def weight_sparse_supports(weight: Tensor) -> bool:
     """Whether a kernel multiplies by `weight` (N, K) e4m3, of which half is zero; no matter of the input."""
-    if not weight.is_cuda or weight.shape[1] % FP8_WEIGHT_SPARSE.k_multiple:
+    if not WEIGHT_SPARSE_KERNELS or not weight.is_cuda or weight.shape[1] % FP8_WEIGHT_SPARSE.k_multiple:
         return False
     return card_unsupported_reason(weight.get_device()) is None
 
