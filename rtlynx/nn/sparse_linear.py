@@ -42,8 +42,8 @@ class SparseLinear(nn.Linear):
     A quantised layer (`quantize`) multiplies eight-bit values: Y = (s t) ⊙ (Xq Wq^T) ⊙ c + (X A) B^T + b, a
     scale t for each token and c for each output channel (`rtlynx.math.fp8`). Pattern 1:1 makes it dense
     fp8, which runs on PyTorch's own kernel on cards with fp8. In the format "fp8-weight-sparse" its weight is
-    2:4-sparse instead. Where our kernel for that is on (`WEIGHT_SPARSE_KERNELS`), it reads a private packed copy
-    of the weight, 0.625 bytes an entry. Quantised layers are for inference: their weight takes no gradient and
+    2:4-sparse instead. Where our kernel for that is on (`WEIGHT_SPARSE_KERNELS`), it reads a packed copy of
+    the weight, 0.625 bytes an entry. Quantised layers are for inference: the weight takes no gradient and
     their input gets none. Casts (`layer.to(dtype)`) leave the weight and its scale alone.
 
     Attributes
