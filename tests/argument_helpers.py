@@ -8,9 +8,11 @@ from prologue_helpers import NAMES, make_inputs, normal
 from torch import Tensor
 
 from rtlynx.cuda.sm90.prologues import PROLOGUES
-from rtlynx.math.fp8 import quantize_weight
+from rtlynx.math.fp8 import E4M3, quantize_weight
+from rtlynx.math.tiles import pack_weight
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE, quantize
+from rtlynx.ops.weight_sparse import gemm_weight_sparse
 
 K, N, ROWS = 64, 24, 70
 DTYPES = (torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.float8_e4m3fn)
@@ -58,6 +60,13 @@ def calls(device="cpu") -> dict[str, Call]:
         made[f"gemm_joint{of}"] = Call(ops.gemm_joint, {**compressed, **lists})
         layer = {"x": x, **one, "lowrank_a": lowrank_a, **how, "weight_scale": weight_scale}
         made[f"linear{of}"] = Call(ops.linear, layer)
+    values, token_scale = quantize(normal(2, 35, K))
+    pruned = quantize_weight(normal(N, K, seed=1).unflatten(1, (-1, 4))[..., [0, 2]].flatten(1))
+    placed = torch.zeros(N, K, dtype=torch.uint8)
+    placed.view(N, -1, 4)[..., [1, 3]] = pruned.values.view(torch.uint8).view(N, -1, 2)
+    by_weight = {"values": values, "scale": token_scale, "packed_weight": pack_weight(placed.view(E4M3))}
+    by_weight |= {"weight_scale": pruned.scale, "bias": normal(N, seed=2)}
+    made["gemm_weight_sparse"] = Call(gemm_weight_sparse, by_weight)
     made["quantize"] = Call(quantize, {"x": normal(2, 35, K)})
     for name in NAMES:
         names = [argument for argument, _ in PROLOGUES[name].arguments]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rtlynx.cuda import jit
 
-VARIED = ("FP8", "MODE", "PROLOGUE")  # what `few` wants every value of
+VARIED = ("FP8", "MODE", "PROLOGUE", "TRANSPOSED")  # what `few` wants every value of
 
 
 def name_of(one: jit.Instantiation) -> str:

@@ -15,6 +15,7 @@ two words for each lane. Word `step` of lane 4g + 2b + i of warp w holds the eig
 from column 64 step + 32 b on.
 
 What is beyond M or K is value +0 with nibble 4; in fp8 a token that is not finite has no value but NaN.
+A 2:4-sparse weight (N, K) in e4m3 is cut into the same fp8 tiles, output channels in place of rows of X.
 T (M, r) of the low-rank branch is cut into tiles of 64 rows and 32 columns in the same swizzle, zeros
 beyond r.
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE, TILE_ROWS, Format
-from rtlynx.math.fp8 import quantize_tokens
+from rtlynx.math.fp8 import E4M3, quantize_tokens
 from rtlynx.math.selection import Pattern, pack, to_groups
 
 # How the groups of a tile's columns split: (step, h, byte, nibble of the byte), in fp8 b instead of h. And
@@ -36,6 +37,7 @@ _ORDER = {BF16_SPARSE: (0, 4, 1, 3, 5, 6, 2, 7, 8), FP8_SPARSE: (0, 4, 1, 3, 6, 
 LOWRANK_COLUMNS = 32
 LOWRANK_BYTES = TILE_ROWS * LOWRANK_COLUMNS * 2
 
+_ROWS_PACKED = 16 * TILE_ROWS  # of a weight, at one time
 _FILLER = 0x4  # indices 0 and 1: legal, for groups that are not there
 _LEGAL = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
 
@@ -80,6 +82,35 @@ def pack_a_fp8(x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     kept, nibbles = _select(x, pattern)
     quantized = quantize_tokens(pad(kept, (0, -kept.shape[1] % 64)))
     return _packed(quantized.values.view(torch.uint8), nibbles, FP8_SPARSE), quantized.scale.squeeze(-1)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Lay a 2:4-sparse `weight` (N, K) float8_e4m3fn out in tiles: uint8 (packed_a_bytes(N, K, FP8_SPARSE),).
+
+    Raises
+    ------
+    ValueError
+        If it is no e4m3 matrix with K a multiple of 4, or has more than two nonzero entries in a group.
+    """
+    if weight.dtype is not E4M3 or weight.ndim != 2 or weight.shape[1] % 4:
+        raise ValueError(
+            "a packed weight is (N, K) of float8_e4m3fn with K a multiple of 4, got "
+            f"{weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    # Row tile after row tile, so that the indices of few rows are in memory at one time.
+    pieces = weight.detach().view(torch.uint8).split(_ROWS_PACKED)
+    return torch.cat([_pack_bytes(rows) for rows in pieces])
+
+
+def _pack_bytes(rows: Tensor) -> Tensor:
+    """`pack_weight` of some rows of a weight, as bytes."""
+    groups = rows.unflatten(-1, (-1, 4))
+    zero = groups & 0x7F == 0  # of either sign
+    if bool((zero.sum(-1) < 2).any()):
+        raise ValueError("a packed weight has at most two nonzero entries in every four neighbouring inputs")
+    places = zero.byte().argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
+    nibbles = (places[..., 0] | places[..., 1] << 2).byte()
+    return _packed(groups.gather(-1, places).flatten(-2), nibbles, FP8_SPARSE)
 
 
 def _select(x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:

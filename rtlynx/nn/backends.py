@@ -76,7 +76,10 @@ class ReferenceFp8:
 
 
 class DenseFp8(ReferenceFp8):
-    """Eight-bit values of which none is dropped: PyTorch's own row-wise scaled product, where it serves."""
+    """Eight-bit values of which none is dropped: one scaled product, where that serves.
+
+    PyTorch's own, or ours where half of the weight is zero.
+    """
 
     def multiply(self, layer: SparseLinear, x: Tensor, prepared: fp8.CompressedFp8) -> Tensor:
         return fp8.dense_linear_fp8(x, prepared, layer.fp8_parameters())

@@ -94,7 +94,7 @@ class CompressedInput(PreparedInput):
 
 @dataclass
 class QuantizedInput(PreparedInput):
-    """An input that exists in e4m3 alone, all of it; each layer is a product of PyTorch's.
+    """An input that exists in e4m3 alone, all of it; each layer is a product of its own.
 
     Attributes
     ----------

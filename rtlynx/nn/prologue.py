@@ -1,7 +1,7 @@
 """Linear layers that read a prologue: one kernel computes it and compresses or quantises the result.
 
 `read` gives the layers either the dense tensor or, where kernels support them all, what stands for it: a
-`CompressedInput` for sparse layers, a `QuantizedInput` for dense fp8 ones, or a `MixedInput` of both. The
+`CompressedInput` for sparse layers, a `QuantizedInput` for fp8 ones that drop nothing, or a `MixedInput`. The
 prologue's result is then never stored.
 """
 
@@ -167,7 +167,7 @@ def _drops_nothing(layer: SparseLinear) -> bool:
 def _parameters_if_supported(
     prologue: PrologueCall, readers: tuple[Reader, ...]
 ) -> list[Fp8Parameters] | None:
-    """What these layers, in dense fp8 in this call, multiply with; None where kernels do not support them."""
+    """What these layers, which drop nothing in this call, multiply with; None where kernels do not serve."""
     parameters = []
     found = _layers(readers)
     for layer in found:
@@ -190,7 +190,7 @@ def _parameters_if_supported(
 def _quantized(
     prologue: PrologueCall, readers: tuple[Reader, ...], parameters: list[Fp8Parameters]
 ) -> QuantizedInput:
-    """The prologue quantised for layers that are dense fp8 in this call."""
+    """The prologue quantised for layers that are in fp8 and drop nothing in this call."""
     x, found, beside = prologue.arguments[0], _layers(readers), None
     if any(reader.loras for reader in readers):  # which read it unquantised: here it is stored after all
         dense = prologue.dense()

@@ -15,7 +15,7 @@ from rtlynx.math.formats import FP8_WEIGHT_SPARSE, Format, format_of
 from rtlynx.math.fp8 import E4M3, Quantized, quantize_weight
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
-from rtlynx.math.tiles import compute_order
+from rtlynx.math.tiles import compute_order, pack_weight
 from rtlynx.nn.backends import Backend, choose_backend
 from rtlynx.nn.cached_tensor import CachedTensor
 from rtlynx.nn.call import CallState, RowRanges, current_call
@@ -24,7 +24,7 @@ from rtlynx.nn.original import dense_output, keep_original, original_bias_of, or
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.state_dict import OWN, mark, refusal, rename_former
 from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops.dispatch import kernels_support, unsupported_reason
+from rtlynx.ops.dispatch import kernels_support, unsupported_reason, weight_sparse_supports
 
 
 class SparseLinear(nn.Linear):
@@ -41,8 +41,9 @@ class SparseLinear(nn.Linear):
 
     A quantised layer (`quantize`) multiplies eight-bit values: Y = (s t) ⊙ (Xq Wq^T) ⊙ c + (X A) B^T + b, a
     scale t for each token and c for each output channel (`rtlynx.math.fp8`). Pattern 1:1 makes it dense
-    fp8, which runs on PyTorch's own kernel on cards with fp8. It is for inference: its weight takes no
-    gradient and its input gets none. Casts (`layer.to(dtype)`) leave the weight and its scale alone.
+    fp8, which runs on PyTorch's own kernel on cards with fp8. In the format "fp8-weight-sparse" its weight is
+    2:4-sparse instead; our kernel for that reads a packed copy of it, 0.625 bytes an entry. Quantised layers
+    are for inference, without gradients. Casts (`layer.to(dtype)`) leave the weight and its scale alone.
 
     Attributes
     ----------
@@ -398,7 +399,7 @@ class SparseLinear(nn.Linear):
         pieces = [x] if ranges is None else [x[..., slice(*one), :] for one in ranges]
         prepared = self.shared_input.compress(
             input,
-            (backend, self.pattern, self.norm, self.format, x.dtype, ranges),
+            (backend, self.pattern, self.norm, self.precision, x.dtype, ranges),
             lambda: [backend.prepare(self, piece) for piece in pieces],
             backend.lowrank_factor(self),
         )
@@ -420,16 +421,21 @@ class SparseLinear(nn.Linear):
         return self.text_rows_dense or self.dense_steps
 
     def fp8_parameters(self) -> fp8.Fp8Parameters:
-        """What a quantised layer multiplies with where the sparse kernels do not."""
-        of, scale = self._parameters, self.weight_scale
+        """What a quantised layer multiplies with where it keeps all of its input, or no kernels serve it."""
+        of, scale, weight = self._parameters, self.weight_scale, self.weight
         assert scale is not None
-        return fp8.Fp8Parameters(self.weight, scale, of["bias"], of["lowrank_a"], of["lowrank_b"])
+        packed = None
+        if self.format.weight_sparse and weight_sparse_supports(weight):
+            packed = self._packed_weight.get((weight,), "2:4", partial(pack_weight, weight))
+        return fp8.Fp8Parameters(weight, scale, of["bias"], of["lowrank_a"], of["lowrank_b"], packed)
 
     def prepare(self) -> None:
         """Make what kernels, where they serve, read in place of parameters: compiled code finds it."""
         weight = self.weight
         if weight.is_cuda and self.dense_reason is None:
             with torch.no_grad():
+                if self.format.weight_sparse:
+                    self.fp8_parameters()
                 x = weight.new_empty(0, self.in_features, dtype=torch.bfloat16)
                 if unsupported_reason(x, *self._operands()) is None:
                     self.multiplied()

@@ -198,6 +198,11 @@ class TensorParallelLinear(SparseLinear):
         Where the weight is the original one, it is that of `dense` from now on, not a copy.
         """
         pattern = shard.pattern(self.pattern, self.in_features)  # (raises before anything is changed)
+        if self.format.weight_sparse and shard.dim == 1 and any(w // shard.degree % 4 for w in shard.blocks):
+            raise ValueError(
+                f"{shard.degree} processes would cut the groups of four neighbouring weights of inputs "
+                f"{shard.blocks}: use a number of processes that leaves multiples of four to each"
+            )
         for name, dim in _CUT[shard.dim].items():
             tensor = self._parameters.get(name)
             if tensor is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from rtlynx.cuda import jit
 from rtlynx.cuda.sm90.compress import MAX_COLUMNS_FP8, MAX_PARTS
 from rtlynx.cuda.sm90.quantize import takes
-from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE, FP8_SPARSE
+from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE, FP8_SPARSE, FP8_WEIGHT_SPARSE
 from rtlynx.math.fp8 import E4M3
 from rtlynx.math.reference import Norm
 from rtlynx.math.scores import SCORES
@@ -19,6 +20,10 @@ from rtlynx.math.selection import Pattern
 
 if TYPE_CHECKING:
     from rtlynx.ops.fp8_linear import Fp8Parameters
+
+# Whether layers in fp8-weight-sparse run on our product, which has not run on a card: by default they run on
+# PyTorch's, as dense fp8, until tests/gpu/test_weight_sparse_kernels.py has passed on one.
+WEIGHT_SPARSE_KERNELS = os.environ.get("RTLYNX_WEIGHT_SPARSE", "0") not in ("", "0")
 
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()
@@ -101,8 +106,15 @@ def quantizer_supports(k: int, x: Tensor, *others: Tensor) -> bool:
     return takes(k) and card_unsupported_reason(x.get_device()) is None
 
 
+def weight_sparse_supports(weight: Tensor) -> bool:
+    """Whether a kernel multiplies by `weight` (N, K) e4m3, of which half is zero; no matter of the input."""
+    if not WEIGHT_SPARSE_KERNELS or not weight.is_cuda or weight.shape[1] % FP8_WEIGHT_SPARSE.k_multiple:
+        return False
+    return card_unsupported_reason(weight.get_device()) is None
+
+
 def scaled_mm_supports(x: Tensor, of: Fp8Parameters) -> bool:
-    """Whether PyTorch's row-wise scaled product serves a dense fp8 layer for the input `x` (..., K).
+    """Whether `scaled_product` serves an fp8 layer that keeps all of its input `x` (..., K).
 
     On a CUDA device, a no is explained once.
     """
@@ -122,6 +134,8 @@ def _scaled_mm_unsupported_reason(x: Tensor, of: Fp8Parameters) -> str | None:
         return _GRADIENTS
     if any(tensor.dtype is not torch.bfloat16 for tensor in (x, *beside)):
         return "dense fp8 products take bfloat16 inputs, biases and factors"
+    if of.packed is not None:
+        return None
     multiple = FP8_DENSE.k_multiple
     if weight.shape[0] % multiple or weight.shape[1] % multiple or not weight.is_contiguous():
         return "dense fp8 products take layers whose numbers of inputs and outputs are multiples of 16"

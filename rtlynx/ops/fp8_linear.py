@@ -18,6 +18,7 @@ from rtlynx.math.reference import Norm, product_in_float32
 from rtlynx.math.selection import Pattern, norm_scale, pattern_mask
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports
 from rtlynx.ops.prologues import quantize
+from rtlynx.ops.weight_sparse import gemm_weight_sparse
 
 # cuBLAS refuses fast accumulation for few rows of many columns (CUBLAS_STATUS_NOT_SUPPORTED): 12.9 always, as
 # in pytorch/ao issue 4582, 13.0 with a bias (28 rows of 10,240). Compiled code does not know the number of
@@ -48,6 +49,7 @@ class Fp8Parameters(NamedTuple):
     scale : (N,) float32, c of each output channel.
     bias : (N,) or None.
     lowrank_a, lowrank_b : (r, K) and (N, r), A^T and B of the low-rank branch, unscaled; or None.
+    packed : the weight as `rtlynx::gemm_weight_sparse` reads it where that serves, else None.
     """
 
     weight: Tensor
@@ -55,6 +57,7 @@ class Fp8Parameters(NamedTuple):
     bias: Tensor | None
     lowrank_a: Tensor | None
     lowrank_b: Tensor | None
+    packed: Tensor | None = None
 
 
 def compress_fp8(x: Tensor, pattern: Pattern, norm: Norm) -> CompressedFp8:
@@ -108,7 +111,7 @@ def linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tenso
     -------
     Tensor (..., N) in the dtype of `x`.
     """
-    weight, channel, bias, lowrank_a, lowrank_b = of
+    weight, channel, bias, lowrank_a, lowrank_b, _ = of
     acc = product_in_float32(compressed.values, weight)
     if lowrank_a is not None and lowrank_b is not None:
         acc = acc + product_in_float32(
@@ -119,7 +122,7 @@ def linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tenso
 
 
 def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
-    """`linear_fp8` of a `compressed` that keeps everything, by `torch._scaled_mm` where that serves."""
+    """`linear_fp8` of a `compressed` that keeps everything, by `scaled_product` where that serves."""
     if not scaled_mm_supports(x, of):
         return linear_fp8(x, compressed, of)
     if of.lowrank_a is None or of.lowrank_b is None:
@@ -132,8 +135,12 @@ def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) ->
 def scaled_product(compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
     """Xq Wq^T scaled by rows and columns, + b: (..., N) bfloat16, of `of` without low-rank factors.
 
-    Of more than `_SURE_COLUMNS` inputs the bias is added to the product rounded to bfloat16.
+    By our product where the weight is packed, else by `torch._scaled_mm`. There, of more than `_SURE_COLUMNS`
+    inputs the bias is added to the product rounded to bfloat16.
     """
+    if of.packed is not None:
+        values, scale = compressed.values.contiguous(), compressed.scale.contiguous()
+        return gemm_weight_sparse(values, scale, of.packed, of.scale, of.bias)
     n, k = of.weight.shape
     wide = k > _SURE_COLUMNS
     if wide and of.bias is not None:

@@ -16,9 +16,11 @@ from dataclasses import replace
 import prologue_cases
 import quantizer_cases
 import torch
+import weight_sparse_cases
 from cases import Case, check
 from prologue_cases import PrologueCase
 from quantizer_cases import QuantizerCase
+from weight_sparse_cases import WeightSparseCase
 
 from rtlynx.cuda import tuning
 from rtlynx.cuda.sm90 import gemm
@@ -49,6 +51,15 @@ CASES = [
 QUANTIZED = [(5, 16), (7, 1000), (3, 4104), (2, 12288)]
 
 
+# Ragged in both directions, with the narrow tile and the wide one; tiles that two CTAs share; a token alone.
+BY_WEIGHT = [
+    WeightSparseCase(1000, 80, 601, "f32"),
+    WeightSparseCase(300, 4096, 700),
+    WeightSparseCase(500, 4096, 700),
+    WeightSparseCase(1, 144, 8, "none"),
+]
+
+
 def main() -> int:
     gemm.multiprocessors = lambda device: CTAS
     # Memory that is written once, so that what torch hands out of it, in small pieces too, counts as such.
@@ -59,6 +70,8 @@ def main() -> int:
             with tuning.forced(config):
                 for case in PRODUCTS:
                     check(replace(case, fp8=config.format is FP8_SPARSE))
+                for by_weight in BY_WEIGHT if config.format is FP8_SPARSE else ():
+                    weight_sparse_cases.check(by_weight)
         for fp8 in (False, True):
             for case in CASES:
                 check(replace(case, fp8=fp8))
@@ -72,6 +85,7 @@ def main() -> int:
     torch.cuda.synchronize()
     calls = len(CONFIGS) * len(PRODUCTS) + 2 * (len(CASES) + 2 * len(prologue_cases.NAMES))
     calls += len(quantizer_cases.NAMES) * len(QUANTIZED)
+    calls += len(tuning.CANDIDATES[FP8_SPARSE]) * len(BY_WEIGHT)
     print(f"{calls} calls, all right")
     return 0
 

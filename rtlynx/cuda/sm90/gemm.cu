@@ -13,8 +13,17 @@
 // low-rank branch is rank / 32 more stages of dense k in the same accumulators. The second warpgroup runs SKEW stages
 // behind the first, so that one multiplies at the full rate while the other stores its part of the tile.
 //
-// Macros: FP8 (0 or 1), BLOCK_N, NUM_STAGES, SKEW, PARAMETER_FIELDS (layout.cuh).
+// With TRANSPOSED the sparse operand is a weight (N, K), in e4m3, and the dense one all of X (M, K): rows of a tile are
+// output channels, columns tokens, and the epilogue turns them: Y is (M, N) all the same (gemm_transposed.cuh).
+//
+// Macros: FP8 (0 or 1), BLOCK_N, NUM_STAGES, SKEW, PARAMETER_FIELDS (layout.cuh), TRANSPOSED (1 or none).
 #include "gemm_epilogue.cuh"
+#if TRANSPOSED
+#include "gemm_transposed.cuh"
+using TileScales = TokenScales;
+#else
+using TileScales = TileAffine;
+#endif
 
 // ---- producer --------------------------------------------------------------------------------------------
 
@@ -186,11 +195,11 @@ DEVICE void run_consumer(const Parameters& p, uint32_t smem_base) {
         const int k_end = min(work.k_end, p.k_blocks + tile.rank_blocks), k_sparse_end = min(k_end, p.k_blocks);
         const SkewBarrier skew_barrier{warpgroup_idx == 0 ? min(work.k_begin + SKEW, k_end) - 1 : -1, work_idx};
         if (warpgroup_idx == 1) skew_barrier.wait();
-        TileAffine affine;
+        TileScales scales;
         auto before_last_wait = [&]() {
             const TileInfo info = load_tile_info(smem_tile_info);
             prefetch_scale(p, info, reload_thread_idx() / 128 - 1);
-            affine.load(p, info, smem_base);
+            scales.load(p, info, smem_base);
         };
         static_assert(kM64PerWarpgroup == 2, "the main loop is compiled for two wgmma tiles and for one");
         if (num_m64 == 2)
@@ -207,7 +216,7 @@ DEVICE void run_consumer(const Parameters& p, uint32_t smem_base) {
         unroll<kM64PerWarpgroup>([&](auto i) {
             info = load_tile_info(smem_tile_info);
             if (info.part() != TilePart::kBeginning && i < info.num_m64)
-                store_m64(p, d[i], affine, info, reload_thread_idx() / 128 - 1 + i * kNumConsumerWarpgroups, smem_base);
+                store_m64(p, d[i], scales, info, reload_thread_idx() / 128 - 1 + i * kNumConsumerWarpgroups, smem_base);
         });
         restore_loop_state(smem_tile_info, pipe, work_idx);
     }

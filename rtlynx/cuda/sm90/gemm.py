@@ -50,7 +50,7 @@ _pack_maps, _pack_addresses, _pack_vectors, _pack_shape, _pack_workspace, _pack_
 )
 
 
-def _defines(config: GemmConfig) -> Defines:
+def _defines(config: GemmConfig, transposed: bool = False) -> Defines:
     if config.block_n % tuning.STORE_N:
         raise ValueError(f"a tile's columns are a multiple of {tuning.STORE_N}, got {config.block_n}")
     return (
@@ -59,6 +59,7 @@ def _defines(config: GemmConfig) -> Defines:
         ("NUM_STAGES", config.stages),
         ("SKEW", config.skew),
         *_PARAMETERS.defines,
+        *((("TRANSPOSED", 1),) if transposed else ()),
     )
 
 
@@ -72,18 +73,18 @@ INSTANTIATIONS = [
     Instantiation("gemm.cu", "gemm", _defines(config))
     for configs in tuning.CANDIDATES.values()
     for config in configs
-]
+] + [Instantiation("gemm.cu", "gemm", _defines(config, True)) for config in tuning.CANDIDATES[FP8_SPARSE]]
 
 _maps: dict[tuple[int, ...], bytes] = {}
 _NO_MAP = bytes(128)
 
 
 @functools.cache
-def _kernel(config: GemmConfig) -> jit.Kernel:
+def _kernel(config: GemmConfig, transposed: bool) -> jit.Kernel:
     return jit.load(
         "gemm.cu",
         "gemm",
-        _defines(config),
+        _defines(config, transposed),
         threads=_THREADS,
         shared_bytes=_shared_bytes(config),
         pdl=True,
@@ -170,19 +171,24 @@ def launch_gemm(
 
 
 def plan_gemm(
-    layers: Sequence[Weights], rows: int, first_ranks: Sequence[int], lowrank_bytes: int
+    layers: Sequence[Weights],
+    rows: int,
+    first_ranks: Sequence[int],
+    lowrank_bytes: int,
+    *,
+    transposed: bool = False,
 ) -> GemmPlan:
     """How to compute Y of `rows` rows; `lowrank_bytes` are those of all tiles of T, 0 without factors.
 
     Of the shapes of `layers`, whose weights and factors may have been padded along their rows. Columns of T
-    from `first_ranks` on are a layer's.
+    from `first_ranks` on are a layer's. `transposed` as in `GemmShape`: the one layer's weight is X.
     """
     widths = tuple(of.weight.shape[0] for of in layers)
     ranks = tuple(0 if of.lowrank_b is None else of.lowrank_b.shape[1] for of in layers)
     weight, format = layers[0].weight, layers[0].format
     count = multiprocessors(weight.get_device())
     config = tuning.choose(rows, sum(widths), weight.shape[1], format, count)
-    shape = GemmShape(rows, weight.shape[1], widths, ranks, tuple(first_ranks), lowrank_bytes)
+    shape = GemmShape(rows, weight.shape[1], widths, ranks, tuple(first_ranks), lowrank_bytes, transposed)
     return _plan(config, count, shape)
 
 
@@ -228,20 +234,27 @@ def product_of(
         if check is not None:
             check()
         readable = [readable_weights(of) for of in layers]
-        product = _product(readable, rows, first_ranks, lowrank_bytes)
+        product = new_product(readable, rows, first_ranks, lowrank_bytes)
         if places == placed_form_of([one for of in readable for one in of]):
             keep(_products, form, product._replace(owners=()))
     return product
 
 
-def _product(layers: Sequence[Weights], rows: int, first_ranks: Sequence[int], lowrank_bytes: int) -> Product:
-    """`product_of` layers that kernels can read."""
+def new_product(
+    layers: Sequence[Weights],
+    rows: int,
+    first_ranks: Sequence[int],
+    lowrank_bytes: int,
+    *,
+    transposed: bool = False,
+) -> Product:
+    """`product_of` layers that kernels can read, of which nothing is remembered; as of `plan_gemm`."""
     n, bias = sum(of.weight.shape[0] for of in layers), layers[0].bias
     is_float = bias is not None and bias.dtype is torch.float32
     device = layers[0].weight.get_device()
     if rows == 0 or n == 0:
         return Product(None, n, device, b"", b"", is_float, ())
-    plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes)
+    plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes, transposed=transposed)
     columns, tile_k = plan.config.block_n, plan.config.format.tile_k
     none = [0] * (MAX_LAYERS - len(layers))
     no_maps = [_NO_MAP] * len(none)
@@ -272,7 +285,7 @@ def start_gemm(product: Product, given: Addresses, out: int, workspace: int) -> 
     rest = _pack_workspace(*split, product.bias_is_float, len(plan.first_columns))
     parameters = b"".join((product.maps, addresses, product.vectors, plan.shape, rest, plan.layers))
     stream = torch._C._cuda_getCurrentRawStream(product.device)
-    _kernel(plan.config).launch((plan.ctas, 1, 1), stream, parameters)
+    _kernel(plan.config, plan.transposed).launch((plan.ctas, 1, 1), stream, parameters)
 
 
 def _address_at(vector: Tensor | None, first_column: int) -> int:
@@ -285,6 +298,7 @@ class GemmShape(NamedTuple):
 
     widths, ranks, first_ranks : one a layer
     lowrank_bytes : of all tiles of T, 0 without factors
+    transposed : whether `rows` are output channels and the one width tokens
     """
 
     rows: int
@@ -293,6 +307,7 @@ class GemmShape(NamedTuple):
     ranks: tuple[int, ...]
     first_ranks: tuple[int, ...]
     lowrank_bytes: int
+    transposed: bool = False
 
 
 class GemmPlan(NamedTuple):
@@ -310,6 +325,7 @@ class GemmPlan(NamedTuple):
     first_columns: tuple[int, ...]
     sum_bytes: int
     workspace_bytes: int
+    transposed: bool
 
 
 @functools.lru_cache(maxsize=4096)
@@ -322,7 +338,7 @@ def _plan(config: GemmConfig, ctas: int, of: GemmShape) -> GemmPlan:
     split = tuning.split(num_m_tiles * num_n_tiles, ctas, stages)
     shape = _pack_shape(
         of.rows,
-        stored_columns(sum(of.widths)),
+        stored_columns(of.rows if of.transposed else sum(of.widths)),
         k_blocks,
         of.lowrank_bytes // (num_m64 * LOWRANK_BYTES),
         num_m64,
@@ -343,6 +359,7 @@ def _plan(config: GemmConfig, ctas: int, of: GemmShape) -> GemmPlan:
         first_columns=tuple(itertools.accumulate(of.widths[:-1], initial=0)),
         sum_bytes=sum_bytes,
         workspace_bytes=sum_bytes + split.ctas * _CONSUMER_WARPS * 8,
+        transposed=of.transposed,
     )
 
 
@@ -362,5 +379,5 @@ def _layer_table(of: GemmShape, rank_blocks: Sequence[int], block_n: int) -> tup
     for width, first, tiles in zip(of.widths, of.first_ranks, rank_blocks, strict=True):
         end += width
         tile_end += -(-width // block_n)
-        table += [stored_columns(end), tile_end, first // LOWRANK_COLUMNS, tiles]
+        table += [end if of.transposed else stored_columns(end), tile_end, first // LOWRANK_COLUMNS, tiles]
     return table + [0] * (4 * (MAX_LAYERS - len(rank_blocks))), tile_end

@@ -67,12 +67,13 @@ struct Parameters {
     TensorMap lowrank_b[kMaxLayers];  // box (kLowrankBlockK, BLOCK_N rows), 64-byte swizzle
     const uint8_t* packed_a;          // (num_m64, k_blocks) packed blocks
     const uint8_t* lowrank;           // (num_m64, total_rank_blocks) blocks of T'
-    const float* scale;               // (M), or null for s = 1
+    const float* scale;               // (M), or null for s = 1; where TRANSPOSED (N), c
     uint16_t* out;                    // (M, N), contiguous
     // One a layer, found at columns of Y: the host has moved the addresses back by those before the layer.
     const void* bias[kMaxLayers];           // bf16 or float32, or null
-    const float* column_scale[kMaxLayers];  // with FP8, else null
-    int rows, columns;  // N and every layer's end are multiples of 8: rows of Y are stored 16 bytes at a time
+    const float* column_scale[kMaxLayers];  // with FP8, else null; where TRANSPOSED (M), t
+    int rows, columns;  // N and every layer's end are multiples of 8: rows of Y are stored 16 bytes at a time.
+                        // Where TRANSPOSED: N as it is, and N of Y in memory; the layer ends at M.
     int k_blocks, total_rank_blocks;
     int num_m64, num_m_tiles, num_n_tiles, m_tiles_per_swizzle;
     int whole_tiles;                            // the first of them; the rest are split along k

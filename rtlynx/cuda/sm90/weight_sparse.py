@@ -1,0 +1,33 @@
+"""Host side of gemm.cu where the weight is the sparse operand: tiles have channels by tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rtlynx.cuda.sm90.compress import Addresses
+from rtlynx.cuda.sm90.gemm import new_product, start_gemm
+from rtlynx.cuda.sm90.weights import Weights, aligned, readable, stored_columns
+
+
+def launch_weight_sparse(
+    values: Tensor, scale: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Y (M, N) of values (M, K) and scale (M,); see `rtlynx.ops.weight_sparse`, which checks."""
+    rows, n = values.shape[0], weight_scale.shape[0]
+    columns = stored_columns(n)
+    out = torch.empty((rows, columns), dtype=torch.bfloat16, device=values.device)
+    if rows == 0 or n == 0:
+        return out[:, :n]
+    # X in the place of a weight: the kernel's columns are tokens.
+    of = Weights(readable(values), None, bias, scale)
+    packed_weight = aligned(packed_weight)
+    product = new_product([of], n, (0,), 0, transposed=True)
+    plan, workspace = product.plan, 0
+    assert plan is not None
+    if plan.workspace_bytes:
+        sums = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=values.device)
+        workspace = sums.data_ptr()
+    given = Addresses(packed_weight.data_ptr(), weight_scale.data_ptr(), 0)
+    start_gemm(product, given, out.data_ptr(), workspace)
+    return out if columns == n else out[:, :n].contiguous()

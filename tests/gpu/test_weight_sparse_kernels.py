@@ -1,0 +1,134 @@
+"""Products by a 2:4-sparse weight on a Hopper card, against float64, and layers over them."""
+
+import math
+
+import pytest
+import torch
+from cases import poisoned
+from torch import nn
+from weight_sparse_cases import WeightSparseCase, check, compare, make, product, two_of_four
+
+from rtlynx import Pattern, SparseLinear
+from rtlynx.cuda import tuning
+from rtlynx.math.formats import FP8_SPARSE, FP8_WEIGHT_SPARSE
+from rtlynx.math.fp8 import Quantized, quantize_tokens
+from rtlynx.math.tiles import pack_weight
+from rtlynx.nn.prepared import QuantizedInput
+from rtlynx.nn.prologue import activated, read
+from rtlynx.ops import dispatch as choice
+from rtlynx.ops.weight_sparse import gemm_weight_sparse
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER, reason="the kernels need a Hopper card (compute capability 9.0)"),
+]
+SHAPES = [
+    (1, 64, 64),
+    (1, 3072, 3072),
+    (3, 16, 8),
+    (7, 144, 100),  # N no multiple of 8
+    (65, 192, 72),
+    (129, 1008, 264),
+    (193, 1040, 257),
+    (1000, 3088, 1000),
+    (513, 4096, 3072),
+    (4099, 256, 520),
+]
+
+
+@pytest.fixture(autouse=True)
+def _served_without_gradients(monkeypatch):
+    monkeypatch.setattr(choice, "WEIGHT_SPARSE_KERNELS", True)
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), SHAPES)
+@pytest.mark.parametrize("config", tuning.CANDIDATES[FP8_SPARSE], ids=lambda config: config.name)
+def test_every_shape(config, rows, k, n):
+    with tuning.forced(config):
+        check(WeightSparseCase(rows, k, n, ("none", "bf16", "f32")[(rows + n) % 3], seed=rows))
+
+
+@pytest.mark.parametrize("rows", [512, 1024, 4096, 4607])
+def test_products_that_are_split_along_k(rows):
+    check(WeightSparseCase(rows, 12288, 3072))
+
+
+def test_a_token_that_is_not_finite_ruins_itself_alone():
+    x, weight, bias = make(WeightSparseCase(130, 512, 192))
+    dense = x.dequantize()
+    dense[77, 5] = math.nan
+    ruined = quantize_tokens(dense)
+    y = gemm_weight_sparse(ruined.values, ruined.scale, pack_weight(weight.values), weight.scale, bias)
+    assert y.isnan().all(-1).nonzero().flatten().tolist() == [77]
+    keep = torch.arange(130, device="cuda") != 77
+    compare(y[keep], product(Quantized(ruined.values[keep], ruined.scale[keep]), weight, bias))
+
+
+def layer_of(n=512, k=1024, *, format=FP8_WEIGHT_SPARSE, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    linear = nn.Linear(k, n, device="cuda", dtype=torch.bfloat16)
+    linear.weight.copy_(two_of_four(n, k, generator))
+    layer = SparseLinear.from_linear(linear, pattern=Pattern(1, 1), norm="none")
+    layer.quantize()
+    layer.format = format
+    layer.prepare()
+    return layer
+
+
+def test_layers_that_read_one_quantised_input():
+    gelu, x = nn.GELU(approximate="tanh"), torch.randn(2, 300, 1024, device="cuda").bfloat16()
+    layers = [layer_of(512), layer_of(264, seed=1)]
+    given = read(activated(gelu, x), *layers)
+    assert isinstance(given, QuantizedInput)
+    for layer in layers:
+        with poisoned():
+            y = layer(given)
+        of = layer.fp8_parameters()
+        assert of.packed is not None
+        expected = product(
+            Quantized(given.quantized.values.flatten(0, 1), given.quantized.scale.flatten(0, 1)),
+            Quantized(of.weight, of.scale),
+            of.bias,
+        )
+        compare(y.flatten(0, 1), expected)
+
+
+def test_a_graph_replays_for_new_inputs():
+    layer = layer_of(3072, 12288)
+    x = torch.randn(520, 12288, device="cuda").bfloat16()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        layer(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        y.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, layer(x.clone()))
+
+
+def test_compiled_whole():
+    layer, x = layer_of(), torch.randn(2, 130, 1024, device="cuda").bfloat16()
+    expected = layer(x)
+    compiled = torch.compile(layer, fullgraph=True)
+    difference = (compiled(x).float() - expected.float()).norm() / expected.float().norm()
+    assert float(difference) < 3e-3
+
+
+def test_the_copy_follows_the_weight():
+    layer, x = layer_of(), torch.randn(64, 1024, device="cuda").bfloat16()
+    other = layer_of(seed=5)
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    assert [copy.numel() for copy in layer.kept_copies()] == [512 * 1024 * 5 // 8]
+    layer.cpu()
+    assert layer.kept_copies() == []

@@ -1,0 +1,68 @@
+"""One call of `rtlynx::gemm_weight_sparse` as a value, and the comparison with float64."""
+
+from dataclasses import dataclass
+
+import torch
+from cases import BIASES, FEW, LIMIT_FP8, LIMIT_OF_FEW, poisoned
+from torch import Tensor
+
+from rtlynx.math.fp8 import Quantized, quantize_tokens, quantize_weight
+from rtlynx.math.tiles import pack_weight
+from rtlynx.ops.weight_sparse import gemm_weight_sparse
+
+
+@dataclass(frozen=True)
+class WeightSparseCase:
+    """Operands: X (rows, k), a weight (n, k) of which at most two of every four entries are not zero."""
+
+    rows: int
+    k: int
+    n: int
+    bias: str = "bf16"
+    seed: int = 0
+
+
+def two_of_four(n: int, k: int, generator: torch.Generator) -> Tensor:
+    """A weight with 0 to 2 nonzero entries in each group, anywhere."""
+    device = generator.device
+    weight = torch.randn(n, k, generator=generator, device=device) * k**-0.5
+    places = torch.rand(n, k // 4, 4, generator=generator, device=device).argsort(-1)
+    counts = torch.randint(0, 8, (n, k // 4, 1), generator=generator, device=device).clamp_max(2)
+    return torch.where((places < counts).flatten(1), weight, 0.0)
+
+
+def make(case: WeightSparseCase) -> tuple[Quantized, Quantized, Tensor | None]:
+    """Quantised X and weight, and the bias, on the card."""
+    generator = torch.Generator("cuda").manual_seed(case.seed)
+    weight = quantize_weight(two_of_four(case.n, case.k, generator))
+    x = quantize_tokens(torch.randn(case.rows, case.k, generator=generator, device="cuda").bfloat16())
+    dtype = BIASES[case.bias]
+    bias = None if dtype is None else torch.randn(case.n, generator=generator, device="cuda").to(dtype)
+    return x, weight, bias
+
+
+def product(x: Quantized, weight: Quantized, bias: Tensor | None) -> Tensor:
+    """Y in float64 of the quantised operands."""
+    y = (x.values.double() * x.scale.double()) @ (weight.values.double() * weight.scale.double()[:, None]).T
+    return y if bias is None else y + bias.double()
+
+
+def compare(y: Tensor, expected: Tensor) -> None:
+    assert y.shape == expected.shape
+    assert y.dtype is torch.bfloat16
+    assert not bool(y.isnan().any()), "an output was not written"
+    if y.numel():
+        limit = LIMIT_FP8 if y.numel() > FEW else LIMIT_OF_FEW
+        error = float((y.double() - expected).norm() / expected.norm())
+        assert error < limit, f"relative error {error:.2e}"
+
+
+def check(case: WeightSparseCase) -> None:
+    """Run the operator on `case` and compare; AssertionError where it is not right."""
+    x, weight, bias = make(case)
+    packed = pack_weight(weight.values)
+    with poisoned():
+        y = gemm_weight_sparse(x.values, x.scale, packed, weight.scale, bias)
+    compare(y, product(x, weight, bias))
+    again = gemm_weight_sparse(x.values, x.scale, packed, weight.scale, bias)
+    assert torch.equal(y, again), "a second product gives other bits"
