@@ -42,6 +42,7 @@ SWEEPS = {
     "steps": "8 steps, compared with dense at 8",
     "pattern": "Other patterns, for which there is no kernel",
     "fp8": "fp8, dense and sparse",
+    "drop": "Half of the weights dropped in place of activations",
     "attention": "Attention in eight bits, beside layers of these forms",
     "fp8-budget": "Formats by an error budget, fp8 among them",
     "free": "What costs nothing at inference: an intercept, rotated values, permuted hidden features",

@@ -90,7 +90,8 @@ def test_the_loss_is_that_of_the_formula_on_held_out_calls(trained):
         for c, n in (off[:2], off[2:])
     ]
     expected = float(torch.stack(losses).mean())
-    assert report.distillation.loss_after == pytest.approx(expected, rel=1e-4)
+    # Of the batch and of each call alone, whose rounding may put a value on another side of an e4m3 step.
+    assert report.distillation.loss_after == pytest.approx(expected, rel=5e-3)
 
 
 def test_weights_and_biases_of_layers_that_drop_activations_change_and_nothing_else(solved, trained):

@@ -29,6 +29,9 @@ RECIPES = {
 }
 
 
+OTHERS = [name for name in MODELS if name != "flux"]
+
+
 @pytest.fixture(autouse=True)
 def _served(monkeypatch):
     serve(monkeypatch)
@@ -71,9 +74,13 @@ def check_model(model, call):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "recipe", "rank"),
+    [
+        *(("flux", recipe, rank) for recipe in RECIPES for rank in (0, 4)),
+        *((name, "fp8", 4) for name in OTHERS),
+    ],
+)
 def test_several_loras_are_in_the_products_of_fused_blocks(name, recipe, rank, calls):
     model, call = model_and_call(name, recipe)
     if rank:
@@ -99,7 +106,7 @@ def test_several_loras_are_in_the_products_of_fused_blocks(name, recipe, rank, c
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("value", "fused"), [("1", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(("value", "fused"), [("1", True), ("0", False)])
 def test_the_switch_decides_for_the_process(value, fused):
     script = """
 import pytest, peft, torch
@@ -141,9 +148,8 @@ def chain_of(attn, norm, tokens=37):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("own", [0, 4])
-@pytest.mark.parametrize("recipe", ["bf16", "fp8", "whole", "mixed"])
-@pytest.mark.parametrize("ranks", [(0, 5, 0), (16, 0, 0), (0, 0, 1), (31, 2, 40), (33, 0, 64), (8, 8, 8)])
+@pytest.mark.parametrize(("recipe", "own"), [("bf16", 0), ("fp8", 0), ("fp8", 4), ("whole", 0), ("mixed", 4)])
+@pytest.mark.parametrize("ranks", [(0, 5, 0), (31, 2, 40), (33, 0, 64), (8, 8, 8)])
 def test_each_reader_gets_its_own_loras_of_the_dense_input(ranks, recipe, own):
     """Of any ranks: where factors begin and end between tiles of T, and beside readers without any."""
     model, _ = model_and_call(recipe=recipe)
@@ -242,9 +248,8 @@ def test_a_factor_written_in_place_is_seen_however_it_was_written(recipe):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["bf16", "fp8", "whole"])
-@pytest.mark.parametrize("rank", [6, 3])
-def test_hot_swapped_in_compiled_blocks_nothing_is_compiled_again(rank, recipe):
+@pytest.mark.parametrize(("recipe", "rank"), [("fp8", 6), ("whole", 3)])
+def test_hot_swapped_in_compiled_blocks_nothing_is_compiled_again(recipe, rank):
     model, call = model_and_call(recipe=recipe)
     model.enable_lora_hotswap(target_rank=6)
     load(model, seed=1, rank=6)
@@ -263,18 +268,14 @@ def test_hot_swapped_in_compiled_blocks_nothing_is_compiled_again(rank, recipe):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("recipe", "how"), [("fp8", "blocks"), ("mixed", "model")])
-def test_compiled_it_follows_weights_and_switches(recipe, how):
-    model, call = model_and_call(recipe=recipe)
+def test_compiled_it_follows_weights_and_switches():
+    model, call = model_and_call(recipe="mixed")
     load(model, "first", 1)
     load(model, "second", 2)
     torch._dynamo.reset()
     twin = copy.deepcopy(model)
     counter = torch._dynamo.testing.CompileCounter()
-    if how == "blocks":
-        model.compile_repeated_blocks(fullgraph=True, backend=counter)
-    else:
-        model.compile(fullgraph=True, backend=counter)
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
     for weights in ([1.0, -0.5], [2.0, 0.0], [-0.3, 1.7], [0.4, -1.1]):
         for one in (model, twin):
             one.set_adapters(["first", "second"], weights)
