@@ -9,6 +9,7 @@ import torch
 
 import rtlynx.nn.prologue
 import rtlynx.nn.sparse_linear
+from rtlynx import Recipe
 from rtlynx.models import sparse_layers
 from rtlynx.models.fusion import unfuse_blocks
 from rtlynx.nn.lora import adapter_classes
@@ -16,6 +17,13 @@ from rtlynx.nn.prologue import fuse_adapters
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import wants_gradient
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
+
+RECIPES = {
+    "bf16": Recipe.immediate(),
+    "fp8": Recipe.immediate(precision="fp8"),
+    "whole": Recipe.dense_fp8(),
+    "mixed": Recipe.immediate(precision="fp8", formats={"*.to_k": "fp8-dense"}),
+}
 
 
 def serve(monkeypatch):

@@ -13,6 +13,7 @@ import torch._dynamo.testing
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
+from fusion_helpers import RECIPES as SHARED
 from fusion_helpers import count_calls, give_factors, serve, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error, tiny_flux
 from torch import nn
@@ -23,12 +24,9 @@ from rtlynx.models.fusion import rotate
 from rtlynx.nn.prologue import adaln, read
 
 RECIPES = {
-    "bf16": Recipe.immediate(),
+    **SHARED,
     "adjacent": Recipe.immediate(grouping="adjacent"),
-    "fp8": Recipe.immediate(precision="fp8"),
     "text": Recipe.immediate(text_stream="sparse"),
-    "whole": Recipe.dense_fp8(),
-    "mixed": Recipe.immediate(precision="fp8", formats={"*.to_k": "fp8-dense"}),
 }
 
 

@@ -145,7 +145,9 @@ class DenseStepSearch:
     ------
     IncomparableSteps
         If the noise levels of the pipeline's steps are not known or do not fall, or it draws nothing that
-        can be compared. In all processes at once.
+        can be compared.
+    CalibrationError
+        If a prompt is not drawn. Both in all processes at once.
     """
 
     def __init__(self, recording: Recording, *, show: bool) -> None:
@@ -157,11 +159,11 @@ class DenseStepSearch:
         self.count = len(judged)
         self.prompts = judged[rank() :: world()]  # each process draws its part
         steps: _Schedules = {}
-        refusal: IncomparableSteps | None = None
+        refusal: CalibrationError | None = None
         try:
             with self._progress("drawing dense pictures", 1) as advance, _watched(recording, steps):
                 self.reference = self._draw(advance)
-        except IncomparableSteps as error:  # for the other processes, which wait, to say too
+        except CalibrationError as error:  # for the other processes, which wait, to say too
             refusal = error
         steps, of_first = agree((steps, refusal))
         for one in (of_first, refusal):

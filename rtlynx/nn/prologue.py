@@ -172,10 +172,9 @@ def _parameters_if_supported(
     found = _layers(readers)
     for layer in found:
         call = layer.call()
-        if layer.format is FP8_WEIGHT_SPARSE and (call is None or not call.dense):
+        sparse_weight = layer.format is FP8_WEIGHT_SPARSE and (call is None or not call.dense)
+        if sparse_weight or layer.format is FP8_DENSE:
             of: Fp8Parameters | None = layer.fp8_parameters()
-        elif layer.format is FP8_DENSE:
-            of = layer.fp8_parameters()
         else:
             of = quantized_original(layer)
         if of is None or of.lowrank_a is not None:  # low-rank branches read the dense input

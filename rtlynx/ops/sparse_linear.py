@@ -350,18 +350,15 @@ Tensor (M, sum of N_i) bfloat16
 
 def _linear_options(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    tensors: list[Any],
     lowrank_a: Tensor | None,
-    lowrank_b: Tensor | None,
     grouping: str,
     parts: Sequence[int],
     norm: bool,
-    weight_scale: Tensor | None = None,
-    score: str = "magnitude",
+    score: str,
 ) -> CompressOptions:
-    """Those of checked arguments of `linear`."""
-    of = Weights(weight, lowrank_b, bias, weight_scale)
+    """Those of checked arguments of `linear`; `tensors` are its `Weights`."""
+    of = Weights(*tensors)
     check_linear(x, of, lowrank_a, grouping, parts)
     return CompressOptions(grouping, tuple(parts), norm, of.format, score_named(score))
 
@@ -383,8 +380,8 @@ def _linear(
         weight_scale: Tensor | None = None,
         score: str = "magnitude",
     ) -> Tensor:
-        how = options(x, weight, bias, lowrank_a, lowrank_b, grouping, parts, norm, weight_scale, score)
-        y = run(x, Weights(weight, lowrank_b, bias, weight_scale), lowrank_a, how)
+        of = Weights(weight, lowrank_b, bias, weight_scale)
+        y = run(x, of, lowrank_a, options(x, list(of), lowrank_a, grouping, parts, norm, score))
         return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     return linear

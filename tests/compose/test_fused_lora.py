@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from compose_helpers import adapter, refit
+from fusion_helpers import RECIPES as SHARED
 from fusion_helpers import count_calls, give_factors, loras_fused, serve, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error, tiny_flux
 from peft import LoraConfig
@@ -20,15 +21,7 @@ from rtlynx.models import sparse_layers
 from rtlynx.models.plan import ARCHITECTURES
 from rtlynx.nn.prologue import adaln, read
 
-RECIPES = {
-    "bf16": Recipe.immediate(),
-    "adjacent": Recipe.immediate(grouping="adjacent"),
-    "fp8": Recipe.immediate(precision="fp8"),
-    "whole": Recipe.dense_fp8(),
-    "mixed": Recipe.immediate(precision="fp8", formats={"*.to_k": "fp8-dense"}),
-}
-
-
+RECIPES = {**SHARED, "adjacent": Recipe.immediate(grouping="adjacent")}
 OTHERS = [name for name in MODELS if name != "flux"]
 
 

@@ -7,20 +7,14 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from fusion_helpers import give_factors, unfused
+from fusion_helpers import RECIPES, give_factors, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error
 
-from rtlynx import Recipe, sparsify
+from rtlynx import sparsify
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 
 pytestmark = pytest.mark.gpu
 
-RECIPES = {
-    "bf16": Recipe.immediate(),
-    "fp8": Recipe.immediate(precision="fp8"),
-    "whole": Recipe.immediate(formats={"*": "fp8-dense"}),
-    "mixed": Recipe.immediate(precision="fp8", formats={"*.to_k": "fp8-dense"}),
-}
 # What stands for a chain's result, in each of them.
 READ = {
     "bf16": {CompressedInput},

@@ -8,23 +8,16 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from fusion_helpers import give_factors, loras_fused, unfused
+from fusion_helpers import RECIPES, give_factors, loras_fused, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error
 
 import rtlynx.nn.lora
-from rtlynx import Recipe, sparsify
+from rtlynx import sparsify
 from rtlynx.models import sparse_layers
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import adaln, read
 
 pytestmark = pytest.mark.gpu
-
-RECIPES = {
-    "bf16": Recipe.immediate(),
-    "fp8": Recipe.immediate(precision="fp8"),
-    "whole": Recipe.immediate(formats={"*": "fp8-dense"}),
-    "mixed": Recipe.immediate(precision="fp8", formats={"*.to_k": "fp8-dense"}),
-}
 
 
 def load(model, seed=0, rank=5, size=3.0, names=None, adapter="style", **kwargs):
