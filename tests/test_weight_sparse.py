@@ -229,8 +229,6 @@ def test_layers_of_both_formats_quantise_a_shared_tensor_once(monkeypatch):
 def test_which_weights_the_kernel_serves(monkeypatch):
     monkeypatch.setattr(choice, "_cards", {0: None})
     weights = {k: layer_weight(k) for k in (144, 136)}
-    assert not choice.weight_sparse_supports(weights[144])  # until it has run on a card
-    monkeypatch.setattr(choice, "WEIGHT_SPARSE_KERNELS", True)
     assert choice.weight_sparse_supports(weights[144])
     assert not choice.weight_sparse_supports(weights[136])
     assert not choice.weight_sparse_supports(layer_of().weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -20,10 +19,6 @@ from rtlynx.math.selection import Pattern
 
 if TYPE_CHECKING:
     from rtlynx.ops.fp8_linear import Fp8Parameters
-
-# Whether layers in fp8-weight-sparse run on our product, which has not run on a card: by default they run on
-# PyTorch's, as dense fp8, until tests/gpu/test_weight_sparse_kernels.py has passed on one.
-WEIGHT_SPARSE_KERNELS = os.environ.get("RTLYNX_WEIGHT_SPARSE", "0") not in ("", "0")
 
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()
@@ -108,7 +103,7 @@ def quantizer_supports(k: int, x: Tensor, *others: Tensor) -> bool:
 
 def weight_sparse_supports(weight: Tensor) -> bool:
     """Whether a kernel multiplies by `weight` (N, K) e4m3, of which half is zero; no matter of the input."""
-    if not WEIGHT_SPARSE_KERNELS or not weight.is_cuda or weight.shape[1] % FP8_WEIGHT_SPARSE.k_multiple:
+    if not weight.is_cuda or weight.shape[1] % FP8_WEIGHT_SPARSE.k_multiple:
         return False
     return card_unsupported_reason(weight.get_device()) is None
 

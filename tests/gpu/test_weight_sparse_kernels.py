@@ -15,7 +15,6 @@ from rtlynx.math.fp8 import Quantized, quantize_tokens
 from rtlynx.math.tiles import pack_weight
 from rtlynx.nn.prepared import QuantizedInput
 from rtlynx.nn.prologue import activated, read
-from rtlynx.ops import dispatch as choice
 from rtlynx.ops.weight_sparse import gemm_weight_sparse
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -38,8 +37,7 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def _served_without_gradients(monkeypatch):
-    monkeypatch.setattr(choice, "WEIGHT_SPARSE_KERNELS", True)
+def _without_gradients():
     with torch.no_grad():
         yield
 
