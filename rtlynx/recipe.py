@@ -24,6 +24,8 @@ MIN_SHARE_RANK = 4
 # 2 % of 12,288 inputs most of what sparsity saves (`ours_paper_rank_us` in benchmarks/results/linear-*.json).
 SHARE, MOST_AUTO_RANK = 0.02, 64
 RECOMMENDED_SPEEDUP_SHARE = 0.9
+# What a recipe says of layers that may drop weights.
+_DROPS_WEIGHTS = {"n": 2, "m": 4, "score": MAGNITUDE.name, "refit": True, "rank": None}
 # More processes than any one layer is spread over; each adds parts to strided groups.
 MOST_TP_DEGREE = 1024
 
@@ -278,7 +280,7 @@ class Recipe:
             )
         if not self.drops_weights:
             return
-        for name, wanted in {"n": 2, "m": 4, "score": MAGNITUDE.name, "refit": True, "rank": None}.items():
+        for name, wanted in _DROPS_WEIGHTS.items():
             if getattr(self, name) != wanted:
                 raise ValueError(
                     "layers that drop weights are 2:4, refitted, and have no low-rank branch: give "
@@ -306,13 +308,18 @@ class Recipe:
     def recommended(cls, **changes: Any) -> Recipe:
         """Refitted weights, rotated values, no low-rank branch; calibration chooses formats and dense steps.
 
-        At equal time the nearest to the dense model's pictures in docs/results/quality.md. Steps are chosen
-        where `changes` leave that open: with a budget of time, fp8, and no dense steps of their own.
+        At equal time the nearest to the dense model's pictures in docs/results/quality.md. Formats are those
+        that drop activations, weights or nothing, as far as `changes` leave that open: weights are dropped
+        2:4 and refitted, in fp8. Steps are chosen with a budget of time, in fp8, and without dense steps in
+        `changes`.
         """
         budget = Budget(speedup_share=RECOMMENDED_SPEEDUP_SHARE)
         settings = {"rank": None, "precision": "auto", "budget": budget, **changes}
         settings.setdefault("intercept", settings.get("refit", True))
         settings.setdefault("rotate_values", settings.get("grouping") != "strided" and "auto")
+        if all(settings.get(name, wanted) == wanted for name, wanted in _DROPS_WEIGHTS.items()):
+            drop = {"auto": "auto", "fp8": "weights", "bf16": "activations"}
+            settings.setdefault("drop", drop.get(settings["precision"], "auto"))
         steps = {"dense_steps", "dense_last_steps", "dense_sigmas", "dense_precision"}
         shared = getattr(settings["budget"], "speedup_share", None) is not None
         if shared and settings["precision"] != "bf16" and not steps & settings.keys():

@@ -37,6 +37,7 @@ RECIPES = {
     "norm": Recipe(rank=4, refit=False),
     "fp8 norm": Recipe(rank=4, refit=False, precision="fp8"),
     "strided": Recipe(rank=None, grouping="strided"),
+    "fp8 weights": Recipe(rank=None, precision="fp8", drop="weights"),
 }
 
 
@@ -47,6 +48,8 @@ def trainable(recipe, *, rank=None, mode=None):
     dense = model.get_submodule(NAME).requires_grad_(False)
     torch.manual_seed(3)
     weight = dense.weight + 0.01 * torch.randn_like(dense.weight)
+    if plan.weight_sparse:
+        weight = weight * slow_mask(weight)
     parts = {"bias": dense.bias + 0.1}
     if plan.quantized:
         parts |= {"weight": quantize_weight(weight)[0], "weight_scale": quantize_weight(weight)[1]}
@@ -103,6 +106,24 @@ def test_gradients_are_those_of_the_product_with_mask_and_rounding_fixed(recipe)
     assert relative_error(layer.master_bias.grad, flat.sum(0)) < 1e-5
     assert relative_error(x.grad, (upstream.double() @ weight) * mask) < 1e-5
     assert layer.weight.grad is None
+
+
+def test_of_dropped_weights_only_the_kept_ones_are_trained():
+    layer, plan, x = trainable(RECIPES["fp8 weights"])
+    kept = layer.distilled().weight.float() != 0
+    assert 0.45 < float(kept.float().mean()) <= 0.5
+    upstream = torch.randn(2, 20, layer.out_features)
+    layer(x).backward(upstream)
+    seen = quantize_tokens(x).dequantize().double().flatten(0, 1)
+    assert relative_error(layer.master.grad, (upstream.double().flatten(0, 1).T @ seen) * kept) < 1e-5
+    with torch.no_grad():
+        layer.master.add_(0.05)
+    assert torch.equal(layer.distilled().weight.float() != 0, kept)
+    assert trained_bytes([plan], Distillation()) == (BYTES_TRAINED + 2) * layer.master.numel()
+    corrected, _, _ = trainable(RECIPES["fp8 weights"], rank=2)
+    with torch.no_grad():
+        corrected.up.normal_()
+    assert torch.equal(corrected.distilled().weight.float() != 0, kept)
 
 
 def test_gradient_is_the_slope_where_nothing_is_rounded():

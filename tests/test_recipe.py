@@ -212,7 +212,22 @@ def test_layers_that_drop_weights_need_what_calibration_finds(settings, message)
     with pytest.raises(ValueError, match=re.escape(message)):
         Recipe(**settings)
     assert Recipe(drop="weights", precision="fp8", rank=None).needs_calibration
-    assert not Recipe.recommended().drops_weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop"),
+    [
+        ({}, "auto"),
+        ({"precision": "fp8", "budget": None}, "weights"),
+        ({"precision": "bf16"}, "activations"),
+        ({"rank": 16}, "activations"),
+        ({"refit": False}, "activations"),
+        ({"m": 8, "n": 4}, "activations"),
+        ({"drop": "activations"}, "activations"),
+    ],
+)
+def test_what_the_recommended_recipe_drops(changes, drop):
+    assert Recipe.recommended(**changes).drop == drop
 
 
 def test_the_dictionary_is_not_changed_or_kept():

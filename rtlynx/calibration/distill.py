@@ -42,7 +42,7 @@ _RANK = 32  # of the correction that is advised where whole weights do not fit
 
 
 def refuse_distillation(model: nn.Module, plan: Plan) -> None:
-    """CalibrationError where no layer drops activations, the model is offloaded, or there are processes."""
+    """CalibrationError where no layer drops anything, the model is offloaded, or there are processes."""
     if getattr(model, "_hf_hook", None) is not None:
         raise CalibrationError(
             "distillation needs the whole model on one device, and it is offloaded: load it without "
@@ -52,8 +52,10 @@ def refuse_distillation(model: nn.Module, plan: Plan) -> None:
         raise CalibrationError(
             "distillation trains in one process, and there are several: run without torchrun"
         )
-    if all(layer.keeps_all for layer in plan.sparse):
-        raise CalibrationError("no layer drops activations, so there is nothing to distil: leave it out")
+    if all(layer.drops_nothing for layer in plan.sparse):
+        raise CalibrationError(
+            "no layer drops activations or weights, so there is nothing to distil: leave it out"
+        )
 
 
 def refuse_without_memory(plan: Plan, settings: Distillation, device: torch.device) -> None:
@@ -87,7 +89,7 @@ def distill_layers(
     *,
     show: bool,
 ) -> tuple[dict[str, Solution], DistillationReport]:
-    """Train the solved layers of `plan` that drop activations.
+    """Train the solved layers of `plan` that drop activations or weights.
 
     Parameters
     ----------
@@ -301,7 +303,7 @@ class _Training:
             self._keep(settings.steps, before)
         after = self._judge(judged)
         found = {name: layer.distilled() for name, layer in self.layers.items()}
-        trained = sum(not layer.keeps_all for layer in self.plan.sparse)
+        trained = sum(not layer.drops_nothing for layer in self.plan.sparse)
         return found, DistillationReport(settings.steps, trained, self.guidance, before, after)
 
     def _guidance(self) -> float:

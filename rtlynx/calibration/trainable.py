@@ -41,8 +41,9 @@ class TrainableLinear(nn.Linear):
     """A planned sparse layer in float32 master weights; gradients go straight through what is not smooth.
 
     It computes what the solved `SparseLinear` would, in plain PyTorch. The gradient of the selection is that
-    of its mask, held fixed; that of e4m3 rounding, of weight and input, is 1. `weight` and `bias` stay those
-    of the dense layer, with which it runs where `mode.dense`. A layer that drops nothing is not trained.
+    of its mask, held fixed; that of e4m3 rounding, of weight and input, is 1. Of a layer that drops weights
+    those that the solution kept are trained. `weight` and `bias` stay those of the dense layer, with which it
+    runs where `mode.dense`. A layer that drops nothing is not trained.
 
     Attributes
     ----------
@@ -78,10 +79,13 @@ class TrainableLinear(nn.Linear):
         self.dense_quantized = recipe.dense_precision == "fp8"
         for name in ("master", "up", "down", "master_bias"):
             self.register_parameter(name, None)
+        self._kept: Tensor | None = None  # weights (N, K) of a layer that drops others
         bias = dense.bias if solution.bias is None else self.solution.bias
         self.solved_bias = None if bias is None else bias.detach().to(dense.weight.dtype)
-        if plan.keeps_all:
+        if plan.drops_nothing:
             return
+        if plan.weight_sparse:
+            self._kept = self._solved() != 0
         if bias is not None:
             self.master_bias = nn.Parameter(bias.detach().to(torch.float32, copy=True))
         if rank is None:
@@ -113,7 +117,7 @@ class TrainableLinear(nn.Linear):
 
     def distilled(self) -> Solution:
         """The solution with what was trained; its error is not known."""
-        if self.plan.keeps_all:
+        if self.plan.drops_nothing:
             return self.solution
         found: dict[str, Any] = {"weight": self._master().detach()}
         if self.plan.quantized:
@@ -133,11 +137,12 @@ class TrainableLinear(nn.Linear):
 
     def _master(self) -> Tensor:
         if self.master is not None:
-            return self.master
-        solved = self._solved()
-        if self.up is None or self.down is None:
-            return solved
-        return torch.addmm(solved.float(), self.up, self.down)
+            trained: Tensor = self.master
+        elif self.up is not None and self.down is not None:
+            trained = torch.addmm(self._solved().float(), self.up, self.down)
+        else:
+            return self._solved()
+        return trained if self._kept is None else trained * self._kept
 
     def _sparse(self, x: Tensor) -> Tensor:
         plan, weight = self.plan, self._master()
@@ -146,7 +151,7 @@ class TrainableLinear(nn.Linear):
         if plan.quantized:
             kept = _input_in_e4m3(kept)
             # What is not trained is quantised already.
-            weight = weight if plan.keeps_all else _weight_in_e4m3(weight)
+            weight = weight if plan.drops_nothing else _weight_in_e4m3(weight)
         scale = None
         if mask is not None and plan.norm != "none":
             scale = norm_scale(x, mask, paper_epsilon=plan.norm == "paper")
@@ -172,7 +177,7 @@ def trained_bytes(layers: Iterable[LayerPlan], settings: Distillation) -> int:
     """
     total, rank = 0, settings.rank
     for layer in layers:
-        if not layer.keeps_all:
+        if not layer.drops_nothing:
             n, k = layer.out_features, layer.in_features
             total += BYTES_TRAINED * (n * k if rank is None else trained_rank(layer, rank) * (n + k))
             total += 0 if settings.gradient_checkpointing else _BYTES_MULTIPLIED * n * k

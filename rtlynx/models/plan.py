@@ -91,6 +91,11 @@ class LayerPlan:
         return self.pattern.n == self.pattern.m
 
     @property
+    def drops_nothing(self) -> bool:
+        """Whether the layer drops neither activations nor weights."""
+        return self.keeps_all and not self.weight_sparse
+
+    @property
     def format(self) -> Format:
         """What the layer becomes."""
         if self.dense_reason is not None:
@@ -268,7 +273,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     dropping = {
         layer.name
         for layer in layers
-        if layer.dense_reason is None and (layer.weight_sparse or not layer.keeps_all)
+        if layer.dense_reason is None and not layer.drops_nothing
     }
     for one in attentions:
         if reasons[one.name] is None and not dropping & set(one.readers):
