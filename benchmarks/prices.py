@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from script import FOLDER, options_parser
 
-import rtlynx.ops.prologues  # noqa: F401  (registers torch.ops.rtlynx)
 from rtlynx.calibration.prices import FILE, PreparationLaw, ProductLaw
 from rtlynx.timing import results
 from rtlynx.timing.card import Card
@@ -119,8 +118,9 @@ def _measured(
             parts.append(("dense", shape.n, 0, partial(_dense, sets)))
         else:
             parts.append(("fp8-dense", shape.n, 0, dense_fp8_calls(sets)["cublas_fp8"]))
+            parts.append(("fp8-weight-sparse", shape.n, 0, calls["ours_weight_sparse_gemm"]))
             if preparations:
-                parts.append(("fp8-dense", None, 0, partial(_quantisations, sets)))
+                parts.append(("fp8-dense", None, 0, calls["ours_quantize"]))
         for format, n, rank, make in parts:
             name = f"{format} {shape.m} {shape.k} {n} rank {rank}"
             timer = attempt(missing, name, lambda make=make: graphs.timer(make(), replay_ms=10.0))
@@ -134,10 +134,6 @@ def _measured(
 
 def _dense(sets: Sequence) -> list[Call]:
     return [partial(torch.nn.functional.linear, of.x, of.weight, of.bias) for of in sets]
-
-
-def _quantisations(sets: Sequence) -> list[Call]:
-    return [partial(torch.ops.rtlynx.quantize, of.x) for of in sets]
 
 
 def nonnegative_fit(columns: Sequence[Sequence[float]], wanted: np.ndarray, us: np.ndarray) -> list[float]:
@@ -210,12 +206,14 @@ def document(sources: Sequence[str]) -> dict:
     rows = [row for name in sources for row in rows_of(name)]
     laws: dict[str, dict] = {"products": {}, "preparations": {}}
     worst: dict[str, dict] = {"products": {}, "preparations": {}}
-    for format in ("dense", "bf16-sparse", "fp8-dense", "fp8-sparse"):
+    for format in ("dense", "bf16-sparse", "fp8-dense", "fp8-sparse", "fp8-weight-sparse"):
         for kind in laws:
             of = [row for row in rows if row.format == format and (row.n is None) == (kind == "preparations")]
             fitted = [row for row in of if not row.held_out]
             if format == "dense" and kind == "preparations":
                 continue
+            if format == "fp8-weight-sparse" and not fitted:
+                continue  # prepared as for fp8-dense; in files of before it was measured, multiplied as fp8-sparse
             if not fitted:
                 raise ValueError(f"no time of {format} {kind} in {', '.join(sources)}")
             like = None if any(row.m <= FEW_TOKENS for row in fitted) else laws["products"]["dense"]

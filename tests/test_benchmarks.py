@@ -180,6 +180,7 @@ def test_fp8_has_its_peers_too(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     row = tiny_row(dtype="fp8")
     assert row["cublas_fp8_us"] == row["cublas_fp8_quant_us"] == 10.0
+    assert row["ours_weight_sparse_gemm_us"] == row["ours_quantize_us"] == 10.0
     assert row["fp8_linear_us"] == 20.0
     assert row["rel_err"] < 3e-3
     assert 0.01 < row["quantization_err"] < 0.1

@@ -270,11 +270,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     )
     if architecture.text_rows is not None:
         layers = tuple(replace(layer, splits_text=layer.candidate.stream == "joint") for layer in layers)
-    dropping = {
-        layer.name
-        for layer in layers
-        if layer.dense_reason is None and not layer.drops_nothing
-    }
+    dropping = {layer.name for layer in layers if layer.dense_reason is None and not layer.drops_nothing}
     for one in attentions:
         if reasons[one.name] is None and not dropping & set(one.readers):
             reasons[one.name] = _READS_ALL

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 import rtlynx.ops.sparse_linear  # noqa: F401  (registers torch.ops.rtlynx)
+from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE
 from rtlynx.math.fp8 import Quantized, quantize_tokens, quantize_weight
-from rtlynx.math.selection import nm_mask
+from rtlynx.math.selection import nm_mask, select
+from rtlynx.math.tiles import pack_weight
 from rtlynx.ops.fp8_linear import fold_lowrank_b
+from rtlynx.ops.prologues import QUANTIZE
+from rtlynx.ops.weight_sparse import gemm_weight_sparse
 from rtlynx.timing.shapes import Shape, paper_rank
 from rtlynx.timing.sustained import Call
 
@@ -112,6 +116,15 @@ def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
             for of, given in zip(sets, inputs, strict=True)
         ]
 
+    def products_by_sparse_weights() -> list[Call]:
+        """The product alone, of quantised inputs by weights of which half is dropped, with scales and bias."""
+        calls: list[Call] = []
+        for of in sets:
+            x, weight = quantize_tokens(of.x), quantize_weight(select(of.weight, nm_mask(of.weight)))
+            packed = pack_weight(weight.values)
+            calls.append(partial(gemm_weight_sparse, x.values, x.scale, packed, weight.scale, of.bias))
+        return calls
+
     calls: dict[str, Callable[[], list[Call]]] = {
         "ours": lambda: [layer_call(of, of.lowrank_a, of.lowrank_b) for of in sets],
         "ours_gemm": products,
@@ -119,6 +132,9 @@ def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
         "ours_compress": lambda: [partial(compress, of, of.lowrank_a) for of in sets],
         "ours_compress_plain": lambda: [partial(compress, of, None) for of in sets],
     }
+    if sets[0].quantized is not None:
+        calls["ours_weight_sparse_gemm"] = products_by_sparse_weights
+        calls["ours_quantize"] = lambda: [partial(QUANTIZE[IDENTITY.name], of.x) for of in sets]
     if sets[0].paper_lowrank_a.shape != sets[0].lowrank_a.shape:
         calls["ours_paper_rank"] = lambda: [
             layer_call(of, of.paper_lowrank_a, of.paper_lowrank_b) for of in sets

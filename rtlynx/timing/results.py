@@ -28,8 +28,9 @@ LINEAR_VARIANTS = (
     "ours_compress_plain",
     "cusparselt_compress",
 )
-# Those that there are in fp8 besides: PyTorch's dense product, its dynamic quantisation.
-FP8_VARIANTS = ("cublas_fp8", "cublas_fp8_quant")
+# Those that there are in fp8 besides: PyTorch's dense product and its dynamic quantisation; our product by
+# weights of which half is dropped, and our quantisation.
+FP8_VARIANTS = ("cublas_fp8", "cublas_fp8_quant", "ours_weight_sparse_gemm", "ours_quantize")
 RATIOS = {
     "linear_vs_cublas": ("cublas_us", "ours_us"),
     "linear_paper_rank_vs_cublas": ("cublas_us", "ours_paper_rank_us"),
@@ -42,6 +43,7 @@ FP8_RATIOS = {
     "linear_vs_fp8_linear": ("fp8_linear_us", "ours_us"),
     "gemm_vs_cublas_bf16": ("cublas_us", "ours_gemm_us"),
     "gemm_vs_cublas_fp8": ("cublas_fp8_us", "ours_gemm_us"),
+    "weight_sparse_gemm_vs_cublas_fp8": ("cublas_fp8_us", "ours_weight_sparse_gemm_us"),
     "gemm_vs_cusparselt": ("cusparselt_gemm_us", "ours_gemm_us"),
 }
 
@@ -142,8 +144,12 @@ def geomean(values: Iterable[float | None]) -> float | None:
 
 
 def geomeans(rows: Iterable[Mapping], dtype: str = "bf16") -> dict[str, float | None]:
+    """Mean of each ratio, but of those whose columns an older file does not have."""
     taken, ratios = list(rows), FP8_RATIOS if dtype == "fp8" else RATIOS
-    means = {name: geomean(ratio(row, *columns) for row in taken) for name, columns in ratios.items()}
+    known = {
+        name: columns for name, columns in ratios.items() if all(set(columns) <= row.keys() for row in taken)
+    }
+    means = {name: geomean(ratio(row, *columns) for row in taken) for name, columns in known.items()}
     return {name: None if mean is None else round(mean, 4) for name, mean in means.items()}
 
 
