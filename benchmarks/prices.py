@@ -213,7 +213,7 @@ def document(sources: Sequence[str]) -> dict:
             if format == "dense" and kind == "preparations":
                 continue
             if format == "fp8-weight-sparse" and not fitted:
-                continue  # prepared as for fp8-dense; in files of before it was measured, multiplied as fp8-sparse
+                continue  # its inputs are fp8-dense's; older files do not have its products
             if not fitted:
                 raise ValueError(f"no time of {format} {kind} in {', '.join(sources)}")
             like = None if any(row.m <= FEW_TOKENS for row in fitted) else laws["products"]["dense"]

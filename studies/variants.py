@@ -155,12 +155,14 @@ def _below(sigma: float) -> Iterator[Variant]:
 
 
 def _dropping_weights() -> Iterator[Variant]:
-    """Layers that drop weights in place of activations: all, or as the budget chooses."""
+    """Layers that drop weights in place of activations: all, or with the rest of the recommended recipe."""
     every = Recipe(rank=None, precision="fp8", drop="weights", intercept=True)
+    rotated = replace(every, rotate_values=True)
     yield _sweep("drop", "fp8-weights", every)
-    yield _sweep("drop", "fp8-weights+rotated", replace(every, rotate_values=True))
-    yield _sweep("drop", "recommended-weights", Recipe.recommended(drop="weights"))
-    yield _sweep("drop", "recommended-auto", Recipe.recommended(drop="auto"))
+    yield _sweep("drop", "fp8-weights+rotated", rotated)
+    yield _sweep("distilled", "fp8-weights+rotated", rotated, distill=TRAINING)
+    for drop in ("weights", "activations"):
+        yield _sweep("drop", f"recommended-{drop}", Recipe.recommended(drop=drop))
 
 
 def _sweeps() -> Iterator[Variant]:
@@ -234,6 +236,7 @@ def _sweeps() -> Iterator[Variant]:
         "refit": Recipe(rank=None, precision="fp8"),
         "free": free,
         "recommended": Recipe.recommended(),
+        "recommended-activations": Recipe.recommended(drop="activations"),
     }
     for name, recipe in distilled.items():
         yield _sweep("distilled", name, recipe, distill=TRAINING)

@@ -77,9 +77,10 @@ class CalibrationOptions:
 class Distillation:
     """Training after the closed form, so that the sparse model's guided velocity is that of the dense one.
 
-    Trained are the weights and biases of the layers that drop activations or weights, and nothing else. The loss is
-    0.1 (c² + u²) + 0.2 (g c - (g - 1) u)²: c and u are the errors of the conditional and the unconditional
-    prediction at one state, g is the guidance scale. Where a step is one call it is the squared error alone.
+    Trained are the weights and biases of the layers that drop activations or weights, and nothing else. The
+    loss is 0.1 (c² + u²) + 0.2 (g c - (g - 1) u)²: c and u are the errors of the conditional and the
+    unconditional prediction at one state, g is the guidance scale. Where a step is one call it is the squared
+    error alone.
     Adam, with a learning rate that falls to 0 along a cosine.
 
     Parameters

@@ -90,8 +90,8 @@ def calibrate(
     calls : iterable of dict, optional
         Keyword arguments of calls of the module, in place of prompts; every eighth is held out.
     distill : Distillation, optional
-        Train the layers that drop activations or weights afterwards, on the whole model. Needs prompts, and one
-        process.
+        Train the layers that drop activations or weights afterwards, on the whole model. Needs prompts, and
+        one process.
     progress : bool
         Show progress bars.
 

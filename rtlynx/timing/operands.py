@@ -117,7 +117,7 @@ def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
         ]
 
     def products_by_sparse_weights() -> list[Call]:
-        """The product alone, of quantised inputs by weights of which half is dropped, with scales and bias."""
+        """The product alone, of quantised inputs by 2:4 weights, with scales and bias."""
         calls: list[Call] = []
         for of in sets:
             x, weight = quantize_tokens(of.x), quantize_weight(select(of.weight, nm_mask(of.weight)))
