@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from rtlynx.calibration.calls import CalibrationError, CallStore
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.processes import all_rows, distributed
+from rtlynx.calibration.replay import Enough, Position, SkippedBlocks, replay
 from rtlynx.math.reference import compress
 from rtlynx.models.architecture import Architecture, TextRows
 from rtlynx.models.plan import LayerPlan
@@ -85,41 +87,6 @@ def input_groups(layers: Sequence[LayerPlan]) -> list[InputGroup]:
     return [InputGroup(tuple(members)) for members in groups.values()]
 
 
-class _Enough(Exception):
-    """Ends a forward pass behind the last block of interest."""
-
-
-def block_order(model: nn.Module, blocks: Sequence[str], call: dict[str, Any]) -> list[str]:
-    """The blocks that run in `call`, in the order in which they first run."""
-    seen: dict[str, None] = {}
-    handles = [
-        model.get_submodule(block).register_forward_pre_hook(lambda _m, _a, name=block: seen.setdefault(name))
-        for block in blocks
-    ]
-    try:
-        _replay(model, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(seen)
-
-
-def _replay(model: nn.Module, call: dict[str, Any]) -> None:
-    """Run a recorded call, as far as is of interest."""
-    try:
-        with torch.no_grad():
-            model(**call)
-    except _Enough:
-        pass
-    except (CalibrationError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        raise CalibrationError(
-            f"a recorded call of {type(model).__name__} does not run again ({type(error).__name__}: "
-            f"{error}): the model depends on more than the arguments of its calls, so it cannot be calibrated"
-        ) from error
-
-
 def passes(groups: Sequence[InputGroup], order: Sequence[str], memory: int) -> Iterator[list[InputGroup]]:
     """Groups of as many consecutive blocks as fit into `memory` bytes of moments, at least one block each."""
     batch: list[InputGroup] = []
@@ -141,12 +108,14 @@ class Collector:
     """Replays recorded calls through a model and gathers moments (and tokens) of some input groups.
 
     tokens_per_call : how many tokens of each call to keep for a solver that trains; 0 for none.
+    skipped : blocks that need not run again; None where blocks change between two collections.
     """
 
     model: nn.Module
     architecture: Architecture
     store: CallStore
     tokens_per_call: int = 0
+    skipped: SkippedBlocks | None = None
 
     def collect(
         self,
@@ -164,22 +133,41 @@ class Collector:
         """
         device = next(self.model.parameters()).device
         position: dict[str, Any] = {}
-        handles = [self._watch(group, position) for group in groups]
+
+        def which() -> Position:
+            return position["batch"], position["index"]
 
         def enough(_module: nn.Module, _args: Any, _output: Any) -> None:
-            raise _Enough
+            raise Enough
 
-        handles.append(self.model.get_submodule(last_block).register_forward_hook(enough))
-        try:
+        with ExitStack() as stack:
+            if self.skipped is not None:
+                self._check(self.skipped, batches, last_block, device)
+                stack.enter_context(self.skipped.in_place(which, device))
+                stack.enter_context(self.skipped.keeping(last_block, which))
+            for group in groups:
+                stack.callback(self._watch(group, position).remove)
+            stack.callback(self.model.get_submodule(last_block).register_forward_hook(enough).remove)
             for split, numbers in batches.items():
                 for number in numbers:
-                    for call in self.store.replay([number], device):
-                        position.update(split=split, batch=number, rows=self._text_rows(call, groups))
-                        _replay(self.model, call)
+                    for index, call in enumerate(self.store.replay([number], device)):
+                        rows = self._text_rows(call, groups)
+                        position.update(split=split, batch=number, index=index, rows=rows)
+                        replay(self.model, call)
                     progress(1)
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def _check(
+        self,
+        skipped: SkippedBlocks,
+        batches: Mapping[str, Sequence[int]],
+        last_block: str,
+        device: torch.device,
+    ) -> None:
+        for number in (one for numbers in batches.values() for one in numbers):
+            call = next(self.store.replay([number], device), None)
+            if call is not None:
+                skipped.check(last_block, call, (number, 0), device)
+                return
 
     def _text_rows(self, call: dict[str, Any], groups: Sequence[InputGroup]) -> Any:
         joint = any(group.layers[0].candidate.stream == "joint" for group in groups)

@@ -16,7 +16,6 @@ from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in
 from rtlynx.calibration.collect import (
     Collector,
     InputGroup,
-    block_order,
     input_groups,
     passes,
 )
@@ -39,6 +38,7 @@ from rtlynx.calibration.refusals import (
     without_choice,
 )
 from rtlynx.calibration.reparameterize import find_bases
+from rtlynx.calibration.replay import SkippedBlocks, block_order
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import judged, solve_layer, solve_pruned
 from rtlynx.calibration.train import train_lowrank
@@ -272,7 +272,11 @@ class _Calibration:
         """Gather moments for as many blocks at a time as memory allows, and solve them."""
         memory = 1 if self.options.sequential else int(self.options.memory_gb * 1e9)
         collector = Collector(
-            self.model, self.plan.architecture, self.recording.store, self._training_tokens_per_call()
+            self.model,
+            self.plan.architecture,
+            self.recording.store,
+            self._training_tokens_per_call(),
+            None if self.options.sequential else SkippedBlocks(self.model, order),
         )
         replays = len(list(passes(groups, order, memory))) * len(self.recording.numbers)
         with ProgressBar("gathering moments", replays, show=self.show) as advance:

@@ -1,0 +1,153 @@
+"""Run recorded calls again, as far as is of interest and without blocks whose outputs are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtlynx.calibration.calls import CalibrationError, moved
+
+Position = tuple[int, int]  # batch, call of it
+
+
+class Enough(Exception):
+    """Ends a forward pass behind the last block of interest."""
+
+
+def block_order(model: nn.Module, blocks: Sequence[str], call: dict[str, Any]) -> list[str]:
+    """The blocks that run in `call`, in the order in which they first run."""
+    seen: dict[str, None] = {}
+    handles = [
+        model.get_submodule(block).register_forward_pre_hook(lambda _m, _a, name=block: seen.setdefault(name))
+        for block in blocks
+    ]
+    try:
+        replay(model, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen)
+
+
+def replay(model: nn.Module, call: dict[str, Any]) -> None:
+    """Run a recorded call, as far as is of interest."""
+    try:
+        with torch.no_grad():
+            model(**call)
+    except Enough:
+        pass
+    except (CalibrationError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"a recorded call of {type(model).__name__} does not run again ({type(error).__name__}: "
+            f"{error}): the model depends on more than the arguments of its calls, so it cannot be calibrated"
+        ) from error
+
+
+class SkippedBlocks:
+    """The blocks of a model up to one, replaced by what they gave.
+
+    What lies between blocks runs. Of each list of blocks the output of the last one that ran is kept, on the
+    CPU; those before it in the list give the same. That is right where nothing but the next block reads what a
+    block gives: `check` finds out, and nothing is skipped where it is not.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Whose blocks do not change from one replay to the next.
+    order : sequence of str
+        Names of its blocks, as they run.
+    """
+
+    def __init__(self, model: nn.Module, order: Sequence[str]) -> None:
+        self._model, self._order = model, list(order)
+        self._outputs: dict[str, dict[Position, Any]] = {}  # of each list
+        self._skipped = 0
+        self._exact = True
+
+    @contextmanager
+    def in_place(self, position: Callable[[], Position], device: torch.device) -> Iterator[None]:
+        """Skip the blocks; `position` says which call is replayed."""
+
+        def stand_in(outputs: dict[Position, Any]) -> Callable[..., Any]:
+            return lambda *_args, **_kwargs: moved(outputs[position()], device)
+
+        blocks = [(name, self._model.get_submodule(name)) for name in self._order[: self._skipped]]
+        before = [block.__dict__.get("forward") for _, block in blocks]
+        for name, block in blocks:
+            block.forward = stand_in(self._outputs[_list_of(name)])
+        try:
+            yield
+        finally:
+            for (_, block), forward in zip(blocks, before, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+    @contextmanager
+    def keeping(self, last: str, position: Callable[[], Position]) -> Iterator[None]:
+        """Keep what calls give up to the block `last`, and skip these blocks from then on."""
+        if not self._exact:
+            yield
+            return
+        end = self._order.index(last) + 1
+        kept = {_list_of(name): name for name in self._order[self._skipped : end]}
+        handles = []
+        for of, name in kept.items():
+            outputs = self._outputs.setdefault(of, {})
+
+            def hook(_module: nn.Module, _args: Any, output: Any, outputs: Any = outputs) -> None:
+                outputs[position()] = moved(output, "cpu")
+
+            handles.append(self._model.get_submodule(name).register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._skipped = end
+
+    def check(self, last: str, call: dict[str, Any], position: Position, device: torch.device) -> None:
+        """Skip nothing any more where the block `last` gives something else in `call` without the others."""
+        if not self._skipped:
+            return
+        seen: list[Any] = []
+
+        def see(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen.append(moved(output, "cpu"))
+            raise Enough
+
+        handle = self._model.get_submodule(last).register_forward_hook(see)
+        try:
+            replay(self._model, moved(call, device))
+            with self.in_place(lambda: position, device):
+                replay(self._model, moved(call, device))
+        except CalibrationError:  # what stands in for a block does not fit what comes between
+            seen.clear()
+        finally:
+            handle.remove()
+        if len(seen) != 2 or not _same(*seen):
+            self._outputs, self._skipped, self._exact = {}, 0, False
+
+
+def _list_of(block: str) -> str:
+    return block.rpartition(".")[0]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether nested outputs hold the same bits."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if hasattr(one, "__dict__") and not callable(one):
+        return _same(vars(one), vars(other))
+    return bool(one == other)

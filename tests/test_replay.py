@@ -1,0 +1,77 @@
+"""Calibration in several passes: blocks behind it do not run again, and it finds the same."""
+
+import pytest
+import torch
+from helpers import MODELS
+from torch import nn
+
+from rtlynx import CalibrationOptions, Recipe, calibrate
+from rtlynx.models import sparse_layers
+
+RECIPE = Recipe(rank=None, ridge=0.1)
+SEEN = 2  # calls that tell the order of blocks and their tokens
+IN_ONE, BY_BLOCK = (CalibrationOptions(heldout=0.5, memory_gb=memory) for memory in (4.0, 1e-9))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.ran = 0
+
+    def forward(self, x):
+        self.ran += 1
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Stack(nn.Module):
+    """Blocks in a row. With `remembering` the last reads also what the first gave, as in a U-Net."""
+
+    def __init__(self, remembering=False):
+        super().__init__()
+        self.blocks, self.remembering = nn.ModuleList(Block() for _ in range(4)), remembering
+
+    def forward(self, x):
+        given = []
+        for block in self.blocks:
+            if self.remembering and block is self.blocks[-1]:
+                x = x - given[0]
+            x = block(x)
+            given.append(x)
+        return x
+
+
+def calibrated(model, calls, options):
+    calibrate(model, calls=calls, recipe=RECIPE, options=options, progress=False)
+    return {name: layer.weight for name, layer in sparse_layers(model).items()}
+
+
+def stack_of(remembering=False):
+    torch.manual_seed(0)
+    return Stack(remembering)
+
+
+def inputs(count=4):
+    return [{"x": torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(i))} for i in range(count)]
+
+
+@pytest.mark.parametrize("remembering", [False, True])
+def test_blocks_behind_a_pass_run_again_only_where_they_must(remembering):
+    model, calls = stack_of(remembering), inputs()
+    found = calibrated(model, calls, BY_BLOCK)
+    expected = calibrated(stack_of(remembering), calls, IN_ONE)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    # All calls run it in the first pass, one call in each other, to see that it need not, and all again in the
+    # last where its block reads what the first gave.
+    again = len(calls) if remembering else 0
+    assert model.blocks[0].ran == len(calls) + 3 + SEEN + again
+    assert "forward" not in vars(model.blocks[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_gets_the_same_weights_block_by_block(name):
+    make, call = MODELS[name]
+    calls = [call(seed) if seed else call() for seed in range(3)]
+    found = calibrated(make(), calls, BY_BLOCK)
+    expected = calibrated(make(), calls, IN_ONE)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
