@@ -61,8 +61,8 @@ def test_blocks_behind_a_pass_run_again_only_where_they_must(remembering):
     found = calibrated(model, calls, BY_BLOCK)
     expected = calibrated(stack_of(remembering), calls, IN_ONE)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    # All calls run it in the first pass, one call in each other, to see that it need not, and all again in the
-    # last where its block reads what the first gave.
+    # All calls run it in the first pass, one in each other, to see that it need not, and all again in the
+    # last where that reads what the first gave.
     again = len(calls) if remembering else 0
     assert model.blocks[0].ran == len(calls) + 3 + SEEN + again
     assert "forward" not in vars(model.blocks[0])

@@ -53,8 +53,8 @@ class SkippedBlocks:
     """The blocks of a model up to one, replaced by what they gave.
 
     What lies between blocks runs. Of each list of blocks the output of the last one that ran is kept, on the
-    CPU; those before it in the list give the same. That is right where nothing but the next block reads what a
-    block gives: `check` finds out, and nothing is skipped where it is not.
+    CPU; those before it in the list give the same. That is right where nothing but the next block reads what
+    a block gives: `check` finds out, and nothing is skipped where it is not.
 
     Parameters
     ----------
