@@ -15,7 +15,15 @@ from rtlynx.timing.results import (
     step_speed_up,
 )
 from rtlynx.timing.shapes import Shape
-from rtlynx.timing.step_variants import DENSE_FP8, EVERY_LAYER, FP8_ATTENTION, MIXED, RECOMMENDED, TORCHAO
+from rtlynx.timing.step_variants import (
+    DENSE_FP8,
+    EVERY_LAYER,
+    EVERY_WEIGHT,
+    FP8_ATTENTION,
+    MIXED,
+    RECOMMENDED,
+    TORCHAO,
+)
 
 PRODUCT, LAYER, COMPRESSION = "What bounds the GEMM", "Where it stands", "Compression, version by version"
 PRODUCERS, HOST, FP8, STEP = "Producers, version by version", "Host time", "fp8", "A whole step"
@@ -150,6 +158,7 @@ def step_targets(document: Mapping) -> list[dict]:
 _FASTEST = {
     RECOMMENDED: (RECOMMENDED + FP8_ATTENTION, RECOMMENDED, MIXED),
     DENSE_FP8: (DENSE_FP8 + FP8_ATTENTION, DENSE_FP8),
+    EVERY_LAYER: (EVERY_WEIGHT + FP8_ATTENTION, EVERY_WEIGHT, EVERY_LAYER),
 }
 
 

@@ -59,7 +59,11 @@ def test_what_is_measured_as_ours_is_the_recommended_recipe(precision):
     whole = {layer.name for layer in make_plan(model, Recipe(rank=None)).sparse}
     step_variants.recommended(precision)(model)
     layers = sparse_layers(model)
-    halved = {name for name, layer in layers.items() if layer.pattern.n < layer.pattern.m}
+    halved = {
+        name
+        for name, layer in layers.items()
+        if layer.pattern.n < layer.pattern.m or layer.format.weight_sparse
+    }
     work = {name: model.get_submodule(name).weight.numel() for name in whole}
     share = sum(work[name] for name in halved) / sum(work.values())
     if precision == "bf16":
@@ -260,12 +264,13 @@ def test_dense_rows_of_text_beside_dense_steps_are_refused():
         step.kinds_of_steps(model, [], [1.0, 0.1])
 
 
-def test_the_variant_with_a_schedule_has_adjacent_groups_and_holds_both_weights(monkeypatch):
+def test_the_variant_with_a_schedule_drops_weights_and_holds_the_original_ones_too(monkeypatch):
     model, sparse, *_ = scheduled(monkeypatch)
-    dropping = {
-        name: layer for name, layer in sparse_layers(model).items() if layer.pattern.n < layer.pattern.m
-    }
-    assert {layer.pattern.grouping for layer in dropping.values()} == {"adjacent"}
+    dropping = {name: layer for name, layer in sparse_layers(model).items() if layer.format.weight_sparse}
+    assert dropping
+    assert all(
+        (layer.weight.float().unflatten(1, (-1, 4)) != 0).sum(-1).max() == 2 for layer in dropping.values()
+    )
     more = step.held_bytes(model) - step.held_bytes(sparse)
     entries = sum(layer.weight.numel() for layer in dropping.values())
     scales = 4 * sum(layer.out_features for layer in dropping.values())

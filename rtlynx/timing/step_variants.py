@@ -7,10 +7,13 @@ from typing import Any, Literal, NamedTuple, cast
 from torch import nn
 
 from rtlynx.math.formats import FormatName
+from rtlynx.math.fp8 import quantize_weight
+from rtlynx.math.selection import nm_mask, select
 from rtlynx.models import make_plan, sparse_layers
 from rtlynx.models.attention import fp8_attention
-from rtlynx.models.plan import LayerPlan, architecture_of
+from rtlynx.models.plan import LayerPlan, Plan, architecture_of
 from rtlynx.models.sparsify import apply_plan, sparsify
+from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.recipe import RECOMMENDED_SPEEDUP_SHARE, Recipe
 from rtlynx.timing.full_models import normals
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
@@ -112,24 +115,37 @@ def recommended(
     """Like `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 some whole.
 
     The former are taken as trained models have them: outputs of attention and of single-stream blocks, then
-    of MLPs. Steps below the noise level `dense_below` run in dense fp8; `tp_degree` is the recipe's. Rotated
-    values make all groups adjacent, for which random weights need no rotation.
+    of MLPs. In fp8 layers drop weights, the smaller of each four. Steps below the noise level `dense_below` run
+    in dense fp8; `tp_degree` is the recipe's. Random weights need no rotation.
     """
-    steps: dict[str, Any] = {"dense_sigmas": (), "grouping": "adjacent", "rotate_values": False}
+    steps: dict[str, Any] = {"dense_sigmas": (), "rotate_values": False}
     if dense_below is not None:
         steps |= {"dense_sigmas": ((0.0, dense_below),), "dense_precision": "fp8"}
 
     def change(model: nn.Module) -> None:
         recipe = Recipe.recommended(precision=precision, budget=None, tp_degree=tp_degree, **steps)
         plan = make_plan(model, recipe)
-        layers = [layer for layer in plan.sparse if layer.pattern.n < layer.pattern.m]
+        layers = [layer for layer in plan.sparse if not layer.drops_nothing]
         if precision == "fp8":
             plan = plan.in_formats(dict.fromkeys(spread_out(layers, DENSE_IN_FP8), "fp8-dense"))
         else:
             plan = plan.leave_dense(dict.fromkeys(spread_out(layers, output_shares(layers)), "budget"))
-        apply_plan(model, plan)
+        apply_plan(model, plan, partial(prune, plan))
 
     return change
+
+
+def prune(plan: Plan, name: str, layer: SparseLinear) -> None:
+    """Give `layer` the larger two of every four weights, where it drops weights by `plan`."""
+    if any(one.weight_sparse for one in plan.sparse if one.name == name):
+        kept = select(layer.weight, nm_mask(layer.weight))
+        layer.set_quantized(quantize_weight(kept), keep_dense=layer.depends_on_call, sparse=True)
+
+
+def every_weight(model: nn.Module) -> None:
+    """Every layer of the image by 2:4 weights in fp8, nothing else."""
+    plan = make_plan(model, Recipe(rank=None, precision="fp8", drop="weights"))
+    apply_plan(model, plan, partial(prune, plan))
 
 
 def with_lora(change: Callable[[nn.Module], object], rank: int = LORA_RANK) -> Callable[[nn.Module], None]:
@@ -186,7 +202,8 @@ def in_fp8_attention(change: Callable[[nn.Module], object]) -> Callable[[nn.Modu
     return both
 
 
-DENSE_FP8, EVERY_LAYER = "rtlynx dense fp8", "rtlynx fp8-2:4 (every layer)"
+DENSE_FP8 = "rtlynx dense fp8"
+EVERY_LAYER, EVERY_WEIGHT = "rtlynx fp8-2:4 (every layer)", "rtlynx fp8-2:4 weights (every layer)"
 RECOMMENDED = "rtlynx fp8-2:4 (recommended)"
 # What was recommended before, and is in files of then: one mix of sparse and dense fp8 in all steps.
 MIXED = "rtlynx fp8-2:4"
@@ -198,8 +215,9 @@ VARIANTS = (
     Variant(REFERENCE, lambda model: None),
     Variant(TORCHAO, torchao_fp8, fp8_weights=1),  # the slowest to compile
     Variant(DENSE_FP8, dense_fp8, fp8_weights=1),
-    Variant(RECOMMENDED, recommended("fp8", dense_below=DENSE_BELOW), fp8_weights=2),
+    Variant(RECOMMENDED, recommended("fp8", dense_below=DENSE_BELOW), fp8_weights=3),
     Variant(EVERY_LAYER, every_layer("fp8", rank=None), fp8_weights=1),
+    Variant(EVERY_WEIGHT, every_weight, fp8_weights=2),
     # What a user sets where the host cannot keep up.
     Variant(f"{REFERENCE}{BLOCK_GRAPHS}", lambda model: None, mode="reduce-overhead"),
     Variant(f"{DENSE_FP8}{BLOCK_GRAPHS}", dense_fp8, mode="reduce-overhead", fp8_weights=1),
@@ -207,7 +225,7 @@ VARIANTS = (
         f"{RECOMMENDED}{BLOCK_GRAPHS}",
         recommended("fp8", dense_below=DENSE_BELOW),
         mode="reduce-overhead",
-        fp8_weights=2,
+        fp8_weights=3,
     ),
 )
 # Other designs, measured where they are named.
@@ -217,12 +235,13 @@ DESIGNS = (
     Variant(
         f"{RECOMMENDED}{FP8_ATTENTION}",
         in_fp8_attention(recommended("fp8", dense_below=DENSE_BELOW)),
-        fp8_weights=2,
+        fp8_weights=3,
     ),
+    Variant(f"{EVERY_WEIGHT}{FP8_ATTENTION}", in_fp8_attention(every_weight), fp8_weights=2),
     Variant(
         f"{RECOMMENDED}, LoRA of rank {LORA_RANK}",
         with_lora(recommended("fp8", dense_below=DENSE_BELOW)),
-        fp8_weights=2,
+        fp8_weights=3,
     ),
     Variant(f"{DENSE_FP8}, LoRA of rank {LORA_RANK}", with_lora(dense_fp8), fp8_weights=1),
     Variant("rtlynx bf16-2:4", recommended("bf16")),
