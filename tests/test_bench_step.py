@@ -138,7 +138,8 @@ def test_designs_are_what_their_names_say(monkeypatch):
 def test_variants_with_fp8_attention_are_the_others_with_it():
     changes = {variant.name: variant.change for variant in step_variants.DESIGNS}
     ends = step_variants.FP8_ATTENTION
-    beside = (step_variants.REFERENCE, step_variants.DENSE_FP8, step_variants.RECOMMENDED)
+    ours = (step_variants.RECOMMENDED, step_variants.EVERY_WEIGHT)
+    beside = (step_variants.REFERENCE, step_variants.DENSE_FP8, *ours)
     assert {name for name in changes if name.endswith(ends)} == {f"{name}{ends}" for name in beside}
     plain = {variant.name: variant.change for variant in step_variants.VARIANTS}
     for name in beside:

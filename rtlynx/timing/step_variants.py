@@ -115,8 +115,8 @@ def recommended(
     """Like `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 some whole.
 
     The former are taken as trained models have them: outputs of attention and of single-stream blocks, then
-    of MLPs. In fp8 layers drop weights, the smaller of each four. Steps below the noise level `dense_below` run
-    in dense fp8; `tp_degree` is the recipe's. Random weights need no rotation.
+    of MLPs. In fp8 layers drop weights, the smaller of four. Steps below the noise level `dense_below` run in
+    dense fp8; `tp_degree` is the recipe's. Random weights need no rotation.
     """
     steps: dict[str, Any] = {"dense_sigmas": (), "rotate_values": False}
     if dense_below is not None:
