@@ -8,6 +8,7 @@ from torch import nn
 
 from rtlynx.math.formats import FormatName
 from rtlynx.models import make_plan, sparse_layers
+from rtlynx.models.architecture import FEW_TOKENS
 from rtlynx.models.attention import fp8_attention
 from rtlynx.models.plan import LayerPlan, architecture_of
 from rtlynx.models.sparsify import apply_plan, sparsify
@@ -82,13 +83,13 @@ def every_layer(
 ) -> Callable[[nn.Module], None]:
     """`Recipe()` itself: refitted weights, a low-rank branch in every layer; factors are random too.
 
-    `text` is what layers of the text stream are, where that is not what the recipe makes of them; `settings`
+    `text` is what layers of the text and audio streams are, where that is not what the recipe makes of them; `settings`
     are further fields of the recipe.
     """
 
     def change(model: nn.Module) -> None:
         candidates = architecture_of(model).candidates(model)
-        formats = {one.name: text for one in candidates if text and one.stream == "text"}
+        formats = {one.name: text for one in candidates if text and one.stream in FEW_TOKENS}
         recipe = Recipe(rank=rank, refit=True, precision=precision, formats=formats, **settings)
         plan = make_plan(model, recipe)
         normal, lowrank_as = normals(3), {}
