@@ -412,7 +412,7 @@ def in_dtype(call, dtype, device="cpu"):
 
 
 def output(model, call):
-    """The model's output tensor (of video and audio as one), without gradients; in steps of 1/40 where the test gives no schedule."""
+    """The model's output, video and audio as one, without gradients; in steps of 1/40 without a schedule."""
     own = schedule(step / 40 for step in range(40, -1, -1)) if current_schedule() is None else nullcontext()
     with torch.no_grad(), own:
         y, *others = model(**call, return_dict=False)

@@ -6,7 +6,16 @@ import pickle
 
 import pytest
 import torch
-from helpers import IN_FP8_ATTENTION, MODELS, flux_call, output, relative_error, tiny_flux, tiny_qwen, tiny_wan
+from helpers import (
+    IN_FP8_ATTENTION,
+    MODELS,
+    flux_call,
+    output,
+    relative_error,
+    tiny_flux,
+    tiny_qwen,
+    tiny_wan,
+)
 
 import rtlynx
 from rtlynx import Recipe, densify, fp8_attention, sparsify

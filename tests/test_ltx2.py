@@ -142,17 +142,17 @@ def test_called_by_position_a_block_is_that_of_diffusers():
 def test_whoever_hooks_a_part_sees_tensors(part, calls):
     model, call = sparsify(tiny_ltx2().bfloat16()), in_dtype(ltx2_call(), torch.bfloat16)
     expected, seen = output(unfused(model), call), []
-    model.get_submodule(f"{BLOCK}.{part}").register_forward_pre_hook(
-        lambda _module, args: seen.extend(args)
-    )
+    model.get_submodule(f"{BLOCK}.{part}").register_forward_pre_hook(lambda _module, args: seen.extend(args))
     assert relative_error(output(model, call), expected) < 2 * CLOSE
-    assert seen and all(isinstance(one, torch.Tensor) for one in seen)
+    assert seen
+    assert all(isinstance(one, torch.Tensor) for one in seen)
 
 
 def test_sound_is_a_stream_of_its_own():
     model = tiny_ltx2(**LATER)
     gates = [name for name, one in model.named_modules() if name.endswith("to_gate_logits")]
-    assert len(gates) == 6 and all(isinstance(model.get_submodule(name), nn.Linear) for name in gates)
+    assert len(gates) == 6
+    assert all(isinstance(model.get_submodule(name), nn.Linear) for name in gates)
     formats = {
         layer.candidate.stream: layer.format.name
         for layer in make_plan(model, Recipe.immediate(precision="fp8")).layers

@@ -197,7 +197,10 @@ SHARED = {
     "ltx": [LTX_VIDEO[:3], names(f"{DOUBLE}.attn2", "to_k", "to_v")],
     "ltx2": [
         *(LTX_VIDEO[:3], LTX2_AUDIO[:3], LTX2_TEXT[:2], LTX2_TEXT[2:]),
-        *(names(f"{DOUBLE}.{attn}", "to_k", "to_v") for attn in ("audio_to_video_attn", "video_to_audio_attn")),
+        *(
+            names(f"{DOUBLE}.{attn}", "to_k", "to_v")
+            for attn in ("audio_to_video_attn", "video_to_audio_attn")
+        ),
     ],
     "hunyuan_video15": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3])],
 }

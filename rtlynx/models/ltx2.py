@@ -43,9 +43,10 @@ def attention(
     if context is None:
         inputs = read_by_attention(attn, prologue, attn.to_q, attn.to_k, attn.to_v, *gates)
         return attn(inputs, **others)
+    inputs = read_by_attention(attn, prologue, attn.to_q, *gates)
     if isinstance(context, PrologueCall):
-        context = read_by_attention(attn, context, attn.to_k, attn.to_v)
-    return attn(read_by_attention(attn, prologue, attn.to_q, *gates), context, **others)
+        return attn(inputs, read_by_attention(attn, context, attn.to_k, attn.to_v), **others)
+    return attn(inputs, context, **others)
 
 
 def prompted(block: Any, of: Names, call: Call, parameters: Sequence[Tensor]) -> Tensor:

@@ -45,8 +45,7 @@ from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
 ARCHITECTURES = {
-    one.class_name: one
-    for one in (FLUX, FLUX2, HUNYUAN_VIDEO15, LTX, LTX2, QWEN_IMAGE, WAN, Z_IMAGE)
+    one.class_name: one for one in (FLUX, FLUX2, HUNYUAN_VIDEO15, LTX, LTX2, QWEN_IMAGE, WAN, Z_IMAGE)
 }
 
 

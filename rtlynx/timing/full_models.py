@@ -230,8 +230,8 @@ def _ltx2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
-# Number of steps: the default of FluxPipeline, QwenImagePipeline, WanPipeline and LTX2Pipeline, and what the model
-# cards of FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
+# Number of steps: the default of FluxPipeline, QwenImagePipeline, WanPipeline and LTX2Pipeline, and what the
+# model cards of FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
 FLUX_SAMPLING = Sampling(28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15})
 FLUX2_KLEIN_SAMPLING = Sampling(4, {"use_dynamic_shifting": True}, shift=_flux2_shift)
 QWEN_IMAGE_SAMPLING = Sampling(
@@ -285,8 +285,8 @@ MODELS = {
             Size(side=480, width=832, frames=81),
             WAN_SAMPLING,
         ),
-        # The class's defaults are its 19 billion parameters; size and frames are the defaults of LTX2Pipeline:
-        # 6,144 tokens of video, 126 of audio.
+        # The class's defaults are its 19 billion parameters, but for the form of rotary embeddings; size and
+        # frames are the defaults of LTX2Pipeline: 6,144 tokens of video, 126 of audio.
         FullModel(
             "ltx-2",
             lambda: LTX2VideoTransformer3DModel(rope_type="split"),

@@ -83,8 +83,8 @@ def every_layer(
 ) -> Callable[[nn.Module], None]:
     """`Recipe()` itself: refitted weights, a low-rank branch in every layer; factors are random too.
 
-    `text` is what layers of the text and audio streams are, where that is not what the recipe makes of them; `settings`
-    are further fields of the recipe.
+    `text` is what layers of the text and audio streams are, where that is not what the recipe makes of them;
+    `settings` are further fields of the recipe.
     """
 
     def change(model: nn.Module) -> None:
