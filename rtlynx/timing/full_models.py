@@ -209,12 +209,16 @@ def _wan(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
 def _ltx2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     """With guidance, for which the pipeline puts a negative prompt and the prompt in one forward.
 
-    Audio is 25 tokens for a second of 24 frames. The pipeline's mask of prompts hides nothing: what they have
-    beyond their words are registers.
+    Audio is 25 tokens for a second of 24 frames. Positions are made beforehand, as by the pipeline. Its mask
+    of prompts hides nothing: what they have beyond their words are registers.
     """
+    from diffusers.models.transformers.transformer_ltx2 import LTX2AudioVideoRotaryPosEmbed
+
     batch, (frames, height, width) = 2 * size.batch, size.grid
     audio_tokens = max(1, round(size.frames / 24 * 25))
     tokens = normal(batch, size.image_tokens, 128)
+    video = LTX2AudioVideoRotaryPosEmbed(4096)
+    audio = LTX2AudioVideoRotaryPosEmbed(2048, scale_factors=(4,), modality="audio")
     return [
         {
             "hidden_states": tokens,
@@ -222,10 +226,8 @@ def _ltx2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
             "encoder_hidden_states": normal(batch, size.text_tokens, 3840),
             "audio_encoder_hidden_states": normal(batch, size.text_tokens, 3840),
             "timestep": tokens.new_full((batch,), TIMESTEP),
-            "num_frames": frames,
-            "height": height,
-            "width": width,
-            "audio_num_frames": audio_tokens,
+            "video_coords": video.prepare_video_coords(batch, frames, height, width, tokens.device),
+            "audio_coords": audio.prepare_audio_coords(batch, audio_tokens, tokens.device),
         }
     ]
 
