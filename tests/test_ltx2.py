@@ -148,6 +148,15 @@ def test_whoever_hooks_a_part_sees_tensors(part, calls):
     assert all(isinstance(one, torch.Tensor) for one in seen)
 
 
+@torch.no_grad()
+def test_a_fused_block_is_one_graph(calls):
+    model, call = sparsify(tiny_ltx2().bfloat16()), in_dtype(ltx2_call(), torch.bfloat16)
+    expected = output(model, call)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert relative_error(output(model, call), expected) < CLOSE
+
+
 def test_sound_is_a_stream_of_its_own():
     model = tiny_ltx2(**LATER)
     gates = [name for name, one in model.named_modules() if name.endswith("to_gate_logits")]
