@@ -37,6 +37,10 @@ def rmsnorm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return rms_norm(x, x.shape[-1:], weight, eps=1e-5) * scale[:, None]
 
 
+def rms_adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
 def tanh_gelu(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
@@ -67,6 +71,15 @@ PROLOGUES = (
         adaln,
         lambda x, shift, scale, tail: torch.ops.rtlynx.adaln_compress(x, shift, scale, 1e-6, *tail),
         lambda x, shift, scale: torch.ops.rtlynx.adaln_quantize(x, shift, scale, 1e-6),
+    ),
+    Prologue(
+        "rms_adaln",  # LTX-2: video before q, k, v and before the MLP
+        6144,
+        4096,
+        lambda m, k, normal: (normal(1, m, k), normal(1, k), normal(1, k)),
+        rms_adaln,
+        lambda x, shift, scale, tail: torch.ops.rtlynx.rms_adaln_compress(x, shift, scale, 1e-6, *tail),
+        lambda x, shift, scale: torch.ops.rtlynx.rms_adaln_quantize(x, shift, scale, 1e-6),
     ),
     Prologue(
         "rmsnorm",  # Z-Image

@@ -24,8 +24,8 @@ def main() -> None:
     parser = options_parser(__doc__, seconds=1.5)
     parser.add_argument("--model", choices=list(MODELS), required=True)
     parser.add_argument("--side", type=int, help="of the picture, default 1024 pixels; of a video its height")
-    parser.add_argument("--width", type=int, help="of a video, in pixels, default 832")
-    parser.add_argument("--frames", type=int, help="of a video, default 81")
+    parser.add_argument("--width", type=int, help="of a video, in pixels, default the model's")
+    parser.add_argument("--frames", type=int, help="of a video, default the model's")
     parser.add_argument("--batch", type=int, help="default 1")
     parser.add_argument("--text-tokens", type=int, help="default: a common prompt's")
     parser.add_argument("--attention", default="_native_cudnn", help="diffusers attention backend")
@@ -40,7 +40,7 @@ def main() -> None:
     common = MODELS[options.model].size
     if common.frames == 1 and (options.width or options.frames):
         parser.error(f"{options.model} draws square pictures: leave out --width and --frames")
-    given = {name: one for name in Size._fields if (one := getattr(options, name)) is not None}
+    given = {name: one for name in Size._fields if (one := getattr(options, name, None)) is not None}
     size = common._replace(**given)
     card = Card()
     document = step.run(

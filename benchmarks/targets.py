@@ -127,6 +127,7 @@ _STEP_SPEED_UPS = {
         (DENSE_FP8, REFERENCE, 1.65),
     ),
     "flux2-klein": ((RECOMMENDED, REFERENCE, 1.5),),
+    "ltx-2": ((RECOMMENDED, REFERENCE, 1.4),),
     "qwen-image": ((RECOMMENDED, REFERENCE, 1.85), (DENSE_FP8, REFERENCE, 1.65)),
     "wan2.2-14b": ((RECOMMENDED, REFERENCE, 1.5),),
     "z-image": ((RECOMMENDED, REFERENCE, 1.9), (DENSE_FP8, REFERENCE, 1.65)),

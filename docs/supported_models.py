@@ -139,7 +139,8 @@ def described(model: nn.Module) -> str:
         line = f"dense: {one}" if dense else f"{one.stream} {one.role}{parts}: {one.rule}"
         lines.setdefault((_without_indices(model, name), line), []).append(size)
     total = sum(weights.values())
-    shares = ", ".join(f"{kind} {weights[kind] / total:.1%}" for kind in ("image", "joint", "text", "dense"))
+    kinds = ["image", "joint", "text", *(["audio"] if weights["audio"] else []), "dense"]
+    shares = ", ".join(f"{kind} {weights[kind] / total:.1%}" for kind in kinds)
     of_all = total / sum(parameter.numel() for parameter in model.parameters())
     kind = type(model)
     head = f"{kind.__name__}: {len(decided)} layers, {of_all:.1%} of all parameters; {shares}"
@@ -166,13 +167,14 @@ def models_section(root: Path, _place: Place) -> str:
     text = (root / LISTING.relative_to(ROOT)).read_text()
     lines = [
         "| model class | pipelines | calibrate in small | known by name | fused norms and activations "
-        "| LoRA fused | can be sparse | text | in linears | `compile_repeated_blocks` |",
+        "| LoRA fused | can be sparse | text, audio | in linears | `compile_repeated_blocks` |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, section in sections(text).items():
         head, used, blocks, *_ = section.splitlines()
         image, joint = (float(share) for share in re.findall(r"(?:image|joint) (\S+)%", head))
-        [text_share], [of_all] = re.findall(r"text (\S+)%", head), re.findall(r"(\S+)% of all", head)
+        few = sum(float(share) for share in re.findall(r"(?:text|audio) (\S+)%", head))
+        [of_all] = re.findall(r"(\S+)% of all", head)
         names = [one for one in used.partition(": ")[2].split(", ") if one != "none"]
         pipelines, calibrated = [f"`{one}`" for one in names], [one for one in names if calibrates(one)]
         known = ARCHITECTURES.get(name)
@@ -183,7 +185,7 @@ def models_section(root: Path, _place: Place) -> str:
             f"{len(calibrated)} of {len(names)}" if calibrated else "\N{EN DASH}",
             # (Blocks whose layers read prologues keep to that with LoRAs beside these.)
             *("yes" if one else "no" for one in (known, known and known.fused, known and known.fused)),
-            *(f"{float(share):.0f} %" for share in (image + joint, text_share, of_all)),
+            *(f"{float(share):.0f} %" for share in (image + joint, few, of_all)),
             "no" if blocks.endswith("not declared") else "yes",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -48,6 +48,7 @@ WORDS = {
     "qwen-image": "Qwen-Image",
     "z-image": "Z-Image",
     "wan2.2-14b": "Wan 2.2 14B",
+    "ltx-2": "LTX-2",
 }
 
 

@@ -118,9 +118,9 @@ class Recipe:
     balance : "kinds" | "tokens"
         Where image and text tokens share a layer: give each kind the same weight, or each token.
     text_stream : "dense" | "sparse"
-        Layers of the text stream. They carry the prompt through few tokens: most of the damage, hardly any
-        of the time. With precision "fp8" dense means "fp8-dense": in eight bits, nothing dropped; with "auto"
-        the budget chooses between that and dense.
+        Layers of the text stream, and of the audio stream of LTX-2. They carry the prompt, or the sound,
+        through few tokens: most of the damage, hardly any of the time. With precision "fp8" dense means
+        "fp8-dense": in eight bits, nothing dropped; with "auto" the budget chooses between that and dense.
     text_rows : "sparse" | "dense"
         Text tokens in blocks that image and text share.
     dense_steps : int

@@ -9,6 +9,9 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
+    LTX2VideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
     QwenImageTransformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
@@ -106,6 +109,14 @@ SMALL = {
     "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
     "z-image": lambda: ZImageTransformer2DModel(
         dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
+    ),
+    "ltx-2": lambda: LTX2VideoTransformer3DModel(
+        num_layers=1,
+        num_attention_heads=2,
+        cross_attention_dim=256,
+        audio_num_attention_heads=2,
+        audio_cross_attention_dim=128,
+        rope_type="split",
     ),
     "wan2.2-14b": lambda: WanTransformer3DModel(num_layers=1, num_attention_heads=2, ffn_dim=512),
 }
@@ -275,6 +286,105 @@ def wan_picture_call(seed=0, timestep=0.5):
     return {**wan_call(seed, timestep, text_tokens=512), **picture}
 
 
+def tiny_ltx(seed=0):
+    """One block, width 128."""
+    return _seeded(
+        lambda: LTXVideoTransformer3DModel(
+            in_channels=16,
+            out_channels=16,
+            num_attention_heads=4,
+            attention_head_dim=32,
+            cross_attention_dim=128,
+            num_layers=1,
+            caption_channels=64,
+        ),
+        seed,
+    )
+
+
+def ltx_call(seed=0, timestep=0.5, batch=1):
+    """Arguments of one call of `tiny_ltx`: 2 frames of 4 x 8 tokens."""
+    gen = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, IMAGE_TOKENS, 16, generator=gen),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 64, generator=gen),
+        "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
+        "timestep": torch.full((batch,), float(timestep)),
+        **{"num_frames": 2, "height": 4, "width": 8},
+    }
+
+
+def tiny_ltx2(seed=0, **changes):
+    """One block, width 128 for video and 64 for audio; rotary embeddings as the published weights take."""
+    config = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "cross_attention_dim": 128,
+        "audio_in_channels": 16,
+        "audio_out_channels": 16,
+        "audio_num_attention_heads": 4,
+        "audio_attention_head_dim": 16,
+        "audio_cross_attention_dim": 64,
+        "num_layers": 1,
+        "caption_channels": 64,
+        "rope_type": "split",
+    }
+    return _seeded(lambda: LTX2VideoTransformer3DModel(**{**config, **changes}), seed)
+
+
+def ltx2_call(seed=0, timestep=0.5, batch=1):
+    """Arguments of one call of `tiny_ltx2`: 2 frames of 4 x 8 tokens, and 12 of audio."""
+    gen = torch.Generator().manual_seed(seed)
+    text = torch.randn(batch, TEXT_TOKENS, 64, generator=gen)
+    return {
+        "hidden_states": torch.randn(batch, IMAGE_TOKENS, 16, generator=gen),
+        "audio_hidden_states": torch.randn(batch, 12, 16, generator=gen),
+        "encoder_hidden_states": text,
+        "audio_encoder_hidden_states": text,
+        "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
+        "audio_encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
+        "timestep": torch.full((batch,), float(timestep)),
+        **{"num_frames": 2, "height": 4, "width": 8, "audio_num_frames": 12},
+    }
+
+
+def tiny_hunyuan_video15(seed=0):
+    """One double block, width 128."""
+    return _seeded(
+        lambda: HunyuanVideo15Transformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=32,
+            num_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=64,
+            text_embed_2_dim=32,
+            image_embed_dim=48,
+            rope_axes_dim=(8, 12, 12),
+        ),
+        seed,
+    )
+
+
+def hunyuan_video15_call(seed=0, timestep=0.5, batch=1):
+    """Arguments of one call of `tiny_hunyuan_video15`: 2 frames of 4 x 8 tokens; the text is padded."""
+    gen = torch.Generator().manual_seed(seed)
+    glyphs = torch.ones(batch, 4)
+    glyphs[:, 3:] = 0
+    return {
+        "hidden_states": torch.randn(batch, 4, 2, 4, 8, generator=gen),
+        "timestep": torch.full((batch,), float(timestep)),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 64, generator=gen),
+        "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS),
+        "encoder_hidden_states_2": torch.randn(batch, 4, 32, generator=gen),
+        "encoder_attention_mask_2": glyphs,
+        "image_embeds": torch.zeros(batch, 3, 48),
+    }
+
+
 # name -> a tiny model of each architecture, and the arguments of a call of it
 MODELS = {
     "flux": (tiny_flux, flux_call),
@@ -282,7 +392,12 @@ MODELS = {
     "qwen": (tiny_qwen, qwen_call),
     "z-image": (tiny_z_image, z_image_call),
     "wan": (tiny_wan, wan_call),
+    "ltx": (tiny_ltx, ltx_call),
+    "ltx2": (tiny_ltx2, ltx2_call),
+    "hunyuan-video15": (tiny_hunyuan_video15, hunyuan_video15_call),
 }
+# those whose attention may be in eight bits: the others hand it masks
+IN_FP8_ATTENTION = ("flux", "flux2", "qwen", "z-image", "wan")
 
 
 def in_dtype(call, dtype, device="cpu"):
@@ -297,11 +412,13 @@ def in_dtype(call, dtype, device="cpu"):
 
 
 def output(model, call):
-    """The model's output tensor, without gradients; in steps of 1/40 where the test gives no schedule."""
+    """The model's output, video and audio as one, without gradients; in steps of 1/40 without a schedule."""
     own = schedule(step / 40 for step in range(40, -1, -1)) if current_schedule() is None else nullcontext()
     with torch.no_grad(), own:
-        y = model(**call, return_dict=False)[0]
-    return y if isinstance(y, torch.Tensor) else torch.stack(list(y))
+        y, *others = model(**call, return_dict=False)
+    y = y if isinstance(y, torch.Tensor) else torch.stack(list(y))
+    audio = [one.flatten(1) for one in others if isinstance(one, torch.Tensor)]
+    return torch.cat([y.flatten(1), *audio], dim=1) if audio else y
 
 
 @contextmanager

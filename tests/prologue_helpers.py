@@ -10,6 +10,7 @@ from rtlynx.cuda.sm90.prologues import PROLOGUES
 
 K = 64
 NAMES = tuple(name for name in PROLOGUES if name != "identity")
+MODULATED = ("adaln", "rms_adaln", "rmsnorm")
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -20,7 +21,7 @@ def make_inputs(name, *leading, k=K, batch=None):
     """Inputs of `name` for (*leading, k); modulations for each batch."""
     batch = batch or (leading[0] if len(leading) == 2 else 1)
     x = normal(*leading, k, seed=1)
-    if name == "adaln":
+    if name in ("adaln", "rms_adaln"):
         return x, normal(batch, k, seed=2), normal(batch, k, seed=3), 1e-6
     if name == "rmsnorm":
         return x, normal(k, seed=2), normal(batch, k, seed=3), 1e-5
@@ -35,14 +36,17 @@ def by_formula(name, *inputs):
     """The prologue in float64."""
     wide = [one.double() if isinstance(one, torch.Tensor) else one for one in inputs]
     first = wide[0]
-    if name in ("adaln", "rmsnorm"):
+    if name in MODULATED:
         _, second, third, eps = wide
         along = (-1, 1, K) if first.ndim == 3 else (-1, K)
         if name == "adaln":
             centred = first - first.mean(-1, keepdim=True)
             normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
             return normed * (1 + third.view(along)) + second.view(along)
-        return first / (first.square().mean(-1, keepdim=True) + eps).sqrt() * second * third.view(along)
+        normed = first / (first.square().mean(-1, keepdim=True) + eps).sqrt()
+        if name == "rms_adaln":
+            return normed * (1 + third.view(along)) + second.view(along)
+        return normed * second * third.view(along)
     if name == "silu_gate":
         return first / (1 + (-first).exp()) * wide[1]
     last = wide[-1]
@@ -67,13 +71,13 @@ def read_matrix(structure, offset, rows, columns):
 def read_bound(x):
     """What the kernel makes of a bound prologue, from its bytes, in float64 rounded as the test wants it."""
     name, parameters = x.prologue.name, x.parameters
-    if name in ("adaln", "rmsnorm"):
+    if name in MODULATED:
         rows, batches = read_matrix(parameters, 0, x.rows, x.columns)
         first, second, stride, eps = struct.unpack_from("<QQif", parameters, 32)
         made = []
         for row, batch in zip(rows, batches, strict=True):
             offset = 2 * batch * stride
-            one = in_memory(first + (offset if name == "adaln" else 0), x.columns)
+            one = in_memory(first + (0 if name == "rmsnorm" else offset), x.columns)
             made.append(by_formula(name, row[None], one, in_memory(second + offset, x.columns), eps)[0])
         return torch.stack(made)
     if name == "identity":

@@ -6,7 +6,16 @@ import pickle
 
 import pytest
 import torch
-from helpers import MODELS, flux_call, output, relative_error, tiny_flux, tiny_qwen, tiny_wan
+from helpers import (
+    IN_FP8_ATTENTION,
+    MODELS,
+    flux_call,
+    output,
+    relative_error,
+    tiny_flux,
+    tiny_qwen,
+    tiny_wan,
+)
 
 import rtlynx
 from rtlynx import Recipe, densify, fp8_attention, sparsify
@@ -190,7 +199,7 @@ def backends(model):
 
 
 @pytest.mark.parametrize("recipe", [None, Recipe.dense_fp8(), Recipe.immediate(text_stream="sparse")])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IN_FP8_ATTENTION)
 def test_a_model_gets_it_and_loses_it_again(name, recipe):
     model, call = MODELS[name][0](), call_of(name)
     if recipe is not None:
@@ -215,7 +224,7 @@ def test_every_attention_of_every_block_computes_in_eight_bits(monkeypatch):
     monkeypatch.setattr(
         "rtlynx.ops.attention.attention_fp8", lambda q, *rest: seen.append(q.shape) or real(q, *rest)
     )
-    for name in MODELS:
+    for name in IN_FP8_ATTENTION:
         model = fp8_attention(MODELS[name][0]())
         output(model, call_of(name))
         assert len(seen) == len(backends(model)), name

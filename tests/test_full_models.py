@@ -31,6 +31,19 @@ def test_wan_has_fourteen_billion_parameters():
     assert (len(model.blocks), *shape) == (40, 13_824, 5120)
 
 
+def test_a_video_of_ltx_2_has_larger_tokens_and_sound():
+    full = MODELS["ltx-2"]
+    assert full.size.image_tokens == 16 * 16 * 24 == 6144
+    (call,) = full.calls(full.size, meta)
+    # With guidance: two prompts in one call. Audio: 121 / 24 seconds, 25 tokens a second.
+    assert call["hidden_states"].shape == (2, 6144, 128)
+    assert call["audio_hidden_states"].shape == (2, 126, 128)
+    assert call["encoder_hidden_states"].shape == (2, 1024, 3840)
+    with torch.device("meta"):
+        model = full.build()
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 1) == 18.9
+
+
 def test_an_unknown_model_is_refused_by_name():
     with pytest.raises(ValueError, match="no full-size model is called 'flux'; there are flux1-dev, "):
         full_model("flux")
@@ -48,6 +61,7 @@ AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 409
         ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
         ("z-image", 9, 3.0, None),
         ("wan2.2-14b", 50, 3.0, None),
+        ("ltx-2", 30, math.exp(0.95 + 1.1 * (4096 - 1024) / (4096 - 1024)), 0.1),
     ],
 )
 def test_a_picture_goes_through_the_noise_levels_of_its_pipeline(name, steps, shift, terminal):

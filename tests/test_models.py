@@ -8,11 +8,17 @@ import torch
 from helpers import (
     flux2_call,
     flux_call,
+    hunyuan_video15_call,
+    ltx2_call,
+    ltx_call,
     output,
     qwen_call,
     relative_error,
     tiny_flux,
     tiny_flux2,
+    tiny_hunyuan_video15,
+    tiny_ltx,
+    tiny_ltx2,
     tiny_qwen,
     tiny_wan,
     tiny_wan_of_picture,
@@ -50,8 +56,26 @@ WAN_VIDEO = [
     *names(WAN_CROSS, "to_q", "to_out.0"),
     *names("blocks.0.ffn.net", "0.proj", "2"),
 ]
+LTX_VIDEO = [
+    *names(f"{DOUBLE}.attn1", "to_q", "to_k", "to_v", "to_out.0"),
+    *names(f"{DOUBLE}.attn2", "to_q", "to_out.0"),
+    *names(f"{DOUBLE}.ff.net", "0.proj", "2"),
+]
+LTX2_VIDEO = [
+    *LTX_VIDEO,
+    *names(f"{DOUBLE}.audio_to_video_attn", "to_q", "to_out.0"),
+    *names(f"{DOUBLE}.video_to_audio_attn", "to_k", "to_v"),
+]
+LTX2_AUDIO = [
+    *names(f"{DOUBLE}.audio_attn1", "to_q", "to_k", "to_v", "to_out.0"),
+    *names(f"{DOUBLE}.audio_attn2", "to_q", "to_out.0"),
+    *names(f"{DOUBLE}.audio_to_video_attn", "to_k", "to_v"),
+    *names(f"{DOUBLE}.video_to_audio_attn", "to_q", "to_out.0"),
+    *names(f"{DOUBLE}.audio_ff.net", "0.proj", "2"),
+]
+LTX2_TEXT = [name for attn in ("attn2", "audio_attn2") for name in names(f"{DOUBLE}.{attn}", "to_k", "to_v")]
 
-# name -> model, its call, image and joint layers, text layers: written out from the architectures.
+# name -> model, its call, image and joint layers, text and audio layers: written out from the architectures.
 MODELS = {
     "flux": (
         tiny_flux,
@@ -89,6 +113,14 @@ MODELS = {
         WAN_VIDEO,
         names(WAN_CROSS, "to_k", "to_v", "add_k_proj", "add_v_proj"),
     ),
+    "ltx": (tiny_ltx, ltx_call, LTX_VIDEO, names(f"{DOUBLE}.attn2", "to_k", "to_v")),
+    "ltx2": (tiny_ltx2, ltx2_call, LTX2_VIDEO, [*LTX2_AUDIO, *LTX2_TEXT]),
+    "hunyuan_video15": (
+        tiny_hunyuan_video15,
+        hunyuan_video15_call,
+        names(DOUBLE, *ATTENTION, "ff.net.0.proj", "ff.net.2"),
+        names(DOUBLE, *ADDED, "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
 
@@ -123,7 +155,9 @@ def test_exactly_the_named_layers_turn_sparse(name, text_stream):
     plan = {layer.name: layer for layer in state_of(model).plan.layers}
     assert set(plan) == {*image, *text}
     if text_stream == "dense":
-        assert {plan[n].dense_reason for n in text} == {"text stream"}
+        assert {n: plan[n].dense_reason for n in text} == {
+            n: "audio stream" if n in LTX2_AUDIO else "text stream" for n in text
+        }
 
 
 @each_model
@@ -160,6 +194,15 @@ SHARED = {
         *(WAN_VIDEO[:3], names(WAN_CROSS, "to_k", "to_v")),
         names(WAN_CROSS, "add_k_proj", "add_v_proj"),
     ],
+    "ltx": [LTX_VIDEO[:3], names(f"{DOUBLE}.attn2", "to_k", "to_v")],
+    "ltx2": [
+        *(LTX_VIDEO[:3], LTX2_AUDIO[:3], LTX2_TEXT[:2], LTX2_TEXT[2:]),
+        *(
+            names(f"{DOUBLE}.{attn}", "to_k", "to_v")
+            for attn in ("audio_to_video_attn", "video_to_audio_attn")
+        ),
+    ],
+    "hunyuan_video15": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3])],
 }
 
 

@@ -48,6 +48,11 @@ MLPS = {
         f"transformer_blocks.0.{mlp}.net.2": [f"transformer_blocks.0.{mlp}.net.0.proj"]
         for mlp in ("img_mlp", "txt_mlp")
     },
+    "ltx": {DOWN: ["transformer_blocks.0.ff.net.0.proj"]},
+    "ltx2": {
+        f"transformer_blocks.0.{mlp}.net.2": [f"transformer_blocks.0.{mlp}.net.0.proj"]
+        for mlp in ("ff", "audio_ff")
+    },
     "wan": {"blocks.0.ffn.net.2": ["blocks.0.ffn.net.0.proj"]},
     "z-image": {
         f"{block}.0.feed_forward.w2": [f"{block}.0.feed_forward.{up}" for up in ("w1", "w3")]

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from helpers import relative_error
 from prologue_helpers import (
+    MODULATED,
     NAMES,
     K,
     by_formula,
@@ -68,7 +69,7 @@ def test_compressed_as_the_rounded_result(name, norm, rank, grouping, parts):
     assert torch.equal(result[0], pack_a(dense.view(70, K), Pattern(2, 4, grouping, tuple(parts) or 1)))
 
 
-@pytest.mark.parametrize("name", ["adaln", "rmsnorm"])
+@pytest.mark.parametrize("name", MODULATED)
 def test_every_batch_has_a_modulation_of_its_own(name):
     x, first, second, eps = make_inputs(name, 3, 10)
     tail = (None, "adjacent", [], True)
@@ -81,14 +82,14 @@ def test_every_batch_has_a_modulation_of_its_own(name):
     assert torch.equal(dense(operator(name)(x, *column, eps, *tail), 30).view(3, 10, K), together)
 
 
-@pytest.mark.parametrize("name", ["adaln", "rmsnorm"])
+@pytest.mark.parametrize("name", MODULATED)
 def test_one_modulation_for_all_batches(name):
     x, first, second, eps = make_inputs(name, 3, 10, batch=1)
     tail = (None, "adjacent", [], True)
     expected = operator(name)(x, first, second, eps, *tail)[0]
     row = second.expand(3, K)
     shapes = [(first, second[0]), (first, row), (first, second.unsqueeze(1)), (first, row.float())]
-    shapes += [(first[0], row), (first.expand(3, K), second[0])] if name == "adaln" else []
+    shapes += [(first[0], row), (first.expand(3, K), second[0])] if name != "rmsnorm" else []
     for one, other in shapes:
         assert torch.equal(operator(name)(x, one, other, eps, *tail)[0], expected)
 
@@ -197,7 +198,7 @@ def test_the_kernel_finds_its_operands(handed, name, leading):
         assert relative_error(dense, expected) < 3e-3
 
 
-@pytest.mark.parametrize("name", ["adaln", "rmsnorm"])
+@pytest.mark.parametrize("name", MODULATED)
 def test_the_kernel_finds_modulations_of_every_shape(handed, name):
     x, first, second, eps = make_inputs(name, 3, 7)
     together = normal(3, 4 * K, seed=8)

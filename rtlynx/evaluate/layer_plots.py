@@ -14,7 +14,7 @@ from rtlynx.calibration.budget import inputs_of
 from rtlynx.calibration.options import CalibrationReport
 from rtlynx.calibration.prices import ModelPrices, packaged_prices
 from rtlynx.math.formats import DENSE, FormatName
-from rtlynx.models.architecture import Role, Stream
+from rtlynx.models.architecture import FEW_TOKENS, Role, Stream
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.models.sparsify import state_of, target_model
 from rtlynx.recipe import Recipe
@@ -244,7 +244,7 @@ def _tokens(plan: Plan, report: CalibrationReport | None, tokens: tuple[int, int
     if len(given) != 2 or not all(type(count) is int and count > 0 for count in given):
         raise ValueError(f"tokens are two whole numbers above 0 (image, text), got {tokens!r}")
     image, text = given
-    by_stream = {"image": image, "text": text, "joint": image + text}
+    by_stream = {"image": image, "text": text, "audio": text, "joint": image + text}
     return {layer.name: by_stream[layer.candidate.stream] for layer in plan.layers}
 
 
@@ -380,7 +380,7 @@ def _mark(axes: Axes, points: Sequence[LayerPoint], column: _Column, size: float
             value = 0.0
         if value is not None:
             edge = column.is_error and not value > 0  # which a logarithmic axis does not have
-            key = point.format, point.stream == "text", edge
+            key = point.format, point.stream in FEW_TOKENS, edge
             place = point.depth + shift, 0.04 if edge else value * column.unit
             groups.setdefault(key, []).append(place)
     for (format, hollow, edge), places in groups.items():
@@ -421,8 +421,9 @@ def _legend(figure: Figure, points: Sequence[LayerPoint], title: str) -> None:
     handles = [
         sign(format, colour, marker, colour) for format, (colour, marker) in _SIGNS.items() if format in used
     ]
-    if any(point.stream == "text" for point in points):
-        handles.append(sign("hollow: text stream", "#333333", "o", "white"))
+    hollow = [stream for stream in FEW_TOKENS if any(point.stream == stream for point in points)]
+    if hollow:
+        handles.append(sign(f"hollow: {' and '.join(hollow)} stream", "#333333", "o", "white"))
     figure.legend(
         handles=handles,
         loc="outside upper left",

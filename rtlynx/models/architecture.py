@@ -13,10 +13,13 @@ from torch import nn
 from rtlynx.nn.call import TextRows
 
 Role = Literal["attention-in", "attention-out", "mlp-up", "mlp-down", "single-out", "linear"]
-Stream = Literal["image", "text", "joint"]
+Stream = Literal["image", "text", "joint", "audio"]
 
 # Roles whose groups are strided by default: their groups then span different heads.
 STRIDED_ROLES: tuple[Role, ...] = ("attention-out", "single-out")
+
+# Streams of few tokens that much depends on: dense by default, or in eight bits.
+FEW_TOKENS: tuple[Stream, ...] = ("text", "audio")
 
 # Names of the timestep in models that follow the generic rule.
 TIMESTEPS = ("timestep", "timesteps", "t", "sigma")

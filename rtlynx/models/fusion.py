@@ -99,6 +99,10 @@ _HANDING_ON = {
     "Flux2ParallelSelfAttnProcessor",
     "FluxAttnProcessor",
     "FluxIPAdapterAttnProcessor",
+    "HunyuanVideo15AttnProcessor2_0",
+    "LTX2AudioVideoAttnProcessor",
+    "LTX2PerturbedAttnProcessor",
+    "LTXVideoAttnProcessor",
     "QwenDoubleStreamAttnProcessor2_0",
     "WanAttnProcessor",
     "ZSingleStreamAttnProcessor",
@@ -170,8 +174,8 @@ def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 
 def feed_forward(ff: Any, prologue: PrologueCall) -> Tensor:
-    """diffusers' FeedForward with tanh GELU, of what `prologue` yields."""
-    if not untouched(ff):
+    """diffusers' FeedForward of what `prologue` yields; with another activation than tanh GELU its own."""
+    if not untouched(ff) or getattr(ff.net[0], "approximate", None) != "tanh":
         return ff(prologue.dense())
     up, dropout, down = ff.net
     hidden = up.proj(read(prologue, up.proj))

@@ -23,6 +23,7 @@ from rtlynx.math.formats import (
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
 from rtlynx.models.architecture import (
+    FEW_TOKENS,
     STRIDED_ROLES,
     Architecture,
     Attention,
@@ -34,13 +35,18 @@ from rtlynx.models.flux import FLUX
 from rtlynx.models.flux2 import FLUX2
 from rtlynx.models.generic import GENERIC
 from rtlynx.models.guards import foreign_reason, refuse_prepared
+from rtlynx.models.hunyuan_video15 import HUNYUAN_VIDEO15
+from rtlynx.models.ltx import LTX
+from rtlynx.models.ltx2 import LTX2
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.reparameterize import fixed_reason, hidden_groups
 from rtlynx.models.wan import WAN
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
-ARCHITECTURES = {one.class_name: one for one in (FLUX, FLUX2, QWEN_IMAGE, WAN, Z_IMAGE)}
+ARCHITECTURES = {
+    one.class_name: one for one in (FLUX, FLUX2, HUNYUAN_VIDEO15, LTX, LTX2, QWEN_IMAGE, WAN, Z_IMAGE)
+}
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -339,7 +345,7 @@ def _like_linear(module: nn.Module) -> bool:
 
 def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe, rotated: bool) -> LayerPlan:
     fixed = recipe.fixed_format(candidate.name)
-    keep_all = fixed is None and candidate.stream == "text" and recipe.text_stream == "dense"
+    keep_all = fixed is None and candidate.stream in FEW_TOKENS and recipe.text_stream == "dense"
     # The kernels do not compress wider inputs in fp8: sparsity would be slower than none.
     too_wide = linear.in_features > MAX_COLUMNS_FP8
     eight_bits: FormatName = "fp8-dense" if keep_all or too_wide else "fp8-sparse"
@@ -358,7 +364,7 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe, rotated
     pattern = Pattern() if layer.weight_sparse else layer.pattern
     reason = layer.dense_reason or pattern.misfit(linear.in_features)
     if reason is None and keep_all and recipe.precision == "bf16":
-        reason = "text stream"
+        reason = f"{candidate.stream} stream"
     if reason is None:
         glob = next((glob for glob in recipe.skip if fnmatch.fnmatchcase(candidate.name, glob)), None)
         reason = f"skipped by {glob!r}" if glob else None

@@ -236,6 +236,27 @@ def affine_layernorm(norm: nn.LayerNorm, x: Tensor) -> PrologueCall:
     return PrologueCall("adaln", (x, shift, scale, norm.eps), lambda: norm(x.float()).type_as(x))
 
 
+def rms_adaln(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> PrologueCall:
+    """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` an RMS norm with `eps`.
+
+    shift and scale (B, 1, K), or (B, T, K), which no operator takes, nor a norm with a weight.
+    """
+
+    def dense() -> Tensor:
+        return norm(x) * (1 + scale) + shift
+
+    if norm.weight is not None or shift.shape[1] != 1:
+        return PrologueCall("rms_adaln", (), dense)
+    return PrologueCall("rms_adaln", (x, shift, scale, norm.eps), dense)
+
+
+def plain_rmsnorm(norm: nn.Module, x: Tensor) -> PrologueCall:
+    """norm(x): x (B, T, K), `norm` an RMS norm with `eps`, with a weight (K,) or without."""
+    ones = x.new_ones(x.shape[-1])
+    weight = ones if norm.weight is None else norm.weight
+    return PrologueCall("rmsnorm", (x, weight, ones, norm.eps), lambda: norm(x))
+
+
 def rmsnorm(norm: nn.Module, x: Tensor, scale: Tensor) -> PrologueCall:
     """norm(x) * scale: x (B, T, K), `norm` an RMS norm with `weight` (K,) and `eps`, scale (B, 1, K)."""
     return PrologueCall("rmsnorm", (x, norm.weight, scale, norm.eps), lambda: norm(x) * scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    LTX2VideoTransformer3DModel,
     QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
     WanTransformer3DModel,
@@ -28,7 +30,8 @@ class Size(NamedTuple):
     side : pixels of its height, and of its width unless `width` says another.
     batch : pictures or videos.
     text_tokens : of each prompt.
-    frames : of a video, 1 + a multiple of 4; 1 for a picture.
+    frames : of a video, 1 + a multiple of `token`'s; 1 for a picture.
+    token : frames, and pixels of height and width, that one token stands for; the first frame stands alone.
     """
 
     side: int = 1024
@@ -36,6 +39,7 @@ class Size(NamedTuple):
     text_tokens: int = 512
     width: int | None = None
     frames: int = 1
+    token: tuple[int, int, int] = (4, 16, 16)
 
     @property
     def latents(self) -> tuple[int, int, int]:
@@ -43,9 +47,14 @@ class Size(NamedTuple):
         return 1 + (self.frames - 1) // 4, self.side // 8, (self.width or self.side) // 8
 
     @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, height and width in tokens."""
+        frames, height, width = self.token
+        return 1 + (self.frames - 1) // frames, self.side // height, (self.width or self.side) // width
+
+    @property
     def image_tokens(self) -> int:
-        frames, height, width = self.latents
-        return frames * (height // 2) * (width // 2)
+        return math.prod(self.grid)
 
     def described(self) -> dict[str, int]:
         """As results files have it."""
@@ -197,8 +206,34 @@ def _wan(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
-# Number of steps: the default of FluxPipeline, of QwenImagePipeline and of WanPipeline, and what the model
-# cards of FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
+def _ltx2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    """With guidance, for which the pipeline puts a negative prompt and the prompt in one forward.
+
+    Audio is 25 tokens for a second of 24 frames. Positions are made beforehand, as by the pipeline. Its mask
+    of prompts hides nothing: what they have beyond their words are registers.
+    """
+    from diffusers.models.transformers.transformer_ltx2 import LTX2AudioVideoRotaryPosEmbed
+
+    batch, (frames, height, width) = 2 * size.batch, size.grid
+    audio_tokens = max(1, round(size.frames / 24 * 25))
+    tokens = normal(batch, size.image_tokens, 128)
+    video = LTX2AudioVideoRotaryPosEmbed(4096)
+    audio = LTX2AudioVideoRotaryPosEmbed(2048, scale_factors=(4,), modality="audio")
+    return [
+        {
+            "hidden_states": tokens,
+            "audio_hidden_states": normal(batch, audio_tokens, 128),
+            "encoder_hidden_states": normal(batch, size.text_tokens, 3840),
+            "audio_encoder_hidden_states": normal(batch, size.text_tokens, 3840),
+            "timestep": tokens.new_full((batch,), TIMESTEP),
+            "video_coords": video.prepare_video_coords(batch, frames, height, width, tokens.device),
+            "audio_coords": audio.prepare_audio_coords(batch, audio_tokens, tokens.device),
+        }
+    ]
+
+
+# Number of steps: the default of FluxPipeline, QwenImagePipeline, WanPipeline and LTX2Pipeline, and what the
+# model cards of FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
 FLUX_SAMPLING = Sampling(28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15})
 FLUX2_KLEIN_SAMPLING = Sampling(4, {"use_dynamic_shifting": True}, shift=_flux2_shift)
 QWEN_IMAGE_SAMPLING = Sampling(
@@ -217,6 +252,17 @@ WAN_SAMPLING = Sampling(
     50,
     {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     UniPCMultistepScheduler,
+)
+LTX2_SAMPLING = Sampling(
+    30,
+    {
+        "use_dynamic_shifting": True,
+        "base_shift": 0.95,
+        "max_shift": 2.05,
+        "base_image_seq_len": 1024,
+        "max_image_seq_len": 4096,
+        "shift_terminal": 0.1,
+    },
 )
 
 MODELS = {
@@ -240,6 +286,15 @@ MODELS = {
             _wan,
             Size(side=480, width=832, frames=81),
             WAN_SAMPLING,
+        ),
+        # The class's defaults are its 19 billion parameters, but for the form of rotary embeddings; size and
+        # frames are the defaults of LTX2Pipeline: 6,144 tokens of video, 126 of audio.
+        FullModel(
+            "ltx-2",
+            lambda: LTX2VideoTransformer3DModel(rope_type="split"),
+            _ltx2,
+            Size(side=512, text_tokens=1024, width=768, frames=121, token=(8, 32, 32)),
+            LTX2_SAMPLING,
         ),
         FullModel("flux2-klein", _flux2_klein_4b, _flux2, Size(), FLUX2_KLEIN_SAMPLING),
     )

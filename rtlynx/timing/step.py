@@ -105,8 +105,8 @@ def step_of(
         with around():
             for call in calls:
                 torch.compiler.cudagraph_mark_step_begin()  # for dense blocks in mode "reduce-overhead"
-                (y,) = call_model(**call, return_dict=False)
-                outputs += y if isinstance(y, list) else [y]
+                for y in call_model(**call, return_dict=False):  # video and audio of LTX-2
+                    outputs += y if isinstance(y, list) else [y]
         return outputs
 
     return step

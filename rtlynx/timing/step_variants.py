@@ -10,6 +10,7 @@ from rtlynx.math.formats import FormatName
 from rtlynx.math.fp8 import quantize_weight
 from rtlynx.math.selection import nm_mask, select
 from rtlynx.models import make_plan, sparse_layers
+from rtlynx.models.architecture import FEW_TOKENS
 from rtlynx.models.attention import fp8_attention
 from rtlynx.models.plan import LayerPlan, Plan, architecture_of
 from rtlynx.models.sparsify import apply_plan, sparsify
@@ -85,13 +86,13 @@ def every_layer(
 ) -> Callable[[nn.Module], None]:
     """`Recipe()` itself: refitted weights, a low-rank branch in every layer; factors are random too.
 
-    `text` is what layers of the text stream are, where that is not what the recipe makes of them; `settings`
-    are further fields of the recipe.
+    `text` is what layers of the text and audio streams are, where that is not what the recipe makes of them;
+    `settings` are further fields of the recipe.
     """
 
     def change(model: nn.Module) -> None:
         candidates = architecture_of(model).candidates(model)
-        formats = {one.name: text for one in candidates if text and one.stream == "text"}
+        formats = {one.name: text for one in candidates if text and one.stream in FEW_TOKENS}
         recipe = Recipe(rank=rank, refit=True, precision=precision, formats=formats, **settings)
         plan = make_plan(model, recipe)
         normal, lowrank_as = normals(3), {}

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("cudnn")
 
-from helpers import MODELS, in_dtype, output, relative_error
+from helpers import IN_FP8_ATTENTION, MODELS, in_dtype, output, relative_error
 
 from rtlynx import Recipe, fp8_attention, sparsify
 from rtlynx.math.attention import attention_fp8 as reference
@@ -148,7 +148,7 @@ def unmasked(name, call, dtype=torch.bfloat16):
     return in_dtype({**call, "encoder_hidden_states_mask": None} if name == "qwen" else call, dtype, "cuda")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IN_FP8_ATTENTION)
 def test_models_are_as_near_compiled(name):
     make, make_call = MODELS[name]
     call, model = unmasked(name, make_call()), make().bfloat16().cuda()

@@ -31,6 +31,7 @@ pytestmark = [
 ROWS = (1, 7, 129, 1000, 4099)
 WIDTHS = {
     "adaln": 3072,
+    "rms_adaln": 4096,
     "rmsnorm": 3840,
     "gelu": 12288,
     "silu_gate": 10240,

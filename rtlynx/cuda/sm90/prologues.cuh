@@ -67,6 +67,18 @@ DEVICE RowMoments moments_of(const uint4 (&values)[N]) {
     return m;
 }
 
+// The same about zero: an RMS norm needs no mean.
+template <int N>
+DEVICE RowMoments moments_about_zero(const uint4 (&values)[N]) {
+    RowMoments m{8.f * N, 0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < N * 8; ++i) {
+        const float value = unpack(values[i / 8]).v[i % 8];
+        m.m2 = fmaf(value, value, m.m2);
+    }
+    return m;
+}
+
 // 1 / (1 + 2^x)
 DEVICE float inverse_of_one_plus_exp2(float x) {
     float power, inverse;
@@ -117,10 +129,17 @@ struct Prologue : PrologueBase {
     DEVICE uint4 apply(const Row&, const Modulation&, int, const uint4 (&input)[1]) const { return input[0]; }
 };
 
-#elif defined(PROLOGUE_ADALN)
-// layer_norm(x) * (1 + scale) + shift, a scale and a shift for each batch.
+#elif defined(PROLOGUE_ADALN) || defined(PROLOGUE_RMS_ADALN)
+// norm(x) * (1 + scale) + shift, a scale and a shift for each batch: a layer norm, or an RMS norm.
 struct Prologue : PrologueBase {
     static constexpr bool kNeedsMoments = true;
+#ifdef PROLOGUE_RMS_ADALN
+    static constexpr bool kCentred = false;
+    template <int N>
+    DEVICE static RowMoments moments(const uint4 (&values)[N]) {
+        return moments_about_zero(values);
+    }
+#endif
     Matrix x;
     const uint16_t *shift, *scale;
     int modulation_stride;  // from batch to batch, 0 where all share one
@@ -132,7 +151,7 @@ struct Prologue : PrologueBase {
     }
     DEVICE const uint16_t* input_at(const Row& row, int, int column) const { return row.input[0] + column; }
     DEVICE void set_moments(Row& row, const RowMoments& m) const {
-        row.mean = m.mean;
+        row.mean = kCentred ? m.mean : 0.f;
         row.inv_std = rsqrtf(m.m2 / m.count + eps);
     }
     struct Modulation {
@@ -168,16 +187,9 @@ struct Prologue : PrologueBase {
         row.modulation_offset = x.batch(index) * modulation_stride;
     }
     DEVICE const uint16_t* input_at(const Row& row, int, int column) const { return row.input[0] + column; }
-    // About zero: the norm needs no mean.
     template <int N>
     DEVICE static RowMoments moments(const uint4 (&values)[N]) {
-        RowMoments m{8.f * N, 0.f, 0.f};
-#pragma unroll
-        for (int i = 0; i < N * 8; ++i) {
-            const float value = unpack(values[i / 8]).v[i % 8];
-            m.m2 = fmaf(value, value, m.m2);
-        }
-        return m;
+        return moments_about_zero(values);
     }
     DEVICE void set_moments(Row& row, const RowMoments& m) const { row.inv_std = rsqrtf(m.m2 / m.count + eps); }
     using Modulation = F32x8;

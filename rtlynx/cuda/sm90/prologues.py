@@ -116,6 +116,10 @@ def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale.float()) + shift.float()
 
 
+def _rms_adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return rms_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale.float()) + shift.float()
+
+
 def _rmsnorm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     return rms_norm(x.float(), x.shape[-1:], eps=eps) * weight.float() * scale.float()
 
@@ -135,6 +139,13 @@ PROLOGUES: dict[str, Prologue] = {
             "layer_norm(x) * (1 + scale) + shift",
             (("x", "rows"), ("shift", "batches"), ("scale", "batches"), ("eps", "float")),
             _adaln,
+            many_registers=True,
+        ),
+        Prologue(
+            "rms_adaln",
+            "rms_norm(x) * (1 + scale) + shift",
+            (("x", "rows"), ("shift", "batches"), ("scale", "batches"), ("eps", "float")),
+            _rms_adaln,
             many_registers=True,
         ),
         Prologue(
