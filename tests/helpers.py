@@ -7,9 +7,11 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
@@ -140,6 +142,29 @@ def flux_call(seed=0, batch=1, timestep=0.5):
     }
 
 
+def tiny_chroma(seed=0, **changes):
+    """One double and one single block, width 128."""
+    config = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "axes_dims_rope": (8, 12, 12),
+        "approximator_num_channels": 32,
+        "approximator_hidden_dim": 64,
+        "approximator_layers": 1,
+    }
+    return _seeded(lambda: ChromaTransformer2DModel(**{**config, **changes}), seed)
+
+
+def chroma_call(seed=0, batch=1, timestep=0.5):
+    """Arguments of one call of `tiny_chroma`."""
+    call = flux_call(seed, batch, timestep)
+    return {name: value for name, value in call.items() if name != "pooled_projections"}
+
+
 def tiny_flux2(seed=0, **changes):
     """One double and one single block, width 128, MLPs of 384; with guidance as dev has it."""
     config = {
@@ -199,6 +224,36 @@ def qwen_call(seed=0, timestep=0.5):
         "encoder_hidden_states_mask": torch.ones(1, TEXT_TOKENS, dtype=torch.bool),
         "timestep": torch.tensor([float(timestep)]),
         "img_shapes": [[(1, 8, 8)]],
+    }
+
+
+def tiny_sd3(seed=0, **changes):
+    """A double block of each kind, width 128: one with a second attention, and the last, whose text ends."""
+    config = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "caption_projection_dim": 128,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 16,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    return _seeded(lambda: SD3Transformer2DModel(**{**config, **changes}), seed)
+
+
+def sd3_call(seed=0, batch=1, timestep=0.5):
+    """Arguments of one call of `tiny_sd3`: 64 image tokens."""
+    gen = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 4, 16, 16, generator=gen),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 64, generator=gen),
+        "pooled_projections": torch.randn(batch, 32, generator=gen),
+        "timestep": torch.full((batch,), float(timestep)),
     }
 
 
@@ -278,8 +333,10 @@ def wan_picture_call(seed=0, timestep=0.5):
 # name -> a tiny model of each architecture, and the arguments of a call of it
 MODELS = {
     "flux": (tiny_flux, flux_call),
+    "chroma": (tiny_chroma, chroma_call),
     "flux2": (tiny_flux2, flux2_call),
     "qwen": (tiny_qwen, qwen_call),
+    "sd3": (tiny_sd3, sd3_call),
     "z-image": (tiny_z_image, z_image_call),
     "wan": (tiny_wan, wan_call),
 }

@@ -30,17 +30,19 @@ from rtlynx.models.architecture import (
     Mlp,
     Reparameterizable,
 )
+from rtlynx.models.chroma import CHROMA
 from rtlynx.models.flux import FLUX
 from rtlynx.models.flux2 import FLUX2
 from rtlynx.models.generic import GENERIC
 from rtlynx.models.guards import foreign_reason, refuse_prepared
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.reparameterize import fixed_reason, hidden_groups
+from rtlynx.models.sd3 import SD3
 from rtlynx.models.wan import WAN
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
-ARCHITECTURES = {one.class_name: one for one in (FLUX, FLUX2, QWEN_IMAGE, WAN, Z_IMAGE)}
+ARCHITECTURES = {one.class_name: one for one in (CHROMA, FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE)}
 
 
 def architecture_of(model: nn.Module) -> Architecture:

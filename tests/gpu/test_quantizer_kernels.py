@@ -8,7 +8,7 @@ import prologue_cases
 import pytest
 import torch
 from cases import poisoned
-from prologue_cases import MODULATED, MODULATIONS, misaligned, with_changes
+from prologue_cases import MODULATED, MODULATIONS, along_tokens, misaligned, randomize_, with_changes
 from quantizer_cases import MATRIX, NAMES, QuantizerCase, check, compare, make_inputs, operator
 
 from rtlynx import Pattern, SparseLinear
@@ -84,7 +84,7 @@ def test_every_kind_of_data(name, k, data):
 def test_tokens_alone_without_a_batch(name):
     for rows in (129, 8):
         inputs = make_inputs(QuantizerCase(name, rows, 512))
-        flat = [one[0] if getattr(one, "ndim", 0) == 3 else one for one in inputs]
+        flat = [one[0] if along_tokens(one) else one for one in inputs]
         compare(name, flat, served=True)
 
 
@@ -165,9 +165,7 @@ def test_a_captured_graph_replays(name):
         captured = operator(name)(*inputs)
         again = operator(name)(*inputs)  # begins before the one above has ended
     for _ in range(5):
-        for one in inputs:
-            if isinstance(one, torch.Tensor):
-                one.copy_(torch.randn_like(one))
+        randomize_(inputs)
         expected = operator(name)(*inputs)
         for replay in range(20):
             if replay == 0:
@@ -195,7 +193,7 @@ def test_nothing_waits_for_the_card(name):
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_no_rows_and_no_kernel(name):
-    inputs = [one[:, :0] if getattr(one, "ndim", 0) == 3 else one for one in changed(name)]
+    inputs = [one[:, :0] if along_tokens(one) else one for one in changed(name)]
     assert [out.shape for out in operator(name)(*inputs)] == [(3, 0, 384), (3, 0, 1)]
 
 
