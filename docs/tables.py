@@ -43,9 +43,11 @@ WORDS = {
     BLOCK_GRAPHS: ", CUDA graphs",
     "fp8-2:4": "sparse fp8",
     "bf16-2:4": "sparse bf16",
+    "chroma": "Chroma",
     "flux1-dev": "FLUX.1-dev",
     "flux2-klein": "FLUX.2-klein",
     "qwen-image": "Qwen-Image",
+    "sd3.5-large": "Stable Diffusion 3.5 large",
     "z-image": "Z-Image",
     "wan2.2-14b": "Wan 2.2 14B",
 }

@@ -95,6 +95,7 @@ def _seeded(build, seed):
 
 # The classes of full-size models, as wide outside, small inside.
 SMALL = {
+    "chroma": lambda: ChromaTransformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=2),
     "flux1-dev": lambda: FluxTransformer2DModel(
         guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2
     ),
@@ -106,6 +107,9 @@ SMALL = {
         joint_attention_dim=7680,
     ),
     "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
+    "sd3.5-large": lambda: SD3Transformer2DModel(
+        num_layers=1, num_attention_heads=2, caption_projection_dim=128, qk_norm="rms_norm"
+    ),
     "z-image": lambda: ZImageTransformer2DModel(
         dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
     ),
@@ -198,7 +202,7 @@ def flux2_call(seed=0, batch=1, timestep=0.5):
     }
 
 
-def tiny_qwen(seed=0, num_layers=1):
+def tiny_qwen(seed=0, num_layers=1, **changes):
     """One double block or more, width 128."""
     return _seeded(
         lambda: QwenImageTransformer2DModel(
@@ -210,6 +214,7 @@ def tiny_qwen(seed=0, num_layers=1):
             num_attention_heads=4,
             joint_attention_dim=64,
             axes_dims_rope=(8, 12, 12),
+            **changes,
         ),
         seed,
     )
@@ -225,6 +230,22 @@ def qwen_call(seed=0, timestep=0.5):
         "timestep": torch.tensor([float(timestep)]),
         "img_shapes": [[(1, 8, 8)]],
     }
+
+
+def tiny_qwen_edit(seed=0):
+    """As Qwen-Image-Edit 2511: tokens of reference pictures are modulated by the timestep zero."""
+    return tiny_qwen(seed, zero_cond_t=True)
+
+
+REFERENCES = 16  # tokens of the picture to edit, behind those that are drawn
+
+
+def qwen_edit_call(seed=0, timestep=0.5):
+    """Arguments of one call of `tiny_qwen_edit`."""
+    gen = torch.Generator().manual_seed(100 + seed)
+    call = qwen_call(seed, timestep)
+    tokens = torch.cat([call["hidden_states"], torch.randn(1, REFERENCES, 16, generator=gen)], dim=1)
+    return {**call, "hidden_states": tokens, "img_shapes": [[(1, 8, 8), (1, 4, 4)]]}
 
 
 def tiny_sd3(seed=0, **changes):
@@ -243,7 +264,9 @@ def tiny_sd3(seed=0, **changes):
         "dual_attention_layers": (0,),
         "qk_norm": "rms_norm",
     }
-    return _seeded(lambda: SD3Transformer2DModel(**{**config, **changes}), seed)
+    model = _seeded(lambda: SD3Transformer2DModel(**{**config, **changes}), seed)
+    model._repeated_blocks = ["JointTransformerBlock"]  # diffusers declares none
+    return model
 
 
 def sd3_call(seed=0, batch=1, timestep=0.5):

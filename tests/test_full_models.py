@@ -31,9 +31,27 @@ def test_wan_has_fourteen_billion_parameters():
     assert (len(model.blocks), *shape) == (40, 13_824, 5120)
 
 
+def test_sd35_large_has_eight_billion_parameters_and_no_second_attention():
+    with torch.device("meta"):
+        model = MODELS["sd3.5-large"].build()
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 2) == 8.06
+    assert len(model.transformer_blocks) == 38
+    assert not any("attn2" in name for name, _ in model.named_modules())
+    assert set(model._repeated_blocks) == {type(block).__name__ for block in model.transformer_blocks}
+
+
 def test_an_unknown_model_is_refused_by_name():
     with pytest.raises(ValueError, match="no full-size model is called 'flux'; there are flux1-dev, "):
         full_model("flux")
+
+
+def test_sd3_ends_at_the_first_step_of_training_which_is_shifted_twice():
+    def shifted(t):
+        return 3 * t / (1 + 2 * t)
+
+    end = shifted(1 / 1000)
+    wanted = [shifted(1 - (1 - end) * i / 27) for i in range(28)]
+    assert MODELS["sd3.5-large"].sampling.sigmas(Size()) == pytest.approx(wanted, abs=1e-6)
 
 
 # FLUX.2's shift is a line in steps through these two, each a line in tokens.
@@ -43,6 +61,7 @@ AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 409
 @pytest.mark.parametrize(
     ("name", "steps", "shift", "terminal"),
     [
+        ("chroma", 35, math.exp(1.15), None),
         ("flux1-dev", 28, math.exp(1.15), None),  # 4,096 tokens are the most of its scheduler
         ("flux2-klein", 4, math.exp(AT_10_STEPS + 6 / 190 * (AT_10_STEPS - AT_200_STEPS)), None),
         ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),

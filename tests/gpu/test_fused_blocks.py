@@ -8,13 +8,15 @@ import torch
 pytest.importorskip("diffusers")
 
 from fusion_helpers import RECIPES, give_factors, unfused
-from helpers import MODELS, flux_call, in_dtype, output, relative_error
+from helpers import MODELS as KNOWN
+from helpers import flux_call, in_dtype, output, qwen_edit_call, relative_error, tiny_qwen_edit
 
 from rtlynx import sparsify
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 
 pytestmark = pytest.mark.gpu
 
+MODELS = {**KNOWN, "qwen-edit": (tiny_qwen_edit, qwen_edit_call)}
 # What stands for a chain's result, in each of them.
 READ = {
     "bf16": {CompressedInput},
