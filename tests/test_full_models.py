@@ -1,10 +1,13 @@
 """Full-size models for timing: their sizes, and the noise levels that their pictures go through."""
 
+import copy
 import math
 
 import pytest
 import torch
+from helpers import SMALL
 
+from rtlynx.timing import full_models
 from rtlynx.timing.full_models import MODELS, Size, full_model
 from rtlynx.timing.results import picture_size
 
@@ -38,6 +41,18 @@ def test_sd35_large_has_eight_billion_parameters_and_no_second_attention():
     assert len(model.transformer_blocks) == 38
     assert not any("attn2" in name for name, _ in model.named_modules())
     assert set(model._repeated_blocks) == {type(block).__name__ for block in model.transformer_blocks}
+
+
+@torch.no_grad()
+def test_chroma_embeds_guidance_as_ever_without_the_host(monkeypatch):
+    small = SMALL["chroma"]()
+    model = copy.deepcopy(small)
+    monkeypatch.setattr(full_models, "ChromaTransformer2DModel", lambda: model)
+    MODELS["chroma"].build()
+    (call, _) = MODELS["chroma"].calls(Size(side=64, batch=2, text_tokens=5), torch.randn)
+    expected = small(**call, return_dict=False)[0]
+    assert torch.equal(model(**call, return_dict=False)[0], expected)
+    assert model.to("meta").time_text_embed.guidance_proj(torch.zeros(2)).is_meta
 
 
 def test_an_unknown_model_is_refused_by_name():
