@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoint_helpers import make
 from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
 from fusion_helpers import count_calls, serve, unfused
 from helpers import in_dtype, output, relative_error, sd3_call, tiny_sd3
@@ -123,6 +124,19 @@ def test_values_of_both_attentions_are_rotated_and_the_last_text_is_read_by_the_
         f"{LAST}.attn": (f"{LAST}.attn.to_out.0",),
     }
     assert not plan.unrotated
+
+
+@torch.no_grad()
+def test_rotated_values_take_no_ip_adapter():
+    """It mixes values of its own with those of the image, which are in another basis then."""
+    adapter = SD3IPAdapterJointAttnProcessor2_0(128, 64, 32, timesteps_emb_dim=48)
+    recipe, before = Recipe.immediate(rotate_values=True), tiny_sd3()
+    before.get_submodule(BLOCK).attn.set_processor(adapter)
+    assert f"{BLOCK}.attn" in make_plan(before, recipe).unrotated
+    after = make(recipe, tiny_sd3, sd3_call)
+    after.get_submodule(BLOCK).attn.set_processor(adapter)
+    with pytest.raises(RuntimeError, match="processor"):
+        output(after, sd3_call())
 
 
 def test_every_layer_of_the_text_may_be_sparse():

@@ -102,15 +102,16 @@ _HANDING_ON = {
     "FluxIPAdapterAttnProcessor",
     "JointAttnProcessor2_0",
     "QwenDoubleStreamAttnProcessor2_0",
-    "SD3IPAdapterJointAttnProcessor2_0",
     "WanAttnProcessor",
     "ZSingleStreamAttnProcessor",
 }
+# Those that hand it on likewise, and mix further values, of an adapter, into what the output layers read.
+_MIXING_MORE = {"SD3IPAdapterJointAttnProcessor2_0"}
 
 
 def read_by_attention(attn: Any, prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
     """`rtlynx.nn.prologue.read` for layers that `attn` calls with its input; other processors get tensors."""
-    if hands_on(attn):
+    if untouched(attn) and (processor_known(attn) or type(attn.processor).__name__ in _MIXING_MORE):
         return read(prologue, *layers)
     return prologue.dense()
 

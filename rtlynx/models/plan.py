@@ -42,7 +42,16 @@ from rtlynx.models.wan import WAN
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
-ARCHITECTURES = {one.class_name: one for one in (CHROMA, FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE)}
+_KNOWN = (
+    CHROMA,
+    FLUX,
+    FLUX2,
+    QWEN_IMAGE,
+    SD3,
+    WAN,
+    Z_IMAGE,
+)
+ARCHITECTURES = {one.class_name: one for one in _KNOWN}
 
 
 def architecture_of(model: nn.Module) -> Architecture:
