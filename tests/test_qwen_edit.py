@@ -92,6 +92,15 @@ def test_without_references_all_tokens_have_the_timestep():
     assert relative_error(output(model, drawn), output(unfused(model), drawn)) < CLOSE
 
 
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_it_compiles_as_one_graph_a_block():
+    model, call = model_and_call()
+    expected = output(sparsify(model, Recipe.dense_fp8()), call)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(output(model, call), expected)
+
+
 def test_gradients_reach_the_modulation():
     model, call = model_and_call(torch.float32)
     dense = copy.deepcopy(model)
