@@ -8,7 +8,15 @@ import prologue_cases
 import pytest
 import torch
 from cases import poisoned
-from prologue_cases import MODULATED, MODULATIONS, along_tokens, misaligned, randomize_, with_changes
+from prologue_cases import (
+    BY_TOKEN,
+    MODULATED,
+    MODULATIONS,
+    along_tokens,
+    misaligned,
+    randomize_,
+    with_changes,
+)
 from quantizer_cases import MATRIX, NAMES, QuantizerCase, check, compare, make_inputs, operator
 
 from rtlynx import Pattern, SparseLinear
@@ -137,6 +145,20 @@ def changed(name, **change):
 @pytest.mark.parametrize("name", MODULATED)
 def test_modulations_of_every_shape(name, change, served):
     compare(name, changed(name, **change), served)
+
+
+@pytest.mark.parametrize("table", [1, 4])
+def test_choices_of_any_number_and_layout(table):
+    x, shift, scale, choice, eps = make_inputs(QuantizerCase(BY_TOKEN, 147, 384, batch=3))
+    wild = torch.randint(-9, 9, (3, 98), device="cuda", dtype=torch.int32)
+    for given in (wild[:, :49], wild[:, ::2], wild[:1, 1:50].expand(3, -1)):
+        result = operator(BY_TOKEN)(x, shift[:table], scale[:table], given, eps)
+        compare(BY_TOKEN, (x, shift[:table], scale[:table], given.clamp(0, table - 1), eps), served=True)
+        expected = operator(BY_TOKEN)(x, shift[:table], scale[:table], given.clamp(0, table - 1), eps)
+        assert all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            for a, b in zip(result, expected, strict=True)
+        )
 
 
 # -------------------------------------------------------------------------------------- how it runs
