@@ -149,7 +149,7 @@ def test_modulations_of_every_shape(name, change, served):
 
 @pytest.mark.parametrize("table", [1, 4])
 def test_choices_of_any_number_and_layout(table):
-    x, shift, scale, choice, eps = make_inputs(QuantizerCase(BY_TOKEN, 147, 384, batch=3))
+    x, shift, scale, _, eps = make_inputs(QuantizerCase(BY_TOKEN, 147, 384, batch=3))
     wild = torch.randint(-9, 9, (3, 98), device="cuda", dtype=torch.int32)
     for given in (wild[:, :49], wild[:, ::2], wild[:1, 1:50].expand(3, -1)):
         result = operator(BY_TOKEN)(x, shift[:table], scale[:table], given, eps)
