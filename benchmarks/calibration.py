@@ -49,9 +49,11 @@ FLUX_BLOCKS = {
     "single": ("transformer_blocks.*", "single_transformer_blocks.[1-9]*"),
 }
 BLOCKS = {
+    "chroma": FLUX_BLOCKS,
     "flux1-dev": FLUX_BLOCKS,
     "flux2-klein": FLUX_BLOCKS,
     "qwen-image": {"double": ("transformer_blocks.[1-9]*",)},
+    "sd3.5-large": {"double": ("transformer_blocks.[1-9]*",)},
     "z-image": {"layer": ("noise_refiner.*", "layers.[1-9]*")},
 }
 # The whole model: everything that calibration can do but the low-rank branch, which the recipe leaves out.

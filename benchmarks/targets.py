@@ -119,6 +119,7 @@ def _least(values: Iterable[float | None]) -> float | None:
 
 # Model -> (variant, beside which, at least).
 _STEP_SPEED_UPS = {
+    "chroma": ((RECOMMENDED, REFERENCE, 1.5),),
     "flux1-dev": (
         (RECOMMENDED, REFERENCE, 1.9),
         (RECOMMENDED, TORCHAO, 1.4),
@@ -129,6 +130,7 @@ _STEP_SPEED_UPS = {
     "flux2-klein": ((RECOMMENDED, REFERENCE, 1.5),),
     "ltx-2": ((RECOMMENDED, REFERENCE, 1.4),),
     "qwen-image": ((RECOMMENDED, REFERENCE, 1.85), (DENSE_FP8, REFERENCE, 1.65)),
+    "sd3.5-large": ((RECOMMENDED, REFERENCE, 1.5),),
     "wan2.2-14b": ((RECOMMENDED, REFERENCE, 1.5),),
     "z-image": ((RECOMMENDED, REFERENCE, 1.9), (DENSE_FP8, REFERENCE, 1.65)),
 }

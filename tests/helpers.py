@@ -7,12 +7,14 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
@@ -96,6 +98,7 @@ def _seeded(build, seed):
 
 # The classes of full-size models, as wide outside, small inside.
 SMALL = {
+    "chroma": lambda: ChromaTransformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=2),
     "flux1-dev": lambda: FluxTransformer2DModel(
         guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2
     ),
@@ -107,6 +110,9 @@ SMALL = {
         joint_attention_dim=7680,
     ),
     "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
+    "sd3.5-large": lambda: SD3Transformer2DModel(
+        num_layers=1, num_attention_heads=2, caption_projection_dim=128, qk_norm="rms_norm"
+    ),
     "z-image": lambda: ZImageTransformer2DModel(
         dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
     ),
@@ -151,6 +157,29 @@ def flux_call(seed=0, batch=1, timestep=0.5):
     }
 
 
+def tiny_chroma(seed=0, **changes):
+    """One double and one single block, width 128."""
+    config = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "axes_dims_rope": (8, 12, 12),
+        "approximator_num_channels": 32,
+        "approximator_hidden_dim": 64,
+        "approximator_layers": 1,
+    }
+    return _seeded(lambda: ChromaTransformer2DModel(**{**config, **changes}), seed)
+
+
+def chroma_call(seed=0, batch=1, timestep=0.5):
+    """Arguments of one call of `tiny_chroma`."""
+    call = flux_call(seed, batch, timestep)
+    return {name: value for name, value in call.items() if name != "pooled_projections"}
+
+
 def tiny_flux2(seed=0, **changes):
     """One double and one single block, width 128, MLPs of 384; with guidance as dev has it."""
     config = {
@@ -184,7 +213,7 @@ def flux2_call(seed=0, batch=1, timestep=0.5):
     }
 
 
-def tiny_qwen(seed=0, num_layers=1):
+def tiny_qwen(seed=0, num_layers=1, **changes):
     """One double block or more, width 128."""
     return _seeded(
         lambda: QwenImageTransformer2DModel(
@@ -196,6 +225,7 @@ def tiny_qwen(seed=0, num_layers=1):
             num_attention_heads=4,
             joint_attention_dim=64,
             axes_dims_rope=(8, 12, 12),
+            **changes,
         ),
         seed,
     )
@@ -210,6 +240,54 @@ def qwen_call(seed=0, timestep=0.5):
         "encoder_hidden_states_mask": torch.ones(1, TEXT_TOKENS, dtype=torch.bool),
         "timestep": torch.tensor([float(timestep)]),
         "img_shapes": [[(1, 8, 8)]],
+    }
+
+
+def tiny_qwen_edit(seed=0):
+    """As Qwen-Image-Edit 2511: tokens of reference pictures are modulated by the timestep zero."""
+    return tiny_qwen(seed, zero_cond_t=True)
+
+
+REFERENCES = 16  # tokens of the picture to edit, behind those that are drawn
+
+
+def qwen_edit_call(seed=0, timestep=0.5):
+    """Arguments of one call of `tiny_qwen_edit`."""
+    gen = torch.Generator().manual_seed(100 + seed)
+    call = qwen_call(seed, timestep)
+    tokens = torch.cat([call["hidden_states"], torch.randn(1, REFERENCES, 16, generator=gen)], dim=1)
+    return {**call, "hidden_states": tokens, "img_shapes": [[(1, 8, 8), (1, 4, 4)]]}
+
+
+def tiny_sd3(seed=0, **changes):
+    """A double block of each kind, width 128: one with a second attention, and the last, whose text ends."""
+    config = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "caption_projection_dim": 128,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 16,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    model = _seeded(lambda: SD3Transformer2DModel(**{**config, **changes}), seed)
+    model._repeated_blocks = ["JointTransformerBlock"]  # diffusers declares none
+    return model
+
+
+def sd3_call(seed=0, batch=1, timestep=0.5):
+    """Arguments of one call of `tiny_sd3`: 64 image tokens."""
+    gen = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 4, 16, 16, generator=gen),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, 64, generator=gen),
+        "pooled_projections": torch.randn(batch, 32, generator=gen),
+        "timestep": torch.full((batch,), float(timestep)),
     }
 
 
@@ -388,16 +466,18 @@ def hunyuan_video15_call(seed=0, timestep=0.5, batch=1):
 # name -> a tiny model of each architecture, and the arguments of a call of it
 MODELS = {
     "flux": (tiny_flux, flux_call),
+    "chroma": (tiny_chroma, chroma_call),
     "flux2": (tiny_flux2, flux2_call),
     "qwen": (tiny_qwen, qwen_call),
+    "sd3": (tiny_sd3, sd3_call),
     "z-image": (tiny_z_image, z_image_call),
     "wan": (tiny_wan, wan_call),
     "ltx": (tiny_ltx, ltx_call),
     "ltx2": (tiny_ltx2, ltx2_call),
     "hunyuan-video15": (tiny_hunyuan_video15, hunyuan_video15_call),
 }
-# those whose attention may be in eight bits: the others hand it masks
-IN_FP8_ATTENTION = ("flux", "flux2", "qwen", "z-image", "wan")
+# those whose attention may be in eight bits: the others hand it masks, or do not dispatch it
+IN_FP8_ATTENTION = ("flux", "chroma", "flux2", "qwen", "z-image", "wan")
 
 
 def in_dtype(call, dtype, device="cpu"):

@@ -23,6 +23,9 @@ def make_inputs(name, *leading, k=K, batch=None):
     x = normal(*leading, k, seed=1)
     if name in ("adaln", "rms_adaln"):
         return x, normal(batch, k, seed=2), normal(batch, k, seed=3), 1e-6
+    if name == "adaln_by_token":
+        choice = torch.randint(5, leading, generator=torch.Generator().manual_seed(4), dtype=torch.int32)
+        return x, normal(5, k, seed=2), normal(5, k, seed=3), choice, 1e-6
     if name == "rmsnorm":
         return x, normal(k, seed=2), normal(batch, k, seed=3), 1e-5
     if name == "gelu":
@@ -36,6 +39,14 @@ def by_formula(name, *inputs):
     """The prologue in float64."""
     wide = [one.double() if isinstance(one, torch.Tensor) else one for one in inputs]
     first = wide[0]
+    if name == "adaln_by_token":
+        _, second, third, _, eps = wide
+        rows = inputs[3].flatten().tolist()
+        alone = [
+            by_formula("adaln", token[None], second[row], third[row], eps)
+            for token, row in zip(first.flatten(0, -2), rows, strict=True)
+        ]
+        return torch.cat(alone).view(first.shape)
     if name in MODULATED:
         _, second, third, eps = wide
         along = (-1, 1, K) if first.ndim == 3 else (-1, K)
@@ -71,6 +82,14 @@ def read_matrix(structure, offset, rows, columns):
 def read_bound(x):
     """What the kernel makes of a bound prologue, from its bytes, in float64 rounded as the test wants it."""
     name, parameters = x.prologue.name, x.parameters
+    if name == "adaln_by_token":
+        rows, _ = read_matrix(parameters, 0, x.rows, x.columns)
+        shift, scale, choice, stride, last, eps = struct.unpack_from("<QQQiif", parameters, 32)
+        chosen = (ctypes.c_int32 * x.rows).from_address(choice)
+        starts = [2 * min(max(one, 0), last) * stride for one in chosen]
+        pairs = [(in_memory(shift + at, x.columns), in_memory(scale + at, x.columns)) for at in starts]
+        made = [by_formula("adaln", row[None], *pair, eps) for row, pair in zip(rows, pairs, strict=True)]
+        return torch.cat(made)
     if name in MODULATED:
         rows, batches = read_matrix(parameters, 0, x.rows, x.columns)
         first, second, stride, eps = struct.unpack_from("<QQif", parameters, 32)
@@ -105,6 +124,11 @@ def laid_out_otherwise(inputs):
         moved = [change(one) if getattr(one, "ndim", 0) == 3 else one for one in inputs]
         assert not moved[0].is_contiguous()
         yield moved
+
+
+def along_tokens(one):
+    """Whether an input of (B, T) tokens has a row or an entry for each."""
+    return isinstance(one, torch.Tensor) and (one.ndim == 3 or not one.is_floating_point())
 
 
 def is_tokens(one):

@@ -198,6 +198,12 @@ def backends(model):
     ]
 
 
+def test_attentions_that_are_not_dispatched_are_refused():
+    # Its processor calls PyTorch's attention.
+    with pytest.raises(ValueError, match="SD3Transformer2DModel has no attention that diffusers dispatches"):
+        fp8_attention(MODELS["sd3"][0]())
+
+
 @pytest.mark.parametrize("recipe", [None, Recipe.dense_fp8(), Recipe.immediate(text_stream="sparse")])
 @pytest.mark.parametrize("name", IN_FP8_ATTENTION)
 def test_a_model_gets_it_and_loses_it_again(name, recipe):

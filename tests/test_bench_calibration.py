@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, TinyPipeline, qwen_call, tiny_flux, tiny_flux2, tiny_qwen, tiny_z_image
+from helpers import (
+    SMALL,
+    TinyPipeline,
+    qwen_call,
+    tiny_chroma,
+    tiny_flux,
+    tiny_flux2,
+    tiny_qwen,
+    tiny_sd3,
+    tiny_z_image,
+)
 from parallel_helpers import torchrun
 
 import rtlynx
@@ -22,9 +32,11 @@ import calibration
 from calibration import BLOCKS, RandomPipeline, Stages, calibrate_whole, distill_quantised
 
 SEVERAL = {
+    "chroma": lambda: tiny_chroma(num_layers=3, num_single_layers=3),
     "flux1-dev": lambda: tiny_flux(num_layers=3, num_single_layers=12),
     "flux2-klein": lambda: tiny_flux2(num_layers=3, num_single_layers=12),
     "qwen-image": tiny_qwen,
+    "sd3.5-large": tiny_sd3,
     "z-image": tiny_z_image,
 }
 
@@ -32,11 +44,13 @@ SEVERAL = {
 @pytest.mark.parametrize(
     ("name", "kind", "block"),
     [
+        ("chroma", "single", "single_transformer_blocks.0"),
         ("flux1-dev", "double", "transformer_blocks.0"),
         ("flux1-dev", "single", "single_transformer_blocks.0"),
         ("flux2-klein", "double", "transformer_blocks.0"),
         ("flux2-klein", "single", "single_transformer_blocks.0"),
         ("qwen-image", "double", "transformer_blocks.0"),
+        ("sd3.5-large", "double", "transformer_blocks.0"),
         ("z-image", "layer", "layers.0"),
     ],
 )

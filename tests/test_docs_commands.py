@@ -139,7 +139,9 @@ def test_python_compiles_and_uses_names_that_exist(page):
                 if node.value.id in ("rtlynx", "diffusers"):
                     assert hasattr(importlib.import_module(node.value.id), node.attr), ast.unparse(node)
             elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("rtlynx", "diffusers"):
-                module = None if node.module == "rtlynx.models.sd3" else importlib.import_module(node.module)
+                module = (
+                    None if node.module == "rtlynx.models.pixart" else importlib.import_module(node.module)
+                )
                 assert module is None or all(hasattr(module, one.name) for one in node.names), node.module
 
 

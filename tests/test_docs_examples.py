@@ -73,14 +73,14 @@ def test_a_model_becomes_known_as_the_page_says(monkeypatch):
     exec(block_after(MODEL, "<!-- architecture -->"), scope)
     exec(block_after(MODEL, "<!-- test -->"), scope)
     with pytest.raises(AssertionError):  # not before it is registered
-        scope["test_sd3_is_known"]()
-    monkeypatch.setitem(plan.ARCHITECTURES, scope["SD3"].class_name, scope["SD3"])
-    scope["test_sd3_is_known"]()
+        scope["test_pixart_is_known"]()
+    monkeypatch.setitem(plan.ARCHITECTURES, scope["PIXART"].class_name, scope["PIXART"])
+    scope["test_pixart_is_known"]()
 
 
 @needs_git
 def test_a_model_takes_as_little_as_the_page_says(tmp_path):
-    assert applied(MODEL, tmp_path) == {"rtlynx/models/plan.py": (2, 1)}
+    assert applied(MODEL, tmp_path) == {"rtlynx/models/plan.py": (2, 0)}
     lines = block_after(MODEL, "<!-- architecture -->").count("\n")
     assert f"one new file of {lines} lines, and\ntwo lines in another" in MODEL
     for line in (tmp_path / "rtlynx/models/plan.py").read_text().splitlines():

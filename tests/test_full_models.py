@@ -1,10 +1,13 @@
 """Full-size models for timing: their sizes, and the noise levels that their pictures go through."""
 
+import copy
 import math
 
 import pytest
 import torch
+from helpers import SMALL
 
+from rtlynx.timing import full_models
 from rtlynx.timing.full_models import MODELS, Size, full_model
 from rtlynx.timing.results import picture_size
 
@@ -44,9 +47,39 @@ def test_a_video_of_ltx_2_has_larger_tokens_and_sound():
     assert round(sum(one.numel() for one in model.parameters()) / 1e9, 1) == 18.9
 
 
+def test_sd35_large_has_eight_billion_parameters_and_no_second_attention():
+    with torch.device("meta"):
+        model = MODELS["sd3.5-large"].build()
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 2) == 8.06
+    assert len(model.transformer_blocks) == 38
+    assert not any("attn2" in name for name, _ in model.named_modules())
+    assert set(model._repeated_blocks) == {type(block).__name__ for block in model.transformer_blocks}
+
+
+@torch.no_grad()
+def test_chroma_embeds_guidance_as_ever_without_the_host(monkeypatch):
+    small = SMALL["chroma"]()
+    model = copy.deepcopy(small)
+    monkeypatch.setattr(full_models, "ChromaTransformer2DModel", lambda: model)
+    MODELS["chroma"].build()
+    (call, _) = MODELS["chroma"].calls(Size(side=64, batch=2, text_tokens=5), torch.randn)
+    expected = small(**call, return_dict=False)[0]
+    assert torch.equal(model(**call, return_dict=False)[0], expected)
+    assert model.to("meta").time_text_embed.guidance_proj(torch.zeros(2)).is_meta
+
+
 def test_an_unknown_model_is_refused_by_name():
     with pytest.raises(ValueError, match="no full-size model is called 'flux'; there are flux1-dev, "):
         full_model("flux")
+
+
+def test_sd3_ends_at_the_first_step_of_training_which_is_shifted_twice():
+    def shifted(t):
+        return 3 * t / (1 + 2 * t)
+
+    end = shifted(1 / 1000)
+    wanted = [shifted(1 - (1 - end) * i / 27) for i in range(28)]
+    assert MODELS["sd3.5-large"].sampling.sigmas(Size()) == pytest.approx(wanted, abs=1e-6)
 
 
 # FLUX.2's shift is a line in steps through these two, each a line in tokens.
@@ -56,6 +89,7 @@ AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 409
 @pytest.mark.parametrize(
     ("name", "steps", "shift", "terminal"),
     [
+        ("chroma", 35, math.exp(1.15), None),
         ("flux1-dev", 28, math.exp(1.15), None),  # 4,096 tokens are the most of its scheduler
         ("flux2-klein", 4, math.exp(AT_10_STEPS + 6 / 190 * (AT_10_STEPS - AT_200_STEPS)), None),
         ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),

@@ -254,6 +254,7 @@ def test_whoever_hooks_a_layer_sees_its_input():
         *(("flux2", recipe) for recipe in ("adjacent", "whole")),
         *(("wan", recipe) for recipe in ("adjacent", "mixed")),
         ("qwen", "mixed"),
+        ("sd3", "mixed"),
         ("z-image", "adjacent"),
     ],
 )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
+    chroma_call,
     flux2_call,
     flux_call,
     hunyuan_video15_call,
@@ -14,12 +15,15 @@ from helpers import (
     output,
     qwen_call,
     relative_error,
+    sd3_call,
+    tiny_chroma,
     tiny_flux,
     tiny_flux2,
     tiny_hunyuan_video15,
     tiny_ltx,
     tiny_ltx2,
     tiny_qwen,
+    tiny_sd3,
     tiny_wan,
     tiny_wan_of_picture,
     tiny_z_image,
@@ -36,6 +40,7 @@ from rtlynx.math import reference
 from rtlynx.models import make_plan, sparse_layers, state_of
 
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+LAST_DOUBLE = "transformer_blocks.1"
 
 
 def names(block, *layers):
@@ -44,6 +49,7 @@ def names(block, *layers):
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+SECOND_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 Z_LAYER = (
     *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
     *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
@@ -83,6 +89,12 @@ MODELS = {
         [*names(DOUBLE, *ATTENTION, "ff.net.0.proj", "ff.net.2"), *FLUX_SINGLE],
         names(DOUBLE, *ADDED, "ff_context.net.0.proj", "ff_context.net.2"),
     ),
+    "chroma": (
+        tiny_chroma,
+        chroma_call,
+        [*names(DOUBLE, *ATTENTION, "ff.net.0.proj", "ff.net.2"), *FLUX_SINGLE],
+        names(DOUBLE, *ADDED, "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
     "flux2": (
         tiny_flux2,
         flux2_call,
@@ -94,6 +106,19 @@ MODELS = {
         qwen_call,
         names(DOUBLE, *ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2"),
         names(DOUBLE, *ADDED, "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    ),
+    "sd3": (
+        tiny_sd3,
+        sd3_call,
+        [
+            *names(DOUBLE, *ATTENTION, *SECOND_ATTENTION, "ff.net.0.proj", "ff.net.2"),
+            *names(LAST_DOUBLE, *ATTENTION, "ff.net.0.proj", "ff.net.2"),
+        ],
+        # Nothing reads the text after the last block.
+        [
+            *names(DOUBLE, *ADDED, "ff_context.net.0.proj", "ff_context.net.2"),
+            *names(LAST_DOUBLE, *ADDED[:3]),
+        ],
     ),
     "z_image": (
         tiny_z_image,
@@ -182,8 +207,13 @@ def test_keeping_everything_equals_dense_exactly(name, grouping):
 
 SHARED = {
     "flux": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3]), FLUX_SINGLE[:4]],
+    "chroma": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3]), FLUX_SINGLE[:4]],
     "flux2": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3])],
     "qwen": [names(DOUBLE, *ATTENTION[:3]), names(DOUBLE, *ADDED[:3])],
+    "sd3": [
+        names(DOUBLE, *SECOND_ATTENTION[:3]),
+        *(names(one, *layers[:3]) for one in (DOUBLE, LAST_DOUBLE) for layers in (ATTENTION, ADDED)),
+    ],
     "z_image": [
         group
         for block in ("noise_refiner.0", "context_refiner.0", "layers.0")

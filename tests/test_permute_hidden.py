@@ -44,6 +44,10 @@ MLPS = {
         "transformer_blocks.0.ff_context.net.2": ["transformer_blocks.0.ff_context.net.0.proj"],
         SINGLE: ["single_transformer_blocks.0.proj_mlp"],
     },
+    "sd3": {
+        f"transformer_blocks.{mlp}.net.2": [f"transformer_blocks.{mlp}.net.0.proj"]
+        for mlp in ("0.ff", "0.ff_context", "1.ff")
+    },
     "qwen": {
         f"transformer_blocks.0.{mlp}.net.2": [f"transformer_blocks.0.{mlp}.net.0.proj"]
         for mlp in ("img_mlp", "txt_mlp")
@@ -59,6 +63,7 @@ MLPS = {
         for block in ("noise_refiner", "context_refiner", "layers")
     },
 }
+MLPS["chroma"] = MLPS["flux"]
 
 
 def orders(model):

@@ -82,6 +82,20 @@ def test_every_batch_has_a_modulation_of_its_own(name):
     assert torch.equal(dense(operator(name)(x, *column, eps, *tail), 30).view(3, 10, K), together)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_choice_beyond_the_table_takes_its_first_or_last_row(handed, rows):
+    x, shift, scale, _, eps = make_inputs("adaln_by_token", 2, 4)
+    choice = torch.tensor([[-1, 0, rows - 1, rows], [9, -9, 0, 0]], dtype=torch.int32)
+    inputs = x, shift[:rows], scale[:rows], choice, eps
+    inside = *inputs[:3], choice.clamp(0, rows - 1), eps
+    tail = (None, "adjacent", [], True)
+    for one, other in zip(
+        operator("adaln_by_token")(*inputs, *tail), operator("adaln_by_token")(*inside, *tail), strict=True
+    ):
+        assert torch.equal(one, other)
+    assert torch.equal(handed("adaln_by_token", inputs), handed("adaln_by_token", inside))
+
+
 @pytest.mark.parametrize("name", MODULATED)
 def test_one_modulation_for_all_batches(name):
     x, first, second, eps = make_inputs(name, 3, 10, batch=1)
@@ -252,6 +266,16 @@ def test_what_the_kernel_cannot_read_is_left_to_pytorch(handed, name):
         ("rmsnorm", {1: normal(2, K)}, ValueError, r"weight is \(64,\) for x"),
         ("rmsnorm", {1: normal(K).double()}, TypeError, "weight is bfloat16 or float32"),
         ("rmsnorm", {2: normal(3, K)}, ValueError, "scale is"),
+        ("adaln_by_token", {1: normal(5, K - 1)}, ValueError, r"shift and scale have one shape"),
+        ("adaln_by_token", {1: normal(K), 2: normal(K)}, ValueError, r"shift is \(R, 64\) with R > 0"),
+        ("adaln_by_token", {1: normal(0, K), 2: normal(0, K)}, ValueError, r"shift is \(R, 64\) with R > 0"),
+        (
+            "adaln_by_token",
+            {3: torch.zeros(2, 4).int()},
+            ValueError,
+            r"choice is \(2, 5\), one for each token",
+        ),
+        ("adaln_by_token", {3: torch.zeros(2, 5).long()}, TypeError, "choice is int32, got torch.int64"),
         ("gelu", {0: normal(2, 62)}, ValueError, "K a multiple of 4, got K = 62"),
         ("gelu", {0: torch.tensor(1.0).bfloat16()}, ValueError, "K a multiple of 4"),
         ("silu_gate", {1: normal(2, 5, 60)}, ValueError, r"one shape, got \(2, 5, 64\) and \(2, 5, 60\)"),
@@ -281,7 +305,7 @@ def test_what_is_wrong_is_said(name, changes, error, match):
 def test_gradients_are_refused_not_lost(name):
     call = [*make_inputs(name, 2, 5), normal(5, K), "adjacent", [], True]
     for index, value in enumerate(call):
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
             asked = [*call[:index], value.detach().requires_grad_(), *call[index + 1 :]]
             with pytest.raises(RuntimeError, match="have no gradient"):
                 operator(name)(*asked)

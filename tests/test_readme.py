@@ -310,8 +310,10 @@ def test_the_models_of_the_support_matrix_are_those_known_by_name():
     classes = {
         "FLUX.1": "FluxTransformer2DModel",
         "FLUX.2": "Flux2Transformer2DModel",
+        "Chroma": "ChromaTransformer2DModel",
         "HunyuanVideo 1.5, LTX-Video 0.9, LTX-2": "HunyuanVideo15Transformer3DModel "
         "LTXVideoTransformer3DModel LTX2VideoTransformer3DModel",
+        "Stable Diffusion 3, 3.5": "SD3Transformer2DModel",
         "Qwen-Image": "QwenImageTransformer2DModel",
         "Wan 2.1, 2.2": "WanTransformer3DModel",
         "Z-Image": "ZImageTransformer2DModel",

@@ -119,7 +119,7 @@ def test_a_rotated_model_computes_the_same(name):
     build, call = MODELS[name]
     call, dense, model = in_dtype(call(3), torch.float64), build().double(), build().double()
     plan = rotated(model)
-    several = {"flux": 2, "z-image": 3, "wan": 2, "ltx": 2, "ltx2": 6}
+    several = {"flux": 2, "chroma": 2, "sd3": 3, "z-image": 3, "wan": 2, "ltx": 2, "ltx2": 6}
     assert len(plan.rotated) == several.get(name, 1)
     assert len(plan.unrotated) == (name == "flux2")  # its single block makes q, k, v and more in one layer
     before, after = dense.state_dict(), model.state_dict()

@@ -47,8 +47,8 @@ class AttentionRule:
     """Attentions by name, whose values go through nothing but a layer, the mixing and what reads that.
 
     pattern : name of a block with `*` for its index.
-    attention, values, readers : names in the block of the attention, of the layers that make its values
-        (those of them that the block has), and of those that read what it gives, with their first columns.
+    attention, values, readers : names in the block of the attention, of the layers that make its values, and
+        of those that read what it gives, with their first columns; of both those that the block has.
     """
 
     pattern: str
@@ -224,9 +224,11 @@ class Architecture:
                     continue
                 attn: Any = module
                 head_dim = attn.inner_dim // attn.heads
-                values = tuple(one for value in rule.values if (one := f"{block}.{value}") in modules)
+                values, readers = (
+                    tuple(one for layer in layers if (one := f"{block}.{layer}") in modules)
+                    for layers in (rule.values, rule.readers)
+                )
                 made: Any = modules[values[0]]
-                readers = tuple(f"{block}.{one}" for one in rule.readers)
                 shared = made.out_features // head_dim
                 found.append(Attention(name, values, readers, attn.heads, head_dim, shared))
         return found

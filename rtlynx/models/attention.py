@@ -42,7 +42,7 @@ def fp8_attention(model_or_pipeline: Any, *, enabled: bool = True) -> Any:
     Parameters
     ----------
     model_or_pipeline : nn.Module or diffusers pipeline
-        FLUX.1, FLUX.2, Qwen-Image, Wan or Z-Image with diffusers' own attention processors.
+        FLUX.1, FLUX.2, Chroma, Qwen-Image, Wan or Z-Image with diffusers' own attention processors.
     enabled : bool
         False: each attention gets the backend back that it had before.
 

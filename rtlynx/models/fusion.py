@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from rtlynx.models.architecture import Architecture
 from rtlynx.models.attention_backend import dispatch
 from rtlynx.models.recompile_limit import with_own_code
 from rtlynx.nn.lora import untouched
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.prologue import PrologueCall, activated, adaln, read
+from rtlynx.nn.prologue import PrologueCall, activated, adaln, adaln_by_token, read
 from rtlynx.nn.sparse_linear import SparseLinear
 
 
@@ -100,6 +101,7 @@ _HANDING_ON = {
     "FluxAttnProcessor",
     "FluxIPAdapterAttnProcessor",
     "HunyuanVideo15AttnProcessor2_0",
+    "JointAttnProcessor2_0",
     "LTX2AudioVideoAttnProcessor",
     "LTX2PerturbedAttnProcessor",
     "LTXVideoAttnProcessor",
@@ -107,11 +109,13 @@ _HANDING_ON = {
     "WanAttnProcessor",
     "ZSingleStreamAttnProcessor",
 }
+# Those that hand it on likewise, and mix further values, of an adapter, into what the output layers read.
+_MIXING_MORE = {"SD3IPAdapterJointAttnProcessor2_0"}
 
 
 def read_by_attention(attn: Any, prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
     """`rtlynx.nn.prologue.read` for layers that `attn` calls with its input; other processors get tensors."""
-    if hands_on(attn):
+    if untouched(attn) and (processor_known(attn) or type(attn.processor).__name__ in _MIXING_MORE):
         return read(prologue, *layers)
     return prologue.dense()
 
@@ -189,6 +193,7 @@ class GatedMlp(NamedTuple):
     gate : of the attention's output, (B, D)
     modulation : shift, scale and gate of the MLP, each (B, D)
     feed_forward : calls the MLP with what a prologue yields
+    choice : which row of these, then (R, D), each token takes, (B, T) int32; None where it takes its batch's
     """
 
     norm: nn.LayerNorm
@@ -196,12 +201,26 @@ class GatedMlp(NamedTuple):
     gate: Tensor
     modulation: Sequence[Tensor]
     feed_forward: Callable[[Any, PrologueCall], Tensor] = feed_forward
+    choice: Tensor | None = None
 
     def __call__(self, x: Tensor, attention: Tensor) -> Tensor:
         """The stream x (B, T, D) after attention's output (B, T, D) and the MLP."""
-        x = x + self.gate.unsqueeze(1) * attention
         shift, scale, gate = self.modulation
-        return x + gate.unsqueeze(1) * self.feed_forward(self.ff, adaln(self.norm, x, shift, scale))
+        x = x + self._of_tokens(self.gate) * attention
+        out = self.feed_forward(self.ff, modulated(self.norm, x, shift, scale, self.choice))
+        return x + self._of_tokens(gate) * out
+
+    def _of_tokens(self, gate: Tensor) -> Tensor:
+        return gate.unsqueeze(1) if self.choice is None else embedding(self.choice, gate)
+
+
+def modulated(
+    norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, choice: Tensor | None
+) -> PrologueCall:
+    """norm(x) * (1 + scale) + shift, by batch or, where there is a `choice`, by token (see `GatedMlp`)."""
+    if choice is None:
+        return adaln(norm, x, shift, scale)
+    return adaln_by_token(norm, x, shift, scale, choice)
 
 
 def finite_half(x: Tensor) -> Tensor:

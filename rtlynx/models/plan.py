@@ -31,6 +31,7 @@ from rtlynx.models.architecture import (
     Mlp,
     Reparameterizable,
 )
+from rtlynx.models.chroma import CHROMA
 from rtlynx.models.flux import FLUX
 from rtlynx.models.flux2 import FLUX2
 from rtlynx.models.generic import GENERIC
@@ -40,13 +41,24 @@ from rtlynx.models.ltx import LTX
 from rtlynx.models.ltx2 import LTX2
 from rtlynx.models.qwen_image import QWEN_IMAGE
 from rtlynx.models.reparameterize import fixed_reason, hidden_groups
+from rtlynx.models.sd3 import SD3
 from rtlynx.models.wan import WAN
 from rtlynx.models.z_image import Z_IMAGE
 from rtlynx.recipe import Recipe
 
-ARCHITECTURES = {
-    one.class_name: one for one in (FLUX, FLUX2, HUNYUAN_VIDEO15, LTX, LTX2, QWEN_IMAGE, WAN, Z_IMAGE)
-}
+_KNOWN = (
+    CHROMA,
+    FLUX,
+    FLUX2,
+    HUNYUAN_VIDEO15,
+    LTX,
+    LTX2,
+    QWEN_IMAGE,
+    SD3,
+    WAN,
+    Z_IMAGE,
+)
+ARCHITECTURES = {one.class_name: one for one in _KNOWN}
 
 
 def architecture_of(model: nn.Module) -> Architecture:

@@ -1,4 +1,4 @@
-"""Qwen-Image: double blocks only."""
+"""Qwen-Image, and its models for editing: double blocks only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule
-from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, read_by_attention
+from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, modulated, read_by_attention
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import adaln
 
@@ -50,36 +50,41 @@ def attention(
     return image_part, attn.to_add_out(text_part)
 
 
+def rows_of_modulation(index: Tensor, batch: int) -> Tensor:
+    """Row of (2 B, D) that each token takes, (B, T) int32: of the second half where `index` (B, T) is 1."""
+    index = index.to(torch.int32)
+    if batch == 1:
+        return index
+    return index * batch + torch.arange(batch, dtype=torch.int32, device=index.device)[:, None]
+
+
 def block(
     block: Any,
-    original: Callable[..., tuple[Tensor, Tensor]],
+    _original: Callable[..., tuple[Tensor, Tensor]],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     encoder_hidden_states_mask: Tensor | None,
     temb: Tensor,
     image_rotary_emb: Any = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
-    modulate_index: Any = None,
+    modulate_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """QwenImageTransformerBlock.forward; modulation by token (Qwen-Image-Edit 2511) stays diffusers' own."""
-    if modulate_index is not None or block.zero_cond_t:
-        return original(
-            block,
-            hidden_states,
-            encoder_hidden_states,
-            encoder_hidden_states_mask,
-            temb,
-            image_rotary_emb,
-            joint_attention_kwargs,
-            modulate_index,
-        )
+    """QwenImageTransformerBlock.forward.
+
+    Where Qwen-Image-Edit 2511 gives tokens of reference pictures the timestep zero (`zero_cond_t`), temb has
+    rows for the timestep of each picture, then for zero, and `modulate_index` (B, T) is 1 for such tokens.
+    """
     attn = block.attn
     shift, scale, gate, *mlp = block.img_mod(temb).chunk(6, dim=-1)
-    text_shift, text_scale, text_gate, *text_mlp = block.txt_mod(temb).chunk(6, dim=-1)
+    text_temb = temb.chunk(2)[0] if block.zero_cond_t else temb
+    text_shift, text_scale, text_gate, *text_mlp = block.txt_mod(text_temb).chunk(6, dim=-1)
+    choice = None if modulate_index is None else rows_of_modulation(modulate_index, len(temb) // 2)
     image, text = attention(
         attn,
         read_by_attention(
-            attn, adaln(block.img_norm1, hidden_states, shift, scale), attn.to_q, attn.to_k, attn.to_v
+            attn,
+            modulated(block.img_norm1, hidden_states, shift, scale, choice),
+            *(attn.to_q, attn.to_k, attn.to_v),
         ),
         read_by_attention(
             attn,
@@ -90,7 +95,8 @@ def block(
         image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    hidden_states = GatedMlp(block.img_norm2, block.img_mlp, gate, mlp)(hidden_states, image)
+    go_on = GatedMlp(block.img_norm2, block.img_mlp, gate, mlp, choice=choice)
+    hidden_states = go_on(hidden_states, image)
     go_on = GatedMlp(block.txt_norm2, block.txt_mlp, text_gate, text_mlp)
     return finite_half(go_on(encoder_hidden_states, text)), finite_half(hidden_states)
 

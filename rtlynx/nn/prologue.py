@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
 from rtlynx.cuda.sm90.prologues import IDENTITY
@@ -208,6 +209,20 @@ def adaln(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Prolog
     """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` without parameters, shift and scale (B, K)."""
     return PrologueCall(
         "adaln", (x, shift, scale, norm.eps), lambda: norm(x) * (1 + scale[:, None]) + shift[:, None]
+    )
+
+
+def adaln_by_token(
+    norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, choice: Tensor
+) -> PrologueCall:
+    """norm(x) * (1 + scale) + shift, of rows of shift and scale (R, K) that `choice` (B, T) int32 names.
+
+    x (B, T, K), `norm` without parameters.
+    """
+    return PrologueCall(
+        "adaln_by_token",
+        (x, shift, scale, choice, norm.eps),
+        lambda: norm(x) * (1 + embedding(choice, scale)) + embedding(choice, shift),
     )
 
 

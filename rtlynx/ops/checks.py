@@ -105,7 +105,7 @@ def check_prologue(prologue: Prologue, arguments: Sequence[Any]) -> tuple[int, .
             check_tensor(name, value, first)
             rows[name] = value
         elif kind != "float":
-            check_tensor(name, value, first, FLOATS)
+            check_tensor(name, value, first, (torch.int32,) if kind == "choice" else FLOATS)
             parameters.append((name, kind, value))
     refuse_gradients(*rows.values(), *(value for _, _, value in parameters))
     if parameters:
@@ -131,19 +131,37 @@ def _check_parameters(x: Tensor, parameters: Sequence[tuple[str, Kind, Tensor]])
     if x.ndim not in (2, 3):
         raise ValueError(f"x is (B, T, K) or (T, K), got {tuple(x.shape)}")
     batch, k = (x.shape[0] if x.ndim == 3 else 1), x.shape[-1]
+    tables = [(name, tuple(one.shape)) for name, kind, one in parameters if kind == "table"]
+    for name, shape in tables[1:]:
+        if shape != tables[0][1]:
+            raise ValueError(f"{tables[0][0]} and {name} have one shape, got {tables[0][1]} and {shape}")
     for name, kind, parameter in parameters:
         shape = tuple(parameter.shape)
-        along_k = bool(shape) and shape[-1] == k
-        if kind == "columns":
-            if not along_k or len(shape) != 1:
-                raise ValueError(f"{name} is ({k},) for x of shape {tuple(x.shape)}, got {shape}")
-            continue
-        batches, between = shape[:-1][:1], shape[1:-1]
-        if not (along_k and between in ((), (1,)) and all(size in (1, batch) for size in batches)):
-            raise ValueError(
-                f"{name} is (B, {k}), (B, 1, {k}) or ({k},), B 1 or {batch}, for x of shape "
-                f"{tuple(x.shape)}, got {shape}"
-            )
+        if not _fits(kind, shape, x, batch):
+            wanted = _WANTED[kind].format(k=k, batch=batch, tokens=tuple(x.shape[:-1]))
+            raise ValueError(f"{name} is {wanted} for x of shape {tuple(x.shape)}, got {shape}")
+
+
+# Shapes of parameters, in words.
+_WANTED: dict[Kind, str] = {
+    "batches": "(B, {k}), (B, 1, {k}) or ({k},), B 1 or {batch},",
+    "columns": "({k},)",
+    "table": "(R, {k}) with R > 0",
+    "choice": "{tokens}, one for each token,",
+}
+
+
+def _fits(kind: Kind, shape: tuple[int, ...], x: Tensor, batch: int) -> bool:
+    """Whether a parameter of this kind and shape goes with x (..., K)."""
+    if kind == "choice":
+        return shape == tuple(x.shape[:-1])
+    if not shape or shape[-1] != x.shape[-1]:
+        return False
+    if kind == "columns":
+        return len(shape) == 1
+    if kind == "table":
+        return len(shape) == 2 and shape[0] > 0
+    return shape[1:-1] in ((), (1,)) and all(size in (1, batch) for size in shape[:-1][:1])
 
 
 # --------------------------------------------------------------------------------------------- products

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     LTX2VideoTransformer3DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     UniPCMultistepScheduler,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
@@ -71,6 +73,7 @@ class Sampling(NamedTuple):
     scheduler : what scheduler/scheduler_config.json of the published weights gives, where it is not the
         default of the scheduler's class
     kind : that class
+    by_scheduler : whether the pipeline leaves it to the scheduler which noise levels its steps have
     shift : of image tokens and steps, the scheduler's mu, where the pipeline does not take it from
         `scheduler` by a line
     """
@@ -78,12 +81,13 @@ class Sampling(NamedTuple):
     steps: int
     scheduler: Mapping[str, Any]
     kind: type = FlowMatchEulerDiscreteScheduler
+    by_scheduler: bool = False
     shift: Callable[[int, int], float] | None = None
 
     def sigmas(self, size: Size) -> list[float]:
         """Noise level of each step from 1 down, as the pipelines of diffusers 0.42 set their schedulers."""
         scheduler: Any = self.kind(**self.scheduler)
-        if self.kind is UniPCMultistepScheduler:
+        if self.by_scheduler:
             scheduler.set_timesteps(self.steps)
             return scheduler.sigmas[:-1].tolist()
         of, tokens = scheduler.config, size.image_tokens
@@ -127,6 +131,42 @@ def _flux(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
             "img_ids": ids.view(-1, 3).to(tokens.device),
             "txt_ids": tokens.new_zeros(size.text_tokens, 3, dtype=torch.float32),
         }
+    ]
+
+
+class _Constant(torch.nn.Module):
+    """Gives the same row whatever it is called with, which tells how many."""
+
+    def __init__(self, row: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("row", row)
+
+    def forward(self, x: Tensor) -> Tensor:
+        row: Any = self.row
+        return row.expand(len(x), -1)
+
+
+def _chroma1() -> Any:
+    model: Any = ChromaTransformer2DModel()
+    # It embeds guidance 0 on the host in each call, and a CUDA graph holds no copy from there.
+    embed = model.time_text_embed
+    embed.guidance_proj = _Constant(embed.guidance_proj(torch.zeros(1)))
+    return model
+
+
+def _chroma(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    """With guidance: a prompt, and a negative one, both padded; padding is masked, and here there is none."""
+    (call,) = _flux(size, normal)
+    kept = {name: call[name] for name in ("hidden_states", "timestep", "img_ids", "txt_ids")}
+    tokens = size.text_tokens + size.image_tokens
+    mask = torch.ones(size.batch, tokens, dtype=torch.bool, device=call["hidden_states"].device)
+    return [
+        {
+            **kept,
+            "encoder_hidden_states": normal(size.batch, size.text_tokens, 4096),
+            "attention_mask": mask,
+        }
+        for _ in range(2)
     ]
 
 
@@ -181,6 +221,33 @@ def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
+def _sd35_large() -> Any:
+    """The class's defaults are those of SD3 medium; these sizes are of the published SD3.5 large."""
+    model: Any = SD3Transformer2DModel(
+        num_layers=38,
+        num_attention_heads=38,
+        caption_projection_dim=2432,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    )
+    model._repeated_blocks = ["JointTransformerBlock"]  # diffusers declares none
+    return model
+
+
+def _sd3(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    """With guidance: a prompt and a negative one in one batch; 77 tokens of CLIP and 256 of T5 for each."""
+    batch, side = 2 * size.batch, size.side // 8
+    latents = normal(batch, 16, side, side)
+    return [
+        {
+            "hidden_states": latents,
+            "encoder_hidden_states": normal(batch, size.text_tokens, 4096),
+            "pooled_projections": normal(batch, 2048),
+            "timestep": latents.new_full((batch,), TIMESTEP),
+        }
+    ]
+
+
 def _z_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     side = size.side // 8
     latents = [normal(16, 1, side, side) for _ in range(size.batch)]
@@ -232,9 +299,11 @@ def _ltx2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
-# Number of steps: the default of FluxPipeline, QwenImagePipeline, WanPipeline and LTX2Pipeline, and what the
-# model cards of FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
+# Number of steps: the default of FluxPipeline, ChromaPipeline, QwenImagePipeline, StableDiffusion3Pipeline,
+# WanPipeline and LTX2Pipeline, and what the model cards of FLUX.2-klein-4B and Z-Image-Turbo call their
+# pipelines with.
 FLUX_SAMPLING = Sampling(28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15})
+CHROMA_SAMPLING = FLUX_SAMPLING._replace(steps=35)  # ChromaPipeline falls back on FLUX.1's shift
 FLUX2_KLEIN_SAMPLING = Sampling(4, {"use_dynamic_shifting": True}, shift=_flux2_shift)
 QWEN_IMAGE_SAMPLING = Sampling(
     50,
@@ -246,12 +315,14 @@ QWEN_IMAGE_SAMPLING = Sampling(
         "shift_terminal": 0.02,
     },
 )
+SD3_SAMPLING = Sampling(28, {"shift": 3.0}, by_scheduler=True)
 Z_IMAGE_SAMPLING = Sampling(9, {"shift": 3.0})
 # The shift is the one that the example of diffusers' WanPipeline has for 480p.
 WAN_SAMPLING = Sampling(
     50,
     {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     UniPCMultistepScheduler,
+    by_scheduler=True,
 )
 LTX2_SAMPLING = Sampling(
     30,
@@ -297,6 +368,8 @@ MODELS = {
             LTX2_SAMPLING,
         ),
         FullModel("flux2-klein", _flux2_klein_4b, _flux2, Size(), FLUX2_KLEIN_SAMPLING),
+        FullModel("sd3.5-large", _sd35_large, _sd3, Size(text_tokens=77 + 256), SD3_SAMPLING),
+        FullModel("chroma", _chroma1, _chroma, Size(), CHROMA_SAMPLING),
     )
 }
 

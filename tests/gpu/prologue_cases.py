@@ -23,7 +23,8 @@ from rtlynx.ops.checks import check_prologue
 from rtlynx.ops.prologues import COMPRESS, launch_compress
 
 NAMES = tuple(name for name in PROLOGUES if name != "identity")
-MODULATED = ("adaln", "rms_adaln", "rmsnorm")
+MODULATED = ("adaln", "rms_adaln", "rmsnorm")  # by batch
+BY_TOKEN = "adaln_by_token"
 DATA = ("normal", "heavy", "offset")
 LAYOUTS = ("plain", "sliced", "wide", "odd", "swapped")
 LIMIT = 2.5e-3  # of a bf16 rounding the expectation is 1.7e-3; few values scatter
@@ -96,6 +97,11 @@ def make_inputs(case: PrologueCase) -> tuple[Any, ...]:
     modulations = normal(1 if case.shared else case.batch, 3 * k).bfloat16().chunk(3, dim=-1)
     if case.name in ("adaln", "rms_adaln"):
         return tokens(k), modulations[0], modulations[2], 1e-6
+    if case.name == BY_TOKEN:
+        table = normal(case.batch + 1, 3 * k).bfloat16().chunk(3, dim=-1)
+        size = case.batch, case.rows // case.batch
+        choice = torch.randint(case.batch + 1, size, generator=generator, device="cuda", dtype=torch.int32)
+        return tokens(k), table[0], table[2], choice, 1e-6
     if case.name == "rmsnorm":
         return tokens(k), normal(k).bfloat16(), modulations[1], 1e-5
     if case.name == "gelu":
@@ -104,6 +110,18 @@ def make_inputs(case: PrologueCase) -> tuple[Any, ...]:
         return tokens(2 * k).chunk(2, dim=-1)
     first = max(8, k // 40 * 8)  # a fifth, as in FLUX
     return tokens(first), tokens(k - first)
+
+
+def along_tokens(one: Any) -> bool:
+    """Whether an input has an entry or a row for each token."""
+    return isinstance(one, Tensor) and (one.ndim == 3 or not one.is_floating_point())
+
+
+def randomize_(inputs: Sequence[Any]) -> None:
+    """Other numbers in place of those of the inputs; the choices of tokens stay."""
+    for one in inputs:
+        if isinstance(one, Tensor) and one.is_floating_point():
+            one.copy_(torch.randn_like(one))
 
 
 def with_changes(inputs: Sequence[Any], **change: Callable[[Tensor], Tensor]) -> list[Any]:
@@ -145,6 +163,11 @@ def exactly(name: str, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     """The prologue in float64, and the size of terms that may cancel in it, where some may."""
     wide = [one.double() if isinstance(one, Tensor) else one for one in inputs]
     x = wide[0]
+    if name == BY_TOKEN:
+        _, second, third, choice, eps = inputs
+        rows = choice.flatten().long()
+        y, size = exactly("adaln", inputs[0].reshape(len(rows), 1, -1), second[rows], third[rows], eps)
+        return tuple(None if one is None else one.view(x.shape) for one in (y, size))
     if name in MODULATED:
         _, second, third, eps = wide
         along = (-1, 1, x.shape[-1]) if x.ndim == 3 else (-1, x.shape[-1])

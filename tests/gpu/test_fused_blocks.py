@@ -8,13 +8,15 @@ import torch
 pytest.importorskip("diffusers")
 
 from fusion_helpers import RECIPES, give_factors, unfused
-from helpers import MODELS, flux_call, in_dtype, output, relative_error
+from helpers import MODELS as KNOWN
+from helpers import flux_call, in_dtype, output, qwen_edit_call, relative_error, tiny_qwen_edit
 
 from rtlynx import sparsify
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 
 pytestmark = pytest.mark.gpu
 
+MODELS = {**KNOWN, "qwen-edit": (tiny_qwen_edit, qwen_edit_call)}
 # What stands for a chain's result, in each of them.
 READ = {
     "bf16": {CompressedInput},
@@ -22,13 +24,16 @@ READ = {
     "whole": {QuantizedInput},
     "mixed": {CompressedInput, QuantizedInput, MixedInput},
 }
-# Compilation takes seconds: models whose blocks are made of the parts of others' are compiled in one recipe.
-COMPILED = [
-    (name, recipe)
-    for name in MODELS
-    for recipe in RECIPES
-    if recipe == "mixed" or name not in ("ltx", "ltx2", "hunyuan-video15")
-]
+# Compilation takes seconds: of models whose blocks are much like those of others one recipe is compiled.
+ONCE = {
+    "chroma": "whole",
+    "sd3": "mixed",
+    "qwen-edit": "fp8",
+    "ltx": "mixed",
+    "ltx2": "mixed",
+    "hunyuan-video15": "mixed",
+}
+COMPILED = [(name, recipe) for name in MODELS for recipe in RECIPES if ONCE.get(name, recipe) == recipe]
 BRANCHED = ("bf16", "fp8")  # (a branch beside a layer that drops nothing reads the dense chain)
 
 

@@ -6,17 +6,20 @@ import pytest
 import torch
 from cases import poisoned
 from prologue_cases import (
+    BY_TOKEN,
     DATA,
     LAYOUTS,
     MODULATED,
     MODULATIONS,
     NAMES,
     PrologueCase,
+    along_tokens,
     check,
     compare,
     make_inputs,
     make_tail,
     misaligned,
+    randomize_,
     with_changes,
 )
 
@@ -32,6 +35,7 @@ ROWS = (1, 7, 129, 1000, 4099)
 WIDTHS = {
     "adaln": 3072,
     "rms_adaln": 4096,
+    "adaln_by_token": 3072,
     "rmsnorm": 3840,
     "gelu": 12288,
     "silu_gate": 10240,
@@ -121,7 +125,7 @@ def test_widths_that_no_tile_divides(name, k, fp8):
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_alone_without_a_batch(name):
     for inputs in (make_inputs(PrologueCase(name, 129, 512)), make_inputs(PrologueCase(name, 7, 512))):
-        flat = [one[0] if getattr(one, "ndim", 0) == 3 else one for one in inputs]
+        flat = [one[0] if along_tokens(one) else one for one in inputs]
         compare(name, flat, (None, "strided", [128, 384], True, "bf16-sparse"), served=True)
 
 
@@ -153,7 +157,7 @@ def test_inputs_that_the_kernel_cannot_read_are_left_to_pytorch(name):
     compare(name, changed(name, x=lambda x: x.mT.contiguous().mT), tail, served=False)
     if name in ("silu_gate", "concat_gelu"):
         compare(name, changed(name, first=misaligned), tail, served=False)
-    if name not in MODULATED:
+    if name not in (*MODULATED, BY_TOKEN):
         inputs = [one.view(3, 10, 5, -1).transpose(1, 2) for one in changed(name)]
         compare(name, inputs, tail, served=False)
         compare(name, [one.contiguous() for one in inputs], tail, served=True)
@@ -215,9 +219,7 @@ def test_a_captured_graph_replays(name, grouping):
     with torch.cuda.graph(graph):
         captured = operator(name)(*inputs, *tail)
     for _ in range(5):
-        for one in inputs:
-            if isinstance(one, torch.Tensor):
-                one.copy_(torch.randn_like(one))
+        randomize_(inputs)
         expected = operator(name)(*inputs, *tail)
         for replay in range(20):
             if replay == 0:
@@ -245,7 +247,7 @@ def test_nothing_waits_for_the_card(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows_and_no_kernel(name):
     case = PrologueCase(name, 150, 384, batch=3, rank=16)
-    inputs = [one[:, :0] if getattr(one, "ndim", 0) == 3 else one for one in make_inputs(case)]
+    inputs = [one[:, :0] if along_tokens(one) else one for one in make_inputs(case)]
     assert [out.shape for out in operator(name)(*inputs, *make_tail(case))] == [(0,), (0,), (0,)]
 
 

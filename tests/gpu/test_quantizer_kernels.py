@@ -8,7 +8,15 @@ import prologue_cases
 import pytest
 import torch
 from cases import poisoned
-from prologue_cases import MODULATED, MODULATIONS, misaligned, with_changes
+from prologue_cases import (
+    BY_TOKEN,
+    MODULATED,
+    MODULATIONS,
+    along_tokens,
+    misaligned,
+    randomize_,
+    with_changes,
+)
 from quantizer_cases import MATRIX, NAMES, QuantizerCase, check, compare, make_inputs, operator
 
 from rtlynx import Pattern, SparseLinear
@@ -84,7 +92,7 @@ def test_every_kind_of_data(name, k, data):
 def test_tokens_alone_without_a_batch(name):
     for rows in (129, 8):
         inputs = make_inputs(QuantizerCase(name, rows, 512))
-        flat = [one[0] if getattr(one, "ndim", 0) == 3 else one for one in inputs]
+        flat = [one[0] if along_tokens(one) else one for one in inputs]
         compare(name, flat, served=True)
 
 
@@ -139,6 +147,20 @@ def test_modulations_of_every_shape(name, change, served):
     compare(name, changed(name, **change), served)
 
 
+@pytest.mark.parametrize("table", [1, 4])
+def test_choices_of_any_number_and_layout(table):
+    x, shift, scale, _, eps = make_inputs(QuantizerCase(BY_TOKEN, 147, 384, batch=3))
+    wild = torch.randint(-9, 9, (3, 98), device="cuda", dtype=torch.int32)
+    for given in (wild[:, :49], wild[:, ::2], wild[:1, 1:50].expand(3, -1)):
+        result = operator(BY_TOKEN)(x, shift[:table], scale[:table], given, eps)
+        compare(BY_TOKEN, (x, shift[:table], scale[:table], given.clamp(0, table - 1), eps), served=True)
+        expected = operator(BY_TOKEN)(x, shift[:table], scale[:table], given.clamp(0, table - 1), eps)
+        assert all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            for a, b in zip(result, expected, strict=True)
+        )
+
+
 # -------------------------------------------------------------------------------------- how it runs
 
 
@@ -165,9 +187,7 @@ def test_a_captured_graph_replays(name):
         captured = operator(name)(*inputs)
         again = operator(name)(*inputs)  # begins before the one above has ended
     for _ in range(5):
-        for one in inputs:
-            if isinstance(one, torch.Tensor):
-                one.copy_(torch.randn_like(one))
+        randomize_(inputs)
         expected = operator(name)(*inputs)
         for replay in range(20):
             if replay == 0:
@@ -195,7 +215,7 @@ def test_nothing_waits_for_the_card(name):
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_no_rows_and_no_kernel(name):
-    inputs = [one[:, :0] if getattr(one, "ndim", 0) == 3 else one for one in changed(name)]
+    inputs = [one[:, :0] if along_tokens(one) else one for one in changed(name)]
     assert [out.shape for out in operator(name)(*inputs)] == [(3, 0, 384), (3, 0, 1)]
 
 

@@ -129,8 +129,9 @@ struct Prologue : PrologueBase {
     DEVICE uint4 apply(const Row&, const Modulation&, int, const uint4 (&input)[1]) const { return input[0]; }
 };
 
-#elif defined(PROLOGUE_ADALN) || defined(PROLOGUE_RMS_ADALN)
-// norm(x) * (1 + scale) + shift, a scale and a shift for each batch: a layer norm, or an RMS norm.
+#elif defined(PROLOGUE_ADALN) || defined(PROLOGUE_RMS_ADALN) || defined(PROLOGUE_ADALN_BY_TOKEN)
+// norm(x) * (1 + scale) + shift: a layer norm, or an RMS norm. A scale and a shift for each batch, or those that
+// each token chooses.
 struct Prologue : PrologueBase {
     static constexpr bool kNeedsMoments = true;
 #ifdef PROLOGUE_RMS_ADALN
@@ -142,12 +143,20 @@ struct Prologue : PrologueBase {
 #endif
     Matrix x;
     const uint16_t *shift, *scale;
+#if defined(PROLOGUE_ADALN_BY_TOKEN)
+    const int* choice;
+    int modulation_stride;  // from choice to choice
+    int last_choice;
+    DEVICE int modulation(int index) const { return min(max(__ldg(choice + index), 0), last_choice); }
+#else
     int modulation_stride;  // from batch to batch, 0 where all share one
+    DEVICE int modulation(int index) const { return x.batch(index); }
+#endif
     float eps;
 
     DEVICE void open_row(Row& row, int index) const {
         row.input[0] = x.row(index);
-        row.modulation_offset = x.batch(index) * modulation_stride;
+        row.modulation_offset = modulation(index) * modulation_stride;
     }
     DEVICE const uint16_t* input_at(const Row& row, int, int column) const { return row.input[0] + column; }
     DEVICE void set_moments(Row& row, const RowMoments& m) const {

@@ -22,7 +22,8 @@ from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.weights import readable
 
 # rows: activations (..., K) bf16. batches: parameters (B, K), (B, 1, K) or (K,). columns: parameters (K,).
-Kind = Literal["rows", "batches", "columns", "float"]
+# table: parameters (R, K). choice: which of these rows each token takes, (B, T) or (T,) int32.
+Kind = Literal["rows", "batches", "columns", "table", "choice", "float"]
 
 MATRIX = Layout(
     ("data", "pointer"), ("batch_stride", "int64"), ("row_stride", "int64"), ("rows_per_batch", "int")
@@ -41,7 +42,8 @@ class Prologue:
     arguments : tuple of (str, Kind)
         In the order of the operators' and of the reference's.
     reference : callable
-        The result in float32, in plain PyTorch; parameters of batches come as (B, 1, K) or (K,).
+        The result in float32, in plain PyTorch; parameters of batches come as (B, 1, K) or (K,), those of
+        tokens as (..., K).
     concatenates : bool
         Whether columns of the second matrix follow those of the first; else matrices are of one shape.
     many_registers : bool
@@ -81,8 +83,9 @@ class Prologue:
         """Of `struct Prologue`."""
         return Layout(
             *((name, MATRIX) for name in self.named("rows")),
-            *((name, "pointer") for name in self.named("batches", "columns")),
-            *((("modulation_stride", "int"),) if self.named("batches") else ()),
+            *((name, "pointer") for name in self.named("batches", "columns", "table", "choice")),
+            *((("modulation_stride", "int"),) if self.named("batches", "table") else ()),
+            *((("last_choice", "int"),) if self.named("choice") else ()),
             *((name, "float") for name in self.named("float")),
             *((("columns_a", "int"),) if self.concatenates else ()),
         )
@@ -120,6 +123,11 @@ def _rms_adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return rms_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale.float()) + shift.float()
 
 
+def _adaln_by_token(x: Tensor, shift: Tensor, scale: Tensor, choice: Tensor, eps: float) -> Tensor:
+    rows = choice.clamp(0, len(shift) - 1).long()
+    return _adaln(x, shift[rows], scale[rows], eps)
+
+
 def _rmsnorm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     return rms_norm(x.float(), x.shape[-1:], eps=eps) * weight.float() * scale.float()
 
@@ -146,6 +154,13 @@ PROLOGUES: dict[str, Prologue] = {
             "rms_norm(x) * (1 + scale) + shift",
             (("x", "rows"), ("shift", "batches"), ("scale", "batches"), ("eps", "float")),
             _rms_adaln,
+            many_registers=True,
+        ),
+        Prologue(
+            "adaln_by_token",
+            "layer_norm(x) * (1 + scale[choice]) + shift[choice], choices beyond the table its last or first",
+            (("x", "rows"), ("shift", "table"), ("scale", "table"), ("choice", "choice"), ("eps", "float")),
+            _adaln_by_token,
             many_registers=True,
         ),
         Prologue(
@@ -234,6 +249,7 @@ def _bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
     matrices: list[Tensor] = []
     vectors: list[Tensor] = []
     batched: list[int] = []
+    last_choice: list[int] = []
     numbers: list[float] = []
     for (_, kind), value in zip(prologue.arguments, arguments, strict=True):
         if kind == "rows":
@@ -242,17 +258,22 @@ def _bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
             matrices.append(value)
         elif kind == "float":
             numbers.append(value)
+        elif kind == "choice":
+            vectors.append(value.contiguous())
         else:
             if value.dtype is not torch.bfloat16:
                 return None
-            if kind == "batches":
+            if kind in ("batches", "table"):
                 batched.append(len(vectors))
+            if kind == "table":
+                last_choice = [len(value) - 1]
             vectors.append(readable(_by_batch(value)))
     stride = _share_stride(vectors, batched)
     packed = [pack_matrix(one, batches=bool(batched)) for one in matrices]
     values: list[Any] = [number for numbers_of_one, _ in packed for number in numbers_of_one]
     values += [one.data_ptr() for one in vectors]
     values += [stride] if batched else []
+    values += last_choice
     values += numbers
     columns = matrices[0].shape[-1]
     if prologue.concatenates:
