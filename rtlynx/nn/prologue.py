@@ -17,17 +17,14 @@ from torch import Tensor, nn
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
 from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.math.formats import FP8_DENSE, FP8_WEIGHT_SPARSE
-from rtlynx.math.selection import Pattern
-from rtlynx.nn.lora import Reader, adapter_classes, beside_dense, joint_factors, reader_of
+from rtlynx.nn.lora import Reader, adapter_classes, beside_quantized, joint_factors, reader_of
 from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports, wants_gradient
-from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters, compress_fp8
+from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
-
-_ALL = Pattern(1, 1)
 
 
 class PrologueCall(NamedTuple):
@@ -190,13 +187,9 @@ def _quantized(
     prologue: PrologueCall, readers: tuple[Reader, ...], parameters: list[Fp8Parameters]
 ) -> QuantizedInput:
     """The prologue quantised for layers that are in fp8 and drop nothing in this call."""
-    x, found, beside = prologue.arguments[0], _layers(readers), None
-    if any(reader.loras for reader in readers):  # which read it unquantised: here it is stored after all
-        dense = prologue.dense()
-        beside = beside_dense(dense, readers)
-        quantized = compress_fp8(dense, _ALL, "none")
-    else:
-        quantized = CompressedFp8(*QUANTIZE[prologue.name](*prologue.arguments))
+    x, found = prologue.arguments[0], _layers(readers)
+    quantized = CompressedFp8(*QUANTIZE[prologue.name](*prologue.arguments))
+    beside = beside_quantized(quantized, readers, parameters)
     shape = torch.Size((*x.shape[:-1], found[0].in_features))
     return QuantizedInput(shape, x.dtype, x.device, found, quantized, parameters, beside)
 
