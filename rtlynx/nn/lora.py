@@ -178,8 +178,8 @@ def beside_quantized(
             if reader.loras and (of.packed is not None) is packs
         ]
         if chosen:
-            found = _prepare(x, [readers[i].loras for i in chosen], [parameters[i].scale for i in chosen], packs)
-            for i, one in zip(chosen, found, strict=True):
+            loras, weight_scales = [readers[i].loras for i in chosen], [parameters[i].scale for i in chosen]
+            for i, one in zip(chosen, _prepare(x, loras, weight_scales, packs), strict=True):
                 beside[i] = one
     return beside
 
@@ -190,10 +190,8 @@ def _prepare(
     """What the LoRAs of each of `layers` add; the scaling is in T."""
     loras = [lora for layer in layers for lora in layer]
     lowrank_bs = [lora.lowrank_b.bfloat16() for lora in loras]
-    counts, ranks = (
-        [len(layer) for layer in layers],
-        [sum(lora.lowrank_a.shape[0] for lora in layer) for layer in layers],
-    )
+    counts = [len(layer) for layer in layers]
+    ranks = [sum(lora.lowrank_a.shape[0] for lora in layer) for layer in layers]
     t, tiles = lora_operator(
         *(x.values.contiguous(), x.scale.contiguous(), [lora.lowrank_a.bfloat16() for lora in loras]),
         *(lowrank_bs if packs else [], list(weight_scales) if packs else [], counts, _scalings(loras)),
@@ -204,7 +202,8 @@ def _prepare(
         sizes = [lowrank_bytes(len(c), rank) for c, rank in zip(weight_scales, ranks, strict=True)]
         return [Beside(*one) for one in zip(ts, tiles.split(sizes), strict=True)]
     rest = iter(lowrank_bs)
-    joined = [torch.cat([next(rest) for _ in layer], dim=1) if len(layer) > 1 else next(rest) for layer in layers]
+    of_layers = [[next(rest) for _ in layer] for layer in layers]
+    joined = [one[0] if len(one) == 1 else torch.cat(one, dim=1) for one in of_layers]
     return [Beside(*one) for one in zip(ts, joined, strict=True)]
 
 

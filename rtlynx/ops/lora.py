@@ -13,7 +13,7 @@ from rtlynx.cuda.sm90.lora import LoraShape, launch_lora, takes
 from rtlynx.math.fp8 import E4M3
 from rtlynx.math.reference import product_in_float32
 from rtlynx.math.tiles import pack_lowrank
-from rtlynx.ops.checks import FLOATS, check_size, check_tensor
+from rtlynx.ops.checks import check_size, check_tensor
 from rtlynx.ops.registry import operator, refuse_gradients
 
 _E4M3, _FLOAT32 = (E4M3,), (torch.float32,)

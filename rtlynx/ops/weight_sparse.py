@@ -138,7 +138,8 @@ weight_scale : Tensor (N,) float32
     c of each output channel.
 bias : Tensor (N,) bfloat16 | float32, or None
 lowrank, packed_b : Tensor (M, r) bfloat16 and Tensor uint8, or None
-    T of the values, and B' = B / c (N, r) as from `rtlynx.math.tiles.pack_lowrank`; `rtlynx::lora` makes both.
+    T of the values, and B' = B / c (N, r) as from `rtlynx.math.tiles.pack_lowrank`. `rtlynx::lora` makes
+    both.
 
 Returns
 -------

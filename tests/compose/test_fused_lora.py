@@ -226,6 +226,7 @@ def test_hot_swapped_in_compiled_blocks_nothing_is_compiled_again(recipe, rank):
     model, call = model_and_call(recipe=recipe)
     model.enable_lora_hotswap(target_rank=6)
     load(model, seed=1, rank=6)
+    output(model, call)  # (here weights are packed when they are first read, on a card before)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model.compile_repeated_blocks(fullgraph=True, backend=counter)

@@ -23,7 +23,8 @@ K_MULTIPLE = 16
 _THREADS, _BLOCK_M, _BLOCK_K, _MAX_CLUSTER = 256, 128, 128, 8
 _COLUMNS = (16, 32, 48, 64)  # of T that a CTA computes
 _PIECE = Layout(
-    *((name, "pointer") for name in ("lowrank_a", "lowrank_b")), *((name, "int") for name in ("rank", "column"))
+    *((name, "pointer") for name in ("lowrank_a", "lowrank_b")),
+    *((name, "int") for name in ("rank", "column")),
 )
 _LAYER = Layout(
     ("weight_scale", "pointer"),
