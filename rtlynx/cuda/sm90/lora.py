@@ -48,9 +48,16 @@ INSTANTIATIONS = [Instantiation("lora.cu", "lora", _defines(columns)) for column
 
 @functools.cache
 def _kernel(columns: int, cluster: int) -> jit.Kernel:
-    shared_bytes = _BLOCK_M * (columns + 4) * 4
-    how = {"threads": _THREADS, "shared_bytes": shared_bytes, "pdl": True, "cluster": cluster}
-    return jit.load("lora.cu", "lora", _defines(columns), **how)
+    shared_bytes = _BLOCK_M * (columns + 4) * 4  # of T, a few columns more in a row: other banks
+    return jit.load(
+        "lora.cu",
+        "lora",
+        _defines(columns),
+        threads=_THREADS,
+        shared_bytes=shared_bytes,
+        pdl=True,
+        cluster=cluster,
+    )
 
 
 class LoraShape(NamedTuple):
