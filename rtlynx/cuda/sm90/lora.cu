@@ -175,9 +175,8 @@ DEVICE void make_lowrank(const Parameters& p) {
         if (first_row + row >= p.rows || column >= p.columns) continue;
         const float t = p.token_scale == nullptr ? 1.f : p.token_scale[first_row + row];
         unroll<8>([&](auto i) { sum[i] = sum[i] * t * smem_scalings[chunk * 8 + i]; });
-        *reinterpret_cast<uint4*>(p.lowrank + int64_t(first_row + row) * p.columns + column) =
-            uint4{pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]), pack_bf16(sum[4], sum[5]),
-                  pack_bf16(sum[6], sum[7])};
+        *reinterpret_cast<uint4*>(p.lowrank + int64_t(first_row + row) * p.columns + column) = uint4{
+            pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]), pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7])};
     }
     cluster_sync();  // no CTA leaves while another reads its shared memory
 }
@@ -187,12 +186,13 @@ DEVICE void pack_b(const Parameters& p, int tile) {
     int layer = 0, tile_begin = 0;
     while (layer < p.num_layers && tile >= p.layer[layer].tile_end) tile_begin = p.layer[layer++].tile_end;
     if (layer == p.num_layers) return;
-    const int n = p.layer[layer].n, rank = p.layer[layer].rank, rank_blocks = (rank + kBlockColumns - 1) / kBlockColumns;
+    const int n = p.layer[layer].n, rank = p.layer[layer].rank,
+              rank_blocks = (rank + kBlockColumns - 1) / kBlockColumns;
     const int row_in_tile = threadIdx.x / 4, chunk = threadIdx.x % 4, m64 = tile - tile_begin;
     const int row = m64 * 64 + row_in_tile;
     const float c = row < n ? p.layer[layer].weight_scale[row] : 1.f;
-    uint8_t* to = p.packed_b + p.layer[layer].first_byte + int64_t(m64) * rank_blocks * kBlockBytes +
-                  row_in_tile * 64 + ((chunk ^ row_in_tile >> 1) & 3) * 16;
+    uint8_t* to = p.packed_b + p.layer[layer].first_byte + int64_t(m64) * rank_blocks * kBlockBytes + row_in_tile * 64 +
+                  ((chunk ^ row_in_tile >> 1) & 3) * 16;
     for (int block = 0; block < rank_blocks; ++block, to += kBlockBytes) {
         float values[8];
         unroll<8>([&](auto i) {
