@@ -21,6 +21,7 @@ from rtlynx.nn.lora import Reader, adapter_classes, beside_quantized, joint_fact
 from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.ops import dispatch
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports, wants_gradient
 from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters
@@ -47,6 +48,8 @@ def read(prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
         return prologue.dense()
     dense_fp8 = tuple(reader for reader in found if _drops_nothing(reader.layer))
     sparse = tuple(reader for reader in found if not _drops_nothing(reader.layer))
+    if not dispatch.QUANTIZED_LORAS and any(reader.loras for reader in dense_fp8):
+        return prologue.dense()
     of = _parameters_if_supported(prologue, dense_fp8)
     if of is None or not _compression_supported(prologue, sparse):
         return prologue.dense()

@@ -17,6 +17,7 @@ from rtlynx.models import sparse_layers
 from rtlynx.models.plan import ARCHITECTURES
 from rtlynx.nn.prepared import QuantizedInput
 from rtlynx.nn.prologue import adaln, read
+from rtlynx.ops import dispatch
 
 RECIPES = {**SHARED, "adjacent": Recipe.immediate(grouping="adjacent")}
 OTHERS = [name for name in MODELS if name != "flux"]
@@ -25,6 +26,7 @@ OTHERS = [name for name in MODELS if name != "flux"]
 @pytest.fixture(autouse=True)
 def _served(monkeypatch):
     serve(monkeypatch)
+    monkeypatch.setattr(dispatch, "QUANTIZED_LORAS", True)
 
 
 @pytest.fixture
@@ -93,6 +95,19 @@ def test_several_loras_are_in_the_products_of_fused_blocks(name, recipe, rank, c
     assert torch.equal(check_model(model, call), y)
     exact = exact_of(model, call)
     assert relative_error(y, exact) < 0.25 * relative_error(before, exact)
+
+
+@torch.no_grad()
+def test_peft_adds_those_beside_layers_that_drop_no_activation(monkeypatch):
+    monkeypatch.setattr(dispatch, "QUANTIZED_LORAS", False)
+    model, call = model_and_call(recipe="weights")
+    load(model, names=[name for name in names_of(model) if name.endswith("to_q")])
+    check_model(model, call)
+    attn = model.transformer_blocks[0].attn
+    x = read(chain_of(attn, model.transformer_blocks[0].norm1.norm), attn.to_q, attn.to_k)
+    assert isinstance(x, torch.Tensor)
+    others = read(chain_of(attn, model.transformer_blocks[0].norm1.norm), attn.to_k, attn.to_v)
+    assert isinstance(others, QuantizedInput)
 
 
 def test_every_architecture_with_fused_blocks_is_tested_here():
