@@ -26,9 +26,9 @@ def _shape_of(
     lowrank_bs: Sequence[Tensor],
     weight_scales: Sequence[Tensor],
     counts: Sequence[int],
-    scalings: Tensor | None,
+    scalings: Tensor | None = None,
 ) -> LoraShape:
-    """The shape, once everything was checked."""
+    """The shape, once all arguments of the operator were checked."""
     check_tensor("values", values, values, _E4M3)
     check_tensor("scale", scale, values, _FLOAT32)
     k = values.shape[-1] if values.ndim else 0
@@ -91,7 +91,23 @@ def _split(values: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
     return [[next(rest) for _ in range(count)] for count in counts]
 
 
-def _lora_reference(
+def _lora_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _plain(_shape_of(*arguments), *arguments)
+
+
+def _lora_hopper(*arguments: Any) -> tuple[Tensor, Tensor]:
+    of = _shape_of(*arguments)
+    return launch_lora(of, *arguments) if takes(of) else _plain(of, *arguments)
+
+
+def _lora_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    of, values = _shape_of(*arguments), arguments[0]
+    lowrank = values.new_empty((of.rows, of.first_columns[-1]), dtype=torch.bfloat16)
+    return lowrank, values.new_empty(sum(of.tile_bytes), dtype=torch.uint8)
+
+
+def _plain(
+    of: LoraShape,
     values: Tensor,
     scale: Tensor,
     lowrank_as: Sequence[Tensor],
@@ -100,21 +116,8 @@ def _lora_reference(
     counts: Sequence[int],
     scalings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    of = _shape_of(values, scale, lowrank_as, lowrank_bs, weight_scales, counts, scalings)
-    return _plain(values, scale, (lowrank_as, lowrank_bs), weight_scales, scalings, of)
-
-
-def _plain(
-    values: Tensor,
-    scale: Tensor,
-    factors: tuple[Sequence[Tensor], Sequence[Tensor]],
-    weight_scales: Sequence[Tensor],
-    scalings: Tensor | None,
-    of: LoraShape,
-) -> tuple[Tensor, Tensor]:
-    counts = [len(ranks) for ranks in of.ranks]
     rows = values.view(-1, of.k)
-    products = [product_in_float32(rows, one) for one in factors[0]]
+    products = [product_in_float32(rows, one) for one in lowrank_as]
     if scalings is not None:
         products = [one * scaling for one, scaling in zip(products, scalings, strict=True)]
     if not of.packs:
@@ -125,39 +128,9 @@ def _plain(
         return lowrank, values.new_empty(0, dtype=torch.uint8)
     tiles = [
         pack_lowrank((torch.cat(layer, dim=1).float() / c.unsqueeze(-1)).bfloat16())
-        for layer, c in zip(_split(factors[1], counts), weight_scales, strict=True)
+        for layer, c in zip(_split(lowrank_bs, counts), weight_scales, strict=True)
     ]
     return lowrank, torch.cat(tiles)
-
-
-def _lora_hopper(
-    values: Tensor,
-    scale: Tensor,
-    lowrank_as: Sequence[Tensor],
-    lowrank_bs: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    counts: Sequence[int],
-    scalings: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    of = _shape_of(values, scale, lowrank_as, lowrank_bs, weight_scales, counts, scalings)
-    factors = lowrank_as, lowrank_bs
-    if not takes(of):
-        return _plain(values, scale, factors, weight_scales, scalings, of)
-    return launch_lora(values, None if of.packs else scale, factors, weight_scales, scalings, of)
-
-
-def _lora_fake(
-    values: Tensor,
-    scale: Tensor,
-    lowrank_as: Sequence[Tensor],
-    lowrank_bs: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    counts: Sequence[int],
-    scalings: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    of = _shape_of(values, scale, lowrank_as, lowrank_bs, weight_scales, counts, scalings)
-    lowrank = values.new_empty((of.rows, of.first_columns[-1]), dtype=torch.bfloat16)
-    return lowrank, values.new_empty(sum(of.tile_bytes), dtype=torch.uint8)
 
 
 lora: Any = operator(

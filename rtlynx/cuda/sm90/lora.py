@@ -134,19 +134,18 @@ def takes(of: LoraShape) -> bool:
 
 
 def launch_lora(
-    values: Tensor,
-    token_scale: Tensor | None,
-    factors: tuple[Sequence[Tensor], Sequence[Tensor]],
-    weight_scales: Sequence[Tensor],
-    scalings: Tensor | None,
     of: LoraShape,
+    values: Tensor,
+    token_scale: Tensor,
+    lowrank_as: Sequence[Tensor],
+    lowrank_bs: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    _counts: Sequence[int],
+    scalings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """T (M, columns) and all tiles of B of what `takes`; see `rtlynx.ops.lora`, which checks.
-
-    `factors` are A^T and B of all LoRAs, layer after layer, B of none without packing.
-    """
-    lowrank_as = [aligned(one.contiguous()) for one in factors[0]]
-    lowrank_bs = [one.contiguous() for one in factors[1]]
+    """T (M, columns) and all tiles of B of what `takes`; see `rtlynx.ops.lora`, which checks."""
+    lowrank_as = [aligned(one.contiguous()) for one in lowrank_as]
+    lowrank_bs = [one.contiguous() for one in lowrank_bs]
     weight_scales = [one.contiguous() for one in weight_scales]
     values = aligned(values)
     firsts, tile_bytes = of.first_columns, of.tile_bytes
@@ -169,7 +168,7 @@ def launch_lora(
         scale = weight_scales[i].data_ptr() if of.packs else 0
         layers += [scale, sum(tile_bytes[:i]), n, sum(ranks), first, tile_end]
     parameters = _PARAMETERS.pack(
-        *(values.data_ptr(), address_of(token_scale), address_of(scalings)),
+        *(values.data_ptr(), 0 if of.packs else token_scale.data_ptr(), address_of(scalings)),
         *(lowrank.data_ptr(), packed.data_ptr()),
         *(of.rows, of.k, firsts[-1], len(pieces) // 4, len(of.ranks), plan.lowrank_ctas),
         *pieces,
