@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rtlynx.cuda.sm90.prologues import PROLOGUES
 from rtlynx.math.fp8 import E4M3, quantize_weight
-from rtlynx.math.tiles import pack_weight
+from rtlynx.math.tiles import pack_lowrank, pack_weight
 from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.lora import lora
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE, quantize
 from rtlynx.ops.weight_sparse import gemm_weight_sparse
 
@@ -66,6 +67,12 @@ def calls(device="cpu") -> dict[str, Call]:
     placed.view(N, -1, 4)[..., [1, 3]] = pruned.values.view(torch.uint8).view(N, -1, 2)
     by_weight = {"values": values, "scale": token_scale, "packed_weight": pack_weight(placed.view(E4M3))}
     by_weight |= {"weight_scale": pruned.scale, "bias": normal(N, seed=2)}
+    by_weight |= {"lowrank": normal(ROWS, 5, seed=3), "packed_b": pack_lowrank(normal(N, 5, seed=4))}
+    loras = {"lowrank_as": [normal(5, K, seed=3), normal(3, K, seed=4), normal(4, K, seed=5)]}
+    loras |= {"lowrank_bs": [normal(N, 5, seed=6), normal(N, 3, seed=7), normal(8, 4, seed=8)]}
+    loras |= {"weight_scales": [pruned.scale, pruned.scale[:8].clone()], "counts": [2, 1]}
+    loras |= {"scalings": normal(3, seed=9).float()}
+    made["lora"] = Call(lora, {"values": values, "scale": token_scale, **loras})
     made["gemm_weight_sparse"] = Call(gemm_weight_sparse, by_weight)
     made["quantize"] = Call(quantize, {"x": normal(2, 35, K)})
     for name in NAMES:

@@ -1,19 +1,17 @@
 """What the tests of fused blocks share, here and on a card."""
 
 import copy
-import importlib
 from collections import Counter
-from contextlib import contextmanager
 
 import torch
 
 import rtlynx.nn.prologue
 import rtlynx.nn.sparse_linear
 from rtlynx import Recipe
-from rtlynx.models import sparse_layers
+from rtlynx.math.fp8 import quantize_weight
+from rtlynx.models import make_plan, sparse_layers
 from rtlynx.models.fusion import unfuse_blocks
-from rtlynx.nn.lora import adapter_classes
-from rtlynx.nn.prologue import fuse_adapters
+from rtlynx.models.sparsify import apply_plan
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import wants_gradient
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
@@ -36,6 +34,7 @@ def serve(monkeypatch):
     monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_support", serves)
     monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_supports", lambda k, *tensors: serves(*tensors))
     monkeypatch.setattr(rtlynx.nn.prologue, "scaled_mm_supports", serves)
+    monkeypatch.setattr(rtlynx.nn.sparse_linear, "weight_sparse_supports", lambda weight: True)
 
 
 def count_calls(monkeypatch):
@@ -60,17 +59,20 @@ def count_calls(monkeypatch):
     return count
 
 
-@contextmanager
-def loras_fused():
-    """Meanwhile LoRAs of peft are in the fused path, as by the switch RTLYNX_FUSE_LORA."""
-    linear = importlib.import_module("peft.tuners.lora.layer").Linear
-    original = linear.forward
-    fuse_adapters(linear)
-    try:
-        yield
-    finally:
-        linear.forward = original
-        adapter_classes.remove(linear)
+def drop_weights(model):
+    """Layers of `model` in fp8-weight-sparse, the two largest of four weights kept; text in dense fp8."""
+    plan = make_plan(model, Recipe(rank=None, precision="fp8", drop="weights"))
+    chosen = {layer.name for layer in plan.sparse if layer.weight_sparse}
+
+    def prepare(name, layer):
+        if name in chosen:
+            groups = layer.weight.detach().float().unflatten(-1, (-1, 4))
+            kept = groups.abs().topk(2).indices
+            weight = torch.zeros_like(groups).scatter_(-1, kept, groups.gather(-1, kept)).flatten(-2)
+            layer.set_quantized(quantize_weight(weight), refitted=True, sparse=True)
+
+    apply_plan(model, plan, prepare)
+    return model
 
 
 def unfused(model):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
-import os
 from collections.abc import Iterable, Iterator
 from functools import wraps
 from typing import Any, NoReturn
@@ -204,9 +203,6 @@ def _foreign_weight(layer: nn.Linear) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------- adapters
-
-# Off until it has run on a card: what a process does with LoRAs is decided when peft first takes a model.
-FUSE_LORA_SWITCH = "RTLYNX_FUSE_LORA"
 
 _CHANGES = {
     "rotate_values": "the values that {} makes or reads were rotated",
@@ -431,8 +427,7 @@ def _guard_peft(tuner: type[Any]) -> None:
             _refuse_merge()
 
     tuner.inject_adapter, tuner._check_merge_allowed = inject_adapter, check_merge_allowed
-    if os.environ.get(FUSE_LORA_SWITCH, "0") not in ("", "0"):
-        fuse_adapters(importlib.import_module("peft.tuners.lora.layer").Linear)
+    fuse_adapters(importlib.import_module("peft.tuners.lora.layer").Linear)
 
 
 def _notice_peft(module: nn.Module, name: str, _submodule: nn.Module | None) -> None:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from rtlynx.cuda.sm90.weights import STORE_COLUMNS
-from rtlynx.math.tiles import LOWRANK_COLUMNS
+from rtlynx.cuda.sm90.weights import STORE_COLUMNS, stored_columns
+from rtlynx.math.tiles import LOWRANK_COLUMNS, lowrank_bytes
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.tensor_parallel import TensorParallelLinear
 from rtlynx.ops.dispatch import wants_gradient
+from rtlynx.ops.fp8_linear import Beside, CompressedFp8, Fp8Parameters
+from rtlynx.ops.lora import lora as lora_operator
 
 # peft's class of a linear layer with LoRAs, once `rtlynx.nn.prologue.fuse_adapters` changed its forward.
 adapter_classes: list[type[nn.Module]] = []
@@ -34,7 +36,7 @@ class Lora(NamedTuple):
     lowrank_b: Tensor
     scaling: float | Tensor
 
-    def scaled_b(self, channel: Tensor | None = None) -> Tensor:
+    def scaled_b(self, channel: Tensor | None) -> Tensor:
         """`scaling` * B (N, r), divided by the scale (N,) of each output channel: bfloat16, rounded once."""
         scaled = self.lowrank_b.float() * self.scaling
         return (scaled if channel is None else scaled / channel.unsqueeze(-1)).bfloat16()
@@ -160,12 +162,54 @@ def _windows(placed: Sequence[Sequence[tuple[int, Tensor]]]) -> tuple[list[Tenso
     return [one[:, :width] for one, width in zip(joined, widths, strict=True)], firsts
 
 
-def beside_dense(x: Tensor, readers: Sequence[Reader]) -> list[tuple[Tensor, Tensor] | None]:
-    """T (..., r) and B (N, r) of each layer's LoRAs, of the dense `x` (..., K); None of one without any."""
-    lowrank_as = [lora.lowrank_a.to(x.dtype) for reader in readers for lora in reader.loras]
-    ranks = [sum(lora.lowrank_a.shape[0] for lora in reader.loras) for reader in readers]
-    parts = nn.functional.linear(x, torch.cat(lowrank_as)).split(ranks, dim=-1)
-    return [
-        (t, torch.cat([lora.scaled_b() for lora in reader.loras], dim=1)) if reader.loras else None
-        for reader, t in zip(readers, parts, strict=True)
-    ]
+def beside_quantized(
+    x: CompressedFp8, readers: Sequence[Reader], parameters: Sequence[Fp8Parameters]
+) -> list[Beside | None]:
+    """What LoRAs add to layers that read all of the quantised `x`; None for one without any.
+
+    T is of the quantised input: what e4m3 moves it by is 3 % of what the LoRA adds, and moves the layer's
+    own output by as much of that. Layers whose weights are packed take T and B into their products.
+    """
+    beside: list[Beside | None] = [None] * len(readers)
+    for packs in (True, False):
+        chosen = [
+            i
+            for i, (reader, of) in enumerate(zip(readers, parameters, strict=True))
+            if reader.loras and (of.packed is not None) is packs
+        ]
+        if chosen:
+            loras, weight_scales = [readers[i].loras for i in chosen], [parameters[i].scale for i in chosen]
+            for i, one in zip(chosen, _prepare(x, loras, weight_scales, packs), strict=True):
+                beside[i] = one
+    return beside
+
+
+def _prepare(
+    x: CompressedFp8, layers: Sequence[tuple[Lora, ...]], weight_scales: Sequence[Tensor], packs: bool
+) -> list[Beside]:
+    """What the LoRAs of each of `layers` add; the scaling is in T."""
+    loras = [lora for layer in layers for lora in layer]
+    lowrank_bs = [lora.lowrank_b.bfloat16() for lora in loras]
+    counts = [len(layer) for layer in layers]
+    ranks = [sum(lora.lowrank_a.shape[0] for lora in layer) for layer in layers]
+    t, tiles = lora_operator(
+        *(x.values.contiguous(), x.scale.contiguous(), [lora.lowrank_a.bfloat16() for lora in loras]),
+        *(lowrank_bs if packs else [], list(weight_scales) if packs else [], counts, _scalings(loras)),
+    )
+    pieces = t.split([stored_columns(rank) for rank in ranks], dim=1)
+    ts = [piece[:, :rank] for piece, rank in zip(pieces, ranks, strict=True)]
+    if packs:
+        sizes = [lowrank_bytes(len(c), rank) for c, rank in zip(weight_scales, ranks, strict=True)]
+        return [Beside(*one) for one in zip(ts, tiles.split(sizes), strict=True)]
+    rest = iter(lowrank_bs)
+    of_layers = [[next(rest) for _ in layer] for layer in layers]
+    joined = [one[0] if len(one) == 1 else torch.cat(one, dim=1) for one in of_layers]
+    return [Beside(*one) for one in zip(ts, joined, strict=True)]
+
+
+def _scalings(loras: Sequence[Lora]) -> Tensor | None:
+    """One a LoRA, float32; None where all are 1, as of most."""
+    if all(not isinstance(lora.scaling, Tensor) and lora.scaling == 1.0 for lora in loras):
+        return None
+    one = torch.ones(1, dtype=torch.float32, device=loras[0].lowrank_a.device)
+    return torch.cat([one * lora.scaling for lora in loras])

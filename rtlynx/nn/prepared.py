@@ -100,21 +100,15 @@ class QuantizedInput(PreparedInput):
     ----------
     quantized : values (..., K) and scale (..., 1), as from `rtlynx::quantize`
     parameters : what each layer multiplies with
-    beside : T (..., r) and B (N, r) of what LoRAs add to each layer's output, or None where none do
+    beside : what LoRAs add to each layer's output, or None where none do
     """
 
     quantized: fp8.CompressedFp8
     parameters: list[fp8.Fp8Parameters]
-    beside: list[tuple[Tensor, Tensor] | None] | None = None
+    beside: list[fp8.Beside | None]
 
     def _output(self, index: int) -> Tensor:
-        y = fp8.scaled_product(self.quantized, self.parameters[index])
-        added = None if self.beside is None else self.beside[index]
-        if added is None:
-            return y
-        t, lowrank_b = added
-        y.view(-1, y.shape[-1]).addmm_(t.reshape(-1, t.shape[-1]), lowrank_b.T)
-        return y
+        return fp8.scaled_product(self.quantized, self.parameters[index], self.beside[index])
 
 
 @dataclass

@@ -18,17 +18,15 @@ from torch.nn.functional import embedding
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
 from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.math.formats import FP8_DENSE, FP8_WEIGHT_SPARSE
-from rtlynx.math.selection import Pattern
-from rtlynx.nn.lora import Reader, adapter_classes, beside_dense, joint_factors, reader_of
+from rtlynx.nn.lora import Reader, adapter_classes, beside_quantized, joint_factors, reader_of
 from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.ops import dispatch
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports, wants_gradient
-from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters, compress_fp8
+from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
-
-_ALL = Pattern(1, 1)
 
 
 class PrologueCall(NamedTuple):
@@ -51,6 +49,8 @@ def read(prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
         return prologue.dense()
     dense_fp8 = tuple(reader for reader in found if _drops_nothing(reader.layer))
     sparse = tuple(reader for reader in found if not _drops_nothing(reader.layer))
+    if not dispatch.QUANTIZED_LORAS and any(reader.loras for reader in dense_fp8):
+        return prologue.dense()
     of = _parameters_if_supported(prologue, dense_fp8)
     if of is None or not _compression_supported(prologue, sparse):
         return prologue.dense()
@@ -191,13 +191,9 @@ def _quantized(
     prologue: PrologueCall, readers: tuple[Reader, ...], parameters: list[Fp8Parameters]
 ) -> QuantizedInput:
     """The prologue quantised for layers that are in fp8 and drop nothing in this call."""
-    x, found, beside = prologue.arguments[0], _layers(readers), None
-    if any(reader.loras for reader in readers):  # which read it unquantised: here it is stored after all
-        dense = prologue.dense()
-        beside = beside_dense(dense, readers)
-        quantized = compress_fp8(dense, _ALL, "none")
-    else:
-        quantized = CompressedFp8(*QUANTIZE[prologue.name](*prologue.arguments))
+    x, found = prologue.arguments[0], _layers(readers)
+    quantized = CompressedFp8(*QUANTIZE[prologue.name](*prologue.arguments))
+    beside = beside_quantized(quantized, readers, parameters)
     shape = torch.Size((*x.shape[:-1], found[0].in_features))
     return QuantizedInput(shape, x.dtype, x.device, found, quantized, parameters, beside)
 

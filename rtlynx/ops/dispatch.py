@@ -20,6 +20,10 @@ from rtlynx.math.selection import Pattern
 if TYPE_CHECKING:
     from rtlynx.ops.fp8_linear import Fp8Parameters
 
+# Whether LoRAs beside layers that drop no activation are in the fused path. Their kernel, lora.cu, has not
+# run on a card: peft adds them until test_lora_kernels.py and test_fused_lora_kernels.py have passed on one.
+QUANTIZED_LORAS = False
+
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()
 _GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"

@@ -17,6 +17,7 @@ from rtlynx.math.fp8 import dequantize, quantize_tokens
 from rtlynx.math.reference import Norm, product_in_float32
 from rtlynx.math.selection import Pattern, norm_scale, pattern_mask
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports
+from rtlynx.ops.lora import scaled_mm_lora
 from rtlynx.ops.prologues import quantize
 from rtlynx.ops.weight_sparse import gemm_weight_sparse
 
@@ -58,6 +59,17 @@ class Fp8Parameters(NamedTuple):
     lowrank_a: Tensor | None
     lowrank_b: Tensor | None
     packed: Tensor | None = None
+
+
+class Beside(NamedTuple):
+    """What LoRAs add to the output of a layer that keeps all of its input, as `rtlynx::lora` prepares it.
+
+    lowrank : T (M, r) bfloat16
+    lowrank_b : B (N, r) bfloat16, or packed where the layer's weight is
+    """
+
+    lowrank: Tensor
+    lowrank_b: Tensor
 
 
 def compress_fp8(x: Tensor, pattern: Pattern, norm: Norm) -> CompressedFp8:
@@ -132,19 +144,24 @@ def dense_linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) ->
     return (y.float() + (rest if of.bias is None else rest + of.bias)).bfloat16()
 
 
-def scaled_product(compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
+def scaled_product(compressed: CompressedFp8, of: Fp8Parameters, beside: Beside | None = None) -> Tensor:
     """Xq Wq^T scaled by rows and columns, + b: (..., N) bfloat16, of `of` without low-rank factors.
 
     By our product where the weight is packed, else by `torch._scaled_mm`. There, of more than `_SURE_COLUMNS`
-    inputs the bias is added to the product rounded to bfloat16.
+    inputs the bias is added to the product rounded to bfloat16. What is `beside` is added before the bias in
+    our product, and after all else there.
     """
     if of.packed is not None:
         values, scale = compressed.values.contiguous(), compressed.scale.contiguous()
-        return gemm_weight_sparse(values, scale, of.packed, of.scale, of.bias)
+        return gemm_weight_sparse(values, scale, of.packed, of.scale, of.bias, *(beside or ()))
     n, k = of.weight.shape
     wide = k > _SURE_COLUMNS
     if wide and of.bias is not None:
-        return scaled_product(compressed, of._replace(bias=None)) + of.bias
+        return scaled_product(compressed, of._replace(bias=None), beside) + of.bias
+    # Sums as tensor cores hold them, as in our own product; promoting them takes a fifth more time.
+    fast = not (wide and _REFUSES_WITHOUT_BIAS)
+    if beside is not None:
+        return scaled_mm_lora(*compressed, of.weight, of.scale, of.bias, *beside, fast)
     return torch._scaled_mm(
         compressed.values.reshape(-1, k),
         of.weight.T,
@@ -152,8 +169,7 @@ def scaled_product(compressed: CompressedFp8, of: Fp8Parameters) -> Tensor:
         scale_b=of.scale.unsqueeze(0),
         bias=of.bias,
         out_dtype=torch.bfloat16,
-        # Sums as tensor cores hold them, as in our own product; promoting them takes a fifth more time.
-        use_fast_accum=not (wide and _REFUSES_WITHOUT_BIAS),
+        use_fast_accum=fast,
     ).view(*compressed.values.shape[:-1], n)
 
 

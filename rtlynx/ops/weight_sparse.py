@@ -12,11 +12,11 @@ from rtlynx.cuda.sm90.weight_sparse import launch_weight_sparse
 from rtlynx.math.formats import FP8_SPARSE
 from rtlynx.math.fp8 import E4M3
 from rtlynx.math.reference import product_in_float32
-from rtlynx.math.tiles import packed_a_bytes, unpack_a
-from rtlynx.ops.checks import FLOATS, check_size, check_tensor
+from rtlynx.math.tiles import lowrank_bytes, packed_a_bytes, unpack_a, unpack_lowrank
+from rtlynx.ops.checks import BFLOAT16, FLOATS, check_size, check_tensor
 from rtlynx.ops.registry import operator, refuse_gradients
 
-_Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+_Product = Callable[..., Tensor]
 _FLOAT32, _BYTES, _E4M3 = (torch.float32,), (torch.uint8,), (E4M3,)
 
 
@@ -51,16 +51,45 @@ def _check(
     refuse_gradients(scale, weight_scale, bias)
 
 
+def _check_lowrank(values: Tensor, n: int, lowrank: Tensor | None, packed_b: Tensor | None) -> None:
+    if lowrank is None or packed_b is None:
+        if lowrank is not packed_b:
+            raise ValueError("lowrank and packed_b come together, and one is missing")
+        return
+    check_tensor("lowrank", lowrank, values, BFLOAT16, ("rows", "r"))
+    check_tensor("packed_b", packed_b, values, _BYTES, ("bytes",), packed=True)
+    rows, rank = values.numel() // values.shape[-1], lowrank.shape[1]
+    if lowrank.shape[0] != rows or not rank:
+        raise ValueError(f"lowrank is ({rows}, r) with r > 0, got {tuple(lowrank.shape)}")
+    expected = lowrank_bytes(n, rank)
+    if packed_b.shape[0] != expected:
+        raise ValueError(
+            f"packed_b of ({n}, {rank}) is {expected} bytes, got {packed_b.shape[0]}: "
+            "make it by rtlynx.math.tiles.pack_lowrank"
+        )
+    refuse_gradients(lowrank)
+
+
 def _product_reference(
-    values: Tensor, scale: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    values: Tensor,
+    scale: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    lowrank: Tensor | None,
+    packed_b: Tensor | None,
 ) -> Tensor:
-    weight = unpack_a(packed_weight, weight_scale.shape[0], values.shape[1], FP8_SPARSE)
-    y = product_in_float32(values, weight) * weight_scale * scale.unsqueeze(-1)
+    n = weight_scale.shape[0]
+    weight = unpack_a(packed_weight, n, values.shape[1], FP8_SPARSE)
+    acc = product_in_float32(values, weight)
+    if lowrank is not None and packed_b is not None:
+        acc = acc + product_in_float32(lowrank, unpack_lowrank(packed_b, n, lowrank.shape[1]))
+    y = acc * weight_scale * scale.unsqueeze(-1)
     return (y if bias is None else y + bias.detach()).bfloat16()
 
 
 def _product_fake(
-    values: Tensor, scale: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    values: Tensor, scale: Tensor, packed_weight: Tensor, weight_scale: Tensor, *_: Tensor | None
 ) -> Tensor:
     return values.new_empty((values.shape[0], weight_scale.shape[0]), dtype=torch.bfloat16)
 
@@ -69,11 +98,18 @@ def _gemm_weight_sparse(product: _Product) -> Callable[..., Tensor]:
     """`gemm_weight_sparse` by an implementation for matrices."""
 
     def run(
-        values: Tensor, scale: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+        values: Tensor,
+        scale: Tensor,
+        packed_weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        lowrank: Tensor | None = None,
+        packed_b: Tensor | None = None,
     ) -> Tensor:
         _check(values, scale, packed_weight, weight_scale, bias)
+        _check_lowrank(values, weight_scale.shape[0], lowrank, packed_b)
         rows = values.view(-1, values.shape[-1])
-        y = product(rows, scale.view(-1), packed_weight, weight_scale, bias)
+        y = product(rows, scale.view(-1), packed_weight, weight_scale, bias, lowrank, packed_b)
         return y if values.ndim == 2 else y.view(*values.shape[:-1], weight_scale.shape[0])
 
     return run
@@ -81,12 +117,12 @@ def _gemm_weight_sparse(product: _Product) -> Callable[..., Tensor]:
 
 gemm_weight_sparse: Any = operator(
     "gemm_weight_sparse(Tensor values, Tensor scale, Tensor packed_weight, Tensor weight_scale,"
-    " Tensor? bias=None) -> Tensor",
+    " Tensor? bias=None, Tensor? lowrank=None, Tensor? packed_b=None) -> Tensor",
     hopper=_gemm_weight_sparse(launch_weight_sparse),
     reference=_gemm_weight_sparse(_product_reference),
     fake=_gemm_weight_sparse(_product_fake),
 )
-"""Y = (t ⊗ c) ⊙ (Xq Wq^T) + b, Wq with at most two of every four neighbouring entries that are not zero.
+"""Y = (t ⊗ c) ⊙ (Xq Wq^T + T B'^T) + b, Wq with at most two of every four neighbouring entries not zero.
 
 In float32: (acc * c) * t + b, rounded once.
 
@@ -101,6 +137,9 @@ packed_weight : Tensor uint8
 weight_scale : Tensor (N,) float32
     c of each output channel.
 bias : Tensor (N,) bfloat16 | float32, or None
+lowrank, packed_b : Tensor (M, r) bfloat16 and Tensor uint8, or None
+    T of the values, and B' = B / c (N, r) as from `rtlynx.math.tiles.pack_lowrank`. `rtlynx::lora` makes
+    both.
 
 Returns
 -------

@@ -1,7 +1,7 @@
 """Small calls that reach every path of the kernels, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --report-api-errors no --kernel-name 'regex=gemm|compress|quantize' \
-        python tests/gpu/sanitize.py
+    compute-sanitizer --tool memcheck --report-api-errors no \
+        --kernel-name 'regex=gemm|compress|quantize|lora' python tests/gpu/sanitize.py
 
 and likewise racecheck and synccheck; initcheck without the filter, as it must see PyTorch write the inputs.
 (API errors are of cuda-bindings, which asks the driver for functions that it does not have.) Compares each
@@ -13,11 +13,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import lora_cases
 import prologue_cases
 import quantizer_cases
 import torch
 import weight_sparse_cases
 from cases import Case, check
+from lora_cases import CASES as LORAS
 from prologue_cases import PrologueCase
 from quantizer_cases import QuantizerCase
 from weight_sparse_cases import WeightSparseCase
@@ -55,7 +57,7 @@ QUANTIZED = [(5, 16), (7, 1000), (3, 4104), (2, 12288)]
 BY_WEIGHT = [
     WeightSparseCase(1000, 80, 601, "f32"),
     WeightSparseCase(300, 4096, 700),
-    WeightSparseCase(500, 4096, 700),
+    WeightSparseCase(500, 4096, 700, rank=40),
     WeightSparseCase(1, 144, 8, "none"),
 ]
 
@@ -82,10 +84,12 @@ def main() -> int:
         for name in quantizer_cases.NAMES:
             for rows, k in QUANTIZED:
                 quantizer_cases.check(QuantizerCase(name, rows, k), served=True)
+        for of_loras in LORAS[:6]:
+            lora_cases.check(of_loras)
     torch.cuda.synchronize()
     calls = len(CONFIGS) * len(PRODUCTS) + 2 * (len(CASES) + 2 * len(prologue_cases.NAMES))
     calls += len(quantizer_cases.NAMES) * len(QUANTIZED)
-    calls += len(tuning.CANDIDATES[FP8_SPARSE]) * len(BY_WEIGHT)
+    calls += len(tuning.CANDIDATES[FP8_SPARSE]) * len(BY_WEIGHT) + len(LORAS[:6])
     print(f"{calls} calls, all right")
     return 0
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from fusion_helpers import RECIPES, give_factors, loras_fused, unfused
+from fusion_helpers import RECIPES, drop_weights, give_factors, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error
 
 import rtlynx.nn.lora
@@ -16,6 +16,7 @@ from rtlynx import sparsify
 from rtlynx.models import sparse_layers
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import adaln, read
+from rtlynx.ops import dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -33,17 +34,18 @@ def load(model, seed=0, rank=5, size=3.0, names=None, adapter="style", **kwargs)
 
 def sparse_model(name="flux", recipe="fp8"):
     make, call = MODELS[name]
-    return sparsify(make().bfloat16().cuda(), RECIPES[recipe]), in_dtype(call(), torch.bfloat16, "cuda")
+    model = make().bfloat16().cuda()
+    model = drop_weights(model) if recipe == "weights" else sparsify(model, RECIPES[recipe])
+    return model, in_dtype(call(), torch.bfloat16, "cuda")
 
 
 @pytest.fixture(autouse=True)
-def _fused():
+def _fused_without_tf32(monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = False
-    with loras_fused():
-        yield
+    monkeypatch.setattr(dispatch, "QUANTIZED_LORAS", True)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, "weights"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_fused_it_is_as_near_to_the_model_in_float32_as_with_peft(name, recipe, monkeypatch):
@@ -70,12 +72,14 @@ def test_fused_it_is_as_near_to_the_model_in_float32_as_with_peft(name, recipe, 
 
 @pytest.mark.parametrize("own", [0, 24])
 @pytest.mark.parametrize("tokens", [1, 77])
-@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "whole", "weights"])
 @pytest.mark.parametrize("ranks", [(0, 5, 0), (31, 2, 40), (33, 0, 64), (16, 16, 16)])
 @torch.no_grad()
-def test_each_reader_gets_its_own_loras_of_the_dense_input(ranks, recipe, tokens, own):
+def test_each_reader_gets_its_own_loras_of_its_input(ranks, recipe, tokens, own):
     model, _ = sparse_model(recipe=recipe)
     if own:
+        if recipe in ("whole", "weights"):
+            pytest.skip("layers that drop nothing and have a branch of their own read the dense input")
         give_factors(model.cpu(), own)
         model.cuda()
     block = model.transformer_blocks[0]
@@ -92,6 +96,8 @@ def test_each_reader_gets_its_own_loras_of_the_dense_input(ranks, recipe, tokens
     wrappers = [getattr(block.attn, name) for name in layers]
     prepared, dense = read(prologue, *wrappers), prologue.dense().double()
     assert isinstance(prepared, PreparedInput)
+    if recipe in ("whole", "weights"):
+        dense = prepared.quantized.dequantize().double()
     for name, wrapper, rank in zip(layers, wrappers, ranks, strict=True):
         expected = plain[name]
         if rank:
@@ -100,7 +106,7 @@ def test_each_reader_gets_its_own_loras_of_the_dense_input(ranks, recipe, tokens
         assert relative_error(wrapper(prepared).double(), expected) < 1e-2, name
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "whole"])
+@pytest.mark.parametrize("recipe", ["fp8", "whole", "weights"])
 @torch.no_grad()
 def test_a_captured_step_replays_with_what_was_written_since(recipe):
     model, call = sparse_model(recipe=recipe)
@@ -117,21 +123,22 @@ def test_a_captured_step_replays_with_what_was_written_since(recipe):
         assert torch.equal(y, output(model, call))
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("recipe", ["fp8", "mixed"])
+@pytest.mark.parametrize(
+    ("recipe", "mode"), [("fp8", "default"), ("mixed", "reduce-overhead"), ("weights", "reduce-overhead")]
+)
 @torch.no_grad()
 def test_hot_swapped_in_compiled_blocks(recipe, mode):
     model, call = sparse_model(recipe=recipe)
     model.enable_lora_hotswap(target_rank=8)
-    load(model, 1, 8)
+    load(model, 1, 8, 10.0)
     torch._dynamo.reset()
     model.compile_repeated_blocks(fullgraph=True, mode=mode)
     first = output(model, call).clone()
     for seed in (2, 3):
         with torch._dynamo.config.patch(error_on_recompile=True):
-            load(model, seed, 6, -2.0, hotswap=True)
+            load(model, seed, 6, -10.0, hotswap=True)
             y = output(model, call).clone()
         fresh, _ = sparse_model(recipe=recipe)
-        load(fresh, seed, 6, -2.0)
+        load(fresh, seed, 6, -10.0)
         expected = output(fresh, call)
         assert relative_error(y, expected) < 3e-2 < 0.2 * relative_error(first, expected)

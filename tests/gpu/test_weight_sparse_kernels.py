@@ -49,9 +49,16 @@ def test_every_shape(config, rows, k, n):
         check(WeightSparseCase(rows, k, n, ("none", "bf16", "f32")[(rows + n) % 3], seed=rows))
 
 
+@pytest.mark.parametrize("rank", [1, 16, 45, 128])
+@pytest.mark.parametrize(("rows", "k", "n"), SHAPES)
+def test_every_shape_with_a_low_rank_part(rows, k, n, rank):
+    check(WeightSparseCase(rows, k, n, ("none", "bf16", "f32")[(rows + n) % 3], rows, rank))
+
+
+@pytest.mark.parametrize("rank", [0, 16, 100])
 @pytest.mark.parametrize("rows", [512, 1024, 4096, 4607])
-def test_products_that_are_split_along_k(rows):
-    check(WeightSparseCase(rows, 12288, 3072))
+def test_products_that_are_split_along_k(rows, rank):
+    check(WeightSparseCase(rows, 12288, 3072, rank=rank))
 
 
 def test_a_token_that_is_not_finite_ruins_itself_alone():

@@ -7,7 +7,7 @@ from cases import BIASES, FEW, LIMIT_FP8, LIMIT_OF_FEW, poisoned
 from torch import Tensor
 
 from rtlynx.math.fp8 import Quantized, quantize_tokens, quantize_weight
-from rtlynx.math.tiles import pack_weight
+from rtlynx.math.tiles import pack_lowrank, pack_weight
 from rtlynx.ops.weight_sparse import gemm_weight_sparse
 
 
@@ -20,6 +20,7 @@ class WeightSparseCase:
     n: int
     bias: str = "bf16"
     seed: int = 0
+    rank: int = 0  # of what is added in the same sums
 
 
 def two_of_four(n: int, k: int, generator: torch.Generator) -> Tensor:
@@ -47,6 +48,19 @@ def product(x: Quantized, weight: Quantized, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.double()
 
 
+def lowrank_of(case: WeightSparseCase, weight_scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    """T (rows, rank), in the middle of a matrix of NaN, and B' (n, rank)."""
+    if not case.rank:
+        return None
+    generator = torch.Generator("cuda").manual_seed(case.seed + 1)
+    t = torch.randn(case.rows, case.rank, generator=generator, device="cuda") * 100
+    whole = t.new_full((case.rows, 16 + -(-case.rank // 8) * 8), torch.nan).bfloat16()
+    lowrank = whole[:, 8 : 8 + case.rank]
+    lowrank.copy_(t)
+    b = torch.randn(case.n, case.rank, generator=generator, device="cuda") * 0.1
+    return lowrank, (b / weight_scale.unsqueeze(-1)).bfloat16()
+
+
 def compare(y: Tensor, expected: Tensor) -> None:
     assert y.shape == expected.shape
     assert y.dtype is torch.bfloat16
@@ -60,9 +74,13 @@ def compare(y: Tensor, expected: Tensor) -> None:
 def check(case: WeightSparseCase) -> None:
     """Run the operator on `case` and compare; AssertionError where it is not right."""
     x, weight, bias = make(case)
-    packed = pack_weight(weight.values)
+    packed, lowrank = pack_weight(weight.values), lowrank_of(case, weight.scale)
+    beside = () if lowrank is None else (lowrank[0], pack_lowrank(lowrank[1]))
     with poisoned():
-        y = gemm_weight_sparse(x.values, x.scale, packed, weight.scale, bias)
-    compare(y, product(x, weight, bias))
-    again = gemm_weight_sparse(x.values, x.scale, packed, weight.scale, bias)
+        y = gemm_weight_sparse(x.values, x.scale, packed, weight.scale, bias, *beside)
+    expected = product(x, weight, bias)
+    if lowrank is not None:
+        expected = expected + lowrank[0].double() @ lowrank[1].double().T * weight.scale * x.scale
+    compare(y, expected)
+    again = gemm_weight_sparse(x.values, x.scale, packed, weight.scale, bias, *beside)
     assert torch.equal(y, again), "a second product gives other bits"

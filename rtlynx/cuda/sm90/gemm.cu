@@ -14,7 +14,8 @@
 // behind the first, so that one multiplies at the full rate while the other stores its part of the tile.
 //
 // With TRANSPOSED the sparse operand is a weight (N, K), in e4m3, and the dense one all of X (M, K): rows of a tile are
-// output channels, columns tokens, and the epilogue turns them: Y is (M, N) all the same (gemm_transposed.cuh).
+// output channels, columns tokens, and the epilogue turns them: Y is (M, N) all the same (gemm_transposed.cuh). A
+// low-rank product has its factors the other way round, too: packed tiles of B, and T in the place of B.
 //
 // Macros: FP8 (0 or 1), BLOCK_N, NUM_STAGES, SKEW, PARAMETER_FIELDS (layout.cuh), TRANSPOSED (1 or none).
 #include "gemm_epilogue.cuh"

@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rtlynx.cuda.sm90.compress import Addresses
+from rtlynx.cuda.sm90.compress import Addresses, address_of
 from rtlynx.cuda.sm90.gemm import new_product, start_gemm
 from rtlynx.cuda.sm90.weights import Weights, aligned, readable, stored_columns
 
 
 def launch_weight_sparse(
-    values: Tensor, scale: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    values: Tensor,
+    scale: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    lowrank: Tensor | None,
+    packed_b: Tensor | None,
 ) -> Tensor:
     """Y (M, N) of values (M, K) and scale (M,); see `rtlynx.ops.weight_sparse`, which checks."""
     rows, n = values.shape[0], weight_scale.shape[0]
@@ -19,15 +25,16 @@ def launch_weight_sparse(
     out = torch.empty((rows, columns), dtype=torch.bfloat16, device=values.device)
     if rows == 0 or n == 0:
         return out[:, :n]
-    # X in the place of a weight: the kernel's columns are tokens.
-    of = Weights(readable(values), None, bias, scale)
+    # X in the place of a weight, and T in that of its factor: the kernel's columns are tokens.
+    of = Weights(readable(values), None if lowrank is None else readable(lowrank), bias, scale)
     packed_weight = aligned(packed_weight)
-    product = new_product([of], n, (0,), 0, transposed=True)
+    packed_b = None if packed_b is None else aligned(packed_b)
+    product = new_product([of], n, (0,), 0 if packed_b is None else packed_b.shape[0], transposed=True)
     plan, workspace = product.plan, 0
     assert plan is not None
     if plan.workspace_bytes:
         sums = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=values.device)
         workspace = sums.data_ptr()
-    given = Addresses(packed_weight.data_ptr(), weight_scale.data_ptr(), 0)
+    given = Addresses(packed_weight.data_ptr(), weight_scale.data_ptr(), address_of(packed_b))
     start_gemm(product, given, out.data_ptr(), workspace)
     return out if columns == n else out[:, :n].contiguous()
