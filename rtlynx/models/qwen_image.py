@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule
 from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, read_by_attention
+from rtlynx.nn.lora import untouched
+from rtlynx.nn.modulation import modulation
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import adaln
 
@@ -74,8 +76,8 @@ def block(
             modulate_index,
         )
     attn = block.attn
-    shift, scale, gate, *mlp = block.img_mod(temb).chunk(6, dim=-1)
-    text_shift, text_scale, text_gate, *text_mlp = block.txt_mod(temb).chunk(6, dim=-1)
+    shift, scale, gate, *mlp = _modulation(block.img_mod, temb).chunk(6, dim=-1)
+    text_shift, text_scale, text_gate, *text_mlp = _modulation(block.txt_mod, temb).chunk(6, dim=-1)
     image, text = attention(
         attn,
         read_by_attention(
@@ -93,6 +95,12 @@ def block(
     hidden_states = GatedMlp(block.img_norm2, block.img_mlp, gate, mlp)(hidden_states, image)
     go_on = GatedMlp(block.txt_norm2, block.txt_mlp, text_gate, text_mlp)
     return finite_half(go_on(encoder_hidden_states, text)), finite_half(hidden_states)
+
+
+def _modulation(layers: Any, temb: Tensor) -> Tensor:
+    """`layers`(temb), of SiLU and a linear layer."""
+    silu, linear = layers
+    return modulation(silu, linear, temb) if untouched(layers) else layers(temb)
 
 
 QWEN_IMAGE = Architecture(
@@ -114,5 +122,6 @@ QWEN_IMAGE = Architecture(
         MlpRule(BLOCK, ("img_mlp", "img_mlp.net.0"), ("img_mlp.net.0.proj",), "img_mlp.net.2"),
         MlpRule(BLOCK, ("txt_mlp", "txt_mlp.net.0"), ("txt_mlp.net.0.proj",), "txt_mlp.net.2"),
     ),
+    modulation=(f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mod.1"),
     fused={"QwenImageTransformerBlock": block},
 )

@@ -21,10 +21,9 @@ _Product = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]
 def linear_fp8_weights_reference(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, silu: bool = False
 ) -> Tensor:
-    """`linear_fp8_weights` in plain PyTorch, for any floating dtype of `x`."""
-    x = x.detach()
+    """`linear_fp8_weights` in plain PyTorch, for any floating dtype of `x`; differentiable."""
     y = product_in_float32(functional.silu(x) if silu else x, weight) * weight_scale
-    return (y if bias is None else y + bias.detach()).to(x.dtype)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
