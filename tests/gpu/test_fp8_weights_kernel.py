@@ -5,9 +5,14 @@ import math
 import pytest
 import torch
 from cases import FEW, poisoned
+from helpers import MODELS, in_dtype, output
 
+import rtlynx.nn.modulation
+from rtlynx import Recipe, sparsify
 from rtlynx.math.fp8 import quantize_weight
-from rtlynx.ops.fp8_weights import linear_fp8_weights
+from rtlynx.models import sparse_layers
+from rtlynx.nn.modulation import ModulationLinear
+from rtlynx.ops.fp8_weights import linear_fp8_weights, linear_fp8_weights_reference
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -127,3 +132,24 @@ def test_a_graph_replays_for_new_inputs():
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, linear_fp8_weights(x.clone(), *weight, bias, True))
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "z-image"])
+def test_whole_models(name, monkeypatch):
+    """Against the same model where plain PyTorch computes its modulation; the kernel takes SiLU along."""
+    build, call = MODELS[name]
+    model = sparsify(build().to("cuda", torch.bfloat16), Recipe.dense_fp8(modulation="fp8"))
+    arguments = in_dtype(call(), torch.bfloat16, "cuda")
+    served = []
+
+    def counted(*given):
+        served.append(given[4])
+        return linear_fp8_weights(*given)
+
+    monkeypatch.setattr(rtlynx.nn.modulation, "linear_fp8_weights", counted)
+    y = output(model, arguments)
+    layers = [one for one in sparse_layers(model).values() if isinstance(one, ModulationLinear)]
+    assert len(served) == len(layers)
+    assert any(served) == (name in ("flux", "qwen"))
+    monkeypatch.setattr(rtlynx.nn.modulation, "linear_fp8_weights", linear_fp8_weights_reference)
+    assert float(error(y.flatten(0, 1), output(model, arguments).flatten(0, 1).double())) < 0.05
