@@ -12,7 +12,7 @@
 // hold), PARAMETER_FIELDS (layout.cuh), PROLOGUE_IDENTITY (for prologues.cuh, which has SiLU).
 #include "prologues.cuh"
 
-constexpr int kThreads = 256, kSplits = SPLITS, kTileN = kThreads / 32 / kSplits * 16, kChunk = 64;
+constexpr int kThreads = 256, kTileN = 32, kSplits = 4, kChunk = 64;
 constexpr int kParts = FLOAT32 ? 3 : 1, kColumns = 8;
 constexpr int kPadding = 8;  // of a column of X in shared memory, so that two columns share no banks
 
@@ -100,15 +100,6 @@ struct WeightRows {
 #pragma unroll
         for (int i = 0; i < 2; ++i) to[i] = load_once(row[i] + k, in_bounds[i] && first_k + k < end_k);
     }
-#if PREFETCH
-    DEVICE void prefetch(int step) const {
-        const int k = step * (kSplits * kChunk);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (in_bounds[i] && first_k + k < end_k)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(row[i] + k) : "memory");
-    }
-#endif
 };
 
 DEVICE void multiply_chunk(float (&sum)[4], const uint4 (&weight)[2], uint32_t smem_column) {
@@ -125,24 +116,22 @@ DEVICE void multiply_chunk(float (&sum)[4], const uint4 (&weight)[2], uint32_t s
 
 DEVICE void store_y(const Parameters& p, const float (&smem_sum)[kSplits][kTileN][kColumns + 1], int first_row,
                     int rows) {
-    for (int i = threadIdx.x; i < rows * kTileN; i += kThreads) {
-        const int channel = i % kTileN, row = i / kTileN, n = blockIdx.x * kTileN + channel;
-        if (n >= p.n) continue;
-        float y = 0.f;
+    const int channel = threadIdx.x % kTileN, row = threadIdx.x / kTileN, n = blockIdx.x * kTileN + channel;
+    if (row >= rows || n >= p.n) return;
+    float y = 0.f;
 #pragma unroll
-        for (int part = 0; part < kParts; ++part)
+    for (int part = 0; part < kParts; ++part)
 #pragma unroll
-            for (int split = 0; split < kSplits; ++split) y += smem_sum[split][channel][row * kParts + part];
-        y *= p.scale[n];
-        if (p.bias != nullptr)
-            y += p.bias_is_float32 ? static_cast<const float*>(p.bias)[n]
-                                   : bf16_low(static_cast<const uint16_t*>(p.bias)[n]);
-        const int64_t at = int64_t(first_row + row) * p.n + n;
-        if constexpr (FLOAT32)
-            static_cast<float*>(p.y)[at] = y;
-        else
-            static_cast<uint16_t*>(p.y)[at] = uint16_t(pack_bf16(y, 0.f));
-    }
+        for (int split = 0; split < kSplits; ++split) y += smem_sum[split][channel][row * kParts + part];
+    y *= p.scale[n];
+    if (p.bias != nullptr)
+        y += p.bias_is_float32 ? static_cast<const float*>(p.bias)[n]
+                               : bf16_low(static_cast<const uint16_t*>(p.bias)[n]);
+    const int64_t at = int64_t(first_row + row) * p.n + n;
+    if constexpr (FLOAT32)
+        static_cast<float*>(p.y)[at] = y;
+    else
+        static_cast<uint16_t*>(p.y)[at] = uint16_t(pack_bf16(y, 0.f));
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS) gemv(const __grid_constant__ Parameters p) {
@@ -163,9 +152,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS) gemv(const __gr
     }
 
     launch_dependents();
-#if PREFETCH
-    unroll<DEPTH>([&](auto i) { weight.prefetch(i); });
-#endif
     grid_dependency_wait();
 
     uint4 loaded[DEPTH][2];

@@ -15,14 +15,15 @@ from rtlynx.cuda.sm90.compress import address_of
 from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.cuda.sm90.weights import readable
 
-_THREADS, _CHUNK, _PADDING = 256, 64, 8
+_THREADS, _TILE_N, _CHUNK, _PADDING = 256, 32, 64, 8
 _VECTOR = 16  # bytes of W that a lane reads together
 _MAX_SHARED = 200 << 10  # bytes of X at a time
 MAX_COLUMNS = 1 << 15  # of which the three columns of a float32 row still fit
+MAX_ROWS = 65535  # a grid takes so many passes, of one row at least
 # Most rows of X that one pass over W serves, by whether they are float32.
 _ROWS = {False: 8, True: 2}
 _PARTS = {False: 1, True: 3}  # columns that a row takes
-DEPTH, MIN_CTAS, PREFETCH, SPLITS = 4, 3, 0, 4
+_DEPTH, _MIN_CTAS = 4, 3  # 78 registers
 
 _PARAMETERS = Layout(
     *((name, "pointer") for name in ("weight", "scale", "bias", "x", "y")),
@@ -35,10 +36,8 @@ def _defines(float32: bool) -> Defines:
     return (
         (IDENTITY.macro, 1),
         ("FLOAT32", int(float32)),
-        ("DEPTH", DEPTH),
-        ("MIN_CTAS", MIN_CTAS),
-        ("PREFETCH", PREFETCH),
-        ("SPLITS", SPLITS),
+        ("DEPTH", _DEPTH),
+        ("MIN_CTAS", _MIN_CTAS),
         *_PARAMETERS.defines,
     )
 
@@ -73,7 +72,7 @@ def launch_gemv(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
         *(weight.stride(0), x.stride(0), rows, rows_per_pass, n, k),
         *(bias is not None and bias.dtype is torch.float32, silu),
     )
-    grid = -(-n // (_THREADS // 32 // SPLITS * 16)), -(-rows // rows_per_pass), 1
+    grid = -(-n // _TILE_N), -(-rows // rows_per_pass), 1
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
     _kernel(float32, rows_per_pass * row_bytes).launch(grid, stream, parameters)
     return y
