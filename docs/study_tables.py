@@ -44,6 +44,7 @@ SWEEPS = {
     "fp8": "fp8, dense and sparse",
     "drop": "Half of the weights dropped in place of activations",
     "attention": "Attention in eight bits, beside layers of these forms",
+    "modulation": "Modulation in eight bits, beside layers of these forms",
     "fp8-budget": "Formats by an error budget, fp8 among them",
     "free": "What costs nothing at inference: an intercept, rotated values, permuted hidden features",
     "distilled": "Sparse layers trained after calibration, for 500 steps",

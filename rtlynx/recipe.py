@@ -156,6 +156,9 @@ class Recipe:
         The first pattern that matches counts.
     score : str
         Which n of m are kept: those of highest score (`rtlynx.math.scores`).
+    modulation : "dense" | "fp8"
+        Layers that make shifts, scales and gates of the timestep (adaLN): as they are, or their weights in
+        e4m3 with a scale for each output channel. Each step reads all of them for one token a picture.
 
     Raises
     ------
@@ -190,6 +193,7 @@ class Recipe:
     drop: Literal["activations", "weights", "auto"] = "activations"
     formats: Mapping[str, FormatName] = field(default_factory=dict, hash=False)
     score: str = MAGNITUDE.name
+    modulation: Literal["dense", "fp8"] = "dense"
 
     def __post_init__(self) -> None:
         Pattern(self.n, self.m, score=self.score)
@@ -200,6 +204,7 @@ class Recipe:
         _check_choice("balance", self.balance, ("kinds", "tokens"))
         _check_choice("text_stream", self.text_stream, ("dense", "sparse"))
         _check_choice("text_rows", self.text_rows, ("sparse", "dense"))
+        _check_choice("modulation", self.modulation, ("dense", "fp8"))
         if not is_whole(self.tp_degree) or not 1 <= self.tp_degree <= MOST_TP_DEGREE:
             raise ValueError(
                 f"tp_degree is a whole number above 0 and at most {MOST_TP_DEGREE}, got {self.tp_degree!r}"

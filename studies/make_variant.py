@@ -210,7 +210,8 @@ def _describe(built: Built, model: nn.Module, recipe: Recipe) -> None:
     """Layers and their part in the model of time, from what calibration left on the model."""
     state = state_of(model)
     assert state is not None
-    built.layers = dict(sparse_layers(model))
+    sparse = sparse_layers(model)
+    built.layers = {name: layer for name, layer in sparse.items() if not layer.format.weights_only}
     built.recipe = state.plan.recipe.to_dict()
     for layer in state.plan.layers:
         built.plan[layer.name] = _in_plan(layer, recipe)

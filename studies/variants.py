@@ -216,6 +216,9 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("attention", "dense", attention="fp8")
     yield _sweep("attention", "dense-fp8", dense_fp8, attention="fp8")
     yield _sweep("attention", "recommended", Recipe.recommended(), attention="fp8")
+    yield _sweep("modulation", "dense", replace(NAIVE, formats={"*": "dense"}, modulation="fp8"))
+    yield _sweep("modulation", "dense-fp8", replace(dense_fp8, modulation="fp8"))
+    yield _sweep("modulation", "recommended", Recipe.recommended(modulation="fp8"))
     rotated: dict[str, Any] = {"rotate_values": True}
     both = {**rotated, "intercept": True}
     last = {**rotated, "dense_precision": "fp8"}

@@ -11,6 +11,7 @@ from rtlynx.cuda.sm90.prologues import PROLOGUES
 from rtlynx.math.fp8 import E4M3, quantize_weight
 from rtlynx.math.tiles import pack_lowrank, pack_weight
 from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.fp8_weights import linear_fp8_weights
 from rtlynx.ops.lora import lora
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE, quantize
 from rtlynx.ops.weight_sparse import gemm_weight_sparse
@@ -74,6 +75,10 @@ def calls(device="cpu") -> dict[str, Call]:
     loras |= {"scalings": normal(3, seed=9).float()}
     made["lora"] = Call(lora, {"values": values, "scale": token_scale, **loras})
     made["gemm_weight_sparse"] = Call(gemm_weight_sparse, by_weight)
+    weight, weight_scale = quantize_weight(normal(N, K, seed=1))
+    by_weight = {"x": normal(2, 3, K), "weight": weight, "weight_scale": weight_scale}
+    by_weight |= {"bias": normal(N, seed=2), "silu": True}
+    made["linear_fp8_weights"] = Call(linear_fp8_weights, by_weight)
     made["quantize"] = Call(quantize, {"x": normal(2, 35, K)})
     for name in NAMES:
         names = [argument for argument, _ in PROLOGUES[name].arguments]

@@ -237,10 +237,10 @@ def test_other_base_weights(folder):
     refused(folder, layer_name, build=tuned)
 
 
-@pytest.mark.parametrize("version", [0, 7, "1", None])
+@pytest.mark.parametrize("version", [0, 8, "1", None])
 def test_another_format_version(folder, version):
     sign(folder, version=version)
-    refused(folder, f"format version {version}, this rtlynx reads versions 1 to 6")
+    refused(folder, f"format version {version}, this rtlynx reads versions 1 to 7")
 
 
 def test_a_sparse_model_is_refused_and_unchanged(folder):

@@ -354,7 +354,7 @@ def test_a_saved_model_is_loaded_onto_its_base(tmp_path, name, recipe):
     assert all(torch.equal(orders(loaded)[down], order) for down, order in orders(model).items())
     save(loaded, tmp_path / "again")
     first, again = (json.loads((path / "rtlynx.json").read_text()) for path in (tmp_path, tmp_path / "again"))
-    assert first["version"] == 6
+    assert first["version"] == 7
     assert first["permutations"].keys() == orders(model).keys()
     assert again["base_tensors"] == first["base_tensors"]
     with pytest.raises(CheckpointError, match="differs from its base model"):

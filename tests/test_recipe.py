@@ -39,6 +39,7 @@ EVERYTHING = {
     "drop": "activations",
     "formats": {},
     "score": "magnitude",
+    "modulation": "fp8",
 }
 # What does not go together with the paper's formula and training.
 IN_FP8 = {

@@ -28,7 +28,8 @@ def apply_solutions(
     """Make `model` sparse by `plan`, each layer with its solution; see `apply_plan`, also for the others."""
 
     def prepare(name: str, layer: SparseLinear) -> None:
-        solutions[name].install(layer, keep_dense=layer.depends_on_call)
+        if name in solutions:  # (calibration solves for no modulation, which then gets plain scales)
+            solutions[name].install(layer, keep_dense=layer.depends_on_call)
 
     apply_plan(model, plan, prepare, tensors=tensors, done=done)
     state = state_of(model)

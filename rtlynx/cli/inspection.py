@@ -18,10 +18,11 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     Returns
     -------
     dict with `model`, `architecture`, `recipe`, `layers` (each candidate: name, shape, role, stream, rule
-    that decided, pattern, rank, format, error, dense_reason), `other_layers` (linear that is none -> why),
-    `sparse_layers` (how many drop activations or weights), `sparse_share` (their share of the weights of all
-    linears), `extra_bytes` (memory beyond the dense model's, negative where quantised weights save more) and
-    `undecided` (whether a budget is still to decide).
+    that decided, pattern, rank, format, error, dense_reason), `modulation` (layers of weights in eight bits,
+    likewise), `other_layers` (linear that is none of these -> why), `sparse_layers` (how many drop
+    activations or weights), `sparse_share` (their share of the weights of all linears), `extra_bytes`
+    (memory beyond the dense model's, negative where quantised weights save more) and `undecided` (whether a
+    budget is still to decide).
     """
     model = target_model(model_or_pipeline)
     state = state_of(model)
@@ -29,20 +30,22 @@ def describe(model_or_pipeline: Any, recipe: Recipe | None = None) -> dict[str, 
     errors = {} if state is None else state.errors
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weights = sum(linear.in_features * linear.out_features for linear in linears)
+    modulation = {layer.name for layer in plan.modulation}
     halved = [layer for layer in plan.sparse if layer.format is not FP8_DENSE]
     sparse = sum(layer.in_features * layer.out_features for layer in halved)
     bytes_each = next((parameter.element_size() for parameter in model.parameters()), 0)
-    planned = sum(_planned_extra(layer, plan.recipe, bytes_each) for layer in plan.sparse)
+    planned = sum(_planned_extra(layer, plan.recipe, bytes_each) for layer in plan.replaced)
     planned += _planned_originals(model, plan, bytes_each) + _planned_biases(model, plan, bytes_each)
     return {
         "model": type(model).__name__,
         "architecture": plan.architecture.class_name if plan.architecture.rules else "generic",
         "recipe": plan.recipe.to_dict(),
         "layers": [_describe_layer(layer, errors.get(layer.name)) for layer in plan.layers],
+        "modulation": [_describe_layer(layer, None) for layer in plan.modulation],
         "other_layers": {
             name: reason
             for name, reason in plan.architecture.decisions(model).items()
-            if isinstance(reason, str)
+            if isinstance(reason, str) and name not in modulation
         },
         "sparse_layers": len(halved),
         "sparse_share": sparse / weights if weights else 0.0,

@@ -161,6 +161,8 @@ def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
         f"{overview['sparse_share']:.1%} of the weights of all linear layers; "
         + memory(overview["extra_bytes"])
     )
+    if overview["modulation"]:
+        out.print(f"{len(overview['modulation'])} layers of modulation hold their weights in eight bits")
     others = Counter(overview["other_layers"].values())
     if others:
         listed = "; ".join(f"{count} {reason}" for reason, count in others.most_common())

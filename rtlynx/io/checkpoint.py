@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rtlynx._version import __version__
 from rtlynx.calibration.apply import apply_solutions
 from rtlynx.io.bases import BASES, basis_shape, stored_basis
+from rtlynx.io.modulation import stored_modulation
 from rtlynx.io.parts import check_target, parts_of, refuse_other_parts
 from rtlynx.io.schema import check_schema, check_values, stored_formats, stored_pattern, wrong_numbers
 from rtlynx.models.architecture import Reparameterizable
@@ -55,8 +56,8 @@ from rtlynx.storage.files import (
 )
 
 # Version 2 knows fp8 layers, version 4 intercepts and rotated values, version 5 permuted hidden features,
-# version 6 layers that drop weights.
-FORMAT_VERSION = 6
+# version 6 layers that drop weights, version 7 modulation in eight bits.
+FORMAT_VERSION = 7
 # Most that safetensors takes for the header of a file.
 _HEADER = 100 << 20
 
@@ -413,7 +414,8 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
         plan = make_plan(model, Recipe.from_dict(index["recipe"])).reading(index.get("reads", {}))
     except ValueError as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from None
-    unknown = index["layers"].keys() - {layer.name for layer in plan.layers}
+    modulation = stored_modulation(plan, index["layers"], folder)
+    unknown = index["layers"].keys() - {layer.name for layer in (*plan.layers, *modulation)}
     if unknown:
         raise CheckpointError(f"{folder} makes layers sparse that cannot be: {', '.join(sorted(unknown))}")
     layers = []
@@ -441,6 +443,7 @@ def stored_plan(model: nn.Module, index: dict[str, Any], folder: Path) -> Plan:
     return replace(
         plan,
         layers=tuple(layers),
+        modulation=modulation,
         rotated=_stored(model, attentions, rotations, "rotates values of", folder),
         permuted=_stored(model, mlps, permutations, "permutes hidden features of", folder),
         unrotated={},

@@ -262,8 +262,8 @@ class RTLynxQuantizer(_BaseQuantizer):
             plan = stored_plan(model, read_index(sidecar), sidecar)
         else:
             plan = make_plan_for_dense(model, config.recipe)
-        self._layers = {layer.name: model.get_submodule(layer.name) for layer in plan.sparse}
-        self._quantised = any(layer.quantized for layer in plan.sparse)
+        self._layers = {layer.name: model.get_submodule(layer.name) for layer in plan.replaced}
+        self._quantised = any(layer.quantized for layer in plan.replaced)
         return model
 
     def _sidecar(self) -> Path:

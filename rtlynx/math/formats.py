@@ -12,8 +12,9 @@ import torch
 
 from rtlynx.math.fp8 import E4M3
 
-FormatName = Literal["bf16-sparse", "fp8-sparse", "fp8-weight-sparse", "fp8-dense", "dense"]
-FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
+FormatName = Literal["bf16-sparse", "fp8-sparse", "fp8-weight-sparse", "fp8-dense", "dense", "fp8-weights"]
+# Those that a recipe can give a layer; "fp8-weights" is for modulation alone (`Recipe.modulation`).
+FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)[:-1]
 
 TILE_ROWS = 64  # of a packed tile: the rows of one warpgroup instruction
 TILE_ROW_BYTES = 64  # of a packed tile's values
@@ -34,6 +35,8 @@ class Format:
         The kernels take layers whose number of inputs is a multiple of this.
     weight_sparse : bool
         Whether at most two of four neighbouring weights of each output are not zero.
+    weights_only : bool
+        Whether inputs are multiplied as they are, by a quantised weight.
     """
 
     name: FormatName
@@ -41,10 +44,11 @@ class Format:
     sparse: bool
     k_multiple: int
     weight_sparse: bool = False
+    weights_only: bool = False
 
     @property
     def quantized(self) -> bool:
-        """Whether inputs and weight are e4m3 with a scale for each token and output channel."""
+        """Whether inputs (but for `weights_only`) and weight are e4m3, scaled by token and output channel."""
         return self.dtype is E4M3
 
     @property
@@ -81,8 +85,9 @@ FP8_DENSE = Format("fp8-dense", E4M3, sparse=False, k_multiple=16)
 BF16_SPARSE = Format("bf16-sparse", torch.bfloat16, sparse=True, k_multiple=8)
 FP8_SPARSE = Format("fp8-sparse", E4M3, sparse=True, k_multiple=16)
 FP8_WEIGHT_SPARSE = Format("fp8-weight-sparse", E4M3, sparse=False, weight_sparse=True, k_multiple=16)
+FP8_WEIGHTS = Format("fp8-weights", E4M3, sparse=False, weights_only=True, k_multiple=1)
 FORMATS: dict[str, Format] = {
-    one.name: one for one in (BF16_SPARSE, FP8_SPARSE, FP8_WEIGHT_SPARSE, FP8_DENSE, DENSE)
+    one.name: one for one in (BF16_SPARSE, FP8_SPARSE, FP8_WEIGHT_SPARSE, FP8_DENSE, DENSE, FP8_WEIGHTS)
 }
 # What the kernels pack.
 SPARSE_FORMATS = (BF16_SPARSE, FP8_SPARSE)

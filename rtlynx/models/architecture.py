@@ -12,7 +12,7 @@ from torch import nn
 
 from rtlynx.nn.call import TextRows
 
-Role = Literal["attention-in", "attention-out", "mlp-up", "mlp-down", "single-out", "linear"]
+Role = Literal["attention-in", "attention-out", "mlp-up", "mlp-down", "single-out", "linear", "modulation"]
 Stream = Literal["image", "text", "joint", "audio"]
 
 # Roles whose groups are strided by default: their groups then span different heads.
@@ -176,6 +176,8 @@ class Architecture:
         (`rtlynx.nn.prologue`); its arguments are the block, its class's own forward, and what that takes.
     attentions : those whose values can be rotated.
     mlps : those whose hidden features can be permuted.
+    modulation : names, with `*` for the block index, of layers that make shifts, scales and gates of one
+        token a picture.
     """
 
     class_name: str
@@ -187,6 +189,7 @@ class Architecture:
     fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     attentions: tuple[AttentionRule, ...] = ()
     mlps: tuple[MlpRule, ...] = ()
+    modulation: tuple[str, ...] = ()
 
     def candidates(self, model: nn.Module) -> list[Candidate]:
         """Layers of `model` that can be sparse, in the model's own order."""
@@ -211,6 +214,16 @@ class Architecture:
                 reads = f"{block}.{rule.reads}" if rule.reads else name
                 found[name] = Candidate(name, block, rule.role, rule.stream, reads, parts, rule.pattern)
                 break
+        return found
+
+    def modulation_of(self, model: nn.Module) -> list[Candidate]:
+        """Layers of `model` that make its modulation, in the model's own order."""
+        found = []
+        for name, module in model.named_modules():
+            rule = next((one for one in self.modulation if fnmatch.fnmatchcase(name, one)), None)
+            if rule is not None and isinstance(module, nn.Linear):
+                block = ".".join(name.split(".")[:2])
+                found.append(Candidate(name, block, "modulation", "image", name, rule=rule))
         return found
 
     def attentions_of(self, model: nn.Module) -> list[Attention]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule, TextRows
 from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
+from rtlynx.nn.modulation import modulation
 from rtlynx.nn.prologue import adaln, concat_activated, read
 
 DOUBLE = "transformer_blocks.*"
@@ -34,8 +35,9 @@ def double_block(
     """FluxTransformerBlock.forward."""
     attn = block.attn
     norm, norm_text = block.norm1, block.norm1_context
-    shift, scale, gate, *mlp = norm.linear(norm.silu(temb)).chunk(6, dim=1)
-    text_shift, text_scale, text_gate, *text_mlp = norm_text.linear(norm_text.silu(temb)).chunk(6, dim=1)
+    shift, scale, gate, *mlp = modulation(norm.silu, norm.linear, temb).chunk(6, dim=1)
+    text_modulation = modulation(norm_text.silu, norm_text.linear, temb)
+    text_shift, text_scale, text_gate, *text_mlp = text_modulation.chunk(6, dim=1)
     outputs = attn(
         hidden_states=read_by_attention(
             attn, adaln(norm.norm, hidden_states, shift, scale), attn.to_q, attn.to_k, attn.to_v
@@ -68,7 +70,7 @@ def single_block(
     """FluxSingleTransformerBlock.forward."""
     attn, norm, text_tokens = block.attn, block.norm, encoder_hidden_states.shape[1]
     both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=1)
+    shift, scale, gate = modulation(norm.silu, norm.linear, temb).chunk(3, dim=1)
     prologue = adaln(norm.norm, both, shift, scale)
     x = read_by_attention(attn, prologue, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
     mlp = block.proj_mlp(x)
@@ -103,5 +105,6 @@ FLUX = Architecture(
         MlpRule(DOUBLE, ("ff_context", "ff_context.net.0"), ("ff_context.net.0.proj",), "ff_context.net.2"),
         MlpRule(SINGLE, ("act_mlp",), ("proj_mlp",), "proj_out"),
     ),
+    modulation=(f"{DOUBLE}.norm1.linear", f"{DOUBLE}.norm1_context.linear", f"{SINGLE}.norm.linear"),
     fused={"FluxTransformerBlock": double_block, "FluxSingleTransformerBlock": single_block},
 )

@@ -135,5 +135,6 @@ FLUX2 = Architecture(
         ),
         MlpRule(SINGLE, ("attn", "attn.mlp_act_fn"), ("attn.to_qkv_mlp_proj",), "attn.to_out"),
     ),
+    modulation=("double_stream_modulation_*.linear", "single_stream_modulation.linear"),
     fused={"Flux2TransformerBlock": double_block, "Flux2SingleTransformerBlock": single_block},
 )

@@ -17,6 +17,7 @@ from rtlynx.math.formats import (
     FP8_DENSE,
     FP8_SPARSE,
     FP8_WEIGHT_SPARSE,
+    FP8_WEIGHTS,
     Format,
     FormatName,
 )
@@ -118,6 +119,8 @@ class LayerPlan:
         """What the layer becomes."""
         if self.dense_reason is not None:
             return DENSE
+        if self.candidate.role == "modulation":
+            return FP8_WEIGHTS
         if not self.quantized:
             return BF16_SPARSE
         if self.weight_sparse:
@@ -132,6 +135,7 @@ class LayerPlan:
         """Whether some rows or steps run dense, by an original weight apart from that of the layer."""
         # What is dense fp8 already is not kept in e4m3 once more.
         same = self.format is FP8_DENSE and recipe.dense_precision == "fp8"
+        same = same or self.format is FP8_WEIGHTS  # in all steps
         return (self.text_rows_dense or recipe.has_dense_steps) and not same
 
     def in_format(self, format: FormatName, reason: str = "") -> LayerPlan:
@@ -154,6 +158,7 @@ class LayerPlan:
 class Plan:
     """A decision for every candidate layer of a model.
 
+    modulation : layers whose weights alone are quantised, beside the candidates.
     rotated : attentions whose values are rotated.
     permuted : MLPs whose hidden features are permuted.
     unrotated, unpermuted : attention or MLP -> why that is not done, where the recipe asks for it.
@@ -162,6 +167,7 @@ class Plan:
     recipe: Recipe
     architecture: Architecture
     layers: tuple[LayerPlan, ...]
+    modulation: tuple[LayerPlan, ...] = ()
     rotated: tuple[Attention, ...] = ()
     permuted: tuple[Mlp, ...] = ()
     unrotated: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -171,6 +177,11 @@ class Plan:
     def sparse(self) -> tuple[LayerPlan, ...]:
         """The layers that a `SparseLinear` takes the place of, in model order."""
         return tuple(layer for layer in self.layers if layer.dense_reason is None)
+
+    @property
+    def replaced(self) -> tuple[LayerPlan, ...]:
+        """All layers that one of rtlynx takes the place of: `sparse` and `modulation`."""
+        return (*self.sparse, *self.modulation)
 
     @property
     def reparameterized(self) -> tuple[Reparameterizable, ...]:
@@ -270,7 +281,8 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         kinds = {type(module).__name__ for module in model.modules() if _like_linear(module)}
         instead = f" (it has {', '.join(sorted(kinds))})" if kinds else ""
         raise ValueError(f"{type(model).__name__} has no linear layers that can be made sparse{instead}")
-    names = [candidate.name for candidate in candidates]
+    modulation = _modulation(model, architecture, recipe)
+    names = [candidate.name for candidate in candidates] + [layer.name for layer in modulation]
     for setting, globs in (("skip", recipe.skip), ("formats", recipe.formats)):
         for glob in globs:
             if not fnmatch.filter(names, glob):
@@ -293,9 +305,33 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         if reasons[one.name] is None and not dropping & set(one.readers):
             reasons[one.name] = _READS_ALL
     mlps = architecture.mlps_of(model) if recipe.permute_hidden else []
-    plan = Plan(recipe, architecture, layers, tuple(attentions), tuple(mlps))
+    modulation = tuple(layer for layer in modulation if _skipping(recipe, layer.name) is None)
+    plan = Plan(recipe, architecture, layers, modulation, tuple(attentions), tuple(mlps))
     reasons.update({one.name: _unpermuted_reason(model, one, plan) for one in mlps})
     return plan.leave_basis({name: reason for name, reason in reasons.items() if reason is not None})
+
+
+def _modulation(model: nn.Module, architecture: Architecture, recipe: Recipe) -> tuple[LayerPlan, ...]:
+    """The layers that `recipe.modulation` is about; ValueError where it is not known which these are."""
+    if recipe.modulation == "dense":
+        return ()
+    found = architecture.modulation_of(model)
+    if not found:
+        raise ValueError(
+            f"which layers of {type(model).__name__} make modulation of the timestep is not known: use "
+            "modulation='dense'"
+        )
+    plans = []
+    for candidate in found:
+        linear: Any = model.get_submodule(candidate.name)
+        sizes = linear.in_features, linear.out_features
+        plans.append(LayerPlan(candidate, *sizes, Pattern(1, 1), "none", 0, False, None, quantized=True))
+    return tuple(plans)
+
+
+def _skipping(recipe: Recipe, name: str) -> str | None:
+    """The pattern of `recipe.skip` that leaves the layer `name` dense."""
+    return next((glob for glob in recipe.skip if fnmatch.fnmatchcase(name, glob)), None)
 
 
 def _refuse_unknown_text(model: nn.Module, candidates: list[Candidate]) -> None:
@@ -378,7 +414,7 @@ def _plan_layer(linear: nn.Linear, candidate: Candidate, recipe: Recipe, rotated
     if reason is None and keep_all and recipe.precision == "bf16":
         reason = f"{candidate.stream} stream"
     if reason is None:
-        glob = next((glob for glob in recipe.skip if fnmatch.fnmatchcase(candidate.name, glob)), None)
+        glob = _skipping(recipe, candidate.name)
         reason = f"skipped by {glob!r}" if glob else None
     return layer if reason is None else layer.dense(reason)
 

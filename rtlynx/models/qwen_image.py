@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule
 from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, modulated, read_by_attention
+from rtlynx.nn.lora import untouched
+from rtlynx.nn.modulation import modulation
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import adaln
 
@@ -75,9 +77,9 @@ def block(
     rows for the timestep of each picture, then for zero, and `modulate_index` (B, T) is 1 for such tokens.
     """
     attn = block.attn
-    shift, scale, gate, *mlp = block.img_mod(temb).chunk(6, dim=-1)
+    shift, scale, gate, *mlp = _modulation(block.img_mod, temb).chunk(6, dim=-1)
     text_temb = temb.chunk(2)[0] if block.zero_cond_t else temb
-    text_shift, text_scale, text_gate, *text_mlp = block.txt_mod(text_temb).chunk(6, dim=-1)
+    text_shift, text_scale, text_gate, *text_mlp = _modulation(block.txt_mod, text_temb).chunk(6, dim=-1)
     choice = None if modulate_index is None else rows_of_modulation(modulate_index, len(temb) // 2)
     image, text = attention(
         attn,
@@ -101,6 +103,12 @@ def block(
     return finite_half(go_on(encoder_hidden_states, text)), finite_half(hidden_states)
 
 
+def _modulation(layers: Any, temb: Tensor) -> Tensor:
+    """`layers`(temb), of SiLU and a linear layer."""
+    silu, linear = layers
+    return modulation(silu, linear, temb) if untouched(layers) else layers(temb)
+
+
 QWEN_IMAGE = Architecture(
     class_name="QwenImageTransformer2DModel",
     rules=(
@@ -120,5 +128,6 @@ QWEN_IMAGE = Architecture(
         MlpRule(BLOCK, ("img_mlp", "img_mlp.net.0"), ("img_mlp.net.0.proj",), "img_mlp.net.2"),
         MlpRule(BLOCK, ("txt_mlp", "txt_mlp.net.0"), ("txt_mlp.net.0.proj",), "txt_mlp.net.2"),
     ),
+    modulation=(f"{BLOCK}.img_mod.1", f"{BLOCK}.txt_mod.1"),
     fused={"QwenImageTransformerBlock": block},
 )

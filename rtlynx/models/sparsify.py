@@ -19,6 +19,7 @@ from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.models.reparameterize import Reparameterization, reparameterize, undo_reparameterization
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.input_cache import SharedInput
+from rtlynx.nn.modulation import ModulationLinear
 from rtlynx.nn.original import keep_original, keeps_original
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.state_dict import OWN
@@ -175,7 +176,7 @@ def make_plan_for_dense(model: nn.Module, recipe: Recipe) -> Plan:
         raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
     plan = make_plan(model, recipe)
     changed = (name for one in plan.reparameterized for name in one.layers)
-    refuse_foreign(model, (*(layer.name for layer in plan.sparse), *changed))
+    refuse_foreign(model, (*(layer.name for layer in plan.replaced), *changed))
     return plan
 
 
@@ -200,16 +201,18 @@ def apply_plan(
     # Layers that read one tensor share a memory. Where it is not known which do, those of one block, which is
     # enough: they run one after the other.
     known = plan.knows_shared_inputs
-    readers = Counter(_memory(layer, known) for layer in plan.sparse)
+    readers = Counter(_memory(layer, known) for layer in plan.replaced)
     traced = bool(plan.traced_reads)
     shared = {key: SharedInput(single=count == 1, traced=traced) for key, count in readers.items()}
     modules: dict[str, Any] = dict(model.named_modules())
     shards = shards_of(model, (layer.name for layer in plan.sparse))
     replacements, fingerprints = {}, {}
-    for layer in plan.sparse:
+    for layer in plan.replaced:
         shard, dense = shards.get(layer.name), modules[layer.name]
         whole = dense if shard is None else shard.whole_linear(dense)
         kind = SparseLinear if shard is None else TensorParallelLinear
+        if layer.format.weights_only:
+            kind = ModulationLinear
         try:
             sparse = kind.from_linear(whole, pattern=layer.pattern, norm=layer.norm)
         except TypeError as error:

@@ -107,5 +107,6 @@ Z_IMAGE = Architecture(
         MlpRule(blocks, ("feed_forward",), ("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2")
         for blocks in ("noise_refiner.*", "context_refiner.*", "layers.*")
     ),
+    modulation=("noise_refiner.*.adaLN_modulation.0", "layers.*.adaLN_modulation.0"),
     fused={"ZImageTransformerBlock": block},
 )

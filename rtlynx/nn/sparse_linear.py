@@ -378,7 +378,7 @@ class SparseLinear(nn.Linear):
         """X (..., K) -> Y (..., N); X a tensor, or what `rtlynx.nn.prologue.read` made of it."""
         if isinstance(input, PreparedInput):
             return input.output_of(self)
-        x = _as_multiplied(input)
+        x = as_multiplied(input)
         if self.dense_reason is not None:
             return dense_output(self, x)
         call = self.call()
@@ -493,7 +493,7 @@ class SparseLinear(nn.Linear):
         return f"{super().extra_repr()}, {state}{rank}{', refitted' if self.refitted else ''}"
 
 
-def _as_multiplied(x: Tensor) -> Tensor:
+def as_multiplied(x: Tensor) -> Tensor:
     """`x` as the product will see it: selection is of that."""
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))

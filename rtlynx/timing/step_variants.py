@@ -111,20 +111,20 @@ def every_layer(
 
 
 def recommended(
-    precision: Literal["bf16", "fp8"], *, dense_below: float | None = None, tp_degree: int = 1
+    precision: Literal["bf16", "fp8"], *, dense_below: float | None = None, **settings: Any
 ) -> Callable[[nn.Module], None]:
     """Like `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 some whole.
 
     The former are taken as trained models have them: outputs of attention and of single-stream blocks, then
     of MLPs. In fp8 layers drop weights, the smaller of four. Steps below the noise level `dense_below` run in
-    dense fp8; `tp_degree` is the recipe's. Random weights need no rotation.
+    dense fp8; `settings` are further fields of the recipe. Random weights need no rotation.
     """
     steps: dict[str, Any] = {"dense_sigmas": (), "rotate_values": False}
     if dense_below is not None:
         steps |= {"dense_sigmas": ((0.0, dense_below),), "dense_precision": "fp8"}
 
     def change(model: nn.Module) -> None:
-        recipe = Recipe.recommended(precision=precision, budget=None, tp_degree=tp_degree, **steps)
+        recipe = Recipe.recommended(precision=precision, budget=None, **steps, **settings)
         plan = make_plan(model, recipe)
         layers = [layer for layer in plan.sparse if not layer.drops_nothing]
         if precision == "fp8":
@@ -188,9 +188,17 @@ def spread_out(layers: Sequence[LayerPlan], shares: Mapping[str, float]) -> list
     return names
 
 
-def dense_fp8(model: nn.Module) -> None:
-    """Every layer in fp8, no activation dropped: the alternative to sparsity on the same fused kernels."""
-    sparsify(model, Recipe.dense_fp8())
+def dense_fp8(model: nn.Module, **settings: Any) -> None:
+    """Every layer in fp8, no activation dropped: the alternative to sparsity on the same fused kernels.
+
+    `settings` are further fields of the recipe.
+    """
+    sparsify(model, Recipe.dense_fp8(**settings))
+
+
+def modulation_alone(model: nn.Module) -> None:
+    """Modulation in eight bits, and nothing else."""
+    sparsify(model, Recipe.immediate(formats={"*": "dense"}, modulation="fp8"))
 
 
 def in_fp8_attention(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
@@ -209,7 +217,7 @@ RECOMMENDED = "rtlynx fp8-2:4 (recommended)"
 # What was recommended before, and is in files of then: one mix of sparse and dense fp8 in all steps.
 MIXED = "rtlynx fp8-2:4"
 TORCHAO = "fp8 compiled (torchao)"
-FP8_ATTENTION = " (fp8 attention)"
+FP8_ATTENTION, FP8_MODULATION = " (fp8 attention)", " (fp8 modulation)"
 
 VARIANTS = (
     Variant("bf16 eager", lambda model: None, compiled=False),
@@ -239,6 +247,18 @@ DESIGNS = (
         fp8_weights=3,
     ),
     Variant(f"{EVERY_WEIGHT}{FP8_ATTENTION}", in_fp8_attention(every_weight), fp8_weights=2),
+    Variant(f"{REFERENCE}{FP8_MODULATION}", modulation_alone),
+    Variant(f"{DENSE_FP8}{FP8_MODULATION}", partial(dense_fp8, modulation="fp8"), fp8_weights=1),
+    Variant(
+        f"{RECOMMENDED}{FP8_MODULATION}",
+        recommended("fp8", dense_below=DENSE_BELOW, modulation="fp8"),
+        fp8_weights=3,
+    ),
+    Variant(
+        f"{RECOMMENDED}{FP8_ATTENTION}{FP8_MODULATION}",
+        in_fp8_attention(recommended("fp8", dense_below=DENSE_BELOW, modulation="fp8")),
+        fp8_weights=3,
+    ),
     Variant(
         f"{RECOMMENDED}, LoRA of rank {LORA_RANK}",
         with_lora(recommended("fp8", dense_below=DENSE_BELOW)),
