@@ -44,9 +44,12 @@ _STAGES_AND_CTAS = {
     (FP8_SPARSE, False, 64): ((2, 2),),
     (FP8_SPARSE, False, 128): ((2, 1),),
 }
-# How compress_rows.cu takes rows of up to so many columns.
+# How compress_rows.cu takes rows.
 _SHORT_ROWS = RowsConfig(4096, 2, 4, 5)
-_LONG_ROWS = RowsConfig(MAX_COLUMNS_FP8, 1, 4, 2)
+_LONG_ROWS, _LONG_ROWS_WITH_MOMENTS = (
+    RowsConfig(MAX_COLUMNS_FP8, 1, 4, 2),
+    RowsConfig(MAX_COLUMNS_FP8, 1, 4, 1),
+)
 _FITTING = 0.9  # clusters leave some multiprocessors of a card unused
 _MAX_CLUSTER = 8
 # In fp8 kept values wait in shared memory: 2 KB for each of a CTA's four warps and tiles of K.
@@ -189,8 +192,8 @@ class _RowsConfiguration(NamedTuple):
 
 
 def _rows_configs(prologue: Prologue) -> tuple[RowsConfig, ...]:
-    """From the least columns on; longer rows are left to compress.cu."""
-    return _SHORT_ROWS, _LONG_ROWS
+    """For short and for long rows."""
+    return _SHORT_ROWS, _LONG_ROWS_WITH_MOMENTS if prologue.named("batches") else _LONG_ROWS
 
 
 def _whole_rows(wanted: _Configuration, columns: int) -> _RowsConfiguration | None:

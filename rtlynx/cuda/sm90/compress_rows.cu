@@ -20,6 +20,7 @@ static_assert(ROWS == 1 || ROWS == 2, "rows r and r + 8");
 
 // Where a thread works. `unit` counts 32 logical columns, of strided groups; a thread's units are `num_threads` apart.
 struct WorkCoord {
+    static constexpr bool kPadsRows = true;
     int first_row;
     GroupColumns columns[kUnits];
 
@@ -167,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_CTAS)
     load_rows(p, at, rows, input);
     if constexpr (Prologue::kNeedsMoments) find_moments(p, at, input, rows);
     uint4 output[ROWS][CHUNKS];
-    apply_prologue(p, at, rows, input, output, [](int, int) {});
+    apply_prologue(p, at, rows, input, output);
 
     Selected<4> selected[ROWS][kUnits];
     unroll<ROWS>([&](auto i) {

@@ -19,6 +19,7 @@ struct Parameters {
 
 // Where a thread works.
 struct WorkCoord {
+    static constexpr bool kPadsRows = false;
     int first_row, first_column, column_step;
     int warp_idx, lane_idx, num_warps;
 
@@ -83,7 +84,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_CTAS) quantize(con
     if constexpr (Prologue::kNeedsMoments) find_moments(p, at, input, rows);
     uint4 output[ROWS][CHUNKS];
     uint32_t largest[ROWS] = {};
-    apply_prologue(p, at, rows, input, output,
-                   [&](auto i, auto chunk) { largest[i] = max_u16x2(largest[i], largest_of(output[i][chunk])); });
+    apply_prologue(p, at, rows, input, output);
+    unroll<ROWS>([&](auto i) {
+        unroll<CHUNKS>([&](auto chunk) { largest[i] = max_u16x2(largest[i], largest_of(output[i][chunk])); });
+    });
     store_rows(p, at, rows, output, largest, smem_largest);
 }

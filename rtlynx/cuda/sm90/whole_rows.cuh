@@ -2,7 +2,8 @@
 // bf16.
 //
 // A thread has CHUNKS vectors of eight columns of each of ROWS rows, in the same columns. `Coord` says where it works:
-// `row(i)` and `column(chunk)`, at least p.columns where there is none.
+// `row(i)` and `column(chunk)`, at least p.columns where there is none, and whether rows beyond the matrix are zeros
+// (kPadsRows) or never looked at.
 #pragma once
 #include "e4m3.cuh"
 #include "prologues.cuh"
@@ -40,7 +41,7 @@ DEVICE void load_rows(const Parameters& p, const Coord& at, Row (&rows)[ROWS],
         p.prologue.open_row(rows[i], min(at.row(i), p.rows - 1));
         unroll<CHUNKS>([&](auto chunk) {
             const int column = at.column(chunk);
-            const bool in_bounds = rows[i].in_bounds && column < p.columns;
+            const bool in_bounds = (!Coord::kPadsRows || rows[i].in_bounds) && column < p.columns;
             unroll<Prologue::kInputs>(
                 [&](auto j) { input[i][chunk][j] = load_once(p.prologue.input_at(rows[i], j, column), in_bounds); });
         });
@@ -80,11 +81,10 @@ DEVICE void find_moments(const Parameters& p, const Coord& at, uint4 (&input)[RO
     unroll<ROWS>([&](auto i) { p.prologue.set_moments(rows[i], {float(p.columns), mean[i], m2[i]}); });
 }
 
-// Make of the inputs what is quantised, zeros outside of the matrix, and call `use(i, chunk)` for each vector.
-template <class Parameters, class Coord, class Use>
+// Make of the inputs what is quantised, zeros outside of the matrix.
+template <class Parameters, class Coord>
 DEVICE void apply_prologue(const Parameters& p, const Coord& at, const Row (&rows)[ROWS],
-                           const uint4 (&input)[ROWS][CHUNKS][Prologue::kInputs], uint4 (&output)[ROWS][CHUNKS],
-                           const Use& use) {
+                           const uint4 (&input)[ROWS][CHUNKS][Prologue::kInputs], uint4 (&output)[ROWS][CHUNKS]) {
     unroll<CHUNKS>([&](auto chunk) {
         const int column = at.column(chunk);
         const bool in_row = column < p.columns;
@@ -96,8 +96,8 @@ DEVICE void apply_prologue(const Parameters& p, const Coord& at, const Row (&row
             }
             output[i][chunk] = p.prologue.apply(rows[i], modulation, column, input[i][chunk]);
             if constexpr (Prologue::kNeedsMoments)
-                output[i][chunk] = select(rows[i].in_bounds && in_row, output[i][chunk], uint4{0, 0, 0, 0});
-            use(i, chunk);
+                output[i][chunk] =
+                    select((!Coord::kPadsRows || rows[i].in_bounds) && in_row, output[i][chunk], uint4{0, 0, 0, 0});
             if constexpr (Prologue::kTransforms) {
                 if (p.dense != nullptr && rows[i].in_bounds && in_row)
                     *reinterpret_cast<uint4*>(p.dense + int64_t(at.row(i)) * p.columns + column) = output[i][chunk];
