@@ -44,12 +44,9 @@ _STAGES_AND_CTAS = {
     (FP8_SPARSE, False, 64): ((2, 2),),
     (FP8_SPARSE, False, 128): ((2, 1),),
 }
-# How compress_rows.cu takes rows.
+# How compress_rows.cu takes rows (benchmarks/NOTES.md, "whole rows"); longer ones are left to compress.cu.
 _SHORT_ROWS = RowsConfig(4096, 2, 4, 5)
-_LONG_ROWS, _LONG_ROWS_WITH_MOMENTS = (
-    RowsConfig(MAX_COLUMNS_FP8, 1, 4, 2),
-    RowsConfig(MAX_COLUMNS_FP8, 1, 4, 1),
-)
+_LONG_ROWS, _LONG_ROWS_OF_MANY_REGISTERS = RowsConfig(16384, 1, 4, 3), RowsConfig(16384, 1, 4, 2)
 _FITTING = 0.9  # clusters leave some multiprocessors of a card unused
 _MAX_CLUSTER = 8
 # In fp8 kept values wait in shared memory: 2 KB for each of a CTA's four warps and tiles of K.
@@ -193,7 +190,7 @@ class _RowsConfiguration(NamedTuple):
 
 def _rows_configs(prologue: Prologue) -> tuple[RowsConfig, ...]:
     """For short and for long rows."""
-    return _SHORT_ROWS, _LONG_ROWS_WITH_MOMENTS if prologue.named("batches") else _LONG_ROWS
+    return _SHORT_ROWS, _LONG_ROWS_OF_MANY_REGISTERS if prologue.many_registers else _LONG_ROWS
 
 
 def _whole_rows(wanted: _Configuration, columns: int) -> _RowsConfiguration | None:
@@ -202,9 +199,8 @@ def _whole_rows(wanted: _Configuration, columns: int) -> _RowsConfiguration | No
         return None
     for config in _rows_configs(wanted.prologue):
         if columns <= config.columns:
-            return _RowsConfiguration(
-                wanted.prologue, wanted.score, wanted.mode, config, config.threads(columns)
-            )
+            threads = config.threads(columns)
+            return _RowsConfiguration(wanted.prologue, wanted.score, wanted.mode, config, threads)
     return None
 
 
