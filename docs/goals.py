@@ -12,7 +12,7 @@ NEXT = {
     "Where it stands": "a faster GEMM; fewer instructions in the selection",
     "Compression, version by version": "fewer instructions in the selection; Aᵀ by TMA",
     "Producers, version by version": "two halves of the grid out of step",
-    "fp8": "2:4 weights, which need no selection; compression of whole rows",
+    "fp8": "2:4 weights, which need no selection",
     "A whole step": "one kernel for norm, rotation and rounding of q and k; fp8 weights for modulation",
     "Several cards": "queries, keys and values in e4m3 through the all-to-all; a tile for fewer rows",
     "Host time": "one launch for both kernels; one guard a layer",

@@ -7,7 +7,7 @@ from rtlynx.cuda import jit, tuning
 from rtlynx.cuda.sm90 import compress as host
 from rtlynx.cuda.sm90 import gemm
 from rtlynx.cuda.sm90.compress import CompressOptions
-from rtlynx.cuda.sm90.prologues import IDENTITY, BoundPrologue
+from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES, BoundPrologue
 from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE
 
 SMS, SHARED_PER_SM = 132, 228 * 1024
@@ -35,14 +35,14 @@ def card(monkeypatch):
     host._most_clusters.cache_clear()
 
 
-def plan(rows, k, rank=64, grouping="adjacent", format=FP8_SPARSE, device=0):
-    x = BoundPrologue(IDENTITY, b"", rows, k, torch.device("cuda", device), True)
+def plan(rows, k, rank=64, grouping="adjacent", format=FP8_SPARSE, device=0, prologue=IDENTITY, aligned=True):
+    x = BoundPrologue(prologue, b"", rows, k, torch.device("cuda", device), aligned)
     lowrank_a = torch.empty(rank, k, dtype=torch.bfloat16, device="meta") if rank else None
     return host.plan_compress(x, lowrank_a, CompressOptions(grouping, (), True, format))
 
 
 @pytest.mark.parametrize("grouping", ["adjacent", "strided"])
-@pytest.mark.parametrize("rank", [0, 32, 64, 128, 200])
+@pytest.mark.parametrize("rank", [32, 64, 128, 200])
 @pytest.mark.parametrize("rows", [1, 64, 4096, 100_000])
 @pytest.mark.parametrize("k", [64, 3072, 15360, host.MAX_COLUMNS_FP8])
 def test_a_cta_has_room_for_what_waits(card, rows, k, rank, grouping):
@@ -53,6 +53,32 @@ def test_a_cta_has_room_for_what_waits(card, rows, k, rank, grouping):
     assert cut.shared_bytes >= -(-k_blocks // cut.cluster) * 64 * 64 * 2
     assert cut.shared_bytes + host._STATIC_BYTES <= 227 * 1024
     assert cut.grid == (slabs * cut.cluster, max(1, -(-rank // 128)), 1)
+
+
+@pytest.mark.parametrize("grouping", ["adjacent", "strided"])
+@pytest.mark.parametrize("name", PROLOGUES)
+@pytest.mark.parametrize("k", [32, 96, 3072, 4096, 4128, 12288, 16384])
+def test_without_a_factor_ctas_take_whole_rows(card, k, name, grouping):
+    cut = plan(100, k, 0, grouping, prologue=PROLOGUES[name])
+    config, threads = cut.configuration.config, cut.configuration.threads
+    assert cut.grid == (128 // config.rows, 1, 1)  # rows beyond the matrix too: packed blocks have them
+    assert threads * config.chunks * 8 >= -(-k // 128) * 128
+    assert threads % 32 == 0
+    assert threads <= dict(cut.configuration.defines)["MAX_THREADS"] <= 1024
+    kernels = {(one.source, one.defines) for one in host.INSTANTIATIONS}
+    assert ("compress_rows.cu", cut.configuration.defines) in kernels
+
+
+def test_what_whole_rows_do_not_serve_is_compressed_in_tiles(card):
+    served = plan(100, 3072, 0)
+    others = [
+        plan(100, 3072, 0, aligned=False),
+        plan(100, host.MAX_COLUMNS_FP8, 0),
+        plan(100, 3072, 0, format=BF16_SPARSE),
+        plan(100, 3072, 32),
+    ]
+    assert [one.configuration.entry for one in (served, *others)] == ["compress_rows"] + ["compress"] * 4
+    assert (served.packed_a_bytes, served.scales) == (others[0].packed_a_bytes, others[0].scales)
 
 
 def test_what_fits_the_card_at_once_takes_one_round(card):

@@ -122,6 +122,14 @@ def test_widths_that_no_tile_divides(name, k, fp8):
             check(PrologueCase(name, 70, k, rank=rank, grouping="strided", fp8=fp8), served=True)
 
 
+@pytest.mark.parametrize("k", [4096, 5120, 16384])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_rows_of_every_length(name, grouping, k):
+    """Without a factor an fp8 CTA takes whole rows: how many, with which threads, depends on the length."""
+    check(PrologueCase(name, 70, k, batch=2, grouping=grouping, fp8=True), served=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_alone_without_a_batch(name):
     for inputs in (make_inputs(PrologueCase(name, 129, 512)), make_inputs(PrologueCase(name, 7, 512))):

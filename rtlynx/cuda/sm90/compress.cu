@@ -112,7 +112,7 @@ DEVICE void mainloop(const Parameters& p, const WorkCoord& at, const KSplit& k_s
         // Over the stage before this one, which everybody has left.
         ring.load_async(p, k_split, index + NUM_STAGES - 1, rows, at.first_rank);
         smem_stage = ring.after(smem_stage);
-        const Selected selected[2] = {select_row(x[0], stats.largest[0]), select_row(x[1], stats.largest[1])};
+        const LaneSelected selected[2] = {select_row(x[0], stats.largest[0]), select_row(x[1], stats.largest[1])};
         if (at.stores_packed_a) {
 #if FP8
             defer_k_tile(smem_deferred + index / kTilesPerChunk * kDeferredBytes, k_tile, selected);

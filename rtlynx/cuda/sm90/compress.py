@@ -1,4 +1,4 @@
-"""Host side of compress.cu: configurations, parameters, launch."""
+"""Host side of compress.cu and compress_rows.cu: which of them, configurations, parameters, launch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rtlynx.cuda.driver import multiprocessors
 from rtlynx.cuda.jit import Defines, Instantiation
 from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES, BoundPrologue, Prologue, bind_matrix, expressible
+from rtlynx.cuda.sm90.whole_rows import RowsConfig
 from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE, SPARSE_FORMATS, TILE_ROWS, Format
 from rtlynx.math.scores import MAGNITUDE, Score
 from rtlynx.math.tiles import LOWRANK_BYTES, LOWRANK_COLUMNS
@@ -43,6 +44,9 @@ _STAGES_AND_CTAS = {
     (FP8_SPARSE, False, 64): ((2, 2),),
     (FP8_SPARSE, False, 128): ((2, 1),),
 }
+# How compress_rows.cu takes rows (benchmarks/NOTES.md, "whole rows"); longer ones are left to compress.cu.
+_SHORT_ROWS = RowsConfig(4096, 2, 4, 5)
+_LONG_ROWS, _LONG_ROWS_OF_MANY_REGISTERS = RowsConfig(16384, 1, 4, 3), RowsConfig(16384, 1, 4, 2)
 _FITTING = 0.9  # clusters leave some multiprocessors of a card unused
 _MAX_CLUSTER = 8
 # In fp8 kept values wait in shared memory: 2 KB for each of a CTA's four warps and tiles of K.
@@ -80,7 +84,7 @@ class CompressOptions(NamedTuple):
 
 @functools.cache
 def _parameters(prologue: Prologue) -> Layout:
-    """The kernel's `Parameters`."""
+    """The kernels' `Parameters`."""
     return Layout(
         ("prologue", prologue.layout),
         *((name, "pointer") for name in ("lowrank_a", "packed_a", "scale", "lowrank", "dense")),
@@ -103,6 +107,10 @@ class _Configuration(NamedTuple):
     mode: int
     rank: int
     variant: int = 0
+
+    @property
+    def entry(self) -> str:
+        return "compress"
 
     @property
     def variants(self) -> list[_Configuration]:
@@ -155,6 +163,47 @@ class _Configuration(NamedTuple):
         )
 
 
+class _RowsConfiguration(NamedTuple):
+    """An instantiation of compress_rows.cu, by CTAs of `threads`."""
+
+    prologue: Prologue
+    score: Score
+    mode: int
+    config: RowsConfig
+    threads: int
+
+    @property
+    def entry(self) -> str:
+        return "compress_rows"
+
+    @property
+    def defines(self) -> Defines:
+        return (
+            ("FP8", 1),
+            (self.prologue.macro, 1),
+            (self.score.macro, 1),
+            ("MODE", self.mode),
+            *self.config.defines,
+            *_parameters(self.prologue).defines,
+        )
+
+
+def _rows_configs(prologue: Prologue) -> tuple[RowsConfig, ...]:
+    """For short and for long rows."""
+    return _SHORT_ROWS, _LONG_ROWS_OF_MANY_REGISTERS if prologue.many_registers else _LONG_ROWS
+
+
+def _whole_rows(wanted: _Configuration, columns: int) -> _RowsConfiguration | None:
+    """What compresses rows of `columns`, whole tiles, in place of `wanted`; None where that does."""
+    if wanted.format is not FP8_SPARSE or wanted.rank or wanted.mode == _GATHER:
+        return None
+    for config in _rows_configs(wanted.prologue):
+        if columns <= config.columns:
+            threads = config.threads(columns)
+            return _RowsConfiguration(wanted.prologue, wanted.score, wanted.mode, config, threads)
+    return None
+
+
 INSTANTIATIONS = [
     Instantiation("compress.cu", "compress", variant.defines)
     for format in SPARSE_FORMATS
@@ -162,14 +211,23 @@ INSTANTIATIONS = [
     for mode in ((_ADJACENT, _STRIDED, _GATHER) if prologue is IDENTITY else (_ADJACENT, _STRIDED))
     for rank in _RANKS
     for variant in _Configuration(format, prologue, MAGNITUDE, mode, rank).variants
+] + [
+    Instantiation(
+        "compress_rows.cu", "compress_rows", _RowsConfiguration(prologue, MAGNITUDE, mode, config, 0).defines
+    )
+    for prologue in PROLOGUES.values()
+    for mode in (_ADJACENT, _STRIDED)
+    for config in _rows_configs(prologue)
 ]
 
 
 @functools.cache
-def _kernel(configuration: _Configuration, cluster: int, shared_bytes: int) -> jit.Kernel:
+def _kernel(
+    configuration: _Configuration | _RowsConfiguration, cluster: int, shared_bytes: int
+) -> jit.Kernel:
     return jit.load(
-        "compress.cu",
-        "compress",
+        f"{configuration.entry}.cu",
+        configuration.entry,
         configuration.defines,
         threads=configuration.threads,
         shared_bytes=shared_bytes,
@@ -342,7 +400,7 @@ class CompressPlan(NamedTuple):
     scales : how many the kernel writes, one a row or none
     """
 
-    configuration: _Configuration
+    configuration: _Configuration | _RowsConfiguration
     cluster: int
     shared_bytes: int
     grid: tuple[int, int, int]
@@ -371,15 +429,21 @@ def _plan(
     mode, adjacent, table = _groups(options.grouping, options.parts, k)
     tile_rank = next((size for size in _RANKS if size >= rank), _RANKS[-1])
     wanted = _Configuration(format, prologue, options.score, mode if aligned else _GATHER, tile_rank)
-    configuration, cluster = _cut(wanted, max(m64_tiles, 1), k_blocks, device)
-    waiting = -(-k_blocks // cluster) if format is FP8_SPARSE else 0
+    configuration: _Configuration | _RowsConfiguration
+    whole_rows = _whole_rows(wanted, k_blocks * format.tile_k)
+    if whole_rows is not None:
+        configuration, cluster, shared_bytes = whole_rows, 1, 0
+        grid = m64_tiles * TILE_ROWS // whole_rows.config.rows, 1, 1
+    else:
+        tiles, cluster = _cut(wanted, max(m64_tiles, 1), k_blocks, device)
+        configuration = tiles
+        shared_bytes = tiles.shared_bytes(-(-k_blocks // cluster) if format is FP8_SPARSE else 0)
+        grid = m64_tiles * (cluster if tiles.takes_m64 else 4), -(-rank // tile_rank) if rank else 1, 1
     return CompressPlan(
         configuration,
         cluster,
-        configuration.shared_bytes(waiting),
-        (m64_tiles * cluster, -(-rank // tile_rank) if rank else 1, 1)
-        if configuration.takes_m64
-        else (m64_tiles * 4, 1, 1),
+        shared_bytes,
+        grid,
         m64_tiles * k_blocks * format.tile_bytes,
         m64_tiles * rank_blocks * LOWRANK_BYTES,
         rows if options.norm or format is FP8_SPARSE else 0,

@@ -27,7 +27,7 @@ struct RowStatistics {
     uint32_t largest[2] = {0, 0};
     SquareSums total[2] = {}, kept[2] = {};
 
-    DEVICE void add_squares(const LaneValues (&x)[2], const Selected (&selected)[2]) {
+    DEVICE void add_squares(const LaneValues (&x)[2], const LaneSelected (&selected)[2]) {
         unroll<2>([&](auto i) {
             unroll<kNumK32 * 2>([&](auto j) { total[i].add(x[i].word(j * 2), x[i].word(j * 2 + 1)); });
             unroll<kGroupsPerLane / 2>(
@@ -81,7 +81,7 @@ __device__ __noinline__ TwoNorms scaled_norms(const Parameters& p, const Row (&r
         unroll<2>([&](auto i) {
             RowNorm& norm = norms.of[i];
             uint32_t largest = norm.largest;
-            const Selected selected = select_row(x[i], largest);
+            const LaneSelected selected = select_row(x[i], largest);
             norm.raise(largest);
             const float unit = RowNorm::unit(largest);
             unroll<kNumK32 * 4>([&](auto j) { norm.total = add_scaled_squares(x[i].word(j), unit, norm.total); });

@@ -4,11 +4,7 @@
 #define BLOCK_N RANK
 #include "wgmma.cuh"
 #endif
-#include "prologues.cuh"
-
-#define ADJACENT 0
-#define STRIDED 1
-#define GATHER 2  // any grouping and alignment, an element at a time; without a prologue
+#include "compress_parameters.cuh"
 
 // With a low-rank product or FP8 a CTA is one warpgroup on 64 rows, and the CTAs of a cluster split K. Else the warps
 // of a CTA split the K of the same 16 rows.
@@ -17,11 +13,6 @@ constexpr int kNumWarps = kClusterSplitsK ? 4 : 8, kNumThreads = kNumWarps * 32;
 constexpr int BLOCK_M = kClusterSplitsK ? 64 : 16;  // rows of a CTA
 constexpr int kMaxKSplits = FP8 ? 16 : 8;
 constexpr int kKSplitsPerCta = kClusterSplitsK ? 1 : kNumWarps;
-
-// A packed block holds 64 rows x BLOCK_K: 64 bytes of kept values a row, then the metadata.
-constexpr int BLOCK_K = FP8 ? 128 : 64;
-constexpr int kMetadataOffset = 64 * 64;
-constexpr int kPackedBlockBytes = kMetadataOffset + BLOCK_K * 8;
 
 // A warp compresses a k tile at a time: 16 rows x kTileK, which are kNumK32 times 32 columns.
 constexpr int kNumK32 = MODE == ADJACENT ? 2 : 4;
@@ -44,46 +35,12 @@ static_assert(RANK % kLowrankBlockK == 0, "a CTA stores whole blocks of T'");
 static_assert(kInputK32Bytes % 512 == 0 && kLowrankAK32Bytes % 512 == 0,
               "the 64-byte swizzle of wgmma operands repeats every 512 bytes");
 #endif
-constexpr int kMaxParts = 8;
 
 static_assert(kTileK % BLOCK_K == 0 || BLOCK_K % kTileK == 0, "a chunk is both");
 static_assert(!FP8 || kBlocksPerChunk == 1, "with FP8 what is deferred counts chunks as packed blocks");
 static_assert(MODE != GATHER || !Prologue::kTransforms, "a prologue reads 16 bytes at a time");
 static_assert(NUM_STAGES >= 2, "loads run ahead of the main loop");
 static_assert(kNumThreads >= BLOCK_M, "a thread finishes a row");
-
-// Groups [previous group_end, group_end) lie strided in the columns from first_column on.
-struct Part {
-    int group_end;
-    int first_column;
-};
-
-struct Parameters {
-    Prologue prologue;
-    const uint16_t* lowrank_a;  // A^T (rank, K), contiguous
-    uint8_t* packed_a;
-    float* scale;  // (M), what rows of the product are multiplied by; null where that is 1
-    uint8_t* lowrank;
-    uint16_t* dense;  // (M, K), or null: what was selected from, to test prologues
-    int rows, columns;
-    int k_blocks, rank, rank_blocks;
-    int adjacent;  // for GATHER
-    int norm;      // whether `scale` includes s
-    int num_parts;
-    Part part[kMaxParts];
-};
-#include "layout.cuh"
-
-// Entry i of a group is column base + i * stride.
-struct GroupColumns {
-    int base, stride;
-};
-
-DEVICE GroupColumns strided_group(const Parameters& p, int group) {
-    int part = 0, first = 0;
-    while (part + 1 < p.num_parts && group >= p.part[part].group_end) first = p.part[part++].group_end;
-    return {p.part[part].first_column + group - first, p.part[part].group_end - first};
-}
 
 // First of the eight columns that a lane of a quad holds in each 32 columns of a k tile; at least p.columns where there
 // are none.
@@ -103,9 +60,6 @@ DEVICE LaneColumns lane_columns(const Parameters& p, int k_tile, int quad_lane) 
         return {first.base, first.stride};
     }
 }
-
-// Where a 16-byte chunk of a 64-byte row lies under the 64-byte swizzle.
-DEVICE uint32_t swizzle_64b(int row, int chunk) { return row * 64 + ((chunk ^ row >> 1) & 3) * 16; }
 
 // An element at a time: entry `k32` of this lane's eight groups of a row.
 DEVICE uint4 gather(const Parameters& p, const uint16_t* row, int k_tile, int quad_lane, int k32) {

@@ -19,7 +19,7 @@ DEVICE uint32_t deferred_address(uint32_t smem_block, int row, int chunk, int ha
     return smem_block + row * 128 + ((chunk ^ row) & 3) * 32 + ((half ^ row) & 1) * 16;
 }
 
-DEVICE void defer_k_tile(uint32_t smem_block, int k_tile, const Selected (&selected)[2]) {
+DEVICE void defer_k_tile(uint32_t smem_block, int k_tile, const LaneSelected (&selected)[2]) {
     const int lane_idx = threadIdx.x % 32, quad_idx = lane_idx / 4, quad_lane = lane_idx % 4;
     unroll<2>([&](auto i) {
         const int row = quad_idx + i * 8;
@@ -43,7 +43,7 @@ DEVICE void defer_k_tile(uint32_t smem_block, int k_tile, const Selected (&selec
 
 // Store the metadata of this lane's two rows. Thread 4g + 2b + i of the warp supplies row g + 8i of the 32 logical k
 // from 64 h + 32 b on: a word for each of the packed block's two wgmmas h.
-DEVICE void store_metadata(const Parameters& p, int m64, int m16, int k_tile, const Selected (&selected)[2]) {
+DEVICE void store_metadata(const Parameters& p, int m64, int m16, int k_tile, const LaneSelected (&selected)[2]) {
     const int lane_idx = threadIdx.x % 32, quad_lane = lane_idx % 4;
     uint8_t* block = packed_block(p, m64, k_tile / kTilesPerChunk);
     uint32_t* words = reinterpret_cast<uint32_t*>(block + kMetadataOffset + m16 * 256) + lane_idx / 4 * 8;

@@ -13,36 +13,15 @@ struct LaneValues {
     }
 };
 
-struct Selected {
-    uint32_t pairs[kGroupsPerLane];
-    uint32_t nibbles;  // from the lowest on
-};
+using LaneSelected = Selected<kNumK32>;
 
-DEVICE Selected select_row(const LaneValues& x, uint32_t& largest) {
-    Selected out;
-    out.nibbles = 0xFFFFFFFFu;
-    unroll<kGroupsPerLane>([&](auto j) {
-        uint32_t e01, e23;
-        if constexpr (MODE == ADJACENT) {
-            e01 = x.word(j * 2);
-            e23 = x.word(j * 2 + 1);
-        } else {
-            constexpr uint32_t both = decltype(j)::value % 2 ? 0x7632 : 0x5410;
-            e01 = permute(x.word(j / 2), x.word(4 + j / 2), both);
-            e23 = permute(x.word(8 + j / 2), x.word(12 + j / 2), both);
-        }
-        const Kept kept = keep_two_of_four(e01, e23);
-        out.pairs[j] = kept.pair;
-        out.nibbles -= kept.early << (j * 4);
-        out.nibbles -= kept.late << (j * 4 + 2);
-        largest = max(largest, kept.largest);
-    });
-    return out;
+DEVICE LaneSelected select_row(const LaneValues& x, uint32_t& largest) {
+    return select_row<MODE == ADJACENT>(x.v, largest, [](int, uint32_t) {});
 }
 
 #if !FP8
 // Store values and metadata of this lane's two rows, in the `m16`-th 16 rows of the packed blocks.
-DEVICE void store_k_tile(const Parameters& p, int m64, int m16, int k_tile, const Selected (&selected)[2]) {
+DEVICE void store_k_tile(const Parameters& p, int m64, int m16, int k_tile, const LaneSelected (&selected)[2]) {
     const int lane_idx = threadIdx.x % 32, quad_idx = lane_idx / 4, quad_lane = lane_idx % 4;
     uint8_t* blocks = p.packed_a + int64_t(m64) * p.k_blocks * kPackedBlockBytes;
     const int row = m16 * 16 + quad_idx;

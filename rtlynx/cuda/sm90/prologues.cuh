@@ -29,7 +29,7 @@ struct Matrix {
     int64_t batch_stride, row_stride;  // in elements
     int rows_per_batch;
 
-    DEVICE int batch(int row) const { return row / rows_per_batch; }
+    DEVICE int batch(int row) const { return row < rows_per_batch ? 0 : row / rows_per_batch; }  // (a long division)
     DEVICE const uint16_t* row(int index) const {
         const int b = batch(index);
         return data + b * batch_stride + (index - b * rows_per_batch) * row_stride;

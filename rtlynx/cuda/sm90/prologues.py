@@ -47,7 +47,7 @@ class Prologue:
     concatenates : bool
         Whether columns of the second matrix follow those of the first; else matrices are of one shape.
     many_registers : bool
-        Whether quantize.cu spills unless a thread holds fewer vectors of a long row, as the compiler reports.
+        Whether kernels of whole rows spill unless threads of long ones get more registers.
     """
 
     name: str

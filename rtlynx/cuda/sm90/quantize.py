@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +13,10 @@ from rtlynx.cuda.jit import Defines, Instantiation
 from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.compress import address_of
 from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES, BoundPrologue, Prologue
+from rtlynx.cuda.sm90.whole_rows import VECTOR, RowsConfig
 from rtlynx.math.fp8 import E4M3
 
 MAX_COLUMNS = 16384
-_VECTOR, _WARP = 8, 32  # columns that a thread loads at a time; threads
 
 
 @functools.cache
@@ -34,39 +33,19 @@ def _parameters(prologue: Prologue) -> Layout:
 _, _REST = _parameters(IDENTITY).pieces("values")
 
 
-class _Config(NamedTuple):
-    """What a CTA takes at one time, by rows of up to `columns`; the most whose registers do not spill.
-
-    chunks : vectors of each row that a thread holds
-    ctas_per_sm : CTAs for the longest rows that a multiprocessor is to hold, which bounds the registers
-    """
-
-    columns: int
-    rows: int
-    chunks: int
-    ctas_per_sm: int
-
-    def threads(self, columns: int) -> int:
-        """Whole warps, for rows of `columns`."""
-        return -(-columns // (self.chunks * _VECTOR * _WARP)) * _WARP
+_SHORT = RowsConfig(4096, 2, 4, 5)  # two rows, so that a modulation is read once for both
+_LONG, _LONG_OF_MANY_REGISTERS = RowsConfig(MAX_COLUMNS, 1, 8, 3), RowsConfig(MAX_COLUMNS, 1, 4, 2)
 
 
-_SHORT = _Config(4096, 2, 4, 5)  # two rows, so that a modulation is read once for both
-_LONG, _LONG_OF_MANY_REGISTERS = _Config(MAX_COLUMNS, 1, 8, 3), _Config(MAX_COLUMNS, 1, 4, 2)
-
-
-def _configs(prologue: Prologue) -> tuple[_Config, ...]:
+def _configs(prologue: Prologue) -> tuple[RowsConfig, ...]:
     """For short and for long rows."""
     return _SHORT, _LONG_OF_MANY_REGISTERS if prologue.many_registers else _LONG
 
 
-def _defines(prologue: Prologue, config: _Config) -> Defines:
+def _defines(prologue: Prologue, config: RowsConfig) -> Defines:
     return (
         (prologue.macro, 1),
-        ("ROWS", config.rows),
-        ("CHUNKS", config.chunks),
-        ("MAX_THREADS", config.threads(config.columns)),
-        ("MIN_CTAS", config.ctas_per_sm),
+        *config.defines,
         *_parameters(prologue).defines,
     )
 
@@ -78,7 +57,7 @@ INSTANTIATIONS = [
 ]
 
 
-def _config(prologue: Prologue, columns: int) -> _Config:
+def _config(prologue: Prologue, columns: int) -> RowsConfig:
     return next(config for config in _configs(prologue) if columns <= config.columns)
 
 
@@ -91,7 +70,7 @@ def _kernel(prologue: Prologue, columns: int) -> jit.Kernel:
 
 def takes(columns: int) -> bool:
     """Whether the kernel takes rows of so many columns: whole vectors, and a row at one time."""
-    return columns % _VECTOR == 0 and 0 < columns <= MAX_COLUMNS
+    return columns % VECTOR == 0 and 0 < columns <= MAX_COLUMNS
 
 
 def fits(x: BoundPrologue) -> bool:
