@@ -98,6 +98,7 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[Reader, ...] | None:
         if reader is None:
             return None
         layer = reader.layer
+        assert layer.settings  # compiled code is guarded by what it reads
         if layer.dense_reason is not None or layer.backend is not None:
             return None
         call = layer.call()
