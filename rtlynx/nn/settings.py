@@ -18,7 +18,7 @@ class Settled(nn.Linear):
     """A linear layer whose `settings` follow the attributes of `SETTINGS`.
 
     torch.compile guards each attribute that it reads, before every call of a block. One string stands for
-    them all: `rtlynx.models.compile` leaves the other guards out where code is guarded by the string.
+    them all: `rtlynx.models.compilation` leaves the other guards out where code is guarded by the string.
     """
 
     settings: str
