@@ -19,6 +19,9 @@ from rtlynx.ops.prologues import COMPRESS
 from rtlynx.ops.registry import operator
 from rtlynx.ops.sparse_linear import compress, gemm_joint, options_of
 
+# Whether calls are kept by their form (`rtlynx.cuda.sm90.linear`). False makes each in two parts, as before.
+KEEP_CALLS = True
+
 
 def _arguments(prologue: str, x: Tensor, others: Sequence[Tensor], numbers: Sequence[float]) -> list[Any]:
     """In the order of the prologue's."""
@@ -51,7 +54,9 @@ def _one_by_one(
     arguments = _arguments(prologue, x, others, numbers)
     first = compress if prologue == IDENTITY.name else COMPRESS[prologue]
     packed_a, scale, lowrank = first(*arguments, lowrank_a, grouping, parts, norm, format, score)
-    k = sum(one.shape[-1] for one in (x, *others)) if PROLOGUES[prologue].concatenates else x.shape[-1]
+    kinds = [kind for _, kind in PROLOGUES[prologue].arguments]
+    widths = [one.shape[-1] for kind, one in zip(kinds, arguments, strict=True) if kind == "rows"]
+    k = sum(widths) if PROLOGUES[prologue].concatenates else widths[0]
     weights = of[0]
     if any(one.shape[1:] != (k,) for one in weights):  # packed_a is in whole tiles, and does not tell
         raise ValueError(f"weights are (N, K) with K = {k}, got {[tuple(one.shape) for one in weights]}")
@@ -78,6 +83,8 @@ def _hopper(
 ) -> Tensor:
     how = grouping, tuple(parts), norm, format, score
     lists = weights, lowrank_bs, biases, weight_scales
+    if not KEEP_CALLS:
+        return _one_by_one(x, others, numbers, prologue, lowrank_a, *how, *lists, first_ranks)
     none = [None] * len(weights)
     layers = [Weights(*of) for of in zip(*(given or none for given in lists), strict=False)]
     lengths = tuple(map(len, lists))

@@ -46,15 +46,12 @@ def both(name, inputs, tail, of):
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize(
-    ("rows", "rank", "widths"), [(1, 0, (64,)), (258, 40, (256, 264)), (2048, 0, (512, 8, 1001))]
-)
-@pytest.mark.parametrize("layout", ["plain", "wide", "odd"])
+@pytest.mark.parametrize(("rows", "rank", "widths"), [(258, 40, (256, 264)), (2048, 0, (512, 8, 1001))])
+@pytest.mark.parametrize("layout", ["wide", "odd"])
 def test_bits_in_the_first_call_and_in_those_that_follow(name, fp8, rows, rank, widths, layout):
     held = []
     for seed in range(4):  # the first calls of a form are in two parts; inputs lie elsewhere each time
-        batch = 2 if rows > 1 else 1
-        case = PrologueCase(name, rows, 640, batch, rank=rank, layout=layout, fp8=fp8, seed=seed)
+        case = PrologueCase(name, rows, 640, 2, rank=rank, layout=layout, fp8=fp8, seed=seed)
         inputs, tail, of = make_inputs(case), make_tail(case), layers(case, widths, seed // 2)
         held.append((inputs, tail, of))
         y, expected = both(name, inputs, tail, of)
