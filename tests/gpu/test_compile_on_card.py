@@ -1,4 +1,4 @@
-"""`rtlynx.compile` on a card: CUDA graphs of blocks by default, and the same numbers as without, size by size."""
+"""`rtlynx.compile` on a card: CUDA graphs of blocks by default, the same numbers as without, size by size."""
 
 import pytest
 import torch
