@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rtlynx.io.quantizer import RTLynxConfig
     from rtlynx.math.selection import Pattern, nm_mask, norm_scale, pack, unpack
     from rtlynx.models.attention import fp8_attention
+    from rtlynx.models.compilation import compile
     from rtlynx.models.sparsify import densify, set_dense_steps, sparsify
     from rtlynx.nn.call import schedule
     from rtlynx.nn.sparse_linear import SparseLinear
@@ -40,6 +41,7 @@ __all__ = [
     "Recipe",
     "SparseLinear",
     "calibrate",
+    "compile",
     "densify",
     "fp8_attention",
     "load",
@@ -66,6 +68,7 @@ _MODULES = {
     "io.quantizer": ("RTLynxConfig",),
     "math.selection": ("Pattern", "nm_mask", "norm_scale", "pack", "unpack"),
     "models.attention": ("fp8_attention",),
+    "models.compilation": ("compile",),
     "models.sparsify": ("densify", "set_dense_steps", "sparsify"),
     "nn.call": ("schedule",),
     "nn.sparse_linear": ("SparseLinear",),

@@ -5,9 +5,11 @@ from collections import Counter
 
 import torch
 
+import rtlynx.nn.prepared
 import rtlynx.nn.prologue
 import rtlynx.nn.sparse_linear
 from rtlynx import Recipe
+from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.math.fp8 import quantize_weight
 from rtlynx.models import make_plan, sparse_layers
 from rtlynx.models.fusion import unfuse_blocks
@@ -40,6 +42,13 @@ def serve(monkeypatch):
 def count_calls(monkeypatch):
     """Counts prologues and products, by name, from now on."""
     count = Counter()
+    whole = rtlynx.nn.prepared.prologue_linear
+
+    def both(x, others, numbers, name, *args):  # (calls `COMPRESS` here, which counts itself)
+        count.update(["gemm_joint", *(["compress"] if name == IDENTITY.name else [])])
+        return whole(x, others, numbers, name, *args)
+
+    monkeypatch.setattr(rtlynx.nn.prepared, "prologue_linear", both)
 
     def watch(module, name):
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 _MOST = 4096  # forms that are kept of one function
+_NEW = object()
 
 
 def form_of(arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -40,18 +41,18 @@ def by_form(function: Callable[..., _T]) -> Callable[..., _T]:
     Where gradients are recorded it is asked each time: a form does not tell what wants one. What it raises
     is not kept. Not for fake tensors, whose sizes are no numbers.
     """
-    known: dict[tuple[Any, ...], _T] = {}
+    known: dict[tuple[Any, ...], Any] = {}
 
     @functools.wraps(function)
     def remembered(*arguments: Any) -> _T:
         if torch.is_grad_enabled():
             return function(*arguments)
         form = form_of(arguments)
-        if form in known:
-            return known[form]
-        result = function(*arguments)
-        keep(known, form, result)
-        return result
+        found = known.get(form, _NEW)
+        if found is _NEW:
+            found = function(*arguments)
+            keep(known, form, found)
+        return found
 
     return remembered
 

@@ -147,5 +147,12 @@ def choose_backend(layer: SparseLinear, x: Tensor) -> Backend:
     return REFERENCE_FP8 if layer.format.quantized else REFERENCE
 
 
+def as_multiplied(x: Tensor) -> Tensor:
+    """`x` as the product will see it: selection is of that."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()

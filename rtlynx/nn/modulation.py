@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from rtlynx.math.formats import FP8_WEIGHTS
 from rtlynx.math.fp8 import Quantized
+from rtlynx.nn.backends import as_multiplied
 from rtlynx.nn.lora import untouched
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.sparse_linear import SparseLinear, as_multiplied
+from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.ops.checks import FLOATS
 from rtlynx.ops.dispatch import wants_gradient
 from rtlynx.ops.fp8_weights import linear_fp8_weights, linear_fp8_weights_reference

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops import sparse_linear as ops
+from rtlynx.ops.prologue_linear import prologue_linear
 
 if TYPE_CHECKING:
     from rtlynx.nn.sparse_linear import SparseLinear
@@ -51,16 +51,17 @@ class PreparedInput:
 
 @dataclass
 class CompressedInput(PreparedInput):
-    """An input that exists compressed alone; one product serves all layers, when the first is called.
+    """An input that exists compressed alone; one operator serves all layers, when the first is called.
 
     Attributes
     ----------
-    compressed : packed A, scale and tiles of T, as from `rtlynx::compress`
+    prologue : what is compressed: its name and arguments, and how, as `rtlynx::compress` takes it from
+        `lowrank_a` on
     first_ranks : first of each layer's columns of T
     lowrank_bs : B of each layer where LoRAs are beside one; None for the layers' own
     """
 
-    compressed: tuple[Tensor, Tensor, Tensor]
+    prologue: tuple[str, Sequence[Any], tuple[Any, ...]]
     first_ranks: list[int]
     lowrank_bs: list[Tensor] | None = None
     _outputs: list[Tensor] = field(default_factory=list)
@@ -71,8 +72,9 @@ class CompressedInput(PreparedInput):
         return self._outputs[index]
 
     def _multiply(self) -> list[Tensor]:
-        packed_a, scale, lowrank = self.compressed
-        rows = math.prod(self.shape[:-1])
+        name, arguments, how = self.prologue
+        x, *others = [one for one in arguments if isinstance(one, Tensor)]
+        numbers = [one for one in arguments if not isinstance(one, Tensor)]
         of = [reader.multiplied() for reader in self.readers]
         biases, lowrank_bs, scales = (
             [tensor for tensor in tensors if tensor is not None]
@@ -84,9 +86,9 @@ class CompressedInput(PreparedInput):
         )
         if self.lowrank_bs is not None:
             lowrank_bs = self.lowrank_bs
-        y = ops.gemm_joint(
-            *(packed_a, scale, lowrank),
-            *([one.weight for one in of], lowrank_bs, biases, scales, self.first_ranks, rows),
+        weights = [one.weight for one in of]
+        y = prologue_linear(
+            *(x, others, numbers, name, *how), *(weights, lowrank_bs, biases, scales, self.first_ranks)
         )
         y = y.view(*self.shape[:-1], y.shape[-1])
         return list(y.split([reader.out_features for reader in self.readers], dim=-1))

@@ -26,7 +26,7 @@ from rtlynx.ops import dispatch
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports, wants_gradient
 from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters
-from rtlynx.ops.prologues import COMPRESS, QUANTIZE
+from rtlynx.ops.prologues import QUANTIZE
 
 
 class PrologueCall(NamedTuple):
@@ -99,6 +99,7 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[Reader, ...] | None:
         if reader is None:
             return None
         layer = reader.layer
+        assert layer.settings  # compiled code is guarded by what it reads
         if layer.dense_reason is not None or layer.backend is not None:
             return None
         call = layer.call()
@@ -126,7 +127,7 @@ def _compression_supported(prologue: PrologueCall, readers: tuple[Reader, ...]) 
 
 
 def _compressed(prologue: PrologueCall, readers: tuple[Reader, ...]) -> CompressedInput:
-    """The prologue compressed for sparse layers."""
+    """The prologue, to be compressed for sparse layers."""
     found = _layers(readers)
     x, first = prologue.arguments[0], found[0]
     lowrank_a: Tensor | None
@@ -136,14 +137,13 @@ def _compressed(prologue: PrologueCall, readers: tuple[Reader, ...]) -> Compress
     else:
         lowrank_a, first_ranks = first.shared_input.factor([layer.lowrank_a for layer in found])
     pattern = first.pattern
-    compress = ops.compress if prologue.name == IDENTITY.name else COMPRESS[prologue.name]
-    compressed = compress(
-        *prologue.arguments,
+    how = (
         *(lowrank_a, pattern.grouping, ops.pattern_parts(pattern, first.in_features)),
         *(first.norm == "scale", first.format.name, pattern.score),
     )
     shape = torch.Size((*x.shape[:-1], first.in_features))
-    return CompressedInput(shape, x.dtype, x.device, found, compressed, first_ranks, lowrank_bs)
+    given = prologue.name, prologue.arguments, how
+    return CompressedInput(shape, x.dtype, x.device, found, given, first_ranks, lowrank_bs)
 
 
 def _of_one_format(found: Sequence[SparseLinear]) -> bool:

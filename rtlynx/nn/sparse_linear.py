@@ -16,18 +16,19 @@ from rtlynx.math.fp8 import E4M3, Quantized, quantize_weight
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
 from rtlynx.math.tiles import compute_order, pack_weight
-from rtlynx.nn.backends import Backend, choose_backend
+from rtlynx.nn.backends import Backend, as_multiplied, choose_backend
 from rtlynx.nn.cached_tensor import CachedTensor
 from rtlynx.nn.call import CallState, RowRanges, current_call
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.original import dense_output, keep_original, original_bias_of, original_of
 from rtlynx.nn.prepared import PreparedInput
+from rtlynx.nn.settings import Settled
 from rtlynx.nn.state_dict import OWN, mark, refusal, rename_former
 from rtlynx.ops import fp8_linear as fp8
 from rtlynx.ops.dispatch import kernels_support, unsupported_reason, weight_sparse_supports
 
 
-class SparseLinear(nn.Linear):
+class SparseLinear(Settled):
     """Y = s ⊙ (S(X) W'^T) + (X A) B^T + b, S keeping n of every m entries of each token.
 
     A subclass of `nn.Linear` that keeps `weight` and `bias`, so peft, offloading and tensor-parallel styles
@@ -96,6 +97,7 @@ class SparseLinear(nn.Linear):
     dense_steps: bool
     shared_input: SharedInput
     backend: Backend | None
+    settings: str
     _packed_weight: CachedTensor
     _folded_lowrank_b: CachedTensor
 
@@ -378,6 +380,7 @@ class SparseLinear(nn.Linear):
         """X (..., K) -> Y (..., N); X a tensor, or what `rtlynx.nn.prologue.read` made of it."""
         if isinstance(input, PreparedInput):
             return input.output_of(self)
+        assert self.settings
         x = as_multiplied(input)
         if self.dense_reason is not None:
             return dense_output(self, x)
@@ -491,10 +494,3 @@ class SparseLinear(nn.Linear):
         state = f"dense: {self.dense_reason}" if self.dense_reason else f"{pattern}, norm={self.norm}"
         rank = f", rank={self.rank}" if self.rank else ""
         return f"{super().extra_repr()}, {state}{rank}{', refitted' if self.refitted else ''}"
-
-
-def as_multiplied(x: Tensor) -> Tensor:
-    """`x` as the product will see it: selection is of that."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x

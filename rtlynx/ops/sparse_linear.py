@@ -350,23 +350,29 @@ Tensor (M, sum of N_i) bfloat16
 
 def _linear_options(
     x: Tensor,
-    tensors: list[Any],
+    of: Weights,
     lowrank_a: Tensor | None,
     grouping: str,
-    parts: Sequence[int],
+    parts: tuple[int, ...],
     norm: bool,
     score: str,
 ) -> CompressOptions:
-    """Those of checked arguments of `linear`; `tensors` are its `Weights`."""
-    of = Weights(*tensors)
+    """Those of arguments of `linear`, checked."""
     check_linear(x, of, lowrank_a, grouping, parts)
-    return CompressOptions(grouping, tuple(parts), norm, of.format, score_named(score))
+    return CompressOptions(grouping, parts, norm, of.format, score_named(score))
 
 
-def _linear(
-    run: Callable[..., Tensor], options: Callable[..., CompressOptions] = _linear_options
-) -> Callable[..., Tensor]:
-    """`linear` by an implementation that gives Y (M, N)."""
+def _checked(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An implementation of `linear` that takes options."""
+    return lambda x, of, lowrank_a, how: run(x, of, lowrank_a, _linear_options(x, of, lowrank_a, *how))
+
+
+def _linear_hopper(x: Tensor, of: Weights, lowrank_a: Tensor | None, how: tuple[Any, ...]) -> Tensor:
+    return launch_linear(x, of, lowrank_a, how, partial(_linear_options, x, of, lowrank_a, *how))
+
+
+def _linear(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`linear` by what gives Y (M, N) of X, weights, A^T, and grouping, parts, norm and score."""
 
     def linear(
         x: Tensor,
@@ -380,8 +386,8 @@ def _linear(
         weight_scale: Tensor | None = None,
         score: str = "magnitude",
     ) -> Tensor:
-        of = Weights(weight, lowrank_b, bias, weight_scale)
-        y = run(x, of, lowrank_a, options(x, list(of), lowrank_a, grouping, parts, norm, score))
+        of, how = Weights(weight, lowrank_b, bias, weight_scale), (grouping, tuple(parts), norm, score)
+        y = run(x, of, lowrank_a, how)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
     return linear
@@ -390,9 +396,9 @@ def _linear(
 linear = operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lowrank_a, Tensor? lowrank_b, str grouping,"
     ' int[] parts, bool norm, Tensor? weight_scale=None, str score="magnitude") -> Tensor',
-    hopper=_linear(launch_linear, by_form(_linear_options)),
-    reference=_linear(_linear_reference),
-    fake=_linear(_linear_fake),
+    hopper=_linear(_linear_hopper),
+    reference=_linear(_checked(_linear_reference)),
+    fake=_linear(_checked(_linear_fake)),
 )
 """`compress` and `gemm` in one call: (..., K) -> (..., N), for an input that no other layer reads.
 

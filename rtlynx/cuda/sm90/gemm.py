@@ -198,6 +198,7 @@ class Product(NamedTuple):
     plan : None where there is nothing to compute
     n : columns of Y
     maps, vectors : pieces of the kernel's Parameters
+    rest : all that follows the vectors where no tile is split
     bias_is_float : whether biases are float32
     owners : copies of weights that kernels could not read, which must live until the launch
     """
@@ -207,6 +208,7 @@ class Product(NamedTuple):
     device: int
     maps: bytes
     vectors: bytes
+    rest: bytes
     bias_is_float: bool
     owners: tuple[Weights, ...]
 
@@ -253,7 +255,7 @@ def new_product(
     is_float = bias is not None and bias.dtype is torch.float32
     device = layers[0].weight.get_device()
     if rows == 0 or n == 0:
-        return Product(None, n, device, b"", b"", is_float, ())
+        return Product(None, n, device, b"", b"", b"", is_float, ())
     plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes, transposed=transposed)
     columns, tile_k = plan.config.block_n, plan.config.format.tile_k
     none = [0] * (MAX_LAYERS - len(layers))
@@ -273,7 +275,8 @@ def new_product(
         *[_address_at(of.column_scale, first) for of, first in zip(layers, plan.first_columns, strict=True)],
         *none,
     )
-    return Product(plan, n, device, maps, vectors, is_float, tuple(layers))
+    rest = b"".join((plan.shape, _pack_workspace(0, 0, 0, is_float, len(layers)), plan.layers))
+    return Product(plan, n, device, maps, vectors, rest, is_float, tuple(layers))
 
 
 def start_gemm(product: Product, given: Addresses, out: int, workspace: int) -> None:
@@ -281,9 +284,12 @@ def start_gemm(product: Product, given: Addresses, out: int, workspace: int) -> 
     plan = product.plan
     assert plan is not None
     addresses = _pack_addresses(given.packed_a, given.lowrank, given.scale, out)
-    split = (workspace, workspace + plan.sum_bytes, _nonce()) if workspace else (0, 0, 0)
-    rest = _pack_workspace(*split, product.bias_is_float, len(plan.first_columns))
-    parameters = b"".join((product.maps, addresses, product.vectors, plan.shape, rest, plan.layers))
+    rest = product.rest
+    if workspace:
+        split = workspace, workspace + plan.sum_bytes, _nonce()
+        marks = _pack_workspace(*split, product.bias_is_float, len(plan.first_columns))
+        rest = b"".join((plan.shape, marks, plan.layers))
+    parameters = b"".join((product.maps, addresses, product.vectors, rest))
     stream = torch._C._cuda_getCurrentRawStream(product.device)
     _kernel(plan.config, plan.transposed).launch((plan.ctas, 1, 1), stream, parameters)
 
