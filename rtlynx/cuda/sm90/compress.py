@@ -45,8 +45,8 @@ _STAGES_AND_CTAS = {
     (FP8_SPARSE, False, 128): ((2, 1),),
 }
 # How compress_rows.cu takes rows (benchmarks/NOTES.md, "whole rows"); longer ones are left to compress.cu.
-_SHORT_ROWS = RowsConfig(4096, 2, 4, 5)
-_LONG_ROWS, _LONG_ROWS_OF_MANY_REGISTERS = RowsConfig(16384, 1, 4, 3), RowsConfig(16384, 1, 4, 2)
+_SHORT_MODULATED_ROWS = RowsConfig(4096, 2, 4, 5)  # two, so that a modulation is read once for both
+_ROWS, _ROWS_OF_MANY_REGISTERS = RowsConfig(16384, 1, 4, 3), RowsConfig(16384, 1, 4, 2)
 _FITTING = 0.9  # clusters leave some multiprocessors of a card unused
 _MAX_CLUSTER = 8
 # In fp8 kept values wait in shared memory: 2 KB for each of a CTA's four warps and tiles of K.
@@ -189,8 +189,9 @@ class _RowsConfiguration(NamedTuple):
 
 
 def _rows_configs(prologue: Prologue) -> tuple[RowsConfig, ...]:
-    """For short and for long rows."""
-    return _SHORT_ROWS, _LONG_ROWS_OF_MANY_REGISTERS if prologue.many_registers else _LONG_ROWS
+    """From short rows to long ones."""
+    rows = _ROWS_OF_MANY_REGISTERS if prologue.many_registers else _ROWS
+    return (_SHORT_MODULATED_ROWS, rows) if prologue.named("batches") else (rows,)
 
 
 def _whole_rows(wanted: _Configuration, columns: int) -> _RowsConfiguration | None:
