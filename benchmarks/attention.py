@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from rtlynx.math.attention import quantize_values, saturated
-from rtlynx.models.fusion import rotate
+from rtlynx.math.attention import quantize_values, rotated, saturated
 from rtlynx.ops.attention import attention, attention_fp8
 from rtlynx.timing import results
 from rtlynx.timing.card import Card
@@ -72,7 +71,7 @@ def in_block(of: Attention, weight: Tensor, factors: Tensor) -> Attention:
     """`of`, behind the norms and rotation of queries and keys."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> object:
-        q, k = (rotate(rms_norm(one, weight.shape, weight), factors) for one in (q, k))
+        q, k = (rotated(rms_norm(one, weight.shape, weight), factors).type_as(one) for one in (q, k))
         return of(q, k, v)
 
     return run

@@ -1,0 +1,152 @@
+"""Host side of attention_inputs.cu: which inputs it takes, parameters, launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rtlynx.cuda import jit
+from rtlynx.cuda.jit import Defines, Instantiation
+from rtlynx.cuda.layout import Layout
+from rtlynx.math.attention import REACH, AttentionInputs, Stream, sample_step
+from rtlynx.math.fp8 import E4M3
+
+HEAD_DIMS = (64, 128)
+_WARPS, _WARP = 8, 32
+# Tokens of a CTA of values, and the most such CTAs of a head: each looks at every 11th of all tokens first.
+_CHUNK_TOKENS, _MOST_CHUNKS = 1024, 6
+_MOST_TOKENS = 2**31 // 16  # of all batches
+_ALIGNMENT = 16  # bytes
+
+_HEADS = Layout(("data", "pointer"), *((f"{axis}_stride", "int64") for axis in ("batch", "token", "head")))
+_STREAM = Layout(
+    *((name, _HEADS) for name in ("query", "key", "value")),
+    *((name, "pointer") for name in ("query_weight", "key_weight", "cosine", "sine")),
+    ("rotary_batch_stride", "int64"),
+    ("rotary_token_stride", "int64"),
+)
+_STREAM_FIELDS = 3 * 4 + 4 + 2
+_PARAMETERS = Layout(
+    ("stream", _STREAM, 2),
+    *((name, "pointer") for name in ("query", "key", "value", "value_scale", "value_mean")),
+    *((name, "float") for name in ("query_factor", "key_factor", "eps")),
+    *((name, "int") for name in ("batches", "tokens", "first_tokens", "heads")),
+    *((name, "int") for name in ("value_chunks", "chunk_tokens", "samples", "sample_step")),
+)
+
+
+def _defines(head_dim: int) -> Defines:
+    return (("HEAD_DIM", head_dim), ("REACH", int(REACH)), *_PARAMETERS.defines)
+
+
+INSTANTIATIONS = [
+    Instantiation("attention_inputs.cu", "attention_inputs", _defines(head_dim)) for head_dim in HEAD_DIMS
+]
+
+
+@functools.cache
+def _kernel(head_dim: int) -> jit.Kernel:
+    return jit.load(
+        "attention_inputs.cu",
+        "attention_inputs",
+        _defines(head_dim),
+        threads=_WARPS * _WARP,
+        shared_bytes=0,
+        pdl=True,
+    )
+
+
+class Packing(NamedTuple):
+    """Parameters of streams of one form, but for addresses and factors, and the launch's grid."""
+
+    values: list[Any]
+    grid: tuple[int, int, int]
+
+
+def _fits(streams: Sequence[Stream]) -> bool:
+    """Whether the kernel can read `streams`, 16 bytes at a time, but for where they begin."""
+    first = streams[0].query
+    batch, _, heads, width = first.shape
+    tokens = batch * sum(stream.query.shape[1] for stream in streams)
+    if width not in HEAD_DIMS or not 0 < tokens < _MOST_TOKENS or not heads or len(streams) > 2:
+        return False
+    of_heads = [one for stream in streams for one in (*stream.heads, stream.q_weight, stream.k_weight)]
+    rotary = [one for stream in streams for one in stream.rotary]
+    if any(one.dtype is not torch.bfloat16 for one in of_heads):
+        return False
+    if any(one.dtype is not torch.float32 for one in rotary) or not all(map(_rows_fit, (*of_heads, *rotary))):
+        return False
+    return all(len({_rotary_strides(one) for one in stream.rotary}) <= 1 for stream in streams)
+
+
+def _rows_fit(x: Tensor) -> bool:
+    """Whether rows of dense entries lie at multiples of 16 bytes, if the first one does."""
+    last = -2 if x.ndim > 2 and x.shape[-1] == 2 else -1  # (pairs of cosine and sine are dense, too)
+    if x.stride(-1) != 1 or (last == -2 and x.stride(-2) != 2):
+        return False
+    apart = zip(x.shape[:last], x.stride()[:last], strict=True)
+    return not any(size > 1 and stride * x.element_size() % _ALIGNMENT for size, stride in apart)
+
+
+def _rotary_strides(x: Tensor) -> tuple[int, int]:
+    """From batch to batch and token to token of (T, D), (T, D / 2, 2) or (B, T, D / 2, 2)."""
+    if x.ndim == 4:
+        return (x.stride(0) if x.shape[0] > 1 else 0), x.stride(1)
+    return 0, x.stride(0)
+
+
+def pack(streams: Sequence[Stream]) -> Packing | None:
+    """What launches of streams of this form share; None where the kernel does not take them."""
+    if not _fits(streams):
+        return None
+    values: list[Any] = []
+    for stream in streams:
+        for one in stream.heads:
+            values += [0, *one.stride()[:3]]
+        values += [0] * 4
+        values += _rotary_strides(stream.rotary[0]) if stream.rotary else (0, 0)
+    values += [0] * (2 * _STREAM_FIELDS - len(values))
+    batch, first_tokens, heads, _ = streams[0].query.shape
+    tokens = sum(stream.query.shape[1] for stream in streams)
+    chunks = min(-(-tokens // _CHUNK_TOKENS), _MOST_CHUNKS)
+    step = sample_step(tokens)
+    values += [0] * 5 + [0.0] * 3
+    values += [batch, tokens, first_tokens, heads, chunks, -(-tokens // chunks), -(-tokens // step), step]
+    grid = batch * heads * chunks + -(-batch * tokens // _WARPS)
+    return Packing(values, (grid, 1, 1))
+
+
+def launch(
+    packing: Packing, streams: Sequence[Stream], eps: float, q_exponent: int, k_exponent: int
+) -> AttentionInputs:
+    """`rtlynx.math.attention.attention_inputs` of `streams` on the current device and stream.
+
+    packing : what `pack` gave for them, or for others of the form
+    """
+    values, first = packing.values.copy(), streams[0].query
+    batch, _, heads, width = first.shape
+    kept = []  # copies of what begins at no multiple of 16 bytes: alive until the launch
+    for index, stream in enumerate(streams):
+        tensors = [*stream.heads, stream.q_weight, stream.k_weight, *stream.rotary]
+        addresses = [one.data_ptr() for one in tensors]
+        if any(address % _ALIGNMENT for address in addresses):
+            tensors = [one.clone() if one.data_ptr() % _ALIGNMENT else one for one in tensors]
+            kept.append(tensors)
+            addresses = [one.data_ptr() for one in tensors]
+        at = index * _STREAM_FIELDS
+        values[at : at + 12 : 4] = addresses[:3]
+        values[at + 12 : at + 9 + len(addresses)] = addresses[3:]
+    tokens = sum(stream.query.shape[1] for stream in streams)
+    q, k, v = (torch.empty((batch, tokens, heads, width), dtype=E4M3, device=first.device) for _ in "qkv")
+    scale, mean = (q.new_empty((batch, 1, heads, width), dtype=torch.float32) for _ in range(2))
+    values[2 * _STREAM_FIELDS : 2 * _STREAM_FIELDS + 8] = (
+        *(one.data_ptr() for one in (q, k, v, scale, mean)),
+        *(2.0**q_exponent, 2.0**k_exponent, eps),
+    )
+    current = torch._C._cuda_getCurrentRawStream(first.device.index)
+    _kernel(width).launch(packing.grid, current, _PARAMETERS.pack(*values))
+    return AttentionInputs(q, k, v, scale, mean)
