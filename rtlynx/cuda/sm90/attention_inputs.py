@@ -74,13 +74,27 @@ def _fits(streams: Sequence[Stream]) -> bool:
     tokens = batch * sum(stream.query.shape[1] for stream in streams)
     if width not in HEAD_DIMS or not 0 < tokens < _MOST_TOKENS or not heads or len(streams) > 2:
         return False
-    of_heads = [one for stream in streams for one in (*stream.heads, stream.q_weight, stream.k_weight)]
-    rotary = [one for stream in streams for one in stream.rotary]
-    if any(one.dtype is not torch.bfloat16 for one in of_heads):
-        return False
-    if any(one.dtype is not torch.float32 for one in rotary) or not all(map(_rows_fit, (*of_heads, *rotary))):
-        return False
-    return all(len({_rotary_strides(one) for one in stream.rotary}) <= 1 for stream in streams)
+    for stream in streams:
+        tensors = _tensors(stream)
+        dtypes = [torch.bfloat16] * 5 + [torch.float32] * len(stream.rotary)
+        if [one.dtype for one in tensors] != dtypes or not all(map(_rows_fit, tensors)):
+            return False
+        if len({_rotary_strides(one) for one in stream.rotary}) > 1:
+            return False
+    return True
+
+
+def _tensors(stream: Stream) -> list[Tensor]:
+    """In the order of the kernel's structure."""
+    return [*stream.heads, stream.q_weight, stream.k_weight, *stream.rotary]
+
+
+def _copied(stream: Stream) -> Stream:
+    """Contiguous, and where the allocator begins."""
+    q, k, v, q_weight, k_weight, *rotary = (
+        one.clone(memory_format=torch.contiguous_format) for one in _tensors(stream)
+    )
+    return Stream(q, k, v, q_weight, k_weight, tuple(rotary))
 
 
 def _rows_fit(x: Tensor) -> bool:
@@ -129,20 +143,20 @@ def launch(
     """
     values, first = packing.values.copy(), streams[0].query
     batch, _, heads, width = first.shape
-    kept = []  # copies of what begins at no multiple of 16 bytes: alive until the launch
     for index, stream in enumerate(streams):
-        tensors = [*stream.heads, stream.q_weight, stream.k_weight, *stream.rotary]
-        addresses = [one.data_ptr() for one in tensors]
+        addresses = [one.data_ptr() for one in _tensors(stream)]
         if any(address % _ALIGNMENT for address in addresses):
-            tensors = [one.clone() if one.data_ptr() % _ALIGNMENT else one for one in tensors]
-            kept.append(tensors)
-            addresses = [one.data_ptr() for one in tensors]
+            copies = [_copied(one) for one in streams]
+            packing_of_copies = pack(copies)
+            assert packing_of_copies is not None
+            return launch(packing_of_copies, copies, eps, q_exponent, k_exponent)
         at = index * _STREAM_FIELDS
         values[at : at + 12 : 4] = addresses[:3]
         values[at + 12 : at + 9 + len(addresses)] = addresses[3:]
     tokens = sum(stream.query.shape[1] for stream in streams)
     q, k, v = (torch.empty((batch, tokens, heads, width), dtype=E4M3, device=first.device) for _ in "qkv")
-    scale, mean = (q.new_empty((batch, 1, heads, width), dtype=torch.float32) for _ in range(2))
+    of_channels = (batch, 1, heads, width)
+    scale, mean = (torch.empty(of_channels, dtype=torch.float32, device=first.device) for _ in range(2))
     values[2 * _STREAM_FIELDS : 2 * _STREAM_FIELDS + 8] = (
         *(one.data_ptr() for one in (q, k, v, scale, mean)),
         *(2.0**q_exponent, 2.0**k_exponent, eps),
