@@ -1,9 +1,9 @@
 """Attention in eight bits beside PyTorch's backends in bfloat16: `python benchmarks/attention.py`.
 
 Writes results/attention-<card>.json. `product` is cuDNN's kernel alone, `fp8` what a call costs that begins
-and ends with bfloat16, its quantisation compiled. `block_cudnn`, `block_fp8` and `block_fused` begin before the
-norms and rotation of queries and keys, as in a compiled block: the last by our one kernel, `inputs`, beside
-`copy`, which reads and writes as much.
+and ends with bfloat16, its quantisation compiled. `block_cudnn`, `block_fp8` and `block_fused` begin before
+the norms and rotation of queries and keys, as in a compiled block: the last by our one kernel, `inputs`,
+beside `copy`, which reads and writes as much.
 """
 
 import importlib
