@@ -30,6 +30,7 @@ _STREAM = Layout(
     ("rotary_token_stride", "int64"),
 )
 _STREAM_FIELDS = 3 * 4 + 4 + 2
+_OUTPUTS = 2 * _STREAM_FIELDS  # the first field behind the streams
 _PARAMETERS = Layout(
     ("stream", _STREAM, 2),
     *((name, "pointer") for name in ("query", "key", "value", "value_scale", "value_mean")),
@@ -61,10 +62,16 @@ def _kernel(head_dim: int) -> jit.Kernel:
 
 
 class Packing(NamedTuple):
-    """Parameters of streams of one form, but for addresses and factors, and the launch's grid."""
+    """What launches of streams of one form share.
+
+    values : parameters, but for addresses and factors
+    grid : of CTAs
+    shape : of q, k and v, (B, S, H, D)
+    """
 
     values: list[Any]
     grid: tuple[int, int, int]
+    shape: tuple[int, int, int, int]
 
 
 def _fits(streams: Sequence[Stream]) -> bool:
@@ -123,15 +130,15 @@ def pack(streams: Sequence[Stream]) -> Packing | None:
             values += [0, *one.stride()[:3]]
         values += [0] * 4
         values += _rotary_strides(stream.rotary[0]) if stream.rotary else (0, 0)
-    values += [0] * (2 * _STREAM_FIELDS - len(values))
-    batch, first_tokens, heads, _ = streams[0].query.shape
+    values += [0] * (_OUTPUTS - len(values))
+    batch, first_tokens, heads, width = streams[0].query.shape
     tokens = sum(stream.query.shape[1] for stream in streams)
     chunks = min(-(-tokens // _CHUNK_TOKENS), _MOST_CHUNKS)
     step = sample_step(tokens)
     values += [0] * 5 + [0.0] * 3
     values += [batch, tokens, first_tokens, heads, chunks, -(-tokens // chunks), -(-tokens // step), step]
     grid = batch * heads * chunks + -(-batch * tokens // _WARPS)
-    return Packing(values, (grid, 1, 1))
+    return Packing(values, (grid, 1, 1), (batch, tokens, heads, width))
 
 
 def launch(
@@ -141,26 +148,25 @@ def launch(
 
     packing : what `pack` gave for them, or for others of the form
     """
-    values, first = packing.values.copy(), streams[0].query
-    batch, _, heads, width = first.shape
-    for index, stream in enumerate(streams):
+    values, shape, device = packing.values.copy(), packing.shape, streams[0].query.device
+    at = unaligned = 0
+    for stream in streams:
         addresses = [one.data_ptr() for one in _tensors(stream)]
-        if any(address % _ALIGNMENT for address in addresses):
-            copies = [_copied(one) for one in streams]
-            packing_of_copies = pack(copies)
-            assert packing_of_copies is not None
-            return launch(packing_of_copies, copies, eps, q_exponent, k_exponent)
-        at = index * _STREAM_FIELDS
+        for address in addresses:
+            unaligned |= address % _ALIGNMENT
         values[at : at + 12 : 4] = addresses[:3]
         values[at + 12 : at + 9 + len(addresses)] = addresses[3:]
-    tokens = sum(stream.query.shape[1] for stream in streams)
-    q, k, v = (torch.empty((batch, tokens, heads, width), dtype=E4M3, device=first.device) for _ in "qkv")
-    of_channels = (batch, 1, heads, width)
-    scale, mean = (torch.empty(of_channels, dtype=torch.float32, device=first.device) for _ in range(2))
-    values[2 * _STREAM_FIELDS : 2 * _STREAM_FIELDS + 8] = (
-        *(one.data_ptr() for one in (q, k, v, scale, mean)),
-        *(2.0**q_exponent, 2.0**k_exponent, eps),
-    )
-    current = torch._C._cuda_getCurrentRawStream(first.device.index)
-    _kernel(width).launch(packing.grid, current, _PARAMETERS.pack(*values))
-    return AttentionInputs(q, k, v, scale, mean)
+        at += _STREAM_FIELDS
+    if unaligned:
+        copies = [_copied(one) for one in streams]
+        packing_of_copies = pack(copies)
+        assert packing_of_copies is not None
+        return launch(packing_of_copies, copies, eps, q_exponent, k_exponent)
+    q = torch.empty(shape, dtype=E4M3, device=device)
+    scale = torch.empty((shape[0], 1, *shape[2:]), dtype=torch.float32, device=device)
+    made = AttentionInputs(q, torch.empty_like(q), torch.empty_like(q), scale, torch.empty_like(scale))
+    values[_OUTPUTS : _OUTPUTS + 5] = [one.data_ptr() for one in made]
+    values[_OUTPUTS + 5 : _OUTPUTS + 8] = 2.0**q_exponent, 2.0**k_exponent, eps
+    current = torch._C._cuda_getCurrentRawStream(device.index)
+    _kernel(shape[-1]).launch(packing.grid, current, _PARAMETERS.pack(*values))
+    return made
