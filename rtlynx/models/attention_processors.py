@@ -6,6 +6,7 @@ Each function here makes a processor's `__call__`. The processor's own serves wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ def _through(layers: Sequence[Call], x: Tensor) -> Tensor:
     return x
 
 
-def flux(original: Call) -> Call:
+def flux(original: Call, through_out: bool = False) -> Call:
+    """`through_out`: attention over one stream goes through the attention's own output layer, too."""
+
     def __call__(
         self: Any,
         attn: Any,
@@ -58,34 +61,9 @@ def flux(original: Call) -> Call:
         streams = _flux_streams(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         y = attend(attn, streams, attention_mask)
         if encoder_hidden_states is None:
-            return y
+            return _through(attn.to_out, y) if through_out else y
         of_text, of_image = _split_at(encoder_hidden_states.shape[1])
-        image = _through(attn.to_out, y[:, of_image].contiguous())
-        return image, attn.to_add_out(y[:, of_text].contiguous())
-
-    return __call__
-
-
-def flux2(original: Call) -> Call:
-    def __call__(
-        self: Any,
-        attn: Any,
-        hidden_states: Any,
-        encoder_hidden_states: Any = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        if attn.fused_projections:
-            return original(
-                self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-            )
-        streams = _flux_streams(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        y = attend(attn, streams, attention_mask)
-        if encoder_hidden_states is None:
-            return _through(attn.to_out, y)
-        of_text, of_image = _split_at(encoder_hidden_states.shape[1])
-        text = attn.to_add_out(y[:, of_text])
-        return _through(attn.to_out, y[:, of_image]), text
+        return _through(attn.to_out, y[:, of_image]), attn.to_add_out(y[:, of_text])
 
     return __call__
 
@@ -149,7 +127,7 @@ def z_single_stream(_original: Call) -> Call:
 
 # Name of a processor's class -> what makes its `__call__`. Wan's norms span all heads: its own is as good.
 FUSED: dict[str, Callable[[Call], Call]] = {
-    "Flux2AttnProcessor": flux2,
+    "Flux2AttnProcessor": partial(flux, through_out=True),
     "Flux2ParallelSelfAttnProcessor": flux2_parallel,
     "FluxAttnProcessor": flux,
     "QwenDoubleStreamAttnProcessor2_0": qwen,
