@@ -1,8 +1,9 @@
 """Attention in eight bits beside PyTorch's backends in bfloat16: `python benchmarks/attention.py`.
 
 Writes results/attention-<card>.json. `product` is cuDNN's kernel alone, `fp8` what a call costs that begins
-and ends with bfloat16, its quantisation compiled. `block_cudnn` and `block_fp8` begin before the norms and
-rotation of queries and keys, as in a compiled block: their quantisation goes into the kernel of those.
+and ends with bfloat16, its quantisation compiled. `block_cudnn`, `block_fp8` and `block_fused` begin before
+the norms and rotation of queries and keys, as in a compiled block: the last by our one kernel, `inputs`,
+beside `copy`, which reads and writes as much.
 """
 
 import importlib
@@ -15,9 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from rtlynx.math.attention import quantize_values, saturated
-from rtlynx.models.fusion import rotate
-from rtlynx.ops.attention import attention, attention_fp8
+from rtlynx.math.attention import Stream, quantize_values, rotated, saturated
+from rtlynx.ops.attention import attention, attention_fp8, attention_inputs, joint_attention
 from rtlynx.timing import results
 from rtlynx.timing.card import Card
 from rtlynx.timing.shapes import set_count
@@ -25,6 +25,7 @@ from rtlynx.timing.sustained import Call, Graphs, attempt, measure
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Attention = Callable[..., object]
+EPS = 1e-6  # of norms
 JUDGED_HEADS = 2  # of the error: float64 takes its time
 
 
@@ -68,12 +69,22 @@ def quantized(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return saturated(q), saturated(k), *quantize_values(v)
 
 
-def in_block(of: Attention, weight: Tensor, factors: Tensor) -> Attention:
+def in_block(of: Attention, weight: Tensor, rotary: Tensor) -> Attention:
     """`of`, behind the norms and rotation of queries and keys."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> object:
-        q, k = (rotate(rms_norm(one, weight.shape, weight), factors) for one in (q, k))
+        q, k = (rotated(rms_norm(one, weight.shape, weight, EPS), (rotary,)).type_as(one) for one in (q, k))
         return of(q, k, v)
+
+    return run
+
+
+def fused(weight: Tensor, rotary: Tensor) -> Attention:
+    """`in_block` of attention in eight bits, by one kernel before cuDNN's."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        streams = [Stream(q, k, v, weight, weight, (rotary,))]
+        return joint_attention(streams, scale=q.shape[-1] ** -0.5, eps=EPS, q_exponent=0, k_exponent=0)
 
     return run
 
@@ -93,11 +104,12 @@ def calls_of(sets: list[Inputs], missing: dict[str, str]) -> dict[str, list[Call
     _, tokens, _, width = sets[0][0].shape
     weight = sets[0][0].new_ones(width)
     angles = torch.rand(tokens, width // 2, device=weight.device)
-    factors = torch.polar(torch.ones_like(angles), angles)
+    rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
     ours = {
         "fp8": in_fp8,
-        "block_cudnn": in_block(by_backend(SDPBackend.CUDNN_ATTENTION), weight, factors),
-        "block_fp8": in_block(in_fp8, weight, factors),
+        "block_cudnn": in_block(by_backend(SDPBackend.CUDNN_ATTENTION), weight, rotary),
+        "block_fp8": in_block(in_fp8, weight, rotary),
+        "block_fused": fused(weight, rotary),
     }
     variants |= {name: torch.compile(one, dynamic=False) for name, one in ours.items()}
     calls: dict[str, list[Call]] = {
@@ -106,6 +118,10 @@ def calls_of(sets: list[Inputs], missing: dict[str, str]) -> dict[str, list[Call
     quantize = torch.compile(quantized, dynamic=False)
     calls["quantize"] = [lambda of=of: quantize(*of) for of in sets]
     scale = width**-0.5
+    lists: tuple = ([], [weight, weight], [rotary], EPS, 0, 0)
+    calls["inputs"] = [lambda of=of: attention_inputs(*of, *lists) for of in sets]
+    numbers = [torch.stack(of).view(torch.int16) for of in sets]
+    calls["copy"] = [lambda of=of: of.to(torch.uint8) for of in numbers]  # as many bytes in and out
     eight_bits = [quantize(*of)[:3] for of in sets]
     calls["product"] = [lambda of=of: attention_fp8(*of, scale) for of in eight_bits]
     return calls
@@ -141,7 +157,7 @@ def row_of(shape: Shape, card: Card, generator: torch.Generator, seconds: float,
     row["best_bf16_us"] = best
     return row | {
         "speed_up": results.ratio(row, "best_bf16_us", "fp8_us"),
-        "block_speed_up": results.ratio(row, "block_cudnn_us", "block_fp8_us"),
+        "block_speed_up": results.ratio(row, "block_cudnn_us", "block_fused_us"),
         "product_speed_up": results.ratio(row, "best_bf16_us", "product_us"),
         "product_tflops": round(4 * shape.tokens * elements / row["product_us"] * 1e-6, 1)
         if "product" in measured

@@ -215,20 +215,16 @@ def flux2_call(seed=0, batch=1, timestep=0.5):
 
 def tiny_qwen(seed=0, num_layers=1, **changes):
     """One double block or more, width 128."""
-    return _seeded(
-        lambda: QwenImageTransformer2DModel(
-            patch_size=2,
-            in_channels=16,
-            out_channels=4,
-            num_layers=num_layers,
-            attention_head_dim=32,
-            num_attention_heads=4,
-            joint_attention_dim=64,
-            axes_dims_rope=(8, 12, 12),
-            **changes,
-        ),
-        seed,
-    )
+    config = {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "axes_dims_rope": (8, 12, 12),
+    }
+    return _seeded(lambda: QwenImageTransformer2DModel(num_layers=num_layers, **{**config, **changes}), seed)
 
 
 def qwen_call(seed=0, timestep=0.5):
@@ -293,7 +289,7 @@ def sd3_call(seed=0, batch=1, timestep=0.5):
 
 def tiny_z_image(seed=0, dim=192):
     """One refiner of each kind and one layer. At dim 128 the MLP is 341 wide, which 4 does not divide."""
-    axes = {192: [8, 12, 28], 128: [8, 12, 12]}[dim]
+    axes = {192: [8, 12, 28], 128: [8, 12, 12], 256: [16, 24, 24]}[dim]
     return _seeded(
         lambda: ZImageTransformer2DModel(
             in_channels=4,

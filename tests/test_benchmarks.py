@@ -252,11 +252,14 @@ def test_attention_is_compared_on_the_same_inputs():
     y = attention.in_fp8(*(one[:, :300] for one in of))
     assert attention.relative_error(exact.transpose(1, 2), of) < 1e-5
     assert attention.relative_error(y, tuple(one[:, :300] for one in of)) < 0.1
-    factors = torch.polar(torch.ones(4100, 8), torch.zeros(4100, 8))
+    rotary = torch.stack([torch.ones(4100, 8), torch.zeros(4100, 8)], -1)
     of = tuple(one / one.square().mean(-1, keepdim=True).sqrt() for one in of)
-    blocks = attention.in_block(lambda q, k, v: (q, k, v), torch.ones(16), factors)(*of)
+    blocks = attention.in_block(lambda q, k, v: (q, k, v), torch.ones(16), rotary)(*of)
     for one, given in zip(blocks, of, strict=True):
         torch.testing.assert_close(one, given, rtol=1e-4, atol=1e-4)  # normalised and not turned: the same
+    few = tuple(one[:, :300] for one in of)
+    y = attention.fused(torch.ones(16), rotary[:300])(*few)
+    assert attention.relative_error(y, few) < 0.1
     assert torch.equal(attention.quantized(*of)[0].float(), of[0].to(torch.float8_e4m3fn).float())
 
 

@@ -238,9 +238,7 @@ def test_files_and_macros_of_the_kernel_page_exist():
         re.findall(r"`([A-Z][A-Z0-9_]+)`", text.partition("## Macros")[2].partition("## Compile")[0])
     )
     kernels = ROOT / "rtlynx" / "cuda" / "sm90"
-    heads = "".join(
-        (kernels / name).read_text() for name in ("gemm.cu", "compress.cu", "quantize.cu", "lora.cu")
-    )
+    heads = "".join(path.read_text() for path in kernels.glob("*.cu"))
     assert macros - {"INSTANTIATIONS"} <= set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", heads))
 
 

@@ -7,6 +7,7 @@ and scaled channel by channel; the output comes in the same units, so it fits e4
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ P_SCALE = 256.0
 # them takes as long as a tenth of the attention. (11 divides no row of a picture; 16 saw one border alone.)
 _FEW, _EVERY = 256, 11
 # The largest sampled value becomes this; what is 64 times larger still fits.
-_REACH = 7.0
+REACH = 7.0
 # Room for what bfloat16 adds to a norm's bound.
 _MARGIN = 1.0625
 # Between two exponents of queries or keys. The 15 octaves of e4m3's normal numbers hide a step of 8, and
@@ -38,6 +39,42 @@ class QuantizedValues(NamedTuple):
     values: Tensor
     scale: Tensor
     mean: Tensor
+
+
+class Stream(NamedTuple):
+    """Queries, keys and values of some tokens, before queries and keys are normalised and rotated.
+
+    query, key, value : (B, T, H, D).
+    q_weight, k_weight : (D,), of the RMS norms.
+    rotary : nothing, or float32: cosine and sine, each (T, D), or one tensor of both, (T, D / 2, 2) or
+        (B, T, D / 2, 2).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    q_weight: Tensor
+    k_weight: Tensor
+    rotary: tuple[Tensor, ...] = ()
+
+    @property
+    def heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
+
+class AttentionInputs(NamedTuple):
+    """What attention in eight bits reads, and values * value_scale + value_mean.
+
+    query, key, value : (B, S, H, D) float8_e4m3fn, contiguous.
+    value_scale, value_mean : (B, 1, H, D) float32.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    value_scale: Tensor
+    value_mean: Tensor
 
 
 def exponent_below(bound: float) -> int:
@@ -58,6 +95,11 @@ def saturated(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
+def sample_step(tokens: int) -> int:
+    """Of so many tokens, mean and largest of values are those of every one by this."""
+    return _EVERY if tokens > _FEW else 1
+
+
 def quantize_values(v: Tensor) -> QuantizedValues:
     """Values (B, S, H, D) without a mean over tokens, each channel scaled so that 64 times its largest fits.
 
@@ -66,11 +108,47 @@ def quantize_values(v: Tensor) -> QuantizedValues:
     large saturate.
     """
     x = v.float()
-    sample = x[:, ::_EVERY] if x.shape[1] > _FEW else x
+    sample = x[:, :: sample_step(x.shape[1])]
     mean = sample.mean(1, keepdim=True)
     largest = sample.abs().amax(1, keepdim=True)  # in one pass with the mean
-    scale = (largest * (1 / _REACH)).clamp_min(TOKEN_SCALE_FLOOR)
+    scale = (largest * (1 / REACH)).clamp_min(TOKEN_SCALE_FLOOR)
     return QuantizedValues(saturated((x - mean) * scale.reciprocal()), scale, mean)
+
+
+def rotated(x: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+    """Pairs of neighbours in `x` (B, T, H, D) turned, in float32; `rotary` as a `Stream` has it."""
+    x = x.float()
+    if not rotary:
+        return x
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    if len(rotary) == 2:
+        cosine, sine = (one.unsqueeze(-2) for one in rotary)
+        return x * cosine + torch.stack([-imaginary, real], dim=-1).flatten(-2) * sine
+    cosine, sine = rotary[0].unsqueeze(-3).unbind(-1)
+    turned = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+    return torch.stack(turned, dim=-1).flatten(-2)
+
+
+def attention_inputs(
+    streams: Sequence[Stream], eps: float, q_exponent: int, k_exponent: int
+) -> AttentionInputs:
+    """What `attention_fp8` reads of the tokens of all `streams`, one after the other.
+
+    Queries and keys, in float32 and rounded once: x / sqrt(mean x^2 + eps) * weight, rotated, times
+    2^exponent. Values as `quantize_values` makes them of all tokens.
+    """
+
+    def normalized(x: Tensor, weight: Tensor, of: Stream, exponent: int) -> Tensor:
+        x = x.float()
+        x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
+        return saturated(rotated(x, of.rotary) * 2.0**exponent)
+
+    # (As bytes: PyTorch joins no float8 on every device.)
+    q = [normalized(one.query, one.q_weight, one, q_exponent).view(torch.uint8) for one in streams]
+    k = [normalized(one.key, one.k_weight, one, k_exponent).view(torch.uint8) for one in streams]
+    values, scale, mean = quantize_values(torch.cat([one.value for one in streams], dim=1))
+    query, key = (torch.cat(one, dim=1).view(E4M3) for one in (q, k))
+    return AttentionInputs(query, key, values.contiguous(), scale, mean)
 
 
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

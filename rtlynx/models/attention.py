@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from rtlynx.cuda.cudnn_attention import head_dim_reason, missing_reason
 from rtlynx.math.attention import exponent_below
 from rtlynx.models.attention_backend import Fp8Attention, dispatch
+from rtlynx.models.attention_processors import FUSED
 from rtlynx.models.sparsify import transformers_of
 from rtlynx.ops.dispatch import card_unsupported_reason
 
@@ -118,18 +120,29 @@ def _backend_for(name: str, attn: Any) -> Fp8Attention:
     before = processor._attention_backend
     if isinstance(before, Fp8Attention):
         before = before.before
-    q, k = (exponent_below(_bound(name, attn, x)) for x in "qk")
-    return Fp8Attention(q, k, before)
+    q_norms, k_norms = (_norms(name, attn, x) for x in "qk")
+    q, k = (exponent_below(max(_bound_of(name, norm) for norm in norms)) for norms in (q_norms, k_norms))
+    return Fp8Attention(q, k, before, _epsilon((*q_norms, *k_norms), head_dim))
 
 
-def _bound(name: str, attn: Any, x: str) -> float:
-    """What no entry of queries ("q") or keys ("k") exceeds, of both streams where there are two."""
+def _norms(name: str, attn: Any, x: str) -> list[Any]:
+    """Norms of queries ("q") or keys ("k"), of both streams where there are two."""
     norms = [getattr(attn, f"norm_{x}", None)]
     if getattr(attn, f"add_{x}_proj", None) is not None:
         norms.append(getattr(attn, f"norm_added_{x}", None))
     if None in norms:
         raise ValueError(f"fp8 attention knows no bound of queries and keys without norms, as in {name}")
-    return max(_bound_of(name, norm) for norm in norms)
+    return norms
+
+
+def _epsilon(norms: Sequence[Any], head_dim: int) -> float | None:
+    """Of RMS norms of a head that have it in common, with a weight and no bias; else None."""
+    found = {norm.eps for norm in norms}
+    for norm in norms:
+        plain = not isinstance(norm, nn.LayerNorm) and getattr(norm, "bias", None) is None
+        if not plain or norm.weight is None or tuple(norm.weight.shape) != (head_dim,):
+            return None
+    return found.pop() if len(found) == 1 else None
 
 
 def _bound_of(name: str, norm: Any) -> float:
@@ -150,7 +163,10 @@ def _bound_of(name: str, norm: Any) -> float:
 
 @functools.cache
 def _dispatching(processor_class: type) -> type:
-    """A subclass of the same name whose `__call__` calls our `dispatch` in place of diffusers'."""
+    """A subclass of the same name whose `__call__` calls our `dispatch` in place of diffusers'.
+
+    Where there is one in `FUSED`, it hands on queries and keys before their norms.
+    """
     call: Any = processor_class.__call__
     names = dict(call.__globals__)
     if _DISPATCH not in call.__code__.co_names or _DISPATCH not in names:
@@ -162,10 +178,11 @@ def _dispatching(processor_class: type) -> type:
     names[_DISPATCH] = dispatch
     own = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     own.__kwdefaults__, own.__annotations__ = call.__kwdefaults__, call.__annotations__
+    fused = FUSED.get(processor_class.__name__)
     return type(
         processor_class.__name__,
         (processor_class,),
-        {"__call__": own, "__reduce__": _reduce, "__module__": __name__},
+        {"__call__": own if fused is None else fused(own), "__reduce__": _reduce, "__module__": __name__},
     )
 
 

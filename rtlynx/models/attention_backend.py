@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from rtlynx.ops.attention import attention
+from rtlynx.math.attention import Stream
+from rtlynx.ops.attention import attention, joint_attention
 
 _UNDO = "rtlynx.fp8_attention(model, enabled=False) takes fp8 attention out"
 
@@ -18,11 +20,13 @@ class Fp8Attention:
 
     q_exponent, k_exponent : queries and keys times 2^exponent fit e4m3.
     before : the backend that it stands for, diffusers' own.
+    norm_eps : of the norms of queries and keys, where those are RMS norms of a head with a weight alone.
     """
 
     q_exponent: int
     k_exponent: int
     before: Any
+    norm_eps: float | None = None
 
     def fitting_both(self, other: Fp8Attention) -> Fp8Attention:
         """Of a processor that two attentions share."""
@@ -30,6 +34,17 @@ class Fp8Attention:
             self,
             q_exponent=min(self.q_exponent, other.q_exponent),
             k_exponent=min(self.k_exponent, other.k_exponent),
+            norm_eps=self.norm_eps if self.norm_eps == other.norm_eps else None,
+        )
+
+    def of_streams(self, streams: Sequence[Stream], norm_eps: float) -> Tensor:
+        """Attention (B, S, H, D) over the tokens of all `streams`, which come without norms and rotation."""
+        return joint_attention(
+            streams,
+            scale=streams[0].query.shape[-1] ** -0.5,
+            eps=norm_eps,
+            q_exponent=self.q_exponent,
+            k_exponent=self.k_exponent,
         )
 
     def __call__(

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from rtlynx.math.attention import Stream, rotated
 from rtlynx.models.architecture import Architecture
-from rtlynx.models.attention_backend import dispatch
+from rtlynx.models.attention_backend import Fp8Attention, dispatch
 from rtlynx.models.recompile_limit import with_own_code
 from rtlynx.nn.lora import untouched
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import PrologueCall, activated, adaln, adaln_by_token, read
 from rtlynx.nn.sparse_linear import SparseLinear
+from rtlynx.ops.dispatch import attention_inputs_support
 
 
 def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
@@ -135,15 +137,32 @@ def follows(attn: Any, processor: str) -> bool:
     return type(attn.processor).__name__ == processor and untouched(attn)
 
 
-def rotate(x: Tensor, factors: Tensor) -> Tensor:
-    """Pairs of neighbours in x (B, T, H, D) as complex numbers, times factors (T, D / 2) or (B, T, D / 2).
+class Heads(NamedTuple):
+    """Queries, keys and values (B, T, H, D) of a stream as layers give them, and what comes before mixing.
 
-    In float32, as diffusers does it in complex numbers, for which torch.compile generates no code.
+    norms : of queries and of keys
+    rotary : as `rtlynx.math.attention.Stream` has it
     """
-    cos, sin = torch.view_as_real(factors).unsqueeze(-3).unbind(-1)
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (real * cos - imaginary * sin, real * sin + imaginary * cos)
-    return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    norms: Sequence[nn.Module | None]
+    rotary: tuple[Tensor, ...] = ()
+
+    def normalized(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attention reads them."""
+        made = (
+            one if norm is None else norm(one)
+            for norm, one in zip(self.norms, (self.query, self.key), strict=True)
+        )
+        query, key = (rotated(one, self.rotary).type_as(one) if self.rotary else one for one in made)
+        return query, key, self.value
+
+
+def real_pairs(factors: Tensor | None) -> tuple[Tensor, ...]:
+    """Complex factors (..., T, D / 2) as `Heads.rotary`: compilers generate no code for complex numbers."""
+    return () if factors is None else (torch.view_as_real(factors),)
 
 
 def heads(
@@ -151,30 +170,46 @@ def heads(
     x: Tensor | PreparedInput,
     layers: Sequence[nn.Module],
     norms: Sequence[nn.Module | None],
-    factors: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, T, H, D) of x (B, T, K), queries and keys normalised and rotated.
-
-    `layers` and `norms` make them in that order; `factors` as `rotate` takes them.
-    """
+    rotary: tuple[Tensor, ...] = (),
+) -> Heads:
+    """Queries, keys and values of x (B, T, K), which `layers` make in that order."""
     width = attn.inner_dim // attn.heads
     query, key, value = (layer(x).unflatten(-1, (-1, width)) for layer in layers)
-    query, key = (one if norm is None else norm(one) for norm, one in zip(norms, (query, key), strict=True))
-    if factors is not None:
-        query, key = rotate(query, factors), rotate(key, factors)
-    return query, key, value
+    return Heads(query, key, value, norms, rotary)
 
 
-def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of (B, T, H, D), by the backend and over the processes that `attn` is set to: (B, T, H D)."""
+def attend(attn: Any, streams: Sequence[Heads], mask: Tensor | None) -> Tensor:
+    """Attention over the tokens of all streams, by the backend and over the processes that `attn` is set to.
+
+    (B, T, H D). In eight bits one kernel norms, rotates and rounds what it can read.
+    """
     settings = attn.processor
+    backend = settings._attention_backend
+    if isinstance(backend, Fp8Attention) and mask is None and settings._parallel_config is None:
+        y = _in_one_kernel(backend, streams)
+        if y is not None:
+            return y.flatten(2, 3)
+    made = [stream.normalized() for stream in streams]
+    query, key, value = (torch.cat(one, dim=1) for one in zip(*made, strict=True)) if made[1:] else made[0]
     y = dispatch(
         *(query, key, value),
         attn_mask=mask,
-        backend=settings._attention_backend,
+        backend=backend,
         parallel_config=settings._parallel_config,
     )
     return y.flatten(2, 3).to(query.dtype)
+
+
+def _in_one_kernel(backend: Fp8Attention, streams: Sequence[Heads]) -> Tensor | None:
+    """Attention in eight bits, (B, T, H, D); None where norms have hooks, or the kernel does not fit."""
+    norms: list[Any] = [norm for stream in streams for norm in stream.norms]
+    if backend.norm_eps is None or not all(untouched(norm) for norm in norms):
+        return None
+    given = [
+        Stream(one.query, one.key, one.value, of[0].weight, of[1].weight, one.rotary)
+        for one, of in zip(streams, (norms[i : i + 2] for i in range(0, len(norms), 2)), strict=True)
+    ]
+    return backend.of_streams(given, backend.norm_eps) if attention_inputs_support(given) else None
 
 
 def feed_forward(ff: Any, prologue: PrologueCall) -> Tensor:

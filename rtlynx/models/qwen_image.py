@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule
-from rtlynx.models.fusion import GatedMlp, attend, finite_half, follows, heads, modulated, read_by_attention
+from rtlynx.models.fusion import (
+    GatedMlp,
+    attend,
+    finite_half,
+    follows,
+    heads,
+    modulated,
+    read_by_attention,
+    real_pairs,
+)
 from rtlynx.nn.lora import untouched
 from rtlynx.nn.modulation import modulation
 from rtlynx.nn.prepared import PreparedInput
@@ -26,7 +35,7 @@ def attention(
     image_rotary_emb: Any,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """QwenDoubleStreamAttnProcessor2_0.__call__, where that is what `attn` does; rotation in real numbers."""
+    """QwenDoubleStreamAttnProcessor2_0.__call__, where that is what `attn` does."""
     if others or not follows(attn, "QwenDoubleStreamAttnProcessor2_0"):
         return attn(
             hidden_states=hidden_states,
@@ -35,17 +44,29 @@ def attention(
             image_rotary_emb=image_rotary_emb,
             **others,
         )
+    return attention_of(
+        attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, image_rotary_emb
+    )
+
+
+def attention_of(
+    attn: Any,
+    hidden_states: Tensor | PreparedInput,
+    encoder_hidden_states: Tensor | PreparedInput,
+    encoder_hidden_states_mask: Tensor | None,
+    image_rotary_emb: Any,
+) -> tuple[Tensor, Tensor]:
+    """What QwenDoubleStreamAttnProcessor2_0 computes; rotation in real numbers."""
     mask, text_tokens = None, encoder_hidden_states.shape[1]
     if encoder_hidden_states_mask is not None:
         whole = encoder_hidden_states_mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)
         mask = torch.cat([encoder_hidden_states_mask, whole], dim=1)[:, None, None, :]
-    image_factors, text_factors = image_rotary_emb or (None, None)
+    image_rotary, text_rotary = (real_pairs(one) for one in image_rotary_emb or (None, None))
     layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    text = heads(attn, encoder_hidden_states, layers, (attn.norm_added_q, attn.norm_added_k), text_factors)
+    text = heads(attn, encoder_hidden_states, layers, (attn.norm_added_q, attn.norm_added_k), text_rotary)
     layers = (attn.to_q, attn.to_k, attn.to_v)
-    image = heads(attn, hidden_states, layers, (attn.norm_q, attn.norm_k), image_factors)
-    query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
-    y = attend(attn, query, key, value, mask)
+    image = heads(attn, hidden_states, layers, (attn.norm_q, attn.norm_k), image_rotary)
+    y = attend(attn, [text, image], mask)
     image_part, text_part = y[:, text_tokens:], y[:, :text_tokens]
     for layer in attn.to_out:
         image_part = layer(image_part)

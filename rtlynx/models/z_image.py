@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule, Stream, TextRows
-from rtlynx.models.fusion import attend, follows, heads, read_by_attention
+from rtlynx.models.fusion import attend, follows, heads, read_by_attention, real_pairs
 from rtlynx.nn.lora import untouched
 from rtlynx.nn.prepared import PreparedInput
 from rtlynx.nn.prologue import read, rmsnorm, silu_gated
@@ -38,14 +38,21 @@ def text_rows(call: dict[str, Any]) -> TextRows:
 def attention(
     attn: Any, x: Tensor | PreparedInput, attention_mask: Tensor | None, freqs_cis: Tensor | None
 ) -> Tensor:
-    """ZSingleStreamAttnProcessor.__call__, where that is what `attn` does; rotation in real numbers."""
+    """ZSingleStreamAttnProcessor.__call__, where that is what `attn` does."""
     if not follows(attn, "ZSingleStreamAttnProcessor"):
         return attn(x, attention_mask=attention_mask, freqs_cis=freqs_cis)
+    return attention_of(attn, x, attention_mask, freqs_cis)
+
+
+def attention_of(
+    attn: Any, x: Tensor | PreparedInput, attention_mask: Tensor | None, freqs_cis: Tensor | None
+) -> Tensor:
+    """What ZSingleStreamAttnProcessor computes; rotation in real numbers."""
     layers, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-    query, key, value = heads(attn, x, layers, norms, freqs_cis)
+    stream = heads(attn, x, layers, norms, real_pairs(freqs_cis))
     if attention_mask is not None and attention_mask.ndim == 2:
         attention_mask = attention_mask[:, None, None, :]
-    y = attend(attn, query, key, value, attention_mask)
+    y = attend(attn, [stream], attention_mask)
     for layer in attn.to_out:
         y = layer(y)
     return y

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rtlynx.cuda import jit
+from rtlynx.cuda.sm90.attention_inputs import HEAD_DIMS
 from rtlynx.cuda.sm90.compress import MAX_COLUMNS_FP8, MAX_PARTS
 from rtlynx.cuda.sm90.quantize import takes
+from rtlynx.math.attention import Stream
 from rtlynx.math.formats import BF16_SPARSE, FP8_DENSE, FP8_SPARSE, FP8_WEIGHT_SPARSE
 from rtlynx.math.fp8 import E4M3
 from rtlynx.math.reference import Norm
@@ -103,6 +106,24 @@ def quantizer_supports(k: int, x: Tensor, *others: Tensor) -> bool:
     if not x.is_cuda or wants_gradient(x, *others) or x.dtype is not torch.bfloat16:
         return False
     return takes(k) and card_unsupported_reason(x.get_device()) is None
+
+
+def attention_inputs_support(streams: Sequence[Stream]) -> bool:
+    """Whether one kernel norms, rotates and rounds queries and keys; on a CPU, PyTorch in its place.
+
+    Where it does not, PyTorch does it in several: nothing to warn of.
+    """
+    first = streams[0].query
+    for stream in streams:
+        if any(one.dtype is not first.dtype for one in (*stream.heads, stream.q_weight, stream.k_weight)):
+            return False
+        if any(one.dtype is not torch.float32 or one.device != first.device for one in stream.rotary):
+            return False
+    if not first.is_cuda:
+        return True
+    if first.dtype is not torch.bfloat16 or first.shape[-1] not in HEAD_DIMS:
+        return False
+    return card_unsupported_reason(first.get_device()) is None
 
 
 def weight_sparse_supports(weight: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Small calls that reach every path of the kernels, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --report-api-errors no \
-        --kernel-name 'regex=gemm|compress|quantize|lora' python tests/gpu/sanitize.py
+    PYTHONPATH=tests compute-sanitizer --tool memcheck --report-api-errors no \
+        --kernel-name 'regex=gemm|compress|quantize|lora|attention_inputs' python tests/gpu/sanitize.py
 
 and likewise racecheck and synccheck; initcheck without the filter, as it must see PyTorch write the inputs.
 (API errors are of cuda-bindings, which asks the driver for functions that it does not have.) Compares each
@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import attention_helpers
 import lora_cases
 import prologue_cases
 import quantizer_cases
@@ -27,6 +28,7 @@ from weight_sparse_cases import WeightSparseCase
 from rtlynx.cuda import tuning
 from rtlynx.cuda.sm90 import gemm
 from rtlynx.math.formats import FP8_SPARSE
+from rtlynx.ops.attention import attention_inputs
 
 # Of products: fewer than a card runs, so that small shapes are several tiles each and share some.
 CTAS = 6
@@ -51,8 +53,8 @@ CASES = [
 ]
 # Rows and columns: an odd row out, a vector's share of a warp; more columns than two rows take at one time.
 QUANTIZED = [(5, 16), (7, 1000), (3, 4104), (2, 12288)]
-
-
+# Tokens of each stream, entries of a head.
+ATTENTION = [((5, 300), 64), ((5, 300), 128), ((1100,), 128)]
 # Ragged in both directions, with the narrow tile and the wide one; tiles that two CTAs share; a token alone.
 BY_WEIGHT = [
     WeightSparseCase(1000, 80, 601, "f32"),
@@ -86,10 +88,14 @@ def main() -> int:
                 quantizer_cases.check(QuantizerCase(name, rows, k), served=True)
         for of_loras in LORAS[:6]:
             lora_cases.check(of_loras)
+        for tokens, width in ATTENTION:
+            streams = attention_helpers.streams_of(2, tokens, 3, width, device="cuda")
+            made = attention_inputs(*attention_helpers.arguments_of(streams))
+            attention_helpers.assert_right(made, streams)
     torch.cuda.synchronize()
     calls = len(CONFIGS) * len(PRODUCTS) + 2 * (len(CASES) + 2 * len(prologue_cases.NAMES))
     calls += len(quantizer_cases.NAMES) * len(QUANTIZED)
-    calls += len(tuning.CANDIDATES[FP8_SPARSE]) * len(BY_WEIGHT) + len(LORAS[:6])
+    calls += len(tuning.CANDIDATES[FP8_SPARSE]) * len(BY_WEIGHT) + len(LORAS[:6]) + len(ATTENTION)
     print(f"{calls} calls, all right")
     return 0
 

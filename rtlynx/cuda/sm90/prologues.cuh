@@ -8,7 +8,7 @@
 // A Prologue may need a row's moments first (kNeedsMoments), and parameters of the columns (a Modulation).
 // Where the matrices end it reads zeros. Without a Modulation it must make zeros of them.
 #pragma once
-#include "ptx.cuh"
+#include "f32x8.cuh"
 
 // Count, mean and sum of squared deviations, merged without cancellation (Chan et al. 1979).
 struct alignas(16) RowMoments {
@@ -36,21 +36,9 @@ struct Matrix {
     }
 };
 
-struct F32x8 {
-    float v[8];
-};
-
-DEVICE F32x8 unpack(const uint4& p) {
-    return {{bf16_low(p.x), bf16_high(p.x), bf16_low(p.y), bf16_high(p.y), bf16_low(p.z), bf16_high(p.z), bf16_low(p.w),
-             bf16_high(p.w)}};
-}
-DEVICE uint4 pack(const F32x8& e) {
-    return {pack_bf16(e.v[0], e.v[1]), pack_bf16(e.v[2], e.v[3]), pack_bf16(e.v[4], e.v[5]), pack_bf16(e.v[6], e.v[7])};
-}
 DEVICE uint4 select(bool first, const uint4& a, const uint4& b) {
     return {first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w};
 }
-DEVICE F32x8 load_vector(const uint16_t* from) { return unpack(__ldg(reinterpret_cast<const uint4*>(from))); }
 
 // Moments of 8 N values.
 template <int N>
