@@ -151,6 +151,7 @@ class Candidate:
     reads : key shared by all layers that read the same tensor as this one.
     parts : parts of the input inside which groups are strided.
     rule : what made it one.
+    lent : whether another model calls its block, too.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Candidate:
     reads: str
     parts: int | tuple[int, ...] = 1
     rule: str = ""
+    lent: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class Architecture:
         (`rtlynx.nn.prologue`); its arguments are the block, its class's own forward, and what that takes.
     attentions : those whose values can be rotated.
     mlps : those whose hidden features can be permuted.
+    lent : names of blocks, with `*` for the index, that a ControlNet calls beside this model.
     """
 
     class_name: str
@@ -184,6 +187,7 @@ class Architecture:
     fused: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     attentions: tuple[AttentionRule, ...] = ()
     mlps: tuple[MlpRule, ...] = ()
+    lent: tuple[str, ...] = ()
 
     def candidates(self, model: nn.Module) -> list[Candidate]:
         """Layers of `model` that can be sparse, in the model's own order."""
@@ -206,7 +210,8 @@ class Architecture:
                 if rule.attention_part:
                     parts = (module.out_features, module.in_features - module.out_features)
                 reads = f"{block}.{rule.reads}" if rule.reads else name
-                found[name] = Candidate(name, block, rule.role, rule.stream, reads, parts, rule.pattern)
+                lent = any(fnmatch.fnmatchcase(block, one) for one in self.lent)
+                found[name] = Candidate(name, block, rule.role, rule.stream, reads, parts, rule.pattern, lent)
                 break
         return found
 

@@ -108,4 +108,5 @@ Z_IMAGE = Architecture(
         for blocks in ("noise_refiner.*", "context_refiner.*", "layers.*")
     ),
     fused={"ZImageTransformerBlock": block},
+    lent=("noise_refiner.*", "context_refiner.*"),
 )
