@@ -36,7 +36,7 @@ def _no_tf32():
 
 
 def check(pipeline, case, monkeypatch, fused):
-    """`fused` says whether blocks read what kernels prepare; they are as near to float32 as layer by layer."""
+    """`fused`: whether blocks read what kernels prepare. They are as near to float32 as layer by layer."""
     read, output_of = [], PreparedInput.output_of
     monkeypatch.setattr(PreparedInput, "output_of", lambda x, layer: read.append(x) or output_of(x, layer))
     y = draw(pipeline, case)
