@@ -25,8 +25,9 @@ from rtlynx.models import architecture_of
 from rtlynx.models.plan import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests" / "compose"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "compose")]
 from all_pipelines import PIPELINES  # noqa: E402
+from on_top_cases import CASES, NEVER_FUSED  # noqa: E402
 
 LISTING = ROOT / "docs" / "reference" / "layers-of-models.txt"
 COMMAND = "python docs/supported_models.py"
@@ -190,6 +191,21 @@ def models_section(root: Path, _place: Place) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Of diffusers {text.split()[2]}."])
+
+
+def on_top_section(_root: Path, _place: Place) -> str:
+    """The table of what is drawn on top of models known by name, and of SD3."""
+    drawn: dict[str, list[list[str]]] = {}
+    for name, (_, case) in CASES.items():
+        kind = str(case.models["transformer"][0])
+        known = ARCHITECTURES.get(kind)
+        fused = known is not None and bool(known.fused) and name not in NEVER_FUSED
+        drawn.setdefault(kind, [[], []])[fused].append(f"`{name}`" if name.endswith("Pipeline") else name)
+    lines = ["| model class | drawn in fused blocks | drawn layer by layer |", "|---|---|---|"]
+    for kind, (apart, fused_names) in sorted(drawn.items()):
+        cells = [", ".join(names) or "\N{EN DASH}" for names in (fused_names, apart)]
+        lines.append(f"| `{kind}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ TEXTS = {
     ),
     Path("docs/guides/parallel.md"): ("plan", "parallel"),
     Path("docs/reference/cli.md"): ("cli",),
-    Path("docs/reference/models.md"): ("models",),
+    Path("docs/reference/models.md"): ("models", "on-top"),
 }
 
 
@@ -267,6 +267,7 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "goals-compression": goals_of(goals.COMPRESSION),
     "goals-host": goals_of(goals.HOST),
     "models": supported_models.models_section,
+    "on-top": supported_models.on_top_section,
     "cli": lambda root, place: cli_reference.reference(),
 }
 

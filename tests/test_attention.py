@@ -260,11 +260,8 @@ def test_what_is_saved_knows_nothing_of_it(place):
     assert torch.equal(output(pickle.loads(pickle.dumps(loaded)), call), y)
 
 
-@pytest.mark.parametrize("recipe", [None, Recipe.dense_fp8()])
-def test_blocks_of_a_kind_compile_once_in_one_graph(recipe):
-    model, call = tiny_flux(num_layers=2, num_single_layers=4), flux_call()
-    if recipe is not None:
-        sparsify(model, recipe)
+def test_blocks_of_a_kind_compile_once_in_one_graph():
+    model, call = sparsify(tiny_flux(num_layers=0, num_single_layers=3), Recipe.dense_fp8()), flux_call()
     graphs = []
     for one in (model, fp8_attention(copy.deepcopy(model))):
         expected = output(one, call)
@@ -274,15 +271,17 @@ def test_blocks_of_a_kind_compile_once_in_one_graph(recipe):
         assert relative_error(output(one, call), expected) < 1e-3
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
-    assert graphs[0] == graphs[1] <= 3  # (single blocks read slices first, then whole tensors)
+    assert graphs[0] == graphs[1] <= 2  # (single blocks read slices first, then whole tensors)
 
 
-def test_compiled_to_code_it_is_the_same_also_for_other_lengths():
+def test_compiled_it_is_the_same_also_for_other_lengths():
+    """(Compiled to code it is tested on cards, whose code that is.)"""
+
     def call(q, k, v):
         return attention(q, k, v, scale=0.125, q_exponent=0, k_exponent=0)
 
     torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager_decomp_partition")
     for tokens in (50, 64, 2100):
         given = drawn(1, 8, tokens, 1)
         assert relative_error(compiled(*given), call(*given)) < 1e-3

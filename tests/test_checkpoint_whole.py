@@ -28,7 +28,7 @@ def models():
 
 
 @needs_fork
-@pytest.mark.parametrize(("linked", "stride"), [(False, 1), (True, 4)])
+@pytest.mark.parametrize(("linked", "stride"), [(False, 3), (True, 7)])
 def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new_one(place, models, linked, stride):
     """Each save starts from what the last one left: all kinds of leftovers are met."""
     folder = place / "lynx"
@@ -80,7 +80,7 @@ def test_ctrl_c_anywhere_leaves_the_old_or_the_new_one(place, models):
     lines = lines_of(lambda: save(models["all"], folder))
     assert len(lines) > 100
     old = "all"
-    for line in lines:
+    for line in lines[::2]:
         new = "some" if old == "all" else "all"
         Interrupter(line).run(lambda new=new: save(models[new], folder))
         found = stored(folder)
@@ -95,7 +95,7 @@ def test_ctrl_c_anywhere_leaves_the_old_or_the_new_one(place, models):
 def test_ctrl_c_during_a_first_save_leaves_all_or_nothing(place, models):
     lines = lines_of(lambda: save(models["all"], place / "a" / "lynx"))
     shutil.rmtree(place / "a")
-    for line in lines:
+    for line in lines[1::2]:
         Interrupter(line).run(lambda: save(models["all"], place / "a" / "lynx"))
         if (place / "a" / "lynx").exists():
             assert stored(place / "a" / "lynx") == "all"

@@ -250,9 +250,9 @@ def test_whoever_hooks_a_layer_sees_its_input():
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
-        *(("flux", recipe) for recipe in ("adjacent", "whole", "mixed")),
-        *(("flux2", recipe) for recipe in ("adjacent", "whole")),
-        *(("wan", recipe) for recipe in ("adjacent", "mixed")),
+        *(("flux", recipe) for recipe in ("adjacent", "mixed")),
+        ("flux2", "whole"),
+        ("wan", "adjacent"),
         ("qwen", "mixed"),
         ("sd3", "mixed"),
         ("z-image", "adjacent"),
@@ -280,19 +280,19 @@ def test_blocks_of_many_forms_compile_once_for_each():
     """A budget chooses for each layer; Dynamo allows one code object eight compilations, here two."""
     formats = {
         f"single_transformer_blocks.{block}.{layer}": "fp8-dense"
-        for block in range(8)
+        for block in range(6)
         for bit, layer in enumerate(("attn.to_q", "attn.to_k"))
-        if block % 4 >> bit & 1
+        if block % 3 >> bit & 1
     }
-    model = tiny_flux(num_layers=1, num_single_layers=8).bfloat16()
+    model = tiny_flux(num_layers=0, num_single_layers=6).bfloat16()
     sparsify(model, Recipe.immediate(precision="fp8", formats=formats))
     call = in_dtype(flux_call(), torch.bfloat16)
     expected = output(model, call)
     counter = torch._dynamo.testing.CompileCounter()
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     assert torch.equal(output(model, call), expected)
-    # The double block; the first single block's format twice, as its inputs are no parts of one tensor yet.
-    assert counter.frame_count == 1 + 4 + 1
+    # The first block's format twice, as its inputs are no parts of one tensor yet.
+    assert counter.frame_count == 3 + 1
 
 
 @torch.no_grad()

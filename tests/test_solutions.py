@@ -82,28 +82,40 @@ def test_the_recommended_one_has_layers_in_eight_bits_with_and_without_selection
         assert relative_error(quantised, original) < 0.05, name  # e4m3 has three bits after the first
 
 
-@pytest.mark.parametrize("name", BRANCHED)
-def test_a_block_solved_again_from_few_prompts_comes_close(dense, unseen, recorded, name):
-    recipe = rtlynx.Recipe.from_dict({**CALIBRATED[name].to_dict(), "skip": OTHERS})
-    plain = rtlynx.Recipe.immediate(norm=recipe.layer_norm, grouping=recipe.grouping)
-    layers = {
+def errors_of(dense, layers, calls):
+    """Mean error of the layers of each of `layers`."""
+    found = layer_errors(dense.transformer, layers, calls)
+    return {kind: sum(errors.values()) / len(errors) for kind, errors in found.items()}
+
+
+def uncompensated_and_shipped(dense, name):
+    recipe = CALIBRATED[name]
+    plain = rtlynx.Recipe.immediate(norm=recipe.layer_norm, grouping=recipe.grouping, skip=OTHERS)
+    return {
         "uncompensated": variant(dense, lambda model: rtlynx.sparsify(model, plain)),
         "shipped": variant(dense, lambda model: rtlynx.load(model, ASSETS / "solutions" / name)),
-        "again": variant(
-            dense, lambda model: rtlynx.calibrate(model, recipe=recipe, calls=recorded, progress=False)
-        ),
     }
-    errors = {
-        kind: sum(found.values()) / len(found)
-        for kind, found in layer_errors(dense.transformer, layers, unseen).items()
-    }
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_they_are_better_than_no_compensation(dense, unseen, name):
+    errors = errors_of(dense, uncompensated_and_shipped(dense, name), unseen)
+    assert errors["shipped"] < 0.95 * errors["uncompensated"]
+
+
+def test_a_block_solved_again_from_few_prompts_comes_close(dense, unseen, recorded):
+    recipe = rtlynx.Recipe.from_dict({**CALIBRATED["refit"].to_dict(), "skip": OTHERS})
+    layers = uncompensated_and_shipped(dense, "refit")
+    layers["again"] = variant(
+        dense, lambda model: rtlynx.calibrate(model, recipe=recipe, calls=recorded, progress=False)
+    )
+    errors = errors_of(dense, layers, unseen)
     assert errors["again"] < 0.95 * errors["uncompensated"]
     # Hundreds of prompts do better than two dozen, but not by much: it is the same solution.
     assert errors["shipped"] < 1.02 * errors["again"]
     assert errors["again"] < 1.5 * errors["shipped"]
-    if name == "refit":
-        for layer, shipped in layers["shipped"].items():
-            original = dense.transformer.get_submodule(layer).weight.detach()
-            moved = (shipped.weight.detach() - original).flatten()
-            again = (layers["again"][layer].weight.detach() - original).flatten()
-            assert float(torch.cosine_similarity(moved, again, dim=0)) > 0.5, layer
+    for layer, shipped in layers["shipped"].items():
+        original = dense.transformer.get_submodule(layer).weight.detach()
+        moved = (shipped.weight.detach() - original).flatten()
+        again = (layers["again"][layer].weight.detach() - original).flatten()
+        assert float(torch.cosine_similarity(moved, again, dim=0)) > 0.5, layer

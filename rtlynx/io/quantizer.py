@@ -57,6 +57,7 @@ else:
 
 
 _LONGEST_PATH = 4000
+_SINGLE_FILE = Path("the single file")  # of `from_single_file`, which tells no folder
 
 
 class QuantMethod(StrEnum):
@@ -206,7 +207,7 @@ class RTLynxQuantizer(_BaseQuantizer):
         if isinstance(quantization_config, _ModelConfig):  # that of another model, as it is now
             quantization_config = RTLynxConfig.from_dict(quantization_config.to_dict() or {})
         super().__init__(quantization_config, **kwargs)
-        self._folder = Path("the checkpoint")
+        self._folder = _SINGLE_FILE
         self._found: set[str] = set()  # names of the tensors in the checkpoint's files
         self._layers: dict[str, Any] = {}  # those that are made sparse
         self._loaded: set[str] = set()  # names of their tensors that came past here
@@ -269,7 +270,7 @@ class RTLynxQuantizer(_BaseQuantizer):
     def _sidecar(self) -> Path:
         """The sidecar's folder: any that the caller named; where a file did, one inside the file's folder."""
         given = self.quantization_config.sidecar
-        if not self.pre_quantized:
+        if not self.pre_quantized or self._folder is _SINGLE_FILE:
             return Path(given)
         place, home = self._folder / "config.json", os.path.realpath(self._folder)
         path = os.path.join(home, given)

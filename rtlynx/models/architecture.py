@@ -154,6 +154,7 @@ class Candidate:
     reads : key shared by all layers that read the same tensor as this one.
     parts : parts of the input inside which groups are strided.
     rule : what made it one.
+    lent : whether another model calls its block, too.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Candidate:
     reads: str
     parts: int | tuple[int, ...] = 1
     rule: str = ""
+    lent: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class Architecture:
     mlps : those whose hidden features can be permuted.
     modulation : names, with `*` for the block index, of layers that make shifts, scales and gates of one
         token a picture.
+    lent : names of blocks, with `*` for the index, that a ControlNet calls beside this model.
     """
 
     class_name: str
@@ -190,6 +193,7 @@ class Architecture:
     attentions: tuple[AttentionRule, ...] = ()
     mlps: tuple[MlpRule, ...] = ()
     modulation: tuple[str, ...] = ()
+    lent: tuple[str, ...] = ()
 
     def candidates(self, model: nn.Module) -> list[Candidate]:
         """Layers of `model` that can be sparse, in the model's own order."""
@@ -212,7 +216,8 @@ class Architecture:
                 if rule.attention_part:
                     parts = (module.out_features, module.in_features - module.out_features)
                 reads = f"{block}.{rule.reads}" if rule.reads else name
-                found[name] = Candidate(name, block, rule.role, rule.stream, reads, parts, rule.pattern)
+                lent = any(fnmatch.fnmatchcase(block, one) for one in self.lent)
+                found[name] = Candidate(name, block, rule.role, rule.stream, reads, parts, rule.pattern, lent)
                 break
         return found
 

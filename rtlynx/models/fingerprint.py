@@ -43,22 +43,25 @@ def weight_fingerprint(weight: Tensor) -> str:
 def model_fingerprint(model: nn.Module) -> str:
     """Digest of the model's class and of all its tensors; of a sparse model, of what it still holds."""
     digest = hashlib.sha256(type(model).__name__.encode())
-    for name, one in records(base_tensors(model)).items():
+    for name, one in records(base_tensors(model, with_ip_adapters=True)).items():
         digest.update(f"{name}={one};".encode())
     return digest.hexdigest()
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+def base_tensors(model: nn.Module, *, with_ip_adapters: bool = False) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the dense model that `model` is, or was and still holds.
 
     Not among them: refitted and quantised weights whose original was not kept; biases likewise; what lies on
-    "meta"; and tensor-parallel shards, of which no process knows the whole.
+    "meta"; tensor-parallel shards, of which no process knows the whole; and what IP-Adapters brought along,
+    unless these are asked for.
     """
     tensors = dict(model.state_dict())
     for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if "IPAdapter" in type(module).__name__ and not with_ip_adapters:  # diffusers' names of all of them
+            tensors = {key: one for key, one in tensors.items() if not key.startswith(prefix)}
         if not isinstance(module, SparseLinear):
             continue
-        prefix = f"{name}." if name else ""
         for kind in ("lowrank_a", "lowrank_b", "weight_scale"):
             tensors.pop(f"{prefix}{kind}", None)
         original = tensors.pop(f"{prefix}weight_dense", None)

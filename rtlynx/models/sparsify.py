@@ -315,6 +315,7 @@ def set_what_runs_dense(sparse: SparseLinear, layer: LayerPlan, recipe: Recipe) 
     sparse.dense_precision = recipe.dense_precision
     sparse.text_rows_dense = dense and layer.text_rows_dense
     sparse.dense_steps = dense and recipe.has_dense_steps
+    sparse.lent = layer.candidate.lent
 
 
 def prepare_layers(model: nn.Module) -> None:

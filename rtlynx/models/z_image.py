@@ -116,4 +116,5 @@ Z_IMAGE = Architecture(
     ),
     modulation=("noise_refiner.*.adaLN_modulation.0", "layers.*.adaLN_modulation.0"),
     fused={"ZImageTransformerBlock": block},
+    lent=("noise_refiner.*", "context_refiner.*"),
 )

@@ -68,8 +68,17 @@ class CallState:
 _thread = threading.local()
 
 
-def current_call() -> CallState:
+_LENT = CallState(dense=True)
+
+
+def current_call(*, lent: bool = False) -> CallState:
     """The state of the call that runs in this thread.
+
+    Parameters
+    ----------
+    lent : bool
+        Of a layer that another model, such as a ControlNet, calls beside its own: where it draws, without
+        gradients, and no call is under way, the layer runs dense, since it is not told which step it is.
 
     Raises
     ------
@@ -77,6 +86,8 @@ def current_call() -> CallState:
         If none does: the layer was called by itself, or again in a backward pass.
     """
     call: CallState | None = getattr(_thread, "call", None)
+    if call is None and lent and not torch.is_grad_enabled():
+        return _LENT
     if call is None:
         raise RuntimeError(
             "this layer runs some rows or steps dense, as the model's call says, and no call is under way: "

@@ -77,7 +77,7 @@ class SparseLinear(Settled):
         How W is kept: in the model's dtype, or in e4m3.
     text_rows_dense, dense_steps : bool
         Whether text rows, or all rows in some steps, run dense, as the model's call says (`rtlynx.nn.call`).
-        Such a layer cannot be called outside a call of its model.
+        Outside a call of its model such a layer runs dense if it is `lent` to another one, or not at all.
     """
 
     pattern: Pattern
@@ -95,6 +95,7 @@ class SparseLinear(Settled):
     dense_precision: Literal["bf16", "fp8"]
     text_rows_dense: bool
     dense_steps: bool
+    lent: bool
     shared_input: SharedInput
     backend: Backend | None
     settings: str
@@ -125,8 +126,7 @@ class SparseLinear(Settled):
         self.intercept = ""
         self.dense_reason = pattern.misfit(self.in_features)
         self.dense_precision = "bf16"
-        self.text_rows_dense = False
-        self.dense_steps = False
+        self.text_rows_dense = self.dense_steps = self.lent = False
         self.shared_input = SharedInput(single=True)
         self.backend = None
         self._packed_weight = CachedTensor()
@@ -416,7 +416,7 @@ class SparseLinear(Settled):
         RuntimeError
             If the layer depends on the call and none is under way.
         """
-        return current_call() if self.depends_on_call else None
+        return current_call(lent=self.lent) if self.depends_on_call else None
 
     @property
     def depends_on_call(self) -> bool:

@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,15 @@ class Case:
         for key, value in self.attributes.items():
             setattr(pipeline, key, value)
         return pipeline
+
+
+def built_case(name, case, monkeypatch):
+    """The pipeline `name` of `case`, silent, with the functions of its module that stand in."""
+    pipeline = case.build(name)
+    for function, stand_in in case.functions.items():
+        monkeypatch.setattr(sys.modules[type(pipeline).__module__], function, stand_in)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 FLOW = ("FlowMatchEulerDiscreteScheduler", {})

@@ -1,7 +1,6 @@
 """The pipelines of diffusers, in small and with random weights: each calibrates, or says why it does not."""
 
 import re
-import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from all_pipelines import PIPELINES
-from pipeline_cases import STEPS
+from pipeline_cases import STEPS, built_case
 
 from rtlynx import Budget, CalibrationError, CalibrationOptions, Recipe, calibrate, load, save
 from rtlynx.models import sparse_layers
@@ -19,11 +18,7 @@ REFIT = Recipe(rank=None, ridge=0.1)
 
 def built(name, monkeypatch):
     case = PIPELINES[name]
-    pipeline = case.build(name)
-    for function, stand_in in case.functions.items():
-        monkeypatch.setattr(sys.modules[type(pipeline).__module__], function, stand_in)
-    pipeline.set_progress_bar_config(disable=True)
-    return case, pipeline
+    return case, built_case(name, case, monkeypatch)
 
 
 def draw(pipeline, case):
