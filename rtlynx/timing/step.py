@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+import rtlynx
 from rtlynx.models import make_plan
 from rtlynx.models.sparsify import state_of
 from rtlynx.nn.call import calling, schedule
@@ -151,8 +152,12 @@ def twin_of(model: nn.Module) -> Any:
 
 
 def compile_blocks(model: Any, variant: Variant) -> None:
-    """Compile the blocks of `model` as the variant says."""
-    if variant.compiled:
+    """Compile the blocks of `model` as the variant says: ours as users do, all others as diffusers does."""
+    if not variant.compiled:
+        return
+    if state_of(model) is not None:
+        rtlynx.compile(model, cuda_graphs=variant.mode == "reduce-overhead")
+    else:
         model.compile_repeated_blocks(fullgraph=True, mode=variant.mode)
 
 
