@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 from rtlynx.cuda import forms, tuning
-from rtlynx.cuda.sm90 import gemm
+from rtlynx.cuda.sm90 import gemm, weight_sparse
 from rtlynx.cuda.sm90.prologues import PROLOGUES, _bind, bind
 from rtlynx.cuda.sm90.weights import Weights
+from rtlynx.math.formats import FP8_SPARSE
+from rtlynx.math.fp8 import quantize_tokens
+from rtlynx.math.tiles import packed_a_bytes
 
 
 def normal(*shape):
@@ -113,3 +116,25 @@ def test_copies_that_kernels_read_are_not_remembered(monkeypatch):
     one, two = (gemm.product_of([of], 128, (0,), 0) for _ in range(2))
     assert one is not two
     assert one.owners[0].weight is not of.weight
+
+
+@torch.no_grad()
+def test_products_by_sparse_weights_are_of_inputs_at_their_places(monkeypatch):
+    monkeypatch.setattr(gemm, "_encode", lambda *key: repr(key).encode()[:128].ljust(128))
+    launched = []
+    monkeypatch.setattr(weight_sparse, "start_gemm", lambda product, *_: launched.append(product))
+    x = quantize_tokens(normal(33, 64))
+    weight, channels = torch.zeros(packed_a_bytes(72, 64, FP8_SPARSE), dtype=torch.uint8), torch.ones(72)
+
+    def launch(values, bias=None):
+        y = weight_sparse.launch_weight_sparse(values, x.scale, weight, channels, bias, None, None)
+        assert y.shape == (33, 72)
+        return launched[-1]
+
+    first = launch(x.values)
+    assert launch(x.values) is launch(x.values)
+    assert launch(x.values)._replace(owners=()) == first._replace(owners=())
+    assert launch(x.values.clone()).maps != first.maps
+    assert launch(x.values, normal(72)).vectors != first.vectors
+    aside = torch.zeros(33, 65, dtype=torch.uint8).view(x.values.dtype)[:, :64]  # copied to be read
+    assert launch(aside) is not launch(aside)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtlynx.cuda.forms import by_form
 from rtlynx.cuda.sm90.weight_sparse import launch_weight_sparse
 from rtlynx.math.formats import FP8_SPARSE
 from rtlynx.math.fp8 import E4M3
@@ -21,7 +22,13 @@ _FLOAT32, _BYTES, _E4M3 = (torch.float32,), (torch.uint8,), (E4M3,)
 
 
 def _check(
-    values: Tensor, scale: Tensor, packed_weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    values: Tensor,
+    scale: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    lowrank: Tensor | None,
+    packed_b: Tensor | None,
 ) -> None:
     check_tensor("values", values, values, _E4M3)
     check_tensor("scale", scale, values, _FLOAT32)
@@ -49,6 +56,7 @@ def _check(
         if bias.shape[0] != n:
             raise ValueError(f"bias is ({n},) like weight_scale, got {tuple(bias.shape)}")
     refuse_gradients(scale, weight_scale, bias)
+    _check_lowrank(values, n, lowrank, packed_b)
 
 
 def _check_lowrank(values: Tensor, n: int, lowrank: Tensor | None, packed_b: Tensor | None) -> None:
@@ -94,7 +102,7 @@ def _product_fake(
     return values.new_empty((values.shape[0], weight_scale.shape[0]), dtype=torch.bfloat16)
 
 
-def _gemm_weight_sparse(product: _Product) -> Callable[..., Tensor]:
+def _gemm_weight_sparse(product: _Product, check: Callable[..., None] = _check) -> Callable[..., Tensor]:
     """`gemm_weight_sparse` by an implementation for matrices."""
 
     def run(
@@ -106,8 +114,7 @@ def _gemm_weight_sparse(product: _Product) -> Callable[..., Tensor]:
         lowrank: Tensor | None = None,
         packed_b: Tensor | None = None,
     ) -> Tensor:
-        _check(values, scale, packed_weight, weight_scale, bias)
-        _check_lowrank(values, weight_scale.shape[0], lowrank, packed_b)
+        check(values, scale, packed_weight, weight_scale, bias, lowrank, packed_b)
         rows = values.view(-1, values.shape[-1])
         y = product(rows, scale.view(-1), packed_weight, weight_scale, bias, lowrank, packed_b)
         return y if values.ndim == 2 else y.view(*values.shape[:-1], weight_scale.shape[0])
@@ -118,7 +125,7 @@ def _gemm_weight_sparse(product: _Product) -> Callable[..., Tensor]:
 gemm_weight_sparse: Any = operator(
     "gemm_weight_sparse(Tensor values, Tensor scale, Tensor packed_weight, Tensor weight_scale,"
     " Tensor? bias=None, Tensor? lowrank=None, Tensor? packed_b=None) -> Tensor",
-    hopper=_gemm_weight_sparse(launch_weight_sparse),
+    hopper=_gemm_weight_sparse(launch_weight_sparse, by_form(_check)),  # (a card is faster than the checks)
     reference=_gemm_weight_sparse(_product_reference),
     fake=_gemm_weight_sparse(_product_fake),
 )

@@ -247,11 +247,11 @@ def test_hot_swapped_in_compiled_blocks_nothing_is_compiled_again(recipe, rank):
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     first = output(model, call)
     frames = counter.frame_count
-    load(model, seed=2, rank=rank, size=-2.0, hotswap=True)
+    load(model, seed=2, rank=rank, size=-6.0, hotswap=True)
     y = output(model, call)
     assert counter.frame_count == frames
     fresh, _ = model_and_call(recipe=recipe, num_layers=0)
-    load(fresh, seed=2, rank=rank, size=-2.0)
+    load(fresh, seed=2, rank=rank, size=-6.0)
     expected = output(fresh, call)
     assert relative_error(y, expected) < 5e-3 < 0.1 * relative_error(first, expected)
 
