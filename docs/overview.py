@@ -85,6 +85,7 @@ def overview_section(root: Path, place: Place) -> str:
 # Of files of attention in fp8: variant -> how it is called here, and its row in the study.
 IN_FP8_ATTENTION = {
     REFERENCE: ("bf16, compiled", None),
+    TORCHAO: ("dense fp8, torchao", None),
     DENSE_FP8: ("dense fp8", "fp8:dense"),
     DENSE_FP8 + FP8_ATTENTION: ("dense fp8, fp8 attention", "attention:dense-fp8"),
     RECOMMENDED: ("**sparse fp8, recommended**", "recommended"),
@@ -100,6 +101,8 @@ def attention_section(root: Path, place: Place) -> str:
             document = read(source)
             for name, (title, study) in IN_FP8_ATTENTION.items():
                 row = _row(document, name)
+                if not row:
+                    continue
                 told = dense_steps(row)
                 cells = [model.title, f"{title} ({told})" if told else title]
                 cells += [number(row.get(time), ".1f") for time in ("gpu_ms", "wall_ms")]
@@ -135,7 +138,7 @@ def verdict_section(root: Path, place: Place) -> str:
             dense, sparse = (known[name]["figures"]["psnr"]["mean"] for name in ("fp8:dense", "recommended"))
             costs.append(f"from {dense:.1f} to {sparse:.1f} dB ({model.study})")
     text = "**The alternative is dense fp8**: the same model, quantised by the same fused kernels. "
-    text += "It drops no activation."
+    text += "It drops nothing."
     if faster[RECOMMENDED]:
         text += f" Sparsity makes its step faster by {_listed(faster[RECOMMENDED])}."
     if faster[MIXED]:
