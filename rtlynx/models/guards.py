@@ -80,6 +80,15 @@ def refuse_prepared(model: nn.Module) -> None:
             )
 
 
+def refuse_borrowed(model: nn.Module) -> None:
+    """ValueError where blocks of `model` are another model's, which would become sparse there, too."""
+    if type(model).__name__ == "ZImageControlNetModel" and getattr(model, "noise_refiner", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} holds blocks of the model that it controls: make that one sparse, which "
+            "makes them sparse in both, and leave the ControlNet as it is"
+        )
+
+
 # The name under which torch's wrappers (compile, activation checkpoints, FSDP) hold what they wrap.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rtlynx.models.fingerprint import base_tensors, records, weight_fingerprint
 from rtlynx.models.fusion import fuse_blocks, unfuse_blocks
-from rtlynx.models.guards import guard, refuse_foreign, refuse_meta, unguard, unwrapped
+from rtlynx.models.guards import guard, refuse_borrowed, refuse_foreign, refuse_meta, unguard, unwrapped
 from rtlynx.models.hooks import EnterCall, register_hooks
 from rtlynx.models.plan import LayerPlan, Plan, make_plan
 from rtlynx.models.reparameterize import Reparameterization, reparameterize, undo_reparameterization
@@ -172,6 +172,7 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
 
 def make_plan_for_dense(model: nn.Module, recipe: Recipe) -> Plan:
     """`make_plan`, refusing a model that is sparse already, and layers that cannot be made sparse."""
+    refuse_borrowed(model)
     if state_of(model) is not None or sparse_layers(model):
         raise ValueError(f"{type(model).__name__} is sparse already: call rtlynx.densify first")
     plan = make_plan(model, recipe)

@@ -59,6 +59,20 @@ def test_a_sparse_model_draws_fused_what_it_draws_layer_by_layer(name, monkeypat
     assert 0 < relative_error(whole, dense) < min(0.05, relative_error(fused, dense))
 
 
+@pytest.mark.parametrize(
+    "name", ["FluxControlNetPipeline", "QwenImageControlNetPipeline", "StableDiffusion3ControlNetPipeline"]
+)
+def test_a_controlnet_can_be_sparse_itself(name, monkeypatch, calls):
+    case, recipe = CASES[name][1], Recipe.immediate(precision="fp8", dense_steps=1)
+    dense = draw(made(name, monkeypatch), case)
+    pipeline = sparsify(made(name, monkeypatch), recipe)
+    alone = draw(pipeline, case)
+    sparsify(pipeline.controlnet, recipe)
+    both = draw(pipeline, case)
+    assert not torch.equal(both, alone)
+    assert relative_error(both, dense) < 0.1
+
+
 def test_every_controlnet_pipeline_of_these_models_is_among_them():
     assert set(CONTROLNET_PIPELINES) < CONTROLNETS
 
@@ -84,6 +98,8 @@ def test_blocks_that_a_controlnet_shares_run_dense_there_where_some_steps_are(se
         block.attention.to_q(x)  # with gradients: one step that is run again, say
     with torch.no_grad(), pytest.raises(RuntimeError, match="no call is under way"):
         pipeline.transformer.layers[0].attention.to_q(x)
+    with pytest.raises(ValueError, match="holds blocks of the model that it controls"):
+        sparsify(pipeline.controlnet)
 
 
 def test_a_model_is_calibrated_under_the_controlnet_that_shares_its_blocks(monkeypatch, tmp_path):
