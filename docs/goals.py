@@ -13,9 +13,9 @@ NEXT = {
     "Compression, version by version": "fewer instructions in the selection; Aᵀ by TMA",
     "Producers, version by version": "two halves of the grid out of step",
     "fp8": "2:4 weights, which need no selection",
-    "A whole step": "one kernel for norm, rotation and rounding of q and k; fp8 weights for modulation",
+    "A whole step": "attention and modulation in fp8 together; fewer passes over the stream",
     "Several cards": "queries, keys and values in e4m3 through the all-to-all; a tile for fewer rows",
-    "Host time": "measure `rtlynx.compile` and fewer operators; one launch for both kernels",
+    "Host time": "measure `rtlynx.compile`; one launch for layers that read one input",
 }
 
 

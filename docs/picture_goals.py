@@ -12,6 +12,8 @@ EVERY_LAYER = {"flux-emoji": 29.0, "qwen-emoji": 29.0, "z-image-emoji": 24.0}
 WITH_DENSE_STEPS, MORE_TIME = 33.0, 1.04
 # Rows of studies/quality.py: one mix in all steps, in whose modelled time the others are to draw nearer.
 MIXED, RECOMMENDED = "saving:auto-90%", ("recommended", "distilled:recommended")
+# Every layer sparse, by weights.
+WEIGHTS = ("drop:fp8-weights", "drop:fp8-weights+rotated", "distilled:fp8-weights+rotated")
 
 
 class Goal(NamedTuple):
@@ -46,8 +48,15 @@ def _goals(root: Path) -> Iterator[Goal]:
             row for row in rows if row["kind"] == "dense-below" and row["recipe"].startswith("every-layer")
         ]
         starts = {row["recipe"]: row for row in below if row["range"][1] == 0}
-        found = max((row["psnr"] for row in starts.values()), default=None)
-        yield Goal(f"{model}, every layer in sparse fp8", EVERY_LAYER[model], found, "a longer distillation")
+        measured = {row["name"]: row for row in read(root / STUDIES / f"quality-{model}.json")["rows"]}
+        every = [row["psnr"] for row in starts.values()]
+        every += [measured[name]["figures"]["psnr"]["mean"] for name in WEIGHTS if name in measured]
+        yield Goal(
+            f"{model}, every layer in sparse fp8",
+            EVERY_LAYER[model],
+            max(every, default=None),
+            "distillation of 2:4 weights",
+        )
         within = [row["psnr"] for row in below if _costs_little(row, starts[row["recipe"]])]
         yield Goal(
             f"{model}, every layer in sparse fp8, last steps dense, at 4 % more modelled time",
@@ -55,7 +64,6 @@ def _goals(root: Path) -> Iterator[Goal]:
             max(within, default=None),
             "distillation for the steps that stay sparse",
         )
-        measured = {row["name"]: row for row in read(root / STUDIES / f"quality-{model}.json")["rows"]}
         most = measured[MIXED]["modelled_ms"]
         found = [
             measured[name]["figures"]["psnr"]["mean"]
@@ -66,7 +74,7 @@ def _goals(root: Path) -> Iterator[Goal]:
             f"{model}, `recommended`, distilled or not, in the modelled time of `{MIXED}`",
             WITH_DENSE_STEPS,
             max(found, default=None),
-            "2:4 weights where they do less harm",
+            "distillation on top of it",
         )
 
 
