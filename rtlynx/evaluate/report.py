@@ -42,8 +42,8 @@ EXPLAINED = {
     ),
     "recommended": (
         '`Recipe.recommended(drop="activations")`: each layer 2:4 in eight bits with refitted weights, in '
-        "eight bits alone, or as it was, by what it saves and what it costs at the model's output. Values are "
-        "rotated, and the last steps, as many as calibration chose, run in eight bits alone."
+        "eight bits alone, or as it was, by what it saves and what it costs at the model's output. Values "
+        "are rotated, and the last steps, as many as calibration chose, run in eight bits alone."
     ),
     "activation-2:4+norm:all-layers": (
         "Selection and norm as above, and the layers of the text stream sparse too. In no other row do they "
