@@ -112,7 +112,7 @@ def test_savers_and_readers_in_threads(place, models):
     folder, errors, stop = place / "lynx", [], threading.Event()
 
     def saver(name):
-        for _ in range(6):
+        for _ in range(4):
             save(models[name], folder)
 
     def reader():
@@ -143,7 +143,7 @@ def test_savers_and_readers_in_threads(place, models):
 
 @needs_fork
 def test_savers_in_processes(place, models):
-    for _ in range(5):
+    for _ in range(3):
         folder = place / "a" / "lynx"
         children = []
         for name in [*models, *models]:

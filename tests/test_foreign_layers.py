@@ -284,7 +284,7 @@ INSIDE = {"compile": lambda wrapper: wrapper._orig_mod, "DataParallel": lambda w
 
 @pytest.mark.parametrize(
     ("wrapper", "way"),
-    [("compile", "sparsify"), ("compile", "load"), *(("DataParallel", way) for way in WAYS)],
+    [("compile", "sparsify"), *(("DataParallel", way) for way in WAYS)],
 )
 def test_a_wrapper_is_looked_into_and_runs_the_sparse_model(wrapper, way, short_checkpoint, tmp_path):
     torch._dynamo.reset()
