@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-import rtlynx
-from rtlynx.models import make_plan
+from rtlynx.models import compilation, make_plan
 from rtlynx.models.sparsify import state_of
 from rtlynx.nn.call import calling, schedule
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -156,7 +155,7 @@ def compile_blocks(model: Any, variant: Variant) -> None:
     if not variant.compiled:
         return
     if state_of(model) is not None:
-        rtlynx.compile(model, cuda_graphs=variant.mode == "reduce-overhead")
+        compilation.compile(model, cuda_graphs=variant.mode == "reduce-overhead")
     else:
         model.compile_repeated_blocks(fullgraph=True, mode=variant.mode)
 

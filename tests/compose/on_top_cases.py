@@ -34,7 +34,7 @@ CASES = {name: (name, case) for name, case in PIPELINES.items() if name.startswi
     ),
 }
 # Of a modulation by token; SD3 is not fused at all.
-NEVER_FUSED = {"ZImageOmniPipeline", "Qwen-Image-Edit 2511"}
+NEVER_FUSED = {"ZImageOmniPipeline"}
 CONTROLNETS = {name for name in CASES if "ControlNet" in name}
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from compose_helpers import REFIT, adapter, formulas, refit, sparse_flux
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from fusion_helpers import serve
 from helpers import (
     MODELS,
     TEXT_TOKENS,
@@ -20,7 +19,6 @@ from helpers import (
 from rtlynx import Recipe, densify, sparsify
 from rtlynx.models import sparse_layers
 from rtlynx.nn.call import calling
-from rtlynx.nn.prologue import adaln, read
 
 CLOSE = 2e-6
 KINDS = ("immediate", "strided", "refit")
@@ -52,17 +50,6 @@ def test_beside_the_layer_the_delta_reads_the_dense_input(kind):
     plain = formulas(model)
     deltas = load(model)
     check_layers(model, deltas, lambda name, x: plain[name](x) + x @ deltas[name].T)
-
-
-@torch.no_grad()
-def test_wrappers_read_tensors_unless_the_process_says_otherwise(monkeypatch):
-    serve(monkeypatch)
-    model = sparsify(tiny_flux().bfloat16(), Recipe.immediate())
-    block, modulation = model.transformer_blocks[0], torch.randn(2, 1, 128).bfloat16()
-    prologue = adaln(block.norm1.norm, torch.randn(1, 5, 128).bfloat16(), *modulation)
-    assert not isinstance(read(prologue, block.attn.to_q), torch.Tensor)
-    load(model)
-    assert isinstance(read(prologue, block.attn.to_q), torch.Tensor)
 
 
 @pytest.mark.parametrize("recipe", [*KEEPS_ORIGINAL, {"precision": "fp8"}])
