@@ -68,6 +68,16 @@ def test_blocks_behind_a_pass_run_again_only_where_they_must(remembering):
     assert "forward" not in vars(model.blocks[0])
 
 
+@pytest.mark.parametrize("most", [0.0, 3000.0])
+def test_blocks_run_again_where_their_outputs_take_too_much(most, monkeypatch):
+    monkeypatch.setattr("rtlynx.calibration.replay._MOST_BYTES", most)
+    model, calls = stack_of(), inputs()
+    found = calibrated(model, calls, BY_BLOCK)
+    expected = calibrated(stack_of(), calls, IN_ONE)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert model.blocks[0].ran == 4 * len(calls) + SEEN
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_gets_the_same_weights_block_by_block(name):
     make, call = MODELS[name]

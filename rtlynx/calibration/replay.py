@@ -49,12 +49,16 @@ def replay(model: nn.Module, call: dict[str, Any]) -> None:
         ) from error
 
 
+_MOST_BYTES = 16e9  # of outputs that are kept; beyond it blocks run again
+
+
 class SkippedBlocks:
     """The blocks of a model up to one, replaced by what they gave.
 
     What lies between blocks runs. Of each list of blocks the output of the last one that ran is kept, on the
     CPU; those before it in the list give the same. That is right where nothing but the next block reads what
-    a block gives: `check` finds out, and nothing is skipped where it is not.
+    a block gives: `check` finds out, and nothing is skipped where it is not, or where outputs take more than
+    16 GB.
 
     Parameters
     ----------
@@ -67,20 +71,27 @@ class SkippedBlocks:
     def __init__(self, model: nn.Module, order: Sequence[str]) -> None:
         self._model, self._order = model, list(order)
         self._outputs: dict[str, dict[Position, Any]] = {}  # of each list
-        self._skipped = 0
-        self._exact = True
+        self._bytes = self._skipped = 0
+        self._skips = True
 
     @contextmanager
     def in_place(self, position: Callable[[], Position], device: torch.device) -> Iterator[None]:
         """Skip the blocks; `position` says which call is replayed."""
+        here: dict[str, tuple[Position, Any]] = {}  # of each list, of the call that is replayed
 
-        def stand_in(outputs: dict[Position, Any]) -> Callable[..., Any]:
-            return lambda *_args, **_kwargs: moved(outputs[position()], device)
+        def stand_in(of: str) -> Callable[..., Any]:
+            def give(*_args: Any, **_kwargs: Any) -> Any:
+                at = position()
+                if of not in here or here[of][0] != at:
+                    here[of] = at, moved(self._outputs[of][at], device)
+                return here[of][1]
+
+            return give
 
         blocks = [(name, self._model.get_submodule(name)) for name in self._order[: self._skipped]]
         before = [block.__dict__.get("forward") for _, block in blocks]
         for name, block in blocks:
-            block.forward = stand_in(self._outputs[_list_of(name)])
+            block.forward = stand_in(_list_of(name))
         try:
             yield
         finally:
@@ -93,7 +104,7 @@ class SkippedBlocks:
     @contextmanager
     def keeping(self, last: str, position: Callable[[], Position]) -> Iterator[None]:
         """Keep what calls give up to the block `last`, and skip these blocks from then on."""
-        if not self._exact:
+        if not self._skips or last == self._order[-1]:  # (nothing comes behind the last)
             yield
             return
         end = self._order.index(last) + 1
@@ -103,7 +114,9 @@ class SkippedBlocks:
             outputs = self._outputs.setdefault(of, {})
 
             def hook(_module: nn.Module, _args: Any, output: Any, outputs: Any = outputs) -> None:
-                outputs[position()] = moved(output, "cpu")
+                self._bytes += _bytes_of(output) - _bytes_of(outputs.get(position()))
+                if self._bytes <= _MOST_BYTES:
+                    outputs[position()] = moved(output, "cpu")
 
             handles.append(self._model.get_submodule(name).register_forward_hook(hook))
         try:
@@ -112,6 +125,8 @@ class SkippedBlocks:
             for handle in handles:
                 handle.remove()
         self._skipped = end
+        if self._bytes > _MOST_BYTES:
+            self._skip_nothing()
 
     def check(self, last: str, call: dict[str, Any], position: Position, device: torch.device) -> None:
         """Skip nothing any more where the block `last` gives something else in `call` without the others."""
@@ -133,11 +148,25 @@ class SkippedBlocks:
         finally:
             handle.remove()
         if len(seen) != 2 or not _same(*seen):
-            self._outputs, self._skipped, self._exact = {}, 0, False
+            self._skip_nothing()
+
+    def _skip_nothing(self) -> None:
+        self._outputs, self._skipped, self._skips = {}, 0, False
 
 
 def _list_of(block: str) -> str:
     return block.rpartition(".")[0]
+
+
+def _bytes_of(value: Any) -> int:
+    """Of the tensors in nested outputs."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_bytes_of, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_bytes_of, value))
+    return _bytes_of(vars(value)) if hasattr(value, "__dict__") and not callable(value) else 0
 
 
 def _same(one: Any, other: Any) -> bool:

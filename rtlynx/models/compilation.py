@@ -68,11 +68,12 @@ def compile(
         if cuda_graphs is not False and _without_graphs_reason(model, blocks, backend) is None:
             of_inductor = torch._inductor.list_mode_options("reduce-overhead")
         _allow_compilations(_COMPILATIONS_PER_BLOCK * max(1, len(blocks)))
-        known = architecture_of(model).class_name in ARCHITECTURES  # to be one graph a block
+        # Blocks known by name are one graph each, but where a cache of diffusers decides which of them run.
+        whole = bool(blocks) and architecture_of(model).class_name in ARCHITECTURES and not _cached(model)
         for part in blocks or [model]:
             # A dict for each: torch.compile takes the filter out of it.
             options = {"guard_filter_fn": needed, **of_inductor}
-            part.compile(fullgraph=known and bool(blocks), dynamic=dynamic, backend=backend, options=options)
+            part.compile(fullgraph=whole, dynamic=dynamic, backend=backend, options=options)
     return model_or_pipeline
 
 
@@ -116,6 +117,8 @@ def _without_graphs_reason(
         return f"they are of the backend 'inductor', not {backend!r}"
     if not blocks:
         return "it declares no repeated blocks, and the output of a whole graph lasts until the next call"
+    if _cached(model):
+        return "a cache skips some of its blocks, and keeps what others gave (enable_cache)"
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if any(_moves_weights(module) for module in model.modules()):
         return "its weights move between calls (offloading or layerwise casting)"
@@ -125,6 +128,11 @@ def _without_graphs_reason(
     if spread or getattr(model, "_parallel_config", None) is not None:
         return "it runs on several cards, which has not been tried with them"
     return None
+
+
+def _cached(model: nn.Module) -> bool:
+    """Whether diffusers caches what blocks give between steps."""
+    return bool(getattr(model, "is_cache_enabled", False))
 
 
 def _moves_weights(module: nn.Module) -> bool:

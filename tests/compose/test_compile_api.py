@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compose_helpers import adapter, sparse_flux
+from diffusers import FirstBlockCacheConfig
 from fusion_helpers import RECIPES, serve
 from helpers import flux_call, in_dtype, output, tiny_flux
 from torch import nn
@@ -178,3 +179,22 @@ def test_layers_that_were_pickled_or_copied_know_their_settings(tmp_path):
     for (name, layer), other in zip(sparse_layers(model).items(), sparse_layers(again).values(), strict=True):
         assert layer.settings is other.settings, name
         assert "settings" not in vars(rtlynx.SparseLinear.from_linear(nn.Linear(8, 8)).to_linear())
+
+
+@torch.no_grad()
+def test_beside_a_cache_that_skips_blocks():
+    def steps(model):
+        model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+        if model is compiled:
+            rtlynx.compile(model, backend="eager")
+        drawn = []
+        for timestep in (1.0, 0.99, 0.5):
+            with model.cache_context("cond"):
+                drawn.append(output(model, flux_call(timestep=timestep)))
+        return drawn
+
+    plain, compiled = (sparsify(tiny_flux(num_layers=2, num_single_layers=2)) for _ in range(2))
+    for expected, y in zip(steps(plain), steps(compiled), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="do not serve .* a cache skips some of its blocks"):
+        rtlynx.compile(plain, cuda_graphs=True)
