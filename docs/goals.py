@@ -22,13 +22,17 @@ NEXT = {
 def goals_section(documents: Iterable[dict], group: str) -> str:
     """The goals of one group of all results files, as a Markdown table; those not reached come first."""
     lines = ["| goal | today | what is next |", "|---|---|---|"]
-    targets = [
-        target
-        for document in documents
-        for target in document.get("targets", ())
-        if _group(target, document) == group
-    ]
-    for target in sorted(targets, key=lambda target: target["met"]):
+    targets: dict[object, dict] = {}
+    for document in documents:
+        for target in document.get("targets", ()):
+            if _group(target, document) != group:
+                continue
+            # Several runs of a step have the same goals: the best counts.
+            about, _, goal = target["what"].rpartition(", speed over ")
+            key = (document["model"], goal, target["wanted"]) if about and group == STEP else len(targets)
+            if key not in targets or targets[key]["measured"] < target["measured"]:
+                targets[key] = target
+    for target in sorted(targets.values(), key=lambda target: target["met"]):
         wanted, today = (_figure(target[key], target["unit"]) for key in ("wanted", "measured"))
         if today == wanted and not target["met"]:  # rounding must not hide what is missing
             today = f"{target['measured']:.3f}x"

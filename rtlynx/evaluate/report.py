@@ -147,7 +147,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     recommended = rows["recommended"]
     if recommended["psnr"] is not None:
         said.append(
-            f"The recommended recipe, which chooses a format for each layer and dense last steps, draws at "
+            f"The recommended recipe with activations alone, which chooses formats and last steps, draws at "
             f"{recommended['psnr']:.1f}{NBSP}dB."
         )
     image_only, everything = rows["activation-2:4+norm"], rows["activation-2:4+norm:all-layers"]

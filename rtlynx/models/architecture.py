@@ -48,7 +48,7 @@ class AttentionRule:
 
     pattern : name of a block with `*` for its index.
     attention, values, readers : names in the block of the attention, of the layers that make its values, and
-        of those that read what it gives, with their first columns; of both those that the block has.
+        of those that read what it gives, with their first columns. A block has some of each.
     """
 
     pattern: str

@@ -14,7 +14,7 @@ from rtlynx.nn.prologue import rms_adaln
 BLOCK = "transformer_blocks.*"
 
 
-def modulation(table: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
+def modulation_of(table: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
     """Rows of table (N, K), each with its part of temb (B, T, N K) added, as N tensors (B, T, K).
 
     T is 1, or the number of tokens where each has a timestep of its own, as beside a given picture.
@@ -32,7 +32,7 @@ def block(
     encoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
     """LTXVideoTransformerBlock.forward."""
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(block.scale_shift_table, temb)
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation_of(block.scale_shift_table, temb)
     x, attn = hidden_states, block.attn1
     prologue = rms_adaln(block.norm1, x, shift, scale)
     inputs = read_by_attention(attn, prologue, attn.to_q, attn.to_k, attn.to_v)

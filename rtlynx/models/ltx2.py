@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule, Stream
 from rtlynx.models.fusion import feed_forward, read_by_attention
-from rtlynx.models.ltx import BLOCK, modulation
+from rtlynx.models.ltx import BLOCK, modulation_of
 from rtlynx.nn.prologue import PrologueCall, plain_rmsnorm, rms_adaln
 
 Call = dict[str, Any]  # arguments of a block's call
@@ -71,7 +71,7 @@ def prompted(block: Any, of: Names, call: Call, parameters: Sequence[Tensor]) ->
     x = x + out * gate
     if block.cross_attn_adaln:
         table, temb = part("prompt_scale_shift_table"), call.get(of.temb_prompt)
-        shift, scale = table[None, None].to(x).unbind(dim=2) if temb is None else modulation(table, temb)
+        shift, scale = table[None, None].to(x).unbind(dim=2) if temb is None else modulation_of(table, temb)
         text = text * (1 + scale) + shift
     norm = part("norm2")
     prologue = rms_adaln(norm, x, cross[0], cross[1]) if cross else plain_rmsnorm(norm, x)
@@ -87,8 +87,8 @@ def exchanged(block: Any, call: Call, video: Tensor, audio: Tensor) -> tuple[Ten
         block.audio_a2v_cross_attn_scale_shift_table,
     )
     # Of either: scale and shift for audio to video, then for video to audio.
-    modulated = modulation(table[:4], call["temb_ca_scale_shift"])
-    audio_modulated = modulation(audio_table[:4], call["temb_ca_audio_scale_shift"])
+    modulated = modulation_of(table[:4], call["temb_ca_scale_shift"])
+    audio_modulated = modulation_of(audio_table[:4], call["temb_ca_audio_scale_shift"])
 
     def prologues(first: int) -> tuple[PrologueCall, PrologueCall]:
         scale, shift = modulated[first : first + 2]
@@ -110,7 +110,7 @@ def exchanged(block: Any, call: Call, video: Tensor, audio: Tensor) -> tuple[Ten
             query_rotary_emb=rotary,
             key_rotary_emb=audio_rotary,
         )
-        (gate,) = modulation(table[4:], call["temb_ca_gate"])
+        (gate,) = modulation_of(table[4:], call["temb_ca_gate"])
         new_video = video + gate * out
     if call.get("use_v2a_cross_attention", True):
         read, reader = prologues(2)
@@ -122,7 +122,7 @@ def exchanged(block: Any, call: Call, video: Tensor, audio: Tensor) -> tuple[Ten
             query_rotary_emb=audio_rotary,
             key_rotary_emb=rotary,
         )
-        (gate,) = modulation(audio_table[4:], call["temb_ca_audio_gate"])
+        (gate,) = modulation_of(audio_table[4:], call["temb_ca_audio_gate"])
         new_audio = audio + gate * out
     return new_video, new_audio
 
@@ -133,8 +133,8 @@ def block(
     """LTX2VideoTransformerBlock.forward as the model calls it, by name; otherwise it stays diffusers' own."""
     if args:
         return original(block, *args, **call)
-    parameters = modulation(block.scale_shift_table, call["temb"])
-    audio_parameters = modulation(block.audio_scale_shift_table, call["temb_audio"])
+    parameters = modulation_of(block.scale_shift_table, call["temb"])
+    audio_parameters = modulation_of(block.audio_scale_shift_table, call["temb_audio"])
     video = prompted(block, VIDEO, call, parameters)
     audio = prompted(block, AUDIO, call, audio_parameters)
     video, audio = exchanged(block, call, video, audio)

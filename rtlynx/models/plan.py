@@ -303,7 +303,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     dropping = {layer.name for layer in layers if layer.dense_reason is None and not layer.drops_nothing}
     for one in attentions:
         if reasons[one.name] is None and not dropping & set(one.readers):
-            reasons[one.name] = _READS_ALL
+            reasons[one.name] = "no layer that reads it drops activations or weights"
     mlps = architecture.mlps_of(model) if recipe.permute_hidden else []
     modulation = tuple(layer for layer in modulation if _skipping(recipe, layer.name) is None)
     plan = Plan(recipe, architecture, layers, modulation, tuple(attentions), tuple(mlps))
