@@ -5,8 +5,9 @@ import torch
 
 from rtlynx.cuda.sm90 import gemm, linear
 from rtlynx.cuda.sm90.compress import CompressOptions
-from rtlynx.cuda.sm90.prologues import bind_matrix
+from rtlynx.cuda.sm90.prologues import IDENTITY, bind_matrix
 from rtlynx.cuda.sm90.weights import Weights
+from rtlynx.math.formats import BF16_SPARSE
 from rtlynx.math.scores import MAGNITUDE
 
 
@@ -90,3 +91,13 @@ def test_copies_of_weights_are_made_at_each_call_and_no_rows_launch_nothing(laun
         assert launches[-1][2].owners[0].weight is not odd.weight
     assert linear.launch_linear(normal(0, 64), odd, None, how, check).shape == (0, 64)
     assert len(launches) == 2
+
+
+@torch.no_grad()
+def test_no_call_is_planned_of_rows_that_two_strides_do_not_describe(launches):
+    options = CompressOptions("adjacent", (), True, BF16_SPARSE, MAGNITUDE)
+    of = Weights(normal(72, 64), None, normal(72))
+    for x, planned in ((normal(2, 3, 8, 64), True), (normal(2, 8, 3, 64).transpose(1, 2), False)):
+        arguments = linear.CallArguments(IDENTITY, (x,), (of,), None, (0,), ("adjacent",))
+        call = linear.plan_call(arguments, options, arguments.form())
+        assert (call is not None) is planned

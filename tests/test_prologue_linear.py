@@ -81,7 +81,7 @@ def test_a_kept_call_reads_the_inputs_of_its_own(monkeypatch, name):
     options = linear.CompressOptions("adjacent", (), True)
 
     def question(inputs):
-        return linear.Question(prologue, inputs, [of], None, (0,), ("adjacent",))
+        return linear.CallArguments(prologue, inputs, [of], None, (0,), ("adjacent",))
 
     for _ in range(2):  # the first makes the product, the second keeps the call
         first = question(make_inputs(name, 2, 35))

@@ -95,7 +95,7 @@ class SparseLinear(Settled):
     dense_precision: Literal["bf16", "fp8"]
     text_rows_dense: bool
     dense_steps: bool
-    lent: bool
+    lent: bool = False  # (of layers that were pickled before it, too)
     shared_input: SharedInput
     backend: Backend | None
     settings: str

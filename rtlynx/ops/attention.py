@@ -74,7 +74,10 @@ def _streams(
     ------
     ValueError
         If a list has another length than streams need.
+    RuntimeError
+        If a gradient is asked for.
     """
+    refuse_gradients(query, key, value, *behind, *weights)
     count = 1 + bool(behind)
     each = len(rotary) // count
     if len(behind) not in (0, 3) or len(weights) != 2 * count or len(rotary) % count or each > 2:

@@ -149,7 +149,7 @@ def scaled_product(compressed: CompressedFp8, of: Fp8Parameters, beside: Beside 
 
     By our product where the weight is packed, else by `torch._scaled_mm`. There, of more than `_SURE_COLUMNS`
     inputs the bias is added to the product rounded to bfloat16. What is `beside` is added before the bias in
-    our product, and after all else there.
+    our product, and there after a bias that the product takes.
     """
     if of.packed is not None:
         values, scale = compressed.values.contiguous(), compressed.scale.contiguous()

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx.cuda.sm90.linear import Question, contiguous, known_call, launch_call, plan_call
+from rtlynx.cuda.forms import keep
+from rtlynx.cuda.sm90.linear import CallArguments, contiguous, known_call, launch_call, plan_call
 from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES
 from rtlynx.cuda.sm90.weights import Weights
 from rtlynx.ops.prologues import COMPRESS
 from rtlynx.ops.registry import operator
 from rtlynx.ops.sparse_linear import compress, gemm_joint, options_of
 
-# Whether calls are kept by their form (`rtlynx.cuda.sm90.linear`). False makes each in two parts, as before.
-KEEP_CALLS = True
+# Forms of calls that are made in two parts each time: inputs or weights are copied to be read.
+_in_two_parts: dict[tuple[Any, ...], bool] = {}
 
 
 def _arguments(prologue: str, x: Tensor, others: Sequence[Tensor], numbers: Sequence[float]) -> list[Any]:
@@ -83,21 +84,21 @@ def _hopper(
 ) -> Tensor:
     how = grouping, tuple(parts), norm, format, score
     lists = weights, lowrank_bs, biases, weight_scales
-    if not KEEP_CALLS:
-        return _one_by_one(x, others, numbers, prologue, lowrank_a, *how, *lists, first_ranks)
     none = [None] * len(weights)
     layers = [Weights(*of) for of in zip(*(given or none for given in lists), strict=False)]
     lengths = tuple(map(len, lists))
-    inputs, factor = (x, *others, *numbers), contiguous(lowrank_a)
     known = PROLOGUES.get(prologue, IDENTITY)
-    question = Question(known, inputs, layers, factor, tuple(first_ranks), (prologue, *how, lengths))
-    form, call = known_call(question)
+    inputs, factor = (x, *others, *numbers), contiguous(lowrank_a)
+    given = CallArguments(known, inputs, layers, factor, tuple(first_ranks), (prologue, *how, lengths))
+    form, call = known_call(given)
     if call is not None:
         return launch_call(call, inputs)
     y = _one_by_one(x, others, numbers, prologue, lowrank_a, *how, *lists, first_ranks)  # checks, too
-    if y.numel() and not torch.is_grad_enabled():
+    if y.numel() and not torch.is_grad_enabled() and form not in _in_two_parts:
         arguments = _arguments(prologue, x, others, numbers)
-        plan_call(question._replace(inputs=arguments), options_of(*how), form)
+        plan_call(given._replace(inputs=arguments), options_of(*how), form)
+        if known_call(given)[1] is None:
+            keep(_in_two_parts, form, True)
     return y
 
 

@@ -63,6 +63,16 @@ def test_bits_in_the_first_call_and_in_those_that_follow(name, fp8, rows, rank, 
 
 
 @torch.no_grad()
+def test_rows_that_two_strides_do_not_describe():
+    of = layers(PrologueCase("adaln", 48, 64), (64,), 0)
+    tail = None, "adjacent", [], True, "bf16-sparse"
+    for _ in range(4):
+        x = torch.randn(2, 8, 3, 64, device="cuda").bfloat16().transpose(1, 2)
+        y, expected = both("identity", (x,), tail, of)
+        assert torch.equal(y, expected)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_a_captured_graph_reads_new_contents(name):
     case = PrologueCase(name, 512, 1024, rank=32, fp8=True)

@@ -1,4 +1,5 @@
-// What compress.cu makes in fp8 without a low-rank product, the same bytes, by CTAs that take whole rows.
+// What compress.cu makes in fp8 without a low-rank product, by CTAs that take whole rows: the same bytes of the same
+// bfloat16 rows. (Moments and norms are summed in another order.)
 //
 // Kept values stay in registers until their row's largest is known, so nothing waits in shared memory and no cluster
 // shares a row. A CTA takes ROWS rows, row r and, of two, r + 8, whose indices share sectors. A thread has UNITS times

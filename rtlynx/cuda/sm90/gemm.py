@@ -238,7 +238,8 @@ def product_of(
         readable = [readable_weights(of) for of in layers]
         product = new_product(readable, rows, first_ranks, lowrank_bytes)
         if places == placed_form_of([one for of in readable for one in of]):
-            keep(_products, form, product._replace(owners=()))
+            product = product._replace(owners=())
+            keep(_products, form, product)
     return product
 
 

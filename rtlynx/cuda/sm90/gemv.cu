@@ -42,14 +42,6 @@ DEVICE uint32_t bf16_of_e4m3(uint16_t pair) {
     return mul_bf16x2(moved, 0x77807780u);
 }
 
-DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 DEVICE int padded_k(const Parameters& p) { return (p.k + kChunk - 1) / kChunk * kChunk; }
 DEVICE int smem_stride(const Parameters& p) { return padded_k(p) + kPadding; }
 

@@ -52,7 +52,7 @@ class Call(NamedTuple):
 _calls: dict[tuple[Any, ...], Call] = {}
 
 
-class Question(NamedTuple):
+class CallArguments(NamedTuple):
     """A call before it is known how to launch it.
 
     inputs : arguments of the prologue
@@ -80,22 +80,23 @@ class Question(NamedTuple):
         return (self.prologue, device, forced, self.first_ranks, self.how, *forms, *placed_form_of(tensors))
 
 
-def known_call(question: Question) -> tuple[tuple[Any, ...], Call | None]:
+def known_call(arguments: CallArguments) -> tuple[tuple[Any, ...], Call | None]:
     """The form of the call, and what was kept for it; nothing where gradients are recorded."""
-    form = question.form()
+    form = arguments.form()
     return form, None if torch.is_grad_enabled() else _calls.get(form)
 
 
-def plan_call(question: Question, options: CompressOptions, form: tuple[Any, ...]) -> Call | None:
+def plan_call(arguments: CallArguments, options: CompressOptions, form: tuple[Any, ...]) -> Call | None:
     """How to launch a checked call with rows and columns; None where one kernel cannot read its inputs.
 
     Kept for its form, unless inputs or weights had to be copied.
     """
-    prologue, inputs, layers, lowrank_a, first_ranks, _ = question
-    if prologue is IDENTITY:
-        given: BoundPrologue | None = bind_matrix(inputs[0])
-    else:
+    prologue, inputs, layers, lowrank_a, first_ranks, _ = arguments
+    given: BoundPrologue | None = None
+    if prologue is not IDENTITY:
         given = bind(prologue, inputs)
+    elif expressible(inputs[0]) is inputs[0]:
+        given = bind_matrix(inputs[0])
     if given is None or not (prologue is IDENTITY or _vectors_fit(given, lowrank_a, options)):
         return None
     compression = plan_compress(given, lowrank_a, options)
@@ -119,9 +120,7 @@ def plan_call(question: Question, options: CompressOptions, form: tuple[Any, ...
     )
     places = [one.data_ptr() for one in inputs if isinstance(one, Tensor)]
     copied = given.owners and places != [one.data_ptr() for one in given.owners]
-    if (
-        not copied and not product.owners
-    ):  # (a product has owners when it is made, and when copies of weights are)
+    if not copied and not product.owners:
         keep(_calls, form, call._replace(given=given._replace(owners=())))
     return call
 
@@ -169,16 +168,16 @@ def launch_linear(
     `check` refuses arguments and gives the options that `how` stands for; it is called once for each form of
     them, or always where gradients are recorded.
     """
-    question = Question(IDENTITY, (expressible(x),), (of,), contiguous(lowrank_a), (0,), how)
-    form, call = known_call(question)
+    arguments = CallArguments(IDENTITY, (expressible(x),), (of,), contiguous(lowrank_a), (0,), how)
+    form, call = known_call(arguments)
     if call is None:
         options = check()
         n, k = of.weight.shape
         if x.numel() == 0 or n == 0:
             return x.new_empty((x.numel() // k, n))
-        call = plan_call(question, options, form)
+        call = plan_call(arguments, options, form)
         assert call is not None
-    return launch_call(call, question.inputs)
+    return launch_call(call, arguments.inputs)
 
 
 def contiguous(factor: Tensor | None) -> Tensor | None:

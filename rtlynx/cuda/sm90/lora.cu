@@ -64,14 +64,6 @@ DEVICE uint32_t e4m3_to_bf16(uint32_t pair) {
     return pack_bf16(low, high);
 }
 
-DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 DEVICE uint4 load_16(const void* from, bool inside) {
     return inside ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
 }
