@@ -48,6 +48,22 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def _served(monkeypatch):
+    """Fused blocks run as on a card, their operators in plain PyTorch (`fusion_helpers.serve`)."""
+    from fusion_helpers import serve
+
+    serve(monkeypatch)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what is called of this package's operators (`fusion_helpers.count_calls`)."""
+    from fusion_helpers import count_calls
+
+    return count_calls(monkeypatch)
+
+
+@pytest.fixture
 def place(tmp_path):
     """A folder in memory where there is such a thing: waiting for disks is not what is tested here."""
     if not os.access("/dev/shm", os.W_OK):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fusion_helpers import count_calls, serve, unfused
+from fusion_helpers import unfused
 from helpers import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
@@ -29,16 +29,6 @@ def masked(call, present=5):
     """As the pipeline calls it: padding is not attended to."""
     mask = torch.arange(TEXT_TOKENS + IMAGE_TOKENS)[None]
     return {**call, "attention_mask": (mask < present) | (mask >= TEXT_TOKENS)}
-
-
-@pytest.fixture
-def _served(monkeypatch):
-    serve(monkeypatch)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
 
 
 @torch.no_grad()

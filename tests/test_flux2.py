@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel, MagCacheConfig
 from diffusers.models.transformers import transformer_flux2 as diffusers_flux2
-from fusion_helpers import count_calls, serve, unfused
+from fusion_helpers import unfused
 from helpers import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
@@ -31,16 +31,6 @@ CLOSE = 2e-2  # of the same products of inputs that were rounded to bfloat16 onc
 
 def model_and_call(dtype=torch.bfloat16, **changes):
     return tiny_flux2(**changes).to(dtype), in_dtype(flux2_call(), dtype)
-
-
-@pytest.fixture
-def _served(monkeypatch):
-    serve(monkeypatch)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------ fused blocks

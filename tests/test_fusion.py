@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from fusion_helpers import RECIPES as SHARED
-from fusion_helpers import count_calls, give_factors, serve, unfused
+from fusion_helpers import give_factors, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error, tiny_flux
 from torch import nn
 
@@ -33,16 +33,6 @@ RECIPES = {
 def model_and_call(name):
     make, call = MODELS[name]
     return make().bfloat16(), in_dtype(call(), torch.bfloat16)
-
-
-@pytest.fixture
-def _served(monkeypatch):
-    serve(monkeypatch)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fusion_helpers import RECIPES, count_calls, serve, unfused
+from fusion_helpers import RECIPES, unfused
 from helpers import in_dtype, output, qwen_edit_call, relative_error, tiny_qwen_edit
 
 from rtlynx import Recipe, sparsify
@@ -22,16 +22,6 @@ def batched(call):
     both = {name: torch.cat([call[name], call[name].flip(1)]) for name in names}
     both["timestep"] = torch.tensor([0.9, 0.2], dtype=call["timestep"].dtype)
     return {**both, "img_shapes": [[(1, 8, 8), (1, 4, 4)], [(1, 4, 4), (1, 8, 8)]]}
-
-
-@pytest.fixture
-def _served(monkeypatch):
-    serve(monkeypatch)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from checkpoint_helpers import make
 from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
-from fusion_helpers import count_calls, serve, unfused
+from fusion_helpers import unfused
 from helpers import in_dtype, output, relative_error, sd3_call, tiny_sd3
 
 from rtlynx import Recipe, sparsify
@@ -16,16 +16,6 @@ CLOSE = 2e-2  # of the same products of inputs that were rounded to bfloat16 onc
 
 def model_and_call(dtype=torch.bfloat16, **changes):
     return tiny_sd3(**changes).to(dtype), in_dtype(sd3_call(), dtype)
-
-
-@pytest.fixture
-def _served(monkeypatch):
-    serve(monkeypatch)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
 
 
 @torch.no_grad()

@@ -201,8 +201,6 @@ def joint_attention(
         If gradients are asked for.
     """
     first, *others = streams
-    given = [one for stream in streams for one in (*stream.heads, stream.q_weight, stream.k_weight)]
-    refuse_gradients(*given)
     q, k, v, unit, mean = attention_inputs(
         *first.heads,
         [one for stream in others for one in stream.heads],

@@ -15,10 +15,9 @@ from torch import Tensor
 from rtlynx.cuda.forms import keep
 from rtlynx.cuda.sm90.linear import CallArguments, contiguous, known_call, launch_call, plan_call
 from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES
-from rtlynx.cuda.sm90.weights import Weights
 from rtlynx.ops.prologues import COMPRESS
 from rtlynx.ops.registry import operator
-from rtlynx.ops.sparse_linear import compress, gemm_joint, options_of
+from rtlynx.ops.sparse_linear import compress, gemm_joint, options_of, zipped
 
 # Forms of calls that are made in two parts each time: inputs or weights are copied to be read.
 _in_two_parts: dict[tuple[Any, ...], bool] = {}
@@ -84,9 +83,7 @@ def _hopper(
 ) -> Tensor:
     how = grouping, tuple(parts), norm, format, score
     lists = weights, lowrank_bs, biases, weight_scales
-    none = [None] * len(weights)
-    layers = [Weights(*of) for of in zip(*(given or none for given in lists), strict=False)]
-    lengths = tuple(map(len, lists))
+    layers, lengths = zipped(*lists), tuple(map(len, lists))
     known = PROLOGUES.get(prologue, IDENTITY)
     inputs, factor = (x, *others, *numbers), contiguous(lowrank_a)
     given = CallArguments(known, inputs, layers, factor, tuple(first_ranks), (prologue, *how, lengths))

@@ -181,10 +181,18 @@ def _gemm_joint_hopper(
         layers = layers_of(*lists, first_ranks)
         check_gemm(packed_a, scale, lowrank, layers, first_ranks, rows, JOINT_NAMES)
 
+    return launch_gemm(
+        packed_a, scale, lowrank, zipped(*lists), rows, first_ranks, check, tuple(map(len, lists))
+    )
+
+
+def zipped(weights: Sequence[Tensor], *others: Sequence[Tensor]) -> list[Weights]:
+    """The layers of lists of weights, factors, biases and scales, of which any but the first may be empty.
+
+    Without the checks of `layers_of`.
+    """
     none = [None] * len(weights)
-    layers = [Weights(*of) for of in zip(*(given or none for given in lists), strict=False)]
-    lengths = tuple(map(len, lists))
-    return launch_gemm(packed_a, scale, lowrank, layers, rows, first_ranks, check, lengths)
+    return [Weights(*of) for of in zip(weights, *(given or none for given in others), strict=False)]
 
 
 # --------------------------------------------------------------------------------------------- operators

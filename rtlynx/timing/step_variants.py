@@ -138,7 +138,8 @@ def recommended(
 
 def prune(plan: Plan, name: str, layer: SparseLinear) -> None:
     """Give `layer` the larger two of every four weights, where it drops weights by `plan`."""
-    if any(one.weight_sparse for one in plan.sparse if one.name == name):
+    planned = plan.layer(name)
+    if planned is not None and planned.weight_sparse:
         kept = select(layer.weight, nm_mask(layer.weight))
         layer.set_quantized(quantize_weight(kept), keep_dense=layer.depends_on_call, sparse=True)
 

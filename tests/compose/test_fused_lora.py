@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 from compose_helpers import adapter, refit
 from fusion_helpers import RECIPES as SHARED
-from fusion_helpers import count_calls, drop_weights, give_factors, serve, unfused
+from fusion_helpers import drop_weights, give_factors, serve, unfused
 from helpers import MODELS, flux_call, in_dtype, output, relative_error, tiny_flux
 from peft import LoraConfig
 from torch import nn
@@ -27,11 +27,6 @@ OTHERS = [name for name in MODELS if name != "flux"]
 def _served(monkeypatch):
     serve(monkeypatch)
     monkeypatch.setattr(dispatch, "QUANTIZED_LORAS", True)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
 
 
 def model_and_call(name="flux", recipe="bf16", **changes):

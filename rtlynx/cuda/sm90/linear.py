@@ -20,7 +20,15 @@ from rtlynx.cuda.sm90.compress import (
     vectors_fit,
 )
 from rtlynx.cuda.sm90.gemm import Product, product_of, start_gemm
-from rtlynx.cuda.sm90.prologues import IDENTITY, BoundPrologue, Prologue, bind, bind_matrix, expressible
+from rtlynx.cuda.sm90.prologues import (
+    IDENTITY,
+    BoundPrologue,
+    Prologue,
+    at_addresses,
+    bind,
+    bind_matrix,
+    expressible,
+)
 from rtlynx.cuda.sm90.weights import Weights, readable, stored_columns
 
 # Alignment inside the workspace; the allocator's own is more.
@@ -136,10 +144,7 @@ def launch_call(call: Call, inputs: Sequence[Any]) -> Tensor:
     given = call.given
     if not given.owners:
         addresses = [one.data_ptr() for one in inputs if isinstance(one, Tensor)]
-        values, matrices = call.values.copy(), call.matrices
-        values[0 : 4 * matrices : 4] = addresses[:matrices]
-        values[4 * matrices : 3 * matrices + len(addresses)] = addresses[matrices:]
-        parameters = given.prologue.layout.pack(*values)
+        parameters = given.prologue.layout.pack(*at_addresses(call.values, call.matrices, addresses))
         given = BoundPrologue(
             given.prologue, parameters, given.rows, given.columns, given.device, given.aligned
         )

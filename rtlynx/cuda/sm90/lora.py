@@ -16,7 +16,7 @@ from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.compress import address_of
 from rtlynx.cuda.sm90.weights import aligned, stored_columns
 from rtlynx.math.formats import TILE_ROWS
-from rtlynx.math.tiles import LOWRANK_BYTES, LOWRANK_COLUMNS
+from rtlynx.math.tiles import lowrank_bytes
 
 MAX_PIECES, MAX_LAYERS = 16, 8  # of a launch
 K_MULTIPLE = 16
@@ -92,10 +92,7 @@ class LoraShape(NamedTuple):
         """Of each layer's tiles of B."""
         if not self.packs:
             return [0] * len(self.widths)
-        return [
-            -(-n // TILE_ROWS) * -(-rank // LOWRANK_COLUMNS) * LOWRANK_BYTES
-            for n, rank in zip(self.widths, self.layer_ranks, strict=True)
-        ]
+        return [lowrank_bytes(n, rank) for n, rank in zip(self.widths, self.layer_ranks, strict=True)]
 
 
 class _Plan(NamedTuple):

@@ -238,10 +238,16 @@ def bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
             keep(_packings, form, packing)
         return bound
     values, matrices, rows, columns = known
-    values = values.copy()
+    parameters = prologue.layout.pack(*at_addresses(values, matrices, addresses))
+    return BoundPrologue(prologue, parameters, rows, columns, tensors[0].device, True)
+
+
+def at_addresses(values: Sequence[Any], matrices: int, addresses: Sequence[int]) -> list[Any]:
+    """Fields of a prologue's parameters with other addresses: of its `matrices` first, then of vectors."""
+    values = list(values)
     values[0 : 4 * matrices : 4] = addresses[:matrices]
     values[4 * matrices : 3 * matrices + len(addresses)] = addresses[matrices:]
-    return BoundPrologue(prologue, prologue.layout.pack(*values), rows, columns, tensors[0].device, True)
+    return values
 
 
 def _bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
