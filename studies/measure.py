@@ -141,6 +141,7 @@ class Study:
             "unmodelled": built.unmodelled,
             "calls_computed": computed,
             "forms": dict(Counter(layer.form for layer in built.plan.values())),
+            "forms_by_role": self._forms_by_role(built),
             "recipe": built.recipe,
             "distillation": built.distillation,
             "calibration_prompts": None if built.calibration_seconds is None else self._prompts(variant),
@@ -156,6 +157,14 @@ class Study:
     def _errors(self, built: Built, variant: Variant) -> dict[str, Any]:
         model = target_model(built.pipeline)
         return model_errors(target_model(self.model.pipeline), model, built.layers, self.calls(variant.steps))
+
+    def _forms_by_role(self, built: Built) -> dict[str, dict[str, int]]:
+        """What layers of the image are, counted: role -> form -> layers."""
+        found: dict[str, Counter[str]] = {}
+        for layer in make_plan(target_model(self.model.pipeline), Recipe(rank=None)).sparse:
+            if layer.name in built.plan:
+                found.setdefault(layer.candidate.role, Counter())[built.plan[layer.name].form] += 1
+        return {role: dict(forms) for role, forms in found.items()}
 
     def _dense_ms(self, built: Built) -> float | None:
         return step_ms(self.model.architecture, all_dense(built.plan))

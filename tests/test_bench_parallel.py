@@ -16,7 +16,7 @@ from rtlynx.timing.full_models import MODELS
 from rtlynx.timing.overview import parallel_overview
 from rtlynx.timing.results import over_reference, speed_up
 from rtlynx.timing.step_split import kind
-from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, REFERENCE, Variant, recommended
+from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED, REFERENCE, Form, Variant, recommended
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -48,8 +48,8 @@ def without_cards():
     parallel.build = lambda full: full.build()
     parallel.normals = lambda seed: torch.randn
     parallel.VARIANTS = (
-        Variant(RECOMMENDED, recommended("fp8"), compiled=False),
-        Variant(DENSE_FP8, broken, compiled=False),
+        Variant(RECOMMENDED, Form(recommended("fp8")), compiled=False),
+        Variant(DENSE_FP8, Form(broken), compiled=False),
     )
 
 

@@ -1,8 +1,10 @@
 """The benchmark of a denoising step, as far as it needs no card."""
 
+import copy
 import itertools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,8 @@ from rtlynx_zoo.prompts import ASSETS
 from rtlynx import Recipe, sparsify
 from rtlynx.io.checkpoint import read_index
 from rtlynx.models import make_plan, sparse_layers
-from rtlynx.models.attention_backend import Fp8Attention
+from rtlynx.models.attention import fp8_attention
+from rtlynx.nn.cached_tensor import CachedTensor
 from rtlynx.timing import step, step_variants
 from rtlynx.timing.full_models import MODELS, TIMESTEP, Size
 from rtlynx.timing.overview import step_overview
@@ -85,9 +88,11 @@ def test_layers_whole_in_fp8_are_those_of_the_box_s_recommended_solution():
     for layer in plan.sparse:
         pattern = found[layer.name]["pattern"]
         by_role.setdefault(layer.candidate.role, []).append(pattern["n"] == pattern["m"])
-    assert {role: sum(some) / len(some) for role, some in by_role.items()} == step_variants.DENSE_IN_FP8
+    choice = step_variants.CHOICES[step_variants.FLUX]
+    shares = {role: sum(some) / len(some) for role, some in by_role.items() if any(some)}
+    assert {role: {"fp8-dense": share} for role, share in shares.items()} == choice.shares
     recipe = read_index(ASSETS / "solutions" / "recommended")["recipe"]
-    assert recipe["dense_sigmas"] == [[0.0, pytest.approx(step_variants.DENSE_BELOW, abs=1e-3)]]
+    assert recipe["dense_sigmas"] == [[0.0, pytest.approx(choice.dense_below, abs=1e-3)]]
 
 
 def test_dense_fp8_is_every_layer_in_eight_bits():
@@ -102,20 +107,33 @@ def test_dense_fp8_is_every_layer_in_eight_bits():
 def test_spared_layers_hold_their_share_and_lie_evenly():
     model = tiny_flux(num_layers=2, num_single_layers=20)
     layers = make_plan(model, Recipe(rank=None)).sparse
-    names = step_variants.spread_out(layers, step_variants.output_shares(layers, 0.15))
+    names = spread_out(layers, 0.15)
     work = {layer.name: layer.in_features * layer.out_features for layer in layers}
     assert sum(work[name] for name in names) / sum(work.values()) == pytest.approx(0.15, abs=0.03)
     places = [int(name.split(".")[1]) for name in names if name.startswith("single")]
     assert max(b - a for a, b in itertools.pairwise(places)) <= 4
     outputs = {layer.name for layer in layers if layer.candidate.role in ("attention-out", "single-out")}
     assert set(names) <= outputs
-    more = step_variants.spread_out(layers, step_variants.output_shares(layers, 0.5))
-    assert outputs < set(more)
+    assert outputs < set(spread_out(layers, 0.5))
+
+
+def spread_out(layers, share):
+    """Layers that hold `share` of all work, outputs first."""
+    shares = step_variants.output_shares(layers, share)
+    return list(step_variants.spread_out(layers, {role: {"dense": one} for role, one in shares.items()}))
+
+
+def test_formats_of_one_role_are_spread_over_different_layers():
+    layers = make_plan(tiny_flux(num_single_layers=12), Recipe(rank=None)).sparse
+    shares = {"single-out": {"fp8-dense": 1 / 2, "fp8-sparse": 1 / 4}}
+    found = step_variants.spread_out(layers, shares)
+    assert Counter(found.values()) == {"fp8-dense": 6, "fp8-sparse": 3}
+    assert all(name.endswith("proj_out") for name in found)
 
 
 def test_designs_are_what_their_names_say(monkeypatch):
     monkeypatch.setattr(step_variants, "normals", lambda seed: torch.randn)
-    changes = {variant.name.partition(" (")[2]: variant.change for variant in step_variants.DESIGNS}
+    changes = {variant.name.partition(" (")[2]: variant.form.change for variant in step_variants.DESIGNS}
     model = tiny_flux()
     changes["every layer, text rows dense)"](model)
     layers = sparse_layers(model)
@@ -135,22 +153,40 @@ def test_designs_are_what_their_names_say(monkeypatch):
     assert torch.equal(attention.to_q.lowrank_a, attention.to_v.lowrank_a)
 
 
-def test_variants_with_fp8_attention_are_the_others_with_it():
-    changes = {variant.name: variant.change for variant in step_variants.DESIGNS}
-    ends = step_variants.FP8_ATTENTION
-    ours = (step_variants.RECOMMENDED, step_variants.EVERY_WEIGHT)
-    beside = (step_variants.REFERENCE, step_variants.DENSE_FP8, *ours)
-    assert {name for name in changes if name.endswith(ends)} == {f"{name}{ends}" for name in beside}
-    plain = {variant.name: variant.change for variant in step_variants.VARIANTS}
-    for name in beside:
-        model, other = tiny_flux(), tiny_flux()
-        changes[f"{name}{ends}"](model)
-        plain[name](other)
-        assert {key: layer.format for key, layer in sparse_layers(model).items()} == {
-            key: layer.format for key, layer in sparse_layers(other).items()
-        }
-        processor = model.transformer_blocks[0].attn.processor
-        assert isinstance(processor._attention_backend, Fp8Attention)
+def first_step(model, call):
+    kind, *_ = step.kinds_of_steps(model, [call], [1.0, 0.1]).values()
+    return kind.users()[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["_DENSE", "_RECOMMENDED", "_WEIGHTS"])
+def test_variants_of_one_form_share_its_weights_and_draw_alike(form):
+    form, call, (direct, model) = (
+        getattr(step_variants, form),
+        flux_call(timestep=TIMESTEP),
+        (tiny_flux(), tiny_flux()),
+    )
+    form.change(direct)
+    forms = step.Forms(model)
+    one, other = forms.copy_of(form), forms.copy_of(form)
+    fp8_attention(other)  # changes neither `one` nor the copies to come
+    wanted, attended = first_step(direct, call), first_step(other, call)
+    for twin in (one, forms.copy_of(form)):
+        assert torch.equal(first_step(twin, call), wanted)
+    assert not torch.equal(attended, wanted)
+    held = [{one.data_ptr() for one in (*twin.parameters(), *twin.buffers())} for twin in (one, other)]
+    assert held[0] == held[1]
+    assert not sparse_layers(model)
+
+
+def test_what_layers_made_of_their_weights_goes_along_to_copies_that_share_them():
+    weight, made = torch.ones(4), []
+    cache = CachedTensor()
+    cache.get((weight,), None, lambda: made.append(1) or weight + 1)
+    shared = copy.deepcopy(cache, {id(weight): weight})
+    shared.get((weight,), None, lambda: made.append(2) or weight + 1)
+    assert made == [1]
+    assert copy.deepcopy(cache).kept is None
 
 
 @pytest.mark.parametrize(
@@ -215,7 +251,7 @@ def test_larger_pictures_stay_noisy_for_longer_where_the_shift_grows_with_them()
 def scheduled(monkeypatch):
     """A small model as the variant with a schedule, as always sparse, as always in dense fp8; and a call."""
     monkeypatch.setattr(step_variants, "normals", lambda seed: torch.randn)
-    changes = {variant.name: variant.change for variant in step_variants.VARIANTS}
+    changes = {variant.name: variant.form.change for variant in step_variants.VARIANTS}
     model, sparse, dense = tiny_flux(), tiny_flux(), tiny_flux()
     changes[step_variants.RECOMMENDED](model)
     step_variants.recommended("fp8")(sparse)
@@ -275,7 +311,8 @@ def test_the_variant_with_a_schedule_drops_weights_and_holds_the_original_ones_t
     more = step.held_bytes(model) - step.held_bytes(sparse)
     entries = sum(layer.weight.numel() for layer in dropping.values())
     scales = 4 * sum(layer.out_features for layer in dropping.values())
-    assert more == entries + scales
+    biases = scales  # in float32 here
+    assert more == entries + scales + biases
 
 
 def test_a_variant_with_a_schedule_gives_a_row_a_kind_and_their_mean(monkeypatch):
@@ -315,9 +352,10 @@ def test_copies_of_weights_decide_whether_variants_fit_the_card_together(monkeyp
     copy_bytes = sum(layer.weight.numel() for layer in sparse_layers(quantised).values())
     card = SimpleNamespace(total_memory=(weights + 1.5 * copy_bytes) / step.ROOM)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
-    one, two = (step_variants.Variant("a", None, fp8_weights=count) for count in (1, 2))
-    assert step.fits_together(model, [one])
-    assert not step.fits_together(model, [one, one])
+    forms = [step_variants.Form(change, count) for change, count in ((abs, 1), (all, 1), (any, 2))]
+    one, other, two = (step_variants.Variant("a", form) for form in forms)
+    assert step.fits_together(model, [one, one])
+    assert not step.fits_together(model, [one, other])
     assert not step.fits_together(model, [two])
 
 

@@ -53,7 +53,13 @@ class CachedTensor:
         self._entry = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedTensor:
-        return CachedTensor()
+        """Empty, but where the copy shares what the tensor was made of."""
+        copied, entry = CachedTensor(), self._entry
+        if entry is not None:
+            sources = [ref() for ref in entry[1]]
+            if all(source is not None and memo.get(id(source)) is source for source in sources):
+                copied._entry = entry
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_entry": None}

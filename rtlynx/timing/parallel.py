@@ -26,7 +26,7 @@ from rtlynx.timing.processes import Processes, SharedTimer, captured
 from rtlynx.timing.results import ONE_CARD
 from rtlynx.timing.step import compile_blocks, peak_bytes, step_of, twin_of
 from rtlynx.timing.step_split import kernels_ms
-from rtlynx.timing.step_variants import RECOMMENDED, VARIANTS, Variant, recommended
+from rtlynx.timing.step_variants import RECOMMENDED, VARIANTS, Form, Variant, recommended
 from rtlynx.timing.sustained import Measurement, Timer, measure
 
 Step = Callable[[], list[Tensor]]
@@ -112,8 +112,9 @@ def _made(variant: Variant, arrangement: Arrangement | None, bench: Bench) -> tu
         arrangement.spread(twin, of.count)
     if variant.name.startswith(RECOMMENDED):  # of whose steps the sparse one is measured
         degree = of.count if arrangement is not None and arrangement.cuts_weights else 1
-        variant = variant._replace(change=recommended("fp8", tp_degree=degree))
-    variant.change(twin)
+        variant = variant._replace(form=Form(recommended("fp8", tp_degree=degree)))
+    variant.form.change(twin)
+    variant.then(twin)
     if arrangement is not None and not arrangement.cuts_weights:
         arrangement.spread(twin, of.count)
     compile_blocks(twin, variant)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rtlynx.models import compilation, make_plan
+from rtlynx.models import compilation, make_plan, sparse_layers
 from rtlynx.models.sparsify import state_of
 from rtlynx.nn.call import calling, schedule
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -27,7 +27,7 @@ from rtlynx.timing.card import Card
 from rtlynx.timing.full_models import MODELS, TIMESTEP, Call, Size, build, normals
 from rtlynx.timing.results import REFERENCE
 from rtlynx.timing.step_split import split
-from rtlynx.timing.step_variants import DESIGNS, OURS, VARIANTS, Variant
+from rtlynx.timing.step_variants import DESIGNS, OURS, VARIANTS, Form, Variant
 from rtlynx.timing.sustained import (
     Graphs,
     Measurement,
@@ -146,8 +146,25 @@ def kinds_of_steps(model: nn.Module, calls: list[Call], sigmas: Sequence[float])
 
 
 def twin_of(model: nn.Module) -> Any:
-    """A copy of `model` that shares its parameters and buffers."""
+    """A copy of `model` that shares its parameters, buffers, and what sparse layers made of them."""
     return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
+
+
+class Forms:
+    """Copies of a model, one of each form that is asked for. They share its parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._made = model, dict[Form, nn.Module]()
+
+    def copy_of(self, form: Form) -> Any:
+        """A copy of the model in this form; copies of one form share their weights."""
+        if form not in self._made:
+            made = twin_of(self._model)
+            form.change(made)
+            for layer in sparse_layers(made).values():
+                layer.prepare()
+            self._made[form] = made
+        return twin_of(self._made[form])
 
 
 def compile_blocks(model: Any, variant: Variant) -> None:
@@ -175,9 +192,8 @@ def prepare(variant: Variant, of: "Bench", missing: dict[str, str]) -> dict[str,
 
     RuntimeError and the like where it does not run.
     """
-    model = of.model
-    twin = twin_of(model)
-    variant.change(twin)
+    twin = of.forms.copy_of(variant.form)
+    variant.then(twin)
     compile_blocks(twin, variant)
     kinds = kinds_of_steps(twin, of.calls, of.sigmas)
     return {
@@ -263,7 +279,7 @@ def picture_row(name: str, rows: Sequence[Mapping], counts: Mapping[str, int]) -
 class Bench(NamedTuple):
     """What variants are made of, and how they are measured."""
 
-    model: nn.Module
+    forms: Forms
     calls: list[Call]
     sigmas: list[float]
     sample: Sample
@@ -342,7 +358,7 @@ def run(
     calls = of.calls(size, normals(7))
     together = fits_together(model, taken)
     rows = (measure_together if together else measure_pairwise)(
-        taken, Bench(model, calls, of.sampling.sigmas(size), card.sample, seconds, rounds, report)
+        taken, Bench(Forms(model), calls, of.sampling.sigmas(size), card.sample, seconds, rounds, report)
     )
     return {
         **card.describe(commit),
@@ -359,11 +375,11 @@ def run(
 
 
 def fits_together(model: nn.Module, variants: Iterable[Variant]) -> bool:
-    """Whether the card holds the weights in bfloat16 once, all copies in eight bits, and room to work."""
+    """Whether the card holds the weights in bfloat16 once, each form's in eight bits, and room to work."""
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
     layers = make_plan(model, Recipe.dense_fp8()).sparse
     copy_bytes = sum(layer.in_features * layer.out_features for layer in layers)
-    held = weights + copy_bytes * sum(variant.fp8_weights for variant in variants)
+    held = weights + copy_bytes * sum(form.weight_copies for form in {one.form for one in variants})
     return held < ROOM * torch.cuda.get_device_properties().total_memory
 
 

@@ -14,6 +14,7 @@ from rtlynx.models.architecture import FEW_TOKENS
 from rtlynx.models.attention import fp8_attention
 from rtlynx.models.plan import LayerPlan, Plan, architecture_of
 from rtlynx.models.sparsify import apply_plan, sparsify
+from rtlynx.nn.solution import Solution
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.recipe import RECOMMENDED_SPEEDUP_SHARE, Recipe
 from rtlynx.timing.full_models import normals
@@ -22,32 +23,48 @@ from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
 RANK = 64
 LORA_RANK = 16
 OURS = "the recommended recipe"  # the form of ours, unless a variant's name says otherwise
-# What calibration chose for the model of the box (solutions/recommended), since weights here are random: the
-# share of layers left whole in eight bits, by role, and the noise level below which steps run in dense fp8.
-DENSE_IN_FP8 = {
-    "attention-in": 0.0,
-    "attention-out": 2 / 3,
-    "mlp-up": 0.0,
-    "mlp-down": 0.0,
-    "single-out": 0.0,
-}
-DENSE_BELOW = 0.354
+ByRole = Mapping[str, Mapping[FormatName, float]]
+
+
+class Choice(NamedTuple):
+    """What calibration chose for a small model of an architecture, since weights here are random.
+
+    shares : role -> format -> share of its layers; all others are of 2:4 weights.
+    dense_below : the noise level below which steps run in dense fp8, or None.
+    """
+
+    shares: ByRole
+    dense_below: float | None
+
+
+# Of the box's recommended solution, and of the study's rows of the recommended recipe.
+FLUX = "FluxTransformer2DModel"  # whose choice serves architectures that were not calibrated
+CHOICES = {FLUX: Choice({"attention-out": {"fp8-dense": 2 / 3}}, 0.354)}
+
+
+class Form(NamedTuple):
+    """What a copy of the model, which shares its parameters, is made into. Variants of one form share it.
+
+    weight_copies : how many copies of all layers' weights in eight bits it holds.
+    """
+
+    change: Callable[[nn.Module], object]
+    weight_copies: int = 0
 
 
 class Variant(NamedTuple):
-    """`change` makes a copy of the model, which shares its parameters, into what is measured.
+    """A form of the model, and how it runs.
 
-    Where steps at some noise levels then run dense, both kinds of step are measured. `mode` is
-    torch.compile's. With "reduce-overhead" each block is a CUDA graph of its own, which a graph of the whole
-    step cannot hold: no GPU time. `fp8_weights` says how many copies of all layers' weights in eight bits the
-    variant holds.
+    Where steps at some noise levels run dense, both kinds of step are measured. `then` changes what shares
+    the form's weights. `mode` is torch.compile's. With "reduce-overhead" each block is a CUDA graph of its
+    own, which a graph of the whole step cannot hold: no GPU time.
     """
 
     name: str
-    change: Callable[[nn.Module], object]
+    form: Form
+    then: Callable[[nn.Module], object] = lambda model: None
     compiled: bool = True
     mode: Literal["default", "reduce-overhead"] = "default"
-    fp8_weights: int = 0
 
 
 def torchao_fp8(model: nn.Module) -> None:
@@ -111,26 +128,29 @@ def every_layer(
 
 
 def recommended(
-    precision: Literal["bf16", "fp8"], *, dense_below: float | None = None, **settings: Any
+    precision: Literal["bf16", "fp8"], *, schedule: bool = False, **settings: Any
 ) -> Callable[[nn.Module], None]:
-    """Like `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 some whole.
+    """Like `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 what calibration chose.
 
     The former are taken as trained models have them: outputs of attention and of single-stream blocks, then
-    of MLPs. In fp8 layers drop weights, the smaller of four. Steps below the noise level `dense_below` run in
-    dense fp8; `settings` are further fields of the recipe. Random weights need no rotation.
+    of MLPs. In fp8 layers drop weights, the smaller of four, unless `CHOICES` says otherwise. With `schedule`
+    steps at low noise run in dense fp8, as chosen; `settings` are further fields of the recipe. Random
+    weights need no rotation.
     """
-    steps: dict[str, Any] = {"dense_sigmas": (), "rotate_values": False}
-    if dense_below is not None:
-        steps |= {"dense_sigmas": ((0.0, dense_below),), "dense_precision": "fp8"}
 
     def change(model: nn.Module) -> None:
+        choice = CHOICES.get(architecture_of(model).class_name, CHOICES[FLUX])
+        steps: dict[str, Any] = {"dense_sigmas": (), "rotate_values": False}
+        if schedule and choice.dense_below is not None:
+            steps |= {"dense_sigmas": ((0.0, choice.dense_below),), "dense_precision": "fp8"}
         recipe = Recipe.recommended(precision=precision, budget=None, **steps, **settings)
         plan = make_plan(model, recipe)
         layers = [layer for layer in plan.sparse if not layer.drops_nothing]
         if precision == "fp8":
-            plan = plan.in_formats(dict.fromkeys(spread_out(layers, DENSE_IN_FP8), "fp8-dense"))
+            plan = plan.in_formats(spread_out(layers, choice.shares))
         else:
-            plan = plan.leave_dense(dict.fromkeys(spread_out(layers, output_shares(layers)), "budget"))
+            shares: ByRole = {role: {"dense": share} for role, share in output_shares(layers).items()}
+            plan = plan.leave_dense(dict.fromkeys(spread_out(layers, shares), "budget"))
         apply_plan(model, plan, partial(prune, plan))
 
     return change
@@ -139,9 +159,12 @@ def recommended(
 def prune(plan: Plan, name: str, layer: SparseLinear) -> None:
     """Give `layer` the larger two of every four weights, where it drops weights by `plan`."""
     planned = plan.layer(name)
-    if planned is not None and planned.weight_sparse:
-        kept = select(layer.weight, nm_mask(layer.weight))
-        layer.set_quantized(quantize_weight(kept), keep_dense=layer.depends_on_call, sparse=True)
+    if planned is None or not planned.weight_sparse:
+        return
+    values, scale = quantize_weight(select(layer.weight, nm_mask(layer.weight)))
+    bias = layer.weight.new_zeros(layer.out_features) if plan.recipe.intercept else None
+    found = Solution(weight=values, weight_scale=scale, bias=bias, weight_sparse=True)
+    found.install(layer, keep_dense=layer.depends_on_call)
 
 
 def every_weight(model: nn.Module) -> None:
@@ -150,19 +173,14 @@ def every_weight(model: nn.Module) -> None:
     apply_plan(model, plan, partial(prune, plan))
 
 
-def with_lora(change: Callable[[nn.Module], object], rank: int = LORA_RANK) -> Callable[[nn.Module], None]:
-    """`change`, and a LoRA of random values beside each layer that it makes sparse or quantises."""
-
-    def changed(model: nn.Module) -> None:
-        change(model)
-        normal, state = normals(4), {}
-        for name, layer in sparse_layers(model).items():
-            k, n = layer.in_features, layer.out_features
-            state[f"transformer.{name}.lora_A.weight"] = normal(rank, k) * k**-0.5
-            state[f"transformer.{name}.lora_B.weight"] = normal(n, rank) * (0.1 * rank**-0.5)
-        cast(Any, model).load_lora_adapter(state, adapter_name="style")
-
-    return changed
+def add_lora(model: nn.Module, rank: int = LORA_RANK) -> None:
+    """A LoRA of random values beside each layer that is sparse or quantised."""
+    normal, state = normals(4), {}
+    for name, layer in sparse_layers(model).items():
+        k, n = layer.in_features, layer.out_features
+        state[f"transformer.{name}.lora_A.weight"] = normal(rank, k) * k**-0.5
+        state[f"transformer.{name}.lora_B.weight"] = normal(n, rank) * (0.1 * rank**-0.5)
+    cast(Any, model).load_lora_adapter(state, adapter_name="style")
 
 
 def output_shares(
@@ -180,13 +198,18 @@ def output_shares(
     return shares
 
 
-def spread_out(layers: Sequence[LayerPlan], shares: Mapping[str, float]) -> list[str]:
-    """Names of these shares of the layers of each role, evenly spaced over the depth."""
-    names = []
-    for role, share in shares.items():
+def spread_out(layers: Sequence[LayerPlan], shares: ByRole) -> dict[str, FormatName]:
+    """Layer -> format, of these shares of the layers of each role, evenly spaced over the depth."""
+    found: dict[str, FormatName] = {}
+    for role, formats in shares.items():
         some = [layer.name for layer in layers if layer.candidate.role == role]
-        names += [name for i, name in enumerate(some) if int((i + 1) * share) > int(i * share)]
-    return names
+        count = len(some)
+        for format, share in formats.items():
+            part = share * count / max(1, len(some))  # of those that no format before has taken
+            taken = [name for i, name in enumerate(some) if int((i + 1) * part) > int(i * part)]
+            found |= dict.fromkeys(taken, format)
+            some = [name for name in some if name not in taken]
+    return found
 
 
 def dense_fp8(model: nn.Module, **settings: Any) -> None:
@@ -202,16 +225,6 @@ def modulation_alone(model: nn.Module) -> None:
     sparsify(model, Recipe.immediate(formats={"*": "dense"}, modulation="fp8"))
 
 
-def in_fp8_attention(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
-    """`change`, and attention in eight bits besides."""
-
-    def both(model: nn.Module) -> None:
-        change(model)
-        fp8_attention(model)
-
-    return both
-
-
 DENSE_FP8 = "rtlynx dense fp8"
 EVERY_LAYER, EVERY_WEIGHT = "rtlynx fp8-2:4 (every layer)", "rtlynx fp8-2:4 weights (every layer)"
 RECOMMENDED = "rtlynx fp8-2:4 (recommended)"
@@ -220,61 +233,51 @@ MIXED = "rtlynx fp8-2:4"
 TORCHAO = "fp8 compiled (torchao)"
 FP8_ATTENTION, FP8_MODULATION = " (fp8 attention)", " (fp8 modulation)"
 
+
+_PLAIN = Form(lambda model: None)
+_TORCHAO, _DENSE = Form(torchao_fp8, 1), Form(dense_fp8, 1)
+_RECOMMENDED, _WEIGHTS = Form(recommended("fp8", schedule=True), 3), Form(every_weight, 2)
+
 VARIANTS = (
-    Variant("bf16 eager", lambda model: None, compiled=False),
-    Variant(REFERENCE, lambda model: None),
-    Variant(TORCHAO, torchao_fp8, fp8_weights=1),  # the slowest to compile
-    Variant(DENSE_FP8, dense_fp8, fp8_weights=1),
-    Variant(RECOMMENDED, recommended("fp8", dense_below=DENSE_BELOW), fp8_weights=3),
-    Variant(EVERY_LAYER, every_layer("fp8", rank=None), fp8_weights=1),
-    Variant(EVERY_WEIGHT, every_weight, fp8_weights=2),
-    # What a user sets where the host cannot keep up.
-    Variant(f"{REFERENCE}{BLOCK_GRAPHS}", lambda model: None, mode="reduce-overhead"),
-    Variant(f"{DENSE_FP8}{BLOCK_GRAPHS}", dense_fp8, mode="reduce-overhead", fp8_weights=1),
-    Variant(
-        f"{RECOMMENDED}{BLOCK_GRAPHS}",
-        recommended("fp8", dense_below=DENSE_BELOW),
-        mode="reduce-overhead",
-        fp8_weights=3,
-    ),
+    Variant("bf16 eager", _PLAIN, compiled=False),
+    Variant(REFERENCE, _PLAIN),
+    Variant(TORCHAO, _TORCHAO),  # the slowest to compile
+    Variant(DENSE_FP8, _DENSE),
+    Variant(DENSE_FP8 + FP8_ATTENTION, _DENSE, fp8_attention),
+    Variant(RECOMMENDED, _RECOMMENDED),
+    Variant(RECOMMENDED + FP8_ATTENTION, _RECOMMENDED, fp8_attention),
+    Variant(EVERY_WEIGHT, _WEIGHTS),
+    Variant(EVERY_WEIGHT + FP8_ATTENTION, _WEIGHTS, fp8_attention),
+    # What `rtlynx.compile` does on one card.
+    Variant(REFERENCE + BLOCK_GRAPHS, _PLAIN, mode="reduce-overhead"),
+    Variant(DENSE_FP8 + FP8_ATTENTION + BLOCK_GRAPHS, _DENSE, fp8_attention, mode="reduce-overhead"),
+    Variant(RECOMMENDED + FP8_ATTENTION + BLOCK_GRAPHS, _RECOMMENDED, fp8_attention, mode="reduce-overhead"),
 )
+LORA = f", LoRA of rank {LORA_RANK}"
 # Other designs, measured where they are named.
 DESIGNS = (
-    Variant(f"{REFERENCE}{FP8_ATTENTION}", in_fp8_attention(lambda model: None)),
-    Variant(f"{DENSE_FP8}{FP8_ATTENTION}", in_fp8_attention(dense_fp8), fp8_weights=1),
+    Variant(REFERENCE + FP8_ATTENTION, _PLAIN, fp8_attention),
+    Variant(REFERENCE + FP8_MODULATION, Form(modulation_alone)),
+    Variant(DENSE_FP8 + FP8_MODULATION, Form(partial(dense_fp8, modulation="fp8"), 1)),
     Variant(
-        f"{RECOMMENDED}{FP8_ATTENTION}",
-        in_fp8_attention(recommended("fp8", dense_below=DENSE_BELOW)),
-        fp8_weights=3,
+        RECOMMENDED + FP8_ATTENTION + FP8_MODULATION,
+        Form(recommended("fp8", schedule=True, modulation="fp8"), 3),
+        fp8_attention,
     ),
-    Variant(f"{EVERY_WEIGHT}{FP8_ATTENTION}", in_fp8_attention(every_weight), fp8_weights=2),
-    Variant(f"{REFERENCE}{FP8_MODULATION}", modulation_alone),
-    Variant(f"{DENSE_FP8}{FP8_MODULATION}", partial(dense_fp8, modulation="fp8"), fp8_weights=1),
+    Variant(RECOMMENDED + LORA, _RECOMMENDED, add_lora),
+    Variant(EVERY_WEIGHT + LORA, _WEIGHTS, add_lora),
+    Variant(DENSE_FP8 + LORA, _DENSE, add_lora),
+    Variant(DENSE_FP8 + BLOCK_GRAPHS, _DENSE, mode="reduce-overhead"),
+    Variant(RECOMMENDED + BLOCK_GRAPHS, _RECOMMENDED, mode="reduce-overhead"),
+    Variant(EVERY_LAYER, Form(every_layer("fp8", rank=None), 1)),
+    Variant("rtlynx bf16-2:4", Form(recommended("bf16"))),
+    Variant("rtlynx bf16-2:4" + BLOCK_GRAPHS, Form(recommended("bf16")), mode="reduce-overhead"),
+    Variant("rtlynx bf16-2:4 (every layer)", Form(every_layer("bf16", rank=None))),
+    Variant(f"rtlynx bf16-2:4 (every layer, rank {RANK})", Form(every_layer("bf16"))),
+    Variant(f"rtlynx fp8-2:4 (every layer, rank {RANK})", Form(every_layer("fp8"), 1)),
+    Variant("rtlynx fp8-2:4 (every layer, text bf16)", Form(every_layer("fp8", rank=None, text="dense"), 1)),
     Variant(
-        f"{RECOMMENDED}{FP8_MODULATION}",
-        recommended("fp8", dense_below=DENSE_BELOW, modulation="fp8"),
-        fp8_weights=3,
-    ),
-    Variant(
-        f"{RECOMMENDED}{FP8_ATTENTION}{FP8_MODULATION}",
-        in_fp8_attention(recommended("fp8", dense_below=DENSE_BELOW, modulation="fp8")),
-        fp8_weights=3,
-    ),
-    Variant(
-        f"{RECOMMENDED}, LoRA of rank {LORA_RANK}",
-        with_lora(recommended("fp8", dense_below=DENSE_BELOW)),
-        fp8_weights=3,
-    ),
-    Variant(f"{DENSE_FP8}, LoRA of rank {LORA_RANK}", with_lora(dense_fp8), fp8_weights=1),
-    Variant("rtlynx bf16-2:4", recommended("bf16")),
-    Variant(f"rtlynx bf16-2:4{BLOCK_GRAPHS}", recommended("bf16"), mode="reduce-overhead"),
-    Variant("rtlynx bf16-2:4 (every layer)", every_layer("bf16", rank=None)),
-    Variant(f"rtlynx bf16-2:4 (every layer, rank {RANK})", every_layer("bf16")),
-    Variant(f"rtlynx fp8-2:4 (every layer, rank {RANK})", every_layer("fp8"), fp8_weights=1),
-    Variant(
-        "rtlynx fp8-2:4 (every layer, text bf16)", every_layer("fp8", rank=None, text="dense"), fp8_weights=1
-    ),
-    Variant(
-        "rtlynx bf16-2:4 (every layer, text rows dense)", every_layer("bf16", rank=None, text_rows="dense")
+        "rtlynx bf16-2:4 (every layer, text rows dense)",
+        Form(every_layer("bf16", rank=None, text_rows="dense")),
     ),
 )
