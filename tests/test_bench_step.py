@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import rtlynx_zoo as zoo
 import torch
-from helpers import SMALL, flux_call, tiny_flux
+from helpers import SMALL, flux_call, tiny_flux, tiny_qwen, tiny_z_image
 from rich.console import Console
 from rtlynx_zoo.prompts import ASSETS
 
@@ -73,7 +73,7 @@ def test_what_is_measured_as_ours_is_the_recommended_recipe(precision):
         assert 0.85 < share < 1
         assert all("out" in name for name in whole - halved)
     else:  # dense steps take the place of dense layers
-        assert 0.95 < share < 1
+        assert 0.75 < share < 1
     assert {layer.rank for layer in layers.values()} == {0}
     assert {layer.precision for layer in layers.values()} == {precision}
     if precision == "fp8":  # text and what is spared: nothing dropped, in eight bits
@@ -81,18 +81,31 @@ def test_what_is_measured_as_ours_is_the_recommended_recipe(precision):
         assert sum("add" in name or "context" in name for name in layers) == 12
 
 
-def test_layers_whole_in_fp8_are_those_of_the_box_s_recommended_solution():
-    found = read_index(ASSETS / "solutions" / "recommended")["layers"]
-    plan = make_plan(zoo.load().transformer, Recipe(rank=None))
-    by_role = {}
-    for layer in plan.sparse:
-        pattern = found[layer.name]["pattern"]
-        by_role.setdefault(layer.candidate.role, []).append(pattern["n"] == pattern["m"])
+def test_what_is_dense_in_fp8_is_what_the_box_s_recommended_solution_has():
+    found = read_index(ASSETS / "solutions" / "recommended")
     choice = step_variants.CHOICES[step_variants.FLUX]
-    shares = {role: sum(some) / len(some) for role, some in by_role.items() if any(some)}
-    assert {role: {"fp8-dense": share} for role, share in shares.items()} == choice.shares
-    recipe = read_index(ASSETS / "solutions" / "recommended")["recipe"]
-    assert recipe["dense_sigmas"] == [[0.0, pytest.approx(choice.dense_below, abs=1e-3)]]
+    inputs = step_variants.inputs_by_roles(make_plan(zoo.load().transformer, Recipe(rank=None)).sparse)
+    for roles, readers in inputs.items():
+        dense = [not any(found["layers"][name].get("weight_sparse") for name in some) for some in readers]
+        wanted = choice.shares.get(roles, {}).get("fp8-dense", 0.0)
+        assert sum(dense) / len(dense) == pytest.approx(wanted), roles
+    assert found["recipe"]["dense_sigmas"] == [[0.0, pytest.approx(choice.dense_below, abs=1e-3)]]
+
+
+@pytest.mark.parametrize("name", ["qwen", "z-image"])
+def test_what_other_models_choose_is_what_the_study_s_recommended_row_has(name):
+    study = Path(__file__).parent.parent / "studies" / "results" / f"quality-{name}-emoji.json"
+    document = json.loads(study.read_text())
+    (row,) = (row for row in document["rows"] if row["name"] == "recommended")
+    choice = step_variants.CHOICES[type({"qwen": tiny_qwen, "z-image": tiny_z_image}[name]()).__name__]
+    for role, forms in row["forms_by_role"].items():
+        shares = {form: count / sum(forms.values()) for form, count in forms.items()}
+        shares.pop("fp8-weight-sparse", None)
+        assert choice.shares.get(role, {}) == pytest.approx(shares), role
+    sigmas = row["recipe"]["dense_sigmas"]
+    assert sigmas == (
+        [] if choice.dense_below is None else [[0.0, pytest.approx(choice.dense_below, abs=1e-3)]]
+    )
 
 
 def test_dense_fp8_is_every_layer_in_eight_bits():
@@ -129,6 +142,14 @@ def test_formats_of_one_role_are_spread_over_different_layers():
     found = step_variants.spread_out(layers, shares)
     assert Counter(found.values()) == {"fp8-dense": 6, "fp8-sparse": 3}
     assert all(name.endswith("proj_out") for name in found)
+
+
+def test_layers_that_read_one_input_get_one_format():
+    layers = make_plan(tiny_flux(num_single_layers=4), Recipe(rank=None)).sparse
+    found = step_variants.spread_out(layers, {"attention-in + mlp-up": {"fp8-dense": 1 / 2}})
+    places = Counter(name.split(".")[1] for name in found)
+    assert places == {"1": 4, "3": 4}
+    assert {name.split(".")[0] for name in found} == {"single_transformer_blocks"}
 
 
 def test_designs_are_what_their_names_say(monkeypatch):
@@ -261,7 +282,7 @@ def scheduled(monkeypatch):
 
 def test_both_kinds_of_step_are_those_that_users_and_graphs_run(monkeypatch):
     model, sparse, dense, call = scheduled(monkeypatch)
-    kinds = step.kinds_of_steps(model, [call], [1.0, 0.7, 0.36, 0.35, 0.1])
+    kinds = step.kinds_of_steps(model, [call], [1.0, 0.7, 0.15, 0.14, 0.1])
     assert {name: one.steps for name, one in kinds.items()} == {", sparse step": 3, ", dense step": 2}
     for one, like in zip(kinds.values(), (sparse, dense), strict=True):
         (wanted,), (users,), (captured,) = (

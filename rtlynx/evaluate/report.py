@@ -41,9 +41,9 @@ EXPLAINED = {
         "solutions the weights are quantised afterwards; live calibration sees the eight bits."
     ),
     "recommended": (
-        '`Recipe.recommended(drop="activations")`: each layer 2:4 in eight bits with refitted weights, in '
-        "eight bits alone, or as it was, by what it saves and what it costs at the model's output. Values "
-        "are rotated, and the last steps, as many as calibration chose, run in eight bits alone."
+        "`Recipe.recommended()`: each layer in eight bits, by 2:4 weights, by 2:4 activations or dropping "
+        "nothing, by what it saves and what it costs at the model's output. Weights are refitted, and the "
+        "last steps, as many as calibration chose, drop nothing."
     ),
     "activation-2:4+norm:all-layers": (
         "Selection and norm as above, and the layers of the text stream sparse too. In no other row do they "
@@ -147,7 +147,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     recommended = rows["recommended"]
     if recommended["psnr"] is not None:
         said.append(
-            f"The recommended recipe with activations alone, which chooses formats and last steps, draws at "
+            f"The recommended recipe, which chooses formats and last steps, draws at "
             f"{recommended['psnr']:.1f}{NBSP}dB."
         )
     image_only, everything = rows["activation-2:4+norm"], rows["activation-2:4+norm:all-layers"]

@@ -40,7 +40,7 @@ CALIBRATED = {
     "paper": Recipe.paper(rank=RANK),
     "refit": Recipe(rank=RANK),
     # What is shipped drops activations, as all of the demo's other rows do.
-    "recommended": Recipe.recommended(drop="activations"),
+    "recommended": Recipe.recommended(),
 }
 _FP8 = "fp8+activation-2:4+refit+lowrank"
 

@@ -1,6 +1,6 @@
 """Variants of a full-size transformer that one step is measured of: dense, ours, and what others offer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -23,23 +23,38 @@ from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
 RANK = 64
 LORA_RANK = 16
 OURS = "the recommended recipe"  # the form of ours, unless a variant's name says otherwise
-ByRole = Mapping[str, Mapping[FormatName, float]]
+ByRoles = Mapping[str, Mapping[FormatName, float]]
 
 
 class Choice(NamedTuple):
     """What calibration chose for a small model of an architecture, since weights here are random.
 
-    shares : role -> format -> share of its layers; all others are of 2:4 weights.
+    shares : roles of the layers that read one input -> format -> share of such inputs. The readers of all
+        others drop weights.
     dense_below : the noise level below which steps run in dense fp8, or None.
     """
 
-    shares: ByRole
+    shares: ByRoles
     dense_below: float | None
 
 
 # Of the box's recommended solution, and of the study's rows of the recommended recipe.
 FLUX = "FluxTransformer2DModel"  # whose choice serves architectures that were not calibrated
-CHOICES = {FLUX: Choice({"attention-out": {"fp8-dense": 2 / 3}}, 0.354)}
+CHOICES = {
+    FLUX: Choice(
+        {"attention-in + mlp-up": {"fp8-dense": 3 / 6}, "attention-out": {"fp8-dense": 2 / 3}}, 0.146
+    ),
+    "QwenImageTransformer2DModel": Choice({"attention-out": {"fp8-dense": 5 / 6}}, 0.271),
+    "ZImageTransformer2DModel": Choice(
+        {
+            "attention-in": {"fp8-dense": 3 / 9},
+            "attention-out": {"fp8-dense": 2 / 9},
+            "mlp-up": {"fp8-dense": 3 / 9, "fp8-sparse": 1 / 9},
+            "mlp-down": {"fp8-dense": 2 / 9, "fp8-sparse": 4 / 9},
+        },
+        None,
+    ),
+}
 
 
 class Form(NamedTuple):
@@ -149,7 +164,7 @@ def recommended(
         if precision == "fp8":
             plan = plan.in_formats(spread_out(layers, choice.shares))
         else:
-            shares: ByRole = {role: {"dense": share} for role, share in output_shares(layers).items()}
+            shares: ByRoles = {role: {"dense": share} for role, share in output_shares(layers).items()}
             plan = plan.leave_dense(dict.fromkeys(spread_out(layers, shares), "budget"))
         apply_plan(model, plan, partial(prune, plan))
 
@@ -198,17 +213,30 @@ def output_shares(
     return shares
 
 
-def spread_out(layers: Sequence[LayerPlan], shares: ByRole) -> dict[str, FormatName]:
-    """Layer -> format, of these shares of the layers of each role, evenly spaced over the depth."""
+def inputs_by_roles(layers: Iterable[LayerPlan]) -> dict[str, list[list[str]]]:
+    """Roles of the layers that read one input -> the names of these layers, of each such input in turn."""
+    readers: dict[str, list[LayerPlan]] = {}
+    for layer in layers:
+        readers.setdefault(layer.candidate.reads, []).append(layer)
+    found: dict[str, list[list[str]]] = {}
+    for some in readers.values():
+        roles = " + ".join(sorted({layer.candidate.role for layer in some}))
+        found.setdefault(roles, []).append([layer.name for layer in some])
+    return found
+
+
+def spread_out(layers: Sequence[LayerPlan], shares: ByRoles) -> dict[str, FormatName]:
+    """Layer -> format, of these shares of the inputs that such layers read, evenly over the depth."""
     found: dict[str, FormatName] = {}
-    for role, formats in shares.items():
-        some = [layer.name for layer in layers if layer.candidate.role == role]
-        count = len(some)
+    inputs = inputs_by_roles(layers)
+    for roles, formats in shares.items():
+        left = inputs.get(roles, [])
+        count = len(left)
         for format, share in formats.items():
-            part = share * count / max(1, len(some))  # of those that no format before has taken
-            taken = [name for i, name in enumerate(some) if int((i + 1) * part) > int(i * part)]
-            found |= dict.fromkeys(taken, format)
-            some = [name for name in some if name not in taken]
+            part = share * count / max(1, len(left))  # of those that no format before has taken
+            taken = [i for i in range(len(left)) if int((i + 1) * part) > int(i * part)]
+            found |= {name: format for i in taken for name in left[i]}
+            left = [names for i, names in enumerate(left) if i not in taken]
     return found
 
 
