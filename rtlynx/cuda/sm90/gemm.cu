@@ -63,8 +63,8 @@ DEVICE void run_producer(const Parameters& p, uint32_t smem_base) {
         load_stages<BLOCK_K, kPackedBlockBytes, kWeightBytes>(pipe, packed_a, p.weight[tile.layer], work.k_begin,
                                                               min(work.k_end, p.k_blocks), tile);
         const int total_rank_blocks = TRANSPOSED ? tile.rank_blocks : p.total_rank_blocks;
-        const uint8_t* lowrank = p.lowrank[sparse_of(tile.layer)] +
-                                 (m64 * total_rank_blocks + tile.first_rank_block) * kLowrankBlockBytes;
+        const uint8_t* lowrank =
+            p.lowrank[sparse_of(tile.layer)] + (m64 * total_rank_blocks + tile.first_rank_block) * kLowrankBlockBytes;
         load_stages<kLowrankBlockK, kLowrankBlockBytes, kLowrankBBytes>(
             pipe, lowrank, p.lowrank_b[tile.layer], max(work.k_begin - p.k_blocks, 0),
             min(work.k_end - p.k_blocks, tile.rank_blocks), tile);
@@ -194,8 +194,8 @@ DEVICE void run_consumer(const Parameters& p, uint32_t smem_base) {
         const Tile tile = get_tile(p, work.tile_idx);
         const int own_m64 = (tile.num_m64 - warpgroup_idx + kNumConsumerWarpgroups - 1) / kNumConsumerWarpgroups;
         const int num_m64 = max(0, min(kM64PerWarpgroup, own_m64));
-        store_tile_info(smem_tile_info, {tile.row, tile.column, tile.column_end, num_m64,
-                                         int(work.part) | tile.layer << 8, work.peer});
+        store_tile_info(smem_tile_info,
+                        {tile.row, tile.column, tile.column_end, num_m64, int(work.part) | tile.layer << 8, work.peer});
         const int k_end = min(work.k_end, p.k_blocks + tile.rank_blocks), k_sparse_end = min(k_end, p.k_blocks);
         const SkewBarrier skew_barrier{warpgroup_idx == 0 ? min(work.k_begin + SKEW, k_end) - 1 : -1, work_idx};
         if (warpgroup_idx == 1) skew_barrier.wait();

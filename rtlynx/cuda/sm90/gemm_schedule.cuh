@@ -67,9 +67,9 @@ struct Parameters {
     TensorMap lowrank_b[kMaxLayers];  // box (kLowrankBlockK, BLOCK_N rows), 64-byte swizzle
     // The sparse operand: one for all layers, or one a layer where TRANSPOSED.
     const uint8_t* packed_a[kMaxLayers];  // (blocks of 64 rows, k_blocks) packed blocks
-    const uint8_t* lowrank[kMaxLayers];   // (blocks of 64 rows, total_rank_blocks) blocks of T'; each B' has its own
-    const float* scale[kMaxLayers];       // (M), or null for s = 1; where TRANSPOSED c, found as a bias is
-    uint16_t* out;                        // (M, N), contiguous
+    const uint8_t* lowrank[kMaxLayers];  // (blocks of 64 rows, total_rank_blocks) blocks of T'; of B' as many as it has
+    const float* scale[kMaxLayers];      // (M), or null for s = 1; where TRANSPOSED c, found as a bias is
+    uint16_t* out;                       // (M, N), contiguous
     // One a layer, found at columns of Y: the host has moved the addresses back by those before the layer.
     const void* bias[kMaxLayers];           // bf16 or float32, or null
     const float* column_scale[kMaxLayers];  // with FP8, else null; where TRANSPOSED (M), t
