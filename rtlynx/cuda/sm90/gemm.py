@@ -304,7 +304,7 @@ def start_gemm(product: Product, given: Addresses | None, out: int, workspace: i
 def _addresses_at(vectors: Sequence[Tensor | None], first_columns: Sequence[int]) -> list[int]:
     """Where entry 0 of each vector would lie if its first were that of `first_columns`."""
     return [
-        0 if vector is None else vector.data_ptr() - first * vector.element_size()
+        0 if vector is None or not vector.numel() else vector.data_ptr() - first * vector.element_size()
         for vector, first in zip(vectors, first_columns, strict=True)
     ]
 
