@@ -66,9 +66,12 @@ def calls(device="cpu") -> dict[str, Call]:
     pruned = quantize_weight(normal(N, K, seed=1).unflatten(1, (-1, 4))[..., [0, 2]].flatten(1))
     placed = torch.zeros(N, K, dtype=torch.uint8)
     placed.view(N, -1, 4)[..., [1, 3]] = pruned.values.view(torch.uint8).view(N, -1, 2)
-    by_weight = {"values": values, "scale": token_scale, "packed_weight": pack_weight(placed.view(E4M3))}
-    by_weight |= {"weight_scale": pruned.scale, "bias": normal(N, seed=2)}
-    by_weight |= {"lowrank": normal(ROWS, 5, seed=3), "packed_b": pack_lowrank(normal(N, 5, seed=4))}
+    packed, last = pack_weight(placed.view(E4M3)), pack_weight(placed[:21].view(E4M3))
+    by_weight = {"values": values, "scale": token_scale, "packed_weights": [packed, last]}
+    by_weight |= {"weight_scales": [pruned.scale, pruned.scale[:21].clone()]}
+    by_weight |= {"biases": [normal(N, seed=2), normal(21, seed=5)]}
+    by_weight |= {"lowranks": [normal(ROWS, 5, seed=3), normal(ROWS, 33, seed=6)]}
+    by_weight |= {"packed_bs": [pack_lowrank(normal(n, r, seed=4)) for n, r in ((N, 5), (21, 33))]}
     loras = {"lowrank_as": [normal(5, K, seed=3), normal(3, K, seed=4), normal(4, K, seed=5)]}
     loras |= {"lowrank_bs": [normal(N, 5, seed=6), normal(N, 3, seed=7), normal(8, 4, seed=8)]}
     loras |= {"weight_scales": [pruned.scale, pruned.scale[:8].clone()], "counts": [2, 1]}

@@ -122,17 +122,24 @@ def test_copies_that_kernels_read_are_not_remembered(monkeypatch):
 def test_products_by_sparse_weights_are_of_inputs_at_their_places(monkeypatch):
     monkeypatch.setattr(gemm, "_encode", lambda *key: repr(key).encode()[:128].ljust(128))
     launched = []
-    monkeypatch.setattr(weight_sparse, "start_gemm", lambda product, *_: launched.append(product))
-    x = quantize_tokens(normal(33, 64))
-    weight, channels = torch.zeros(packed_a_bytes(72, 64, FP8_SPARSE), dtype=torch.uint8), torch.ones(72)
+    monkeypatch.setattr(gemm, "start_gemm", lambda product, *_: launched.append(product))
+    x, checks = quantize_tokens(normal(33, 64)), []
+    weight = torch.zeros(packed_a_bytes(72, 64, FP8_SPARSE), dtype=torch.uint8)
+    of = Weights(weight, None, None, torch.ones(72))
 
-    def launch(values, bias=None):
-        y = weight_sparse.launch_weight_sparse(values, x.scale, weight, channels, bias, None, None)
-        assert y.shape == (33, 72)
+    def launch(values, bias=None, count=1, weight=weight):
+        layers = [of._replace(bias=bias, weight=weight)] * count
+        y = weight_sparse.launch_weight_sparse(
+            values, x.scale, layers, [None] * count, (count,), lambda: checks.append(1)
+        )
+        assert y.shape == (33, 72 * count)
         return launched[-1]
 
     first = launch(x.values)
     assert launch(x.values) is launch(x.values)
+    assert len(checks) == 1
+    assert launch(x.values, count=3) is launch(x.values, count=3)
+    assert launch(x.values, weight=weight.clone()).maps != first.maps
     assert launch(x.values)._replace(owners=()) == first._replace(owners=())
     assert launch(x.values.clone()).maps != first.maps
     assert launch(x.values, normal(72)).vectors != first.vectors

@@ -100,7 +100,7 @@ def test_the_product_by_sparse_weights_takes_them(rank):
     x, w = quantize_tokens(normal(21, K)), quantize_weight(weight.flatten(1))
     a, b = normal(rank, K, seed=2).bfloat16(), normal(40, rank, seed=3).bfloat16()
     t, tiles = lora(x.values, x.scale, [a], [b], [w.scale], [1])
-    y = gemm_weight_sparse(x.values, x.scale, pack_weight(w.values), w.scale, None, t[:, :rank], tiles)
+    y = gemm_weight_sparse(x.values, x.scale, [pack_weight(w.values)], [w.scale], [], [t[:, :rank]], [tiles])
     dense = x.dequantize().double()
     expected = dense @ w.dequantize().double().T + dense @ a.double().T @ b.double().T
     assert relative_error(y, expected) < 6e-3
@@ -119,8 +119,8 @@ def test_what_does_not_fit_together_is_refused():
     t, tiles = lora(x.values, x.scale, [a], [b], [c], [1])
     for lowrank, packed, said in (
         (t[:, :4], None, "come together"),
-        (t[:8, :4], tiles, r"lowrank is \(9, r\)"),
-        (t[:, :4], tiles[:64], "packed_b of"),
+        (t[:8, :4], tiles, r"lowranks\[0\] is \(9, r\)"),
+        (t[:, :4], tiles[:64], r"packed_bs\[0\] of"),
     ):
         with pytest.raises(ValueError, match=said):
-            gemm_weight_sparse(x.values, x.scale, pack_weight(weight), c, None, lowrank, packed)
+            gemm_weight_sparse(*x, [pack_weight(weight)], [c], [], [lowrank], [packed])

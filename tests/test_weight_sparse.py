@@ -15,7 +15,7 @@ from rtlynx import Pattern, SparseLinear
 from rtlynx.cuda.sm90 import gemm
 from rtlynx.math.formats import FP8_DENSE, FP8_SPARSE, FP8_WEIGHT_SPARSE
 from rtlynx.math.fp8 import E4M3, quantize_tokens, quantize_weight
-from rtlynx.math.tiles import pack_weight, packed_a_bytes, unpack_a
+from rtlynx.math.tiles import pack_lowrank, pack_weight, packed_a_bytes, unpack_a
 from rtlynx.nn.prepared import QuantizedInput
 from rtlynx.nn.prologue import activated, read
 from rtlynx.nn.tensor_parallel import Shard, TensorParallelLinear
@@ -93,7 +93,7 @@ def test_what_is_no_weight_to_pack_is_refused():
 def test_the_operator_is_the_formula(shape, bias):
     weight, x = quantize_weight(two_of_four()), quantize_tokens(tokens(*shape))
     b = None if bias is None else tokens(N, seed=2).to(bias)
-    y = gemm_weight_sparse(x.values, x.scale, pack_weight(weight.values), weight.scale, b)
+    y = gemm_weight_sparse(*x, [pack_weight(weight.values)], [weight.scale], [b], [], [])
     expected = (x.values.double() * x.scale.double()) @ weight.dequantize().double().T
     expected = expected if b is None else expected + b.double()
     assert (y.dtype, y.shape) == (torch.bfloat16, expected.shape)
@@ -105,23 +105,74 @@ def test_a_gradient_is_refused():
     weight, x = quantize_weight(two_of_four()), quantize_tokens(tokens(ROWS, K))
     bias = torch.zeros(N, requires_grad=True)
     with pytest.raises(RuntimeError, match="have no gradient"):
-        gemm_weight_sparse(x.values, x.scale, pack_weight(weight.values), weight.scale, bias)
+        gemm_weight_sparse(*x, [pack_weight(weight.values)], [weight.scale], [bias], [], [])
 
 
-@pytest.mark.parametrize(("rows", "n"), [(1, 8), (513, 100), (4099, 3072)])
-def test_the_plan_has_channels_in_rows_and_tokens_in_columns(monkeypatch, rows, n):
+def several(widths, ranks, biases, rows=ROWS):
+    """The lists of several layers; ranks of 0 have no factors."""
+    lists = [], [], [], [], []
+    for i, (n, rank, bias) in enumerate(zip(widths, ranks, biases, strict=True)):
+        weight = quantize_weight(two_of_four(n, seed=i))
+        t = tokens(rows, rank, seed=20 + i) if rank else None
+        b = pack_lowrank(tokens(n, rank, seed=30 + i)) if rank else None
+        of = pack_weight(weight.values), weight.scale, tokens(n, seed=10 + i) if bias else None, t, b
+        for together, one in zip(lists, of, strict=True):
+            together.append(one)
+    return lists
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0, 5, 40]), st.booleans()), max_size=3),
+    last=st.integers(1, 70),
+)
+def test_layers_together_are_each_alone_beside_each_other(layers, last):
+    eighths, ranks, biases = zip(*layers, (0, 5, True), strict=True)
+    lists = several([*(8 * n for n in eighths[:-1]), last], ranks, biases)
+    x = quantize_tokens(tokens(3, 7, K))
+    alone = [gemm_weight_sparse(*x, *([one] for one in of)) for of in zip(*lists, strict=True)]
+    assert torch.equal(gemm_weight_sparse(*x, *lists), torch.cat(alone, dim=-1))
+
+
+def test_layers_that_cannot_lie_beside_each_other_are_refused():
+    x = quantize_tokens(tokens(ROWS, K))
+    packed, scales, biases, lowranks, packed_bs = several([16, 20, 8], [0, 0, 0], [True] * 3)
+    with pytest.raises(ValueError, match=r"outputs in multiples of 8, all but the last, got \[16, 20, 8\]"):
+        gemm_weight_sparse(*x, packed, scales, biases, lowranks, packed_bs)
+    with pytest.raises(ValueError, match="one product serves 1 to 4 layers, got 5 weight_scales"):
+        gemm_weight_sparse(*x, packed[:1] * 5, scales[:1] * 5, [], [], [])
+    with pytest.raises(ValueError, match="packed_weights are as many as weight_scales, got 1"):
+        gemm_weight_sparse(*x, packed[:1], scales[:1] * 2, [], [], [])
+    with pytest.raises(TypeError, match="biases of one product are of one dtype"):
+        gemm_weight_sparse(*x, packed[:1] * 2, scales[:1] * 2, [biases[0], biases[0].float()], [], [])
+
+
+def test_the_operator_is_one_to_torch():
+    x = quantize_tokens(tokens(ROWS, K))
+    arguments = (*x, *several([16, 12], [5, 0], [False, True]))
+    tests = "test_faketensor", "test_aot_dispatch_dynamic"  # (that of the schema multiplies e4m3)
+    torch.library.opcheck(gemm_weight_sparse, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("rows", [1, 513, 4099])
+@pytest.mark.parametrize("widths", [(8,), (100,), (3072, 3072, 3072), (3072, 8, 0, 100)])
+def test_the_plan_has_channels_in_rows_and_tokens_in_columns(monkeypatch, rows, widths):
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: 132)
-    x = torch.empty(rows, 256, dtype=E4M3, device="meta")
-    of = gemm.Weights(x, None, None, torch.empty(rows, device="meta"))
-    plan = gemm.plan_gemm([of], n, (0,), 0, transposed=True)
-    names = ("rows", "columns", "k_blocks", "total_rank_blocks", "num_m64", "num_m_tiles", "num_n_tiles")
+    count = len(widths)
+    of = gemm.GemmShape(rows, 256, widths, (0,) * count, (0,) * count, 0, transposed=True)
+    plan = gemm.plan_gemm(of, FP8_SPARSE, 0)
+    names = ("rows", "columns", "k_blocks", "total_rank_blocks", "num_m_tiles", "num_n_tiles")
     shape = dict(zip(names, memoryview(plan.shape).cast("i")[: len(names)].tolist(), strict=True))
-    assert shape["rows"] == n
-    assert shape["columns"] == -(-n // 8) * 8
-    assert (shape["k_blocks"], shape["num_m64"], shape["num_m_tiles"]) == (2, -(-n // 64), -(-n // 256))
-    column_end, n_tile_end = memoryview(plan.layers).cast("i")[:2].tolist()
-    assert column_end == rows  # as it is, no multiple of 8
-    assert n_tile_end == shape["num_n_tiles"] == -(-rows // plan.config.block_n)
+    assert shape["rows"] == rows
+    assert shape["columns"] == -(-sum(widths) // 8) * 8
+    assert (shape["k_blocks"], shape["num_n_tiles"]) == (2, -(-rows // plan.config.block_n))
+    column = tile = 0
+    table = memoryview(plan.layers).cast("i").tolist()
+    for i, (width, first) in enumerate(zip(widths, plan.first_columns, strict=True)):
+        assert first == column
+        column, tile = column + width, tile + -(-width // 256)
+        assert table[4 * i : 4 * i + 2] == [column, tile]  # (the last end as it is, no multiple of 8)
+    assert tile == shape["num_m_tiles"]
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -136,11 +187,11 @@ def test_elsewhere_a_layer_is_dense_fp8_to_the_bit():
 
 @pytest.fixture
 def served(monkeypatch):
-    """Layers are served by the operator's reference, as on a Hopper card; counts what it multiplies."""
+    """Layers are served by the operator's reference, as on a Hopper card; lists what it multiplies."""
     calls = []
 
     def counted(*args):
-        calls.append(args[2].shape[0])
+        calls.append([c.shape[0] for c in args[3]])
         return gemm_weight_sparse(*args)
 
     serve(monkeypatch)
@@ -161,7 +212,7 @@ def test_a_layer_multiplies_by_the_operator(served):
             )
             < 3e-3
         )
-    assert served == [packed_a_bytes(N, K, FP8_SPARSE)]
+    assert served == [[N]]
     (packed,) = layer.kept_copies()
     assert torch.equal(unpack_a(packed, N, K, FP8_SPARSE).float(), layer.weight.float())
 
@@ -187,7 +238,7 @@ def test_layers_of_both_formats_read_one_quantised_input(served, monkeypatch):
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     gelu, x = nn.GELU(approximate="tanh"), tokens(2, 9, K)
-    layers = [layer_of(), layer_of(FP8_DENSE, seed=1, n=32)]
+    layers = [layer_of(), layer_of(FP8_DENSE, seed=1, n=32), layer_of(seed=2, n=56)]
     with torch.no_grad():
         given = read(activated(gelu, x), *layers)
         assert isinstance(given, QuantizedInput)
@@ -196,7 +247,41 @@ def test_layers_of_both_formats_read_one_quantised_input(served, monkeypatch):
                 gelu(x), fp8.compress_fp8(gelu(x), Pattern(1, 1), "none"), layer.fp8_parameters()
             )
             assert relative_error(layer(given), expected) < 4e-3
-    assert (len(served), products) == (1, [32])
+    assert (served, products) == ([[N, 56]], [32])
+
+
+@pytest.mark.parametrize(
+    ("widths", "products"),
+    [
+        ([8, 16, 24, 32, 40], [[8, 16, 24, 32], [40]]),  # more than one product takes
+        ([8, 12, 16, 20], [[8, 12], [16, 20]]),  # Y of what is behind 12 columns would not be aligned
+    ],
+)
+@torch.no_grad()
+def test_layers_go_together_as_far_as_one_product_serves_them(served, widths, products):
+    gelu, x = nn.GELU(approximate="tanh"), tokens(2, 9, K)
+    layers = [layer_of(seed=i, n=n) for i, n in enumerate(widths)]
+    given = read(activated(gelu, x), *layers)
+    outputs = [layer(given) for layer in reversed(layers)]
+    assert sorted(served) == products
+    for layer, y in zip(reversed(layers), outputs, strict=True):
+        assert torch.equal(y, layer(read(activated(gelu, x), layer)))
+
+
+@torch.no_grad()
+def test_compiled_code_multiplies_them_together(served):
+    gelu, x = nn.GELU(approximate="tanh"), tokens(2, 9, K)
+    layers = [layer_of(seed=i, n=n) for i, n in enumerate((40, 48, 20))]
+
+    def block(x):
+        given = read(activated(gelu, x), *layers)
+        return [layer(given) for layer in layers]
+
+    expected = block(x)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert all(map(torch.equal, compiled(x), expected))
+    assert served == [[40, 48, 20]] * 3
 
 
 def test_a_call_that_runs_dense_takes_the_original(served):

@@ -96,7 +96,9 @@ class CompressedInput(PreparedInput):
 
 @dataclass
 class QuantizedInput(PreparedInput):
-    """An input that exists in e4m3 alone, all of it; each layer is a product of its own.
+    """An input that exists in e4m3 alone, all of it.
+
+    Layers by 2:4 weights share a launch, when the first of them is called; others have one each.
 
     Attributes
     ----------
@@ -108,9 +110,16 @@ class QuantizedInput(PreparedInput):
     quantized: fp8.CompressedFp8
     parameters: list[fp8.Fp8Parameters]
     beside: list[fp8.Beside | None]
+    _outputs: dict[int, Tensor] = field(default_factory=dict)
 
     def _output(self, index: int) -> Tensor:
-        return fp8.scaled_product(self.quantized, self.parameters[index], self.beside[index])
+        if self.parameters[index].packed is None:
+            return fp8.scaled_product(self.quantized, self.parameters[index], self.beside[index])
+        if index not in self._outputs:
+            (group,) = [one for one in fp8.joined(self.parameters) if index in one]
+            of = [self.parameters[i] for i in group], [self.beside[i] for i in group]
+            self._outputs.update(zip(group, fp8.packed_products(self.quantized, *of), strict=True))
+        return self._outputs[index]
 
 
 @dataclass

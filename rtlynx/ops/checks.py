@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
 from rtlynx.cuda.sm90.prologues import Kind, Prologue
-from rtlynx.cuda.sm90.weights import Weights
+from rtlynx.cuda.sm90.weights import STORE_COLUMNS, Weights
 from rtlynx.math.tiles import BF16_SPARSE, FP8_SPARSE, LOWRANK_COLUMNS, Format, lowrank_bytes, packed_a_bytes
 from rtlynx.ops.registry import refuse_gradients
 
@@ -167,6 +167,28 @@ def _fits(kind: Kind, shape: tuple[int, ...], x: Tensor, batch: int) -> bool:
 # --------------------------------------------------------------------------------------------- products
 
 
+def check_lists(name: str, first: Sequence[Tensor], **others: Sequence[Tensor | None]) -> None:
+    """What several layers have, `first` all of them, each of the `others` all or none."""
+    count = len(first)
+    if not 1 <= count <= MAX_LAYERS:
+        raise ValueError(f"one product serves 1 to {MAX_LAYERS} layers, got {count} {name}")
+    for other, given in others.items():
+        if len(given) not in (0, count):
+            raise ValueError(f"{other} is empty or has one of each of {count} layers, got {len(given)}")
+
+
+def check_outputs(name: str, first: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    """Whether Y of several layers can lie side by side: `first` of each has as many rows as its outputs."""
+    if any(not one.ndim or one.shape[0] % STORE_COLUMNS for one in first[:-1]):
+        raise ValueError(
+            f"{name}: layers of one product have outputs in multiples of {STORE_COLUMNS}, all but the last, "
+            f"got {[one.shape[0] if one.ndim else 'none' for one in first]}"
+        )
+    dtypes = [bias.dtype for bias in biases if bias is not None]
+    if len(set(dtypes)) > 1:
+        raise TypeError(f"biases of one product are of one dtype, got {dtypes}")
+
+
 def layers_of(
     weights: Sequence[Tensor],
     lowrank_bs: Sequence[Tensor],
@@ -175,12 +197,8 @@ def layers_of(
     first_ranks: Sequence[int],
 ) -> list[Weights]:
     """What the lists of `gemm_joint` say of each layer."""
+    check_lists("weights", weights, lowrank_bs=lowrank_bs, biases=biases, weight_scales=weight_scales)
     count = len(weights)
-    if not 1 <= count <= MAX_LAYERS:
-        raise ValueError(f"one product serves 1 to {MAX_LAYERS} layers, got {count} weights")
-    for name, given in (("lowrank_bs", lowrank_bs), ("biases", biases), ("weight_scales", weight_scales)):
-        if len(given) not in (0, count):
-            raise ValueError(f"{name} is empty or has one of each of {count} layers, got {len(given)}")
     if len(first_ranks) != count or any(
         not 0 <= first <= MAX_SIZE or first % LOWRANK_COLUMNS for first in first_ranks
     ):
@@ -188,14 +206,7 @@ def layers_of(
             f"first_ranks has one multiple of {LOWRANK_COLUMNS} for each of {count} layers, "
             f"got {list(first_ranks)}"
         )
-    for weight in weights[:-1]:
-        if not weight.ndim or weight.shape[0] % 8:
-            raise ValueError(
-                "weights: layers of one product have outputs in multiples of 8, all but the last, "
-                f"got {[weight.shape[0] if weight.ndim else 'none' for weight in weights]}"
-            )
-    if len({bias.dtype for bias in biases}) > 1:
-        raise TypeError(f"biases of one product are of one dtype, got {[bias.dtype for bias in biases]}")
+    check_outputs("weights", weights, biases)
     return [
         Weights(
             weight,

@@ -7,12 +7,15 @@ divided by the scales and rounded there; the plain PyTorch below rounds at the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from rtlynx.cuda.sm90.gemm import MAX_LAYERS
+from rtlynx.cuda.sm90.weights import STORE_COLUMNS
 from rtlynx.math.fp8 import dequantize, quantize_tokens
 from rtlynx.math.reference import Norm, product_in_float32
 from rtlynx.math.selection import Pattern, norm_scale, pattern_mask
@@ -152,8 +155,7 @@ def scaled_product(compressed: CompressedFp8, of: Fp8Parameters, beside: Beside 
     our product, and there after a bias that the product takes.
     """
     if of.packed is not None:
-        values, scale = compressed.values.contiguous(), compressed.scale.contiguous()
-        return gemm_weight_sparse(values, scale, of.packed, of.scale, of.bias, *(beside or ()))
+        return packed_products(compressed, [of], [beside])[0]
     n, k = of.weight.shape
     wide = k > _SURE_COLUMNS
     if wide and of.bias is not None:
@@ -171,6 +173,33 @@ def scaled_product(compressed: CompressedFp8, of: Fp8Parameters, beside: Beside 
         out_dtype=torch.bfloat16,
         use_fast_accum=fast,
     ).view(*compressed.values.shape[:-1], n)
+
+
+def packed_products(
+    compressed: CompressedFp8, layers: Sequence[Fp8Parameters], beside: Sequence[Beside | None]
+) -> list[Tensor]:
+    """`scaled_product` of each of several layers whose weights are packed, in one launch."""
+    scales = [of.scale for of in layers]
+    y = gemm_weight_sparse(
+        *(compressed.values.contiguous(), compressed.scale.contiguous()),
+        *([of.packed for of in layers], scales, [of.bias for of in layers]),
+        *([one and one.lowrank for one in beside], [one and one.lowrank_b for one in beside]),
+    )
+    return [y] if len(layers) == 1 else list(y.split([c.shape[0] for c in scales], dim=-1))
+
+
+def joined(layers: Sequence[Fp8Parameters]) -> list[list[int]]:
+    """Which layers, by index, `packed_products` serves together: those whose weights are packed."""
+    groups: list[list[int]] = []
+    for index, of in enumerate(layers):
+        if of.packed is not None:
+            last = groups[-1] if groups else []
+            full = len(last) == MAX_LAYERS or (last and layers[last[-1]].scale.shape[0] % STORE_COLUMNS)
+            if not last or full:
+                groups.append([index])
+            else:
+                last.append(index)
+    return groups
 
 
 def _folded_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -186,7 +186,7 @@ def _gemm_joint_hopper(
     )
 
 
-def zipped(weights: Sequence[Tensor], *others: Sequence[Tensor]) -> list[Weights]:
+def zipped(weights: Sequence[Tensor], *others: Sequence[Tensor | None]) -> list[Weights]:
     """The layers of lists of weights, factors, biases and scales, of which any but the first may be empty.
 
     Without the checks of `layers_of`.

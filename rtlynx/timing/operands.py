@@ -122,7 +122,7 @@ def our_calls(sets: list[Operands]) -> dict[str, Callable[[], list[Call]]]:
         for of in sets:
             x, weight = quantize_tokens(of.x), quantize_weight(select(of.weight, nm_mask(of.weight)))
             packed = pack_weight(weight.values)
-            calls.append(partial(gemm_weight_sparse, x.values, x.scale, packed, weight.scale, of.bias))
+            calls.append(partial(gemm_weight_sparse, *x, [packed], [weight.scale], [of.bias], [], []))
         return calls
 
     calls: dict[str, Callable[[], list[Call]]] = {

@@ -62,6 +62,11 @@ BY_WEIGHT = [
     WeightSparseCase(500, 4096, 700, rank=40),
     WeightSparseCase(1, 144, 8, "none"),
 ]
+# Several that read one X, of which some have factors, ragged in both directions.
+TOGETHER = [
+    [WeightSparseCase(300, 272, n, rank=rank) for n, rank in ((264, 0), (8, 40), (601, 5))],
+    [WeightSparseCase(500, 6144, n) for n in (264, 520)],
+]
 
 
 def main() -> int:
@@ -76,6 +81,8 @@ def main() -> int:
                     check(replace(case, fp8=config.format is FP8_SPARSE))
                 for by_weight in BY_WEIGHT if config.format is FP8_SPARSE else ():
                     weight_sparse_cases.check(by_weight)
+                for together in TOGETHER if config.format is FP8_SPARSE else ():
+                    weight_sparse_cases.check_together(together)
         for fp8 in (False, True):
             for case in CASES:
                 check(replace(case, fp8=fp8))
@@ -95,7 +102,11 @@ def main() -> int:
     torch.cuda.synchronize()
     calls = len(CONFIGS) * len(PRODUCTS) + 2 * (len(CASES) + 2 * len(prologue_cases.NAMES))
     calls += len(quantizer_cases.NAMES) * len(QUANTIZED)
-    calls += len(tuning.CANDIDATES[FP8_SPARSE]) * len(BY_WEIGHT) + len(LORAS[:6]) + len(ATTENTION)
+    calls += (
+        len(tuning.CANDIDATES[FP8_SPARSE]) * (len(BY_WEIGHT) + len(TOGETHER))
+        + len(LORAS[:6])
+        + len(ATTENTION)
+    )
     print(f"{calls} calls, all right")
     return 0
 

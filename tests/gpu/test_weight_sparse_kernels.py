@@ -6,13 +6,22 @@ import pytest
 import torch
 from cases import poisoned
 from torch import nn
-from weight_sparse_cases import WeightSparseCase, check, compare, make, product, two_of_four
+from weight_sparse_cases import (
+    WeightSparseCase,
+    check,
+    check_together,
+    compare,
+    lists_of,
+    make,
+    product,
+    two_of_four,
+)
 
 from rtlynx import Pattern, SparseLinear
 from rtlynx.cuda import tuning
-from rtlynx.math.formats import FP8_SPARSE, FP8_WEIGHT_SPARSE
+from rtlynx.cuda.sm90 import gemm
+from rtlynx.math.formats import FP8_DENSE, FP8_SPARSE, FP8_WEIGHT_SPARSE
 from rtlynx.math.fp8 import Quantized, quantize_tokens
-from rtlynx.math.tiles import pack_weight
 from rtlynx.nn.prepared import QuantizedInput
 from rtlynx.nn.prologue import activated, read
 from rtlynx.ops.weight_sparse import gemm_weight_sparse
@@ -61,12 +70,42 @@ def test_products_that_are_split_along_k(rows, rank):
     check(WeightSparseCase(rows, 12288, 3072, rank=rank))
 
 
+# N of layers that read one X; the last is free.
+WIDTHS = [(8, 8), (256, 264, 8, 100), (3072, 3072, 3072), (520, 72, 1001)]
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize(("rows", "k"), [(1, 64), (7, 144), (193, 1040), (1023, 3072), (4099, 256)])
+@pytest.mark.parametrize("config", tuning.CANDIDATES[FP8_SPARSE], ids=lambda config: config.name)
+def test_layers_together(config, rows, k, widths):
+    with tuning.forced(config):
+        check_together([WeightSparseCase(rows, k, n, seed=rows) for n in widths])
+
+
+@pytest.mark.parametrize("bias", ["none", "bf16", "f32"])
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (5, 0, 45), (0, 128, 0)], ids=str)
+@pytest.mark.parametrize("rows", [1, 77, 1023])
+def test_layers_together_with_low_rank_parts_and_biases_of_some(rows, ranks, bias):
+    check_together(
+        [
+            WeightSparseCase(rows, 1040, n, one, rows, rank)
+            for n, one, rank in zip((3072, 264, 500), (bias, "none", bias), ranks, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("rows", [512, 1023, 4607])
+def test_layers_together_that_are_split_along_k(rows, rank):
+    check_together([WeightSparseCase(rows, 12288, n, seed=rows, rank=rank) for n in (1024, 520, 1528)])
+
+
 def test_a_token_that_is_not_finite_ruins_itself_alone():
     x, weight, bias = make(WeightSparseCase(130, 512, 192))
     dense = x.dequantize()
     dense[77, 5] = math.nan
     ruined = quantize_tokens(dense)
-    y = gemm_weight_sparse(ruined.values, ruined.scale, pack_weight(weight.values), weight.scale, bias)
+    y = gemm_weight_sparse(*ruined, *lists_of(weight, bias))
     assert y.isnan().all(-1).nonzero().flatten().tolist() == [77]
     keep = torch.arange(130, device="cuda") != 77
     compare(y[keep], product(Quantized(ruined.values[keep], ruined.scale[keep]), weight, bias))
@@ -99,6 +138,37 @@ def test_layers_that_read_one_quantised_input():
             of.bias,
         )
         compare(y.flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("shape", [(33, 1024), (2, 300, 1024), (4099, 1024)], ids=str)
+def test_a_block_multiplies_together_in_one_launch(monkeypatch, shape):
+    """Beside a dense layer; of X that lies in a wider matrix, call after call, and compiled."""
+    launches, start = [], gemm.start_gemm
+    monkeypatch.setattr(gemm, "start_gemm", lambda *args: launches.append(1) or start(*args))
+    gelu, dense = nn.GELU(approximate="tanh"), layer_of(256, format=FP8_DENSE, seed=5)
+    layers = [layer_of(n, seed=i) for i, n in enumerate((3072, 264, 520))]
+
+    def block(x):
+        given = read(activated(gelu, x), layers[0], dense, *layers[1:])
+        return dense(given), [layer(given) for layer in layers]
+
+    for _ in range(3):
+        x = torch.randn(*shape[:-1], 2048, device="cuda").bfloat16()[..., 512:1536]
+        launches.clear()
+        with poisoned():
+            beside, outputs = block(x)
+        assert len(launches) == 1
+        given = read(activated(gelu, x), *layers).quantized
+        flat = Quantized(*(one.flatten(0, -2) for one in given))
+        for layer, y in zip(layers, outputs, strict=True):
+            assert torch.equal(y, layer(read(activated(gelu, x), layer)))
+            of = layer.fp8_parameters()
+            compare(y.flatten(0, -2), product(flat, Quantized(of.weight, of.scale), of.bias))
+        assert torch.equal(beside, dense(read(activated(gelu, x), dense)))
+    launches.clear()
+    _, compiled = torch.compile(block, fullgraph=True)(x)
+    assert len(launches) == 1
+    assert all(map(torch.equal, compiled, outputs))
 
 
 def test_a_graph_replays_for_new_inputs():

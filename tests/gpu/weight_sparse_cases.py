@@ -1,6 +1,7 @@
 """One call of `rtlynx::gemm_weight_sparse` as a value, and the comparison with float64."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from cases import BIASES, FEW, LIMIT_FP8, LIMIT_OF_FEW, poisoned
@@ -9,6 +10,8 @@ from torch import Tensor
 from rtlynx.math.fp8 import Quantized, quantize_tokens, quantize_weight
 from rtlynx.math.tiles import pack_lowrank, pack_weight
 from rtlynx.ops.weight_sparse import gemm_weight_sparse
+
+SPLIT_K = 6144  # from here on tiles may be cut along k (`rtlynx.cuda.tuning.split`)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,24 @@ def lowrank_of(case: WeightSparseCase, weight_scale: Tensor) -> tuple[Tensor, Te
     return lowrank, (b / weight_scale.unsqueeze(-1)).bfloat16()
 
 
+def lists_of(
+    weight: Quantized, bias: Tensor | None, lowrank: tuple[Tensor, Tensor] | None = None
+) -> tuple[list[Tensor | None], ...]:
+    """Arguments of the operator, of one layer."""
+    t, b = lowrank or (None, None)
+    return [pack_weight(weight.values)], [weight.scale], [bias], [t], [None if b is None else pack_lowrank(b)]
+
+
+def exact(
+    x: Quantized, weight: Quantized, bias: Tensor | None, lowrank: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Y in float64."""
+    y = product(x, weight, bias)
+    if lowrank is None:
+        return y
+    return y + lowrank[0].double() @ lowrank[1].double().T * weight.scale * x.scale
+
+
 def compare(y: Tensor, expected: Tensor) -> None:
     assert y.shape == expected.shape
     assert y.dtype is torch.bfloat16
@@ -74,13 +95,33 @@ def compare(y: Tensor, expected: Tensor) -> None:
 def check(case: WeightSparseCase) -> None:
     """Run the operator on `case` and compare; AssertionError where it is not right."""
     x, weight, bias = make(case)
-    packed, lowrank = pack_weight(weight.values), lowrank_of(case, weight.scale)
-    beside = () if lowrank is None else (lowrank[0], pack_lowrank(lowrank[1]))
+    lowrank = lowrank_of(case, weight.scale)
+    lists = lists_of(weight, bias, lowrank)
     with poisoned():
-        y = gemm_weight_sparse(x.values, x.scale, packed, weight.scale, bias, *beside)
-    expected = product(x, weight, bias)
-    if lowrank is not None:
-        expected = expected + lowrank[0].double() @ lowrank[1].double().T * weight.scale * x.scale
-    compare(y, expected)
-    again = gemm_weight_sparse(x.values, x.scale, packed, weight.scale, bias, *beside)
+        y = gemm_weight_sparse(*x, *lists)
+    compare(y, exact(x, weight, bias, lowrank))
+    again = gemm_weight_sparse(*x, *lists)
     assert torch.equal(y, again), "a second product gives other bits"
+
+
+def check_together(cases: Sequence[WeightSparseCase]) -> None:
+    """Run layers that read the X of the first case in one launch; against float64, and alone, bit for bit.
+
+    Alone a long product may be cut along k otherwise; then it sums in another order, and float64 alone tells.
+    """
+    made = [make(replace(case, seed=case.seed + i)) for i, case in enumerate(cases)]
+    x = made[0][0]
+    lowranks = [lowrank_of(case, weight.scale) for case, (_, weight, _) in zip(cases, made, strict=True)]
+    alone = [lists_of(*of, t) for (_, *of), t in zip(made, lowranks, strict=True)]
+    together = [[one for (one,) in lists] for lists in zip(*alone, strict=True)]
+    with poisoned():
+        y = gemm_weight_sparse(*x, *together)
+    assert torch.equal(gemm_weight_sparse(*x, *together), y), "a second product gives other bits"
+    for part, (_, weight, bias), lowrank, lists in zip(
+        y.split([case.n for case in cases], dim=-1), made, lowranks, alone, strict=True
+    ):
+        compare(part, exact(x, weight, bias, lowrank))
+        if x.values.shape[1] < SPLIT_K:
+            with poisoned():
+                one = gemm_weight_sparse(*x, *lists)
+            assert torch.equal(part, one), "together a layer has other bits than alone"

@@ -15,9 +15,10 @@
 //
 // With TRANSPOSED the sparse operand is a weight (N, K), in e4m3, and the dense one all of X (M, K): rows of a tile are
 // output channels, columns tokens, and the epilogue turns them: Y is (M, N) all the same (gemm_transposed.cuh). A
-// low-rank product has its factors the other way round, too: packed tiles of B, and T in the place of B.
+// low-rank product has its factors the other way round, too: packed tiles of B, and T in the place of B. Layers that
+// read one X then lie below each other in tiles, and beside each other in Y all the same.
 //
-// Macros: FP8 (0 or 1), BLOCK_N, NUM_STAGES, SKEW, PARAMETER_FIELDS (layout.cuh), TRANSPOSED (1 or none).
+// Macros: FP8 (0 or 1), BLOCK_N, NUM_STAGES, SKEW, PARAMETER_FIELDS (layout.cuh), TRANSPOSED (0 or 1).
 #include "gemm_epilogue.cuh"
 #if TRANSPOSED
 #include "gemm_transposed.cuh"
@@ -44,7 +45,7 @@ DEVICE void load_stages(PipelineState& pipe, const uint8_t* block, const TensorM
             tma_load_bulk(pipe.smem_stage() + lane_idx * kPackedBlockBytes, block, kBlockBytes, pipe.full_barrier(),
                           kEvictLast);
         if (lane_idx == 0)
-            tma_load_2d(pipe.smem_stage() + kABytes, map, k, tile.weight_row, pipe.full_barrier(), kEvictFirst);
+            tma_load_2d(pipe.smem_stage() + kABytes, map, k, tile.dense_row, pipe.full_barrier(), kEvictFirst);
     }
 }
 
@@ -58,10 +59,12 @@ DEVICE void run_producer(const Parameters& p, uint32_t smem_base) {
         if (!get_work_tile(p, work_idx, num_work, work)) continue;
         const Tile tile = get_tile(p, work.tile_idx);
         const int64_t m64 = tile.first_m64 + threadIdx.x;
-        load_stages<BLOCK_K, kPackedBlockBytes, kWeightBytes>(pipe, p.packed_a + m64 * p.k_blocks * kPackedBlockBytes,
-                                                              p.weight[tile.layer], work.k_begin,
+        const uint8_t* packed_a = p.packed_a[sparse_of(tile.layer)] + m64 * p.k_blocks * kPackedBlockBytes;
+        load_stages<BLOCK_K, kPackedBlockBytes, kWeightBytes>(pipe, packed_a, p.weight[tile.layer], work.k_begin,
                                                               min(work.k_end, p.k_blocks), tile);
-        const uint8_t* lowrank = p.lowrank + (m64 * p.total_rank_blocks + tile.first_rank_block) * kLowrankBlockBytes;
+        const int total_rank_blocks = TRANSPOSED ? tile.rank_blocks : p.total_rank_blocks;
+        const uint8_t* lowrank =
+            p.lowrank[sparse_of(tile.layer)] + (m64 * total_rank_blocks + tile.first_rank_block) * kLowrankBlockBytes;
         load_stages<kLowrankBlockK, kLowrankBlockBytes, kLowrankBBytes>(
             pipe, lowrank, p.lowrank_b[tile.layer], max(work.k_begin - p.k_blocks, 0),
             min(work.k_end - p.k_blocks, tile.rank_blocks), tile);
@@ -191,8 +194,8 @@ DEVICE void run_consumer(const Parameters& p, uint32_t smem_base) {
         const Tile tile = get_tile(p, work.tile_idx);
         const int own_m64 = (tile.num_m64 - warpgroup_idx + kNumConsumerWarpgroups - 1) / kNumConsumerWarpgroups;
         const int num_m64 = max(0, min(kM64PerWarpgroup, own_m64));
-        store_tile_info(smem_tile_info, {tile.first_m64, tile.column, tile.column_end, num_m64,
-                                         int(work.part) | tile.layer << 8, work.peer});
+        store_tile_info(smem_tile_info,
+                        {tile.row, tile.column, tile.column_end, num_m64, int(work.part) | tile.layer << 8, work.peer});
         const int k_end = min(work.k_end, p.k_blocks + tile.rank_blocks), k_sparse_end = min(k_end, p.k_blocks);
         const SkewBarrier skew_barrier{warpgroup_idx == 0 ? min(work.k_begin + SKEW, k_end) - 1 : -1, work_idx};
         if (warpgroup_idx == 1) skew_barrier.wait();

@@ -20,7 +20,7 @@ from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.compress import Addresses, address_of
 from rtlynx.cuda.sm90.weights import Weights, aligned, readable_weights, stored_columns
 from rtlynx.cuda.tuning import GemmConfig
-from rtlynx.math.formats import FP8_SPARSE, TILE_ROWS
+from rtlynx.math.formats import FP8_SPARSE, TILE_ROWS, Format
 from rtlynx.math.tiles import LOWRANK_BYTES, LOWRANK_COLUMNS
 
 _THREADS = 384
@@ -29,25 +29,28 @@ _STAGING_BYTES, _TILE_INFO_BYTES, _CONSUMER_WARPS = 2048, 32, 8
 _WEIGHT_ROW_BYTES = 128  # of a stage
 MAX_LAYERS = 4  # of one product
 _M_TILES_PER_SWIZZLE = 16
-_LAYER = Layout(*((name, "int") for name in ("column_end", "n_tile_end", "first_rank_block", "rank_blocks")))
-# The kernel's `Parameters`, in six pieces, of which a product holds four.
+_LAYER = Layout(*((name, "int") for name in ("column_end", "tile_end", "first_rank_block", "rank_blocks")))
+# The kernel's `Parameters`, in seven pieces.
 _PARAMETERS = Layout(
     ("weight", "TensorMap", MAX_LAYERS),
     ("lowrank_b", "TensorMap", MAX_LAYERS),
-    *((name, "pointer") for name in ("packed_a", "lowrank", "scale", "out")),
+    *((name, "pointer", MAX_LAYERS) for name in ("packed_a", "lowrank", "scale")),
+    ("out", "pointer"),
     ("bias", "pointer", MAX_LAYERS),
     ("column_scale", "pointer", MAX_LAYERS),
     *((name, "int") for name in ("rows", "columns", "k_blocks", "total_rank_blocks")),
-    *((name, "int") for name in ("num_m64", "num_m_tiles", "num_n_tiles", "m_tiles_per_swizzle")),
+    *((name, "int") for name in ("num_m_tiles", "num_n_tiles", "m_tiles_per_swizzle")),
     *((name, "int") for name in ("whole_tiles", "split_tiles", "split_ctas", "split_stages")),
     *((name, "pointer") for name in ("workspace", "ready")),
     ("nonce", "uint64"),
     *((name, "int") for name in ("bias_is_float", "num_layers")),
     ("layer", _LAYER, MAX_LAYERS),
 )
-_pack_maps, _pack_addresses, _pack_vectors, _pack_shape, _pack_workspace, _pack_layers = (
-    piece.pack for piece in _PARAMETERS.pieces("packed_a", "bias", "rows", "workspace", "layer[0].column_end")
+_pack_maps, _pack_operands, _pack_out, _pack_vectors, _pack_shape, _pack_workspace, _pack_layers = (
+    piece.pack
+    for piece in _PARAMETERS.pieces("packed_a", "out", "bias", "rows", "workspace", "layer[0].column_end")
 )
+_NONE = (0,) * (MAX_LAYERS - 1)
 
 
 def _defines(config: GemmConfig, transposed: bool = False) -> Defines:
@@ -59,7 +62,7 @@ def _defines(config: GemmConfig, transposed: bool = False) -> Defines:
         ("NUM_STAGES", config.stages),
         ("SKEW", config.skew),
         *_PARAMETERS.defines,
-        *((("TRANSPOSED", 1),) if transposed else ()),
+        ("TRANSPOSED", int(transposed)),
     )
 
 
@@ -152,44 +155,35 @@ def launch_gemm(
     has_factors = lowrank is not None and layers and layers[0].lowrank_b is not None
     lowrank_bytes = lowrank.shape[0] if lowrank is not None and has_factors else 0
     product = product_of(layers, rows, first_ranks, lowrank_bytes, form, check)
-    n, columns = product.n, stored_columns(product.n)
-    out = packed_a.new_empty((rows, columns), dtype=torch.bfloat16)  # (half the time of torch.empty)
-    if product.plan is None:
-        return out[:, :n]
     packed_a, lowrank = aligned(packed_a), None if lowrank is None else aligned(lowrank)
-    workspace = 0
-    if product.plan.workspace_bytes:
-        sums = packed_a.new_empty(product.plan.workspace_bytes)
-        workspace = sums.data_ptr()
     given = Addresses(
         packed_a.data_ptr(),
         scale.data_ptr() if scale is not None and scale.shape[0] else 0,
         address_of(lowrank),
     )
+    return output_of(product, rows, packed_a, given)
+
+
+def output_of(product: Product, rows: int, like: Tensor, given: Addresses | None = None) -> Tensor:
+    """Y (rows, N) of a launch, on the device of `like`; `given` as of `start_gemm`."""
+    n, columns = product.n, stored_columns(product.n)
+    out = like.new_empty((rows, columns), dtype=torch.bfloat16)  # (half the time of torch.empty)
+    if product.plan is None:
+        return out[:, :n]
+    workspace = 0
+    if product.plan.workspace_bytes:
+        sums = like.new_empty(product.plan.workspace_bytes, dtype=torch.uint8)
+        workspace = sums.data_ptr()
     start_gemm(product, given, out.data_ptr(), workspace)
     return out if columns == n else out[:, :n].contiguous()
 
 
-def plan_gemm(
-    layers: Sequence[Weights],
-    rows: int,
-    first_ranks: Sequence[int],
-    lowrank_bytes: int,
-    *,
-    transposed: bool = False,
-) -> GemmPlan:
-    """How to compute Y of `rows` rows; `lowrank_bytes` are those of all tiles of T, 0 without factors.
-
-    Of the shapes of `layers`, whose weights and factors may have been padded along their rows. Columns of T
-    from `first_ranks` on are a layer's. `transposed` as in `GemmShape`: the one layer's weight is X.
-    """
-    widths = tuple(of.weight.shape[0] for of in layers)
-    ranks = tuple(0 if of.lowrank_b is None else of.lowrank_b.shape[1] for of in layers)
-    weight, format = layers[0].weight, layers[0].format
-    count = multiprocessors(weight.get_device())
-    config = tuning.choose(rows, sum(widths), weight.shape[1], format, count)
-    shape = GemmShape(rows, weight.shape[1], widths, ranks, tuple(first_ranks), lowrank_bytes, transposed)
-    return _plan(config, count, shape)
+def plan_gemm(shape: GemmShape, format: Format, device: int) -> GemmPlan:
+    """How to compute Y on a device."""
+    rows, columns, count = shape.rows, sum(shape.widths), multiprocessors(device)
+    if shape.transposed:
+        rows, columns = sum(-(-n // tuning.BLOCK_M) * tuning.BLOCK_M for n in shape.widths), rows
+    return _plan(tuning.choose(rows, columns, shape.k, format, count), count, shape)
 
 
 class Product(NamedTuple):
@@ -197,7 +191,7 @@ class Product(NamedTuple):
 
     plan : None where there is nothing to compute
     n : columns of Y
-    maps, vectors : pieces of the kernel's Parameters
+    maps, vectors : pieces of the kernel's Parameters, the first with the sparse operands that layers own
     rest : all that follows the vectors where no tile is split
     bias_is_float : whether biases are float32
     owners : copies of weights that kernels could not read, which must live until the launch
@@ -236,28 +230,28 @@ def product_of(
         if check is not None:
             check()
         readable = [readable_weights(of) for of in layers]
-        product = new_product(readable, rows, first_ranks, lowrank_bytes)
+        widths = tuple(of.weight.shape[0] for of in readable)
+        ranks = tuple(0 if of.lowrank_b is None else of.lowrank_b.shape[1] for of in readable)
+        k = readable[0].weight.shape[1]
+        shape = GemmShape(rows, k, widths, ranks, tuple(first_ranks), lowrank_bytes)
+        product = new_product(readable, shape)
         if places == placed_form_of([one for of in readable for one in of]):
             product = product._replace(owners=())
             keep(_products, form, product)
     return product
 
 
-def new_product(
-    layers: Sequence[Weights],
-    rows: int,
-    first_ranks: Sequence[int],
-    lowrank_bytes: int,
-    *,
-    transposed: bool = False,
-) -> Product:
-    """`product_of` layers that kernels can read, of which nothing is remembered; as of `plan_gemm`."""
-    n, bias = sum(of.weight.shape[0] for of in layers), layers[0].bias
-    is_float = bias is not None and bias.dtype is torch.float32
+def new_product(layers: Sequence[Weights], shape: GemmShape, sparse: Sequence[Weights] = ()) -> Product:
+    """`product_of` layers that kernels can read, of which nothing is remembered.
+
+    Where `shape` is transposed `sparse` are the layers. `layers` have X, T and t in the places of W, B and c.
+    """
+    n = sum(shape.widths)
+    is_float = any(of.bias is not None and of.bias.dtype is torch.float32 for of in layers)
     device = layers[0].weight.get_device()
-    if rows == 0 or n == 0:
+    if shape.rows == 0 or n == 0:
         return Product(None, n, device, b"", b"", b"", is_float, ())
-    plan = plan_gemm(layers, rows, first_ranks, lowrank_bytes, transposed=transposed)
+    plan = plan_gemm(shape, layers[0].format, device)
     columns, tile_k = plan.config.block_n, plan.config.format.tile_k
     none = [0] * (MAX_LAYERS - len(layers))
     no_maps = [_NO_MAP] * len(none)
@@ -270,42 +264,57 @@ def new_product(
         ],
         *no_maps,
     )
+    starts, whole = plan.first_columns, (0,) * len(layers)
+    if sparse:
+        maps += _pack_operands(
+            *[of.weight.data_ptr() for of in sparse],
+            *none,
+            *[address_of(of.lowrank_b) for of in sparse],
+            *none,
+            *_addresses_at([of.column_scale for of in sparse], starts),
+            *none,
+        )
     vectors = _pack_vectors(
-        *[_address_at(of.bias, first) for of, first in zip(layers, plan.first_columns, strict=True)],
+        *_addresses_at([of.bias for of in layers], starts),
         *none,
-        *[_address_at(of.column_scale, first) for of, first in zip(layers, plan.first_columns, strict=True)],
+        *_addresses_at([of.column_scale for of in layers], whole if sparse else starts),
         *none,
     )
     rest = b"".join((plan.shape, _pack_workspace(0, 0, 0, is_float, len(layers)), plan.layers))
-    return Product(plan, n, device, maps, vectors, rest, is_float, tuple(layers))
+    return Product(plan, n, device, maps, vectors, rest, is_float, (*layers, *sparse))
 
 
-def start_gemm(product: Product, given: Addresses, out: int, workspace: int) -> None:
-    """Launch on the current stream. `out` and `workspace` are addresses."""
+def start_gemm(product: Product, given: Addresses | None, out: int, workspace: int) -> None:
+    """Launch on the current stream. `out` and `workspace` are addresses; `given` what is no layer's own."""
     plan = product.plan
     assert plan is not None
-    addresses = _pack_addresses(given.packed_a, given.lowrank, given.scale, out)
+    operands = b""
+    if given is not None:
+        operands = _pack_operands(given.packed_a, *_NONE, given.lowrank, *_NONE, given.scale, *_NONE)
     rest = product.rest
     if workspace:
         split = workspace, workspace + plan.sum_bytes, _nonce()
         marks = _pack_workspace(*split, product.bias_is_float, len(plan.first_columns))
         rest = b"".join((plan.shape, marks, plan.layers))
-    parameters = b"".join((product.maps, addresses, product.vectors, rest))
+    parameters = b"".join((product.maps, operands, _pack_out(out), product.vectors, rest))
     stream = torch._C._cuda_getCurrentRawStream(product.device)
     _kernel(plan.config, plan.transposed).launch((plan.ctas, 1, 1), stream, parameters)
 
 
-def _address_at(vector: Tensor | None, first_column: int) -> int:
-    """Where entry 0 of `vector` would lie if its first were entry `first_column`."""
-    return 0 if vector is None else vector.data_ptr() - first_column * vector.element_size()
+def _addresses_at(vectors: Sequence[Tensor | None], first_columns: Sequence[int]) -> list[int]:
+    """Where entry 0 of each vector would lie if its first were that of `first_columns`."""
+    return [
+        0 if vector is None or not vector.numel() else vector.data_ptr() - first * vector.element_size()
+        for vector, first in zip(vectors, first_columns, strict=True)
+    ]
 
 
 class GemmShape(NamedTuple):
     """Of a product: Y (rows, sum of `widths`) from X (rows, k), and where T and its columns lie.
 
-    widths, ranks, first_ranks : one a layer
-    lowrank_bytes : of all tiles of T, 0 without factors
-    transposed : whether `rows` are output channels and the one width tokens
+    widths, ranks, first_ranks : one a layer, whose columns of T begin at the last
+    lowrank_bytes : of all tiles of T; 0 without factors, or where layers have tiles of their own
+    transposed : whether layers have sparse weights, and tiles channels in rows and tokens in columns
     """
 
     rows: int
@@ -338,17 +347,20 @@ class GemmPlan(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def _plan(config: GemmConfig, ctas: int, of: GemmShape) -> GemmPlan:
     num_m64, k_blocks = -(-of.rows // TILE_ROWS), -(-of.k // config.format.tile_k)
-    num_m_tiles = -(-num_m64 // _M64_TILES)
     rank_blocks = [-(-rank // LOWRANK_COLUMNS) for rank in of.ranks]
-    table, num_n_tiles = _layer_table(of, rank_blocks, config.block_n)
+    if of.transposed:
+        table, num_m_tiles = _layer_table(of, rank_blocks, tuning.BLOCK_M)
+        num_n_tiles = -(-of.rows // config.block_n)
+    else:
+        table, num_n_tiles = _layer_table(of, rank_blocks, config.block_n)
+        num_m_tiles = -(-num_m64 // _M64_TILES)
     stages = k_blocks + rank_blocks[0] if len(set(rank_blocks)) == 1 else 0
     split = tuning.split(num_m_tiles * num_n_tiles, ctas, stages)
     shape = _pack_shape(
         of.rows,
-        stored_columns(of.rows if of.transposed else sum(of.widths)),
+        stored_columns(sum(of.widths)),
         k_blocks,
         of.lowrank_bytes // (num_m64 * LOWRANK_BYTES),
-        num_m64,
         num_m_tiles,
         num_n_tiles,
         _M_TILES_PER_SWIZZLE,
@@ -379,12 +391,12 @@ def _nonce() -> int:
     return (_seed + next(_launches) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF | 1
 
 
-def _layer_table(of: GemmShape, rank_blocks: Sequence[int], block_n: int) -> tuple[list[int], int]:
-    """Layers as the kernel reads them, and the number of column tiles."""
+def _layer_table(of: GemmShape, rank_blocks: Sequence[int], block: int) -> tuple[list[int], int]:
+    """Layers as the kernel reads them, and the number of their tiles, each `block` columns of Y."""
     table: list[int] = []
     end = tile_end = 0
     for width, first, tiles in zip(of.widths, of.first_ranks, rank_blocks, strict=True):
         end += width
-        tile_end += -(-width // block_n)
+        tile_end += -(-width // block)
         table += [end if of.transposed else stored_columns(end), tile_end, first // LOWRANK_COLUMNS, tiles]
     return table + [0] * (4 * (MAX_LAYERS - len(rank_blocks))), tile_end

@@ -11,7 +11,7 @@ using Accumulators = float[kM64PerWarpgroup][BLOCK_N / 2];
 
 // What the epilogue must know. It waits in shared memory, not in registers, while the accumulators are live.
 struct TileInfo {
-    int first_m64, column, column_end, num_m64;
+    int row, column, column_end, num_m64;
     int part_and_layer, peer;
 
     DEVICE TilePart part() const { return TilePart(part_and_layer & 0xFF); }
@@ -22,7 +22,7 @@ static_assert(sizeof(TileInfo) == 24 && kTileInfoBytes == 32, "the loop's own st
 DEVICE void store_tile_info(uint32_t address, const TileInfo& info) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(info.first_m64), "r"(info.column),
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(info.row), "r"(info.column),
                      "r"(info.column_end), "r"(info.num_m64)
                      : "memory");
         asm volatile("st.shared.v2.u32 [%0 + 16], {%1, %2};" ::"r"(address), "r"(info.part_and_layer), "r"(info.peer)
@@ -33,7 +33,7 @@ DEVICE void store_tile_info(uint32_t address, const TileInfo& info) {
 DEVICE TileInfo load_tile_info(uint32_t address) {
     TileInfo info;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(info.first_m64), "=r"(info.column), "=r"(info.column_end), "=r"(info.num_m64)
+                 : "=r"(info.row), "=r"(info.column), "=r"(info.column_end), "=r"(info.num_m64)
                  : "r"(address)
                  : "memory");
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 16];"
@@ -67,9 +67,10 @@ DEVICE void prefetch_to_l1(const void* p) {
 // Bring this warp's s into L1 while the last products are computed.
 DEVICE void prefetch_scale(const Parameters& p, const TileInfo& info, int warpgroup_idx) {
     const int lane_idx = reload_thread_idx() % 32;
-    const int row = (info.first_m64 + warpgroup_idx + lane_idx / 16 * kNumConsumerWarpgroups) * kWgmmaM +
+    const int row = info.row + (warpgroup_idx + lane_idx / 16 * kNumConsumerWarpgroups) * kWgmmaM +
                     reload_thread_idx() / 32 % 4 * 16 + lane_idx % 16;
-    if (p.scale != nullptr && row < p.rows) prefetch_to_l1(p.scale + row);
+    const float* scale = p.scale[sparse_of(info.layer())];
+    if (scale != nullptr && row < row_end(p, info.layer())) prefetch_to_l1(scale + row);
 }
 
 struct Pair {
@@ -162,11 +163,11 @@ DEVICE void store_m64(const Parameters& p, const float (&d)[BLOCK_N / 2], const 
     const int thread_idx = reload_thread_idx(), lane_idx = thread_idx % 32, warp_idx = thread_idx / 32 % 4;
     const int store_row = lane_idx / 8, chunk = lane_idx % 8;  // what this lane stores: rows 4 i + store_row, 8 columns
     const uint32_t smem_staging = smem_base + kStagingOffset + (thread_idx / 32 - 4) * kStagingBytes;
-    const int row0 = (info.first_m64 + m64) * kWgmmaM + warp_idx * 16 + store_row;
+    const int row0 = info.row + m64 * kWgmmaM + warp_idx * 16 + store_row;
     Pair s{1.f, 1.f};  // of the two rows whose sums this lane holds
-    if (p.scale != nullptr) {
+    if (p.scale[0] != nullptr) {
         const int first = row0 - store_row + lane_idx / 4;
-        s = {p.scale[min(first, p.rows - 1)], p.scale[min(first + 8, p.rows - 1)]};
+        s = {p.scale[0][min(first, p.rows - 1)], p.scale[0][min(first + 8, p.rows - 1)]};
     }
     // Xor moves among chunks: staging is aligned. Of the four 8x8 matrices of a stmatrix: rows 0-7, rows 8-15, then
     // the same of the next 8 columns.

@@ -57,7 +57,7 @@ static_assert(kNumProducerThreads * kProducerRegisters + kNumConsumerThreads * k
 // Columns [previous column_end, column_end) of Y: one layer of several that share an input.
 struct Layer {
     int column_end;
-    int n_tile_end;        // column tiles up to here
+    int tile_end;          // column tiles up to here; where TRANSPOSED row tiles
     int first_rank_block;  // its columns of T', in blocks
     int rank_blocks;
 };
@@ -65,17 +65,18 @@ struct Layer {
 struct Parameters {
     TensorMap weight[kMaxLayers];     // box (BLOCK_K, BLOCK_N rows), 128-byte swizzle
     TensorMap lowrank_b[kMaxLayers];  // box (kLowrankBlockK, BLOCK_N rows), 64-byte swizzle
-    const uint8_t* packed_a;          // (num_m64, k_blocks) packed blocks
-    const uint8_t* lowrank;           // (num_m64, total_rank_blocks) blocks of T'
-    const float* scale;               // (M), or null for s = 1; where TRANSPOSED (N), c
-    uint16_t* out;                    // (M, N), contiguous
+    // The sparse operand: one for all layers, or one a layer where TRANSPOSED.
+    const uint8_t* packed_a[kMaxLayers];  // (blocks of 64 rows, k_blocks) packed blocks
+    const uint8_t* lowrank[kMaxLayers];  // (blocks of 64 rows, total_rank_blocks) blocks of T'; of B' as many as it has
+    const float* scale[kMaxLayers];      // (M), or null for s = 1; where TRANSPOSED c, found as a bias is
+    uint16_t* out;                       // (M, N), contiguous
     // One a layer, found at columns of Y: the host has moved the addresses back by those before the layer.
     const void* bias[kMaxLayers];           // bf16 or float32, or null
     const float* column_scale[kMaxLayers];  // with FP8, else null; where TRANSPOSED (M), t
-    int rows, columns;  // N and every layer's end are multiples of 8: rows of Y are stored 16 bytes at a time.
-                        // Where TRANSPOSED: N as it is, and N of Y in memory; the layer ends at M.
+    int rows, columns;  // M, and N in memory: rows of Y are stored 16 bytes at a time, so every layer's end is a
+                        // multiple of 8, but the last where TRANSPOSED
     int k_blocks, total_rank_blocks;
-    int num_m64, num_m_tiles, num_n_tiles, m_tiles_per_swizzle;
+    int num_m_tiles, num_n_tiles, m_tiles_per_swizzle;
     int whole_tiles;                            // the first of them; the rest are split along k
     int split_tiles, split_ctas, split_stages;  // how many, among how many CTAs, stages of each
     float4* workspace;  // (split_ctas, kNumConsumerWarps, kM64PerWarpgroup, BLOCK_N / 8, 32) partial sums
@@ -89,11 +90,17 @@ struct Parameters {
 // ---- tile scheduler --------------------------------------------------------------------------------------
 
 struct Tile {
-    int first_m64, num_m64;
-    int column, column_end;
-    int layer, weight_row;  // whose columns these are, and the first one's row of its weight
+    int first_m64, num_m64;  // of the sparse operand
+    int row, column, column_end;
+    int layer, dense_row;  // whose columns of Y these are, and the first row of the dense operand
     int first_rank_block, rank_blocks;
 };
+
+// Which of the sparse operands is a layer's.
+DEVICE int sparse_of(int layer) { return TRANSPOSED ? layer : 0; }
+
+// Where a layer's rows of tiles end.
+DEVICE int row_end(const Parameters& p, int layer) { return TRANSPOSED ? p.layer[layer].column_end : p.rows; }
 
 // Row tiles run fastest inside bands of `m_tiles_per_swizzle`, so that what runs at one time shares operands in L2.
 DEVICE Tile get_tile(const Parameters& p, int tile_idx) {
@@ -103,17 +110,20 @@ DEVICE Tile get_tile(const Parameters& p, int tile_idx) {
     const int idx_in_band = tile_idx - first_m_tile * p.num_n_tiles;
     const int n_tile = idx_in_band / band_m_tiles;
     const int m_tile = first_m_tile + idx_in_band - n_tile * band_m_tiles;
+    const int tile_of_layers = TRANSPOSED ? m_tile : n_tile;
     Tile tile;
     tile.layer = 0;
-    while (n_tile >= p.layer[tile.layer].n_tile_end) ++tile.layer;
+    while (tile_of_layers >= p.layer[tile.layer].tile_end) ++tile.layer;
     const Layer& layer = p.layer[tile.layer];
-    const int first_n_tile = tile.layer ? p.layer[tile.layer - 1].n_tile_end : 0;
-    const int first_column = tile.layer ? p.layer[tile.layer - 1].column_end : 0;
-    tile.first_m64 = m_tile * kM64PerTile;
-    tile.num_m64 = min(kM64PerTile, p.num_m64 - tile.first_m64);
-    tile.weight_row = (n_tile - first_n_tile) * BLOCK_N;
-    tile.column = first_column + tile.weight_row;
-    tile.column_end = layer.column_end;
+    const int first_tile = tile.layer ? p.layer[tile.layer - 1].tile_end : 0;
+    const int first_column = tile.layer ? p.layer[tile.layer - 1].column_end : 0;  // of Y
+    const int first_row = TRANSPOSED ? first_column : 0;
+    tile.first_m64 = (TRANSPOSED ? m_tile - first_tile : m_tile) * kM64PerTile;
+    tile.row = first_row + tile.first_m64 * kWgmmaM;
+    tile.num_m64 = min(kM64PerTile, (row_end(p, tile.layer) - tile.row + kWgmmaM - 1) / kWgmmaM);
+    tile.dense_row = (TRANSPOSED ? n_tile : n_tile - first_tile) * BLOCK_N;
+    tile.column = TRANSPOSED ? tile.dense_row : first_column + tile.dense_row;
+    tile.column_end = TRANSPOSED ? p.rows : layer.column_end;
     tile.first_rank_block = layer.first_rank_block;
     tile.rank_blocks = layer.rank_blocks;
     return tile;

@@ -31,10 +31,11 @@ struct TokenScales {
     }
 };
 
-DEVICE float load_channel_bias(const Parameters& p, int channel) {
-    if (p.bias[0] == nullptr) return 0.f;
-    if (p.bias_is_float) return static_cast<const float*>(p.bias[0])[channel];
-    return bf16_low(static_cast<const uint16_t*>(p.bias[0])[channel]);
+DEVICE float load_channel_bias(const Parameters& p, int layer, int channel) {
+    const void* bias = p.bias[layer];
+    if (bias == nullptr) return 0.f;
+    if (p.bias_is_float) return static_cast<const float*>(bias)[channel];
+    return bf16_low(static_cast<const uint16_t*>(bias)[channel]);
 }
 
 // Scale, bias, round and store one wgmma tile: 64 channels of BLOCK_N tokens. The warps of a warpgroup turn it
@@ -43,13 +44,14 @@ DEVICE float load_channel_bias(const Parameters& p, int channel) {
 DEVICE void store_m64(const Parameters& p, const float (&d)[BLOCK_N / 2], const TokenScales& scales,
                       const TileInfo& info, int m64, uint32_t smem_base) {
     const int thread_idx = reload_thread_idx(), lane_idx = thread_idx % 32, warp_idx = thread_idx / 32 % 4;
-    const int warpgroup_idx = thread_idx / 128 - 1, first_channel = (info.first_m64 + m64) * kWgmmaM;
+    const int warpgroup_idx = thread_idx / 128 - 1, first_channel = info.row + m64 * kWgmmaM;
     const uint32_t smem_staging = smem_base + kStagingOffset + warpgroup_idx * (4 * kStagingBytes);
     // The two channels whose sums this lane holds.
-    const int low = min(first_channel + warp_idx * 16 + lane_idx / 4, p.rows - 1);
-    const int high = min(first_channel + warp_idx * 16 + lane_idx / 4 + 8, p.rows - 1);
-    const Pair c{p.scale[low], p.scale[high]};
-    const Pair bias{load_channel_bias(p, low), load_channel_bias(p, high)};
+    const int channel_end = row_end(p, info.layer());
+    const int low = min(first_channel + warp_idx * 16 + lane_idx / 4, channel_end - 1);
+    const int high = min(first_channel + warp_idx * 16 + lane_idx / 4 + 8, channel_end - 1);
+    const Pair c{p.scale[info.layer()][low], p.scale[info.layer()][high]};
+    const Pair bias{load_channel_bias(p, info.layer(), low), load_channel_bias(p, info.layer(), high)};
     // Of the four 8x8 matrices of a transposing stmatrix: channels 0-7, channels 8-15, then those of the next 8 tokens.
     const uint32_t to =
         smem_staging + (lane_idx / 16 * 8 + lane_idx % 8) * 128 + (warp_idx * 2 + lane_idx / 8 % 2 ^ lane_idx % 8) * 16;
@@ -78,7 +80,7 @@ DEVICE void store_m64(const Parameters& p, const float (&d)[BLOCK_N / 2], const 
         uint16_t* out = p.out + int64_t(token) * p.columns + channel;
         unroll<4>([&](auto i) {
             const uint4 value = load_smem_16((from ^ i % 2 * 64) + i * 512);
-            if (channel < p.columns && token + i * 4 < info.column_end) store_streaming(out, value);
+            if (channel < channel_end && token + i * 4 < info.column_end) store_streaming(out, value);
             out += int64_t(p.columns) * 4;
         });
     });

@@ -17,8 +17,8 @@ _MAX_STRIDE = 2**31 - 1  # of rows, in entries
 class Weights(NamedTuple):
     """What a product multiplies by, on its device; `readable_weights` makes it so that kernels can read it.
 
-    weight : (N, K) bf16 or e4m3, in compute order
-    lowrank_b : (N, r) bf16 or None
+    weight : (N, K) bf16 or e4m3, in compute order; or a packed 2:4 one
+    lowrank_b : (N, r) bf16 or None; packed like the weight
     bias : (N,) bf16 or float32, or None
     column_scale : (N,) float32 of an e4m3 weight, else None
     """
