@@ -366,18 +366,19 @@ def test_a_variant_with_a_schedule_gives_a_row_a_kind_and_their_mean(monkeypatch
     assert "4 of 28 steps dense" in console.export_text()
 
 
-def test_copies_of_weights_decide_whether_variants_fit_the_card_together(monkeypatch):
+def test_copies_of_weights_decide_which_variants_the_card_holds_together(monkeypatch):
     model, quantised = tiny_flux(), tiny_flux()
     step_variants.dense_fp8(quantised)
     weights = 4 * sum(one.numel() for one in model.parameters())
     copy_bytes = sum(layer.weight.numel() for layer in sparse_layers(quantised).values())
-    card = SimpleNamespace(total_memory=(weights + 1.5 * copy_bytes) / step.ROOM)
+    card = SimpleNamespace(total_memory=(weights + 2.5 * copy_bytes) / step.ROOM)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
-    forms = [step_variants.Form(change, count) for change, count in ((abs, 1), (all, 1), (any, 2))]
-    one, other, two = (step_variants.Variant("a", form) for form in forms)
-    assert step.fits_together(model, [one, one])
-    assert not step.fits_together(model, [one, other])
-    assert not step.fits_together(model, [two])
+    forms = [step_variants.Form(change, count) for change, count in ((abs, 1), (all, 1), (any, 1.6), (id, 9))]
+    a, b, c, d = (step_variants.Variant(name, form) for name, form in zip("abcd", forms, strict=True))
+    other = a._replace(name="other")
+    assert step.groups_of(model, [a, b, other]) == [[a, other, b]]
+    assert step.groups_of(model, [a, c, other]) == [[a, other], [c]]
+    assert step.groups_of(model, [d, a, b]) == [[d], [a, b]]  # (which may turn out not to fit)
 
 
 def ready(shares=None, steps=None):
@@ -416,7 +417,12 @@ def test_cuda_graphs_of_blocks_are_made_before_a_graph_of_a_step_is_captured(mon
     assert rows[1]["reason"] == "RuntimeError: out of luck"
 
 
-def test_pairs_stand_beside_their_own_reference(monkeypatch):
+class NoForms:
+    def forget(self):
+        pass
+
+
+def test_groups_stand_beside_their_own_reference(monkeypatch):
     reference = iter((100.0, 104.0))
 
     def together(variants, of):
@@ -429,11 +435,15 @@ def test_pairs_stand_beside_their_own_reference(monkeypatch):
         return [rows[0], *kinds, rows[1]]
 
     monkeypatch.setattr(step, "measure_together", together)
-    variants = [
+    first = [
         step_variants.Variant("a", None),
         *(one for one in step_variants.VARIANTS if one.name == step.REFERENCE),
     ]
-    rows = step.measure_pairwise([*variants, step_variants.Variant("b", None)], None)
+    bench = step.Bench(NoForms(), [], [], None, 1.0, 1, print)
+    rows = step.measure_in_groups([first, [step_variants.Variant("b", None)]], bench)
+    assert step_speed_up(rows, "a") == pytest.approx(100 / 50)
+    assert step_speed_up(rows, "b") == pytest.approx(104 / 26)
+    assert step_speed_up(rows, "b", "a") == pytest.approx(4 / 2)
     assert [row["name"] for row in rows] == [step.REFERENCE, "a, sparse step", "a", "b"]
     assert rows[0]["drift"] == pytest.approx(0.04)
     assert [row["beside"]["gpu_ms"] for row in rows[1:]] == [100.0, 100.0, 104.0]
@@ -459,7 +469,7 @@ def test_pairs_stand_beside_their_own_reference(monkeypatch):
     assert "qwen-image, rtlynx fp8-2:4, speed over bf16 compiled" not in verdicts
 
 
-def test_variants_measured_in_pairs_can_be_measured_again_alone():
+def test_variants_measured_in_groups_can_be_measured_again_alone():
     def results(commit, *rows, **other):
         return {"device": "a card", "together": False, "commit": commit, "variants": list(rows)} | other
 

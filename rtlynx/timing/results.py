@@ -97,7 +97,7 @@ def step_speed_up(
 ) -> float | None:
     """How much faster a variant's step is than another's; None where either was not measured.
 
-    Than the reference: the one that was measured beside it, where variants were measured in pairs.
+    Where variants were measured in groups, each is first compared with the reference of its own.
 
     Parameters
     ----------
@@ -105,9 +105,13 @@ def step_speed_up(
     """
     by_name = {row["name"]: row for row in rows}
     own, other = by_name.get(name, {}), by_name.get(than, {})
-    if than == REFERENCE:
-        other = own.get("beside", other)
-    return ratio({"other": other.get(time), "own": own.get(time)}, "other", "own")
+    speed = ratio({"other": other.get(time), "own": own.get(time)}, "other", "own")
+    if speed is None or "beside" not in own:
+        return speed
+    moved = ratio(
+        {"own": own["beside"].get(time), "other": other.get("beside", other).get(time)}, "own", "other"
+    )
+    return None if moved is None else speed * moved
 
 
 def speed_up(row: Mapping, time: str = "gpu_ms") -> float | None:

@@ -1,8 +1,8 @@
 """One denoising step of a full-size transformer with random weights, as users run it.
 
 GPU time is that of a replayed CUDA graph, wall time that of calls without one; windows of all variants take
-turns in one process. Where variants do not fit the card together each is measured beside compiled bfloat16
-alone, which is measured before and after. Of a model that runs some steps of a picture dense, both kinds of
+turns in one process. Where variants do not fit the card together, groups that do are measured one after the
+other, each with compiled bfloat16 among it. Of a model that runs some steps of a picture dense, both kinds of
 step are measured, and their mean over a picture.
 """
 
@@ -165,6 +165,12 @@ class Forms:
                 layer.prepare()
             self._made[form] = made
         return twin_of(self._made[form])
+
+    def forget(self) -> None:
+        """Free what was made so far."""
+        self._made.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def compile_blocks(model: Any, variant: Variant) -> None:
@@ -356,10 +362,9 @@ def run(
     model: Any = build(of)
     model.set_attention_backend(attention)
     calls = of.calls(size, normals(7))
-    together = fits_together(model, taken)
-    rows = (measure_together if together else measure_pairwise)(
-        taken, Bench(Forms(model), calls, of.sampling.sigmas(size), card.sample, seconds, rounds, report)
-    )
+    bench = Bench(Forms(model), calls, of.sampling.sigmas(size), card.sample, seconds, rounds, report)
+    groups = groups_of(model, taken)
+    rows = measure_together(taken, bench) if len(groups) == 1 else measure_in_groups(groups, bench)
     return {
         **card.describe(commit),
         "model": name,
@@ -369,33 +374,44 @@ def run(
         "ours": OURS,
         "window_s": seconds,
         "rounds": rounds,
-        "together": together,
+        "together": len(groups) == 1,
         "variants": rows,
     }
 
 
-def fits_together(model: nn.Module, variants: Iterable[Variant]) -> bool:
-    """Whether the card holds the weights in bfloat16 once, each form's in eight bits, and room to work."""
+def groups_of(model: nn.Module, variants: Iterable[Variant]) -> list[list[Variant]]:
+    """Variants that the card holds at once: the model once, each form's weights in eight bits, room to work.
+
+    All variants of a form are in one group. The reference is in all groups, and told in none of several.
+    """
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
     layers = make_plan(model, Recipe.dense_fp8()).sparse
     copy_bytes = sum(layer.in_features * layer.out_features for layer in layers)
-    held = weights + copy_bytes * sum(form.weight_copies for form in {one.form for one in variants})
-    return held < ROOM * torch.cuda.get_device_properties().total_memory
+    most = (ROOM * torch.cuda.get_device_properties().total_memory - weights) / copy_bytes
+    by_form: dict[Form, list[Variant]] = {}
+    for variant in variants:
+        by_form.setdefault(variant.form, []).append(variant)
+    groups: list[list[Variant]] = [[]]
+    held = 0.0
+    for form, some in by_form.items():
+        if groups[-1] and held + form.weight_copies > most:
+            groups.append([])
+            held = 0.0
+        groups[-1] += some
+        held += form.weight_copies
+    return groups
 
 
-def measure_pairwise(variants: Sequence[Variant], of: Bench) -> list[dict]:
-    """Each variant beside the reference alone. `drift` says how far the reference moved between them."""
+def measure_in_groups(groups: Sequence[Sequence[Variant]], of: Bench) -> list[dict]:
+    """Each group beside the reference. `drift` says how far the reference moved between them."""
     (reference,) = (variant for variant in VARIANTS if variant.name == REFERENCE)
     rows, seen = [], []
-    for variant in variants:
-        if variant is reference:
-            continue
-        pair = measure_together((reference, variant), of)
-        beside, *own = pair  # in the order of the two
+    for group in groups:
+        others = [variant for variant in group if variant is not reference]
+        beside, *own = measure_together((reference, *others), of)  # in the order of the variants
         seen.append(beside)
         rows += [row | {"beside": {key: beside.get(key) for key in ("gpu_ms", "wall_ms")}} for row in own]
-        gc.collect()
-        torch.cuda.empty_cache()
+        of.forms.forget()
     return [seen[0] | {"drift": drift(seen)}, *rows]
 
 
@@ -408,7 +424,7 @@ def drift(seen: Iterable[Mapping]) -> float | None:
 def renewed(document: Mapping, again: Mapping) -> dict:
     """`document` with those variants that were measured `again`, each with the commit that it belongs to.
 
-    For variants measured in pairs: each has a reference of its own beside it. The first reference stays.
+    For variants measured in groups: each has a reference beside it. The first reference stays.
 
     Raises
     ------
