@@ -1,7 +1,8 @@
 """Whole linear layers against their peers: `python benchmarks/linear.py --dtype bf16` or `fp8`.
 
 What `rtlynx bench` measures (rtlynx/timing/linear_layers.py).
-Writes results/linear-<dtype>-<card>.json; with `--shapes` or `--rows` only where `--out` says so.
+Writes results/linear-<dtype>-<card>.json; with `--shapes` or `--rows` only where `--out` says so
+(other numbers of rows: results/linear-<dtype>-rows-<card>.json).
 """
 
 from functools import partial

@@ -23,7 +23,7 @@ NEXT = {
     "layer": {
         targets.PRODUCT: "activations from registers; fewer bytes from L2",
         targets.LAYER: "a faster GEMM; fewer instructions in the selection",
-        targets.FP8: "2:4 weights, which need no selection",
+        targets.FP8: "one launch for layers that read one input; tiles for few tokens",
     },
     "compression": {
         targets.COMPRESSION: "fewer instructions in the selection; Aᵀ by TMA",

@@ -22,9 +22,10 @@ from rtlynx.timing.step_variants import (
 RESULTS = Path("benchmarks/results")
 # Full-size model -> the small one of its architecture whose pictures were measured.
 STUDIED = {"flux1-dev": "flux-emoji", "qwen-image": "qwen-emoji", "z-image": "z-image-emoji"}
+SPEED = Path("docs/speed")
 CHARTS = {
-    Path("docs/speed/steps.png"): tuple(STUDIED),
-    Path("docs/speed/steps-others.png"): tuple(name for name in MODELS if name not in STUDIED),
+    SPEED / "steps.png": tuple(STUDIED),
+    SPEED / "steps-others.png": tuple(name for name in MODELS if name not in STUDIED),
 }
 # Variants of a step to show -> their rows in the study.
 VARIANTS = {
@@ -39,7 +40,7 @@ VARIANTS = {
     EVERY_WEIGHT: "drop:fp8-weights+rotated",
     EVERY_WEIGHT + FP8_ATTENTION: None,
 }
-ON_SITE_ALONE = (EVERY_WEIGHT,)  # the README is short
+ON_SITE_ALONE = (EVERY_WEIGHT + FP8_ATTENTION,)  # the README is short
 CHOOSE_STEPS, ATTENTION = Path("docs/guides/calibrate.md"), Path("docs/guides/attention.md")
 Studies = dict[str, dict[str, dict]]
 

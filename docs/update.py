@@ -142,7 +142,8 @@ def layers(root: Path, place: Place) -> str:
     ):
         for source in _found(root, pattern):
             results = read(root / source)
-            title = f"Single layers in {name}, {results['device']}"
+            other = "other numbers of rows, " if "-rows-" in source.name else ""
+            title = f"Single layers in {name}, {other}{results['device']}"
             plot = (
                 f"![{title}: speed relative to cuBLAS, shape by shape]({place.path(tables.plot_of(source))})"
             )
