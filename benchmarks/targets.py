@@ -16,7 +16,7 @@ from rtlynx.timing.results import (
     speed_up,
     step_speed_up,
 )
-from rtlynx.timing.shapes import Shape
+from rtlynx.timing.shapes import SHAPES, Shape
 from rtlynx.timing.step_variants import (
     DENSE_FP8,
     EVERY_LAYER,
@@ -75,13 +75,14 @@ _WAYS = {
     "2:4 activations": ("ours_compress_plain_us", "ours_gemm_us"),
     "2:4 weights": ("ours_quantize_us", "ours_weight_sparse_gemm_us"),
 }
-FEW = 1024  # rows of X
+# Rows of X: those of the benchmark's shapes, whose means are goals, and few.
+_USUAL, FEW = {shape.m for shape in SHAPES}, 1024
 
 
 def _fp8_targets(rows: Iterable[Mapping]) -> list[Target]:
-    usual, few, odd = [], [], []
-    for row in rows:
-        (odd if row["M"] % 2 else few if row["M"] == FEW else usual).append(row)
+    rows = list(rows)
+    usual = [row for row in rows if row["M"] in _USUAL]
+    few, odd = ([row for row in rows if row["M"] == FEW], [row for row in rows if row["M"] % 2])
     whole = [ratio(row, "cublas_us", "ours_us") for row in usual]
     layers = {way: geomean(_over_dense(row, way) for row in usual) for way in _WAYS}
     products = {
@@ -110,7 +111,7 @@ def _over_dense(row: Mapping, way: str) -> float | None:
 
 
 def _bf16_targets(rows: Iterable[Mapping]) -> list[Target]:
-    rows = list(rows)
+    rows = [row for row in rows if row["M"] in _USUAL]
     layers = [ratio(row, "cublas_us", "ours_us") for row in rows]
     over = {
         name: geomean(ratio(row, f"{name}_us", "ours_gemm_us") for row in rows)
