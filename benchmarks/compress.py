@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from prologues import MATRIX, PROLOGUES, Prologue, Tail
 from script import FOLDER, options_parser
-from targets import compress_targets
 from torch import Tensor
 
 import rtlynx.ops.prologues  # noqa: F401  (registers torch.ops.rtlynx)
@@ -207,7 +206,6 @@ def main() -> None:
         for name, reason in row["missing"].items():
             print(f"  {row.get('name', row['K'])} {name}: {reason}")
     document |= results.card_state(every) | {"rows": rows, "producers": producers, "quantizers": quantizers}
-    document["targets"] = compress_targets(document)
     write(options.out or FOLDER / f"compress-{card.slug}.json", document)
 
 

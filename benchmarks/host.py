@@ -14,7 +14,6 @@ from time import perf_counter_ns
 
 import torch
 from script import FOLDER, options_parser
-from targets import host_targets
 from torch.nn.functional import linear
 
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -90,7 +89,6 @@ def main() -> None:
         "calls": CALLS,
         "rows": rows,
     }
-    document["targets"] = host_targets(document)
     write(options.out or FOLDER / f"host-{card.slug}.json", document)
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from rich import print
 from script import FOLDER, options_parser
-from targets import parallel_targets
 
 from rtlynx.storage.files import write_json
 from rtlynx.timing import parallel
@@ -63,9 +62,6 @@ def main() -> None:
     file = options.out or FOLDER / f"parallel-{of.count}-{full.name}-{size.side}-{card.slug}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
 
-    def keep(document: dict) -> None:
-        write_json(file, document | {"targets": parallel_targets(document)})
-
     document = parallel.run(
         full.name,
         card,
@@ -78,7 +74,7 @@ def main() -> None:
         graphs=not options.no_graphs,
         commit=options.commit,
         report=partial(print, flush=True),
-        keep=keep,
+        keep=partial(write_json, file),
     )
     if of.rank == 0:
         print(parallel_overview(document))

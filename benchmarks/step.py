@@ -1,6 +1,6 @@
 """One denoising step of a full-size transformer, weights at random: `python benchmarks/step.py --model NAME`.
 
-What `rtlynx bench --model` measures (rtlynx/timing/step.py), with our targets beside it.
+What `rtlynx bench --model` measures (rtlynx/timing/step.py).
 Writes results/step-<model>-<card>.json; of other sizes or few variants only where `--out` or
 `--renew` says so.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich import print
 from script import FOLDER, options_parser
-from targets import step_targets
 
 from rtlynx.timing import step
 from rtlynx.timing.card import Card
@@ -56,9 +55,6 @@ def main() -> None:
     )
     if kept:
         document = step.renewed(kept, document)
-    targets = step_targets(document)
-    few = bool(options.variants)  # which say nothing of the others' goals
-    document["targets"] = [one for one in targets if one["measured"] is not None or not few]
     print(step_overview(document))
     if options.out or options.renew or (size == common and not options.variants):
         write(options.out or options.renew or FOLDER / f"step-{options.model}-{card.slug}.json", document)

@@ -1,61 +1,83 @@
 """Performance goals as tables: what is wanted, what there is today, what is tried next."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from tables import factor, in_words, number
+from overview import RESULTS
+from tables import factor, in_words, number, read
 
-# Group -> what it is about.
-STEP, LAYER, COMPRESSION, HOST = "A step", "A layer", "Compression", "Host time"
-# Section of benchmarks/NOTES.md that a target names -> the next idea, told there.
+from rtlynx.timing.card import card_slug
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import targets
+from targets import Target
+
+# Group -> section of benchmarks/NOTES.md that a target names -> the next idea, told there.
 NEXT = {
-    "What bounds the GEMM": "activations from registers; fewer bytes from L2",
-    "Where it stands": "a faster GEMM; fewer instructions in the selection",
-    "Compression, version by version": "fewer instructions in the selection; Aᵀ by TMA",
-    "Producers, version by version": "two halves of the grid out of step",
-    "fp8": "2:4 weights, which need no selection",
-    "A whole step": "attention and modulation in fp8 together; fewer passes over the stream",
-    "Several cards": "queries, keys and values in e4m3 through the all-to-all; a tile for fewer rows",
-    "Host time": "measure `rtlynx.compile`; one launch for layers that read one input",
+    "step": {
+        targets.STEP: "attention and modulation in fp8 together; fewer passes over the stream",
+        targets.LORA: "LoRAs beside 2:4 weights in the product itself, which has not been timed",
+        targets.CARDS: "queries, keys and values in e4m3 through the all-to-all; a tile for fewer rows",
+    },
+    "layer": {
+        targets.PRODUCT: "activations from registers; fewer bytes from L2",
+        targets.LAYER: "a faster GEMM; fewer instructions in the selection",
+        targets.FP8: "one launch for layers that read one input; tiles for few tokens",
+    },
+    "compression": {
+        targets.COMPRESSION: "fewer instructions in the selection; Aᵀ by TMA",
+        targets.PRODUCERS: "two halves of the grid out of step",
+    },
+    "host": {targets.HOST: "measure `rtlynx.compile`; one launch for layers that read one input"},
+}
+# Results files -> their targets.
+KINDS = {
+    "*step-*.json": targets.step_targets,
+    "parallel-*.json": targets.parallel_targets,
+    "linear-*.json": targets.linear_targets,
+    "compress-*.json": targets.compress_targets,
+    "host-*.json": targets.host_targets,
 }
 
 
-def goals_section(documents: Iterable[dict], group: str) -> str:
-    """The goals of one group of all results files, as a Markdown table; those not reached come first."""
+def goals_section(root: Path, group: str) -> str:
+    """The goals of one group as a Markdown table; those not reached come first."""
     lines = ["| goal | today | what is next |", "|---|---|---|"]
-    targets: dict[object, dict] = {}
-    for document in documents:
-        for target in document.get("targets", ()):
-            if _group(target, document) != group:
-                continue
-            # Several runs of a step have the same goals: the best counts.
-            about, _, goal = target["what"].rpartition(", speed over ")
-            key = (document["model"], goal, target["wanted"]) if about and group == STEP else len(targets)
-            if key not in targets or targets[key]["measured"] < target["measured"]:
-                targets[key] = target
-    for target in sorted(targets.values(), key=lambda target: target["met"]):
-        wanted, today = (_figure(target[key], target["unit"]) for key in ("wanted", "measured"))
-        if today == wanted and not target["met"]:  # rounding must not hide what is missing
-            today = f"{target['measured']:.3f}x"
-        following = "reached" if target["met"] else _next(target, group)
-        lines.append(f"| {in_words(target['what'])}: {target['bound']} {wanted} | {today} | {following} |")
+    for target in sorted(_targets(root, group), key=lambda target: target.met):
+        wanted, today = (_figure(value, target.unit) for value in (target.wanted, target.measured))
+        if today == wanted and not target.met:  # rounding must not hide what is missing
+            today = f"{target.measured:.3f}x"
+        by = f" ({in_words(target.by).strip(', ')})" if target.by else ""
+        following = "reached" if target.met else NEXT[group][target.section]
+        bound = "at most" if target.at_most else "at least"
+        lines.append(f"| {in_words(target.what)}: {bound} {wanted} | {today}{by} | {following} |")
     return "\n".join(lines)
 
 
-def _group(target: dict, document: dict) -> str:
-    if "wall time" in target["what"] or "host time" in target["what"]:
-        return HOST
-    if "model" in document:
-        return STEP
-    return COMPRESSION if "producers" in document else LAYER
+def _targets(root: Path, group: str) -> Iterator[Target]:
+    """Each goal once: as the newest card has it, at its best."""
+    found: dict[tuple[str, float], tuple[tuple, Target]] = {}
+    for card, target in _of_files(root):
+        figure = target.measured or 0.0
+        rank = target.measured is not None, card, -figure if target.at_most else figure
+        key = target.what, target.wanted
+        if target.section in NEXT[group] and (key not in found or found[key][0] < rank):
+            found[key] = rank, target
+    return (target for _, target in found.values())
 
 
-def _next(target: dict, group: str) -> str:
-    """What is tried next, by the section of the notes that the target names."""
-    section = target["why"].removeprefix("benchmarks/NOTES.md, ")
-    return NEXT["Host time" if group == HOST else section]
+def _of_files(root: Path) -> Iterator[tuple[str, Target]]:
+    """The card and targets of each results file, and the targets of models before they are measured."""
+    for model in targets.STEP_SPEED_UPS:
+        yield from (("", target) for target in targets.step_targets({"model": model, "variants": []}))
+    for pattern, targets_of in KINDS.items():
+        for file in sorted((root / RESULTS).glob(pattern)):
+            document = read(file)
+            yield from ((card_slug(document["device"]), target) for target in targets_of(document))
 
 
 def _figure(value: float | None, unit: str) -> str:
-    if unit == "x":
+    if unit == "x" or value is None:
         return factor(value)
     return f"{number(value, ',.0f')}&nbsp;{unit.replace('us', 'µs')}"

@@ -1,182 +1,156 @@
-"""The three models at a glance: a step of each in dense and sparse fp8, and what either does to pictures."""
+"""Models at a glance: a step of each, dense and sparse, and what the variants do to pictures."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from study_tables import RESULTS as STUDIES
 from study_tables import rows_of
-from tables import Place, card_of, factor, number, read
+from tables import Place, card_of, factor, in_words, number, read
 
+from rtlynx.timing.full_models import MODELS
 from rtlynx.timing.overview import dense_steps
-from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, step_speed_up
-from rtlynx.timing.step_variants import DENSE_FP8, FP8_ATTENTION, MIXED, RECOMMENDED, TORCHAO
-
-CHART = Path("docs/speed/steps.png")
-RESULTS = Path("benchmarks/results")
-Studies = dict[str, dict[str, dict]]
-CHOOSE_STEPS, ATTENTION = Path("docs/guides/calibrate.md"), Path("docs/guides/attention.md")
-
-
-class Model(NamedTuple):
-    """A full-size model, and the small one of its architecture whose pictures were measured."""
-
-    title: str
-    step: str
-    study: str
-
-
-MODELS = (
-    Model("FLUX.1-dev", "flux1-dev", "flux-emoji"),
-    Model("Qwen-Image", "qwen-image", "qwen-emoji"),
-    Model("Z-Image", "z-image", "z-image-emoji"),
+from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, picture_size, step_speed_up
+from rtlynx.timing.step_variants import (
+    DENSE_FP8,
+    EVERY_WEIGHT,
+    FP8_ATTENTION,
+    MIXED,
+    RECOMMENDED,
+    TORCHAO,
 )
-# Variant of a step -> how it is called here, and its row in the study.
-VARIANTS = {
-    REFERENCE: ("bf16, compiled", None),
-    TORCHAO: ("dense fp8, torchao", None),
-    DENSE_FP8: ("dense fp8, rtlynx", "fp8:dense"),
-    RECOMMENDED: ("**sparse fp8, rtlynx**", "recommended"),
-    MIXED: ("sparse fp8, one mix in all steps", "saving:auto-90%"),
+
+RESULTS = Path("benchmarks/results")
+# Full-size model -> the small one of its architecture whose pictures were measured.
+STUDIED = {"flux1-dev": "flux-emoji", "qwen-image": "qwen-emoji", "z-image": "z-image-emoji"}
+SPEED = Path("docs/speed")
+CHARTS = {
+    SPEED / "steps.png": tuple(STUDIED),
+    SPEED / "steps-others.png": tuple(name for name in MODELS if name not in STUDIED),
 }
-# Of which a file has one.
-OURS = (RECOMMENDED, MIXED)
+# Variants of a step to show -> their rows in the study.
+VARIANTS = {
+    "bf16 eager": None,
+    REFERENCE: None,
+    TORCHAO: None,
+    DENSE_FP8: "fp8:dense",
+    DENSE_FP8 + FP8_ATTENTION: "attention:dense-fp8",
+    MIXED: "saving:auto-90%",
+    RECOMMENDED: "recommended",
+    RECOMMENDED + FP8_ATTENTION: "attention:recommended",
+    EVERY_WEIGHT: "drop:fp8-weights+rotated",
+    EVERY_WEIGHT + FP8_ATTENTION: None,
+}
+ON_SITE_ALONE = (EVERY_WEIGHT + FP8_ATTENTION,)  # the README is short
+CHOOSE_STEPS, ATTENTION = Path("docs/guides/calibrate.md"), Path("docs/guides/attention.md")
+Studies = dict[str, dict[str, dict]]
 
 
 def current_steps(root: Path) -> dict[str, Path]:
-    """The results file of each model to show: of the newest card on which dense fp8 was measured, too.
+    """The results file of each model to show: one with the recommended recipe, of most variants.
 
-    A model without such a file is shown by the oldest that it has.
+    Of two alike that of the newer card.
     """
     found = {}
     for model in MODELS:
-        files = sorted((root / RESULTS).glob(f"step-{model.step}-*.json"))
-        complete = [file for file in files if _row(read(file), DENSE_FP8).get("gpu_ms") is not None]
+        files = sorted((root / RESULTS).glob(f"*step-{model}-*.json"))
         if files:
-            found[model.step] = (complete or files[:1])[-1].relative_to(root)
+            found[model] = max(reversed(files), key=_completeness).relative_to(root)
     return found
 
 
+def _completeness(file: Path) -> tuple[bool, int]:
+    known = measured(read(file))
+    return RECOMMENDED in known, len(known)
+
+
+def measured(document: dict) -> dict[str, dict]:
+    """The variants to show that were measured, by name."""
+    rows = {row["name"]: row for row in document["variants"]}
+    return {name: rows[name] for name in VARIANTS if rows.get(name, {}).get("gpu_ms") is not None}
+
+
 def overview_section(root: Path, place: Place) -> str:
-    """The table of models and variants, in Markdown, with where its figures are from."""
-    steps, studies = current_steps(root), _studies(root)
-    lines = [
-        "| model | variant | GPU, ms | wall, ms | wall with CUDA graphs, ms | speed | PSNR, dB | SSIM |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for model in MODELS:
-        if model.step not in steps:
-            continue
-        document = read(root / steps[model.step])
-        rows = document["variants"]
-        for name, (title, study) in VARIANTS.items():
-            if name in OURS and not _row(document, name):
-                continue
-            row, graphs = _row(document, name), _row(document, name + BLOCK_GRAPHS)
-            times = row.get("gpu_ms"), row.get("wall_ms"), graphs.get("wall_ms")
-            told = dense_steps(row)
-            named = f"{title} ({told})" if told else title
-            cells = [model.title, named, *(number(time, ".1f") for time in times)]
-            cells += [factor(step_speed_up(rows, name)), *_picture(studies.get(model.study, {}), study)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _sources(root, steps.values(), studies, place)])
-
-
-# Of files of attention in fp8: variant -> how it is called here, and its row in the study.
-IN_FP8_ATTENTION = {
-    REFERENCE: ("bf16, compiled", None),
-    TORCHAO: ("dense fp8, torchao", None),
-    DENSE_FP8: ("dense fp8", "fp8:dense"),
-    DENSE_FP8 + FP8_ATTENTION: ("dense fp8, fp8 attention", "attention:dense-fp8"),
-    RECOMMENDED: ("**sparse fp8, recommended**", "recommended"),
-    RECOMMENDED + FP8_ATTENTION: ("**sparse fp8, recommended, fp8 attention**", "attention:recommended"),
-}
-
-
-def attention_section(root: Path, place: Place) -> str:
-    """The recommended recipe and attention in fp8, where they were measured in one process, in Markdown."""
-    studies, lines, sources = _studies(root), [], []
-    for model in MODELS:
-        for source in sorted((root / RESULTS).glob(f"attention-step-{model.step}-*.json")):
-            document = read(source)
-            for name, (title, study) in IN_FP8_ATTENTION.items():
-                row = _row(document, name)
-                if not row:
-                    continue
-                told = dense_steps(row)
-                cells = [model.title, f"{title} ({told})" if told else title]
-                cells += [number(row.get(time), ".1f") for time in ("gpu_ms", "wall_ms")]
-                cells += [factor(step_speed_up(document["variants"], name))]
-                cells += _picture(studies.get(model.study, {}), study)
-                lines.append(f"| {' | '.join(cells)} |")
-            sources.append(f"{card_of(document)}, {place.file(source.relative_to(root))}")
-    if not lines:
+    """Chart and table of the models whose pictures were measured, on the site of the others too."""
+    steps, parts, shown = current_steps(root), [], []
+    for chart, models in CHARTS.items():
+        known = [model for model in models if model in steps]
+        if known and (place.in_docs or not shown):
+            title = f"GPU and wall time of one step: {', '.join(map(in_words, known))}"
+            parts += [f"![{title}]({place.path(chart)})", _table(root, place, known)]
+            shown += known
+    if not parts:
         return ""
-    head = [
-        f"The recommended recipe as it is now, and [attention in fp8]({place.path(ATTENTION)}), in one "
-        f"process ({'; '.join(sources)}):",
-        "",
-        "| model | variant | GPU, ms | wall, ms | speed | PSNR, dB | SSIM |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*head, *lines])
+    return "\n\n".join(
+        [*parts, _sources(root, [steps[model] for model in shown], place), _verdict(root, place)]
+    )
 
 
-def _rows_with_attention(root: Path, model: Model) -> list[dict]:
-    """Rows of a model's latest file of steps with attention in fp8."""
-    files = sorted((root / RESULTS).glob(f"attention-step-{model.step}-*.json"))
-    return read(files[-1])["variants"] if files else []
-
-
-def verdict_section(root: Path, place: Place) -> str:
-    """What sparsity adds to dense fp8 on the same kernels, and what it costs in pictures."""
+def _table(root: Path, place: Place, models: list[str]) -> str:
+    """Variants of `models`: with the size of what is drawn, or with figures of a small model's pictures."""
     steps, studies = current_steps(root), _studies(root)
-    faster: dict[str, list[str]] = {name: [] for name in OURS}
-    costs = []
-    for model in MODELS:
-        rows = read(root / steps[model.step])["variants"] if model.step in steps else []
-        for name in OURS:
-            speed = step_speed_up(rows, name, DENSE_FP8)
-            if speed is None:
-                speed = step_speed_up(_rows_with_attention(root, model), name, DENSE_FP8)
-            if speed is not None:
-                faster[name].append(f"{factor(speed)} ({model.title})")
-        known = studies.get(model.study, {})
+    pictures = any(model in STUDIED for model in models)
+    head = ["model", *([] if pictures else ["size"]), "variant", "GPU, ms", "wall, ms"]
+    head += ["wall with CUDA graphs, ms", "speed", "GiB", *(["PSNR, dB", "SSIM"] if pictures else [])]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for model in models:
+        document = read(root / steps[model])
+        rows = {row["name"]: row for row in document["variants"]}
+        for name, row in measured(document).items():
+            if name in ON_SITE_ALONE and not place.in_docs:
+                continue
+            told = dense_steps(row)
+            title = f"**{in_words(name)}**" if name.startswith(RECOMMENDED) else in_words(name)
+            times = row["gpu_ms"], row["wall_ms"], rows.get(name + BLOCK_GRAPHS, {}).get("wall_ms")
+            cells = [in_words(model), *([] if pictures else [picture_size(document)])]
+            cells += [f"{title} ({told})" if told else title, *(number(time, ".1f") for time in times)]
+            cells += [factor(step_speed_up(rows.values(), name)), number(row.get("peak_gib"), ".1f")]
+            cells += _picture(studies.get(STUDIED[model], {}), VARIANTS[name]) if pictures else []
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _verdict(root: Path, place: Place) -> str:
+    """What sparsity adds to dense fp8 on the same kernels, and what it costs in pictures."""
+    faster, costs, studies = [], [], _studies(root)
+    for model, source in current_steps(root).items():
+        speed = step_speed_up(read(root / source)["variants"], RECOMMENDED, DENSE_FP8)
+        if speed is not None and (place.in_docs or model in STUDIED):
+            faster.append(f"{factor(speed)} ({in_words(model)})")
+    for study, known in studies.items():
         if {"fp8:dense", "recommended"} <= set(known):
             dense, sparse = (known[name]["figures"]["psnr"]["mean"] for name in ("fp8:dense", "recommended"))
-            costs.append(f"from {dense:.1f} to {sparse:.1f} dB ({model.study})")
+            costs.append(f"from {dense:.1f} to {sparse:.1f} dB ({study})")
     text = "**The alternative is dense fp8**: the same model, quantised by the same fused kernels. "
     text += "It drops nothing."
-    if faster[RECOMMENDED]:
-        text += f" The recommended recipe makes its step faster by {_listed(faster[RECOMMENDED])}."
-    if faster[MIXED]:
-        text += f" One mix of sparse and dense fp8 in all steps makes it faster by {_listed(faster[MIXED])}."
+    if faster:
+        text += f" The recommended recipe makes its step faster by {_listed(faster)}."
     if costs:
         text += (
             " The recommended recipe runs dense fp8 in "
-            f"[steps that calibration chooses]({place.path(CHOOSE_STEPS)}#choose-dense-steps), in no more "
-            f"modelled time than one mix. Its pictures differ more: PSNR falls {_listed(costs)}."
+            f"[steps that calibration chooses]({place.path(CHOOSE_STEPS)}#choose-dense-steps). "
+            f"Its pictures differ more: PSNR falls {_listed(costs)}."
         )
     return text
 
 
-def _sources(root: Path, sources: Iterable[Path], studies: Studies, place: Place) -> str:
-    """Where the table's figures are from, and what they do not say."""
+def _sources(root: Path, sources: Iterable[Path], place: Place) -> str:
+    """Where the tables' figures are from, and what they do not say."""
     known = [(source, read(root / source)) for source in sources]
     cards = dict.fromkeys(card_of(document) for _, document in known)
-    files = ", ".join(place.file(source) for source, _ in known)
+    files, studies = ", ".join(place.file(source) for source, _ in known), _studies(root)
     return (
-        f"One step at 1024x1024, batch 1; a dash: not measured. {'; '.join(cards)} ({files}). *Speed* is GPU "
-        "time against compiled bf16. PSNR and SSIM compare with dense pictures of the same noise, on a "
-        f"**64x64 emoji model of the same architecture** ({_counts(studies, 'fp8:dense')} pictures for dense "
-        f"fp8, {_counts(studies, 'recommended')} for sparse). Pictures of full-size models have not been "
-        "measured."
+        "One step, of pictures of 1024x1024 where no size is given, batch 1; a dash: not measured. "
+        f"{'; '.join(cards)} ({files}). *Speed* is GPU time against compiled bf16, *GiB* the peak of memory, "
+        f"*fp8 attention* [a setting of its own]({place.path(ATTENTION)}). PSNR and SSIM compare with dense "
+        f"pictures of the same noise, on a **64x64 emoji model of the same architecture** "
+        f"({_counts(studies, 'fp8:dense')} pictures for dense fp8, {_counts(studies, 'recommended')} for the "
+        "recommended recipe). Pictures of full-size models have not been measured."
     )
 
 
 def _studies(root: Path) -> Studies:
     """Model of the study -> its rows by name."""
-    files = {model.study: root / STUDIES / f"quality-{model.study}.json" for model in MODELS}
+    files = {name: root / STUDIES / f"quality-{name}.json" for name in STUDIED.values()}
     return {name: rows_of(read(file)) for name, file in files.items() if file.is_file()}
 
 
@@ -190,10 +164,6 @@ def _picture(rows: dict[str, dict], name: str | None) -> list[str]:
     figures = rows[name]["figures"] if name in rows else {}
     means = {figure: figures[figure]["mean"] if figures else None for figure in ("psnr", "ssim")}
     return [number(means["psnr"], ".1f"), number(means["ssim"], ".3f")]
-
-
-def _row(document: dict, name: str) -> dict:
-    return next((row for row in document["variants"] if row["name"] == name), {})
 
 
 def _listed(words: list[str]) -> str:

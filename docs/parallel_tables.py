@@ -17,7 +17,7 @@ from rtlynx.timing.communication import (
 )
 from rtlynx.timing.full_models import Size
 from rtlynx.timing.results import picture_size, speed_up
-from rtlynx.timing.step_variants import MIXED
+from rtlynx.timing.step_variants import MIXED, RECOMMENDED
 
 LARGE = 2048  # pixels
 
@@ -77,7 +77,8 @@ def _one_card(root: Path) -> Iterator[OneCard]:
 
 
 def _rows_of(size: dict, variants: list[dict], model: str, source: Path) -> Iterator[OneCard]:
-    gpu_ms = next((row["gpu_ms"] for row in variants if row["name"] == MIXED), None)
+    times = {row["name"]: row["gpu_ms"] for row in variants}
+    gpu_ms = times.get(RECOMMENDED) or times.get(MIXED)
     if gpu_ms is None or size["batch"] != 1:
         return
     tokens = Size(size["resolution"]).image_tokens + size["text_tokens"]

@@ -1,66 +1,68 @@
 """Plots of speed: bars of layers, shape by shape, and of whole steps, model by model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from overview import MODELS, VARIANTS
-from tables import speedup
+from overview import VARIANTS, measured
+from tables import in_words, speedup
 
-from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE
-from rtlynx.timing.step_variants import DENSE_FP8, MIXED, RECOMMENDED, TORCHAO
+from rtlynx.timing.card import card_slug
+from rtlynx.timing.results import BLOCK_GRAPHS
+from rtlynx.timing.step_variants import DENSE_FP8, EVERY_WEIGHT, RECOMMENDED, TORCHAO
 
 GREEN, GREY, BLUE, DARK = "#2f7d4f", "#9aa5b1", "#4c78a8", "#52606d"
 LIGHT_GREEN = "#8fc1a3"
-COLOURS = {REFERENCE: DARK, TORCHAO: GREY, DENSE_FP8: BLUE, RECOMMENDED: GREEN, MIXED: LIGHT_GREEN}
+# Beginnings of variants' names.
+COLOURS = {"bf16": DARK, TORCHAO: GREY, DENSE_FP8: BLUE, RECOMMENDED: GREEN, EVERY_WEIGHT: LIGHT_GREEN}
+COLUMNS = 3  # of models beside each other
 Time = Callable[[dict], float | None]
 
 
 def draw_steps(steps: dict[str, dict], path: Path, source: str) -> None:
-    """Bars: GPU time of a step of each model; marks: its wall time, without and with CUDA graphs.
+    """A plot a model. Bars: GPU time of a step of each variant; marks: its wall time, also with CUDA graphs.
 
     Parameters
     ----------
-    steps : model of `MODELS` -> its results file.
+    steps : model -> its results file.
     source : digest of the files; the plot carries it, so that a test sees when it is stale.
     """
-    figure = Figure(figsize=(6.6, 4), layout="constrained")
-    axes = figure.subplots()
-    shown = [model for model in MODELS if model.step in steps]
-    for index, model in enumerate(shown):
-        rows = {row["name"]: row for row in steps[model.step]["variants"]}
-        measured = [name for name in VARIANTS if rows.get(name, {}).get("gpu_ms")]
-        apart = 0.8 / max(4, len(measured))
-        for place, name in enumerate(measured):
-            x, ms = index + apart * (place - (len(measured) - 1) / 2), rows[name]["gpu_ms"]
-            axes.bar(x, ms, 0.9 * apart, color=COLOURS[name], label=VARIANTS[name][0].replace("*", ""))
-            axes.text(x, ms / 2, f"{ms:.0f}", ha="center", va="center", fontsize=9, color="white")
-            _mark(axes, x, rows[name], "D", 5, "wall time")
-            _mark(axes, x, rows.get(name + BLOCK_GRAPHS, {}), "_", 14, "wall time with CUDA graphs")
-    axes.set_xticks(range(len(shown)), [f"{one.title}\n{_card(steps[one.step])}" for one in shown])
-    axes.set_ylabel("one denoising step, ms (bars: GPU time)")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(
-        handles.values(),
-        handles,
-        ncols=2,
-        fontsize=9,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.15),
-        frameon=False,
-    )
-    _save(figure, axes, path, source)
+    known = {model: measured(document) for model, document in steps.items()}
+    names = [name for name in VARIANTS if any(name in rows for rows in known.values())]
+    lines = -(-len(steps) // COLUMNS)
+    figure = Figure(figsize=(10, lines * (0.28 * len(names) + 0.8) + 0.3), layout="constrained")
+    grid = figure.subplots(lines, min(COLUMNS, len(steps)), sharey=True, squeeze=False).flatten()
+    for axes in grid[len(steps) :]:
+        axes.set_axis_off()
+    for axes, (model, document) in zip(grid, steps.items(), strict=False):
+        rows = {row["name"]: row for row in document["variants"]}
+        for place, name in enumerate(names):
+            if name not in known[model]:
+                continue
+            ms = rows[name]["gpu_ms"]
+            colour = next((one for start, one in COLOURS.items() if name.startswith(start)), LIGHT_GREEN)
+            written = "black" if colour in (GREY, LIGHT_GREEN) else "white"
+            axes.barh(place, ms, 0.8, color=colour)
+            axes.text(ms / 2, place, f"{ms:.0f}", ha="center", va="center", fontsize=9, color=written)
+            _mark(axes, place, rows[name], "D", 4, "wall time")
+            _mark(axes, place, rows.get(name + BLOCK_GRAPHS, {}), "|", 12, "wall time with CUDA graphs")
+        axes.set_title(f"{in_words(model)}, {card_slug(document['device']).upper()}", fontsize=10)
+        axes.set_yticks(range(len(names)), [in_words(name) for name in names])
+    grid[0].invert_yaxis()  # which all share
+    figure.supxlabel("one denoising step, ms (bars: GPU time)", fontsize=10)
+    marks = {
+        label: handle
+        for axes in grid
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(marks.values(), marks, ncols=2, fontsize=9, loc="outside lower right", frameon=False)
+    _save(figure, grid, path, source)
 
 
-def _mark(axes: Axes, x: float, row: dict, marker: str, size: int, label: str) -> None:
+def _mark(axes: Axes, y: float, row: dict, marker: str, size: int, label: str) -> None:
     if row.get("wall_ms"):
-        axes.plot(x, row["wall_ms"], marker, color="black", markersize=size, label=label)
-
-
-def _card(results: dict) -> str:
-    """The card's short name."""
-    return " ".join(results["device"].split()[:2])
+        axes.plot(row["wall_ms"], y, marker, color="black", markersize=size, label=label)
 
 
 def draw_speed(results: dict, path: Path, source: str) -> None:
@@ -88,11 +90,12 @@ def draw_speed(results: dict, path: Path, source: str) -> None:
     axes.set_ylabel("speed relative to cuBLAS in bf16")
     axes.set_title(f"One linear layer in {'fp8' if fp8 else 'bf16'}, {results['device']}")
     axes.legend(ncols=2, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
-    _save(figure, axes, path, source)
+    _save(figure, [axes], path, source)
 
 
-def _save(figure: Figure, axes: Axes, path: Path, source: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
+def _save(figure: Figure, plots: Iterable[Axes], path: Path, source: str) -> None:
+    for axes in plots:
+        axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Source": source, "Software": None})
 

@@ -18,11 +18,15 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.models import transformers
-from tables import Place
+from goals import targets
+from overview import current_steps
+from tables import Place, factor, read
 from torch import nn
 
 from rtlynx.models import architecture_of
 from rtlynx.models.plan import ARCHITECTURES
+from rtlynx.timing.card import card_slug
+from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "compose")]
@@ -31,6 +35,17 @@ from on_top_cases import CASES, NEVER_FUSED  # noqa: E402
 
 LISTING = ROOT / "docs" / "reference" / "layers-of-models.txt"
 COMMAND = "python docs/supported_models.py"
+# Model class -> the full-size model of which a step is measured.
+STEPS = {
+    "ChromaTransformer2DModel": "chroma",
+    "Flux2Transformer2DModel": "flux2-klein",
+    "FluxTransformer2DModel": "flux1-dev",
+    "LTX2VideoTransformer3DModel": "ltx-2",
+    "QwenImageTransformer2DModel": "qwen-image",
+    "SD3Transformer2DModel": "sd3.5-large",
+    "WanTransformer3DModel": "wan2.2-14b",
+    "ZImageTransformer2DModel": "z-image",
+}
 # Settings of classes whose defaults build no model: those of a released model, or the size of one block.
 CONFIGS = {
     "DreamLiteTransformer2DModel": {
@@ -163,13 +178,22 @@ def _without_indices(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
+def measured_step(results: dict) -> str:
+    """Speed of a step over compiled bf16, and the card."""
+    kinds = {"dense fp8": DENSE_FP8, "recommended": RECOMMENDED}
+    speeds = {kind: targets.fastest(results["variants"], name)[0] for kind, name in kinds.items()}
+    told = ", ".join(f"{kind} {factor(speed)}" for kind, speed in speeds.items() if speed is not None)
+    return f"{told} ({card_slug(results['device']).upper()})" if told else "\N{EN DASH}"
+
+
 def models_section(root: Path, _place: Place) -> str:
-    """The table of models, of the listing as it is written."""
-    text = (root / LISTING.relative_to(ROOT)).read_text()
+    """The table of models, of the listing as it is written and of steps as they were measured."""
+    text, steps = (root / LISTING.relative_to(ROOT)).read_text(), current_steps(root)
     lines = [
-        "| model class | pipelines | calibrate in small | known by name | fused norms and activations "
-        "| LoRA fused | can be sparse | text, audio | in linears | `compile_repeated_blocks` |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model class | pipelines | known by name | fused norms and activations | calibrate in small "
+        "| LoRA fused | `compile_repeated_blocks` | step on H100, H200 | can be sparse | text, audio "
+        "| in linears |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, section in sections(text).items():
         head, used, blocks, *_ = section.splitlines()
@@ -178,16 +202,18 @@ def models_section(root: Path, _place: Place) -> str:
         [of_all] = re.findall(r"(\S+)% of all", head)
         names = [one for one in used.partition(": ")[2].split(", ") if one != "none"]
         pipelines, calibrated = [f"`{one}`" for one in names], [one for one in names if calibrates(one)]
-        known = ARCHITECTURES.get(name)
+        known, step = ARCHITECTURES.get(name), STEPS.get(name)
         cells = [
             f"`{name}`",
             ", ".join(pipelines[:2]) + (f" and {len(pipelines) - 2} more" if pipelines[2:] else "")
             or "\N{EN DASH}",
+            *("yes" if one else "no" for one in (known, known and known.fused)),
             f"{len(calibrated)} of {len(names)}" if calibrated else "\N{EN DASH}",
-            # (Blocks whose layers read prologues keep to that with LoRAs beside these.)
-            *("yes" if one else "no" for one in (known, known and known.fused, known and known.fused)),
-            *(f"{float(share):.0f} %" for share in (image + joint, few, of_all)),
+            # Blocks whose layers read prologues keep to that with LoRAs beside these.
+            "yes" if known and known.fused else "no",
             "no" if blocks.endswith("not declared") else "yes",
+            measured_step(read(root / steps[step])) if step in steps else "\N{EN DASH}",
+            *(f"{float(share):.0f} %" for share in (image + joint, few, of_all)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Of diffusers {text.split()[2]}."])

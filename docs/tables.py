@@ -8,6 +8,13 @@ from typing import NamedTuple
 
 from rtlynx.timing.overview import dense_steps
 from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, picture_size, step_speed_up
+from rtlynx.timing.step_variants import (
+    EVERY_LAYER,
+    EVERY_WEIGHT,
+    FP8_ATTENTION,
+    FP8_MODULATION,
+    RECOMMENDED,
+)
 
 DEMO = Path("docs/demo")
 STEP_COLUMNS = ("gpu_ms", "linear_ms", "attention_ms", "rest_ms", "wall_ms", "peak_gib")
@@ -34,6 +41,9 @@ class Place(NamedTuple):
 
 # Names in results files, as readers know them; longer ones come first.
 WORDS = {
+    RECOMMENDED: "recommended",
+    EVERY_LAYER: "every layer by 2:4 activations",
+    EVERY_WEIGHT: "every layer by 2:4 weights",
     "rtlynx fp8-2:4": "sparse fp8",
     "rtlynx bf16-2:4": "sparse bf16",
     "rtlynx dense fp8": "dense fp8",
@@ -41,13 +51,15 @@ WORDS = {
     "bf16 compiled": "compiled bf16",
     "bf16 eager": "eager bf16",
     BLOCK_GRAPHS: ", CUDA graphs",
+    FP8_ATTENTION: ", fp8 attention",
+    FP8_MODULATION: ", fp8 modulation",
     "fp8-2:4": "sparse fp8",
     "bf16-2:4": "sparse bf16",
     "chroma": "Chroma",
     "flux1-dev": "FLUX.1-dev",
     "flux2-klein": "FLUX.2-klein",
     "qwen-image": "Qwen-Image",
-    "sd3.5-large": "Stable Diffusion 3.5 large",
+    "sd3.5-large": "SD 3.5 large",
     "z-image": "Z-Image",
     "wan2.2-14b": "Wan 2.2 14B",
     "ltx-2": "LTX-2",
@@ -141,11 +153,14 @@ def speed_section(results: dict, source: Path, place: Place) -> str:
 
 def fp8_section(results: dict, source: Path, place: Place) -> str:
     """Layers quantised to fp8, in Markdown."""
+    # Older files do not have 2:4 weights.
+    by_weights = all("ours_weight_sparse_gemm_us" in row for row in results["rows"])
+    more = " 2:4 weights: quantise + GEMM | **over dense fp8** |" if by_weights else ""
     lines = [
         "| layer | M, K, N | cuBLAS bf16 | dense fp8: quantise + GEMM | ours: compress + GEMM "
         "| GEMM, TFLOP/s | GEMM, speed-up over dense fp8 | whole layer | **speed-up over bf16** "
-        "| **over dense fp8** |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| **over dense fp8** |{more}",
+        f"|{'---|' * (12 if by_weights else 10)}",
     ]
     for row in results["rows"]:
         cells = [
@@ -155,11 +170,17 @@ def fp8_section(results: dict, source: Path, place: Place) -> str:
             f"**{factor(speedup(row, 'ours_us'))}**",
             f"**{factor(speedup(row, 'ours_us', 'fp8_linear_us'))}**",
         ]
+        if by_weights:
+            parts = row["ours_quantize_us"], row["ours_weight_sparse_gemm_us"]
+            whole = {**row, "whole": None if None in parts else sum(parts)}
+            cells.append(" + ".join(number(part, ".0f") for part in parts))
+            cells.append(f"**{factor(speedup(whole, 'whole', 'fp8_linear_us'))}**")
         lines.append(f"| {' | '.join(cells)} |")
     mean = results["geomean"]
     lines += [
         f"| geometric mean | | | | | | {factor(mean['gemm_vs_cublas_fp8'])} | | "
-        f"**{factor(mean['linear_vs_cublas_bf16'])}** | **{factor(mean['linear_vs_fp8_linear'])}** |",
+        f"**{factor(mean['linear_vs_cublas_bf16'])}** | **{factor(mean['linear_vs_fp8_linear'])}** |"
+        f"{' | |' if by_weights else ''}",
         "",
         "Microseconds, measured as in bf16 below; *dense fp8* is PyTorch's row-wise scaled product after a "
         "compiled dynamic quantisation. Quantisation alone moves these layers' outputs by "

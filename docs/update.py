@@ -9,7 +9,7 @@ diagrams and badges from diagrams.py.
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -51,16 +51,6 @@ TEXTS = {
     Path("docs/reference/cli.md"): ("cli",),
     Path("docs/reference/models.md"): ("models", "on-top"),
 }
-
-
-def at_a_glance(root: Path, place: Place) -> str:
-    """The chart and table of models, and what sparsity adds and costs."""
-    if not overview.current_steps(root):
-        return ""
-    chart = f"![GPU and wall time of one step of three models]({place.path(overview.CHART)})"
-    sections = (overview.overview_section, overview.attention_section, overview.verdict_section)
-    parts = (section(root, place) for section in sections)
-    return "\n\n".join(part for part in (chart, *parts) if part)
 
 
 def figures(root: Path, place: Place) -> str:
@@ -152,7 +142,8 @@ def layers(root: Path, place: Place) -> str:
     ):
         for source in _found(root, pattern):
             results = read(root / source)
-            title = f"Single layers in {name}, {results['device']}"
+            other = "other numbers of rows, " if "-rows-" in source.name else ""
+            title = f"Single layers in {name}, {other}{results['device']}"
             plot = (
                 f"![{title}: speed relative to cuBLAS, shape by shape]({place.path(tables.plot_of(source))})"
             )
@@ -163,10 +154,9 @@ def layers(root: Path, place: Place) -> str:
 def steps(root: Path, place: Place) -> str:
     """A denoising step end to end: what the chart shows first, then earlier results."""
     current = overview.current_steps(root).values()
-    earlier = [source for source in _found(root, "step-*.json") if source not in current]
-    attention = _found(root, "attention-step-*.json")
+    earlier = [source for source in _found(root, "*step-*.json") if source not in current]
     parts = []
-    for title, sources in (("", current), ("With attention in fp8: ", attention), ("Earlier: ", earlier)):
+    for title, sources in (("", current), ("Earlier: ", earlier)):
         for source in sources:
             results = read(root / source)
             title_of = f"{title}{tables.in_words(results['model'])}, {results['device']}"
@@ -230,22 +220,11 @@ def _sections(
 
 
 def goals_of(group: str) -> Callable[[Path, Place], str]:
-    return lambda root, place: goals.goals_section(documents(root), group)
-
-
-def documents(root: Path) -> list[dict]:
-    """All results files that have targets, steps first; of several of one step the one that is shown."""
-    patterns = (
-        *("attention-step-*.json", "parallel-*.json", "linear-fp8-*.json", "linear-bf16-*.json"),
-        *("compress-*.json", "host-*.json"),
-    )
-    sources = [*overview.current_steps(root).values()]
-    sources += [source for pattern in patterns for source in _found(root, pattern)]
-    return [read(root / source) for source in sources]
+    return lambda root, place: goals.goals_section(root, group)
 
 
 PARTS: dict[str, Callable[[Path, Place], str]] = {
-    "overview": at_a_glance,
+    "overview": overview.overview_section,
     "front": front,
     "fronts": fronts,
     "pictures": pictures,
@@ -262,10 +241,10 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "plan": parallel_tables.plan_section,
     "parallel": parallel,
     "goals-pictures": picture_goals.goals_section,
-    "goals-step": goals_of(goals.STEP),
-    "goals-layer": goals_of(goals.LAYER),
-    "goals-compression": goals_of(goals.COMPRESSION),
-    "goals-host": goals_of(goals.HOST),
+    "goals-step": goals_of("step"),
+    "goals-layer": goals_of("layer"),
+    "goals-compression": goals_of("compression"),
+    "goals-host": goals_of("host"),
     "models": supported_models.models_section,
     "on-top": supported_models.on_top_section,
     "cli": lambda root, place: cli_reference.reference(),
@@ -292,10 +271,19 @@ def plotted(root: Path = ROOT) -> list[Path]:
     return [*_found(root, "linear-bf16-*.json"), *_found(root, "linear-fp8-*.json")]
 
 
-def steps_digest(root: Path = ROOT) -> str:
-    """Digest of all files that the chart of steps shows."""
-    digests = (sha256_of(root / source) for source in overview.current_steps(root).values())
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def charts(root: Path = ROOT) -> dict[Path, dict[str, Path]]:
+    """Chart of steps -> the results file of each model that it shows."""
+    current = overview.current_steps(root)
+    shown = {
+        chart: {model: current[model] for model in models if model in current}
+        for chart, models in overview.CHARTS.items()
+    }
+    return {chart: sources for chart, sources in shown.items() if sources}
+
+
+def digest(sources: Iterable[Path], root: Path = ROOT) -> str:
+    """Of several results files."""
+    return hashlib.sha256("".join(sha256_of(root / source) for source in sources).encode()).hexdigest()
 
 
 def _found(root: Path, pattern: str) -> list[Path]:
@@ -308,8 +296,9 @@ def main() -> None:
         path.write_text(updated(path.read_text(), file))
     for source in plotted():
         speed_plots.draw_speed(read(ROOT / source), ROOT / tables.plot_of(source), sha256_of(ROOT / source))
-    shown = {model: read(ROOT / source) for model, source in overview.current_steps(ROOT).items()}
-    speed_plots.draw_steps(shown, ROOT / overview.CHART, steps_digest())
+    for chart, sources in charts().items():
+        steps_of = {model: read(ROOT / source) for model, source in sources.items()}
+        speed_plots.draw_steps(steps_of, ROOT / chart, digest(sources.values()))
     for name, drawing in diagrams.DIAGRAMS.items():
         (ROOT / diagrams.FOLDER / name).write_text(drawing())
 

@@ -14,7 +14,6 @@ import attention
 import host
 import prologues
 import script
-import targets
 import tune
 
 from rtlynx.cuda import jit, tuning
@@ -187,8 +186,6 @@ def test_fp8_has_its_peers_too(monkeypatch):
     means = results.geomeans([row], "fp8")
     assert means["linear_vs_fp8_linear"] == 2.0
     assert set(means) >= {"linear_vs_cublas_bf16", "linear_vs_fp8_linear", "gemm_vs_cublas_fp8"}
-    found = targets.linear_targets({"dtype": "fp8", "rows": [row | {"shape": "flux-up"}], "geomean": means})
-    assert [target["met"] for target in found] == [False, True, False, False]
     assert row["shape"] in linear_layers.table([row])
 
 
@@ -299,44 +296,7 @@ def test_committed_results_are_whole(path):
     document = json.loads(path.read_text())
     assert set(document) >= DOCUMENT
     assert document["commit"]
-    assert [row["shape"] for row in document["rows"]] == [shape.name for shape in shapes.SHAPES]
+    if "-rows-" not in path.name:
+        assert [row["shape"] for row in document["rows"]] == [shape.name for shape in shapes.SHAPES]
     assert all(set(row) >= ROW and row["rel_err"] <= 2.5e-3 for row in document["rows"])
     assert document["geomean"] == results.geomeans(document["rows"], document["dtype"])
-
-
-def speed_rows(**changes):
-    row = {"shape": "flux-up", "M": 4096, "K": 3072, "N": 12288, "ours_gemm_us": 250.0, "cublas_us": 450.0}
-    return [row | {"ours_us": 300.0}, row | {"shape": "other", "ours_us": 400.0} | changes]
-
-
-def verdicts(document):
-    return {
-        target["what"]: (target["measured"], target["met"]) for target in targets.linear_targets(document)
-    }
-
-
-def test_targets_are_met_missed_or_not_measured():
-    means = {"gemm_vs_cublas": 1.8, "gemm_vs_cusparselt": None, "linear_vs_cublas": 1.3}
-    found = verdicts({"dtype": "bf16", "rows": speed_rows(), "geomean": means})
-    assert found["GEMM, speed over cuBLAS, mean"] == (1.8, True)
-    assert found["GEMM, speed over cuSPARSELt's, mean"] == (None, False)
-    assert found["whole layer, speed over cuBLAS, mean"] == (1.3, False)
-    assert found["whole layer, speed over cuBLAS, slowest shape"] == (1.125, False)
-    assert found["GEMM, flux-up"] == (round(2 * 4096 * 3072 * 12288 / 250e6, 4), True)
-    found = verdicts({"dtype": "bf16", "rows": speed_rows(ours_us=None), "geomean": means})
-    assert found["whole layer, speed over cuBLAS, slowest shape"] == (None, False)
-
-
-@pytest.mark.parametrize("name", ["linear-bf16", "compress", "host"])
-def test_missed_targets_say_where_the_counters_are(name):
-    document = json.loads((ROOT / f"benchmarks/results/{name}-h100.json").read_text())
-    of = {
-        "linear-bf16": targets.linear_targets,
-        "compress": targets.compress_targets,
-        "host": targets.host_targets,
-    }
-    assert document["targets"] == of[name](document)
-    notes = (ROOT / "benchmarks/NOTES.md").read_text()
-    for target in document["targets"]:
-        if not target["met"]:
-            assert f"## {target['why'].partition(', ')[2]}\n" in notes

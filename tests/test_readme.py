@@ -12,8 +12,6 @@ import rtlynx
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "docs"))
 
-import goals
-import overview
 import speed_plots
 import study_tables
 import tables
@@ -22,8 +20,6 @@ from plots import FAMILIES, PLOTS, family_of
 
 from rtlynx.models.plan import ARCHITECTURES
 from rtlynx.storage.files import sha256_of
-from rtlynx.timing.results import REFERENCE
-from rtlynx.timing.step_variants import DENSE_FP8, MIXED, RECOMMENDED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,8 +36,7 @@ def test_it_is_read_in_two_minutes():
 def test_its_figures_are_those_of_the_results_files():
     assert update.updated(README, Path("README.md")) == README
     study = json.loads((ROOT / study_tables.RESULTS / "quality-flux-emoji.json").read_text())
-    shown = (("fp8:dense", "dense fp8, rtlynx"), ("saving:auto-90%", "sparse fp8, one mix in all steps"))
-    for name, title in shown:
+    for name, title in (("fp8:dense", "dense fp8"), ("recommended", r"\*\*recommended\*\*.*")):
         psnr = study_tables.rows_of(study)[name]["figures"]["psnr"]["mean"]
         assert re.search(rf"\| FLUX.1-dev \| {title} \|.*\| {psnr:.1f} \|", README)
 
@@ -75,7 +70,8 @@ def test_the_plots_of_noise_levels_are_of_their_results_files():
 def test_the_plots_of_speed_are_of_their_results_files():
     assert update.plotted()
     digests = {tables.plot_of(source): sha256_of(ROOT / source) for source in update.plotted()}
-    for file, digest in {**digests, overview.CHART: update.steps_digest()}.items():
+    digests |= {chart: update.digest(sources.values()) for chart, sources in update.charts().items()}
+    for file, digest in digests.items():
         with Image.open(ROOT / file) as plot:
             assert plot.text["Source"] == digest, "run python docs/update.py"
 
@@ -87,99 +83,7 @@ def test_every_variant_of_the_study_belongs_to_one_family_of_points():
     assert family_of("rank:paper-2%") is family_of("paper")
 
 
-# ------------------------------------------------------------------------- models at a glance
-
-
-def invented_step(model, card, **gpu_ms):
-    """Results of one step: variant -> GPU ms; wall time is 1 ms more."""
-    rows = [
-        {"name": name, "gpu_ms": ms, "wall_ms": ms and ms + 1, "reason": None} for name, ms in gpu_ms.items()
-    ]
-    how = {"resolution": 1024, "batch": 1, "text_tokens": 512, "attention": "sdpa", "ours": "ours"}
-    card = {"device": f"NVIDIA {card}", "power_limit_w": 700.0, "torch": "2", "cuda": "13", "commit": "abc"}
-    return {"model": model, **how, **card, "variants": rows, "targets": []}
-
-
-@pytest.fixture
-def measured(tmp_path):
-    """Writes results of a step into a repository of its own, which it gives."""
-    (tmp_path / update.RESULTS).mkdir(parents=True)
-
-    def write(model, card, **gpu_ms):
-        file = tmp_path / update.RESULTS / f"step-{model}-{card.lower()}.json"
-        file.write_text(json.dumps(invented_step(model, card, **gpu_ms)))
-        return tmp_path
-
-    return write
-
-
-def test_the_newest_card_that_dense_fp8_was_measured_on_is_shown(measured):
-    measured("flux1-dev", "H100", **{REFERENCE: 100.0, RECOMMENDED: 60.0})
-    root = measured("flux1-dev", "H200", **{REFERENCE: 90.0, DENSE_FP8: 60.0, RECOMMENDED: 50.0})
-    measured("z-image", "H100", **{REFERENCE: 80.0, RECOMMENDED: 40.0})
-    measured("z-image", "H200", **{REFERENCE: 80.0, DENSE_FP8: None})
-    shown = {model: file.stem[-4:] for model, file in overview.current_steps(root).items()}
-    assert shown == {"flux1-dev": "h200", "z-image": "h100"}
-    lines = overview.overview_section(root, IN_README).splitlines()
-    assert "| FLUX.1-dev | dense fp8, rtlynx | 60.0 | 61.0 | – | 1.50x | – | – |" in lines  # noqa: RUF001
-    assert not any("100.0" in line for line in lines)
-    verdict = overview.verdict_section(root, IN_README)
-    assert "The recommended recipe makes its step faster by 1.20x (FLUX.1-dev)." in verdict
-    earlier = update.steps(root, ON_SITE)
-    assert '??? note "Earlier: FLUX.1-dev, NVIDIA H100"' in earlier
-
-
-def test_the_recommended_recipe_is_shown_as_the_mean_of_its_steps(measured):
-    times = {REFERENCE: 90.0, DENSE_FP8: 60.0, MIXED: 50.0}
-    root = measured("z-image", "H200", **times)
-    assert "| sparse fp8, one mix in all steps | 50.0 |" in overview.overview_section(root, IN_README)
-    assert "**sparse fp8, rtlynx**" not in overview.overview_section(root, IN_README)
-    said = overview.verdict_section(root, IN_README)
-    assert "One mix of sparse and dense fp8 in all steps makes it faster by 1.20x (Z-Image)." in said
-    kinds = {f"{RECOMMENDED}, sparse step": 44.0, f"{RECOMMENDED}, dense step": 60.0}
-    root = measured("z-image", "H200", **times, **kinds, **{RECOMMENDED: 45.0})
-    file = root / update.RESULTS / "step-z-image-h200.json"
-    results = json.loads(file.read_text())
-    results["variants"][-1] |= {"steps": 16, "dense_steps": 1}
-    file.write_text(json.dumps(results))
-    text = overview.overview_section(root, IN_README)
-    shown = "**sparse fp8, rtlynx** (1 of 16 steps dense)"
-    assert f"| Z-Image | {shown} | 45.0 | 46.0 | – | 2.00x | – | – |" in text  # noqa: RUF001
-    assert "44.0" not in text
-    table = tables.steps_section(results, update.RESULTS / file.name, ON_SITE)
-    name = "sparse fp8 (recommended)"
-    assert f"| {name}, sparse step | 44.0 |" in table
-    assert f"| {name}: 1 of 16 steps dense, mean | 45.0 |" in table
-
-
-def test_nothing_is_said_where_nothing_was_measured(tmp_path):
-    assert update.PARTS["overview"](tmp_path, IN_README) == ""
-
-
-def test_the_chart_shows_models_with_and_without_dense_fp8(tmp_path):
-    steps = {
-        "flux1-dev": invented_step(
-            "flux1-dev", "H200", **{REFERENCE: 90.0, DENSE_FP8: 60.0, RECOMMENDED: 50.0}
-        ),
-        "z-image": invented_step("z-image", "H100", **{REFERENCE: 80.0, RECOMMENDED: 40.0}),
-    }
-    speed_plots.draw_steps(steps, tmp_path / "steps.png", "digest")
-    with Image.open(tmp_path / "steps.png") as image:
-        assert image.text["Source"] == "digest"
-        assert image.width > 800
-        blue = tuple(bytes.fromhex(speed_plots.BLUE[1:]))  # dense fp8: of one model alone
-        columns = [x for x in range(image.width) if image.convert("RGB").getpixel((x, 200)) == blue]
-    assert columns
-    assert max(columns) < image.width / 2
-
-
 # ------------------------------------------------------------------------------- layers
-
-
-def target(what, wanted, measured, unit, *, met=False, bound="at least"):
-    why = None if met else "benchmarks/NOTES.md, What bounds the GEMM"
-    of = {"what": what, "bound": bound, "wanted": wanted, "measured": measured, "unit": unit}
-    return {**of, "met": met, "why": why}
 
 
 def invented_speed() -> dict:
@@ -217,12 +121,6 @@ def invented_speed() -> dict:
             "gemm_vs_cublas": 2.0,
             "gemm_vs_cusparselt": None,
         },
-        "targets": [
-            target("speed", 1.5, 1.25, "x"),
-            target("host time", 30.0, 29.0, "us", met=True, bound="at most"),
-            target("rest", 2.0, None, "x"),
-            target("nearly", 0.85, 0.8478, "x"),
-        ],
     }
 
 
@@ -241,36 +139,6 @@ def test_layers_appear_with_their_results():
     assert "| 2.00x | | **1.25x** | 1.25x |" in mean
     assert "a card" in lines[-1]
     assert "commit 0123456789 " in lines[-1]
-
-
-def test_goals_come_with_what_is_next_and_the_missing_first():
-    document = invented_speed()
-    lines = goals.goals_section([document], goals.LAYER).splitlines()
-    assert lines[2:] == [
-        "| speed: at least 1.50x | 1.25x | activations from registers; fewer bytes from L2 |",
-        "| rest: at least 2.00x | – | activations from registers; fewer bytes from L2 |",  # noqa: RUF001
-        "| nearly: at least 0.85x | 0.848x | activations from registers; fewer bytes from L2 |",
-    ]
-    host = goals.goals_section([document], goals.HOST).splitlines()
-    assert host[2:] == ["| host time: at most 30&nbsp;µs | 29&nbsp;µs | reached |"]
-
-
-def test_every_goal_has_its_place_and_what_is_next():
-    documents = update.documents(ROOT)
-    groups = (goals.STEP, goals.LAYER, goals.COMPRESSION, goals.HOST)
-    shown = [goals.goals_section(documents, group).splitlines()[2:] for group in groups]
-    assert all(shown)
-    wanted = {
-        (document.get("model"), target["what"].rpartition(", speed over ")[2], target["wanted"])
-        if ", speed over " in target["what"] and "model" in document
-        else (id(document), target["what"])
-        for document in documents
-        for target in document.get("targets", ())
-    }
-    assert sum(map(len, shown)) == len(wanted)  # of one goal the best run
-    assert len(shown[0]) == len(set(shown[0]))
-    notes = (ROOT / "benchmarks" / "NOTES.md").read_text()
-    assert all(f"\n## {section}\n" in notes for section in goals.NEXT)
 
 
 def test_fp8_appears_with_its_results():
@@ -292,6 +160,13 @@ def test_fp8_appears_with_its_results():
     assert first.endswith("| 2.00x | 50 | **2.00x** | **1.60x** |")
     assert second.endswith("| – | 50 | **2.00x** | **–** |")  # noqa: RUF001
     assert "outputs by 3.0e-02;" in section
+    by_weights = {"ours_quantize_us": 10.0, "ours_weight_sparse_gemm_us": 30.0}
+    rows = [row | by_weights, unmeasured | dict.fromkeys(by_weights)]
+    section = tables.fp8_section(results | {"rows": rows}, update.RESULTS / "linear-fp8-x.json", IN_README)
+    first, second = (line for line in section.splitlines() if line.startswith("| a |"))
+    assert first.endswith("| **1.60x** | 10 + 30 | **2.00x** |")
+    assert second.endswith("| **–** | – + – | **–** |")  # noqa: RUF001
+    assert len({line.count("|") for line in section.splitlines() if line.startswith("|")}) == 1
 
 
 def test_the_plot_shows_layers_that_a_peer_cannot_do(tmp_path):

@@ -36,7 +36,6 @@ STEP = {
     "batch": 1,
     "text_tokens": 512,
     "attention": "sdpa",
-    "targets": [],
 }
 TIMES = {
     "wall_ms": 41.0,

@@ -106,10 +106,12 @@ def step_speed_up(
     by_name = {row["name"]: row for row in rows}
     own, other = by_name.get(name, {}), by_name.get(than, {})
     speed = ratio({"other": other.get(time), "own": own.get(time)}, "other", "own")
-    if speed is None or "beside" not in own:
+    if speed is None or not ("beside" in own or "beside" in other):
         return speed
+    reference = by_name.get(REFERENCE, {})
+    besides = (row if row is reference else row.get("beside", reference) for row in (own, other))
     moved = ratio(
-        {"own": own["beside"].get(time), "other": other.get("beside", other).get(time)}, "own", "other"
+        dict(zip(("own", "other"), (one.get(time) for one in besides), strict=True)), "own", "other"
     )
     return None if moved is None else speed * moved
 

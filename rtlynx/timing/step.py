@@ -431,7 +431,7 @@ def renewed(document: Mapping, again: Mapping) -> dict:
     ValueError
         Where variants were measured together, or the two are not of one card, model and size.
     """
-    own = ("commit", "variants", "targets")
+    own = ("commit", "variants", "targets")  # the last in older files
     unlike = sorted(
         key for key in document.keys() | again if key not in own and document.get(key) != again.get(key)
     )
