@@ -50,8 +50,8 @@ def without_auto_sigmas(recipe: Recipe, reason: str) -> Recipe:
     if not recipe.chooses_dense_steps:
         return recipe
     warnings.warn(
-        f"no step runs dense, since dense_sigmas 'auto' cannot choose here: {reason}. To avoid this warning give "
-        "dense_sigmas=()",
+        f"no step runs dense, since dense_sigmas 'auto' cannot choose here: {reason}. To avoid this "
+        "warning give dense_sigmas=()",
         RuntimeWarning,
         stacklevel=5,  # of who called `calibrate`, past its decorator
     )
