@@ -1,4 +1,4 @@
-"""rtlynx: 2:4 activation sparsity for diffusion transformers.
+"""rtlynx: faster diffusion transformers on Hopper GPUs, by fp8 and 2:4 sparsity.
 
 Importing this package costs next to nothing: PyTorch and the rest are imported with the first name that is
 used. It makes diffusers know sparse models, whichever of the two is imported first.

@@ -1,8 +1,4 @@
-"""What a user can choose, validated.
-
-Not by pydantic or msgspec: of "rank" they say three type errors or one, not what a rank is, and of a misspelt
-key not the nearest one; what values contradict each other would stay to be checked here.
-"""
+"""What a user can choose, validated by hand: pydantic names no nearest key, and not what a rank is."""
 
 from __future__ import annotations
 
@@ -39,9 +35,7 @@ _FORMER_RECIPE, _FORMER_BUDGET = {"forms": "formats"}, {"saving": "speedup_share
 @renamed(_FORMER_BUDGET)
 @dataclass(frozen=True)
 class Budget:
-    """Which layers stay dense, by rule, and with precision "auto" which format the others take.
-
-    Give one limit.
+    """How much sparsity a model gets: a limit on its error, or the time that it is to save. Give one.
 
     Parameters
     ----------
@@ -53,8 +47,13 @@ class Budget:
 
     Notes
     -----
-    Layers that read one input are chosen together. Their time, by `rtlynx.calibration.prices`, is that of
-    their products and of preparing the input, as measured on a Hopper card.
+    Layers that read one input are chosen together. Their time is that of their products and of preparing the
+    input, by a latency model that was fitted to a Hopper card (`rtlynx.calibration.prices`).
+
+    Raises
+    ------
+    ValueError
+        If there is no limit or both, or it is out of range.
     """
 
     error: float | None = None
@@ -112,6 +111,7 @@ class Recipe:
         Layers that read one tensor share one A (one regression on their concatenated outputs) or keep their
         own (the paper).
     train_steps : int
+        Steps of the "trained" solver.
     ridge : float | "auto"
         Regularisation towards W (and of the low-rank branch towards 0), relative to the mean diagonal of the
         moments. Auto: chosen on held-out prompts, layer by layer.
@@ -313,10 +313,11 @@ class Recipe:
     def recommended(cls, **changes: Any) -> Recipe:
         """Refitted weights, rotated values, no low-rank branch; calibration chooses formats and dense steps.
 
-        At equal time the nearest to the dense model's pictures in docs/results/quality.md. Formats are those
-        that drop activations, weights or nothing, as far as `changes` leave that open: weights are dropped
-        2:4 and refitted, in fp8. Steps are chosen with a budget of time, in fp8, and without dense steps in
-        `changes`.
+        At equal time the nearest to the dense model's pictures in docs/results/quality.md.
+
+        `changes` are fields of `Recipe`. Some rule out a part: layers may drop weights only in fp8, with 2:4,
+        `refit` and `rank=None`; dense steps are chosen only in fp8, with a `Budget` of `speedup_share`, and
+        where `changes` say nothing of them.
         """
         budget = Budget(speedup_share=RECOMMENDED_SPEEDUP_SHARE)
         settings = {"rank": None, "precision": "auto", "budget": budget, **changes}

@@ -121,6 +121,12 @@ def test_none_is_no_branch_and_no_budget_but_a_norm():
     assert recipe_of(None, ["norm=none", "rank=none"], Recipe).norm == "none"
 
 
+@pytest.mark.parametrize("name", ["recommended", "paper", "immediate", "dense_fp8"])
+def test_recipes_go_by_their_names(name):
+    assert recipe_of(name) == getattr(Recipe, name)()
+    assert recipe_of(name, ["modulation=fp8"]) == getattr(Recipe, name)(modulation="fp8")
+
+
 @pytest.mark.parametrize(
     "item",
     ["sequential=maybe", "sequential=2", "sequential=", "seed=x", "seed=1.5", "batch_size=true",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rtlynx.calibration.calls import CalibrationError, CallStore
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.processes import all_rows, distributed
-from rtlynx.calibration.replay import Enough, Position, SkippedBlocks, replay
+from rtlynx.calibration.replay import Position, SkippedBlocks, StopForward, replay
 from rtlynx.math.reference import compress
 from rtlynx.models.architecture import Architecture, TextRows
 from rtlynx.models.plan import LayerPlan
@@ -138,7 +138,7 @@ class Collector:
             return position["batch"], position["index"]
 
         def enough(_module: nn.Module, _args: Any, _output: Any) -> None:
-            raise Enough
+            raise StopForward
 
         with ExitStack() as stack:
             if self.skipped is not None:

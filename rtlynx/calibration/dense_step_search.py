@@ -20,7 +20,7 @@ from rtlynx.calibration.apply import temporarily_sparse
 from rtlynx.calibration.budget import Choice, DenseStepsCandidate, InputCost, format_steps, inputs_of
 from rtlynx.calibration.calls import CalibrationError, Call
 from rtlynx.calibration.prices import ModelPrices
-from rtlynx.calibration.processes import agree, rank, total, world
+from rtlynx.calibration.processes import broadcast, rank, sum_over_processes, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.solutions import SolutionStore
@@ -165,7 +165,7 @@ class DenseStepSearch:
                 self.reference = self._draw(advance)
         except CalibrationError as error:  # for the other processes, which wait, to say too
             refusal = error
-        steps, of_first = agree((steps, refusal))
+        steps, of_first = broadcast((steps, refusal))
         for one in (of_first, refusal):
             if one is not None:
                 raise one
@@ -233,7 +233,7 @@ class DenseStepSearch:
             float((one.double() - wanted.double()).square().sum())
             for one, wanted in zip(drawn, self.reference, strict=True)
         )
-        squared, entries = total([squared, sum(one.numel() for one in drawn)], self.device)
+        squared, entries = sum_over_processes([squared, sum(one.numel() for one in drawn)], self.device)
         return squared / entries if math.isfinite(squared) else math.inf
 
     @torch.no_grad()

@@ -176,7 +176,7 @@ class _Training:
             for name, layer in self.layers.items():
                 self.model.set_submodule(name, layer)
             for block in wrapped:
-                block.forward = partial(self._again, block.forward)
+                block.forward = partial(self._checkpointed, block.forward)
             if self.plan.recipe.depends_on_call:
                 hooks.append(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
             yield
@@ -192,7 +192,7 @@ class _Training:
             for one, grad in wanted.items():
                 one.requires_grad_(grad)
 
-    def _again(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def _checkpointed(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """`forward`, computed again in the backward pass, as in this call."""
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -231,14 +231,14 @@ class _Training:
         return found
 
     @torch.no_grad()
-    def _own(self, refresh: int) -> list[State]:
+    def _sampled(self, refresh: int) -> list[State]:
         """Of the sparse model's own sampling, from noise that nothing else starts from."""
         prompts, options = list(self.recording.prompts_of["fit"].values()), self.options
         order = torch.randperm(len(prompts), generator=self._generator(refresh, "prompts")).tolist()
         some = [prompts[i] for i in order[: self.settings.on_policy_prompts]]
         first = options.seed + len(self.recording.prompts) + refresh * self.settings.on_policy_prompts
         found: list[State] = []
-        with entering_calls(self.model, self.plan), self._pipeline_says():
+        with entering_calls(self.model, self.plan), self._pipeline_tells_steps():
             for start in range(0, len(some), options.batch_size):
                 batch = some[start : start + options.batch_size]
                 seeds = [first + start + i for i in range(len(batch))]
@@ -247,7 +247,7 @@ class _Training:
         return turned(found) if self.null_first else found
 
     @contextmanager
-    def _pipeline_says(self) -> Iterator[None]:
+    def _pipeline_tells_steps(self) -> Iterator[None]:
         """Meanwhile, the step of each call counts, which in training it does not."""
 
         def forget(_model: nn.Module, _args: Any) -> None:
@@ -287,7 +287,7 @@ class _Training:
             self.guidance = self._guidance()
         start, before = self._resume()
         if before is None:
-            before = self._judge(judged)
+            before = self._mean_loss(judged)
         own: list[State] = []
         what = f"distilling ({trained_bytes(self.plan.sparse, settings) / 1e9:.2g} GB)"
         with ProgressBar(what, settings.steps, show=show) as advance:
@@ -295,13 +295,13 @@ class _Training:
             for step in range(start, settings.steps):
                 if step % every == 0:
                     if step > start:
-                        self._keep(step, before)
-                    own = self._own(step // every) if settings.on_policy_share else []
+                        self._save(step, before)
+                    own = self._sampled(step // every) if settings.on_policy_share else []
                 self._step(step, recorded, own)
                 advance(1)
         if start < settings.steps:
-            self._keep(settings.steps, before)
-        after = self._judge(judged)
+            self._save(settings.steps, before)
+        after = self._mean_loss(judged)
         found = {name: layer.distilled() for name, layer in self.layers.items()}
         trained = sum(not layer.drops_nothing for layer in self.plan.sparse)
         return found, DistillationReport(settings.steps, trained, self.guidance, before, after)
@@ -365,7 +365,7 @@ class _Training:
         return total
 
     @torch.no_grad()
-    def _judge(self, states: Sequence[State]) -> float:
+    def _mean_loss(self, states: Sequence[State]) -> float:
         return sum(float(self._loss(some)) * len(some) for some in self._portions(states)) / len(states)
 
     def _mean_square(self, states: Sequence[State]) -> float:
@@ -378,7 +378,7 @@ class _Training:
 
     # --------------------------------------------------------------------------------------------- resume
 
-    def _keep(self, step: int, before: float) -> None:
+    def _save(self, step: int, before: float) -> None:
         """Write masters and optimiser states; they are in the place of earlier ones, whole or not at all."""
         folder = self.recording.folder
         if folder is None:

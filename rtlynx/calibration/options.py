@@ -38,6 +38,11 @@ class CalibrationOptions:
         serves one calibration: other settings, data, weights or schedulers are refused.
     pipeline_kwargs : mapping
         Passed to the pipeline (guidance_scale, height, num_inference_steps, sigmas, strength, ...).
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
     """
 
     batch_size: int = 8
@@ -80,8 +85,7 @@ class Distillation:
     Trained are the weights and biases of the layers that drop activations or weights, and nothing else. The
     loss is 0.1 (c² + u²) + 0.2 (g c - (g - 1) u)²: c and u are the errors of the conditional and the
     unconditional prediction at one state, g is the guidance scale. Where a step is one call it is the squared
-    error alone.
-    Adam, with a learning rate that falls to 0 along a cosine.
+    error alone. The optimiser is Adam; its learning rate falls to 0 along a cosine.
 
     Parameters
     ----------
@@ -109,6 +113,11 @@ class Distillation:
         models whose master weights and optimiser states do not fit.
     gradient_checkpointing : bool
         Compute each block's activations again in the backward pass, and keep only its inputs.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range.
     """
 
     steps: int = 500

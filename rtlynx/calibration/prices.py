@@ -1,8 +1,8 @@
-"""What one call of linear layers takes on a Hopper card: laws fitted to measured times, in prices.json.
+"""The latency model of linear layers on a Hopper card: formulas fitted to measured times, in prices.json.
 
-benchmarks/prices.py makes that file and says what it was made of. Times are of one layer in a stream of work
-on a loaded card, without the host's. Only what runs beside the model's own elementwise chains is priced:
-a chain that a fused block takes over (norm, activation) is taken off neither side.
+A price is the modelled time of a layer. benchmarks/prices.py makes the file and says what it was made of.
+Times are of one layer in a stream of work on a loaded card, without the host's. Norms and activations in
+front of layers are not in it, whether a fused block computes them or not.
 """
 
 from __future__ import annotations

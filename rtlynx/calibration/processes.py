@@ -22,7 +22,7 @@ def world() -> int:
     return dist.get_world_size() if distributed() else 1
 
 
-def agree(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Rank 0's value on every process."""
     if not distributed():
         return value
@@ -31,7 +31,7 @@ def agree(value: Any) -> Any:
     return box[0]
 
 
-def total(mine: Sequence[float], device: torch.device) -> list[float]:
+def sum_over_processes(mine: Sequence[float], device: torch.device) -> list[float]:
     """The sums of each number over all processes, in float64."""
     if not distributed():
         return list(mine)

@@ -28,32 +28,32 @@ def refuse_sequential(recipe: Recipe, options: CalibrationOptions) -> None:
         )
 
 
-def choosing_steps(
+def resolve_dense_sigmas(
     recipe: Recipe, options: CalibrationOptions, transformers: int, calls: Iterable[Call] | None
 ) -> Recipe:
     """The recipe; it leaves dense steps to calibration only where that can compare pictures."""
     if calls is not None:
-        return without_choice(recipe, "it compares pictures, so it needs a pipeline and prompts, not calls")
+        return without_auto_sigmas(recipe, "it compares pictures: give a pipeline and prompts, not calls")
     if options.sequential:
-        return without_choice(
+        return without_auto_sigmas(
             recipe,
             "sequential calibration shows each block what the sparse blocks before it give, and which steps "
             "are sparse is chosen at the end: calibrate one-shot",
         )
     if transformers > 1:
-        return without_choice(recipe, f"it is for one transformer, and this pipeline has {transformers}")
+        return without_auto_sigmas(recipe, f"it is for one transformer, and this pipeline has {transformers}")
     return recipe
 
 
-def without_choice(recipe: Recipe, reason: str) -> Recipe:
+def without_auto_sigmas(recipe: Recipe, reason: str) -> Recipe:
     """The recipe, in which no step runs dense where calibration was to choose; a warning says why."""
     if not recipe.chooses_dense_steps:
         return recipe
     warnings.warn(
-        f"no step runs dense, since dense_sigmas 'auto' cannot choose here: {reason}. Without this warning: "
-        "dense_sigmas=()",
+        f"no step runs dense, since dense_sigmas 'auto' cannot choose here: {reason}. To avoid this "
+        "warning give dense_sigmas=()",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,  # of who called `calibrate`, past its decorator
     )
     return replace(recipe, dense_sigmas=())
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.calls import CalibrationError
 from rtlynx.calibration.collect import split_kinds
-from rtlynx.calibration.processes import agree, all_rows, distributed, rank, world
+from rtlynx.calibration.processes import all_rows, broadcast, distributed, rank, world
 from rtlynx.calibration.recording import Recording
 from rtlynx.math.grouping import grouping_permutation
 from rtlynx.math.rotation import value_rotation
@@ -88,8 +88,8 @@ def find_bases(plan: Plan, recording: Recording, advance: Callable[[int], None])
     """
     folder = recording.folder
     known = folder is not None and folder.has(_FILE)
-    if agree(known):
-        return agree(folder.read(_FILE)[0] if folder is not None and known else {})
+    if broadcast(known):
+        return broadcast(folder.read(_FILE)[0] if folder is not None and known else {})
     model, seed = recording.model, recording.options.seed
     device, per_call = next(model.parameters()).device, _tokens_per_call(plan, recording)
     kinds = ("image", "text")
@@ -107,7 +107,7 @@ def find_bases(plan: Plan, recording: Recording, advance: Callable[[int], None])
         held = _ran(hidden[mlp.name])
         if held and rank() == 0:
             bases[mlp.name] = _order(model, mlp, held, plan, seed)
-    bases = agree(bases)
+    bases = broadcast(bases)
     if folder is not None and rank() == 0:
         folder.write(_FILE, bases, "bases")
     return bases

@@ -14,7 +14,7 @@ from rtlynx.calibration.calls import CalibrationError, moved
 Position = tuple[int, int]  # batch, call of it
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Ends a forward pass behind the last block of interest."""
 
 
@@ -38,7 +38,7 @@ def replay(model: nn.Module, call: dict[str, Any]) -> None:
     try:
         with torch.no_grad():
             model(**call)
-    except Enough:
+    except StopForward:
         pass
     except (CalibrationError, torch.OutOfMemoryError, MemoryError):
         raise
@@ -136,7 +136,7 @@ class SkippedBlocks:
 
         def see(_module: nn.Module, _args: Any, output: Any) -> None:
             seen.append(moved(output, "cpu"))
-            raise Enough
+            raise StopForward
 
         handle = self._model.get_submodule(last).register_forward_hook(see)
         try:

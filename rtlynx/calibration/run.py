@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from rtlynx.calibration.apply import apply_solutions, solved_layer, temporarily_sparse
 from rtlynx.calibration.budget import Choice, InputCost, choose, inputs_of
 from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in
-from rtlynx.calibration.collect import (
-    Collector,
-    InputGroup,
-    input_groups,
-    passes,
-)
+from rtlynx.calibration.collect import Collector, InputGroup, input_groups, passes
 from rtlynx.calibration.dense_step_search import DenseStepSearch, IncomparableSteps
 from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
 from rtlynx.calibration.folder import digest
@@ -26,34 +21,28 @@ from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport, Distillation
 from rtlynx.calibration.output_error import Guidance, OutputError, judged_calls, null_comes_first
 from rtlynx.calibration.prices import ModelPrices
-from rtlynx.calibration.processes import agree, rank, world
+from rtlynx.calibration.processes import broadcast, rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.refusals import (
-    choosing_steps,
     refuse_all_dense,
     refuse_for_several,
     refuse_sequential,
     refuse_unfit,
-    without_choice,
+    resolve_dense_sigmas,
+    without_auto_sigmas,
 )
 from rtlynx.calibration.reparameterize import find_bases
 from rtlynx.calibration.replay import SkippedBlocks, block_order
 from rtlynx.calibration.solutions import SolutionStore
-from rtlynx.calibration.solve import judged, solve_layer, solve_pruned
+from rtlynx.calibration.solve import solve_layer, solve_pruned, with_errors
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FormatName
 from rtlynx.models.pipelines import guidance_scale
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.prompts import Prompt
 from rtlynx.models.reparameterize import Reparameterization, reparameterize
-from rtlynx.models.sparsify import (
-    densify,
-    extra_bytes,
-    make_plan_for_dense,
-    state_of,
-    transformers_of,
-)
+from rtlynx.models.sparsify import densify, extra_bytes, make_plan_for_dense, state_of, transformers_of
 from rtlynx.models.tracing import shared_reads
 from rtlynx.models.transaction import all_or_none
 from rtlynx.nn.solution import Solution
@@ -95,17 +84,28 @@ def calibrate(
     progress : bool
         Show progress bars.
 
+    Returns
+    -------
+    CalibrationReport
+        Of the first transformer; those of further ones are its `others`.
+
     Raises
     ------
-    ValueError, CalibrationError, CheckpointError
-        For no prompts, arguments that the pipeline does not take, a transformer that it does not call, no
-        layer to solve, a model that is itself spread over processes, non-finite activations, a folder of
-        another calibration. The model is then as before; what was recorded stays in `options.folder`.
+    ValueError
+        For no prompts, prompts beside calls, arguments that the pipeline does not take, a recipe that cannot
+        be calibrated so, a model that is calibrated already, or spread over processes.
+    CalibrationError
+        For a transformer that the pipeline does not call, no layer to solve, non-finite activations, or
+        distillation that does not fit.
+    CheckpointError
+        If `options.folder` holds another calibration, or is damaged.
+    TypeError
+        For a bare module without `calls`, or what is neither a module nor a pipeline with a transformer.
 
     Notes
     -----
-    Under `torchrun` every process records and replays its own prompts; moments are summed over processes,
-    so all end with the same model. With `dense_sigmas` "auto" each draws a part of the held-out prompts.
+    After an error the model is as before; what was recorded stays in `options.folder`. Under `torchrun` every
+    process replays its own prompts; moments are summed over processes, so all end with the same model.
     """
     recipe, options = recipe or Recipe.recommended(), options or CalibrationOptions()
     if isinstance(prompts, str):
@@ -118,7 +118,7 @@ def calibrate(
     models = transformers_of(model_or_pipeline)
     if len(models) > 1:
         refuse_for_several(model_or_pipeline, models, calls, distill)
-    recipe = choosing_steps(recipe, options, len(models), calls)
+    recipe = resolve_dense_sigmas(recipe, options, len(models), calls)
     pipeline = None if calls is not None else model_or_pipeline
     data = list(prompts or ()) if calls is None else list(calls)
     for model in models.values():
@@ -235,7 +235,7 @@ class _Calibration:
         try:
             return DenseStepSearch(self.recording, show=self.show)
         except IncomparableSteps as error:
-            self.recipe = without_choice(self.recipe, str(error))
+            self.recipe = without_auto_sigmas(self.recipe, str(error))
             self.plan = self.recording.plan = make_plan_for_dense(self.model, self.recipe)
             return None
 
@@ -258,7 +258,7 @@ class _Calibration:
             return self.plan
         probe = self._first_call()
         candidates = [layer.candidate for layer in self.plan.sparse]
-        return self.plan.reading(agree(shared_reads(self.model, candidates, probe) if probe else {}))
+        return self.plan.reading(broadcast(shared_reads(self.model, candidates, probe) if probe else {}))
 
     def _first_call(self) -> dict[str, Any] | None:
         return next(self.recording.store.replay(self.recording.numbers, self.device), None)
@@ -266,7 +266,7 @@ class _Calibration:
     def _block_order(self, groups: list[InputGroup]) -> list[str]:
         blocks = list(dict.fromkeys(group.block for group in groups))
         probe = self._first_call()
-        return agree(block_order(self.model, blocks, probe) if probe is not None else [])
+        return broadcast(block_order(self.model, blocks, probe) if probe is not None else [])
 
     def _solve(self, groups: list[InputGroup], order: list[str]) -> None:
         """Gather moments for as many blocks at a time as memory allows, and solve them."""
@@ -336,7 +336,7 @@ class _Calibration:
         whole = self._solve_one(group, group.layers[0], (weight, bias), fit, heldout)
         result, start, judge = {}, 0, heldout or fit
         for name, (weight, bias) in linears.items():
-            result[name] = judged(judge, weight, whole.rows(start, start + len(weight)), bias)
+            result[name] = with_errors(judge, weight, whole.rows(start, start + len(weight)), bias)
             start += len(weight)
         return result
 
@@ -373,7 +373,7 @@ class _Calibration:
             steps=recipe.train_steps,
             seed=self.options.seed,
         )
-        return judged(heldout or fit, weight, Solution(lowrank_a=lowrank_a, lowrank_b=lowrank_b))
+        return with_errors(heldout or fit, weight, Solution(lowrank_a=lowrank_a, lowrank_b=lowrank_b))
 
     def _weight_and_bias(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
         """(N, K) and (N,) of the dense layer, zeros where it has no bias."""
@@ -409,7 +409,7 @@ class _Calibration:
         except ValueError:
             return None
         store, batches = self.recording.store, self.recording.batches
-        asked = agree([number for split in batches.values() for number in split if store.count(number)])
+        asked = broadcast([number for split in batches.values() for number in split if store.count(number)])
         return Guidance(scale, null_comes_first(store, asked, self.plan.architecture))
 
     def _choose(
@@ -423,7 +423,7 @@ class _Calibration:
             [number for number in self.recording.batches[split] if store.count(number)]
             for split in ("heldout", "fit")
         )
-        numbers = agree(heldout or fit)
+        numbers = broadcast(heldout or fit)
         if not all(store.has(number) for number in numbers):
             raise CalibrationError("a budget under torchrun needs a folder that all processes share")
         calls = judged_calls(store, numbers, self.plan.architecture)
@@ -454,10 +454,10 @@ class _Calibration:
                 saving = prices.us([*others, *dense]) - prices.us([*others, *chosen])
                 costs.append(InputCost(name, names, format, measure(dict.fromkeys(names, format)), saving))
                 advance(1)
-        costs = agree(costs)  # cards round differently
+        costs = broadcast(costs)  # cards round differently
 
         def decide(limit: Budget) -> Choice:
-            return agree(choose(costs, limit, measure, fixed))
+            return broadcast(choose(costs, limit, measure, fixed))
 
         if search is None:
             choice = decide(budget)

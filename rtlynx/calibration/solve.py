@@ -130,7 +130,7 @@ def solve_layer(
         # A refitted bias takes up the mean error; without one the scales have to see it.
         solution = _quantised(moments if solution.bias is None else seen, weight, solution, mu)
         solution = solution if solution.bias is None else _with_bias(moments, weight, solution, bias)
-    return judged(judge, weight, solution, bias)
+    return with_errors(judge, weight, solution, bias)
 
 
 def solve_pruned(
@@ -168,10 +168,10 @@ def solve_pruned(
     values, scale = quantize_weight(prune(target, raised), seen.kept)
     found = Solution(values, weight_scale=scale, weight_sparse=True, refitted=True, ridge=value)
     judge = heldout if heldout is not None and heldout.count else moments
-    return judged(judge, weight, _with_bias(moments, weight, found, bias), bias)
+    return with_errors(judge, weight, _with_bias(moments, weight, found, bias), bias)
 
 
-def judged(moments: Moments, weight: Tensor, solution: Solution, bias: Tensor | None = None) -> Solution:
+def with_errors(moments: Moments, weight: Tensor, solution: Solution, bias: Tensor | None = None) -> Solution:
     """`solution` with its errors on the tokens of `moments`, for the original `weight` (N, K).
 
     `bias` (N,) is the original one where the solution has another. Without the solution, a layer that drops

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from rtlynx._version import __version__
-from rtlynx.cli.inputs import UsageError, read_prompts
+from rtlynx.cli.inputs import RECIPES, UsageError, read_prompts
 from rtlynx.cli.output import say
 
 app = typer.Typer(
     name="rtlynx",
-    help="2:4 activation sparsity for diffusion transformers.",
+    help="Faster diffusion transformers on Hopper GPUs, by fp8 and 2:4 sparsity.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,7 +24,9 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(help="zoo:flux-emoji, or a local diffusers folder.", show_default=False)
 ]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe as a JSON file.")]
+_RECIPE = f"{', '.join(RECIPES)}, or a JSON file."
+RecommendedRecipe = Annotated[str | None, typer.Option("--recipe", help=_RECIPE, show_default="recommended")]
+ImmediateRecipe = Annotated[str | None, typer.Option("--recipe", help=_RECIPE, show_default="immediate")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe setting; repeatable."),
@@ -72,7 +74,7 @@ def run(arguments: list[str]) -> tuple[int, str | None]:
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """2:4 activation sparsity for diffusion transformers."""
+    """Faster diffusion transformers on Hopper GPUs, by fp8 and 2:4 sparsity."""
     if version:
         say(__version__)
         raise typer.Exit

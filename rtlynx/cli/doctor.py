@@ -76,15 +76,15 @@ def examine() -> list[Check]:
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the report
         libraries = {library.name: _library_check(library) for library in _LIBRARIES}
         checks += libraries.values()
-        whole = {name for name, check in libraries.items() if check.detail.startswith("whole")}
-        checks += _device_checks() if "torch" in whole else [_not_looked_at("reference on cpu", "torch")]
+        works = {name for name, check in libraries.items() if check.detail.startswith("works")}
+        checks += _device_checks() if "torch" in works else [_not_checked("reference on cpu", "torch")]
         checks += _guarded("kernel cache", _cache_check)
-        if "torch" in whole:
+        if "torch" in works:
             checks += _guarded("kernel compiler", _compiler_check)
             checks += _guarded("hopper kernels", _kernel_check)
-        absent = [name for name in ("torch", "safetensors", "diffusers") if name not in whole]
+        absent = [name for name in ("torch", "safetensors", "diffusers") if name not in works]
         if absent:
-            checks.append(_not_looked_at("zoo:flux-emoji", " and ".join(absent)))
+            checks.append(_not_checked("zoo:flux-emoji", " and ".join(absent)))
         else:
             checks += _guarded("zoo:flux-emoji", _zoo_check)
     return checks
@@ -105,9 +105,9 @@ def _library_check(library: Library) -> Check:
         raise
     except BaseException as error:  # SystemExit too: whatever it is, the doctor tells it
         if isinstance(error, ModuleNotFoundError) and not version:
-            return Check(library.name, False if library.needed else None, "missing: not installed")
+            return Check(library.name, False if library.needed else None, "not installed")
         return Check(library.name, False, f"broken: {version} ({_reason(error)})".replace(":  (", ": ("))
-    return Check(library.name, None, f"whole: {version}".rstrip(": "))
+    return Check(library.name, None, f"works: {version}".rstrip(": "))
 
 
 def _reason(error: BaseException) -> str:
@@ -115,8 +115,8 @@ def _reason(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")[:300]
 
 
-def _not_looked_at(name: str, missing: str) -> Check:
-    return Check(name, None, f"not looked at, for want of a whole {missing}")
+def _not_checked(name: str, missing: str) -> Check:
+    return Check(name, None, f"not checked: it needs {missing}, which does not work here")
 
 
 def _guarded(name: str, look: Callable[[], Check]) -> list[Check]:

@@ -32,6 +32,8 @@ _ENCODINGS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _MOST_BYTES = 64 << 20
+# Recipes that have a name: methods of `Recipe`.
+RECIPES = ("recommended", "paper", "immediate", "dense_fp8")
 # Names of arguments whose strings are paths of pictures, in files of prompts.
 _PICTURES = re.compile(r"(^|_)(images?|masks?|videos?|frames)(_|$)")
 _VIDEO_FILES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
@@ -109,13 +111,21 @@ def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def recipe_of(file: Path | None, settings: list[str] | None, preset: Callable[..., Recipe]) -> Recipe:
-    """A recipe from a file, or what `preset` makes of nothing, with single settings changed."""
+def recipe_of(
+    named: str | None, settings: list[str] | None = None, default: Callable[..., Recipe] | None = None
+) -> Recipe:
+    """A recipe by its name (`RECIPES`) or from a JSON file, with single settings changed.
+
+    Where nothing is `named` it is `default`, or `Recipe` itself.
+    """
     from rtlynx.recipe import Recipe
 
     changes = pairs(settings, "--set", get_type_hints(Recipe))
-    if file is None:
-        return Recipe.from_dict(changes, preset)
+    if named is None or named in RECIPES:
+        return Recipe.from_dict(changes, default if named is None else getattr(Recipe, named))
+    file = Path(named)
+    if file.name == named and not file.suffix and not file.exists():
+        raise UsageError(f"no recipe or file is called {named!r}: give {', '.join(RECIPES)}, or a JSON file")
     text = read_text(file)
     try:
         base = Recipe.from_json(text)

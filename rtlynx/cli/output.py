@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 out = Console()
 err = Console(stderr=True)
@@ -80,12 +80,19 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
 
 
 def print_report(report: Any) -> None:
-    table = Table("layer", "error before", "after", "ridge")
+    table = Table(Column("layer", overflow="fold"), "error before", "after", "ridge")
     for name, one in report.solutions.items():
         table.add_row(name, number(one.error_before, ".4f"), number(one.error, ".4f"), number(one.ridge, "g"))
     out.print(table)
     if report.choice is not None:
-        columns = "input", "layers", "format", "error at the output", "us saved", "decision"
+        columns = (
+            Column("input", overflow="fold"),
+            "layers",
+            "format",
+            "error at the output",
+            "us saved",
+            "decision",
+        )
         budget = Table(*columns, title="Budget")
         for cost in sorted(report.costs, key=lambda one: one.error / max(one.saving, 1e-9)):
             decision = report.dense.get(cost.layers[0]) or report.choice.formats[cost.layers[0]]
@@ -139,17 +146,22 @@ def _print_candidates(choice: Any) -> None:
 
 def print_overview(overview: dict[str, Any], kept: dict[str, Any]) -> None:
     by_name = overview["architecture"] != "generic"
-    columns = ["layer", "shape", "stream", *([] if by_name else ["because"]), "pattern", "rank", "state"]
-    columns += ["energy kept"] if kept else []
-    table = Table(*columns, title=f"{overview['model']}, rule: {overview['architecture']}")
+    ranks = any(layer["rank"] for layer in overview["layers"])
+    columns = ["shape", "stream", *([] if by_name else ["because"]), "pattern", *(["rank"] if ranks else [])]
+    columns += ["state", *(["energy kept"] if kept else [])]
+    table = Table(
+        Column("layer", overflow="fold"),
+        *columns,
+        title=f"{overview['model']}, rule: {overview['architecture']}",
+    )
     for layer in overview["layers"]:
         row = [
             layer["name"],
             f"{layer['in_features']} -> {layer['out_features']}",
             layer["stream"],
             *([] if by_name else [layer["rule"]]),
-            layer["pattern"],
-            str(layer["rank"] or "-"),
+            "-" if layer["dense_reason"] or layer["pattern"].startswith("1:1") else layer["pattern"],
+            *([str(layer["rank"] or "-")] if ranks else []),
             f"dense: {layer['dense_reason']}" if layer["dense_reason"] else layer["format"],
         ]
         if kept:

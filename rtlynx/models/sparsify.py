@@ -158,8 +158,8 @@ def sparsify(model_or_pipeline: Any, recipe: Recipe | None = None) -> Any:
     if recipe.needs_calibration:
         raise ValueError(
             "this recipe has something to calibrate (rank, refit, rotate_values, permute_hidden or budget): "
-            "use rtlynx.calibrate(pipeline, prompts, recipe), or Recipe.immediate() for selection and norm "
-            "compensation alone"
+            "use rtlynx.calibrate(pipeline, prompts, recipe), or a recipe that needs none: "
+            "Recipe.dense_fp8(), or Recipe.immediate() for selection and norm compensation alone"
         )
     models = transformers_of(model_or_pipeline).values()
     with all_or_none(*models):
@@ -262,14 +262,16 @@ def set_dense_steps(
 ) -> Any:
     """Change which steps of a picture run dense, in a model that was made sparse with some dense steps.
 
-    You may call it at any time, to trade speed for nearness while the model serves: calls under way go on as
+    You may call it at any time, to trade speed for fidelity while the model serves: calls under way go on as
     they began. Steps that are not named run sparse.
 
     Parameters
     ----------
     model_or_pipeline : nn.Module or diffusers pipeline
-    dense_steps, dense_last_steps, dense_sigmas
+    dense_steps, dense_last_steps : int
         As in `Recipe`.
+    dense_sigmas : sequence of (low, high)
+        As in `Recipe`, but not "auto".
 
     Returns
     -------
@@ -281,6 +283,8 @@ def set_dense_steps(
     ValueError
         If the model is not sparse, its recipe has no dense steps (it then keeps no original weights for
         them), or a value is one that `Recipe` refuses.
+    TypeError
+        If it is neither a module nor a pipeline with a transformer.
     """
     if isinstance(dense_sigmas, str):
         raise ValueError(
@@ -320,7 +324,7 @@ def set_what_runs_dense(sparse: SparseLinear, layer: LayerPlan, recipe: Recipe) 
 
 
 def prepare_layers(model: nn.Module) -> None:
-    """What compiled code cannot do: order weights for the kernels, and ask whether factors are one."""
+    """Do what compiled code cannot: order weights for the kernels, find low-rank factors that are shared."""
     readers: dict[SharedInput, list[Tensor | None]] = {}
     for layer in sparse_layers(model).values():
         readers.setdefault(layer.shared_input, []).append(layer.lowrank_a)
@@ -339,11 +343,23 @@ def _memory(layer: LayerPlan, known: bool) -> str:
 def densify(model_or_pipeline: Any) -> Any:
     """Undo `sparsify`, `calibrate` or `load`, in place: plain linears with their original weights.
 
+    Parameters
+    ----------
+    model_or_pipeline : nn.Module or diffusers pipeline
+        A dense one stays as it is.
+
+    Returns
+    -------
+    nn.Module or diffusers pipeline
+        The same object.
+
     Raises
     ------
     RuntimeError
         If a weight was refitted, quantised or reparameterized and the original was not kept; the model is
         then unchanged.
+    TypeError
+        If it is neither a module nor a pipeline with a transformer.
     """
     models = transformers_of(model_or_pipeline).values()
     with all_or_none(*models):

@@ -13,9 +13,10 @@ import typer
 from rtlynx.cli.app import (
     AsJson,
     Device,
+    ImmediateRecipe,
     Model,
     PipelineSettings,
-    RecipeFile,
+    RecommendedRecipe,
     Settings,
     app,
     device_of,
@@ -44,7 +45,7 @@ def calibrate(
             "one prompt, with paths of pictures relative to the file."
         ),
     ] = None,
-    recipe: RecipeFile = None,
+    recipe: RecommendedRecipe = None,
     settings: Settings = None,
     pipeline: PipelineSettings = None,
     options: Annotated[
@@ -111,11 +112,11 @@ def calibrate(
 def convert(
     model: Model,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint.")],
-    recipe: RecipeFile = None,
+    recipe: ImmediateRecipe = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a model sparse without calibration (2:4 and norm compensation) and save the checkpoint."""
+    """Make a model sparse, or dense fp8, without calibration, and save the checkpoint."""
     from rtlynx.io.checkpoint import save
     from rtlynx.models import sparse_layers, sparsify, transformers_of
     from rtlynx.models.pipelines import load_model

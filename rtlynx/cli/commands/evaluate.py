@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,6 +14,7 @@ from rtlynx.cli.app import (
     Model,
     PipelineSettings,
     PromptFile,
+    RecommendedRecipe,
     Seed,
     app,
     device_of,
@@ -22,20 +23,13 @@ from rtlynx.cli.app import (
 from rtlynx.cli.inputs import UsageError, pairs, read_prompts, recipe_of
 from rtlynx.cli.output import number, out, print_json, say
 
-if TYPE_CHECKING:
-    from rtlynx.recipe import Recipe
-
-RECIPES = ("recommended", "paper", "immediate")
 ZOO_PROMPTS = 32  # `rtlynx calibrate` takes hundreds; these are for trying it out
 
 
 @app.command(epilog="Example: rtlynx evaluate zoo:flux-emoji --recipe immediate --images 4")
 def evaluate(
     model: Model,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help=f"{', '.join(RECIPES)}, or a JSON file.", show_default="recommended"),
-    ] = None,
+    recipe: RecommendedRecipe = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A checkpoint that calibrate or convert saved, in place of a recipe.")
     ] = None,
@@ -61,9 +55,11 @@ def evaluate(
     A recipe that needs calibration is calibrated here, on --calibration-prompts; zoo models bring their own.
     For other calibration options, run `rtlynx calibrate` first and give its --checkpoint.
     """
+    from rtlynx.recipe import Recipe
+
     if recipe is not None and checkpoint is not None:
         raise UsageError("give --recipe or --checkpoint, not both: a checkpoint holds its recipe")
-    chosen = None if checkpoint is not None else _recipe(recipe or RECIPES[0])
+    chosen = None if checkpoint is not None else recipe_of(recipe, default=Recipe.recommended)
     texts = prompts_of(prompts, model, held_out=True)
     calibrated: list[str] = []
     if chosen is not None and chosen.needs_calibration:
@@ -88,16 +84,6 @@ def evaluate(
         return
     _print(results)
     say(f"Report: {folder / 'report.html'}   figures: {folder / 'results.json'}")
-
-
-def _recipe(named: str) -> Recipe:
-    from rtlynx.recipe import Recipe
-
-    if named in RECIPES:
-        return getattr(Recipe, named)()
-    if not Path(named).exists():
-        raise UsageError(f"no recipe or file is called {named!r}: give {', '.join(RECIPES)}, or a JSON file")
-    return recipe_of(Path(named), None, Recipe)
 
 
 def _calibration_prompts(file: Path | None, model: str) -> list[str]:

@@ -10,7 +10,7 @@ import typer
 from rtlynx.cli.app import (
     AsJson,
     Model,
-    RecipeFile,
+    RecommendedRecipe,
     Settings,
     app,
     device_of,
@@ -26,7 +26,7 @@ def inspect(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Show what a checkpoint makes of the model.")
     ] = None,
-    recipe: RecipeFile = None,
+    recipe: RecommendedRecipe = None,
     settings: Settings = None,
     activations: Annotated[
         int, typer.Option(help="Also draw so many prompts and measure how much energy 2:4 keeps.", min=0)
