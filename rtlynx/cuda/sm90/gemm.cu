@@ -1,5 +1,5 @@
 // Y = s * (X~ W^T + T' B^T) + b. X~ is 2:4-sparse bf16 in packed blocks; W (N, K), B (N, r) and Y (M, N) are bf16.
-// Up to kMaxLayers layers that read one X~, each with a W, B and b of its own, lie beside each other in Y.
+// Up to MAX_LAYERS layers that read one X~, each with a W, B and b of its own, lie beside each other in Y.
 // With FP8 X~ and W are e4m3, and columns have a scale too: Y = s * (X~ W^T + T' B'^T) * c + b. T' and B' are bf16.
 //
 // Persistent, one CTA an SM, stream-K (Osama et al. 2023) for the last, incomplete wave: its tiles are cut along k
@@ -17,7 +17,8 @@
 // output channels, columns tokens, and the epilogue turns them: Y is (M, N) all the same (gemm_transposed.cuh). A
 // low-rank product has its factors the other way round, too: packed tiles of B, and T in the place of B.
 //
-// Macros: FP8 (0 or 1), BLOCK_N, NUM_STAGES, SKEW, PARAMETER_FIELDS (layout.cuh), TRANSPOSED (1 or none).
+// Macros: FP8 (0 or 1), BLOCK_M, BLOCK_N, NUM_STAGES, SKEW, CONSUMER_WARPS, THREADS, SHARED_BYTES, STORE_N (columns
+// that a warp stores at a time), MAX_LAYERS (of a product), PARAMETER_FIELDS (layout.cuh), TRANSPOSED (1 or none).
 #include "gemm_epilogue.cuh"
 #if TRANSPOSED
 #include "gemm_transposed.cuh"
@@ -223,7 +224,7 @@ DEVICE void run_consumer(const Parameters& p, uint32_t smem_base) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) gemm(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     const uint32_t smem_base = smem_address(smem);
     if (threadIdx.x == 0) {
@@ -234,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) gemm(const __grid_c
         PipelineState pipe{smem_base};
         for (int i = 0; i < NUM_STAGES; ++i, pipe.advance()) {
             barrier_init(pipe.full_barrier(), 1);
-            barrier_init(pipe.empty_barrier(), kNumConsumerWarps);
+            barrier_init(pipe.empty_barrier(), CONSUMER_WARPS);
         }
         fence_barrier_init();
     }
