@@ -11,6 +11,7 @@
 // Macros: FLOAT32 (0 or 1, of X and Y), THREADS, TILE_N, CHUNK, COLUMNS, PARTS (columns of a row of X), PADDING (of a
 // column in shared memory, so that two share no banks), DEPTH (chunks of W that a warp has in flight), MIN_CTAS (that
 // an SM is to hold), PARAMETER_FIELDS (layout.cuh), PROLOGUE_IDENTITY (for prologues.cuh, which has SiLU).
+#include "e4m3.cuh"
 #include "prologues.cuh"
 
 constexpr int kSplits = THREADS / 32 / (TILE_N / 16);
@@ -27,20 +28,6 @@ struct Parameters {
     int bias_is_float32, silu;
 };
 #include "layout.cuh"
-
-DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
-    uint32_t product;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    return product;
-}
-
-// Two e4m3 values as bf16: by way of float16, whose exponent differs from bf16's by a factor of 2^112.
-DEVICE uint32_t bf16_of_e4m3(uint16_t pair) {
-    uint32_t half;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(half) : "h"(pair));
-    const uint32_t moved = (half & 0x80008000u) | ((half >> 3) & 0x0FFF0FFFu);
-    return mul_bf16x2(moved, 0x77807780u);
-}
 
 DEVICE int padded_k(const Parameters& p) { return (p.k + CHUNK - 1) / CHUNK * CHUNK; }
 DEVICE int smem_stride(const Parameters& p) { return padded_k(p) + PADDING; }
@@ -100,8 +87,8 @@ DEVICE void multiply_chunk(float (&sum)[4], const uint4 (&weight)[2], uint32_t s
     const uint32_t first[4] = {weight[0].x, weight[0].y, weight[0].z, weight[0].w};
     const uint32_t second[4] = {weight[1].x, weight[1].y, weight[1].z, weight[1].w};
     unroll<4>([&](auto j) {
-        const uint32_t a[4] = {bf16_of_e4m3(uint16_t(first[j])), bf16_of_e4m3(uint16_t(second[j])),
-                               bf16_of_e4m3(uint16_t(first[j] >> 16)), bf16_of_e4m3(uint16_t(second[j] >> 16))};
+        const uint32_t a[4] = {bf16_of_e4m3(first[j]), bf16_of_e4m3(second[j]), bf16_of_e4m3(first[j] >> 16),
+                               bf16_of_e4m3(second[j] >> 16)};
         mma_m16n8k16(sum, a, x[2 * j], x[2 * j + 1]);
     });
 }

@@ -8,7 +8,7 @@
 //
 // Macros: COLUMNS (of T of a CTA; more in gridDim.y), THREADS, BLOCK_M, BLOCK_K (of K that a CTA takes at a time),
 // PITCH (float32 of a row of T in shared memory), MAX_PIECES, MAX_LAYERS (of a launch), PARAMETER_FIELDS (layout.cuh).
-#include "ptx.cuh"
+#include "e4m3.cuh"
 
 constexpr int kWarpM = 32, kWarpK = 64, kColumnTiles = COLUMNS / 8;
 static_assert(THREADS == BLOCK_M / kWarpM * 64 && BLOCK_K == 2 * kWarpK, "a pair of warps for each kWarpM rows");
@@ -46,22 +46,6 @@ DEVICE int piece_of(const Parameters& p, int column) {
     for (int i = 0; i < p.num_pieces; ++i)
         if (column >= p.piece[i].column && column < p.piece[i].column + p.piece[i].rank) return i;
     return -1;
-}
-
-// The two e4m3 of the lower half as bf16.
-DEVICE uint32_t e4m3_to_bf16(uint32_t pair) {
-    uint32_t halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(pair)));
-    float low, high;
-    asm("{\n"
-        ".reg .b16 low, high;\n"
-        "mov.b32 {low, high}, %2;\n"
-        "cvt.f32.f16 %0, low;\n"
-        "cvt.f32.f16 %1, high;\n"
-        "}\n"
-        : "=f"(low), "=f"(high)
-        : "r"(halves));
-    return pack_bf16(low, high);
 }
 
 DEVICE uint4 load_16(const void* from, bool inside) {
@@ -109,8 +93,8 @@ DEVICE void multiply(const Parameters& p, int first_row, int first_column, Accum
             constexpr int w = decltype(k16)::value;
             unroll<2>([&](auto m16) {
                 const uint32_t low = word<w>(x[m16 * 2]), high = word<w>(x[m16 * 2 + 1]);
-                const uint32_t of_x[4] = {e4m3_to_bf16(low), e4m3_to_bf16(high), e4m3_to_bf16(low >> 16),
-                                          e4m3_to_bf16(high >> 16)};
+                const uint32_t of_x[4] = {bf16_of_e4m3(low), bf16_of_e4m3(high), bf16_of_e4m3(low >> 16),
+                                          bf16_of_e4m3(high >> 16)};
                 unroll<kColumnTiles>([&](auto n) {
                     const uint4& four = a[n][w / 2];
                     mma_m16n8k16(accum[m16][n], of_x, word<w % 2 * 2>(four), word<w % 2 * 2 + 1>(four));
