@@ -18,7 +18,7 @@ from torch.nn.functional import embedding
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
 from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.math.formats import FP8_DENSE, FP8_WEIGHT_SPARSE
-from rtlynx.nn.lora import Reader, adapter_classes, beside_quantized, joint_factors, reader_of
+from rtlynx.nn.lora import Reader, adapter_classes, beside_quantized, joint_factors, reader_of, untouched
 from rtlynx.nn.original import quantized_original
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
@@ -202,10 +202,15 @@ def _quantized(
 
 
 def adaln(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> PrologueCall:
-    """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` without parameters, shift and scale (B, K)."""
-    return PrologueCall(
-        "adaln", (x, shift, scale, norm.eps), lambda: norm(x) * (1 + scale[:, None]) + shift[:, None]
-    )
+    """norm(x) * (1 + scale) + shift: x (B, T, K), shift and scale (B, K).
+
+    No operator takes a norm with weights.
+    """
+
+    def dense() -> Tensor:
+        return norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+    return PrologueCall("adaln", (x, shift, scale, norm.eps) if _is_plain_layernorm(norm) else (), dense)
 
 
 def adaln_by_token(
@@ -213,26 +218,27 @@ def adaln_by_token(
 ) -> PrologueCall:
     """norm(x) * (1 + scale) + shift, of rows of shift and scale (R, K) that `choice` (B, T) int32 names.
 
-    x (B, T, K), `norm` without parameters.
+    x (B, T, K); no operator takes a norm with weights.
     """
-    return PrologueCall(
-        "adaln_by_token",
-        (x, shift, scale, choice, norm.eps),
-        lambda: norm(x) * (1 + embedding(choice, scale)) + embedding(choice, shift),
-    )
+
+    def dense() -> Tensor:
+        return norm(x) * (1 + embedding(choice, scale)) + embedding(choice, shift)
+
+    arguments = (x, shift, scale, choice, norm.eps) if _is_plain_layernorm(norm) else ()
+    return PrologueCall("adaln_by_token", arguments, dense)
 
 
 def adaln_float32(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> PrologueCall:
     """norm(x) * (1 + scale) + shift, which the model computes in float32 and rounds once to the dtype of x.
 
-    x (B, T, K), `norm` without parameters, shift and scale float32, (B, 1, K), or (B, T, K), which no
-    operator takes. Kernels read them in bfloat16.
+    x (B, T, K), shift and scale float32, (B, 1, K), or (B, T, K), which no operator takes, nor a norm with
+    weights. Kernels read them in bfloat16.
     """
 
     def dense() -> Tensor:
         return (norm(x.float()) * (1 + scale) + shift).type_as(x)
 
-    if shift.shape[1] != 1:
+    if shift.shape[1] != 1 or not _is_plain_layernorm(norm):
         return PrologueCall("adaln", (), dense)
     return PrologueCall("adaln", (x, shift.to(x.dtype), scale.to(x.dtype), norm.eps), dense)
 
@@ -242,35 +248,62 @@ def affine_layernorm(norm: nn.LayerNorm, x: Tensor) -> PrologueCall:
 
     Kernels take the weight for 1 + (weight - 1) and read the latter in bfloat16: a weight between 0 and 2 is
     off by at most 2^-9. Where all lie from 0.1 to 0.3 that moves the result by 0.5 %; e4m3 moves it by 3 %.
+    No operator takes a norm without either.
     """
+
+    def dense() -> Tensor:
+        return norm(x.float()).type_as(x)
+
+    if not _is_of(norm, *_LAYERNORMS) or norm.weight is None or norm.bias is None:
+        return PrologueCall("adaln", (), dense)
     shift, scale = norm.bias.to(x.dtype), (norm.weight.float() - 1).to(x.dtype)
-    return PrologueCall("adaln", (x, shift, scale, norm.eps), lambda: norm(x.float()).type_as(x))
+    return PrologueCall("adaln", (x, shift, scale, norm.eps), dense)
 
 
 def rms_adaln(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> PrologueCall:
-    """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` an RMS norm with `eps`.
+    """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` an RMS norm.
 
-    shift and scale (B, 1, K), or (B, T, K), which no operator takes, nor a norm with a weight.
+    shift and scale (B, 1, K), or (B, T, K), which no operator takes, nor a norm with weights.
     """
 
     def dense() -> Tensor:
         return norm(x) * (1 + scale) + shift
 
-    if norm.weight is not None or shift.shape[1] != 1:
+    if not _is_of(norm, "RMSNorm") or norm.weight is not None or shift.shape[1] != 1:
         return PrologueCall("rms_adaln", (), dense)
     return PrologueCall("rms_adaln", (x, shift, scale, norm.eps), dense)
 
 
-def plain_rmsnorm(norm: nn.Module, x: Tensor) -> PrologueCall:
-    """norm(x): x (B, T, K), `norm` an RMS norm with `eps`, with a weight (K,) or without."""
-    ones = x.new_ones(x.shape[-1])
-    weight = ones if norm.weight is None else norm.weight
-    return PrologueCall("rmsnorm", (x, weight, ones, norm.eps), lambda: norm(x))
+def rmsnorm(norm: nn.Module, x: Tensor, scale: Tensor | None = None) -> PrologueCall:
+    """norm(x) * scale: x (B, T, K), `norm` an RMS norm, with a weight (K,) or without, scale (B, 1, K).
+
+    No operator takes a norm with a bias, or with a weight in another dtype than that of x or float32.
+    """
+
+    def dense() -> Tensor:
+        return norm(x) if scale is None else norm(x) * scale
+
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if not _is_of(norm, "RMSNorm") or bias is not None:
+        return PrologueCall("rmsnorm", (), dense)
+    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
+        return PrologueCall("rmsnorm", (), dense)
+    ones = x.new_ones(x.shape[-1]) if weight is None or scale is None else None
+    factors = ones if weight is None else weight, ones if scale is None else scale
+    return PrologueCall("rmsnorm", (x, *factors, norm.eps), dense)
 
 
-def rmsnorm(norm: nn.Module, x: Tensor, scale: Tensor) -> PrologueCall:
-    """norm(x) * scale: x (B, T, K), `norm` an RMS norm with `weight` (K,) and `eps`, scale (B, 1, K)."""
-    return PrologueCall("rmsnorm", (x, norm.weight, scale, norm.eps), lambda: norm(x) * scale)
+_LAYERNORMS = "LayerNorm", "FP32LayerNorm"
+
+
+def _is_of(norm: nn.Module, *classes: str) -> bool:
+    """Whether `norm` is of one of these classes, of PyTorch or diffusers, with an eps and without hooks."""
+    return type(norm).__name__ in classes and norm.eps is not None and untouched(norm)
+
+
+def _is_plain_layernorm(norm: nn.LayerNorm) -> bool:
+    """Whether `norm` is a LayerNorm without weight and bias."""
+    return _is_of(norm, *_LAYERNORMS) and norm.weight is None and norm.bias is None
 
 
 def activated(gelu: Callable[[Tensor], Tensor], x: Tensor) -> PrologueCall:
