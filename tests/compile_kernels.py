@@ -14,8 +14,8 @@ VARIED = ("FP8", "MODE", "PROLOGUE", "TRANSPOSED")  # what `few` wants every val
 
 
 def name_of(one: jit.Instantiation) -> str:
-    numbers = (f"{name}{value}" for name, value in one.defines if isinstance(value, int))
-    return "-".join([one.source, *numbers])
+    given = (f"{name}{value}" for name, value in one.defines if name != "PARAMETER_FIELDS")
+    return "-".join([one.source, *given])
 
 
 def faults_of(one: jit.Instantiation) -> list[str]:

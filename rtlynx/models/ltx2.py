@@ -10,7 +10,7 @@ from torch import Tensor
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule, Stream
 from rtlynx.models.fusion import feed_forward, read_by_attention
 from rtlynx.models.ltx import BLOCK, modulation_of
-from rtlynx.nn.prologue import PrologueCall, plain_rmsnorm, rms_adaln
+from rtlynx.nn.prologue import PrologueCall, rms_adaln, rmsnorm
 
 Call = dict[str, Any]  # arguments of a block's call
 
@@ -74,7 +74,7 @@ def prompted(block: Any, of: Names, call: Call, parameters: Sequence[Tensor]) ->
         shift, scale = table[None, None].to(x).unbind(dim=2) if temb is None else modulation_of(table, temb)
         text = text * (1 + scale) + shift
     norm = part("norm2")
-    prologue = rms_adaln(norm, x, cross[0], cross[1]) if cross else plain_rmsnorm(norm, x)
+    prologue = rms_adaln(norm, x, cross[0], cross[1]) if cross else rmsnorm(norm, x)
     mask = call.get(f"{of.prefix}encoder_attention_mask")
     out = attention(part("attn2"), prologue, text, attention_mask=mask)
     return x + (out * cross[2] if cross else out)

@@ -2,7 +2,7 @@
 
 `read` gives the layers either the dense tensor or, where kernels support them all, what stands for it: a
 `CompressedInput` for sparse layers, a `QuantizedInput` for fp8 ones that drop nothing, or a `MixedInput`. The
-prologue's result is then never stored.
+prologue's result is then never stored, but for a layer whose LoRAs peft adds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.nn.functional import embedding
 from rtlynx.cuda.sm90.gemm import MAX_LAYERS
 from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.math.formats import FP8_DENSE, FP8_WEIGHT_SPARSE
-from rtlynx.nn.lora import Reader, adapter_classes, beside_quantized, joint_factors, reader_of
+from rtlynx.nn.lora import Reader, adapter_classes, beside_quantized, joint_factors, reader_of, untouched
 from rtlynx.nn.original import quantized_original
-from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
+from rtlynx.nn.prepared import CompressedInput, DenseInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.ops import dispatch
 from rtlynx.ops import sparse_linear as ops
@@ -47,20 +47,21 @@ def read(prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
     found = _readers(layers) if prologue.arguments else None
     if found is None or torch.is_autocast_enabled(prologue.arguments[0].device.type):
         return prologue.dense()
-    dense_fp8 = tuple(reader for reader in found if _drops_nothing(reader.layer))
-    sparse = tuple(reader for reader in found if not _drops_nothing(reader.layer))
-    if not dispatch.QUANTIZED_LORAS and any(reader.loras for reader in dense_fp8):
-        return prologue.dense()
+    kept = tuple(reader for reader in found if not _left_to_peft(reader))
+    dense_fp8 = tuple(reader for reader in kept if _drops_nothing(reader.layer))
+    sparse = tuple(reader for reader in kept if not _drops_nothing(reader.layer))
     of = _parameters_if_supported(prologue, dense_fp8)
-    if of is None or not _compression_supported(prologue, sparse):
+    if not kept or of is None or not _compression_supported(prologue, sparse):
         return prologue.dense()
-    if len(dense_fp8) == len(found):
-        return _quantized(prologue, dense_fp8, of)
-    if len(sparse) == len(found):
-        return _compressed(prologue, sparse)
     # Each computes the prologue for itself: still less traffic than a stored result that both read.
-    parts = _quantized(prologue, dense_fp8, of), _compressed(prologue, sparse)
-    return MixedInput(parts[0].shape, parts[0].dtype, parts[0].device, _layers(found), parts)
+    parts: list[PreparedInput] = [_quantized(prologue, dense_fp8, of)] if dense_fp8 else []
+    parts += [_compressed(prologue, sparse)] if sparse else []
+    of_all = parts[0].shape, parts[0].dtype, parts[0].device
+    if len(kept) < len(found):
+        apart = [i for i, reader in enumerate(found) if _left_to_peft(reader)]
+        wrappers = tuple(layers[i] for i in apart)
+        parts.append(DenseInput(*of_all, tuple(found[i].layer for i in apart), prologue.dense(), wrappers))
+    return MixedInput(*of_all, _layers(found), tuple(parts)) if parts[1:] else parts[0]
 
 
 def fuse_adapters(linear: type[nn.Module]) -> None:
@@ -109,6 +110,11 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[Reader, ...] | None:
             return None
         found.append(reader)
     return tuple(found)
+
+
+def _left_to_peft(reader: Reader) -> bool:
+    """Whether peft adds the LoRAs beside this layer, of the dense tensor."""
+    return bool(reader.loras) and not dispatch.QUANTIZED_LORAS and _drops_nothing(reader.layer)
 
 
 def _layers(readers: Sequence[Reader]) -> tuple[SparseLinear, ...]:
@@ -202,10 +208,15 @@ def _quantized(
 
 
 def adaln(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> PrologueCall:
-    """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` without parameters, shift and scale (B, K)."""
-    return PrologueCall(
-        "adaln", (x, shift, scale, norm.eps), lambda: norm(x) * (1 + scale[:, None]) + shift[:, None]
-    )
+    """norm(x) * (1 + scale) + shift: x (B, T, K), shift and scale (B, K).
+
+    No operator takes a norm with weights.
+    """
+
+    def dense() -> Tensor:
+        return norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+    return PrologueCall("adaln", (x, shift, scale, norm.eps) if _is_plain_layernorm(norm) else (), dense)
 
 
 def adaln_by_token(
@@ -213,26 +224,27 @@ def adaln_by_token(
 ) -> PrologueCall:
     """norm(x) * (1 + scale) + shift, of rows of shift and scale (R, K) that `choice` (B, T) int32 names.
 
-    x (B, T, K), `norm` without parameters.
+    x (B, T, K); no operator takes a norm with weights.
     """
-    return PrologueCall(
-        "adaln_by_token",
-        (x, shift, scale, choice, norm.eps),
-        lambda: norm(x) * (1 + embedding(choice, scale)) + embedding(choice, shift),
-    )
+
+    def dense() -> Tensor:
+        return norm(x) * (1 + embedding(choice, scale)) + embedding(choice, shift)
+
+    arguments = (x, shift, scale, choice, norm.eps) if _is_plain_layernorm(norm) else ()
+    return PrologueCall("adaln_by_token", arguments, dense)
 
 
 def adaln_float32(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> PrologueCall:
     """norm(x) * (1 + scale) + shift, which the model computes in float32 and rounds once to the dtype of x.
 
-    x (B, T, K), `norm` without parameters, shift and scale float32, (B, 1, K), or (B, T, K), which no
-    operator takes. Kernels read them in bfloat16.
+    x (B, T, K), shift and scale float32, (B, 1, K), or (B, T, K), which no operator takes, nor a norm with
+    weights. Kernels read them in bfloat16.
     """
 
     def dense() -> Tensor:
         return (norm(x.float()) * (1 + scale) + shift).type_as(x)
 
-    if shift.shape[1] != 1:
+    if shift.shape[1] != 1 or not _is_plain_layernorm(norm):
         return PrologueCall("adaln", (), dense)
     return PrologueCall("adaln", (x, shift.to(x.dtype), scale.to(x.dtype), norm.eps), dense)
 
@@ -242,35 +254,62 @@ def affine_layernorm(norm: nn.LayerNorm, x: Tensor) -> PrologueCall:
 
     Kernels take the weight for 1 + (weight - 1) and read the latter in bfloat16: a weight between 0 and 2 is
     off by at most 2^-9. Where all lie from 0.1 to 0.3 that moves the result by 0.5 %; e4m3 moves it by 3 %.
+    No operator takes a norm without either.
     """
+
+    def dense() -> Tensor:
+        return norm(x.float()).type_as(x)
+
+    if not _is_of(norm, *_LAYERNORMS) or norm.weight is None or norm.bias is None:
+        return PrologueCall("adaln", (), dense)
     shift, scale = norm.bias.to(x.dtype), (norm.weight.float() - 1).to(x.dtype)
-    return PrologueCall("adaln", (x, shift, scale, norm.eps), lambda: norm(x.float()).type_as(x))
+    return PrologueCall("adaln", (x, shift, scale, norm.eps), dense)
 
 
 def rms_adaln(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> PrologueCall:
-    """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` an RMS norm with `eps`.
+    """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` an RMS norm.
 
-    shift and scale (B, 1, K), or (B, T, K), which no operator takes, nor a norm with a weight.
+    shift and scale (B, 1, K), or (B, T, K), which no operator takes, nor a norm with weights.
     """
 
     def dense() -> Tensor:
         return norm(x) * (1 + scale) + shift
 
-    if norm.weight is not None or shift.shape[1] != 1:
+    if not _is_of(norm, "RMSNorm") or norm.weight is not None or shift.shape[1] != 1:
         return PrologueCall("rms_adaln", (), dense)
     return PrologueCall("rms_adaln", (x, shift, scale, norm.eps), dense)
 
 
-def plain_rmsnorm(norm: nn.Module, x: Tensor) -> PrologueCall:
-    """norm(x): x (B, T, K), `norm` an RMS norm with `eps`, with a weight (K,) or without."""
-    ones = x.new_ones(x.shape[-1])
-    weight = ones if norm.weight is None else norm.weight
-    return PrologueCall("rmsnorm", (x, weight, ones, norm.eps), lambda: norm(x))
+def rmsnorm(norm: nn.Module, x: Tensor, scale: Tensor | None = None) -> PrologueCall:
+    """norm(x) * scale: x (B, T, K), `norm` an RMS norm, with a weight (K,) or without, scale (B, 1, K).
+
+    No operator takes a norm with a bias, or with a weight in another dtype than that of x or float32.
+    """
+
+    def dense() -> Tensor:
+        return norm(x) if scale is None else norm(x) * scale
+
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if not _is_of(norm, "RMSNorm") or bias is not None:
+        return PrologueCall("rmsnorm", (), dense)
+    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
+        return PrologueCall("rmsnorm", (), dense)
+    ones = x.new_ones(x.shape[-1]) if weight is None or scale is None else None
+    factors = ones if weight is None else weight, ones if scale is None else scale
+    return PrologueCall("rmsnorm", (x, *factors, norm.eps), dense)
 
 
-def rmsnorm(norm: nn.Module, x: Tensor, scale: Tensor) -> PrologueCall:
-    """norm(x) * scale: x (B, T, K), `norm` an RMS norm with `weight` (K,) and `eps`, scale (B, 1, K)."""
-    return PrologueCall("rmsnorm", (x, norm.weight, scale, norm.eps), lambda: norm(x) * scale)
+_LAYERNORMS = "LayerNorm", "FP32LayerNorm"
+
+
+def _is_of(norm: nn.Module, *classes: str) -> bool:
+    """Whether `norm` is of one of these classes, of PyTorch or diffusers, with an eps and without hooks."""
+    return type(norm).__name__ in classes and norm.eps is not None and untouched(norm)
+
+
+def _is_plain_layernorm(norm: nn.LayerNorm) -> bool:
+    """Whether `norm` is a LayerNorm without weight and bias."""
+    return _is_of(norm, *_LAYERNORMS) and norm.weight is None and norm.bias is None
 
 
 def activated(gelu: Callable[[Tensor], Tensor], x: Tensor) -> PrologueCall:

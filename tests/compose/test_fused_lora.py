@@ -15,7 +15,7 @@ from torch import nn
 from rtlynx import Recipe, densify, schedule, sparsify
 from rtlynx.models import sparse_layers
 from rtlynx.models.plan import ARCHITECTURES
-from rtlynx.nn.prepared import QuantizedInput
+from rtlynx.nn.prepared import DenseInput, QuantizedInput
 from rtlynx.nn.prologue import adaln, read
 from rtlynx.ops import dispatch
 
@@ -93,16 +93,52 @@ def test_several_loras_are_in_the_products_of_fused_blocks(name, recipe, rank, c
 
 
 @torch.no_grad()
-def test_peft_adds_those_beside_layers_that_drop_no_activation(monkeypatch):
+@pytest.mark.parametrize(
+    ("recipe", "changed", "apart"),
+    [
+        ("weights", ["to_q"], {"to_q"}),
+        ("whole", ["to_q", "to_v"], {"to_q", "to_v"}),
+        ("mixed", ["to_q", "to_k"], {"to_k"}),  # queries and values drop activations
+        ("mixed", ["to_q"], set()),
+        ("weights", ["to_q", "to_k", "to_v"], {"to_q", "to_k", "to_v"}),
+    ],
+)
+def test_peft_adds_those_beside_layers_that_drop_no_activation(recipe, changed, apart, monkeypatch):
     monkeypatch.setattr(dispatch, "QUANTIZED_LORAS", False)
-    model, call = model_and_call(recipe="weights")
-    load(model, names=[name for name in names_of(model) if name.endswith("to_q")])
+    model, call = model_and_call(recipe=recipe)
+    load(model, names=[name for name in names_of(model) if name.endswith(tuple(changed))])
     check_model(model, call)
-    attn = model.transformer_blocks[0].attn
-    x = read(chain_of(attn, model.transformer_blocks[0].norm1.norm), attn.to_q, attn.to_k)
-    assert isinstance(x, torch.Tensor)
-    others = read(chain_of(attn, model.transformer_blocks[0].norm1.norm), attn.to_k, attn.to_v)
-    assert isinstance(others, QuantizedInput)
+    block = model.transformer_blocks[0]
+    readers = {name: getattr(block.attn, name) for name in ("to_q", "to_k", "to_v")}
+    prologue = chain_of(block.attn, block.norm1.norm)
+    x = read(prologue, *readers.values())
+    assert isinstance(x, torch.Tensor) is (apart == set(readers))
+    left = [part.readers for part in getattr(x, "parts", ()) if isinstance(part, DenseInput)]
+    found = {name for name, layer in readers.items() if any(base_of(layer) in of for of in left)}
+    assert found == (set() if isinstance(x, torch.Tensor) else apart)
+    expected = prologue.dense()
+    for name, layer in readers.items():
+        assert relative_error(layer(x), layer(expected)) < (2e-2 if recipe != "mixed" else 0.1), name
+
+
+def base_of(layer):
+    return getattr(layer, "base_layer", layer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["mixed", "weights"])
+def test_compiled_peft_adds_those_too(recipe, monkeypatch):
+    monkeypatch.setattr(dispatch, "QUANTIZED_LORAS", False)
+    model, call = model_and_call(recipe=recipe, num_layers=0)
+    load(model, names=[name for name in names_of(model) if name.endswith(("to_q", "to_k"))])
+    output(model, call)  # (here weights are packed when they are first read, on a card before)
+    torch._dynamo.reset()
+    twin = copy.deepcopy(model)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    for weight in (1.0, -2.0):
+        for one in (model, twin):
+            one.set_adapters("style", weight)
+        assert relative_error(output(model, call), output(twin, call)) < 5e-3
 
 
 def test_every_architecture_with_fused_blocks_is_tested_here():

@@ -8,12 +8,13 @@
 // its rotation once. A CTA of values takes some tokens of one head. It looks at the whole sample by itself, most of it
 // in L2: a kernel or a wait between the two would take longer. Those CTAs come first, since they work longest.
 //
-// Macros: HEAD_DIM (64 or 128), REACH (the largest sampled value becomes this), PARAMETER_FIELDS (layout.cuh).
+// Macros: HEAD_DIM (64 or 128), REACH (the largest sampled value becomes this), WARPS (of a CTA), PARAMETER_FIELDS
+// (layout.cuh).
 #include "e4m3.cuh"
 #include "f32x8.cuh"
 
-constexpr int kWarps = 8, kInFlight = 4;  // vectors that a lane waits for at one time
-constexpr int kLanes = HEAD_DIM / 8, kHeadsOfWarp = 32 / kLanes, kRows = kWarps * kHeadsOfWarp;
+constexpr int kInFlight = 4;  // vectors that a lane waits for at one time
+constexpr int kLanes = HEAD_DIM / 8, kHeadsOfWarp = 32 / kLanes, kRows = WARPS * kHeadsOfWarp;
 static_assert(HEAD_DIM % 8 == 0 && 32 % kLanes == 0, "a warp holds whole heads");
 
 // (B, T, H, D) whose last axis is dense; strides in elements.
@@ -117,7 +118,7 @@ DEVICE void normalize(const Parameters& p, const uint16_t* from, int64_t head_st
 }
 
 DEVICE void normalize_token(const Parameters& p, int cta) {
-    const int index = cta * kWarps + threadIdx.x / 32;
+    const int index = cta * WARPS + threadIdx.x / 32;
     if (index >= p.batches * p.tokens) return;
     const int batch = index / p.tokens, token = index - batch * p.tokens, column = threadIdx.x % kLanes * 8;
     const bool second = token >= p.first_tokens;
@@ -149,7 +150,7 @@ struct ValueMoments {
 
 // Of the sample, in the same order whichever CTA looks.
 DEVICE ValueMoments sample_values(const Parameters& p, int batch, int head, int column) {
-    __shared__ float4 smem_sum[kWarps][HEAD_DIM / 4], smem_largest[kWarps][HEAD_DIM / 4];
+    __shared__ float4 smem_sum[WARPS][HEAD_DIM / 4], smem_largest[WARPS][HEAD_DIM / 4];
     const int warp_idx = threadIdx.x / 32, row = threadIdx.x / kLanes, end = p.samples * p.sample_step;
     F32x8 sum = {}, largest = {};
     for (int begin = 0; begin < p.samples; begin += kInFlight * kRows) {
@@ -179,7 +180,7 @@ DEVICE ValueMoments sample_values(const Parameters& p, int batch, int head, int 
     }
     __syncthreads();
     ValueMoments of = {};
-    for (int warp = 0; warp < kWarps; ++warp) {
+    for (int warp = 0; warp < WARPS; ++warp) {
         const float* sums = reinterpret_cast<const float*>(smem_sum[warp]) + column;
         const float* most = reinterpret_cast<const float*>(smem_largest[warp]) + column;
         unroll<8>([&](auto j) {
@@ -223,7 +224,7 @@ DEVICE void quantize_values(const Parameters& p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, 3) attention_inputs(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) attention_inputs(const __grid_constant__ Parameters p) {
     launch_dependents();
     grid_dependency_wait();
     const int value_ctas = p.batches * p.heads * p.value_chunks;

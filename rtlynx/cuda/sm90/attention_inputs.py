@@ -41,7 +41,7 @@ _PARAMETERS = Layout(
 
 
 def _defines(head_dim: int) -> Defines:
-    return (("HEAD_DIM", head_dim), ("REACH", int(REACH)), *_PARAMETERS.defines)
+    return (("HEAD_DIM", head_dim), ("REACH", int(REACH)), ("WARPS", _WARPS), *_PARAMETERS.defines)
 
 
 INSTANTIATIONS = [

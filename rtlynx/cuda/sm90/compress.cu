@@ -11,7 +11,9 @@
 // wait in shared memory until the whole row's largest is known, and one CTA's does not hold those of a long row.
 //
 // Macros: FP8 (0 or 1), PROLOGUE_<NAME> (what X is), SCORE_<NAME> (what is kept), MODE (how groups lie), RANK (columns
-// of T' of a CTA; more in gridDim.y), NUM_STAGES, MIN_CTAS (that an SM is to hold), PARAMETER_FIELDS (layout.cuh).
+// of T' of a CTA; more in gridDim.y), NUM_STAGES, THREADS, MIN_CTAS (that an SM is to hold), MAX_K_SPLITS (CTAs of a
+// cluster, or warps), SHARED_BYTES and DEFERRED_BYTES (of what waits of a tile of K), MAX_PARTS (of strided groups),
+// PARAMETER_FIELDS (layout.cuh).
 #include "compress_norms.cuh"
 #include "deferred_quantize.cuh"
 
@@ -72,7 +74,7 @@ DEVICE void store_lowrank_part(const WorkCoord& at, const float (&accum)[RANK / 
 // Sum the CTAs' parts of T, divide by s and store T': of every num_ctas-th row, a thread eight columns at a time.
 DEVICE void store_lowrank(const Parameters& p, const WorkCoord& at, int own_rows, uint32_t smem_lowrank,
                           const float (&smem_scale)[BLOCK_M]) {
-    for (int task = threadIdx.x; task < own_rows * (RANK / 8); task += kNumThreads) {
+    for (int task = threadIdx.x; task < own_rows * (RANK / 8); task += THREADS) {
         const int chunk = task % (RANK / 8), row = at.cta_rank + task / (RANK / 8) * at.num_ctas;
         const uint32_t own_part = smem_lowrank + (row * kLowrankPitch + chunk * 8) * 4;
         F32x8 sum{};
@@ -153,7 +155,7 @@ DEVICE void store_scales(const Parameters& p, const WorkCoord& at, int num_split
     smem_scale[row_in_cta] = scale;
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, MIN_CTAS) compress(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) compress(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ RowNorm smem_norms[kKSplitsPerCta][BLOCK_M];
     const WorkCoord at = work_coord();

@@ -19,8 +19,10 @@ from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE, SPARSE_FORMATS, TILE_RO
 from rtlynx.math.scores import MAGNITUDE, Score
 from rtlynx.math.tiles import LOWRANK_BYTES, LOWRANK_COLUMNS
 
-_ADJACENT, _STRIDED, _GATHER = range(3)
-_M64_THREADS, _WARPS_SHARING_K = 128, 8
+_ADJACENT, _STRIDED, _GATHER = "ADJACENT", "STRIDED", "GATHER"  # as compress_parameters.cuh calls them
+_M64_THREADS = 128
+# CTAs of a cluster, or warps of a CTA, that share the K of the same rows, at most.
+_MAX_K_SPLITS = {BF16_SPARSE: 8, FP8_SPARSE: 16}
 MAX_PARTS = 8  # of strided groups
 MAX_COLUMNS_FP8 = 20480  # whose kept values a cluster has room for, in every configuration
 _RANKS = (0, 32, 64, 128)  # columns of T that a CTA computes
@@ -48,9 +50,8 @@ _STAGES_AND_CTAS = {
 _SHORT_MODULATED_ROWS = RowsConfig(4096, 2, 4, 5)  # two, so that a modulation is read once for both
 _ROWS, _ROWS_OF_MANY_REGISTERS = RowsConfig(16384, 1, 4, 3), RowsConfig(16384, 1, 4, 2)
 _FITTING = 0.9  # clusters leave some multiprocessors of a card unused
-_MAX_CLUSTER = 8
 # In fp8 kept values wait in shared memory: 2 KB for each of a CTA's four warps and tiles of K.
-_MAX_CLUSTER_FP8, _DEFERRED_BYTES = 16, 4 * 2048
+_DEFERRED_BYTES = 4 * 2048
 _SHARED_PER_CTA = 227 * 1024
 _STATIC_BYTES = 4096  # at most, of a CTA's other shared memory
 
@@ -104,7 +105,7 @@ class _Configuration(NamedTuple):
     format: Format
     prologue: Prologue
     score: Score
-    mode: int
+    mode: str
     rank: int
     variant: int = 0
 
@@ -135,13 +136,13 @@ class _Configuration(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return _M64_THREADS if self.takes_m64 else _WARPS_SHARING_K * 32
+        return _M64_THREADS if self.takes_m64 else _MAX_K_SPLITS[self.format] * 32
 
     def shared_bytes(self, deferred_tiles: int = 0) -> int:
         """Shared memory of a CTA, in which `deferred_tiles` of K wait to be quantised."""
         row_bytes = (2 if self.mode == _ADJACENT else 4) * 64  # of a unit
         if not self.takes_m64:
-            return _WARPS_SHARING_K * self.stages * row_bytes * self.prologue.inputs * 16
+            return self.threads // 32 * self.stages * row_bytes * self.prologue.inputs * 16
         stages = self.stages * row_bytes * (self.prologue.inputs * TILE_ROWS + self.rank)
         return max(stages, TILE_ROWS * (self.rank + 4) * 4) + deferred_tiles * _DEFERRED_BYTES
 
@@ -157,6 +158,11 @@ class _Configuration(NamedTuple):
             (self.score.macro, 1),
             ("MODE", self.mode),
             ("RANK", self.rank),
+            ("THREADS", self.threads),
+            ("MAX_K_SPLITS", _MAX_K_SPLITS[self.format]),
+            ("SHARED_BYTES", self.shared_bytes()),
+            ("DEFERRED_BYTES", _DEFERRED_BYTES),
+            ("MAX_PARTS", MAX_PARTS),
             ("NUM_STAGES", self.stages),
             ("MIN_CTAS", self.ctas_per_sm),
             *_parameters(self.prologue).defines,
@@ -168,7 +174,7 @@ class _RowsConfiguration(NamedTuple):
 
     prologue: Prologue
     score: Score
-    mode: int
+    mode: str
     config: RowsConfig
     threads: int
 
@@ -183,6 +189,7 @@ class _RowsConfiguration(NamedTuple):
             (self.prologue.macro, 1),
             (self.score.macro, 1),
             ("MODE", self.mode),
+            ("MAX_PARTS", MAX_PARTS),
             *self.config.defines,
             *_parameters(self.prologue).defines,
         )
@@ -251,7 +258,7 @@ def _cut(
         return configuration, 1
     room = int(configuration.ctas_per_sm * multiprocessors(device) * _FITTING)
     units = k_blocks if configuration.mode == _ADJACENT else -(-k_blocks // 2)
-    return configuration, max(1, min(_MAX_CLUSTER, room // m64_tiles, units))
+    return configuration, max(1, min(_MAX_K_SPLITS[BF16_SPARSE], room // m64_tiles, units))
 
 
 def _cut_fp8(
@@ -266,7 +273,7 @@ def _cut_fp8(
     """
     times = {}
     for variant in configuration.variants:
-        for cluster in range(1, min(_MAX_CLUSTER_FP8, k_blocks) + 1):
+        for cluster in range(1, min(_MAX_K_SPLITS[FP8_SPARSE], k_blocks) + 1):
             own = -(-k_blocks // cluster)
             shared_bytes = variant.shared_bytes(own)
             if shared_bytes > _SHARED_PER_CTA - _STATIC_BYTES:
@@ -305,7 +312,7 @@ def _modelled_time(configuration: _Configuration, own_tiles: int, rounds: list[t
 
 
 @functools.lru_cache(maxsize=1024)
-def _groups(grouping: str, parts: tuple[int, ...], k: int) -> tuple[int, bool, tuple[int, ...]]:
+def _groups(grouping: str, parts: tuple[int, ...], k: int) -> tuple[str, bool, tuple[int, ...]]:
     """Mode where everything is aligned, whether groups are adjacent, and the kernel's table of parts."""
     if grouping == "adjacent":
         return (_ADJACENT if k % 8 == 0 else _GATHER), True, (1, k // 4, *[0] * (2 * MAX_PARTS - 1))

@@ -10,7 +10,6 @@
 constexpr int BLOCK_K = FP8 ? 128 : 64;
 constexpr int kMetadataOffset = 64 * 64;
 constexpr int kPackedBlockBytes = kMetadataOffset + BLOCK_K * 8;
-constexpr int kMaxParts = 8;
 
 // Groups [previous group_end, group_end) lie strided in the columns from first_column on.
 struct Part {
@@ -30,7 +29,7 @@ struct Parameters {
     int adjacent;  // for GATHER
     int norm;      // whether `scale` includes s
     int num_parts;
-    Part part[kMaxParts];
+    Part part[MAX_PARTS];
 };
 #include "layout.cuh"
 

@@ -39,16 +39,16 @@ DEVICE void sync_k_splits() {
 template <class T>
 DEVICE T reduce_k_splits(const T (&smem_parts)[kKSplitsPerCta][BLOCK_M], int row, int num_splits) {
     static_assert(sizeof(T) == 16, "a part is read in one load");
-    T part[kMaxKSplits], sum{};
+    T part[MAX_K_SPLITS], sum{};
 #pragma unroll
-    for (int i = 0; i < kMaxKSplits; ++i) {  // all are asked for before the first is used
+    for (int i = 0; i < MAX_K_SPLITS; ++i) {  // all are asked for before the first is used
         if constexpr (!kClusterSplitsK)
             part[i] = smem_parts[i][row];
         else if (i < num_splits)
             reinterpret_cast<float4&>(part[i]) = load_cluster_smem(map_to_cta(smem_address(&smem_parts[0][row]), i));
     }
 #pragma unroll
-    for (int i = 0; i < kMaxKSplits; ++i)
+    for (int i = 0; i < MAX_K_SPLITS; ++i)
         if (i < num_splits) sum.add(part[i]);
     return sum;
 }

@@ -9,7 +9,7 @@
 //
 // Macros: FP8 (1), PROLOGUE_<NAME> (what X is), SCORE_<NAME> (what is kept), MODE (how groups lie), ROWS, CHUNKS
 // (vectors of a row in a thread), MAX_THREADS (of a CTA: whole warps, as many as K needs), MIN_CTAS (of so many
-// threads, that an SM is to hold), PARAMETER_FIELDS (layout.cuh).
+// threads, that an SM is to hold), MAX_PARTS (of strided groups), PARAMETER_FIELDS (layout.cuh).
 #include "compress_parameters.cuh"
 #include "select.cuh"
 #include "whole_rows.cuh"

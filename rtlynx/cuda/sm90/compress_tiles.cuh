@@ -9,9 +9,8 @@
 // With a low-rank product or FP8 a CTA is one warpgroup on 64 rows, and the CTAs of a cluster split K. Else the warps
 // of a CTA split the K of the same 16 rows.
 constexpr bool kClusterSplitsK = RANK > 0 || FP8;
-constexpr int kNumWarps = kClusterSplitsK ? 4 : 8, kNumThreads = kNumWarps * 32;
+constexpr int kNumWarps = THREADS / 32;
 constexpr int BLOCK_M = kClusterSplitsK ? 64 : 16;  // rows of a CTA
-constexpr int kMaxKSplits = FP8 ? 16 : 8;
 constexpr int kKSplitsPerCta = kClusterSplitsK ? 1 : kNumWarps;
 
 // A warp compresses a k tile at a time: 16 rows x kTileK, which are kNumK32 times 32 columns.
@@ -36,11 +35,22 @@ static_assert(kInputK32Bytes % 512 == 0 && kLowrankAK32Bytes % 512 == 0,
               "the 64-byte swizzle of wgmma operands repeats every 512 bytes");
 #endif
 
+// Shared memory, but for what waits of tiles of K: the ring of stages of a CTA or of each warp, later T.
+#if RANK > 0
+constexpr int kTBytes = BLOCK_M * kLowrankPitch * 4;
+#else
+constexpr int kTBytes = 0;
+#endif
+constexpr int kStagesBytes = kKSplitsPerCta * NUM_STAGES * kStageBytes;
+static_assert(SHARED_BYTES == (kStagesBytes > kTBytes ? kStagesBytes : kTBytes),
+              "the host gives a CTA as much shared memory as it divides here");
+
 static_assert(kTileK % BLOCK_K == 0 || BLOCK_K % kTileK == 0, "a chunk is both");
 static_assert(!FP8 || kBlocksPerChunk == 1, "with FP8 what is deferred counts chunks as packed blocks");
 static_assert(MODE != GATHER || !Prologue::kTransforms, "a prologue reads 16 bytes at a time");
 static_assert(NUM_STAGES >= 2, "loads run ahead of the main loop");
-static_assert(kNumThreads >= BLOCK_M, "a thread finishes a row");
+static_assert(THREADS >= BLOCK_M, "a thread finishes a row");
+static_assert(!kClusterSplitsK || kNumWarps == 4, "a CTA is one warpgroup");
 
 // First of the eight columns that a lane of a quad holds in each 32 columns of a k tile; at least p.columns where there
 // are none.
@@ -119,7 +129,7 @@ DEVICE void load_k_tile_async(const Parameters& p, uint32_t smem_stage, int k_ti
         const uint32_t smem_lowrank_a = smem_stage + Prologue::kInputs * kInputBytes;
         unroll<kNumK32>([&](auto k32) {
 #pragma unroll
-            for (int n = threadIdx.x / 4; n < RANK; n += kNumThreads / 4) {
+            for (int n = threadIdx.x / 4; n < RANK; n += THREADS / 4) {
                 const bool in_bounds = first_rank + n < p.rank && columns[k32] < p.columns;
                 const uint16_t* from = p.lowrank_a + int64_t(in_bounds ? first_rank + n : 0) * p.columns;
                 const uint32_t to = smem_lowrank_a + k32 * kLowrankAK32Bytes + swizzle_64b(n, quad_lane);

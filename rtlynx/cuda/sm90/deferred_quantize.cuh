@@ -5,10 +5,8 @@
 
 #if FP8
 constexpr int kDeferredBytes = 16 * 128;  // of a warp's 16 rows in a packed block: 64 kept values each
-#if RANK > 0
-static_assert(BLOCK_M * kLowrankPitch * 4 <= NUM_STAGES * kStageBytes,
-              "T is gathered where the stages were, and must not reach what is deferred");
-#endif
+static_assert(DEFERRED_BYTES == kNumWarps * kDeferredBytes, "the host gives a CTA room for all its warps");
+static_assert(kTBytes <= kStagesBytes, "T is gathered where the stages were, and must not reach what is deferred");
 
 DEVICE uint8_t* packed_block(const Parameters& p, int m64, int k_block) {
     return p.packed_a + (int64_t(m64) * p.k_blocks + k_block) * kPackedBlockBytes;

@@ -1,5 +1,5 @@
 // Y = s * (X~ W^T + T' B^T) + b. X~ is 2:4-sparse bf16 in packed blocks; W (N, K), B (N, r) and Y (M, N) are bf16.
-// Up to kMaxLayers layers that read one X~, each with a W, B and b of its own, lie beside each other in Y.
+// Up to MAX_LAYERS layers that read one X~, each with a W, B and b of its own, lie beside each other in Y.
 // With FP8 X~ and W are e4m3, and columns have a scale too: Y = s * (X~ W^T + T' B'^T) * c + b. T' and B' are bf16.
 //
 // Persistent, one CTA an SM, stream-K (Osama et al. 2023) for the last, incomplete wave: its tiles are cut along k
@@ -18,7 +18,8 @@
 // low-rank product has its factors the other way round, too: packed tiles of B, and T in the place of B. Layers that
 // read one X then lie below each other in tiles, and beside each other in Y all the same.
 //
-// Macros: FP8 (0 or 1), BLOCK_N, NUM_STAGES, SKEW, PARAMETER_FIELDS (layout.cuh), TRANSPOSED (0 or 1).
+// Macros: FP8 (0 or 1), BLOCK_M, BLOCK_N, NUM_STAGES, SKEW, CONSUMER_WARPS, THREADS, SHARED_BYTES, STORE_N (columns
+// that a warp stores at a time), MAX_LAYERS (of a product), PARAMETER_FIELDS (layout.cuh), TRANSPOSED (0 or 1).
 #include "gemm_epilogue.cuh"
 #if TRANSPOSED
 #include "gemm_transposed.cuh"
@@ -226,7 +227,7 @@ DEVICE void run_consumer(const Parameters& p, uint32_t smem_base) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) gemm(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     const uint32_t smem_base = smem_address(smem);
     if (threadIdx.x == 0) {
@@ -237,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) gemm(const __grid_c
         PipelineState pipe{smem_base};
         for (int i = 0; i < NUM_STAGES; ++i, pipe.advance()) {
             barrier_init(pipe.full_barrier(), 1);
-            barrier_init(pipe.empty_barrier(), kNumConsumerWarps);
+            barrier_init(pipe.empty_barrier(), CONSUMER_WARPS);
         }
         fence_barrier_init();
     }

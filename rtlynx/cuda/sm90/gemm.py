@@ -23,9 +23,10 @@ from rtlynx.cuda.tuning import GemmConfig
 from rtlynx.math.formats import FP8_SPARSE, TILE_ROWS, Format
 from rtlynx.math.tiles import LOWRANK_BYTES, LOWRANK_COLUMNS
 
-_THREADS = 384
+_CONSUMER_WARPS = 8
+_THREADS = 128 + 32 * _CONSUMER_WARPS
 _M64_TILES = tuning.BLOCK_M // TILE_ROWS
-_STAGING_BYTES, _TILE_INFO_BYTES, _CONSUMER_WARPS = 2048, 32, 8
+_STAGING_BYTES, _TILE_INFO_BYTES = 2048, 32
 _WEIGHT_ROW_BYTES = 128  # of a stage
 MAX_LAYERS = 4  # of one product
 _M_TILES_PER_SWIZZLE = 16
@@ -61,6 +62,12 @@ def _defines(config: GemmConfig, transposed: bool = False) -> Defines:
         ("BLOCK_N", config.block_n),
         ("NUM_STAGES", config.stages),
         ("SKEW", config.skew),
+        ("BLOCK_M", tuning.BLOCK_M),
+        ("STORE_N", tuning.STORE_N),
+        ("CONSUMER_WARPS", _CONSUMER_WARPS),
+        ("THREADS", _THREADS),
+        ("SHARED_BYTES", _shared_bytes(config)),
+        ("MAX_LAYERS", MAX_LAYERS),
         *_PARAMETERS.defines,
         ("TRANSPOSED", int(transposed)),
     )

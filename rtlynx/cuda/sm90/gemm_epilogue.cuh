@@ -2,10 +2,9 @@
 #pragma once
 #include "gemm_schedule.cuh"
 
-constexpr int kStoreN = 64;  // columns that a warp stores at a time
-static_assert(BLOCK_N % kStoreN == 0,
-              "a tile is stored 64 columns at a time: what is beyond the last 64 would be lost");
-static_assert(kStagingBytes == 16 * kStoreN * 2, "a warp's 16 rows of so many columns, in bf16");
+static_assert(BLOCK_N % STORE_N == 0,
+              "a tile is stored STORE_N columns at a time: what is beyond the last of them would be lost");
+static_assert(kStagingBytes == 16 * STORE_N * 2, "a warp's 16 rows of so many columns, in bf16");
 
 using Accumulators = float[kM64PerWarpgroup][BLOCK_N / 2];
 
@@ -100,8 +99,8 @@ struct TileAffine {
     DEVICE void load(const Parameters& p, const TileInfo& info, uint32_t smem_base) {
         const int lane_idx = reload_thread_idx() % 32;
         const uint32_t to = smem_affine(smem_base, reload_thread_idx());
-        unroll<BLOCK_N / kStoreN>([&](auto n64) {
-            const int column = info.column + n64 * kStoreN + lane_idx * 2;
+        unroll<BLOCK_N / STORE_N>([&](auto n64) {
+            const int column = info.column + n64 * STORE_N + lane_idx * 2;
             const Pair bias = load_bias(p, info, column);
             Pair scale{1.f, 1.f};
             if (column < info.column_end)
@@ -129,11 +128,11 @@ struct TileAffine {
 #else
 // That of a tile: each lane holds two of every 64 columns, and the warp passes them around.
 struct TileAffine {
-    Pair bias[BLOCK_N / kStoreN];
+    Pair bias[BLOCK_N / STORE_N];
 
     DEVICE void load(const Parameters& p, const TileInfo& info, uint32_t) {
-        unroll<BLOCK_N / kStoreN>([&](auto n64) {
-            bias[n64] = load_bias(p, info, info.column + n64 * kStoreN + reload_thread_idx() % 32 * 2);
+        unroll<BLOCK_N / STORE_N>([&](auto n64) {
+            bias[n64] = load_bias(p, info, info.column + n64 * STORE_N + reload_thread_idx() % 32 * 2);
         });
     }
     DEVICE static int place(uint32_t, int thread_idx) { return thread_idx % 4; }
@@ -174,7 +173,7 @@ DEVICE void store_m64(const Parameters& p, const float (&d)[BLOCK_N / 2], const 
     const uint32_t to = smem_staging + lane_idx % 16 * 128 + (lane_idx / 16 ^ lane_idx % 8) * 16;
     const uint32_t from = smem_staging + store_row * 128 + (chunk ^ store_row) * 16;
     const auto place = affine.place(smem_base, thread_idx);
-    unroll<BLOCK_N / kStoreN>([&](auto n64) {
+    unroll<BLOCK_N / STORE_N>([&](auto n64) {
         unroll<4>([&](auto n16) {
             uint32_t out[4];
             unroll<2>([&](auto half) {
@@ -191,7 +190,7 @@ DEVICE void store_m64(const Parameters& p, const float (&d)[BLOCK_N / 2], const 
                          : "memory");
         });
         __syncwarp();
-        const int column = info.column + n64 * kStoreN + chunk * 8;
+        const int column = info.column + n64 * STORE_N + chunk * 8;
         uint16_t* out = p.out + int64_t(row0) * p.columns + column;
         unroll<4>([&](auto i) {
             uint4 value;
@@ -210,11 +209,11 @@ DEVICE void store_m64(const Parameters& p, const float (&d)[BLOCK_N / 2], const 
 
 DEVICE float4* partials_of(const Parameters& p, int cta, int m64) {
     const int warp_idx = reload_thread_idx() / 32 - 4;
-    return p.workspace + int64_t((cta * kNumConsumerWarps + warp_idx) * kM64PerWarpgroup + m64) * (BLOCK_N / 8 * 32) +
+    return p.workspace + int64_t((cta * CONSUMER_WARPS + warp_idx) * kM64PerWarpgroup + m64) * (BLOCK_N / 8 * 32) +
            reload_thread_idx() % 32;
 }
 DEVICE uint64_t* ready_flag_of(const Parameters& p, int cta) {
-    return p.ready + cta * kNumConsumerWarps + reload_thread_idx() / 32 - 4;
+    return p.ready + cta * CONSUMER_WARPS + reload_thread_idx() / 32 - 4;
 }
 
 // Leave this CTA's partial sums, and mark them as there.

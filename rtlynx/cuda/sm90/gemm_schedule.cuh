@@ -5,15 +5,11 @@
 constexpr int kWgmmaM = 64;                   // rows of one wgmma, of a packed block and of a block of T'
 constexpr int kWgmmaSparseK = FP8 ? 64 : 32;  // logical
 constexpr int BLOCK_K = FP8 ? 128 : 64;       // logical k of a stage
-constexpr int kNumConsumerWarpgroups = 2;
-constexpr int kM64PerWarpgroup = 2;  // wgmma tiles, of 64 rows, in the accumulators of a warpgroup
-constexpr int kM64PerTile = kNumConsumerWarpgroups * kM64PerWarpgroup;
-constexpr int BLOCK_M = kM64PerTile * kWgmmaM;
-constexpr int kNumProducerThreads = 128, kNumConsumerThreads = kNumConsumerWarpgroups * 128;
-constexpr int kNumThreads = kNumProducerThreads + kNumConsumerThreads;
-constexpr int kNumConsumerWarps = kNumConsumerThreads / 32;
+constexpr int kNumConsumerWarpgroups = CONSUMER_WARPS / 4;
+constexpr int kM64PerTile = BLOCK_M / kWgmmaM;
+constexpr int kM64PerWarpgroup = kM64PerTile / kNumConsumerWarpgroups;  // in the accumulators of a warpgroup
+constexpr int kNumConsumerThreads = CONSUMER_WARPS * 32, kNumProducerThreads = THREADS - kNumConsumerThreads;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 168 at entry
-constexpr int kMaxLayers = 4;
 
 // A packed block holds 64 rows x BLOCK_K: 64 bytes of kept values a row, then the metadata.
 constexpr int kMetadataOffset = kWgmmaM * 64;
@@ -34,9 +30,9 @@ constexpr int kStagingBytes = 16 * 64 * 2;
 constexpr int kAffineBytes = FP8 ? BLOCK_N * 8 : 0;
 constexpr int kTileInfoBytes = 32;
 constexpr int kStagingOffset = NUM_STAGES * kStageBytes;
-constexpr int kAffineOffset = kStagingOffset + kNumConsumerWarps * kStagingBytes;
-constexpr int kTileInfoOffset = kAffineOffset + kNumConsumerWarps * kAffineBytes;
-constexpr int kBarrierOffset = kTileInfoOffset + kNumConsumerWarps * kTileInfoBytes;
+constexpr int kAffineOffset = kStagingOffset + CONSUMER_WARPS * kStagingBytes;
+constexpr int kTileInfoOffset = kAffineOffset + CONSUMER_WARPS * kAffineBytes;
+constexpr int kBarrierOffset = kTileInfoOffset + CONSUMER_WARPS * kTileInfoBytes;
 constexpr int kSmemBytes = kBarrierOffset + NUM_STAGES * 2 * 8;
 
 static_assert(BLOCK_K == 2 * kWgmmaSparseK, "a stage is two sparse wgmmas");
@@ -47,9 +43,11 @@ static_assert(kPackedBlockBytes % 512 == 0 && kLowrankBlockBytes % 512 == 0,
 static_assert(kLowrankBlockBytes <= kPackedBlockBytes && kLowrankBBytes <= kWeightBytes,
               "a stage of the low-rank product has room where X~ and W lie");
 static_assert(BLOCK_N <= 256, "a TMA box has at most 256 rows");
+static_assert(kNumProducerThreads == 128, "the producer is a warpgroup, of other registers");
 static_assert(kM64PerTile <= 32, "each lane of the producer warp copies one packed block");
 static_assert(NUM_STAGES >= 2, "a stage is released when the next one's wgmmas have been issued");
 static_assert(SKEW >= 1 && SKEW <= NUM_STAGES, "the first warpgroup issues SKEW stages before the second frees one");
+static_assert(kSmemBytes == SHARED_BYTES, "the host gives a CTA as much shared memory as it divides here");
 static_assert(kSmemBytes <= 227 * 1024, "a CTA has 227 KB of shared memory");
 static_assert(kNumProducerThreads * kProducerRegisters + kNumConsumerThreads * kConsumerRegisters <= 64 * 1024,
               "an SM has 64 K registers");
@@ -63,27 +61,27 @@ struct Layer {
 };
 
 struct Parameters {
-    TensorMap weight[kMaxLayers];     // box (BLOCK_K, BLOCK_N rows), 128-byte swizzle
-    TensorMap lowrank_b[kMaxLayers];  // box (kLowrankBlockK, BLOCK_N rows), 64-byte swizzle
+    TensorMap weight[MAX_LAYERS];     // box (BLOCK_K, BLOCK_N rows), 128-byte swizzle
+    TensorMap lowrank_b[MAX_LAYERS];  // box (kLowrankBlockK, BLOCK_N rows), 64-byte swizzle
     // The sparse operand: one for all layers, or one a layer where TRANSPOSED.
-    const uint8_t* packed_a[kMaxLayers];  // (blocks of 64 rows, k_blocks) packed blocks
-    const uint8_t* lowrank[kMaxLayers];  // (blocks of 64 rows, total_rank_blocks) blocks of T'; of B' as many as it has
-    const float* scale[kMaxLayers];      // (M), or null for s = 1; where TRANSPOSED c, found as a bias is
+    const uint8_t* packed_a[MAX_LAYERS];  // (blocks of 64 rows, k_blocks) packed blocks
+    const uint8_t* lowrank[MAX_LAYERS];  // (blocks of 64 rows, total_rank_blocks) blocks of T'; of B' as many as it has
+    const float* scale[MAX_LAYERS];      // (M), or null for s = 1; where TRANSPOSED c, found as a bias is
     uint16_t* out;                       // (M, N), contiguous
     // One a layer, found at columns of Y: the host has moved the addresses back by those before the layer.
-    const void* bias[kMaxLayers];           // bf16 or float32, or null
-    const float* column_scale[kMaxLayers];  // with FP8, else null; where TRANSPOSED (M), t
+    const void* bias[MAX_LAYERS];           // bf16 or float32, or null
+    const float* column_scale[MAX_LAYERS];  // with FP8, else null; where TRANSPOSED (M), t
     int rows, columns;  // M, and N in memory: rows of Y are stored 16 bytes at a time, so every layer's end is a
                         // multiple of 8, but the last where TRANSPOSED
     int k_blocks, total_rank_blocks;
     int num_m_tiles, num_n_tiles, m_tiles_per_swizzle;
     int whole_tiles;                            // the first of them; the rest are split along k
     int split_tiles, split_ctas, split_stages;  // how many, among how many CTAs, stages of each
-    float4* workspace;  // (split_ctas, kNumConsumerWarps, kM64PerWarpgroup, BLOCK_N / 8, 32) partial sums
-    uint64_t* ready;    // (split_ctas, kNumConsumerWarps): `nonce` where a warp's sums are there
+    float4* workspace;  // (split_ctas, CONSUMER_WARPS, kM64PerWarpgroup, BLOCK_N / 8, 32) partial sums
+    uint64_t* ready;    // (split_ctas, CONSUMER_WARPS): `nonce` where a warp's sums are there
     uint64_t nonce;     // a random number of this launch, so that `ready` need not be initialised
     int bias_is_float, num_layers;
-    Layer layer[kMaxLayers];
+    Layer layer[MAX_LAYERS];
 };
 #include "layout.cuh"
 

@@ -16,13 +16,12 @@ from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.cuda.sm90.weights import readable
 
 _THREADS, _TILE_N, _CHUNK, _PADDING = 256, 32, 64, 8
+_COLUMNS = 8  # of a product
 _VECTOR = 16  # bytes of W that a lane reads together
 _MAX_SHARED = 200 << 10  # bytes of X at a time
 MAX_COLUMNS = 1 << 15  # of which the three columns of a float32 row still fit
 MAX_ROWS = 65535  # a grid takes so many passes, of one row at least
-# Most rows of X that one pass over W serves, by whether they are float32.
-_ROWS = {False: 8, True: 2}
-_PARTS = {False: 1, True: 3}  # columns that a row takes
+_PARTS = {False: 1, True: 3}  # columns that a row takes, by whether it is float32
 _DEPTH, _MIN_CTAS = 4, 3  # 78 registers
 
 _PARAMETERS = Layout(
@@ -36,6 +35,12 @@ def _defines(float32: bool) -> Defines:
     return (
         (IDENTITY.macro, 1),
         ("FLOAT32", int(float32)),
+        ("THREADS", _THREADS),
+        ("TILE_N", _TILE_N),
+        ("CHUNK", _CHUNK),
+        ("PADDING", _PADDING),
+        ("COLUMNS", _COLUMNS),
+        ("PARTS", _PARTS[float32]),
         ("DEPTH", _DEPTH),
         ("MIN_CTAS", _MIN_CTAS),
         *_PARAMETERS.defines,
@@ -66,7 +71,7 @@ def launch_gemv(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     k = x.shape[1]
     column_bytes = 2 * (-(-k // _CHUNK) * _CHUNK + _PADDING)
     row_bytes = _PARTS[float32] * column_bytes
-    rows_per_pass = min(rows, _ROWS[float32], _MAX_SHARED // row_bytes)
+    rows_per_pass = min(rows, _COLUMNS // _PARTS[float32], _MAX_SHARED // row_bytes)
     parameters = _PARAMETERS.pack(
         *(weight.data_ptr(), weight_scale.data_ptr(), address_of(bias), x.data_ptr(), y.data_ptr()),
         *(weight.stride(0), x.stride(0), rows, rows_per_pass, n, k),

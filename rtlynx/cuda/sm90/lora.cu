@@ -6,12 +6,12 @@
 // bf16, which holds it, and A stays bf16. Within 64 entries of K lane 4g + q holds 16 q ... + 15 of both operands, so
 // that it loads 16 bytes at a time. The other CTAs pack 64 rows of B each.
 //
-// Macros: COLUMNS (of T of a CTA; more in gridDim.y), PARAMETER_FIELDS (layout.cuh).
-#include "ptx.cuh"
+// Macros: COLUMNS (of T of a CTA; more in gridDim.y), THREADS, BLOCK_M, BLOCK_K (of K that a CTA takes at a time),
+// PITCH (float32 of a row of T in shared memory), MAX_PIECES, MAX_LAYERS (of a launch), PARAMETER_FIELDS (layout.cuh).
+#include "e4m3.cuh"
 
-constexpr int kNumThreads = 256, BLOCK_M = 128, kWarpM = 32, BLOCK_K = 64;
-constexpr int kColumnTiles = COLUMNS / 8, kPitch = COLUMNS + 4;  // of float32 in shared memory
-constexpr int kMaxPieces = 16, kMaxLayers = 8;
+constexpr int kWarpM = 32, kWarpK = 64, kColumnTiles = COLUMNS / 8;
+static_assert(THREADS == BLOCK_M / kWarpM * 64 && BLOCK_K == 2 * kWarpK, "a pair of warps for each kWarpM rows");
 constexpr int kBlockColumns = 32, kBlockBytes = 64 * kBlockColumns * 2;  // of a tile of B
 static_assert(COLUMNS % 8 == 0, "a matrix instruction makes eight columns");
 
@@ -36,8 +36,8 @@ struct Parameters {
     uint16_t* lowrank;         // (M, columns)
     uint8_t* packed_b;
     int rows, k, columns, num_pieces, num_layers, lowrank_ctas;
-    Piece piece[kMaxPieces];
-    Layer layer[kMaxLayers];
+    Piece piece[MAX_PIECES];
+    Layer layer[MAX_LAYERS];
 };
 #include "layout.cuh"
 
@@ -46,22 +46,6 @@ DEVICE int piece_of(const Parameters& p, int column) {
     for (int i = 0; i < p.num_pieces; ++i)
         if (column >= p.piece[i].column && column < p.piece[i].column + p.piece[i].rank) return i;
     return -1;
-}
-
-// The two e4m3 of the lower half as bf16.
-DEVICE uint32_t e4m3_to_bf16(uint32_t pair) {
-    uint32_t halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(pair)));
-    float low, high;
-    asm("{\n"
-        ".reg .b16 low, high;\n"
-        "mov.b32 {low, high}, %2;\n"
-        "cvt.f32.f16 %0, low;\n"
-        "cvt.f32.f16 %1, high;\n"
-        "}\n"
-        : "=f"(low), "=f"(high)
-        : "r"(halves));
-    return pack_bf16(low, high);
 }
 
 DEVICE uint4 load_16(const void* from, bool inside) {
@@ -90,8 +74,8 @@ DEVICE void multiply(const Parameters& p, int first_row, int first_column, Accum
         if (piece >= 0)
             factors[n] = p.piece[piece].lowrank_a + int64_t(column - p.piece[piece].column) * p.k + quad_lane * 16;
     });
-    const int step = cluster_size() * 2 * BLOCK_K, last = p.k - quad_lane * 16;
-    int k = (cluster_rank() * 2 + threadIdx.x / 32 % 2) * BLOCK_K;
+    const int step = cluster_size() * BLOCK_K, last = p.k - quad_lane * 16;
+    int k = cluster_rank() * BLOCK_K + threadIdx.x / 32 % 2 * kWarpK;
     uint4 next[4];
     unroll<4>([&](auto i) { next[i] = load_16(rows[i] + k, k < last); });
 #pragma unroll 1
@@ -109,8 +93,8 @@ DEVICE void multiply(const Parameters& p, int first_row, int first_column, Accum
             constexpr int w = decltype(k16)::value;
             unroll<2>([&](auto m16) {
                 const uint32_t low = word<w>(x[m16 * 2]), high = word<w>(x[m16 * 2 + 1]);
-                const uint32_t of_x[4] = {e4m3_to_bf16(low), e4m3_to_bf16(high), e4m3_to_bf16(low >> 16),
-                                          e4m3_to_bf16(high >> 16)};
+                const uint32_t of_x[4] = {bf16_of_e4m3(low), bf16_of_e4m3(high), bf16_of_e4m3(low >> 16),
+                                          bf16_of_e4m3(high >> 16)};
                 unroll<kColumnTiles>([&](auto n) {
                     const uint4& four = a[n][w / 2];
                     mma_m16n8k16(accum[m16][n], of_x, word<w % 2 * 2>(four), word<w % 2 * 2 + 1>(four));
@@ -123,13 +107,13 @@ DEVICE void multiply(const Parameters& p, int first_row, int first_column, Accum
 // Sum the two parts of each pair of warps into shared memory.
 DEVICE void gather_parts(const Accumulators& accum, float* smem) {
     const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-    float* to = smem + (warp_idx / 2 * kWarpM + lane_idx / 4) * kPitch + lane_idx % 4 * 2;
+    float* to = smem + (warp_idx / 2 * kWarpM + lane_idx / 4) * PITCH + lane_idx % 4 * 2;
     unroll<2>([&](auto turn) {
         if (warp_idx % 2 == turn) {
             unroll<2>([&](auto m16) {
                 unroll<kColumnTiles>([&](auto n) {
                     unroll<4>([&](auto i) {
-                        float& sum = to[(m16 * 16 + i / 2 * 8) * kPitch + n * 8 + i % 2];
+                        float& sum = to[(m16 * 16 + i / 2 * 8) * PITCH + n * 8 + i % 2];
                         sum = turn == 0 ? accum[m16][n][i] : sum + accum[m16][n][i];
                     });
                 });
@@ -153,9 +137,9 @@ DEVICE void make_lowrank(const Parameters& p) {
     gather_parts(accum, smem);
     cluster_sync();
     // Each CTA finishes every num_ctas-th row, a thread eight columns at a time.
-    for (int task = threadIdx.x; task < BLOCK_M / num_ctas * kColumnTiles; task += kNumThreads) {
+    for (int task = threadIdx.x; task < BLOCK_M / num_ctas * kColumnTiles; task += THREADS) {
         const int chunk = task % kColumnTiles, row = cta_rank + task / kColumnTiles * num_ctas;
-        const uint32_t own_part = smem_address(smem + row * kPitch + chunk * 8);
+        const uint32_t own_part = smem_address(smem + row * PITCH + chunk * 8);
         float sum[8] = {};
         for (int cta = 0; cta < num_ctas; ++cta) {
             const uint32_t from = map_to_cta(own_part, cta);
@@ -200,7 +184,7 @@ DEVICE void pack_b(const Parameters& p, int tile) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) lora(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) lora(const __grid_constant__ Parameters p) {
     launch_dependents();
     grid_dependency_wait();
     const int block = blockIdx.x;

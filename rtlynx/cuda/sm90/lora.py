@@ -22,6 +22,7 @@ MAX_PIECES, MAX_LAYERS = 16, 8  # of a launch
 K_MULTIPLE = 16
 _THREADS, _BLOCK_M, _BLOCK_K, _MAX_CLUSTER = 256, 128, 128, 8
 _COLUMNS = (16, 32, 48, 64)  # of T that a CTA computes
+_PADDING = 4  # float32 of a row of T in shared memory, so that rows lie in other banks
 _PIECE = Layout(
     *((name, "pointer") for name in ("lowrank_a", "lowrank_b")),
     *((name, "int") for name in ("rank", "column")),
@@ -40,7 +41,16 @@ _PARAMETERS = Layout(
 
 
 def _defines(columns: int) -> Defines:
-    return (("COLUMNS", columns), *_PARAMETERS.defines)
+    return (
+        ("COLUMNS", columns),
+        ("THREADS", _THREADS),
+        ("BLOCK_M", _BLOCK_M),
+        ("BLOCK_K", _BLOCK_K),
+        ("PITCH", columns + _PADDING),
+        ("MAX_PIECES", MAX_PIECES),
+        ("MAX_LAYERS", MAX_LAYERS),
+        *_PARAMETERS.defines,
+    )
 
 
 INSTANTIATIONS = [Instantiation("lora.cu", "lora", _defines(columns)) for columns in _COLUMNS]
@@ -48,7 +58,7 @@ INSTANTIATIONS = [Instantiation("lora.cu", "lora", _defines(columns)) for column
 
 @functools.cache
 def _kernel(columns: int, cluster: int) -> jit.Kernel:
-    shared_bytes = _BLOCK_M * (columns + 4) * 4  # of T, a few columns more in a row: other banks
+    shared_bytes = _BLOCK_M * (columns + _PADDING) * 4
     return jit.load(
         "lora.cu",
         "lora",
