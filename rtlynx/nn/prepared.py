@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rtlynx.ops import fp8_linear as fp8
 from rtlynx.ops.prologue_linear import prologue_linear
@@ -123,26 +123,8 @@ class QuantizedInput(PreparedInput):
 
 
 @dataclass
-class DenseInput(PreparedInput):
-    """A dense input of layers beside which peft adds LoRAs, where others read it in another format.
-
-    Attributes
-    ----------
-    x : the input (..., K)
-    wrappers : peft's, of each layer
-    """
-
-    x: Tensor
-    wrappers: tuple[nn.Module, ...]
-
-    def _output(self, index: int) -> Tensor:
-        y: Tensor = self.wrappers[index](self.x)
-        return y
-
-
-@dataclass
 class MixedInput(PreparedInput):
-    """An input in several formats, for layers of which some drop entries, others do not or have peft add.
+    """An input in several formats, for layers of which some drop entries and others do not.
 
     Attributes
     ----------

@@ -2,7 +2,7 @@
 
 `read` gives the layers either the dense tensor or, where kernels support them all, what stands for it: a
 `CompressedInput` for sparse layers, a `QuantizedInput` for fp8 ones that drop nothing, or a `MixedInput`. The
-prologue's result is then never stored, but for a layer whose LoRAs peft adds.
+prologue's result is then never stored.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from rtlynx.cuda.sm90.prologues import IDENTITY
 from rtlynx.math.formats import FP8_DENSE, FP8_WEIGHT_SPARSE
 from rtlynx.nn.lora import Reader, adapter_classes, beside_quantized, joint_factors, reader_of, untouched
 from rtlynx.nn.original import quantized_original
-from rtlynx.nn.prepared import CompressedInput, DenseInput, MixedInput, PreparedInput, QuantizedInput
+from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 from rtlynx.nn.sparse_linear import SparseLinear
-from rtlynx.ops import dispatch
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports, wants_gradient
 from rtlynx.ops.fp8_linear import CompressedFp8, Fp8Parameters
@@ -47,21 +46,18 @@ def read(prologue: PrologueCall, *layers: nn.Module) -> Tensor | PreparedInput:
     found = _readers(layers) if prologue.arguments else None
     if found is None or torch.is_autocast_enabled(prologue.arguments[0].device.type):
         return prologue.dense()
-    kept = tuple(reader for reader in found if not _left_to_peft(reader))
-    dense_fp8 = tuple(reader for reader in kept if _drops_nothing(reader.layer))
-    sparse = tuple(reader for reader in kept if not _drops_nothing(reader.layer))
+    dense_fp8 = tuple(reader for reader in found if _drops_nothing(reader.layer))
+    sparse = tuple(reader for reader in found if not _drops_nothing(reader.layer))
     of = _parameters_if_supported(prologue, dense_fp8)
-    if not kept or of is None or not _compression_supported(prologue, sparse):
+    if of is None or not _compression_supported(prologue, sparse):
         return prologue.dense()
     # Each computes the prologue for itself: still less traffic than a stored result that both read.
     parts: list[PreparedInput] = [_quantized(prologue, dense_fp8, of)] if dense_fp8 else []
     parts += [_compressed(prologue, sparse)] if sparse else []
-    of_all = parts[0].shape, parts[0].dtype, parts[0].device
-    if len(kept) < len(found):
-        apart = [i for i, reader in enumerate(found) if _left_to_peft(reader)]
-        wrappers = tuple(layers[i] for i in apart)
-        parts.append(DenseInput(*of_all, tuple(found[i].layer for i in apart), prologue.dense(), wrappers))
-    return MixedInput(*of_all, _layers(found), tuple(parts)) if parts[1:] else parts[0]
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    return MixedInput(first.shape, first.dtype, first.device, _layers(found), tuple(parts))
 
 
 def fuse_adapters(linear: type[nn.Module]) -> None:
@@ -110,11 +106,6 @@ def _readers(layers: Sequence[nn.Module]) -> tuple[Reader, ...] | None:
             return None
         found.append(reader)
     return tuple(found)
-
-
-def _left_to_peft(reader: Reader) -> bool:
-    """Whether peft adds the LoRAs beside this layer, of the dense tensor."""
-    return bool(reader.loras) and not dispatch.QUANTIZED_LORAS and _drops_nothing(reader.layer)
 
 
 def _layers(readers: Sequence[Reader]) -> tuple[SparseLinear, ...]:

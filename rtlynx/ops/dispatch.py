@@ -23,11 +23,6 @@ from rtlynx.math.selection import Pattern
 if TYPE_CHECKING:
     from rtlynx.ops.fp8_linear import Fp8Parameters
 
-# Whether LoRAs beside layers that drop no activation are in the fused path; else peft adds them. The tests of
-# their kernel, lora.cu, passed on a card. It has not been timed, and not all tests of LoRAs in whole models
-# passed there.
-QUANTIZED_LORAS = False
-
 _cards: dict[int, str | None] = {}
 _said: set[str] = set()
 _GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"

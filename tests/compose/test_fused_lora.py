@@ -15,9 +15,8 @@ from torch import nn
 from rtlynx import Recipe, densify, schedule, sparsify
 from rtlynx.models import sparse_layers
 from rtlynx.models.plan import ARCHITECTURES
-from rtlynx.nn.prepared import DenseInput, QuantizedInput
+from rtlynx.nn.prepared import QuantizedInput
 from rtlynx.nn.prologue import adaln, read
-from rtlynx.ops import dispatch
 
 RECIPES = {**SHARED, "adjacent": Recipe.immediate(grouping="adjacent")}
 OTHERS = [name for name in MODELS if name != "flux"]
@@ -26,7 +25,6 @@ OTHERS = [name for name in MODELS if name != "flux"]
 @pytest.fixture(autouse=True)
 def _served(monkeypatch):
     serve(monkeypatch)
-    monkeypatch.setattr(dispatch, "QUANTIZED_LORAS", True)
 
 
 def model_and_call(name="flux", recipe="bf16", **changes):
@@ -90,55 +88,6 @@ def test_several_loras_are_in_the_products_of_fused_blocks(name, recipe, rank, c
     assert torch.equal(check_model(model, call), y)
     exact = exact_of(model, call)
     assert relative_error(y, exact) < 0.25 * relative_error(before, exact)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("recipe", "changed", "apart"),
-    [
-        ("weights", ["to_q"], {"to_q"}),
-        ("whole", ["to_q", "to_v"], {"to_q", "to_v"}),
-        ("mixed", ["to_q", "to_k"], {"to_k"}),  # queries and values drop activations
-        ("mixed", ["to_q"], set()),
-        ("weights", ["to_q", "to_k", "to_v"], {"to_q", "to_k", "to_v"}),
-    ],
-)
-def test_peft_adds_those_beside_layers_that_drop_no_activation(recipe, changed, apart, monkeypatch):
-    monkeypatch.setattr(dispatch, "QUANTIZED_LORAS", False)
-    model, call = model_and_call(recipe=recipe)
-    load(model, names=[name for name in names_of(model) if name.endswith(tuple(changed))])
-    check_model(model, call)
-    block = model.transformer_blocks[0]
-    readers = {name: getattr(block.attn, name) for name in ("to_q", "to_k", "to_v")}
-    prologue = chain_of(block.attn, block.norm1.norm)
-    x = read(prologue, *readers.values())
-    assert isinstance(x, torch.Tensor) is (apart == set(readers))
-    left = [part.readers for part in getattr(x, "parts", ()) if isinstance(part, DenseInput)]
-    found = {name for name, layer in readers.items() if any(base_of(layer) in of for of in left)}
-    assert found == (set() if isinstance(x, torch.Tensor) else apart)
-    expected = prologue.dense()
-    for name, layer in readers.items():
-        assert relative_error(layer(x), layer(expected)) < (2e-2 if recipe != "mixed" else 0.1), name
-
-
-def base_of(layer):
-    return getattr(layer, "base_layer", layer)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("recipe", ["mixed", "weights"])
-def test_compiled_peft_adds_those_too(recipe, monkeypatch):
-    monkeypatch.setattr(dispatch, "QUANTIZED_LORAS", False)
-    model, call = model_and_call(recipe=recipe, num_layers=0)
-    load(model, names=[name for name in names_of(model) if name.endswith(("to_q", "to_k"))])
-    output(model, call)  # (here weights are packed when they are first read, on a card before)
-    torch._dynamo.reset()
-    twin = copy.deepcopy(model)
-    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    for weight in (1.0, -2.0):
-        for one in (model, twin):
-            one.set_adapters("style", weight)
-        assert relative_error(output(model, call), output(twin, call)) < 5e-3
 
 
 def test_every_architecture_with_fused_blocks_is_tested_here():
