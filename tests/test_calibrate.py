@@ -18,7 +18,6 @@ from calibration_helpers import (
     UNSEEN,
     assert_same,
     calls,
-    in_two_processes,
     layer_errors,
     run,
     sample,
@@ -35,6 +34,7 @@ from helpers import (
     watched,
     z_image_call,
 )
+from process_helpers import in_two_processes
 from safetensors.torch import load_file, save_file
 
 import rtlynx.calibration.run

@@ -11,8 +11,9 @@ import pytest
 import torch
 from checkpoint_helpers import RIDGE, make
 from helpers import MODELS, flux_call, output, relative_error, tiny_flux
-from parallel_helpers import PROCESSES, message, ring, run_together, tensor_parallel, ulysses
+from parallel_helpers import message, ring, run_together, tensor_parallel, ulysses
 from peft import LoraConfig, inject_adapter_in_model
+from process_helpers import PROCESSES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
