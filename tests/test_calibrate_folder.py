@@ -8,7 +8,8 @@ import safetensors.torch
 import torch
 import torch.multiprocessing
 from calibration_helpers import JOINT, PROMPTS, RIDGE, assert_same, sample, solution
-from helpers import TinyPipeline, relative_error, tiny_flux
+from helpers import relative_error, tiny_flux
+from pipeline_helpers import TinyPipeline
 from process_helpers import in_two_processes
 
 from rtlynx import CalibrationOptions, CheckpointError, Recipe

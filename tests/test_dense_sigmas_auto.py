@@ -8,8 +8,9 @@ import torch
 from calibration_helpers import PROMPTS as ALL_PROMPTS
 from calibration_helpers import RIDGE, assert_same, calls, solution
 from diffusers import FluxTransformer2DModel
-from helpers import TinyPipeline, tiny_flux
+from helpers import tiny_flux
 from mutations import signed
+from pipeline_helpers import TinyPipeline
 from process_helpers import in_two_processes
 from zoo_helpers import randomize
 
