@@ -1,7 +1,6 @@
 """What the tests of calibration share: recipes, calls of a tiny FLUX, and what came out."""
 
 import torch
-import torch.multiprocessing
 from diffusers import FluxTransformer2DModel
 from helpers import (
     flux_call,
@@ -50,11 +49,6 @@ def per_token_flux():
     model = tiny_flux()
     model.__class__ = PerToken
     return model
-
-
-def in_two_processes(function, *arguments):
-    """Run `function(rank, *arguments)` twice at once; forked, as importing everything again takes seconds."""
-    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="fork")
 
 
 def calls(count=8, first=0):

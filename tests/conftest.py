@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
 
+import gc
 import shutil
 import sys
 import tempfile
@@ -18,9 +19,18 @@ from pathlib import Path
 import pytest
 import torch
 
+# What is imported stays. To search it for garbage again and again took a tenth of the time.
+gc.disable()
+
 # The models here are tiny: on a busy machine threads that wait for each other take ten times as long as one
 # that does not. What runs in parallel are the workers of `pytest -n`.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

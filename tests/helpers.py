@@ -1,8 +1,6 @@
-"""The one place that knows tiny models and their inputs, and slow formulas that the library must match."""
+"""The one place that knows tiny models and their inputs."""
 
 import copy
-import math
-import zlib
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -29,54 +27,6 @@ def relative_error(actual, expected) -> float:
     """||actual - expected|| / ||expected|| in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
-
-
-# ---------------------------------------------------------------------------- selection, in plain Python
-
-
-def group_indices(k, m=4, grouping="adjacent", widths=None):
-    """Lists of the channels that compete, written from the specification."""
-    if grouping == "adjacent":
-        return [[m * g + i for i in range(m)] for g in range(k // m)]
-    groups, start = [], 0
-    for width in widths or (k,):
-        stride = width // m
-        groups += [[start + g + i * stride for i in range(m)] for g in range(stride)]
-        start += width
-    return groups
-
-
-def slow_mask(x, n=2, m=4, grouping="adjacent", widths=None):
-    """`nm_mask`, one group at a time: NaN before Inf before finite, ties to the lower index."""
-
-    def size(value):
-        if math.isnan(value):
-            return (2, 0.0)
-        return (1, 0.0) if math.isinf(value) else (0, abs(value))
-
-    groups = group_indices(x.shape[-1], m, grouping, widths)
-    rows = x.detach().reshape(-1, x.shape[-1]).tolist()
-    kept = [[False] * x.shape[-1] for _ in rows]
-    for row, mask in zip(rows, kept, strict=True):
-        for group in groups:
-            best = sorted(group, key=lambda i: (size(row[i]), -group.index(i)), reverse=True)[:n]
-            for i in best:
-                mask[i] = True
-    return torch.tensor(kept, dtype=torch.bool).reshape(x.shape)
-
-
-def by_hand(x, weight, bias=None, *, mask, norm="none", lowrank_a=None, lowrank_b=None):
-    """The compensated layer as the paper writes it, in float64."""
-    x, weight = x.detach().double(), weight.detach().double()
-    kept = x * mask
-    if norm != "none":
-        epsilon = 1e-8 if norm == "paper" else 0.0
-        total, left = (t.square().sum(-1, keepdim=True) for t in (x, kept))
-        kept = kept * torch.where(total > 0, total / (left + epsilon), 0.0).sqrt()  # (0 · s = 0)
-    y = kept @ weight.T
-    if lowrank_a is not None:
-        y = y + x @ lowrank_a.detach().double().T @ lowrank_b.detach().double().T
-    return y if bias is None else y + bias.detach().double()
 
 
 # ------------------------------------------------------------------------------------------ tiny models
@@ -514,49 +464,3 @@ def watched(model, names):
     finally:
         for handle in handles:
             handle.remove()
-
-
-class TinyPipeline:
-    """Stands in for a diffusers pipeline: text by a hash, Euler steps from t = 1, optional guidance pass."""
-
-    def __init__(self, transformer, interrupt_at=None):
-        self.transformer = transformer
-        self.batches = []  # prompts of each call
-        self.interrupt_at = interrupt_at  # number of the call that a user interrupts half-way
-        self._progress_bar_config = {"leave": False}
-
-    def set_progress_bar_config(self, **settings):
-        self._progress_bar_config = settings
-
-    @torch.no_grad()
-    def __call__(self, prompt, generator, num_inference_steps=4, guidance_scale=1.0, output_type="pil"):
-        self.batches.append(list(prompt))
-        own = [torch.Generator().manual_seed(zlib.crc32(one.encode())) for one in prompt]
-        text = torch.stack([torch.randn(TEXT_TOKENS, 64, generator=one) for one in own])
-        pooled = torch.stack([torch.randn(32, generator=one) for one in own])
-        x = torch.stack([torch.randn(IMAGE_TOKENS, 16, generator=one) for one in generator])
-        timesteps = [1 - step / num_inference_steps for step in range(num_inference_steps)]
-        with schedule(timesteps):
-            return self._denoise(x, text, pooled, timesteps, guidance_scale)
-
-    def _denoise(self, x, text, pooled, timesteps, guidance_scale):
-        for step, timestep in enumerate(timesteps):
-            if step == 1 and self.interrupt_at == len(self.batches):
-                raise KeyboardInterrupt
-            velocity = 0.0
-            for weight in (1.0,) if guidance_scale == 1.0 else (guidance_scale, 1.0 - guidance_scale):
-                velocity = (
-                    velocity
-                    + weight
-                    * self.transformer(
-                        hidden_states=x,
-                        encoder_hidden_states=text * (weight > 0),
-                        pooled_projections=pooled * (weight > 0),
-                        timestep=torch.full((len(x),), timestep),
-                        img_ids=torch.zeros(IMAGE_TOKENS, 3),
-                        txt_ids=torch.zeros(TEXT_TOKENS, 3),
-                        return_dict=False,
-                    )[0]
-                )
-            x = x - velocity / len(timesteps)
-        return x

@@ -1,7 +1,7 @@
 """Small layers for tests of `SparseLinear` on the operators, and their formula."""
 
 import torch
-from helpers import by_hand, slow_mask
+from formula_helpers import by_hand, slow_mask
 from torch import nn
 
 from rtlynx import Pattern, SparseLinear

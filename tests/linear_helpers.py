@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import slow_mask
+from formula_helpers import slow_mask
 from torch import nn
 
 from rtlynx import Pattern

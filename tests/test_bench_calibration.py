@@ -7,18 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    SMALL,
-    TinyPipeline,
-    qwen_call,
-    tiny_chroma,
-    tiny_flux,
-    tiny_flux2,
-    tiny_qwen,
-    tiny_sd3,
-    tiny_z_image,
-)
+from helpers import SMALL, qwen_call, tiny_chroma, tiny_flux, tiny_flux2, tiny_qwen, tiny_sd3, tiny_z_image
 from parallel_helpers import torchrun
+from pipeline_helpers import TinyPipeline
 
 import rtlynx
 from rtlynx import CalibrationOptions, Distillation, Recipe

@@ -18,23 +18,15 @@ from calibration_helpers import (
     UNSEEN,
     assert_same,
     calls,
-    in_two_processes,
     layer_errors,
     run,
     sample,
     solution,
 )
-from helpers import (
-    TEXT_TOKENS,
-    TinyPipeline,
-    output,
-    relative_error,
-    slow_mask,
-    tiny_flux,
-    tiny_z_image,
-    watched,
-    z_image_call,
-)
+from formula_helpers import slow_mask
+from helpers import TEXT_TOKENS, output, relative_error, tiny_flux, tiny_z_image, watched, z_image_call
+from pipeline_helpers import TinyPipeline
+from process_helpers import in_two_processes
 from safetensors.torch import load_file, save_file
 
 import rtlynx.calibration.run

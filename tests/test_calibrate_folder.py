@@ -7,8 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 import torch.multiprocessing
-from calibration_helpers import JOINT, PROMPTS, RIDGE, assert_same, in_two_processes, sample, solution
-from helpers import TinyPipeline, relative_error, tiny_flux
+from calibration_helpers import JOINT, PROMPTS, RIDGE, assert_same, sample, solution
+from helpers import relative_error, tiny_flux
+from pipeline_helpers import TinyPipeline
+from process_helpers import in_two_processes
 
 from rtlynx import CalibrationOptions, CheckpointError, Recipe
 from rtlynx.calibration.folder import digest

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from calibration_helpers import ALL_FIT, JOINT, RIDGE, SINGLE, assert_same, calls, layer_errors, run, solution
-from helpers import output, slow_mask, tiny_flux, watched
+from formula_helpers import slow_mask
+from helpers import output, tiny_flux, watched
 
 from rtlynx import CalibrationOptions, Recipe, calibrate, sparsify
 from rtlynx.math.fp8 import quantize_tokens, quantize_weight

@@ -5,8 +5,9 @@ import json
 
 import pytest
 from calibration_helpers import PROMPTS, REFIT, assert_dense, assert_same, sample, solution
-from helpers import TinyPipeline, tiny_flux
+from helpers import tiny_flux
 from PIL import Image
+from pipeline_helpers import TinyPipeline
 
 from rtlynx import CalibrationError, CalibrationOptions, CheckpointError, Distillation, Recipe, calibrate
 

@@ -17,7 +17,8 @@ from calibration_helpers import (
     run,
     sample,
 )
-from helpers import IMAGE_TOKENS, TEXT_TOKENS, TinyPipeline, tiny_flux
+from helpers import IMAGE_TOKENS, TEXT_TOKENS, tiny_flux
+from pipeline_helpers import TinyPipeline
 
 from rtlynx import CalibrationError, CalibrationOptions, Recipe, calibrate, sparsify
 from rtlynx.evaluate import compare

@@ -14,12 +14,8 @@ from calibration_helpers import (
     sample,
     solution,
 )
-from helpers import (
-    TinyPipeline,
-    flux_call,
-    output,
-    tiny_flux,
-)
+from helpers import flux_call, output, tiny_flux
+from pipeline_helpers import TinyPipeline
 
 import rtlynx.calibration.run
 from rtlynx import (

@@ -20,12 +20,8 @@ from calibration_helpers import (
     solution,
 )
 from diffusers import FlowMatchEulerDiscreteScheduler
-from helpers import (
-    TinyPipeline,
-    tiny_flux,
-    tiny_z_image,
-    z_image_call,
-)
+from helpers import tiny_flux, tiny_z_image, z_image_call
+from pipeline_helpers import TinyPipeline
 
 import rtlynx.calibration.run
 from rtlynx import (

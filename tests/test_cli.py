@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from helpers import TinyPipeline, tiny_flux, tiny_z_image
+from helpers import tiny_flux, tiny_z_image
+from pipeline_helpers import TinyPipeline
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 from checkpoint_helpers import RECIPES, make
-from helpers import TinyPipeline, flux_call, output, relative_error, tiny_flux
+from helpers import flux_call, output, relative_error, tiny_flux
+from pipeline_helpers import TinyPipeline
 
 from rtlynx import Pattern, Recipe, SparseLinear, densify, schedule, set_dense_steps, sparsify
 from rtlynx.math.fp8 import E4M3

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from calibration_helpers import PROMPTS as ALL_PROMPTS
-from calibration_helpers import RIDGE, assert_same, calls, in_two_processes, solution
+from calibration_helpers import RIDGE, assert_same, calls, solution
 from diffusers import FluxTransformer2DModel
-from helpers import TinyPipeline, tiny_flux
+from helpers import tiny_flux
 from mutations import signed
+from pipeline_helpers import TinyPipeline
+from process_helpers import in_two_processes
 from zoo_helpers import randomize
 
 import rtlynx.calibration.distill

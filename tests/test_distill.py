@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from calibration_helpers import PROMPTS, assert_same, calls, solution
-from helpers import TEXT_TOKENS, TinyPipeline, output, tiny_flux, tiny_z_image
+from helpers import TEXT_TOKENS, output, tiny_flux, tiny_z_image
+from pipeline_helpers import TinyPipeline
 from zoo_helpers import randomize
 
 import rtlynx.calibration.distill

@@ -7,17 +7,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from formula_helpers import slow_mask
 from guidance_helpers import FLUX, doubled, two_passes
-from helpers import (
-    IMAGE_TOKENS,
-    TinyPipeline,
-    flux_call,
-    relative_error,
-    slow_mask,
-    tiny_flux,
-    tiny_z_image,
-    z_image_call,
-)
+from helpers import IMAGE_TOKENS, flux_call, relative_error, tiny_flux, tiny_z_image, z_image_call
+from pipeline_helpers import TinyPipeline
 from torch import nn
 
 from rtlynx import CalibrationError, Distillation, Recipe, SparseLinear

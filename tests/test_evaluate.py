@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TinyPipeline, by_hand, flux_call, output, slow_mask, tiny_flux, watched
+from formula_helpers import by_hand, slow_mask
+from helpers import flux_call, output, tiny_flux, watched
+from pipeline_helpers import TinyPipeline
 from torch import nn
 
 import rtlynx

@@ -4,7 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from helpers import TinyPipeline, flux_call, output, relative_error, tiny_flux
+from helpers import flux_call, output, relative_error, tiny_flux
+from pipeline_helpers import TinyPipeline
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import relative_error, slow_mask
+from formula_helpers import slow_mask
+from helpers import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_helpers import PATTERNS, K, N, factors, mask_for, tokens

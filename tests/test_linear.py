@@ -6,7 +6,8 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from helpers import by_hand, relative_error, slow_mask
+from formula_helpers import by_hand, slow_mask
+from helpers import relative_error
 from linear_helpers import PATTERNS, RANK, K, N, assert_original_is_missed, factors, linear, mask_for, tokens
 from torch import nn
 

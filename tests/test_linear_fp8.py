@@ -7,7 +7,8 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
-from helpers import by_hand, relative_error, tiny_flux
+from formula_helpers import by_hand
+from helpers import relative_error, tiny_flux
 from linear_helpers import PATTERNS, RANK, K, N, assert_original_is_missed, factors, linear, mask_for, tokens
 from peft import LoraConfig, get_peft_model
 from torch import nn

@@ -6,7 +6,8 @@ import weakref
 
 import pytest
 import torch
-from helpers import by_hand, relative_error
+from formula_helpers import by_hand
+from helpers import relative_error
 from linear_helpers import PATTERNS, RANK, K, N, factors, linear, mask_for, tokens
 from torch import nn
 

@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import by_hand, flux_call, relative_error, slow_mask, tiny_flux
+from formula_helpers import by_hand, slow_mask
+from helpers import flux_call, relative_error, tiny_flux
 from kernel_layer_helpers import LIMIT, PATTERNS, RANK, K, N, formula, normal, sparse
 from torch import nn
 

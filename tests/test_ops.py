@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import by_hand, relative_error, slow_mask
+from formula_helpers import by_hand, slow_mask
+from helpers import relative_error
 from torch._subclasses import FakeTensorMode
 
 from rtlynx import Pattern, norm_scale

@@ -8,7 +8,8 @@ import torch._dynamo.testing
 import torch.distributed._functional_collectives as funcol
 from fusion_helpers import count_calls, serve, unfused
 from helpers import MODELS, in_dtype, output, relative_error
-from parallel_helpers import PROCESSES, even, ring, run_together, tensor_parallel, ulysses
+from parallel_helpers import even, ring, run_together, tensor_parallel, ulysses
+from process_helpers import PROCESSES
 
 from rtlynx import Recipe, densify, sparsify
 from rtlynx.timing.communication import ARRANGEMENTS, Traffic

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import group_indices, relative_error, slow_mask
+from formula_helpers import group_indices, slow_mask
+from helpers import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

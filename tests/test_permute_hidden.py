@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration_helpers import ALL_FIT, RIDGE, assert_same, calls, in_two_processes, run, solution
+from calibration_helpers import ALL_FIT, RIDGE, assert_same, calls, run, solution
 from checkpoint_helpers import make
 from diffusers import FluxTransformer2DModel
 from helpers import (
@@ -21,6 +21,7 @@ from helpers import (
     watched,
 )
 from mutations import signed
+from process_helpers import in_two_processes
 from safetensors.torch import load_file, save_file
 
 import rtlynx.calibration.reparameterize

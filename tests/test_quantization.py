@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers import slow_mask
+from formula_helpers import slow_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,21 +6,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from formula_helpers import by_hand, slow_mask
 from helpers import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
-    TinyPipeline,
-    by_hand,
     flux_call,
     output,
     relative_error,
-    slow_mask,
     tiny_flux,
     tiny_qwen,
     tiny_z_image,
     watched,
     z_image_call,
 )
+from pipeline_helpers import TinyPipeline
 from torch import nn
 
 from rtlynx import CalibrationOptions, Recipe, calibrate, schedule, sparsify

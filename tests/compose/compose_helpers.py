@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from helpers import by_hand, copy_of, flux_call, group_indices, tiny_flux
+from formula_helpers import by_hand, group_indices
+from helpers import copy_of, flux_call, tiny_flux
 from torch import nn
 
 from rtlynx import CalibrationOptions, Recipe, calibrate, sparsify

@@ -10,7 +10,6 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from helpers import (
     IMAGE_TOKENS,
-    TinyPipeline,
     flux_call,
     output,
     relative_error,
@@ -20,6 +19,7 @@ from helpers import (
     watched,
     z_image_call,
 )
+from pipeline_helpers import TinyPipeline
 
 from rtlynx import Recipe, densify, sparsify
 from rtlynx.models import sparse_layers

@@ -150,7 +150,7 @@ def test_dense_steps_are_not_chosen_for_several():
     pipeline = two()
     recipe = Recipe.recommended(ridge=0.1)
     with pytest.warns(RuntimeWarning, match="it is for one transformer, and this pipeline has 2"):
-        calibrate(pipeline, prompts(), recipe, options(), progress=False)
+        calibrate(pipeline, prompts(2), recipe, options(steps=3), progress=False)
     assert {state.plan.recipe.dense_sigmas for state in states(pipeline)} == {()}
 
 

@@ -9,7 +9,8 @@ pytest.importorskip("diffusers")
 
 from checkpoint_helpers import RIDGE, make
 from helpers import MODELS, in_dtype, output, relative_error
-from parallel_helpers import PROCESSES, even, ring, run_together, tensor_parallel, ulysses
+from parallel_helpers import even, ring, run_together, tensor_parallel, ulysses
+from process_helpers import PROCESSES
 
 from rtlynx import Recipe, load, save, sparsify
 

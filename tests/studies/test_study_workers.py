@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import torch.multiprocessing
 from jobs import jobs_for
+from process_helpers import server
 from row_store import RowStore
 from study_helpers import STEPS, TinySetup
 from variants import chosen
@@ -15,9 +15,9 @@ NAMES = "dense,dense:other-seed,activation-2:4"
 
 
 @pytest.fixture(autouse=True)
-def _forked(monkeypatch):
-    """Where there is no CUDA, which does not survive it: importing everything again takes seconds."""
-    context = torch.multiprocessing.get_context("fork")
+def _served(monkeypatch):
+    """Processes start as with "spawn", and need not import everything again, which takes seconds."""
+    context = server()
     monkeypatch.setattr("torch.multiprocessing.get_context", lambda _method: context)
 
 

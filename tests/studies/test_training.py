@@ -1,10 +1,12 @@
 """How the zoo's models are trained: the shipped model's recipe unchanged, and a run of each architecture."""
 
 import argparse
+import itertools
 import json
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -147,6 +149,8 @@ def test_training_starts_from_nothing_and_learns(name, archives):
 def test_a_run_ends_in_a_model_that_the_zoo_loads(name, archives, tmp_path, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, name, tiny(name))
     monkeypatch.setattr(train, "LOG_EVERY", 2)
+    clock = itertools.count(step=0.3).__next__  # seconds of a step: two until the pause, six or seven in all
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(train, "demo_prompts", lambda: zoo.prompts.demo_prompts(8))
     monkeypatch.setattr(train, "fashion_prompts", lambda _: zoo.prompts.fashion_prompts(10))
     out = tmp_path / ZOO_NAMES[name]
