@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rtlynx.ops.fp8_linear import Fp8Parameters
 
 # Whether LoRAs beside layers that drop no activation are in the fused path. The tests of their kernel,
-# lora.cu, passed on a card. It has not been timed, and not all tests of LoRAs in whole models passed there.
+# lora.cu, passed on a card. It has not been timed. Such LoRAs read e4m3, which peft's do not: where they make
+# most of an output, as in the tests' LTX-2, that doubles its error (benchmarks/NOTES.md).
 QUANTIZED_LORAS = False
 
 _cards: dict[int, str | None] = {}
