@@ -72,7 +72,7 @@ CALIBRATION_STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
 }
 DISTILLATION_STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "recording": ((Recording, "draw_some"),),
-    "loss of held-out calls": ((distill._Training, "_judge"),),
+    "loss of held-out calls": ((distill._Training, "_mean_loss"),),
     "training steps": ((distill._Training, "_step"),),
 }
 
