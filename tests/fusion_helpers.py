@@ -5,6 +5,7 @@ from collections import Counter
 
 import torch
 
+import rtlynx.nn.packed_weight
 import rtlynx.nn.prepared
 import rtlynx.nn.prologue
 import rtlynx.nn.sparse_linear
@@ -36,7 +37,9 @@ def serve(monkeypatch):
     monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_support", serves)
     monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_supports", lambda k, *tensors: serves(*tensors))
     monkeypatch.setattr(rtlynx.nn.prologue, "scaled_mm_supports", serves)
-    monkeypatch.setattr(rtlynx.nn.sparse_linear, "weight_sparse_supports", lambda weight: True)
+    monkeypatch.setattr(
+        rtlynx.nn.packed_weight, "weight_sparse_supports", lambda weight, k: not weight.is_meta
+    )
 
 
 def count_calls(monkeypatch):
