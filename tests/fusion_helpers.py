@@ -8,6 +8,7 @@ import torch
 from helpers import in_dtype, output, relative_error
 
 import rtlynx.nn.lora
+import rtlynx.nn.packed_weight
 import rtlynx.nn.prepared
 import rtlynx.nn.prologue
 import rtlynx.nn.sparse_linear
@@ -40,7 +41,9 @@ def serve(monkeypatch):
     monkeypatch.setattr(rtlynx.nn.sparse_linear, "kernels_support", serves)
     monkeypatch.setattr(rtlynx.nn.prologue, "quantizer_supports", lambda k, *tensors: serves(*tensors))
     monkeypatch.setattr(rtlynx.nn.prologue, "scaled_mm_supports", serves)
-    monkeypatch.setattr(rtlynx.nn.sparse_linear, "weight_sparse_supports", lambda weight: True)
+    monkeypatch.setattr(
+        rtlynx.nn.packed_weight, "weight_sparse_supports", lambda weight, k: not weight.is_meta
+    )
 
 
 def count_calls(monkeypatch):

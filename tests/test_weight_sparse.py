@@ -195,7 +195,9 @@ def served(monkeypatch):
         return gemm_weight_sparse(*args)
 
     serve(monkeypatch)
-    monkeypatch.setattr(rtlynx.nn.sparse_linear, "weight_sparse_supports", lambda weight: True)
+    monkeypatch.setattr(
+        rtlynx.nn.packed_weight, "weight_sparse_supports", lambda weight, k: not weight.is_meta
+    )
     monkeypatch.setattr(fp8, "scaled_mm_supports", lambda x, of: True)
     monkeypatch.setattr(fp8, "gemm_weight_sparse", counted)
     return calls
@@ -213,7 +215,7 @@ def test_a_layer_multiplies_by_the_operator(served):
             < 3e-3
         )
     assert served == [[N]]
-    (packed,) = layer.kept_copies()
+    (packed,) = layer.kept_copies()  # (nothing prepared the layer)
     assert torch.equal(unpack_a(packed, N, K, FP8_SPARSE).float(), layer.weight.float())
 
 
@@ -297,7 +299,7 @@ def test_a_call_that_runs_dense_takes_the_original(served):
     assert torch.equal(dense[0].weight.float() * dense[0].scale[:, None], original)
     assert dense[0].packed is None
     assert dense[1].packed is not None
-    assert dense[1].weight is layer.weight
+    assert dense[1].weight is None
 
 
 def test_layers_of_both_formats_quantise_a_shared_tensor_once(monkeypatch):
@@ -313,17 +315,12 @@ def test_layers_of_both_formats_quantise_a_shared_tensor_once(monkeypatch):
 
 def test_which_weights_the_kernel_serves(monkeypatch):
     monkeypatch.setattr(choice, "_cards", {0: None})
-    weights = {k: layer_weight(k) for k in (144, 136)}
-    assert choice.weight_sparse_supports(weights[144])
-    assert not choice.weight_sparse_supports(weights[136])
-    assert not choice.weight_sparse_supports(layer_of().weight)
+    weight = SimpleNamespace(is_cuda=True, get_device=lambda: 0)  # on a card that there is not
+    assert choice.weight_sparse_supports(weight, 144)
+    assert not choice.weight_sparse_supports(weight, 136)
+    assert not choice.weight_sparse_supports(layer_of().weight, 144)
     monkeypatch.setattr(choice, "_cards", {0: "an older card"})
-    assert not choice.weight_sparse_supports(weights[144])
-
-
-def layer_weight(k):
-    """A weight on a card that there is not, as far as dispatch looks at it."""
-    return SimpleNamespace(is_cuda=True, shape=(N, k), get_device=lambda: 0)
+    assert not choice.weight_sparse_supports(weight, 144)
 
 
 def test_shards_that_would_cut_groups_are_refused():

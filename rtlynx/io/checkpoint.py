@@ -181,7 +181,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     for name in layers:
         if name not in state.base:
             raise ValueError(f"{name} is not where it was made sparse: detach adapters before saving")
-    gone = [name for name in state.tensors or () if name not in model.state_dict()]
+    held = model.state_dict().keys()  # (once: packed weights are unpacked for it)
+    gone = [name for name in state.tensors or () if name not in held]
     if gone:
         raise ValueError(f"{gone[0]} is not where it was: detach adapters before saving")
     return {

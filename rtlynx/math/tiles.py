@@ -87,6 +87,8 @@ def pack_a_fp8(x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
 def pack_weight(weight: Tensor) -> Tensor:
     """Lay a 2:4-sparse `weight` (N, K) float8_e4m3fn out in tiles: uint8 (packed_a_bytes(N, K, FP8_SPARSE),).
 
+    `unpack_weight` gives it back. A tile holds two entries of each group: nonzero ones first, then -0.
+
     Raises
     ------
     ValueError
@@ -108,7 +110,8 @@ def _pack_bytes(rows: Tensor) -> Tensor:
     zero = groups & 0x7F == 0  # of either sign
     if bool((zero.sum(-1) < 2).any()):
         raise ValueError("a packed weight has at most two nonzero entries in every four neighbouring inputs")
-    places = zero.byte().argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
+    order = zero.byte() + (groups == 0).byte()
+    places = order.argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
     nibbles = (places[..., 0] | places[..., 1] << 2).byte()
     return _packed(groups.gather(-1, places).flatten(-2), nibbles, FP8_SPARSE)
 
@@ -143,24 +146,55 @@ def unpack_a(packed_a: Tensor, rows: int, k: int, format: Format = BF16_SPARSE) 
         If the size is not that of (rows, k), or an index pair is one that the tensor cores leave undefined.
     """
     _check_size("packed_a", packed_a, packed_a_bytes(rows, k, format), f"X of shape ({rows}, {k})")
-    row_tiles, column_tiles = -(-rows // TILE_ROWS), -(-k // format.tile_k)
-    split = packed_a.view(row_tiles, column_tiles, format.tile_bytes)
-    element = format.dtype.itemsize
-    values = _unswizzled(split[..., : format.value_bytes]).view(torch.int16 if element == 2 else torch.uint8)
-    order = _ORDER[format]
-    sizes = (row_tiles, 4, 2, 8, column_tiles, *_COLUMNS[format][:3])  # of the axes before they were permuted
-    words = split[..., format.value_bytes :].reshape([sizes[axis] for axis in order[:-1]])
-    back = [order.index(axis) for axis in range(9)]
-    nibbles = torch.stack((words & 0xF, words >> 4), dim=-1).permute(back)
-    nibbles = nibbles.reshape(row_tiles * TILE_ROWS, column_tiles * format.tile_k // 4)
+    values, nibbles = _kept(packed_a, k, format)
     if not bool(torch.isin(nibbles, nibbles.new_tensor(_LEGAL)).all()):
         raise ValueError(
             "packed tiles hold an illegal index pair (the two indices must differ and be in order)"
         )
-    dense = values.new_zeros((*nibbles.shape, 4))
-    position = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
-    dense.scatter_(-1, position, values.unflatten(-1, (-1, 2)))
-    return dense.flatten(-2)[:rows, :k].contiguous().view(format.dtype)
+    return _spread(values, nibbles)[:rows, :k].contiguous().view(format.dtype)
+
+
+def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
+    """Inverse of `pack_weight`: the weight (n, k) float8_e4m3fn; its indices are taken as they are.
+
+    Bit for bit, but where more than two entries of a group are not +0: of those, some -0 come back as +0.
+
+    Raises
+    ------
+    ValueError
+        If the size is not that of (n, k).
+    """
+    _check_size("a packed weight", packed, packed_a_bytes(n, k, FP8_SPARSE), f"a weight of shape ({n}, {k})")
+    bytes_a_row = packed_a_bytes(1, k, FP8_SPARSE) // TILE_ROWS
+    starts, pieces = range(0, n, _ROWS_PACKED), packed.split(_ROWS_PACKED * bytes_a_row)
+    dense = [
+        _spread(*_kept(piece, k, FP8_SPARSE))[: n - start, :k]
+        for start, piece in zip(starts, pieces, strict=True)
+    ]
+    return torch.cat(dense).view(E4M3)
+
+
+def _kept(packed: Tensor, k: int, format: Format) -> tuple[Tensor, Tensor]:
+    """Inverse of `_packed`, as integers of the size of `format.dtype`, with all that is beyond the matrix."""
+    column_tiles = -(-k // format.tile_k)
+    split = packed.view(-1, column_tiles, format.tile_bytes)
+    element = format.dtype.itemsize
+    values = _unswizzled(split[..., : format.value_bytes]).view(torch.int16 if element == 2 else torch.uint8)
+    order = _ORDER[format]
+    sizes = (len(split), 4, 2, 8, column_tiles, *_COLUMNS[format][:3])  # of the axes before they were moved
+    words = split[..., format.value_bytes :].reshape([sizes[axis] for axis in order[:-1]])
+    back = [order.index(axis) for axis in range(9)]
+    nibbles = torch.stack((words & 0xF, words >> 4), dim=-1).permute(back)
+    return values, nibbles.reshape(len(values), column_tiles * format.tile_k // 4)
+
+
+def _spread(values: Tensor, nibbles: Tensor) -> Tensor:
+    """Kept values (M, K / 2) in their places of (M, K), zeros elsewhere."""
+    place, zero = torch.arange(4, device=nibbles.device), values.new_zeros(())
+    first, second = values.unflatten(-1, (-1, 2)).unsqueeze(-1).unbind(-2)
+    at = nibbles.unsqueeze(-1)
+    dense = torch.where(at & 3 == place, first, torch.where(at >> 2 == place, second, zero))
+    return dense.flatten(-2)
 
 
 def pack_lowrank(t: Tensor) -> Tensor:

@@ -397,7 +397,8 @@ def extra_bytes(model: nn.Module) -> int:
             total += 0 if tensor is None else tensor.numel() * tensor.element_size()
         if layer.format.quantized:
             full = layer.compute_dtype or torch.bfloat16
-            total -= layer.weight.numel() * (full.itemsize - layer.weight.element_size())
+            entries, held = layer.in_features * layer.out_features, layer.held_weight
+            total += held.numel() * held.element_size() - entries * full.itemsize
     return total
 
 

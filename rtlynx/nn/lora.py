@@ -100,7 +100,7 @@ def _lora(wrapper: Any, layer: SparseLinear, adapter: str) -> Lora | None:
     weights = [factor.weight for factor in factors]
     if wants_gradient(*weights):
         return None
-    if any(one.dtype not in _DTYPES or one.device != layer.weight.device for one in weights):
+    if any(one.dtype not in _DTYPES or one.device != layer.held_weight.device for one in weights):
         return None
     lowrank_a, lowrank_b = (
         weight if type(factor) is nn.Linear else factor.turned_weight()  # of a layer in another basis

@@ -15,20 +15,20 @@ from rtlynx.math.formats import FP8_WEIGHT_SPARSE, Format, format_of
 from rtlynx.math.fp8 import E4M3, Quantized, quantize_weight
 from rtlynx.math.reference import Norm
 from rtlynx.math.selection import Pattern
-from rtlynx.math.tiles import compute_order, pack_weight
+from rtlynx.math.tiles import compute_order
 from rtlynx.nn.backends import Backend, as_multiplied, choose_backend
 from rtlynx.nn.cached_tensor import CachedTensor
 from rtlynx.nn.call import CallState, RowRanges, current_call
 from rtlynx.nn.input_cache import SharedInput
 from rtlynx.nn.original import dense_output, keep_original, original_bias_of, original_of
+from rtlynx.nn.packed_weight import PackableLinear
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.settings import Settled
 from rtlynx.nn.state_dict import OWN, mark, refusal, rename_former
 from rtlynx.ops import fp8_linear as fp8
-from rtlynx.ops.dispatch import kernels_support, unsupported_reason, weight_sparse_supports
+from rtlynx.ops.dispatch import kernels_support, unsupported_reason
 
 
-class SparseLinear(Settled):
+class SparseLinear(PackableLinear):
     """Y = s ⊙ (S(X) W'^T) + (X A) B^T + b, S keeping n of every m entries of each token.
 
     A subclass of `nn.Linear` that keeps `weight` and `bias`, so peft, offloading and tensor-parallel styles
@@ -43,13 +43,15 @@ class SparseLinear(Settled):
     A quantised layer (`quantize`) multiplies eight-bit values: Y = (s t) ⊙ (Xq Wq^T) ⊙ c + (X A) B^T + b, a
     scale t for each token and c for each output channel (`rtlynx.math.fp8`). Pattern 1:1 makes it dense
     fp8, which runs on PyTorch's own kernel on cards with fp8. In the format "fp8-weight-sparse" its weight is
-    2:4-sparse instead; our kernel for that reads a packed copy of it, 0.625 bytes an entry. Quantised layers
-    are for inference, without gradients. Casts (`layer.to(dtype)`) leave the weight and its scale alone.
+    2:4-sparse instead, and where our kernel for that serves, the layer holds it packed, in 0.625 bytes an
+    entry (`rtlynx.nn.packed_weight`). Quantised layers are for inference, without gradients. Casts
+    (`layer.to(dtype)`) leave the weight and its scale alone.
 
     Attributes
     ----------
     weight : Parameter (N, K)
-        W, or the refitted W' where `refitted`; in a quantised layer its float8_e4m3fn values.
+        W, or the refitted W' where `refitted`; in a quantised layer its float8_e4m3fn values. Each reading
+        makes a copy where it is held packed.
     weight_scale : buffer (N,) float32 or None
         c of a quantised layer.
     lowrank_a, lowrank_b : Parameters (r, K) and (N, r), or None
@@ -191,8 +193,9 @@ class SparseLinear(Settled):
             plain._parameters.pop(name, None)
             plain._buffers.pop(name, None)
         plain._parameters["bias"] = original_bias_of(self)
-        if weight is not self.weight:
-            plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        held = self.held_weight
+        if weight is not held:
+            plain.weight = nn.Parameter(weight, requires_grad=held.requires_grad)
         return plain
 
     @property
@@ -296,7 +299,8 @@ class SparseLinear(Settled):
                 f"(r, {self.in_features}) and ({self.out_features}, r), "
                 f"got {tuple(lowrank_a.shape)} and {tuple(lowrank_b.shape)}"
             )
-        train, device, dtype = self.weight.requires_grad, self.weight.device, self.weight.dtype
+        held = self.held_weight
+        train, device, dtype = held.requires_grad, held.device, held.dtype
         if self.format.quantized:
             dtype = self.compute_dtype or lowrank_a.dtype
         self.shared_input.forget_factors()
@@ -323,7 +327,7 @@ class SparseLinear(Settled):
         if keep_dense:
             keep_original(self)
         new = weight.detach().to(self.weight).contiguous()  # safetensors saves nothing else
-        self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
+        self.register_parameter("weight", nn.Parameter(new, requires_grad=self.weight.requires_grad))
         self.refitted = True
 
     def quantize(self, gram: Tensor | None = None, *, keep_dense: bool = False) -> None:
@@ -369,8 +373,9 @@ class SparseLinear(Settled):
             raise RuntimeError(f"the layer runs dense and is not quantised: {self.dense_reason}")
         if keep_dense:
             keep_original(self)
-        device = self.weight.device
-        self.weight = nn.Parameter(values.detach().to(device).contiguous(), requires_grad=False)
+        device = self.held_weight.device
+        values = values.detach().to(device).contiguous()
+        self.register_parameter("weight", nn.Parameter(values, requires_grad=False))
         self.weight_scale = scale.detach().to(device, torch.float32).contiguous()
         dense = format_of(sparse=self.pattern.n < self.pattern.m, quantized=True)
         self.format = FP8_WEIGHT_SPARSE if sparse else dense
@@ -425,20 +430,18 @@ class SparseLinear(Settled):
 
     def fp8_parameters(self) -> fp8.Fp8Parameters:
         """What a quantised layer multiplies with where it keeps all of its input, or no kernels serve it."""
-        of, scale, weight = self._parameters, self.weight_scale, self.weight
+        of, scale = self._parameters, self.weight_scale
         assert scale is not None
-        packed = None
-        if self.format.weight_sparse and weight_sparse_supports(weight):
-            packed = self._packed_weight.get((weight,), "2:4", partial(pack_weight, weight))
+        weight, packed = self.multiplied_weight()
         return fp8.Fp8Parameters(weight, scale, of["bias"], of["lowrank_a"], of["lowrank_b"], packed)
 
     def prepare(self) -> None:
         """Make what kernels, where they serve, read in place of parameters: compiled code finds it."""
-        weight = self.weight
-        if weight.is_cuda and self.dense_reason is None:
+        weight = self.held_weight
+        if self.format.weight_sparse:
+            self.pack()
+        elif weight.is_cuda and self.dense_reason is None:
             with torch.no_grad():
-                if self.format.weight_sparse:
-                    self.fp8_parameters()
                 x = weight.new_empty(0, self.in_features, dtype=torch.bfloat16)
                 if unsupported_reason(x, *self._operands()) is None:
                     self.multiplied()
@@ -467,7 +470,8 @@ class SparseLinear(Settled):
 
     def multiplied(self) -> Weights:
         """What the kernels multiply with."""
-        weight, scale, pattern = self.weight, self.weight_scale, self.pattern
+        scale, pattern = self.weight_scale, self.pattern
+        weight: Tensor = self.weight
         lowrank_b: Tensor | None = self._parameters["lowrank_b"]
         if pattern.grouping != "adjacent":
             weight = self._packed_weight.get((weight,), pattern, partial(compute_order, weight, pattern))

@@ -122,9 +122,12 @@ def attention_inputs_support(streams: Sequence[Stream]) -> bool:
     return card_unsupported_reason(first.get_device()) is None
 
 
-def weight_sparse_supports(weight: Tensor) -> bool:
-    """Whether a kernel multiplies by `weight` (N, K) e4m3, of which half is zero; no matter of the input."""
-    if not weight.is_cuda or weight.shape[1] % FP8_WEIGHT_SPARSE.k_multiple:
+def weight_sparse_supports(weight: Tensor, k: int) -> bool:
+    """Whether a kernel multiplies by a weight (N, k) e4m3 of which half is zero, where `weight` lies.
+
+    No matter of the input, and of whether the weight is packed.
+    """
+    if not weight.is_cuda or k % FP8_WEIGHT_SPARSE.k_multiple:
         return False
     return card_unsupported_reason(weight.get_device()) is None
 
@@ -150,7 +153,7 @@ def _scaled_mm_unsupported_reason(x: Tensor, of: Fp8Parameters) -> str | None:
         return _GRADIENTS
     if any(tensor.dtype is not torch.bfloat16 for tensor in (x, *beside)):
         return "dense fp8 products take bfloat16 inputs, biases and factors"
-    if of.packed is not None:
+    if weight is None:
         return None
     multiple = FP8_DENSE.k_multiple
     if weight.shape[0] % multiple or weight.shape[1] % multiple or not weight.is_contiguous():

@@ -19,6 +19,7 @@ from rtlynx.cuda.sm90.weights import STORE_COLUMNS
 from rtlynx.math.fp8 import dequantize, quantize_tokens
 from rtlynx.math.reference import Norm, product_in_float32
 from rtlynx.math.selection import Pattern, norm_scale, pattern_mask
+from rtlynx.math.tiles import unpack_weight
 from rtlynx.ops.dispatch import quantizer_supports, scaled_mm_supports
 from rtlynx.ops.lora import scaled_mm_lora
 from rtlynx.ops.prologues import quantize
@@ -49,14 +50,14 @@ class CompressedFp8(NamedTuple):
 class Fp8Parameters(NamedTuple):
     """What a quantised layer multiplies with.
 
-    weight : (N, K) float8_e4m3fn, in natural column order.
+    weight : (N, K) float8_e4m3fn, in natural column order; None where it is packed.
     scale : (N,) float32, c of each output channel.
     bias : (N,) or None.
     lowrank_a, lowrank_b : (r, K) and (N, r), A^T and B of the low-rank branch, unscaled; or None.
-    packed : the weight as `rtlynx::gemm_weight_sparse` reads it where that serves, else None.
+    packed : the weight as `rtlynx::gemm_weight_sparse` reads it, in place of `weight`, or None.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     scale: Tensor
     bias: Tensor | None
     lowrank_a: Tensor | None
@@ -126,7 +127,10 @@ def linear_fp8(x: Tensor, compressed: CompressedFp8, of: Fp8Parameters) -> Tenso
     -------
     Tensor (..., N) in the dtype of `x`.
     """
-    weight, channel, bias, lowrank_a, lowrank_b, _ = of
+    weight, channel, bias, lowrank_a, lowrank_b, packed = of
+    if weight is None:
+        assert packed is not None
+        weight = unpack_weight(packed, channel.shape[0], x.shape[-1])
     acc = product_in_float32(compressed.values, weight)
     if lowrank_a is not None and lowrank_b is not None:
         acc = acc + product_in_float32(
@@ -156,6 +160,7 @@ def scaled_product(compressed: CompressedFp8, of: Fp8Parameters, beside: Beside 
     """
     if of.packed is not None:
         return packed_products(compressed, [of], [beside])[0]
+    assert of.weight is not None
     n, k = of.weight.shape
     wide = k > _SURE_COLUMNS
     if wide and of.bias is not None:

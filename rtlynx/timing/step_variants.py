@@ -264,7 +264,7 @@ FP8_ATTENTION, FP8_MODULATION = " (fp8 attention)", " (fp8 modulation)"
 
 _PLAIN = Form(lambda model: None)
 _TORCHAO, _DENSE = Form(torchao_fp8, 1), Form(dense_fp8, 1)
-_RECOMMENDED, _WEIGHTS = Form(recommended("fp8", schedule=True), 2.6), Form(every_weight, 1.6)
+_RECOMMENDED, _WEIGHTS = Form(recommended("fp8", schedule=True), 1.6), Form(every_weight, 0.6)
 
 VARIANTS = (
     Variant("bf16 eager", _PLAIN, compiled=False),
@@ -289,7 +289,7 @@ DESIGNS = (
     Variant(DENSE_FP8 + FP8_MODULATION, Form(partial(dense_fp8, modulation="fp8"), 1)),
     Variant(
         RECOMMENDED + FP8_ATTENTION + FP8_MODULATION,
-        Form(recommended("fp8", schedule=True, modulation="fp8"), 2.6),
+        Form(recommended("fp8", schedule=True, modulation="fp8"), 1.6),
         fp8_attention,
     ),
     Variant(RECOMMENDED + LORA, _RECOMMENDED, add_lora),

@@ -134,7 +134,7 @@ def test_layers_that_read_one_quantised_input():
         assert of.packed is not None
         expected = product(
             Quantized(given.quantized.values.flatten(0, 1), given.quantized.scale.flatten(0, 1)),
-            Quantized(of.weight, of.scale),
+            Quantized(layer.weight, of.scale),
             of.bias,
         )
         compare(y.flatten(0, 1), expected)
@@ -198,12 +198,28 @@ def test_compiled_whole():
     assert float(difference) < 3e-3
 
 
-def test_the_copy_follows_the_weight():
+def test_a_layer_holds_its_weight_packed_alone():
     layer, x = layer_of(), torch.randn(64, 1024, device="cuda").bfloat16()
     other = layer_of(seed=5)
     layer(x)
     layer.load_state_dict(other.state_dict())
-    assert torch.equal(layer(x), other(x))
-    assert [copy.numel() for copy in layer.kept_copies()] == [512 * 1024 * 5 // 8]
-    layer.cpu()
+    expected, weight = layer(x), layer.weight
+    assert torch.equal(expected, other(x))
+    assert layer.held_weight.untyped_storage().nbytes() == 512 * 1024 * 5 // 8
     assert layer.kept_copies() == []
+    layer.cpu()
+    assert layer.held_weight.shape == (512, 1024)
+    assert torch.equal(layer.weight.view(torch.uint8), weight.cpu().view(torch.uint8))
+    assert torch.equal(layer.cuda()(x), expected)
+    assert layer.holds_tiles
+
+
+def test_a_weight_that_a_hook_brought_is_packed_for_calls():
+    layer, x = layer_of(), torch.randn(64, 1024, device="cuda").bfloat16()
+    expected = layer(x)
+    layer.held_weight.data = layer.weight.data
+    assert torch.equal(layer(x), expected)
+    assert not layer.holds_tiles
+    layer.held_weight.data = layer.held_weight.data.cpu()
+    layer.held_weight.data = layer.held_weight.data.cuda()
+    assert torch.equal(layer(x), expected)

@@ -1,0 +1,120 @@
+"""A linear layer that holds a 2:4-sparse weight packed, and shows it to everybody else as it is."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtlynx.math.formats import Format
+from rtlynx.math.fp8 import E4M3
+from rtlynx.math.tiles import pack_weight, unpack_weight
+from rtlynx.nn.cached_tensor import CachedTensor
+from rtlynx.nn.settings import Settled
+from rtlynx.ops.dispatch import weight_sparse_supports
+
+
+class PackableLinear(Settled):
+    """A linear layer whose parameter `weight` may hold the tiles of a 2:4-sparse weight in its place.
+
+    Tiles take 0.625 bytes an entry (`rtlynx.math.tiles.pack_weight`) and lie in the parameter as a vector of
+    float8_e4m3fn, so that whatever moves or counts parameters does so with them. Hooks of offloading may put
+    another tensor into the parameter at any time: its shape alone says what it holds.
+
+    `pack` alone packs, and calls of the layer never do: they may run beside each other or under such hooks.
+    """
+
+    format: Format
+    _packed_weight: CachedTensor
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The weight (N, K); a copy, made at each reading, where it is held packed."""
+        if "weight" not in self._parameters:
+            raise AttributeError(f"{type(self).__name__} has no attribute 'weight'")  # (yet)
+        return nn.Parameter(self._dense(), requires_grad=False) if self.holds_tiles else self.held_weight
+
+    @property
+    def held_weight(self) -> nn.Parameter:
+        """The parameter as it lies in memory: the weight (N, K), or its tiles."""
+        held = self._parameters["weight"]
+        assert held is not None
+        return held
+
+    @property
+    def holds_tiles(self) -> bool:
+        """Whether the parameter holds tiles in place of the weight."""
+        return self.held_weight.ndim == 1 and self.format.weight_sparse
+
+    @property
+    def tiles(self) -> Tensor:
+        """What the parameter holds where it `holds_tiles`, as kernels take it."""
+        return self.held_weight.detach().view(torch.uint8)
+
+    def _dense(self) -> Tensor:
+        return unpack_weight(self.tiles, self.out_features, self.in_features)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a kernel reads the weight packed, where it lies now."""
+        return self.format.weight_sparse and weight_sparse_supports(self.held_weight, self.in_features)
+
+    def multiplied_weight(self) -> tuple[Tensor | None, Tensor | None]:
+        """What fp8 products read: the weight, or its tiles where a kernel takes those."""
+        held = self.held_weight
+        if not self.packs:
+            return self._dense() if self.holds_tiles else held, None  # (hooks take tiles to any device)
+        if self.holds_tiles:
+            return None, self.tiles
+        return None, self._packed_weight.get((held,), "2:4", partial(pack_weight, held))
+
+    def pack(self) -> None:
+        """Hold the weight packed from now on, where a kernel reads it so; the parameter stays the same."""
+        if self.packs and not self.holds_tiles:
+            self._packed_weight.drop()
+            with torch.inference_mode(False), torch.no_grad():
+                tiles = pack_weight(self.held_weight).view(E4M3)
+            if tiles.is_cuda:
+                torch.cuda.current_stream(tiles.device).synchronize()  # other streams may read it next
+            self._hold(tiles)
+
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        if self.holds_tiles:
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self._dense()
+            self._hold(weight)
+
+    def _hold(self, tensor: Tensor) -> None:
+        held = self.held_weight
+        if held.is_inference():  # it has no version, and would have none later
+            with torch.inference_mode(False):
+                self._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            held.data = tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.unpack()  # it may go where no kernel reads tiles
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.holds_tiles:
+            weight = self.weight
+            destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        held = self.held_weight
+        tiles = held.detach() if self.holds_tiles else None
+        self.unpack()
+        super()._load_from_state_dict(*args)
+        if tiles is not None and self.held_weight is held:  # (else the state dict's tensor was assigned)
+            with torch.no_grad():
+                held.data = tiles.copy_(pack_weight(held).view(E4M3))  # graphs and hooks know these tiles
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.holds_tiles and not self.packs:  # pickled on a card, and read where there is none
+            self.unpack()
