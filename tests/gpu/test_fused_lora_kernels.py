@@ -36,8 +36,8 @@ def sparse_model(name="flux", recipe="fp8"):
 
 
 @pytest.fixture(autouse=True)
-def _without_tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def _without_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = False  # (which monkeypatch cannot restore)
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, "weights"])
