@@ -195,9 +195,6 @@ def served(monkeypatch):
         return gemm_weight_sparse(*args)
 
     serve(monkeypatch)
-    monkeypatch.setattr(
-        rtlynx.nn.packed_weight, "weight_sparse_supports", lambda weight, k: not weight.is_meta
-    )
     monkeypatch.setattr(fp8, "scaled_mm_supports", lambda x, of: True)
     monkeypatch.setattr(fp8, "gemm_weight_sparse", counted)
     return calls

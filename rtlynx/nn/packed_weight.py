@@ -30,18 +30,29 @@ class PackableLinear(Settled):
     _packed_weight: CachedTensor
 
     @property
-    def weight(self) -> nn.Parameter:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The weight (N, K); a copy, made at each reading, where it is held packed."""
-        if "weight" not in self._parameters:
-            raise AttributeError(f"{type(self).__name__} has no attribute 'weight'")  # (yet)
-        return nn.Parameter(self._dense(), requires_grad=False) if self.holds_tiles else self.held_weight
+        held = self._parameters.get("weight")
+        if held is not None:
+            return nn.Parameter(self._dense(), requires_grad=False) if self.holds_tiles else held
+        computed: Tensor | None = self.__dict__.get("weight")  # (by weight_norm: no parameter)
+        if computed is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute 'weight'")
+        return computed
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        self.__dict__["weight"] = weight  # (parameters do not come here: `nn.Module` registers them)
+
+    @weight.deleter
+    def weight(self) -> None:
+        self.__dict__.pop("weight")
 
     @property
-    def held_weight(self) -> nn.Parameter:
+    def held_weight(self) -> Tensor:
         """The parameter as it lies in memory: the weight (N, K), or its tiles."""
-        held = self._parameters["weight"]
-        assert held is not None
-        return held
+        held = self._parameters.get("weight")
+        return self.weight if held is None else held
 
     @property
     def holds_tiles(self) -> bool:

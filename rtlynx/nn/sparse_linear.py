@@ -327,7 +327,7 @@ class SparseLinear(PackableLinear):
         if keep_dense:
             keep_original(self)
         new = weight.detach().to(self.weight).contiguous()  # safetensors saves nothing else
-        self.register_parameter("weight", nn.Parameter(new, requires_grad=self.weight.requires_grad))
+        self.weight = nn.Parameter(new, requires_grad=self.weight.requires_grad)
         self.refitted = True
 
     def quantize(self, gram: Tensor | None = None, *, keep_dense: bool = False) -> None:
@@ -374,8 +374,7 @@ class SparseLinear(PackableLinear):
         if keep_dense:
             keep_original(self)
         device = self.held_weight.device
-        values = values.detach().to(device).contiguous()
-        self.register_parameter("weight", nn.Parameter(values, requires_grad=False))
+        self.weight = nn.Parameter(values.detach().to(device).contiguous(), requires_grad=False)
         self.weight_scale = scale.detach().to(device, torch.float32).contiguous()
         dense = format_of(sparse=self.pattern.n < self.pattern.m, quantized=True)
         self.format = FP8_WEIGHT_SPARSE if sparse else dense
@@ -470,8 +469,7 @@ class SparseLinear(PackableLinear):
 
     def multiplied(self) -> Weights:
         """What the kernels multiply with."""
-        scale, pattern = self.weight_scale, self.pattern
-        weight: Tensor = self.weight
+        weight, scale, pattern = self.weight, self.weight_scale, self.pattern
         lowrank_b: Tensor | None = self._parameters["lowrank_b"]
         if pattern.grouping != "adjacent":
             weight = self._packed_weight.get((weight,), pattern, partial(compute_order, weight, pattern))
