@@ -162,8 +162,8 @@ def test_a_block_multiplies_together_in_one_launch(monkeypatch, shape):
         flat = Quantized(*(one.flatten(0, -2) for one in given))
         for layer, y in zip(layers, outputs, strict=True):
             assert torch.equal(y, layer(read(activated(gelu, x), layer)))
-            of = layer.fp8_parameters()
-            compare(y.flatten(0, -2), product(flat, Quantized(of.weight, of.scale), of.bias))
+            of = Quantized(layer.weight, layer.weight_scale)
+            compare(y.flatten(0, -2), product(flat, of, layer.bias))
         assert torch.equal(beside, dense(read(activated(gelu, x), dense)))
     launches.clear()
     _, compiled = torch.compile(block, fullgraph=True)(x)
