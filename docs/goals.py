@@ -16,20 +16,22 @@ from targets import Target
 # Group -> section of benchmarks/NOTES.md that a target names -> the next idea, told there.
 NEXT = {
     "step": {
-        targets.STEP: "attention and modulation in fp8 together; fewer passes over the stream",
-        targets.LORA: "LoRAs beside 2:4 weights in the product itself, which has not been timed",
+        targets.STEP: "measure with the present kernels; fewer passes over the stream",
+        targets.LORA: "our own product for dense fp8 layers, with low-rank stages",
         targets.CARDS: "queries, keys and values in e4m3 through the all-to-all; a tile for fewer rows",
     },
     "layer": {
         targets.PRODUCT: "activations from registers; fewer bytes from L2",
         targets.LAYER: "a faster GEMM; fewer instructions in the selection",
-        targets.FP8: "one launch for layers that read one input; tiles for few tokens",
+        targets.FP8: "tiles for few tokens; a measurement on an H200",
     },
     "compression": {
         targets.COMPRESSION: "fewer instructions in the selection; Aᵀ by TMA",
         targets.PRODUCERS: "two halves of the grid out of step",
     },
-    "host": {targets.HOST: "measure `rtlynx.compile`; one launch for layers that read one input"},
+    "host": {
+        targets.HOST: "one format for all layers of a kind of block; one launch for preparation and product"
+    },
 }
 # Results files -> their targets.
 KINDS = {
