@@ -160,7 +160,10 @@ def _dropping_weights() -> Iterator[Variant]:
     rotated = replace(every, rotate_values=True)
     yield _sweep("drop", "fp8-weights", every)
     yield _sweep("drop", "fp8-weights+rotated", rotated)
+    last = replace(rotated, dense_last_steps=3, dense_precision="fp8")
+    yield _sweep("drop", "fp8-weights+rotated+last-3", last)
     yield _sweep("distilled", "fp8-weights+rotated", rotated, distill=TRAINING)
+    yield _sweep("distilled", "fp8-weights+rotated+last-3", last, distill=TRAINING)
     for drop in ("weights", "activations"):
         yield _sweep("drop", f"recommended-{drop}", Recipe.recommended(drop=drop))
 
