@@ -55,7 +55,7 @@ def _goals(root: Path) -> Iterator[Goal]:
             f"{model}, every layer in sparse fp8",
             EVERY_LAYER[model],
             max(every, default=None),
-            "distillation of 2:4 weights",
+            "longer distillation, on more of the model's own states",
         )
         within = [row["psnr"] for row in below if _costs_little(row, starts[row["recipe"]])]
         yield Goal(
