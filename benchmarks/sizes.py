@@ -1,7 +1,7 @@
 """Where sparsity stops paying: `python benchmarks/sizes.py --model flux1-dev`.
 
 One denoising step of a full-size transformer as benchmarks/step.py measures it, at other resolutions, batches
-and prompt lengths, compiled bf16 beside ours. Writes results/sizes-<model>-<card>.json.
+and prompt lengths, compiled bf16 beside the recommended recipe. Writes results/sizes-<model>-<card>.json.
 """
 
 from functools import partial
@@ -15,8 +15,9 @@ from rtlynx.timing.card import Card
 from rtlynx.timing.full_models import MODELS, FullModel, Size
 from rtlynx.timing.overview import step_overview
 from rtlynx.timing.results import REFERENCE, write
+from rtlynx.timing.step_variants import RECOMMENDED
 
-VARIANTS = (REFERENCE, "rtlynx bf16-2:4", "rtlynx fp8-2:4")
+VARIANTS = (REFERENCE, RECOMMENDED)
 PICTURES = [model.name for model in MODELS.values() if model.size.frames == 1]
 
 

@@ -17,6 +17,7 @@ from rtlynx.timing.card import Card
 from rtlynx.timing.full_models import MODELS, Size
 from rtlynx.timing.overview import step_overview
 from rtlynx.timing.results import write
+from rtlynx.timing.step_variants import named
 
 
 def main() -> None:
@@ -28,14 +29,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default 1")
     parser.add_argument("--text-tokens", type=int, help="default: a common prompt's")
     parser.add_argument("--attention", default="_native_cudnn", help="diffusers attention backend")
-    parser.add_argument("--variants", help="comma-separated names, default all")
+    # (Not separated by commas, which some names hold.)
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="default all but further designs")
     parser.add_argument(
-        "--renew", type=Path, help="results of the same, measured in pairs, whose other variants stay"
+        "--renew", type=Path, help="results of the same, measured in groups, whose other variants stay"
     )
     options = parser.parse_args()
+    try:
+        named(options.variants)
+    except ValueError as unknown:
+        parser.error(str(unknown))
     kept = options.renew and json.loads(options.renew.read_text())
     if kept and (kept["together"] or kept["model"] != options.model):
-        parser.error(f"{options.renew} holds no variants of {options.model} measured in pairs")
+        parser.error(f"{options.renew} holds no variants of {options.model} measured in groups")
     common = MODELS[options.model].size
     if common.frames == 1 and (options.width or options.frames):
         parser.error(f"{options.model} draws square pictures: leave out --width and --frames")
@@ -48,7 +54,7 @@ def main() -> None:
         seconds=options.seconds,
         rounds=options.rounds,
         size=size,
-        variants=options.variants and options.variants.split(","),
+        variants=options.variants,
         attention=options.attention,
         commit=options.commit,
         report=partial(print, flush=True),

@@ -49,7 +49,7 @@ def goals_section(root: Path, group: str) -> str:
     for target in sorted(_targets(root, group), key=lambda target: target.met):
         wanted, today = (_figure(value, target.unit) for value in (target.wanted, target.measured))
         if today == wanted and not target.met:  # rounding must not hide what is missing
-            today = f"{target.measured:.3f}x"
+            today = _figure(target.measured, target.unit, 3)
         by = f" ({in_words(target.by).strip(', ')})" if target.by else ""
         following = "reached" if target.met else NEXT[group][target.section]
         bound = "at most" if target.at_most else "at least"
@@ -79,7 +79,10 @@ def _of_files(root: Path) -> Iterator[tuple[str, Target]]:
             yield from ((card_slug(document["device"]), target) for target in targets_of(document))
 
 
-def _figure(value: float | None, unit: str) -> str:
-    if unit == "x" or value is None:
+def _figure(value: float | None, unit: str, digits: int | None = None) -> str:
+    """`digits` behind the point, where others than usual: two of a factor, none of a time or rate."""
+    if value is None:
         return factor(value)
-    return f"{number(value, ',.0f')}&nbsp;{unit.replace('us', 'µs')}"
+    if unit == "x":
+        return factor(value) if digits is None else f"{value:.{digits}f}x"
+    return f"{number(value, f',.{digits or 0}f')}&nbsp;{unit.replace('us', 'µs')}"

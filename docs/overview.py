@@ -42,6 +42,8 @@ VARIANTS = {
 }
 ON_SITE_ALONE = (EVERY_WEIGHT + FP8_ATTENTION,)  # the README is short
 CHOOSE_STEPS, ATTENTION = Path("docs/guides/calibrate.md"), Path("docs/guides/attention.md")
+# What MIXED is.
+BEFORE = "some layers by 2:4 activations, the others in dense fp8, in all steps"
 Studies = dict[str, dict[str, dict]]
 
 
@@ -115,7 +117,7 @@ def _verdict(root: Path, place: Place) -> str:
     for model, source in current_steps(root).items():
         speed = step_speed_up(read(root / source)["variants"], RECOMMENDED, DENSE_FP8)
         if speed is not None and (place.in_docs or model in STUDIED):
-            faster.append(f"{factor(speed)} ({in_words(model)})")
+            faster.append(f"{factor(speed)} as fast ({in_words(model)})")
     for study, known in studies.items():
         if {"fp8:dense", "recommended"} <= set(known):
             dense, sparse = (known[name]["figures"]["psnr"]["mean"] for name in ("fp8:dense", "recommended"))
@@ -123,7 +125,7 @@ def _verdict(root: Path, place: Place) -> str:
     text = "**The alternative is dense fp8**: the same model, quantised by the same fused kernels. "
     text += "It drops nothing."
     if faster:
-        text += f" The recommended recipe makes its step faster by {_listed(faster)}."
+        text += f" A step by the recommended recipe is {_listed(faster)}."
     if costs:
         text += (
             " The recommended recipe runs dense fp8 in "
@@ -136,15 +138,18 @@ def _verdict(root: Path, place: Place) -> str:
 def _sources(root: Path, sources: Iterable[Path], place: Place) -> str:
     """Where the tables' figures are from, and what they do not say."""
     known = [(source, read(root / source)) for source in sources]
+    mixed = any(MIXED in measured(document) for _, document in known)
+    before = f"*{in_words(MIXED).capitalize()}* was recommended before: {BEFORE}. " if mixed else ""
     cards = dict.fromkeys(card_of(document) for _, document in known)
     files, studies = ", ".join(place.file(source) for source, _ in known), _studies(root)
     return (
         "One step, of pictures of 1024x1024 where no size is given, batch 1; a dash: not measured. "
         f"{'; '.join(cards)} ({files}). *Speed* is GPU time against compiled bf16, *GiB* the peak of memory, "
-        f"*fp8 attention* [a setting of its own]({place.path(ATTENTION)}). PSNR and SSIM compare with dense "
-        f"pictures of the same noise, on a **64x64 emoji model of the same architecture** "
-        f"({_counts(studies, 'fp8:dense')} pictures for dense fp8, {_counts(studies, 'recommended')} for the "
-        "recommended recipe). Pictures of full-size models have not been measured."
+        f"*fp8 attention* [a setting of its own]({place.path(ATTENTION)}). "
+        f"{before}PSNR and SSIM compare with dense pictures of the same noise, on a **64x64 emoji model "
+        f"of the same architecture** ({_counts(studies, 'fp8:dense')} pictures for dense fp8, "
+        f"{_counts(studies, 'recommended')} for the recommended recipe). Pictures of full-size models have "
+        "not been measured."
     )
 
 

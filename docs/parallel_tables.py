@@ -23,13 +23,17 @@ LARGE = 2048  # pixels
 
 
 class OneCard(NamedTuple):
-    """A step of one card that was measured: its model, tokens of all its forwards, GPU time, and file."""
+    """A step of one card that was measured: its model, tokens of all its forwards, GPU time, and file.
+
+    recommended : whether by the recommended recipe as it is.
+    """
 
     title: str
     model: str
     tokens: int
     gpu_ms: float
     source: Path
+    recommended: bool
 
 
 def plan_section(root: Path, place: Place) -> str:
@@ -54,13 +58,16 @@ def plan_section(root: Path, place: Place) -> str:
             cells += [" / ".join(number(n / 1e9, ".2f") for n in bytes_sent.values())]
             cells += [" / ".join(number(n / NVLINK * 1e3, ".1f") for n in bytes_sent.values())]
             lines.append(f"| {' | '.join([*cells, *map(factor, (*most, hosts))])} |")
+    older = any(f"{LARGE}²" in step.title and not step.recommended for step in steps)
+    large = f" {LARGE}² was measured with every layer by 2:4 activations." if older else ""
     files = ", ".join(dict.fromkeys(place.file(step.source) for step in steps))
     lines += [
         "",
         f"From formulas (`rtlynx/timing/communication.py`), with NVLink at {NVLINK / 1e9:.0f} GB/s and "
-        f"InfiniBand at {INFINIBAND / 1e9:.0f} GB/s each way, and measured steps of one card in sparse fp8 "
-        f"({files}). *At most*: all that is computed splits evenly and runs at the speed that it has on one "
-        f"card. {LARGE}² was measured with every layer sparse. Two hosts: Ulysses inside, ring across.",
+        f"InfiniBand at {INFINIBAND / 1e9:.0f} GB/s each way, and measured steps of one card in the "
+        f"recommended recipe, or in the one before it ({files}). *At most*: all that is computed splits "
+        f"evenly and runs at the speed that it has on one card.{large} Two hosts: Ulysses inside, ring "
+        "across.",
     ]
     return "\n".join(lines)
 
@@ -78,13 +85,15 @@ def _one_card(root: Path) -> Iterator[OneCard]:
 
 def _rows_of(size: dict, variants: list[dict], model: str, source: Path) -> Iterator[OneCard]:
     times = {row["name"]: row["gpu_ms"] for row in variants}
-    gpu_ms = times.get(RECOMMENDED) or times.get(MIXED)
+    recommended = times.get(RECOMMENDED)
+    gpu_ms = recommended or times.get(MIXED)
     if gpu_ms is None or size["batch"] != 1:
         return
     tokens = Size(size["resolution"]).image_tokens + size["text_tokens"]
     if model == "qwen-image":  # a negative prompt of a quarter of the text, too
         tokens += Size(size["resolution"]).image_tokens + size["text_tokens"] // 4
-    yield OneCard(f"{in_words(model)}, {size['resolution']}²", model, tokens, gpu_ms, source)
+    title = f"{in_words(model)}, {size['resolution']}²"
+    yield OneCard(title, model, tokens, gpu_ms, source, recommended is not None)
 
 
 def measured_section(results: dict, source: Path, place: Place) -> str:

@@ -56,7 +56,7 @@ def _goals(root: Path) -> Iterator[Goal]:
             f"{model}, every layer in sparse fp8",
             EVERY_LAYER[model],
             max(every, default=None),
-            "longer distillation, on more of its own states",
+            "longer distillation, on more of the model's own states",
         )
         within = [row["psnr"] for row in below if _costs_little(row, starts[row["recipe"]])]
         within += [

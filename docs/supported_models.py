@@ -209,7 +209,7 @@ def models_section(root: Path, _place: Place) -> str:
             or "\N{EN DASH}",
             *("yes" if one else "no" for one in (known, known and known.fused)),
             f"{len(calibrated)} of {len(names)}" if calibrated else "\N{EN DASH}",
-            # Blocks whose layers read prologues keep to that with LoRAs beside these.
+            # Fused blocks stay so with LoRAs.
             "yes" if known and known.fused else "no",
             "no" if blocks.endswith("not declared") else "yes",
             measured_step(read(root / steps[step])) if step in steps else "\N{EN DASH}",

@@ -215,6 +215,14 @@ def test_rounding_hides_nothing(tmp_path):
     assert "at least 1.50x | 1.498x |" in line
 
 
+def test_rounding_of_rates_keeps_their_unit(tmp_path):
+    us = 2 * 4096 * 3072 * 12288 / 1849.7e6
+    layer = row(ours_weight_sparse_gemm_us=us)
+    root = write_results(tmp_path, "linear-fp8-h200", {"device": "an H200", "dtype": "fp8", "rows": [layer]})
+    [line] = [line for line in lines_of(root, "layer") if line.startswith("| fp8 GEMM, flux-up")]
+    assert "at least 1,850&nbsp;TFLOP/s | 1,849.700&nbsp;TFLOP/s (2:4 weights) |" in line
+
+
 def test_host_time_is_in_microseconds(tmp_path):
     rows = [{"call": "SparseLinear, rank 64", "median_us": 29.2}]
     root = write_results(tmp_path, "host-h200", {"device": "NVIDIA H200", "rows": rows})

@@ -16,6 +16,7 @@ from rtlynx.timing.step_variants import (
     DENSE_FP8,
     EVERY_WEIGHT,
     FP8_ATTENTION,
+    MIXED,
     RECOMMENDED,
     TORCHAO,
 )
@@ -119,7 +120,7 @@ def test_of_several_files_that_of_most_variants_on_the_newest_card_is_shown(tmp_
     assert f"| FLUX.1-dev | dense fp8 | 60.0 | 61.0 | {DASH} | 1.50x | 10.0 | {DASH} | {DASH} |" in text
     assert "100.0" not in text
     assert not re.search(r"\| Z-Image \| dense fp8", text)  # not measured
-    assert "The recommended recipe makes its step faster by 1.20x (FLUX.1-dev)." in text
+    assert "A step by the recommended recipe is 1.20x as fast (FLUX.1-dev)." in text
     assert '??? note "Earlier: FLUX.1-dev, NVIDIA H100"' in update.steps(root, SPEED)
 
 
@@ -136,6 +137,13 @@ def test_the_recommended_recipe_is_shown_as_the_mean_of_its_steps(tmp_path):
     table = update.steps(root, SPEED)
     assert "| recommended, sparse step | 44.0 |" in table
     assert "| recommended: 1 of 16 steps dense, mean | 45.0 |" in table
+
+
+def test_what_was_recommended_before_is_explained_where_it_is_shown(tmp_path):
+    root = write_step(tmp_path, "z-image", "H200", {REFERENCE: 90.0, MIXED: 50.0})
+    assert "*Sparse fp8* was recommended before" in overview.overview_section(root, README)
+    write_step(root, "z-image", "H200", {REFERENCE: 90.0, RECOMMENDED: 50.0})
+    assert "Sparse fp8" not in overview.overview_section(root, README)
 
 
 def test_nothing_is_said_where_nothing_was_measured(tmp_path):

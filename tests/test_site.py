@@ -96,6 +96,13 @@ def test_the_plan_divides_a_measured_step(tmp_path):
     lines = update.PARTS["plan"](tmp_path, place).splitlines()
     # 57 blocks, of 4,608 tokens of 3,072 numbers a quarter of four tensors of two bytes: 1.61 GB, 3.6 ms.
     assert lines[2].startswith("| FLUX.1-dev, 1024², 80 | Ulysses | 1.61 / 0.71 | 3.6 / 1.6 | 1.84x | ")
+    assert "2048²" not in lines[-1]
+    for name, told in (("rtlynx fp8-2:4 (recommended)", False), ("rtlynx fp8-2:4", True)):
+        large = STEP | {"resolution": 2048, "variants": [{"name": name, "gpu_ms": 500.0}]}
+        (folder / "sizes-flux1-dev-h200.json").write_text(json.dumps({"rows": [large]}))
+        lines = update.PARTS["plan"](tmp_path, place).splitlines()
+        assert any(line.startswith("| FLUX.1-dev, 2048², 500 | Ulysses |") for line in lines)
+        assert ("2048² was measured with every layer by 2:4 activations." in lines[-1]) is told
 
 
 def test_steps_and_sizes_appear_with_their_results(tmp_path):
@@ -124,7 +131,8 @@ def test_steps_and_sizes_appear_with_their_results(tmp_path):
     assert "| sparse fp8 | 40.0 | 30.0 | 6.0 | 4.0 | 41.0 | 24.5 | 1.50x | 1.00x |" in lines
     assert any(line.startswith("| dense fp8 of torchao | – | – |") for line in lines)  # noqa: RUF001
     assert "- dense fp8 of torchao: not measured: not installed" in lines
-    assert "| 512² | 4 | 32 | 60.0 | – | 1.50x | 41 / – / 41 |" in lines  # noqa: RUF001
+    assert "| picture | batch | text tokens | compiled bf16, ms | sparse fp8 | wall, ms |" in lines
+    assert "| 512² | 4 | 32 | 60.0 | 1.50x | 41 / 41 |" in lines
     assert any("commit 0123456789, batch 4 at def" in line for line in lines)
     assert "| one | 5 | 6.1 | 0.20 | 57.5 |" in lines
 

@@ -39,7 +39,6 @@ RANK = 0.02
 CALIBRATED = {
     "paper": Recipe.paper(rank=RANK),
     "refit": Recipe(rank=RANK),
-    # What is shipped drops activations, as all of the demo's other rows do.
     "recommended": Recipe.recommended(),
 }
 _FP8 = "fp8+activation-2:4+refit+lowrank"

@@ -27,7 +27,7 @@ from rtlynx.timing.card import Card
 from rtlynx.timing.full_models import MODELS, TIMESTEP, Call, Size, build, normals
 from rtlynx.timing.results import REFERENCE
 from rtlynx.timing.step_split import split
-from rtlynx.timing.step_variants import DESIGNS, OURS, VARIANTS, Form, Variant
+from rtlynx.timing.step_variants import OURS, VARIANTS, Form, Variant, named
 from rtlynx.timing.sustained import (
     Graphs,
     Measurement,
@@ -350,14 +350,18 @@ def run(
     seconds : length of a window.
     rounds : windows of each variant and kind of time.
     size : default one picture or video of the model's common size with a common prompt.
-    variants : names; default all.
+    variants : names of variants and designs; default all variants.
     attention : diffusers attention backend.
     commit : what the figures belong to, where it cannot be found out.
     report : takes a line whenever a variant is ready.
+
+    Raises
+    ------
+    ValueError
+        Where a variant's name is not known.
     """
-    of = MODELS[name]
+    of, taken = MODELS[name], named(variants)
     size = size or of.size
-    taken = [one for one in VARIANTS + DESIGNS if one.name in variants] if variants else list(VARIANTS)
     torch._dynamo.config.recompile_limit = 64  # blocks of all variants run the same code objects
     model: Any = build(of)
     model.set_attention_backend(attention)
@@ -382,7 +386,7 @@ def run(
 def groups_of(model: nn.Module, variants: Iterable[Variant]) -> list[list[Variant]]:
     """Variants that the card holds at once: the model once, each form's weights in eight bits, room to work.
 
-    All variants of a form are in one group. The reference is in all groups, and told in none of several.
+    All variants of a form are in one group. `measure_in_groups` adds the reference to each.
     """
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
     layers = make_plan(model, Recipe.dense_fp8()).sparse

@@ -147,8 +147,8 @@ def recommended(
 ) -> Callable[[nn.Module], None]:
     """Like `Recipe.recommended`: in bf16 the most harmful layers dense, in fp8 what calibration chose.
 
-    The former are taken as trained models have them: outputs of attention and of single-stream blocks, then
-    of MLPs. In fp8 layers drop weights, the smaller of four, unless `CHOICES` says otherwise. With `schedule`
+    The most harmful are outputs of attention and of single-stream blocks, then of MLPs, as in trained models.
+    In fp8 layers drop the two smaller of every four weights, unless `CHOICES` says otherwise. With `schedule`
     steps at low noise run in dense fp8, as chosen; `settings` are further fields of the recipe. Random
     weights need no rotation.
     """
@@ -265,6 +265,7 @@ FP8_ATTENTION, FP8_MODULATION = " (fp8 attention)", " (fp8 modulation)"
 _PLAIN = Form(lambda model: None)
 _TORCHAO, _DENSE = Form(torchao_fp8, 1), Form(dense_fp8, 1)
 _RECOMMENDED, _WEIGHTS = Form(recommended("fp8", schedule=True), 1.6), Form(every_weight, 0.6)
+_BF16 = Form(recommended("bf16"))
 
 VARIANTS = (
     Variant("bf16 eager", _PLAIN, compiled=False),
@@ -298,8 +299,8 @@ DESIGNS = (
     Variant(DENSE_FP8 + BLOCK_GRAPHS, _DENSE, mode="reduce-overhead"),
     Variant(RECOMMENDED + BLOCK_GRAPHS, _RECOMMENDED, mode="reduce-overhead"),
     Variant(EVERY_LAYER, Form(every_layer("fp8", rank=None), 1)),
-    Variant("rtlynx bf16-2:4", Form(recommended("bf16"))),
-    Variant("rtlynx bf16-2:4" + BLOCK_GRAPHS, Form(recommended("bf16")), mode="reduce-overhead"),
+    Variant("rtlynx bf16-2:4", _BF16),
+    Variant("rtlynx bf16-2:4" + BLOCK_GRAPHS, _BF16, mode="reduce-overhead"),
     Variant("rtlynx bf16-2:4 (every layer)", Form(every_layer("bf16", rank=None))),
     Variant(f"rtlynx bf16-2:4 (every layer, rank {RANK})", Form(every_layer("bf16"))),
     Variant(f"rtlynx fp8-2:4 (every layer, rank {RANK})", Form(every_layer("fp8"), 1)),
@@ -309,3 +310,21 @@ DESIGNS = (
         Form(every_layer("bf16", rank=None, text_rows="dense")),
     ),
 )
+
+
+def named(names: Sequence[str] | None) -> list[Variant]:
+    """Variants and designs by name, in their own order; without names all variants and no design.
+
+    Raises
+    ------
+    ValueError
+        Where a name is none of theirs.
+    """
+    if names is None:
+        return list(VARIANTS)
+    known = {variant.name: variant for variant in VARIANTS + DESIGNS}
+    unknown = [f'"{name}"' for name in names if name not in known]
+    if unknown:
+        there = ", ".join(f'"{name}"' for name in known)
+        raise ValueError(f"no variant is called {', '.join(unknown)}; there are {there}")
+    return [variant for name, variant in known.items() if name in names]
