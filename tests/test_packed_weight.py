@@ -7,7 +7,7 @@ import accelerate
 import pytest
 import torch
 from fusion_helpers import drop_weights, serve, unfused
-from helpers import flux_call, in_dtype, output, tiny_flux
+from helpers import flux_call, in_dtype, output, relative_error, tiny_flux
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -324,6 +324,18 @@ def test_compiled_code_reads_the_tiles_and_unpacks_nothing(card, monkeypatch):
         assert torch.equal(compiled(x), expected)
         layer.bias.add_(1)
         assert torch.equal(compiled(x), layer(x))
+
+
+def test_compiled_code_packs_nothing(card, monkeypatch):
+    monkeypatch.setattr(fp8, "scaled_mm_supports", lambda x, of: of.packed is not None)  # (on a CPU)
+    layer, x = layer_of(), tokens(3, K)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        expected = compiled(x)
+        layer.unpack()  # as a hook brings it
+        assert relative_error(compiled(x), expected) < 3e-3
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(compiled(x), expected)  # by the copy that the call before packed
 
 
 def test_compiled_code_where_no_kernel_serves_the_input_has_no_break(card):

@@ -93,6 +93,8 @@ class PackableLinear(Settled):
             return self._dense() if self.holds_tiles else held, None  # (hooks take tiles to any device)
         if self.holds_tiles:
             return None, self.tiles
+        if torch.compiler.is_compiling() and self._packed_weight.kept is None:
+            return held, None  # packing looks at values, which compiled code cannot
         return None, self._packed_weight.get((held,), "2:4", partial(pack_weight, held))
 
     def pack(self) -> None:
