@@ -24,6 +24,22 @@ class ScalingLayerNorm(nn.LayerNorm):
         return super().forward(x) * 8
 
 
+class Foreign:
+    """Norms of other libraries by the same names, without what ours reads of them."""
+
+    class RMSNorm(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.normalized_shape = (width,)
+
+        def forward(self, x):
+            return nn.functional.rms_norm(x, self.normalized_shape) * 8
+
+    class LayerNorm(RMSNorm):
+        def forward(self, x):
+            return nn.functional.layer_norm(x, self.normalized_shape) * 8
+
+
 def hooked(norm, width):
     norm.register_forward_hook(lambda module, args, y: y * 8)
     return norm
@@ -55,6 +71,9 @@ VARIANTS = {
         ScalingLayerNorm(width, elementwise_affine=False)
         if isinstance(old, LAYERNORMS)
         else ScalingRMSNorm(width, 1e-6, elementwise_affine=False)
+    ),
+    "of another library": lambda old, width: (
+        Foreign.LayerNorm(width) if isinstance(old, LAYERNORMS) else Foreign.RMSNorm(width)
     ),
     "hooked": hooked,
 }

@@ -7,7 +7,7 @@ import accelerate
 import pytest
 import torch
 from fusion_helpers import drop_weights, serve, unfused
-from helpers import flux_call, in_dtype, output, tiny_flux
+from helpers import flux_call, in_dtype, output, relative_error, tiny_flux
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,9 +16,11 @@ import rtlynx
 import rtlynx.nn.call
 import rtlynx.nn.packed_weight
 from rtlynx import Pattern, SparseLinear
+from rtlynx.io.checkpoint import describe
 from rtlynx.math.fp8 import E4M3, quantize_weight
 from rtlynx.math.tiles import pack_weight, unpack_weight
 from rtlynx.models import sparse_layers
+from rtlynx.models.fingerprint import model_fingerprint
 from rtlynx.models.sparsify import extra_bytes
 from rtlynx.nn.tensor_parallel import Shard, TensorParallelLinear
 from rtlynx.ops import fp8_linear as fp8
@@ -50,7 +52,7 @@ def test_what_is_packed_comes_back_bit_for_bit(n, groups, seed):
     assert torch.equal(bits(again), bits(weight))
 
 
-@pytest.mark.parametrize("n", [1024, 1025, 2100])
+@pytest.mark.parametrize("n", [0, 1024, 1025, 2100])
 def test_many_rows_come_back_in_their_order(n):
     weight = any_bits(n, 20, n)
     again = unpack_weight(pack_weight(weight), n, 20)
@@ -191,17 +193,51 @@ def test_a_weight_is_unpacked_where_it_goes_and_packed_where_it_comes_back(card)
 
 
 @pytest.mark.parametrize("change", [lambda one: one.to(torch.bfloat16), lambda one: one.float().bfloat16()])
-def test_casts_leave_it_alone(card, change):
-    layer = change(layer_of())
-    assert layer.holds_tiles
+def test_casts_leave_it_alone(card, change, monkeypatch):
+    layer = layer_of()
+    tiles = layer.tiles
+    with monkeypatch.context() as context:
+        context.setattr(rtlynx.nn.packed_weight, "unpack_weight", None)
+        change(layer)
+    assert layer.tiles.data_ptr() == tiles.data_ptr()  # which CUDA graphs read
     assert_same(layer, dense_layer())
 
 
+def test_casts_leave_what_a_hook_brought_under_inference_mode_alone(card):
+    layer = layer_of()
+    with torch.inference_mode():
+        layer.held_weight.data = layer.held_weight.data.clone()
+    card.present = False
+    layer.to(torch.bfloat16)
+    assert not layer.holds_tiles
+    assert_same(layer, dense_layer())
+
+
+def test_memory_without_values_waits_for_a_state_dict(card):
+    layer = layer_of().to_empty(device="cpu")
+    layer.load_state_dict(dense_layer().state_dict())
+    assert_same(layer, dense_layer())
+
+
+def test_a_weight_that_is_no_parameter_stays_as_it_is(card):
+    layer, x = dense_layer(), tokens(3, K)
+    layer.weight = layer._parameters.pop("weight").data  # as weight_norm and FSDP leave it
+    with torch.no_grad():
+        expected = layer(x)
+        layer.eval()
+        assert layer.weight.shape == (N, K)
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 def test_a_move_to_meta_keeps_shapes(card):
     layer = layer_of()
     layer._parameters["weight"] = nn.Parameter(layer.held_weight.to("meta"), requires_grad=False)  # by a hook
     assert layer.weight.shape == (N, K)
     assert layer.weight.is_meta
+    layer.load_state_dict(layer_of(5).state_dict())
+    assert layer.held_weight.is_meta
+    assert layer.holds_tiles
     assert layer_of().to("meta").state_dict()["weight"].shape == (N, K)
 
 
@@ -290,6 +326,18 @@ def test_compiled_code_reads_the_tiles_and_unpacks_nothing(card, monkeypatch):
         assert torch.equal(compiled(x), layer(x))
 
 
+def test_compiled_code_packs_nothing(card, monkeypatch):
+    monkeypatch.setattr(fp8, "scaled_mm_supports", lambda x, of: of.packed is not None)  # (on a CPU)
+    layer, x = layer_of(), tokens(3, K)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        expected = compiled(x)
+        layer.unpack()  # as a hook brings it
+        assert relative_error(compiled(x), expected) < 3e-3
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(compiled(x), expected)  # by the copy that the call before packed
+
+
 def test_compiled_code_where_no_kernel_serves_the_input_has_no_break(card):
     layer, x = layer_of(), torch.randn(3, K)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
@@ -299,6 +347,7 @@ def test_compiled_code_where_no_kernel_serves_the_input_has_no_break(card):
 @pytest.mark.parametrize("dim", [0, 1])
 def test_shards_are_packed(card, dim):
     layer, whole = dense_layer(cls=TensorParallelLinear), dense_layer().weight
+    layer.eval()  # (packs it whole)
     mesh = SimpleNamespace(size=lambda: 2, get_local_rank=lambda: 1)
     layer.take_shard(Shard(dim, ((N, K)[dim],), mesh), layer)
     layer.prepare()
@@ -325,6 +374,17 @@ def test_models_say_what_they_hold(card):
     saved = sum(layer.in_features * layer.out_features - layer.held_weight.numel() for layer in layers)
     assert extra_bytes(dense) - extra_bytes(model) == saved
     assert held_bytes(dense) - held_bytes(model) == saved
+
+
+def test_what_a_model_is_is_told_without_its_weights(card, monkeypatch):
+    model, layers = sparse_model()
+    card.present = False
+    dense, _ = sparse_model()
+    card.present = True
+    monkeypatch.setattr(rtlynx.nn.packed_weight, "unpack_weight", None)
+    assert layers[0].holds_tiles
+    assert describe(model) == describe(dense)
+    assert model_fingerprint(model) == model_fingerprint(dense)
 
 
 def test_files_are_those_of_a_model_that_holds_weights(card, tmp_path):

@@ -33,6 +33,7 @@ from rtlynx.models.plan import Plan, make_plan
 from rtlynx.models.reparameterize import fixed_reason, refuse_crossing, reparameterize
 from rtlynx.models.sparsify import SparseState, sparse_layers, state_of
 from rtlynx.models.transaction import all_or_none
+from rtlynx.nn.packed_weight import held_state_dict
 from rtlynx.nn.solution import Solution, stored_shapes
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.state_dict import current_key
@@ -127,7 +128,7 @@ def _bases(model: nn.Module) -> dict[str, Tensor]:
 def _refuse_changes(model: nn.Module) -> None:
     """ValueError unless all that `load` will take from the base model is still what it was there."""
     state = _state(model)
-    offloaded = [name for name, tensor in model.state_dict().items() if getattr(tensor, "is_meta", False)]
+    offloaded = [name for name, one in held_state_dict(model).items() if getattr(one, "is_meta", False)]
     if offloaded:
         raise ValueError(f"{offloaded[0]} is on 'meta' (offloaded?): remove the offloading, then save")
     if state.tensors:
@@ -181,7 +182,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     for name in layers:
         if name not in state.base:
             raise ValueError(f"{name} is not where it was made sparse: detach adapters before saving")
-    held = model.state_dict().keys()  # (once: packed weights are unpacked for it)
+    held = held_state_dict(model)
     gone = [name for name in state.tensors or () if name not in held]
     if gone:
         raise ValueError(f"{gone[0]} is not where it was: detach adapters before saving")

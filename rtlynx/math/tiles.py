@@ -166,7 +166,7 @@ def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
     """
     _check_size("a packed weight", packed, packed_a_bytes(n, k, FP8_SPARSE), f"a weight of shape ({n}, {k})")
     bytes_a_row = packed_a_bytes(1, k, FP8_SPARSE) // TILE_ROWS
-    starts, pieces = range(0, n, _ROWS_PACKED), packed.split(_ROWS_PACKED * bytes_a_row)
+    starts, pieces = range(0, max(n, 1), _ROWS_PACKED), packed.split(_ROWS_PACKED * bytes_a_row)
     dense = [
         _spread(*_kept(piece, k, FP8_SPARSE))[: n - start, :k]
         for start, piece in zip(starts, pieces, strict=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.math.fp8 import E4M3
+from rtlynx.nn.packed_weight import held_state_dict
 from rtlynx.nn.sparse_linear import SparseLinear
 
 _SAMPLES = 64
@@ -55,7 +56,7 @@ def base_tensors(model: nn.Module, *, with_ip_adapters: bool = False) -> dict[st
     "meta"; tensor-parallel shards, of which no process knows the whole; and what IP-Adapters brought along,
     unless these are asked for.
     """
-    tensors = dict(model.state_dict())
+    tensors = held_state_dict(model)  # (of packed weights, which are changed ones, none stays)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if "IPAdapter" in type(module).__name__ and not with_ip_adapters:  # diffusers' names of all of them

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,17 @@ from rtlynx.nn.cached_tensor import CachedTensor
 from rtlynx.nn.settings import Settled
 from rtlynx.ops.dispatch import weight_sparse_supports
 
+_AS_HELD: ContextVar[bool] = ContextVar("_AS_HELD", default=False)
+
+
+def held_state_dict(model: nn.Module) -> dict[str, Any]:
+    """`model.state_dict()` with tiles in place of packed weights, which takes no memory."""
+    before = _AS_HELD.set(True)
+    try:
+        return model.state_dict()
+    finally:
+        _AS_HELD.reset(before)
+
 
 class PackableLinear(Settled):
     """A linear layer whose parameter `weight` may hold the tiles of a 2:4-sparse weight in its place.
@@ -23,7 +36,8 @@ class PackableLinear(Settled):
     float8_e4m3fn, so that whatever moves or counts parameters does so with them. Hooks of offloading may put
     another tensor into the parameter at any time: its shape alone says what it holds.
 
-    `pack` alone packs, and calls of the layer never do: they may run beside each other or under such hooks.
+    Calls of the layer never change what it holds: they may run beside each other or under such hooks. Where a
+    hook brought the weight itself, they multiply by a packed copy.
     """
 
     format: Format
@@ -79,11 +93,14 @@ class PackableLinear(Settled):
             return self._dense() if self.holds_tiles else held, None  # (hooks take tiles to any device)
         if self.holds_tiles:
             return None, self.tiles
+        if torch.compiler.is_compiling() and self._packed_weight.kept is None:
+            return held, None  # packing looks at values, which compiled code cannot
         return None, self._packed_weight.get((held,), "2:4", partial(pack_weight, held))
 
     def pack(self) -> None:
         """Hold the weight packed from now on, where a kernel reads it so; the parameter stays the same."""
-        if self.packs and not self.holds_tiles:
+        parameter = self._parameters.get("weight") is not None
+        if parameter and self.packs and not self.holds_tiles:
             self._packed_weight.drop()
             with torch.inference_mode(False), torch.no_grad():
                 tiles = pack_weight(self.held_weight).view(E4M3)
@@ -98,6 +115,12 @@ class PackableLinear(Settled):
                 weight = self._dense()
             self._hold(weight)
 
+    def unpack_to_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Undo `pack` where `fn` takes tensors to another device, on which a kernel may read no tiles."""
+        held = self.held_weight
+        if self.holds_tiles and not (self.packs and fn(held.new_empty(0)).device == held.device):
+            self.unpack()
+
     def _hold(self, tensor: Tensor) -> None:
         held = self.held_weight
         if held.is_inference():  # it has no version, and would have none later
@@ -106,13 +129,9 @@ class PackableLinear(Settled):
         else:
             held.data = tensor
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.unpack()  # it may go where no kernel reads tiles
-        return super()._apply(fn, recurse)
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.holds_tiles:
+        if self.holds_tiles and not _AS_HELD.get():
             weight = self.weight
             destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
 
@@ -122,8 +141,10 @@ class PackableLinear(Settled):
         self.unpack()
         super()._load_from_state_dict(*args)
         if tiles is not None and self.held_weight is held:  # (else the state dict's tensor was assigned)
-            with torch.no_grad():
-                held.data = tiles.copy_(pack_weight(held).view(E4M3))  # graphs and hooks know these tiles
+            if not held.is_meta:
+                with torch.no_grad():
+                    tiles.copy_(pack_weight(held).view(E4M3))
+            held.data = tiles  # graphs and hooks know these
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

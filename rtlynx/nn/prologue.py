@@ -295,7 +295,9 @@ _LAYERNORMS = "LayerNorm", "FP32LayerNorm"
 
 def _is_of(norm: nn.Module, *classes: str) -> bool:
     """Whether `norm` is of one of these classes, of PyTorch or diffusers, with an eps and without hooks."""
-    return type(norm).__name__ in classes and norm.eps is not None and untouched(norm)
+    kind = type(norm)
+    known = kind.__name__ in classes and kind.__module__.startswith(("torch.nn.", "diffusers."))
+    return known and norm.eps is not None and untouched(norm)
 
 
 def _is_plain_layernorm(norm: nn.LayerNorm) -> bool:

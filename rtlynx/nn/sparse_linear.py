@@ -229,6 +229,7 @@ class SparseLinear(PackableLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         self._packed_weight.drop()  # or it would stay on a device that the layer leaves
         self._folded_lowrank_b.drop()
+        self.unpack_to_move(fn)
         eight_bits = (self._parameters.get("weight"), self.weight_scale) if self.format.quantized else ()
         if self.weight_dense_scale is not None:
             eight_bits = (*eight_bits, self.weight_dense, self.weight_dense_scale)

@@ -203,6 +203,7 @@ class TensorParallelLinear(SparseLinear):
                 f"{shard.degree} processes would cut the groups of four neighbouring weights of inputs "
                 f"{shard.blocks}: use a number of processes that leaves multiples of four to each"
             )
+        self.unpack()
         for name, dim in _CUT[shard.dim].items():
             tensor = self._parameters.get(name)
             if tensor is not None:
