@@ -235,7 +235,9 @@ def test_a_refit_leaves_no_mean_error_and_has_e4m3_inputs_in_fp8(model):
     settings = {**SETTINGS, "num_inference_steps": SMALL.steps}
     built = build(BY_NAME["weight-2:4:refit-fp8"], model, SMALL)
     with watched(model.pipeline.transformer, list(built.layers)) as seen:
-        sample_pictures(model.pipeline, model.calibration[: SMALL.prompts], batch_size=4, pipeline_kwargs=settings)
+        sample_pictures(
+            model.pipeline, model.calibration[: SMALL.prompts], batch_size=4, pipeline_kwargs=settings
+        )
     assert list(built.layers) == make_names(model)
     for name, linear in built.layers.items():
         x, y = (torch.cat([pair[i].flatten(0, -2) for pair in seen[name]]) for i in (0, 1))
