@@ -1,5 +1,6 @@
 """Calls of all operators, and each of their arguments changed in one way: wrong ones and awkward ones."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ class Call(NamedTuple):
         return Call(self.operator, changed)
 
 
+@functools.cache
 def calls(device="cpu") -> dict[str, Call]:
     """One valid call of each operator in each precision, with all that is optional."""
     made = {}

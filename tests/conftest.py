@@ -30,6 +30,7 @@ torch.set_num_threads(1)
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)  # of tensors and their graphs few are garbage so soon
     gc.enable()
 
 

@@ -14,7 +14,16 @@ EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.
 # Arguments that make it quick, a line of what it must print, and the files that it must write.
 QUICK = {
     "calibrate_save_load": (
-        ["--steps", "2", "--skip", "transformer_blocks.*", "single_transformer_blocks.[1-9]*", "*.proj_out"],
+        [
+            "--steps",
+            "2",
+            "--prompts",
+            "prompts.txt",
+            "--skip",
+            "transformer_blocks.*",
+            "single_transformer_blocks.[1-9]*",
+            "*.proj_out",
+        ],
         r"4 layers; compensation leaves \d+% of",
         ["calibrated.png"],
     ),
@@ -35,6 +44,7 @@ def test_every_example_has_its_test():
 def test_it_runs(script, monkeypatch, tmp_path, capsys):
     arguments, printed, files = QUICK[script.stem]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("hot dog\nrocket\n")
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     runpy.run_path(str(script), run_name="__main__")
     assert re.search(printed, capsys.readouterr().out)

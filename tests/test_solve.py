@@ -41,7 +41,7 @@ def descend(x, s, w, lam, mu, *, refit: bool, rank: int, seed: int, start=None):
     b = torch.randn(N, rank, generator=gen, dtype=torch.float64).mul_(0.3).requires_grad_()
     free = [p for p, used in ((new, refit), (a, rank > 0), (b, rank > 0)) if used]
     optimiser = torch.optim.LBFGS(
-        free, max_iter=3000, tolerance_grad=1e-11, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+        free, max_iter=3000, tolerance_grad=1e-11, tolerance_change=1e-8, line_search_fn="strong_wolfe"
     )
 
     def closure():

@@ -10,7 +10,7 @@ from rtlynx_zoo.prompts import ASSETS, calibration_prompts, demo_prompts
 from study_model import StudyModel
 
 STEPS = 3
-SMALL = Calibration(steps=3, recorded=1, batch_size=4, prompts=4, train_steps=2)
+SMALL = Calibration(steps=3, recorded=1, batch_size=4, prompts=2, train_steps=2)
 
 
 def tiny_study_model(**changes):

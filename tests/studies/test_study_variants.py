@@ -107,7 +107,7 @@ def test_classes_are_calibrated_and_measured_on_from_noise_of_their_own():
         "Trouser", generator=seeds(noise + 1), num_inference_steps=STEPS, output_type="pt", guidance_scale=1.5
     ).images
     torch.testing.assert_close(drawn[1:], alone, atol=1e-4, rtol=0)
-    built = build(replace(BY_NAME["recommended"], prompts=4), study, SMALL)
+    built = build(replace(BY_NAME["recommended"], prompts=2), study, SMALL)
     assert built.modelled_ms(study.architecture, STEPS) > 0
 
 
@@ -235,7 +235,9 @@ def test_a_refit_leaves_no_mean_error_and_has_e4m3_inputs_in_fp8(model):
     settings = {**SETTINGS, "num_inference_steps": SMALL.steps}
     built = build(BY_NAME["weight-2:4:refit-fp8"], model, SMALL)
     with watched(model.pipeline.transformer, list(built.layers)) as seen:
-        sample_pictures(model.pipeline, model.calibration[:4], batch_size=4, pipeline_kwargs=settings)
+        sample_pictures(
+            model.pipeline, model.calibration[: SMALL.prompts], batch_size=4, pipeline_kwargs=settings
+        )
     assert list(built.layers) == make_names(model)
     for name, linear in built.layers.items():
         x, y = (torch.cat([pair[i].flatten(0, -2) for pair in seen[name]]) for i in (0, 1))
@@ -310,7 +312,7 @@ def test_errors_inside_a_model_by_hand(model):
 
 def test_dense_steps_show_in_the_output_error_of_their_steps():
     study = tiny_study()
-    built = build(replace(BY_NAME["dense-steps:1"], prompts=4), study.model, SMALL)
+    built = build(replace(BY_NAME["dense-steps:1"], prompts=2), study.model, SMALL)
     assert state_of(built.pipeline.transformer).plan.recipe.dense_steps == 1
     draw(built.pipeline)
     dense = study.model.pipeline.transformer
