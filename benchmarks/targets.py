@@ -23,10 +23,10 @@ from rtlynx.timing.step_variants import (
     EVERY_WEIGHT,
     FP8_ATTENTION,
     FP8_MODULATION,
-    LORA_RANK,
     MIXED,
     RECOMMENDED,
     TORCHAO,
+    WITH_LORA,
 )
 
 PRODUCT, LAYER, COMPRESSION = "What bounds the GEMM", "Where it stands", "Compression, version by version"
@@ -218,7 +218,7 @@ def step_targets(document: Mapping) -> list[Target]:
             by_wall = fastest(rows, variant, than, "wall_ms")
             targets.append(Target(STEP, f"{what}, by wall time", least, *by_wall))
     if model in _SLOWER_BY_LORA:
-        lora = f"{RECOMMENDED}, LoRA of rank {LORA_RANK}"
+        lora = RECOMMENDED + WITH_LORA
         slower, what = step_speed_up(rows, RECOMMENDED, lora), f"{model}, {lora}, time over that without"
         targets.append(Target(LORA, what, _SLOWER_BY_LORA[model], slower, at_most=True))
     for variant in (DENSE_FP8, RECOMMENDED):

@@ -35,7 +35,7 @@ NEXT = {
 }
 # Results files -> their targets.
 KINDS = {
-    "*step-*.json": targets.step_targets,
+    "step-*.json": targets.step_targets,
     "parallel-*.json": targets.parallel_targets,
     "linear-*.json": targets.linear_targets,
     "compress-*.json": targets.compress_targets,

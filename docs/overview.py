@@ -54,7 +54,7 @@ def current_steps(root: Path) -> dict[str, Path]:
     """
     found = {}
     for model in MODELS:
-        files = sorted((root / RESULTS).glob(f"*step-{model}-*.json"))
+        files = sorted((root / RESULTS).glob(f"step-{model}-*.json"))
         if files:
             found[model] = max(reversed(files), key=_completeness).relative_to(root)
     return found

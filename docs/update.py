@@ -154,7 +154,7 @@ def layers(root: Path, place: Place) -> str:
 def steps(root: Path, place: Place) -> str:
     """A denoising step end to end: what the chart shows first, then earlier results."""
     current = overview.current_steps(root).values()
-    earlier = [source for source in _found(root, "*step-*.json") if source not in current]
+    earlier = [source for source in _found(root, "step-*.json") if source not in current]
     parts = []
     for title, sources in (("", current), ("Earlier: ", earlier)):
         for source in sources:

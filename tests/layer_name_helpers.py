@@ -41,6 +41,8 @@ Z_LAYER = (
     *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
 )
 FLUX_SINGLE = names(SINGLE, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
+FLUX_IMAGE = [*names(DOUBLE, *ATTENTION, "ff.net.0.proj", "ff.net.2"), *FLUX_SINGLE]
+FLUX_TEXT = names(DOUBLE, *ADDED, "ff_context.net.0.proj", "ff_context.net.2")
 FLUX2_SINGLE = names(SINGLE, "attn.to_qkv_mlp_proj", "attn.to_out")
 WAN_SELF, WAN_CROSS = "blocks.0.attn1", "blocks.0.attn2"
 WAN_VIDEO = [
@@ -72,14 +74,14 @@ MODELS = {
     "flux": (
         tiny_flux,
         flux_call,
-        [*names(DOUBLE, *ATTENTION, "ff.net.0.proj", "ff.net.2"), *FLUX_SINGLE],
-        names(DOUBLE, *ADDED, "ff_context.net.0.proj", "ff_context.net.2"),
+        FLUX_IMAGE,
+        FLUX_TEXT,
     ),
     "chroma": (
         tiny_chroma,
         chroma_call,
-        [*names(DOUBLE, *ATTENTION, "ff.net.0.proj", "ff.net.2"), *FLUX_SINGLE],
-        names(DOUBLE, *ADDED, "ff_context.net.0.proj", "ff_context.net.2"),
+        FLUX_IMAGE,
+        FLUX_TEXT,
     ),
     "flux2": (
         tiny_flux2,

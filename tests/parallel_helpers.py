@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -113,6 +114,11 @@ class Results:
         paths = [self.folder / f"{case}-{rank}.txt" for rank in range(PROCESSES)]
         assert all(path.is_file() for path in paths), f"the processes did not end {case}: {self.stopped}"
         return [path.read_text() for path in paths]
+
+    def check_refusal(self, case, words):
+        """Each process refused the case, in `words` (a regular expression)."""
+        for said in self.said(case):
+            assert re.match(words, said), said or "it did not refuse"
 
 
 def run_together(folder, cases, device="cpu"):

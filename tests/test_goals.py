@@ -199,7 +199,7 @@ def test_each_goal_stands_once_as_the_newest_card_has_it_at_its_best(tmp_path):
     again = json.loads((root / "benchmarks/results/step-z-image-h200.json").read_text())
     again["variants"][1]["name"] += FP8_ATTENTION
     again["variants"][1]["gpu_ms"] = 50.0
-    write_results(root, "attention-step-z-image-h200", again)
+    write_results(root, "step-z-image-again-h200", again)
     ideas = "measure with the present kernels; fewer passes over the stream"
     lines = lines_of(root, "step")
     goal = "| Z-Image, recommended, speed over compiled bf16: at least 1.90x |"

@@ -160,7 +160,7 @@ def test_unknown_names_are_refused_before_anything_is_made(monkeypatch):
 
 
 def test_the_script_of_steps_says_which_variants_there_are(monkeypatch, capsys):
-    lora = step_variants.RECOMMENDED + step_variants.LORA  # has a comma
+    lora = step_variants.RECOMMENDED + step_variants.WITH_LORA  # has a comma
     monkeypatch.setattr(sys, "argv", ["step.py", "--model", "flux1-dev", "--variants", lora, "fastest"])
     with pytest.raises(SystemExit):
         step_script.main()

@@ -109,10 +109,10 @@ def step_speed_up(
     if speed is None or not ("beside" in own or "beside" in other):
         return speed
     reference = by_name.get(REFERENCE, {})
-    besides = (row if row is reference else row.get("beside", reference) for row in (own, other))
-    moved = ratio(
-        dict(zip(("own", "other"), (one.get(time) for one in besides), strict=True)), "own", "other"
+    own_reference, other_reference = (
+        row if row is reference else row.get("beside", reference) for row in (own, other)
     )
+    moved = ratio({"own": own_reference.get(time), "other": other_reference.get(time)}, "own", "other")
     return None if moved is None else speed * moved
 
 

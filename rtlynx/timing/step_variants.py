@@ -282,7 +282,7 @@ VARIANTS = (
     Variant(DENSE_FP8 + FP8_ATTENTION + BLOCK_GRAPHS, _DENSE, fp8_attention, mode="reduce-overhead"),
     Variant(RECOMMENDED + FP8_ATTENTION + BLOCK_GRAPHS, _RECOMMENDED, fp8_attention, mode="reduce-overhead"),
 )
-LORA = f", LoRA of rank {LORA_RANK}"
+WITH_LORA = f", LoRA of rank {LORA_RANK}"
 # Other designs, measured where they are named.
 DESIGNS = (
     Variant(REFERENCE + FP8_ATTENTION, _PLAIN, fp8_attention),
@@ -293,9 +293,9 @@ DESIGNS = (
         Form(recommended("fp8", schedule=True, modulation="fp8"), 1.6),
         fp8_attention,
     ),
-    Variant(RECOMMENDED + LORA, _RECOMMENDED, add_lora),
-    Variant(EVERY_WEIGHT + LORA, _WEIGHTS, add_lora),
-    Variant(DENSE_FP8 + LORA, _DENSE, add_lora),
+    Variant(RECOMMENDED + WITH_LORA, _RECOMMENDED, add_lora),
+    Variant(EVERY_WEIGHT + WITH_LORA, _WEIGHTS, add_lora),
+    Variant(DENSE_FP8 + WITH_LORA, _DENSE, add_lora),
     Variant(DENSE_FP8 + BLOCK_GRAPHS, _DENSE, mode="reduce-overhead"),
     Variant(RECOMMENDED + BLOCK_GRAPHS, _RECOMMENDED, mode="reduce-overhead"),
     Variant(EVERY_LAYER, Form(every_layer("fp8", rank=None), 1)),
