@@ -13,7 +13,12 @@ WITH_DENSE_STEPS, MORE_TIME = 33.0, 1.04
 # Rows of studies/quality.py: one mix in all steps, in whose modelled time the others are to draw nearer.
 MIXED, RECOMMENDED = "saving:auto-90%", ("recommended", "distilled:recommended")
 # Every layer sparse, by weights.
-WEIGHTS = ("drop:fp8-weights", "drop:fp8-weights+rotated", "distilled:fp8-weights+rotated")
+WEIGHTS = (
+    "drop:fp8-weights",
+    "drop:fp8-weights+rotated",
+    "distilled:fp8-weights+rotated",
+    "distilled:fp8-weights+rotated+2000-steps",
+)
 WEIGHTS_AND_STEPS = ("drop:fp8-weights+rotated+last-3", "distilled:fp8-weights+rotated+last-3")
 
 

@@ -163,6 +163,8 @@ def _dropping_weights() -> Iterator[Variant]:
     last = replace(rotated, dense_last_steps=3, dense_precision="fp8")
     yield _sweep("drop", "fp8-weights+rotated+last-3", last)
     yield _sweep("distilled", "fp8-weights+rotated", rotated, distill=TRAINING)
+    longer = replace(TRAINING, steps=4 * TRAINING.steps)
+    yield _sweep("distilled", "fp8-weights+rotated+2000-steps", rotated, distill=longer)
     yield _sweep("distilled", "fp8-weights+rotated+last-3", last, distill=TRAINING)
     for drop in ("weights", "activations"):
         yield _sweep("drop", f"recommended-{drop}", Recipe.recommended(drop=drop))
