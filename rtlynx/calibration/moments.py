@@ -51,8 +51,10 @@ class Moments:
     def add(self, x: Tensor, s: Tensor) -> None:
         """Add tokens: `x` (..., K) dense and `s` (..., K), s ⊙ X~ as the sparse product sees it.
 
-        On a card, tokens in 16 bits are multiplied in TF32, which holds them exactly and is several times
-        as fast as float32. `s` is rounded to it first, so that all sums are of the same numbers.
+        Means of these tokens are taken away before the products and added after them: tensor cores truncate
+        what they add up, and a mean that outweighs its variance would drown it. On a card, tokens in 16 bits
+        are multiplied in TF32, several times as fast as float32; they are rounded to it first, so that all
+        sums are of the same numbers.
 
         Raises
         ------
@@ -64,15 +66,20 @@ class Moments:
         s = s.detach().reshape(-1, s.shape[-1]).to(self.dense)
         if not bool(torch.isfinite(x).all()):
             raise ValueError("calibration data holds NaN or Inf")
-        if in_tf32:
-            s = rounded_to_tf32(s)
+        count = len(x)
+        if not count:
+            return
+        (x, x_mean), (s, s_mean) = (_apart(tokens, in_tf32) for tokens in (x, s))
         with _products_in_tf32(in_tf32):
             self.dense.addmm_(x.T, x)
             self.cross.addmm_(s.T, x)
             self.kept.addmm_(s.T, s)
-        self.dense_sum += x.sum(0)
-        self.kept_sum += s.sum(0)
-        self.count += x.shape[0]
+        self.dense.addr_(x_mean, x_mean, alpha=count)
+        self.cross.addr_(s_mean, x_mean, alpha=count)
+        self.kept.addr_(s_mean, s_mean, alpha=count)
+        self.dense_sum += count * x_mean
+        self.kept_sum += count * s_mean
+        self.count += count
 
     def all_reduce(self) -> None:
         """Sum over the processes of the default group; nothing to do in a single process."""
@@ -146,6 +153,15 @@ class Moments:
         if lowrank_a is not None and lowrank_b is not None:
             residual = residual + lowrank_b.to(self.dense) @ lowrank_a.to(self.dense)
         return residual
+
+
+def _apart(tokens: Tensor, in_tf32: bool) -> tuple[Tensor, Tensor]:
+    """Tokens (M, K) less their mean, and the mean (K,); what rounding them leaves of a mean goes into it."""
+    mean = tokens.mean(0)
+    rest = tokens - mean
+    if in_tf32:
+        rest = rounded_to_tf32(rest)
+    return rest, mean + rest.mean(0)
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
