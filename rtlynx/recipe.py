@@ -130,7 +130,8 @@ class Recipe:
         Run the last steps of each picture densely: no later step corrects their errors.
     dense_sigmas : tuple of (low, high), or "auto"
         Run the steps densely whose noise level sigma lies in one of these ranges, low < sigma <= high:
-        whatever the number of steps. Sigma falls from 1 (noise) to 0 (picture). Auto: calibration draws
+        whatever the number of steps. Sigma falls from 1 (noise) to 0 (picture). A range from 0 always holds
+        for the last of several steps, where nothing corrects errors. Auto: calibration draws
         pictures and chooses how many of the last steps run in dense fp8, and which formats the others take,
         at the time that the budget's `speedup_share` means over all steps of a picture. Where it cannot
         compare pictures, it warns and no step runs dense.
@@ -426,7 +427,10 @@ class Recipe:
         if sigma is None:
             return at_end
         # As float32 holds it, a sigma at the end of a range may lie beyond it.
-        return at_end or any(low < sigma - 1e-6 <= high for low, high in self.dense_ranges)
+        if at_end or any(low < sigma - 1e-6 <= high for low, high in self.dense_ranges):
+            return True
+        # Of few steps the last begins above a range from 0, and ends at 0.
+        return 0 < index == count - 1 and any(low == 0 for low, _ in self.dense_ranges)
 
     @property
     def needs_sigma(self) -> bool:

@@ -365,3 +365,19 @@ def test_pickles_of_earlier_versions_keep_what_they_say():
 def test_a_budget_is_no_bare_number():
     with pytest.raises(ValueError, match=r"budget is Budget\(error=x\) or .*, got 0.2"):
         Recipe(budget=0.2)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 10, 28])
+def test_a_range_from_0_holds_for_the_last_of_several_steps(steps):
+    """However few: nothing corrects its errors."""
+    recipe = Recipe(dense_sigmas=((0.0, 0.05),), dense_precision="fp8")
+    sigmas = [1 - step / steps for step in range(steps)]
+    dense = [recipe.is_dense_step(step, steps, sigma) for step, sigma in enumerate(sigmas)]
+    assert dense == [*[False] * (steps - 1), True]
+    above = Recipe(dense_sigmas=((0.01, 0.02),), dense_precision="fp8")
+    assert not any(above.is_dense_step(step, steps, sigma) for step, sigma in enumerate(sigmas))
+
+
+def test_a_single_step_is_dense_only_within_its_range():
+    assert not Recipe(dense_sigmas=((0.0, 0.5),)).is_dense_step(0, 1, 1.0)
+    assert Recipe(dense_sigmas=((0.0, 1.0),)).is_dense_step(0, 1, 1.0)
