@@ -14,7 +14,6 @@ from rtlynx.timing.step_variants import (
     DENSE_FP8,
     EVERY_WEIGHT,
     FP8_ATTENTION,
-    MIXED,
     RECOMMENDED,
     TORCHAO,
 )
@@ -34,7 +33,6 @@ VARIANTS = {
     TORCHAO: None,
     DENSE_FP8: "fp8:dense",
     DENSE_FP8 + FP8_ATTENTION: "attention:dense-fp8",
-    MIXED: "saving:auto-90%",
     RECOMMENDED: "recommended",
     RECOMMENDED + FP8_ATTENTION: "attention:recommended",
     EVERY_WEIGHT: "drop:fp8-weights+rotated",
@@ -42,8 +40,6 @@ VARIANTS = {
 }
 ON_SITE_ALONE = (EVERY_WEIGHT + FP8_ATTENTION,)  # the README is short
 CHOOSE_STEPS, ATTENTION = Path("docs/guides/calibrate.md"), Path("docs/guides/attention.md")
-# What MIXED is.
-BEFORE = "some layers by 2:4 activations, the others in dense fp8, in all steps"
 Studies = dict[str, dict[str, dict]]
 
 
@@ -138,15 +134,13 @@ def _verdict(root: Path, place: Place) -> str:
 def _sources(root: Path, sources: Iterable[Path], place: Place) -> str:
     """Where the tables' figures are from, and what they do not say."""
     known = [(source, read(root / source)) for source in sources]
-    mixed = any(MIXED in measured(document) for _, document in known)
-    before = f"*{in_words(MIXED).capitalize()}* was recommended before: {BEFORE}. " if mixed else ""
     cards = dict.fromkeys(card_of(document) for _, document in known)
     files, studies = ", ".join(place.file(source) for source, _ in known), _studies(root)
     return (
         "One step, of pictures of 1024x1024 where no size is given, batch 1; a dash: not measured. "
         f"{'; '.join(cards)} ({files}). *Speed* is GPU time against compiled bf16, *GiB* the peak of memory, "
         f"*fp8 attention* [a setting of its own]({place.path(ATTENTION)}). "
-        f"{before}PSNR and SSIM compare with dense pictures of the same noise, on a **64x64 emoji model "
+        f"PSNR and SSIM compare with dense pictures of the same noise, on a **64x64 emoji model "
         f"of the same architecture** ({_counts(studies, 'fp8:dense')} pictures for dense fp8, "
         f"{_counts(studies, 'recommended')} for the recommended recipe). Pictures of full-size models have "
         "not been measured."

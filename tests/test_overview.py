@@ -16,7 +16,6 @@ from rtlynx.timing.step_variants import (
     DENSE_FP8,
     EVERY_WEIGHT,
     FP8_ATTENTION,
-    MIXED,
     RECOMMENDED,
     TORCHAO,
 )
@@ -137,13 +136,6 @@ def test_the_recommended_recipe_is_shown_as_the_mean_of_its_steps(tmp_path):
     table = update.steps(root, SPEED)
     assert "| recommended, sparse step | 44.0 |" in table
     assert "| recommended: 1 of 16 steps dense, mean | 45.0 |" in table
-
-
-def test_what_was_recommended_before_is_explained_where_it_is_shown(tmp_path):
-    root = write_step(tmp_path, "z-image", "H200", {REFERENCE: 90.0, MIXED: 50.0})
-    assert "*Sparse fp8* was recommended before" in overview.overview_section(root, README)
-    write_step(root, "z-image", "H200", {REFERENCE: 90.0, RECOMMENDED: 50.0})
-    assert "Sparse fp8" not in overview.overview_section(root, README)
 
 
 def test_nothing_is_said_where_nothing_was_measured(tmp_path):
