@@ -1,6 +1,10 @@
 """Other pipelines of diffusers that draw pictures: name -> `Case`."""
 
+import zlib
+
+import diffusers
 import torch
+from flux_pipelines import FLUX2_VAE
 from pipeline_cases import (
     FLOW,
     SHIFTED,
@@ -190,7 +194,46 @@ HUNYUAN_VAE = (
         "sample_size": 32,
     },
 )
+IDEOGRAM = (
+    "Ideogram4Transformer2DModel",
+    {
+        "in_channels": 4,
+        "num_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "adaln_dim": 8,
+        "llm_features_dim": 32,
+        "mrope_section": (4, 2, 2),
+    },
+)
+
+
+def ideogram_text(prompt, grid_h, grid_w, max_sequence_length, device):
+    """In place of its text encoder: embeddings by the letters of prompts, and where text and picture lie."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    text = torch.zeros(len(prompts), max_sequence_length + grid_h * grid_w, 32)
+    for row, one in zip(text, prompts, strict=True):
+        generator = torch.Generator().manual_seed(zlib.crc32(one.encode()))
+        row[:max_sequence_length] = torch.randn(max_sequence_length, 32, generator=generator)
+    lengths = [max_sequence_length] * len(prompts)
+    ids = diffusers.Ideogram4Pipeline._prepare_ids(lengths, grid_h, grid_w, max_sequence_length, device)
+    return text.to(device), *ids
+
+
 OTHERS = {
+    "Ideogram4Pipeline": Case(
+        {
+            "scheduler": FLOW,
+            "vae": FLUX2_VAE,
+            "transformer": IDEOGRAM,
+            "unconditional_transformer": IDEOGRAM,
+        },
+        # (With more than a text, prompts are drawn one by one.)
+        lambda: {"prompt": f"{int(torch.randint(100, (1,)))} cats", "guidance_scale": 2.0},
+        {"height": 16, "width": 16, "max_sequence_length": 8, "guidance_schedule": None},
+        attributes={"encode_prompt": ideogram_text},
+    ),
     "SanaPipeline": Case(
         {"scheduler": FLOW, "vae": DC, "transformer": ("SanaTransformer2DModel", SANA)},
         two_texts((1, 8, 16), ones),

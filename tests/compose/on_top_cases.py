@@ -9,10 +9,17 @@ from image_pipelines import QWEN
 from pipeline_cases import STEPS, built_case, picture, with_inputs
 from video_pipelines import SEES, small_image, wan, wan_case
 
-NAMED = ("Flux", "QwenImage", "ZImage", "StableDiffusion3", "WanPipeline", "WanImage", "WanVideo")
+NAMED = (
+    "Flux", "Chroma", "QwenImage", "ZImage", "StableDiffusion3",
+    "WanPipeline", "WanImage", "WanVideo", "LTX", "HunyuanVideo15",
+)  # fmt: skip
 EDIT = PIPELINES["QwenImageEditPlusPipeline"]
 # name -> pipeline and case
-CASES = {name: (name, case) for name, case in PIPELINES.items() if name.startswith(NAMED)} | {
+CASES = {
+    name: (name, case)
+    for name, case in PIPELINES.items()
+    if name.startswith(NAMED) and case.refusal is None  # (what diffusers itself does not draw)
+} | {
     "FLUX.2 of a picture": (
         "Flux2Pipeline",
         replace(
@@ -33,7 +40,7 @@ CASES = {name: (name, case) for name, case in PIPELINES.items() if name.startswi
         wan_case(wan(), small_image, arguments={"expand_timesteps": True}),
     ),
 }
-# Of a modulation by token; SD3 is not fused at all.
+# Its modulation is by token.
 NEVER_FUSED = {"ZImageOmniPipeline"}
 CONTROLNETS = {name for name in CASES if "ControlNet" in name}
 

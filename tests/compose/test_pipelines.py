@@ -11,7 +11,7 @@ from all_pipelines import PIPELINES
 from pipeline_cases import STEPS, built_case
 
 from rtlynx import Budget, CalibrationError, CalibrationOptions, Recipe, calibrate, load, save
-from rtlynx.models import sparse_layers
+from rtlynx.models import sparse_layers, transformers_of
 
 REFIT = Recipe(rank=None, ridge=0.1)
 
@@ -45,7 +45,8 @@ def test_a_pipeline_calibrates_on_its_own_inputs_or_says_why_not(name, monkeypat
     handle.remove()
     assert len(calls) == STEPS * case.calls
     report = calibrate(pipeline, prompts, REFIT, options, progress=False)
-    assert [len(batch) for batch in recorded] == [2 * case.calls, case.calls]  # of one step of each prompt
+    of_each = [2 * case.calls, case.calls]  # of one step of each prompt
+    assert [len(batch) for batch in recorded] == of_each * len(transformers_of(pipeline))
     assert set(sparse_layers(pipeline.transformer)) == set(report.solutions)
     assert report.solutions
     assert all(one.error < 1 for one in report.solutions.values())
@@ -57,7 +58,7 @@ ODD_LOOPS = [
     "AnyFlowPipeline", "Cosmos2VideoToWorldPipeline", "DiTPipeline", "Flux2KleinKVPipeline",
     "HiDreamImagePipeline", "LTXImageToVideoPipeline", "Lumina2Pipeline",
     "SkyReelsV2DiffusionForcingPipeline", "SanaSprintPipeline",
-    "WanAnimatePipeline", "LTX2ImageToVideoPipeline",
+    "WanAnimatePipeline", "LTX2ImageToVideoPipeline", "Ideogram4Pipeline",
 ]  # fmt: skip
 
 
@@ -68,7 +69,8 @@ def test_a_last_step_that_runs_dense_is_told_apart(name, monkeypatch, recorded):
     options = CalibrationOptions(steps_per_prompt=STEPS, pipeline_kwargs=settings)
     prompts = [case.inputs() for _ in range(2)]
     calibrate(pipeline, prompts, replace(REFIT, dense_last_steps=1), options, progress=False)
-    assert [len(batch) for batch in recorded] == [(STEPS - 1) * case.calls] * 2
+    of_each = [(STEPS - 1) * case.calls] * 2
+    assert [len(batch) for batch in recorded] == of_each * len(transformers_of(pipeline))
     draw(pipeline, case)
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from all_pipelines import PIPELINES
 from helpers import tiny_flux
-from video_pipelines import VIDEO, VIDEO_PIPELINES, wan
 
 from rtlynx import (
     CalibrationError,
@@ -28,36 +28,51 @@ NAMES = ["transformer", "transformer_2"]
 BOUNDARY = 0.5  # share of the noise below which transformer_2 draws
 
 
-def two():
-    """Wan 2.2 in small; other weights in either transformer."""
-    case = VIDEO_PIPELINES["WanPipeline"]
-    models = {**case.models, "transformer_2": wan()}
-    pipeline = replace(case, models=models, arguments={"boundary_ratio": BOUNDARY}).build("WanPipeline")
+def in_two_stages(case):
+    """As Wan 2.2: another transformer, of the same kind, draws the later steps."""
+    models = {**case.models, "transformer_2": case.models["transformer"]}
+    return replace(case, models=models, arguments={"boundary_ratio": BOUNDARY})
+
+
+IDEOGRAM = "Ideogram4Pipeline"
+TWO_STAGES = ("WanPipeline", "WanVACEPipeline", "LucyEditPipeline")
+CASES = {name: in_two_stages(PIPELINES[name]) for name in TWO_STAGES} | {IDEOGRAM: PIPELINES[IDEOGRAM]}
+OTHER = {IDEOGRAM: "unconditional_transformer"}  # else transformer_2
+every_pipeline = pytest.mark.parametrize("name", CASES)
+
+
+def two(name="WanPipeline"):
+    """The pipeline in small; other weights in either transformer."""
+    pipeline = CASES[name].build(name)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def prompts(count=3):
+def prompts(count=3, name="WanPipeline"):
     torch.manual_seed(1)
-    return [VIDEO_PIPELINES["WanPipeline"].inputs() for _ in range(count)]
+    return [CASES[name].inputs() for _ in range(count)]
 
 
-def options(steps=4, **changes):
-    settings = {**VIDEO, "num_inference_steps": steps}
+def options(steps=4, name="WanPipeline", **changes):
+    settings = {**CASES[name].settings, "num_inference_steps": steps}
     return CalibrationOptions(steps_per_prompt=4, pipeline_kwargs=settings, **changes)
 
 
 def draw(pipeline):
-    (inputs,) = prompts(1)
+    name = type(pipeline).__name__
+    (inputs,) = prompts(1, name)
+    settings = {**CASES[name].settings, "num_inference_steps": 4, "output_type": "latent"}
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        return pipeline(
-            **inputs, **VIDEO, num_inference_steps=4, output_type="latent", generator=generator
-        ).frames
+        return pipeline(**inputs, **settings, generator=generator, return_dict=False)[0]
+
+
+def names_of(pipeline):
+    return ["transformer", OTHER.get(type(pipeline).__name__, "transformer_2")]
 
 
 def states(pipeline):
-    return [state_of(getattr(pipeline, name)) for name in NAMES]
+    return [state_of(getattr(pipeline, name)) for name in names_of(pipeline)]
 
 
 def test_each_transformer_is_calibrated_on_the_steps_that_it_draws(recorded):
@@ -74,23 +89,30 @@ def test_each_transformer_is_calibrated_on_the_steps_that_it_draws(recorded):
     assert all(levels)
 
 
-def test_a_checkpoint_has_a_folder_for_each_and_draws_the_same(tmp_path):
-    pipeline = two()
-    calibrate(pipeline, prompts(), REFIT, options(folder=tmp_path / "work"), progress=False)
+@every_pipeline
+def test_a_checkpoint_has_a_folder_for_each_and_draws_the_same(name, tmp_path):
+    pipeline = two(name)
+    names = names_of(pipeline)
+    settings = options(name=name, folder=tmp_path / "work")
+    report = calibrate(pipeline, prompts(2, name), REFIT, settings, progress=False)
+    assert list(report.others) == names[1:]
     for _ in range(2):  # also in place of one that is there
         save(pipeline, tmp_path / "lynx")
-    assert sorted(path.name for path in (tmp_path / "lynx").iterdir()) == NAMES
-    assert {path.name for path in (tmp_path / "work").iterdir()} == set(NAMES)
-    again = load(two(), tmp_path / "lynx")
-    assert torch.equal(draw(again), draw(pipeline))
-    assert not torch.equal(draw(again), draw(two()))
-    one = two().transformer_2
-    load(one, tmp_path / "lynx" / "transformer_2")
-    assert set(sparse_layers(one)) == set(sparse_layers(pipeline.transformer_2))
+    assert sorted(path.name for path in (tmp_path / "lynx").iterdir()) == names
+    assert {path.name for path in (tmp_path / "work").iterdir()} == set(names)
+    again = load(two(name), tmp_path / "lynx")
+    drawn = draw(pipeline)
+    assert torch.equal(draw(again), drawn)
+    for one in names:
+        other = two(name)
+        load(getattr(other, one), tmp_path / "lynx" / one)
+        assert set(sparse_layers(getattr(other, one))) == set(sparse_layers(getattr(pipeline, one)))
+        assert not torch.equal(draw(other), drawn)  # each has its part in the picture
 
 
-def test_sparse_and_dense_again():
-    pipeline = two()
+@every_pipeline
+def test_sparse_and_dense_again(name):
+    pipeline = two(name)
     dense = draw(pipeline)
     sparsify(pipeline, Recipe.immediate(dense_last_steps=1))
     assert all(states(pipeline))
@@ -122,10 +144,13 @@ def test_steps_that_one_alone_draws_are_refused_by_the_name_of_the_other():
     assert states(pipeline) == [None, None]
 
 
-def test_prompts_that_reach_one_alone_are_no_error():
-    pipeline = two()
-    given = [{**one, "num_inference_steps": 1 if number == 0 else 4} for number, one in enumerate(prompts(4))]
-    settings = CalibrationOptions(batch_size=1, steps_per_prompt=4, pipeline_kwargs=dict(VIDEO))
+@pytest.mark.parametrize("name", ["WanPipeline", "LucyEditPipeline"])
+def test_prompts_that_reach_one_alone_are_no_error(name):
+    pipeline = two(name)
+    given = [
+        {**one, "num_inference_steps": 1 if number == 0 else 4} for number, one in enumerate(prompts(4, name))
+    ]
+    settings = CalibrationOptions(batch_size=1, steps_per_prompt=4, pipeline_kwargs=CASES[name].settings)
     report = calibrate(pipeline, given, Recipe(rank=None, precision="fp8"), settings, progress=False)
     assert report.others["transformer_2"].solutions
 
@@ -179,14 +204,16 @@ def test_a_pipeline_whose_second_transformer_is_the_first_has_one():
     assert list(transformers_of(holder)) == ["transformer"]
 
 
-def test_the_commands_tell_of_all(command, tmp_path, monkeypatch):
-    monkeypatch.setattr("rtlynx.models.pipelines.load_model", lambda *_, **__: two())
+@pytest.mark.parametrize("name", ["WanPipeline", IDEOGRAM])
+def test_the_commands_tell_of_all(name, command, tmp_path, monkeypatch):
+    monkeypatch.setattr("rtlynx.models.pipelines.load_model", lambda *_, **__: two(name))
+    names = names_of(two(name))
     code, out, _ = command("inspect", "MODEL", "--json")
     assert code == 0
-    assert list(json.loads(out)) == NAMES
+    assert list(json.loads(out)) == names
     code, out, _ = command("convert", "MODEL", "--out", tmp_path / "lynx")
     assert code == 0
     code, out, _ = command("inspect", "MODEL", "--checkpoint", tmp_path / "lynx")
     assert code == 0
-    assert "transformer_2:" in out
+    assert f"{names[1]}:" in out
     assert out.count("candidates sparse") == 2

@@ -103,6 +103,7 @@ WANS = {
     "WanVACEPipeline": wan_case(
         wan("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=96),
     ),
+    "LucyEditPipeline": wan_case(wan(in_channels=32), video),
     "SkyReelsV2Pipeline": wan_case(wan("SkyReelsV2Transformer3DModel")),
     "SkyReelsV2ImageToVideoPipeline": wan_case(
         wan("SkyReelsV2Transformer3DModel", in_channels=36, image_dim=32), small_image, models=SEES
