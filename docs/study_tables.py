@@ -47,6 +47,7 @@ SWEEPS = {
     "modulation": "Modulation in eight bits, beside layers of these forms",
     "fp8-budget": "Formats by an error budget, fp8 among them",
     "free": "What costs nothing at inference: an intercept, rotated values, permuted hidden features",
+    "rotation": "Every layer in sparse fp8: parts of the rotation of values",
     "distilled": "Sparse layers trained after calibration, for 500 steps",
     "bf16-budget": "Layers by an error budget, in bfloat16",
     "cache": "On top of first-block caching",

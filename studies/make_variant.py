@@ -11,6 +11,7 @@ import torch
 from baselines import BASELINES, WITH_INTERCEPT, Pruned
 from caching import FirstBlockCache
 from modelled_time import Layer, all_dense, step_ms
+from rotations import rotating
 from study_model import StudyModel
 from torch import Tensor, nn
 from variants import BY_HAND, Variant
@@ -102,7 +103,10 @@ def build(variant: Variant, study: StudyModel, calibration: Calibration, *, prog
             prompts = _calibration_prompts(study, variant, calibration)
             options = _options(variant, study, calibration)
             distill = _distill(variant, calibration)
-            report = rtlynx.calibrate(pipeline, prompts, recipe, options, distill=distill, progress=progress)
+            with rotating(variant.rotation):
+                report = rtlynx.calibrate(
+                    pipeline, prompts, recipe, options, distill=distill, progress=progress
+                )
             if distill is not None and report.distillation is not None:
                 built.distillation = {**asdict(distill), **asdict(report.distillation)}
         else:

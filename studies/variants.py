@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from baselines import BASELINES
+from rotations import ROTATIONS
 
 from rtlynx import Distillation
 from rtlynx.recipe import RECOMMENDED_SPEEDUP_SHARE, Budget, Recipe
@@ -47,6 +48,7 @@ class Variant:
     dtype : of the model, where it is not the study's.
     distill : training of the sparse layers that follows calibration.
     attention : "fp8" computes it in eight bits, on a card by cuDNN, which takes the zoo's heads of 64.
+    rotation : name of a basis of values of `rotations.ROTATIONS`, in place of the library's own.
     rank_of_width : rank of every layer, as a share of the model's width. The library's "auto" gives one rank
         to all layers of a full-size model.
     """
@@ -67,6 +69,7 @@ class Variant:
     rank_of_width: float | None = None
     distill: Distillation | None = None
     attention: Literal["", "fp8"] = ""
+    rotation: str = ""
 
     @property
     def pictures(self) -> int:
@@ -170,6 +173,15 @@ def _dropping_weights() -> Iterator[Variant]:
         yield _sweep("drop", f"recommended-{drop}", Recipe.recommended(drop=drop))
 
 
+def _rotations() -> Iterator[Variant]:
+    """Parts of `free:fp8-refit+rotated+intercept`: groups, rotation and the metric of the output."""
+    every = Recipe(rank=None, precision="fp8", intercept=True)
+    yield _sweep("rotation", "none", replace(every, grouping="adjacent"))
+    yield _sweep("rotation", "none-strided", every)
+    for name in ROTATIONS:
+        yield _sweep("rotation", name, replace(every, rotate_values=True), rotation=name)
+
+
 def _sweeps() -> Iterator[Variant]:
     yield Variant("dense:float32", "sweep", "floor", dtype="float32")
     for ridge in (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0):
@@ -235,9 +247,11 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("free", "fp8-refit+rotated+permuted+intercept", Recipe(rank=None, precision="fp8", **FREE))
     every = Recipe(rank=None, precision="fp8", dense_last_steps=4, **last)
     yield _sweep("free", "fp8-refit+rotated+last-4", every)
-    yield _sweep("free", "fp8-90%+rotated+intercept", replace(MIX, **both))
+    mix, mix_dense_last = replace(MIX, **both), replace(MIX, dense_last_steps=2, **last)
+    yield _sweep("free", "fp8-90%+rotated+intercept", mix)
     yield _sweep("free", "fp8-90%+rotated+permuted+intercept", replace(MIX, **FREE))
-    yield _sweep("free", "fp8-90%+rotated+last-2", replace(MIX, dense_last_steps=2, **last))
+    yield _sweep("free", "fp8-90%+rotated+last-2", mix_dense_last)
+    yield from _rotations()
     yield from _dropping_weights()
     free = Recipe(rank=None, precision="fp8", **FREE)
     distilled = {
@@ -245,6 +259,8 @@ def _sweeps() -> Iterator[Variant]:
         "free": free,
         "recommended": Recipe.recommended(),
         "recommended-activations": Recipe.recommended(drop="activations"),
+        "fp8-90%+rotated+intercept": mix,
+        "fp8-90%+rotated+last-2": mix_dense_last,
     }
     for name, recipe in distilled.items():
         yield _sweep("distilled", name, recipe, distill=TRAINING)
