@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from guidance_helpers import FLUX
 from helpers import MODELS
 from torch import nn
 
 from rtlynx import CalibrationOptions, Recipe, calibrate
+from rtlynx.calibration.output_error import OutputError
 from rtlynx.models import sparse_layers
 
 RECIPE = Recipe(rank=None, ridge=0.1)
@@ -76,6 +78,41 @@ def test_blocks_run_again_where_their_outputs_take_too_much(most, monkeypatch):
     expected = calibrated(stack_of(), calls, IN_ONE)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     assert model.blocks[0].ran == 4 * len(calls) + SEEN
+
+
+class Answers(nn.Module):
+    """A stack that takes and gives what transformers do."""
+
+    def __init__(self, remembering):
+        super().__init__()
+        self.stack = stack_of(remembering)
+
+    def forward(self, hidden_states, return_dict=False):
+        return (self.stack(hidden_states),)
+
+
+@pytest.mark.parametrize("remembering", [False, True])
+def test_blocks_before_a_change_run_once_for_its_error(remembering):
+    model, calls = Answers(remembering), [{"hidden_states": call["x"]} for call in inputs()]
+    blocks, order = model.stack.blocks, [f"stack.blocks.{i}" for i in range(4)]
+    error = OutputError(model, calls, FLUX, order=order)
+    plain = OutputError(model, calls, FLUX)
+    before = blocks[0].ran
+    for name, block in zip(order, blocks, strict=True):
+        for change in (0.5, 2.0):
+            weight = block.up.weight.detach().clone()
+            with error.behind(name):
+                block.up.weight.data *= change
+                found = error()
+            ran = blocks[0].ran
+            assert found == plain() > 0
+            blocks[0].ran = ran
+            block.up.weight.data.copy_(weight)
+    # In the two changes of its own, and once to know what it gives. Where the last block reads that too, it
+    # can stand in for itself, but not the second block for both.
+    assert blocks[0].ran - before == (7 if remembering else 3) * len(calls)
+    assert error() == 0
+    assert "forward" not in vars(blocks[0])
 
 
 @pytest.mark.parametrize("name", MODELS)

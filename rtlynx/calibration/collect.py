@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rtlynx.calibration.calls import CalibrationError, CallStore
 from rtlynx.calibration.moments import Moments, balanced
 from rtlynx.calibration.processes import all_rows, distributed
-from rtlynx.calibration.replay import Position, SkippedBlocks, StopForward, replay
+from rtlynx.calibration.replay import Position, SkippedBlocks, ending_at, replay
 from rtlynx.math.reference import compress
 from rtlynx.models.architecture import Architecture, TextRows
 from rtlynx.models.plan import LayerPlan
@@ -137,9 +137,6 @@ class Collector:
         def which() -> Position:
             return position["batch"], position["index"]
 
-        def enough(_module: nn.Module, _args: Any, _output: Any) -> None:
-            raise StopForward
-
         with ExitStack() as stack:
             if self.skipped is not None:
                 self._check(self.skipped, batches, last_block, device)
@@ -147,7 +144,7 @@ class Collector:
                 stack.enter_context(self.skipped.keeping(last_block, which))
             for group in groups:
                 stack.callback(self._watch(group, position).remove)
-            stack.callback(self.model.get_submodule(last_block).register_forward_hook(enough).remove)
+            stack.enter_context(ending_at(self.model.get_submodule(last_block)))
             for split, numbers in batches.items():
                 for number in numbers:
                     for index, call in enumerate(self.store.replay([number], device)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.calls import Call, CallStore, by_step, moved
 from rtlynx.calibration.pairs import Pictures, State, null_first, states_of, turned
+from rtlynx.calibration.replay import Position, SkippedBlocks, ending_at, replay, same
 from rtlynx.models.architecture import Architecture
 
 JUDGED_STEPS = 4
@@ -73,6 +75,8 @@ class OutputError:
     guidance : Guidance, optional
         How the pipeline mixes passes. Without it, or where outputs are not by picture, each call counts for
         itself.
+    order : sequence of str
+        Names of the model's blocks, as they run: `behind` needs them.
     """
 
     def __init__(
@@ -81,8 +85,10 @@ class OutputError:
         calls: Sequence[Call],
         architecture: Architecture,
         guidance: Guidance | None = None,
+        order: Sequence[str] = (),
     ) -> None:
         self.model, self.calls = model, calls
+        self._skipped, self._at = SkippedBlocks(model, order), 0
         self.device = next(model.parameters()).device
         self.inputs = [moved(call, self.device) for call in calls]
         self.states: list[State] = []
@@ -101,14 +107,52 @@ class OutputError:
         errors = [[y - ref for y, ref in zip(*call, strict=True)] for call in pairs]
         return self._square(errors) / self.unit
 
-    @torch.no_grad()
+    @contextmanager
+    def behind(self, block: str) -> Iterator[None]:
+        """Measure changes from `block` on: what runs before it is not run again.
+
+        Entered with the dense model, for one block after the other as they run. Every block runs where one
+        gives what more than the next reads.
+        """
+        self._keep_before(block)
+        with self._skipped.in_place(self._position, self.device):
+            yield
+
+    def _keep_before(self, block: str) -> None:
+        last = self._skipped.last_before(block)
+        if last is None:
+            return
+        with (
+            self._skipped.in_place(self._position, self.device),
+            self._skipped.keeping(last, self._position),
+            ending_at(self.model.get_submodule(last)),
+        ):
+            for call in self._each_input():
+                replay(self.model, call)
+        with self._skipped.in_place(self._position, self.device):
+            try:
+                right = same(next(self._each_output()), self.references[0])
+            except Exception:  # what stands in for a block does not fit what reads it
+                right = False
+        if not right:
+            self._skipped.skip_nothing()
+
+    def _position(self) -> Position:
+        return 0, self._at
+
     def _outputs(self) -> list[list[Tensor]]:
         """Of each call and picture, float32."""
-        found = []
-        for call in self.inputs:  # copied again: a model may change what it is given, as a cache
-            output = self.model(**{**moved(call, self.device), "return_dict": False})[0]
-            found.append([one.float() for one in output])
-        return found
+        return list(self._each_output())
+
+    @torch.no_grad()
+    def _each_output(self) -> Iterator[list[Tensor]]:
+        for call in self._each_input():
+            yield [one.float() for one in self.model(**{**call, "return_dict": False})[0]]
+
+    def _each_input(self) -> Iterator[Call]:
+        for at, call in enumerate(self.inputs):
+            self._at = at
+            yield moved(call, self.device)  # copied again: a model may change what it is given, as a cache
 
     def _square(self, outputs: Sequence[Sequence[Tensor]]) -> float:
         if not self.states:

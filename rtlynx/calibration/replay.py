@@ -49,6 +49,20 @@ def replay(model: nn.Module, call: dict[str, Any]) -> None:
         ) from error
 
 
+@contextmanager
+def ending_at(block: nn.Module) -> Iterator[None]:
+    """End replays behind `block`."""
+
+    def enough(_module: nn.Module, _args: Any, _output: Any) -> None:
+        raise StopForward
+
+    handle = block.register_forward_hook(enough)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 _MOST_BYTES = 16e9  # of outputs that are kept; beyond it blocks run again
 
 
@@ -126,7 +140,7 @@ class SkippedBlocks:
                 handle.remove()
         self._skipped = end
         if self._bytes > _MOST_BYTES:
-            self._skip_nothing()
+            self.skip_nothing()
 
     def check(self, last: str, call: dict[str, Any], position: Position, device: torch.device) -> None:
         """Skip nothing any more where the block `last` gives something else in `call` without the others."""
@@ -147,10 +161,16 @@ class SkippedBlocks:
             seen.clear()
         finally:
             handle.remove()
-        if len(seen) != 2 or not _same(*seen):
-            self._skip_nothing()
+        if len(seen) != 2 or not same(*seen):
+            self.skip_nothing()
 
-    def _skip_nothing(self) -> None:
+    def last_before(self, block: str) -> str | None:
+        """What runs last before `block`; None where that is skipped already, or nothing may be."""
+        index = self._order.index(block) if block in self._order else 0
+        return self._order[index - 1] if self._skips and index > self._skipped else None
+
+    def skip_nothing(self) -> None:
+        """Run every block again from now on."""
         self._outputs, self._skipped, self._skips = {}, 0, False
 
 
@@ -169,14 +189,14 @@ def _bytes_of(value: Any) -> int:
     return _bytes_of(vars(value)) if hasattr(value, "__dict__") and not callable(value) else 0
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Whether nested outputs hold the same bits."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     if hasattr(one, "__dict__") and not callable(one):
-        return _same(vars(one), vars(other))
+        return same(vars(one), vars(other))
     return bool(one == other)

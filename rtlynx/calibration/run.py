@@ -182,6 +182,7 @@ class _Calibration:
         self.solutions = SolutionStore(recording.folder)
         self.tokens: dict[str, int] = {}
         self.originals: dict[str, nn.Module] = {}  # in sequential mode, of layers that run sparse
+        self.order: list[str] = []  # blocks, as they run
         self.unseen: dict[str, str] = {}  # layers that no token reached (experts that are rarely chosen)
 
     def finish(self) -> CalibrationReport:
@@ -189,7 +190,7 @@ class _Calibration:
         search = self._dense_step_search()
         self.plan = self._with_shared_inputs()
         groups = input_groups(self.plan.alternatives())
-        order = self._block_order(groups)
+        order = self.order = self._block_order(groups)
         silent = {
             layer.name: "did not run in calibration"
             for layer in self.plan.sparse
@@ -436,23 +437,26 @@ class _Calibration:
         )
         pictures = pictures_in(calls[0])  # in serving there is one
         self.tokens = {name: count // pictures for name, count in tokens.items()}
-        error = OutputError(self.model, calls, self.plan.architecture, self._guidance())
+        error = OutputError(self.model, calls, self.plan.architecture, self._guidance(), self.order)
 
         def measure(formats: Mapping[str, FormatName]) -> float:
             chosen = [layers[item] for item in formats.items()]
             with temporarily_sparse(self.model, chosen, self.solutions.of(chosen)):
                 return error()
 
-        options = _options(plan)
+        place = {block: i for i, block in enumerate(self.order)}
+        options = sorted(_options(plan).items(), key=lambda one: place.get(one[1][0].candidate.block, -1))
         prices = ModelPrices(plan, self.tokens)
         readers, costs = inputs_of(plan.layers), []
         with ProgressBar("measuring inputs", len(options), show=self.show) as advance:
-            for (name, format), chosen in options.items():
+            for (name, format), chosen in options:
                 names = tuple(layer.name for layer in chosen)
                 others = [layer for layer in readers[name] if layer.name not in names]
                 dense = [layer.dense("") for layer in chosen]
                 saving = prices.us([*others, *dense]) - prices.us([*others, *chosen])
-                costs.append(InputCost(name, names, format, measure(dict.fromkeys(names, format)), saving))
+                with error.behind(chosen[0].candidate.block):
+                    found = measure(dict.fromkeys(names, format))
+                costs.append(InputCost(name, names, format, found, saving))
                 advance(1)
         costs = broadcast(costs)  # cards round differently
 
