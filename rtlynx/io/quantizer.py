@@ -72,6 +72,7 @@ class RTLynxConfig(_BaseConfig):
     For dense checkpoints: a model that was saved sparse by `save_pretrained` carries its own, and needs
     `import rtlynx` alone. Give one of the two, to the model's `from_pretrained(quantization_config=...)` or
     to a pipeline's as `PipelineQuantizationConfig(quant_mapping={"transformer": RTLynxConfig(...)})`.
+    With a recipe, layers that are to hold eight bits alone are quantised one by one as they load.
 
     Parameters
     ----------
