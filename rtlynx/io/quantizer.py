@@ -2,8 +2,8 @@
 
 A sparse model's `config.json` says under `quantization_config` what `rtlynx.json` says in a checkpoint of
 `rtlynx.save`; the tensors lie with the model's others. `import rtlynx` registers the method "rtlynx" with
-diffusers as soon as both are imported (`rtlynx.io.registration`). diffusers then hands the model over twice:
-with its layers on "meta", and with its weights loaded.
+diffusers as soon as both are imported (`rtlynx.io.registration`). diffusers then hands over the model with
+its layers on "meta", the weights of layers one by one, and the model with its weights loaded.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rtlynx.io.checkpoint import check_index, describe, load, read_index, signed, solution_shapes, stored_plan
-from rtlynx.io.schema import reparameterized_tensors, stored_formats, wrong_numbers
+from rtlynx.io.checkpoint import check_index, describe, load, read_index, signed, stored_plan
+from rtlynx.io.quantize_on_load import QuantizeOnLoad
+from rtlynx.io.schema import reparameterized_tensors
+from rtlynx.io.skeleton import empty_solution, wrong_tensor
 from rtlynx.math.fp8 import E4M3
 from rtlynx.models.fingerprint import full_digests, is_plain, weight_fingerprint
 from rtlynx.models.plan import Plan
@@ -34,10 +36,8 @@ from rtlynx.models.sparsify import (
     observers,
     prepare_layers,
     sparse_layers,
-    sparsify,
     state_of,
 )
-from rtlynx.nn.solution import Solution
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.state_dict import OWN, current_key
 from rtlynx.recipe import Recipe, refuse_unknown
@@ -72,6 +72,7 @@ class RTLynxConfig(_BaseConfig):
     For dense checkpoints: a model that was saved sparse by `save_pretrained` carries its own, and needs
     `import rtlynx` alone. Give one of the two, to the model's `from_pretrained(quantization_config=...)` or
     to a pipeline's as `PipelineQuantizationConfig(quant_mapping={"transformer": RTLynxConfig(...)})`.
+    With a recipe, layers that are to hold eight bits alone are quantised one by one as they load.
 
     Parameters
     ----------
@@ -209,10 +210,11 @@ class RTLynxQuantizer(_BaseQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._folder = _SINGLE_FILE
         self._found: set[str] = set()  # names of the tensors in the checkpoint's files
-        self._layers: dict[str, Any] = {}  # those that are made sparse
+        self._layers: dict[str, Any] = {}  # the sparse ones of a model that was saved so
         self._loaded: set[str] = set()  # names of their tensors that came past here
         self._shapes: dict[str, torch.Size] = {}  # of all tensors of the model
         self._quantised = False
+        self._on_load: QuantizeOnLoad | None = None  # of a dense checkpoint and a recipe
 
     @property
     def is_serializable(self) -> bool:
@@ -258,12 +260,13 @@ class RTLynxQuantizer(_BaseQuantizer):
         if config.stored is not None:
             plan = self._skeleton(model, config.stored)
             self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            self._layers = {layer.name: model.get_submodule(layer.name) for layer in plan.replaced}
         elif config.sidecar is not None:
             sidecar = self._sidecar()
             plan = stored_plan(model, read_index(sidecar), sidecar)
         else:
             plan = make_plan_for_dense(model, config.recipe)
-        self._layers = {layer.name: model.get_submodule(layer.name) for layer in plan.replaced}
+            self._on_load = QuantizeOnLoad(plan)
         self._quantised = any(layer.quantized for layer in plan.replaced)
         return model
 
@@ -297,7 +300,7 @@ class RTLynxQuantizer(_BaseQuantizer):
 
         def prepare(name: str, layer: SparseLinear) -> None:
             entry = stored["layers"][name]
-            solution = _empty_solution(entry, layer.weight.dtype)
+            solution = empty_solution(entry, layer.weight.dtype)
             solution.install(layer, keep_dense=bool(entry["weight_dense"]))
 
         plan = stored_plan(model, stored, self._folder)
@@ -344,8 +347,13 @@ class RTLynxQuantizer(_BaseQuantizer):
     def check_if_quantized_param(
         self, model: Any, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        stored = self.quantization_config.stored
-        return stored is not None and param_name.rpartition(".")[0] in self._layers
+        if self._on_load is not None:
+            return self._on_load.takes(param_name, param_value)
+        return param_name.rpartition(".")[0] in self._layers
+
+    def get_special_dtypes_update(self, model: Any, torch_dtype: Any) -> dict[str, torch.dtype]:
+        """What `device_map="auto"` has to know: weights that will be in eight bits."""
+        return {} if self._on_load is None else dict.fromkeys(self._on_load.weights, E4M3)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Check the tensors of one file as they are there, before diffusers casts them."""
@@ -358,7 +366,7 @@ class RTLynxQuantizer(_BaseQuantizer):
                 )
             layer, kind = self._layers.get(name.rpartition(".")[0]), name.rpartition(".")[2]
             if layer is not None and self._shapes:
-                wrong = _wrong_numbers(layer, kind, tensor)
+                wrong = wrong_tensor(layer, kind, tensor)
                 if wrong is not None:
                     raise CheckpointError(f"{self._folder}: {name} {wrong}")
         digests = self._signed()
@@ -390,7 +398,10 @@ class RTLynxQuantizer(_BaseQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put one tensor into a sparse layer: `param_value` is cast already, `state_dict`'s is not."""
+        """Put one tensor into a layer: `param_value` is cast already, `state_dict`'s is not."""
+        if self._on_load is not None:
+            self._on_load.put(model, param_name, param_value, target_device)
+            return
         name, _, kind = param_name.rpartition(".")
         layer, stored = self._layers[name], state_dict[param_name]
         is_parameter = kind in layer._parameters
@@ -399,7 +410,7 @@ class RTLynxQuantizer(_BaseQuantizer):
             fingerprint = self.quantization_config.stored["layers"][name]["weight"]
             if weight_fingerprint(stored) != fingerprint:
                 self._refuse_tensor(param_name)
-        value = (stored if stored.dtype is E4M3 or kind == "weight_scale" else param_value).to(target_device)
+        value = (stored if stored.dtype is E4M3 or kind.endswith("_scale") else param_value).to(target_device)
         setattr(layer, kind, nn.Parameter(value, skeleton.requires_grad) if is_parameter else value)
         self._loaded.add(param_name)
 
@@ -407,8 +418,9 @@ class RTLynxQuantizer(_BaseQuantizer):
         config = self.quantization_config
         if config.sidecar is not None:
             return load(model, self._sidecar())
-        if config.recipe is not None:
-            return sparsify(model, config.recipe)
+        if self._on_load is not None:
+            on_load, self._on_load = self._on_load, None
+            return on_load.finish(model)
         expected = {f"{name}.{kind}" for name, layer in self._layers.items() for kind in layer.state_dict()}
         if expected != self._loaded:
             raise CheckpointError(
@@ -445,29 +457,6 @@ def _keep_config(model: Any) -> None:
     model._internal_dict = type(model.config)(kept)  # diffusers has no way to unregister
     if quantizer is not None:
         del model.hf_quantizer
-
-
-def _wrong_numbers(layer: SparseLinear, kind: str, tensor: Tensor) -> str | None:
-    """Why `tensor` cannot be the `kind` of `layer`; None where it can."""
-    fp8, own = layer.format.quantized, layer.compute_dtype or torch.float32
-    base = {"weight": not fp8 and not layer.refitted, "bias": not layer.intercept}
-    made = not base.get(kind, False)
-    sparse = layer.format.weight_sparse and kind == "weight"  # not the original beside it
-    if kind.startswith("weight_dense") and layer.weight_dense_scale is not None:
-        kind, fp8 = kind.replace("weight_dense", "weight"), True
-    return wrong_numbers(kind, tensor, quantized=fp8, own=own, refitted=made, weight_sparse=sparse)
-
-
-def _empty_solution(entry: dict[str, Any], dtype: torch.dtype) -> Solution:
-    """What a stored layer holds, without data."""
-    dtypes = {"weight": E4M3 if stored_formats(entry)["quantized"] else dtype, "weight_scale": torch.float32}
-    empty: dict[str, Any] = {
-        kind: torch.empty(shape, dtype=dtypes.get(kind, dtype), device="meta")
-        for kind, shape in solution_shapes(entry).items()
-    }
-    return Solution(
-        **empty, refitted=bool(entry["refitted"]), weight_sparse=stored_formats(entry)["weight_sparse"]
-    )
 
 
 def _plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ CHANNEL_SCALE_FLOOR = 2.0**-96
 # Scales tried for a channel, times amax / 448. An octave upwards covers every way in which the grid of a
 # float can lie; below 1 the largest entries are clipped, which soon costs more than rounding does.
 MULTIPLIERS = tuple(2.0 ** (i / 12) for i in range(-2, 12))
-# Channels judged at one time, in float64.
+# Channels of a weight at one time, in float32 and float64.
 _CHANNELS = 2048
 
 _NAN_BITS = 0x7F
@@ -123,18 +123,26 @@ def quantize_weight(weight: Tensor, gram: Tensor | None = None) -> Quantized:
         raise ValueError(
             f"moments of what a weight {tuple(weight.shape)} multiplies are {(k, k)}, got {tuple(gram.shape)}"
         )
-    weight = weight.detach().float()
+    weight = weight.detach()
+    values = torch.empty((n, k), dtype=E4M3, device=weight.device)
+    scales = torch.ones(n, dtype=torch.float32, device=weight.device)
     if not weight.numel():
-        return Quantized(weight.to(E4M3), weight.new_ones(n))
-    amax = weight.abs().amax(-1, keepdim=True)
-    if not bool(torch.isfinite(amax).all()):
-        channel = int((~torch.isfinite(amax)).flatten().nonzero()[0])
-        raise ValueError(f"the weight of output channel {channel} holds NaN or Inf and cannot be quantised")
-    scale = _scale(amax, CHANNEL_SCALE_FLOOR)
-    if gram is not None:
-        pieces = zip(weight.split(_CHANNELS), scale.split(_CHANNELS), strict=True)
-        scale = torch.cat([_best_scale(rows, plain, gram.double()) for rows, plain in pieces])
-    return Quantized(_round(weight, scale), scale.squeeze(-1))
+        return Quantized(values, scales)
+    exact = None if gram is None else gram.double()
+    for start in range(0, n, _CHANNELS):  # float32 takes four times the memory of the result
+        part = slice(start, start + _CHANNELS)
+        rows = weight[part].float()
+        amax = rows.abs().amax(-1, keepdim=True)
+        if not bool(torch.isfinite(amax).all()):
+            channel = start + int((~torch.isfinite(amax)).flatten().nonzero()[0])
+            raise ValueError(
+                f"the weight of output channel {channel} holds NaN or Inf and cannot be quantised"
+            )
+        scale = _scale(amax, CHANNEL_SCALE_FLOOR)
+        if exact is not None:
+            scale = _best_scale(rows, scale, exact)
+        values[part], scales[part] = _round(rows, scale), scale.squeeze(-1)
+    return Quantized(values, scales)
 
 
 def is_two_of_four(weight: Tensor) -> bool:
