@@ -236,7 +236,7 @@ class Recipe:
         if self.dense_sigmas == "auto":
             self._check_auto_sigmas()
         else:
-            object.__setattr__(self, "dense_sigmas", _ranges("dense_sigmas", self.dense_sigmas))
+            object.__setattr__(self, "dense_sigmas", ranges_of("dense_sigmas", self.dense_sigmas, "auto"))
         if not isinstance(self.skip, list | tuple) or not all(isinstance(glob, str) for glob in self.skip):
             raise ValueError(f"skip is a list of glob patterns, got {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
@@ -479,14 +479,14 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _ranges(name: str, value: Any) -> tuple[tuple[float, float], ...]:
-    """`value` as tuples of (low, high)."""
+def ranges_of(name: str, value: Any, word: str) -> tuple[tuple[float, float], ...]:
+    """`value` as tuples of (low, high); ValueError, which says that `word` is taken too, where it is none."""
     pairs = isinstance(value, list | tuple) and all(
         isinstance(one, list | tuple) and len(one) == 2 and all(map(is_number, one)) and one[0] < one[1]
         for one in value
     )
     if not pairs:
-        raise ValueError(f"{name} is a list of (low, high), low below high, or 'auto'; got {value!r}")
+        raise ValueError(f"{name} is a list of (low, high), low below high, or {word!r}; got {value!r}")
     return tuple((float(low), float(high)) for low, high in value)
 
 

@@ -115,7 +115,7 @@ def build(variant: Variant, study: StudyModel, calibration: Calibration, *, prog
             built.calibration_seconds = time.perf_counter() - start
         _describe(built, model, recipe)
     if variant.attention == "fp8":
-        rtlynx.fp8_attention(pipeline)
+        rtlynx.fp8_attention(pipeline, bf16_sigmas=variant.bf16_sigmas)
         built.unmodelled = "attention is not in the model of time"
     if variant.cache is not None:
         built.cache = FirstBlockCache(model, variant.cache)

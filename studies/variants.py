@@ -49,6 +49,7 @@ class Variant:
     distill : training of the sparse layers that follows calibration.
     attention : "fp8" computes it in eight bits, on a card by cuDNN, which takes the zoo's heads of 64.
     rotation : name of a basis of values of `rotations.ROTATIONS`, in place of the library's own.
+    bf16_sigmas : noise levels of the steps in which it then stays as it is, as of `rtlynx.fp8_attention`.
     rank_of_width : rank of every layer, as a share of the model's width. The library's "auto" gives one rank
         to all layers of a full-size model.
     """
@@ -70,6 +71,7 @@ class Variant:
     distill: Distillation | None = None
     attention: Literal["", "fp8"] = ""
     rotation: str = ""
+    bf16_sigmas: tuple[tuple[float, float], ...] | Literal["dense"] = "dense"
 
     @property
     def pictures(self) -> int:
@@ -232,7 +234,11 @@ def _sweeps() -> Iterator[Variant]:
     yield _sweep("fp8", "all-of-ours", Recipe(rank=RANK, precision="fp8", text_rows="dense", dense_steps=2))
     yield _sweep("attention", "dense", attention="fp8")
     yield _sweep("attention", "dense-fp8", dense_fp8, attention="fp8")
-    yield _sweep("attention", "recommended", Recipe.recommended(), attention="fp8")
+    last_4 = ((0.0, 4 / STEPS),)  # sigma falls from 1 to 1 / STEPS in equal steps
+    yield _sweep("attention", "dense-fp8-last-4-bf16", dense_fp8, attention="fp8", bf16_sigmas=last_4)
+    recommended = Recipe.recommended()
+    yield _sweep("attention", "recommended", recommended, attention="fp8")
+    yield _sweep("attention", "recommended-all-steps", recommended, attention="fp8", bf16_sigmas=())
     yield _sweep("modulation", "dense", replace(NAIVE, formats={"*": "dense"}, modulation="fp8"))
     yield _sweep("modulation", "dense-fp8", replace(dense_fp8, modulation="fp8"))
     yield _sweep("modulation", "recommended", Recipe.recommended(modulation="fp8"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import flux_call, tiny_flux
 
-from rtlynx import Recipe, sparsify
+from rtlynx import Recipe, fp8_attention, sparsify
 from rtlynx.models import sparse_layers
 from rtlynx.timing import step, step_variants
 from rtlynx.timing.full_models import MODELS, TIMESTEP, Size
@@ -37,6 +37,19 @@ def test_both_kinds_of_step_are_those_that_users_and_graphs_run(monkeypatch):
         assert torch.equal(users, wanted)
         assert torch.equal(captured, wanted)
     assert not torch.equal(kinds[", sparse step"].captured()[0], kinds[", dense step"].captured()[0])
+
+
+def test_a_dense_step_has_attention_as_it_was_also_where_the_others_have_it_in_eight_bits(monkeypatch):
+    model, sparse, dense, call = scheduled(monkeypatch)
+    for one in (model, sparse):
+        fp8_attention(one)
+    kinds = step.kinds_of_steps(model, [call], [1.0, 0.1])
+    for one, like in zip(kinds.values(), (sparse, dense), strict=True):
+        (wanted,), (users,), (captured,) = (
+            made() for made in (step.step_of(like, [call]), one.users, one.captured)
+        )
+        assert torch.equal(users, wanted)
+        assert torch.equal(captured, wanted)
 
 
 def test_a_captured_step_reads_no_timestep(monkeypatch):

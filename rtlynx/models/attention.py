@@ -7,11 +7,13 @@ calls `rtlynx.models.attention_backend.dispatch` in its place, which knows ours 
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,8 +22,10 @@ from rtlynx.cuda.cudnn_attention import head_dim_reason, missing_reason
 from rtlynx.math.attention import exponent_below
 from rtlynx.models.attention_backend import Fp8Attention, dispatch
 from rtlynx.models.attention_processors import FUSED
-from rtlynx.models.sparsify import transformers_of
+from rtlynx.models.hooks import register_attention_steps
+from rtlynx.models.sparsify import observers, state_of, transformers_of
 from rtlynx.ops.dispatch import card_unsupported_reason
+from rtlynx.recipe import ranges_of
 
 # diffusers' attention processors whose queries and keys all come out of norms of the module.
 PROCESSORS = (
@@ -33,18 +37,35 @@ PROCESSORS = (
     "ZSingleStreamAttnProcessor",
 )
 _DISPATCH = "dispatch_attention_fn"
+# Attribute of a model whose attention has steps of its own: the handles of the hooks that tell them.
+_HOOKS = "_rtlynx_attention"
 
 
-def fp8_attention(model_or_pipeline: Any, *, enabled: bool = True) -> Any:
+def fp8_attention(
+    model_or_pipeline: Any,
+    *,
+    bf16_sigmas: Sequence[tuple[float, float]] | Literal["dense"] = "dense",
+    skip: Sequence[str] = (),
+    enabled: bool = True,
+) -> Any:
     """Compute attention in eight bits (e4m3), in place; on a card by cuDNN's kernel.
 
     For dense models and those that are sparse or in fp8, before or after. The model's weights and what `save`
-    writes stay as they are. On a CPU plain PyTorch computes the same numbers, slowly.
+    writes stay as they are. On a CPU plain PyTorch computes the same numbers, slowly. Called again, it
+    chooses anew.
 
     Parameters
     ----------
     model_or_pipeline : nn.Module or diffusers pipeline
         FLUX.1, FLUX.2, Chroma, Qwen-Image, Wan or Z-Image with diffusers' own attention processors.
+    bf16_sigmas : sequence of (low, high), or "dense"
+        In steps whose noise level sigma lies in one of these ranges, low < sigma <= high, attention runs by
+        the backend that it had before, in the model's dtype. `((0.0, 0.15),)` are the last steps of a
+        picture, `()` none. Dense: the steps that the model's recipe runs dense, if any; they may change with
+        `set_dense_steps` or with the recipe. Diffusers pipelines tell which step a call is; sampling loops of
+        your own say so with `rtlynx.schedule`.
+    skip : sequence of str
+        Glob patterns of names of attentions that stay as they are: `("transformer_blocks.0.*",)`.
     enabled : bool
         False: each attention gets the backend back that it had before.
 
@@ -60,17 +81,22 @@ def fp8_attention(model_or_pipeline: Any, *, enabled: bool = True) -> Any:
     RuntimeError
         If the model is on a card that is no Hopper.
     ValueError
-        If an attention is none of those, in context parallel, or of a head dimension that cuDNN lacks.
-        Models are then unchanged. Calls with a mask are refused when they come.
+        If an attention is none of those, in context parallel, or of a head dimension that cuDNN lacks; or if
+        `bf16_sigmas` are no such ranges, a pattern of `skip` matches no attention, or attentions of which
+        only some are skipped share a processor. Models are then unchanged. Calls with a mask are refused when
+        they come.
     TypeError
         If it is neither a module nor a pipeline with a transformer.
     """
     models = transformers_of(model_or_pipeline)
     if not enabled:
         for model in models.values():
+            _remove_hooks(model)
             for _, attn in _attentions(model):
                 _take_out(attn.processor)
         return model_or_pipeline
+    ranges = None if bf16_sigmas == "dense" else ranges_of("bf16_sigmas", bf16_sigmas, "dense")
+    skipped = _skipped(models, skip)
     if torch.cuda.is_available() and (reason := missing_reason()) is not None:
         raise ImportError(reason, name="cudnn")
     backends: dict[Any, Fp8Attention] = {}
@@ -80,11 +106,60 @@ def fp8_attention(model_or_pipeline: Any, *, enabled: bool = True) -> Any:
         if not found:
             raise ValueError(f"{type(model).__name__} has no attention that diffusers dispatches")
         for name, attn in found:
+            if attn.processor in skipped:
+                continue
             backend, other = _backend_for(name, attn), backends.get(attn.processor)
             backends[attn.processor] = backend if other is None else backend.fitting_both(other)
+    for processor in skipped:
+        _take_out(processor)
     for processor, backend in backends.items():
-        _put_in(processor, backend)
+        steps = replace(backend, follows=ranges is None, dense_steps="attention" if ranges else None)
+        _put_in(processor, steps)
+    for model in models.values():
+        _remove_hooks(model)
+        if ranges:
+            setattr(model, _HOOKS, register_attention_steps(model, ranges))
+        _follow_recipe(model)
     return model_or_pipeline
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    for handle in getattr(model, _HOOKS, ()):
+        handle.remove()
+    model.__dict__.pop(_HOOKS, None)
+
+
+def _skipped(models: Mapping[str, nn.Module], globs: Sequence[str]) -> set[Any]:
+    """Processors of the attentions of `models` that a pattern of `globs` leaves out."""
+    if isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
+        raise ValueError(f"skip is a list of glob patterns of attentions' names, got {globs!r}")
+    found = [one for model in models.values() for one in _attentions(model)]
+    for glob in globs:
+        if not any(fnmatch.fnmatchcase(name, glob) for name, _ in found):
+            some = ", ".join(name for name, _ in found[:3])
+            raise ValueError(f"skip pattern {glob!r} matches no attention; there are {some}, ...")
+    left_out = {name: any(fnmatch.fnmatchcase(name, glob) for glob in globs) for name, _ in found}
+    skipped = {attn.processor for name, attn in found if left_out[name]}
+    for name, attn in found:
+        if attn.processor in skipped and not left_out[name]:
+            raise ValueError(
+                f"{name} shares its processor with an attention that is skipped: give each its own, or skip "
+                "both"
+            )
+    return skipped
+
+
+def _follow_recipe(model: nn.Module) -> None:
+    """Tell attention in eight bits whether `model` has dense steps, as it is now."""
+    state = state_of(model)
+    has_dense_steps = state is not None and state.plan.recipe.has_dense_steps
+    for _, attn in _attentions(model):
+        backend = attn.processor._attention_backend
+        if isinstance(backend, Fp8Attention):
+            attn.processor._attention_backend = backend.following(has_dense_steps)
+
+
+observers.append(_follow_recipe)
 
 
 def _attentions(model: nn.Module) -> list[tuple[str, Any]]:

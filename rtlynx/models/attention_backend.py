@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rtlynx.math.attention import Stream
+from rtlynx.nn.call import Whose, current_call
 from rtlynx.ops.attention import attention, joint_attention
 
 _UNDO = "rtlynx.fp8_attention(model, enabled=False) takes fp8 attention out"
@@ -21,12 +22,16 @@ class Fp8Attention:
     q_exponent, k_exponent : queries and keys times 2^exponent fit e4m3.
     before : the backend that it stands for, diffusers' own.
     norm_eps : of the norms of queries and keys, where those are RMS norms of a head with a weight alone.
+    dense_steps : whose state of a call says that it is left to `before`; None where none is.
+    follows : whether those are the calls that the model's recipe runs dense, which come and go with it.
     """
 
     q_exponent: int
     k_exponent: int
     before: Any
     norm_eps: float | None = None
+    dense_steps: Whose | None = None
+    follows: bool = False
 
     def fitting_both(self, other: Fp8Attention) -> Fp8Attention:
         """Of a processor that two attentions share."""
@@ -36,6 +41,10 @@ class Fp8Attention:
             k_exponent=min(self.k_exponent, other.k_exponent),
             norm_eps=self.norm_eps if self.norm_eps == other.norm_eps else None,
         )
+
+    def following(self, has_dense_steps: bool) -> Fp8Attention:
+        """Of a model whose recipe has dense steps, or has none."""
+        return replace(self, dense_steps="layers" if has_dense_steps else None) if self.follows else self
 
     def of_streams(self, streams: Sequence[Stream], norm_eps: float) -> Tensor:
         """Attention (B, S, H, D) over the tokens of all `streams`, which come without norms and rotation."""
@@ -84,11 +93,19 @@ class Fp8Attention:
         )
 
 
+def in_this_call(backend: Any) -> Any:
+    """What serves the call under way: in steps that are left to it the backend that ours stands for."""
+    if isinstance(backend, Fp8Attention) and backend.dense_steps is not None:
+        return backend.before if current_call(backend.dense_steps, lent=True).dense else backend
+    return backend
+
+
 def dispatch(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, backend: Any = None,
     **others: Any,
 ) -> Tensor:  # fmt: skip
     """diffusers' `dispatch_attention_fn`, which knows our backend beside its own."""
+    backend = in_this_call(backend)
     if isinstance(backend, Fp8Attention):
         return backend(query, key, value, attn_mask, **others)
     from diffusers.models.attention_dispatch import dispatch_attention_fn

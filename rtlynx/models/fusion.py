@@ -15,7 +15,7 @@ from torch.nn.functional import embedding
 
 from rtlynx.math.attention import Stream, rotated
 from rtlynx.models.architecture import Architecture
-from rtlynx.models.attention_backend import Fp8Attention, dispatch
+from rtlynx.models.attention_backend import Fp8Attention, dispatch, in_this_call
 from rtlynx.models.recompile_limit import with_own_code
 from rtlynx.nn.lora import untouched
 from rtlynx.nn.prepared import PreparedInput
@@ -184,7 +184,7 @@ def attend(attn: Any, streams: Sequence[Heads], mask: Tensor | None) -> Tensor:
     (B, T, H D). In eight bits one kernel norms, rotates and rounds what it can read.
     """
     settings = attn.processor
-    backend = settings._attention_backend
+    backend = in_this_call(settings._attention_backend)
     if isinstance(backend, Fp8Attention) and mask is None and settings._parallel_config is None:
         y = _in_one_kernel(backend, streams)
         if y is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -14,7 +14,7 @@ from torch import nn
 from rtlynx.models.architecture import Architecture
 from rtlynx.models.fusion import processor_known
 from rtlynx.models.guards import prepare_adapters, refuse_merged
-from rtlynx.models.plan import Plan
+from rtlynx.models.plan import Plan, architecture_of
 from rtlynx.nn.call import CallState, current_schedule, enter_call, leave_call, step_of
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.nn.tensor_parallel import local_text_rows
@@ -40,7 +40,12 @@ def register_hooks(model: nn.Module, plan: Plan) -> tuple[list[Any], EnterCall |
     return [*handles, *_register(model, enter)], enter
 
 
-def _register(model: nn.Module, enter: EnterCall) -> list[Any]:
+def register_attention_steps(model: nn.Module, ranges: Sequence[tuple[float, float]]) -> list[Any]:
+    """Hooks by which attention in eight bits knows steps at noise levels in `ranges`: their handles."""
+    return _register(model, EnterAttention(ranges))
+
+
+def _register(model: nn.Module, enter: EnterCall | EnterAttention) -> list[Any]:
     before = model.register_forward_pre_hook(enter, with_kwargs=True)
     return [before, model.register_forward_hook(enter.leave, always_call=True)]
 
@@ -109,15 +114,41 @@ class EnterCall:
         leave_call(self)
 
 
-def is_dense_call(architecture: Architecture, recipe: Recipe, model: nn.Module, call: dict[str, Any]) -> bool:
+class EnterAttention:
+    """Sets, for each call of a model, whether attention in eight bits leaves its step to the backend before.
+
+    `ranges` of noise levels say which steps, as `Recipe.dense_sigmas`.
+    """
+
+    def __init__(self, ranges: Sequence[tuple[float, float]]) -> None:
+        self.steps = Recipe.immediate(dense_sigmas=tuple(ranges))
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        architecture = architecture_of(model)
+        call = architecture.call_arguments(model, args, kwargs)
+        asked = f"bf16_sigmas={self.steps.dense_ranges} of fp8_attention"
+        dense = is_dense_call(architecture, self.steps, model, call, asked)
+        enter_call(CallState(dense=dense), self, "attention")
+
+    @torch.compiler.disable
+    def leave(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        leave_call(self, "attention")
+
+
+def is_dense_call(
+    architecture: Architecture, recipe: Recipe, model: nn.Module, call: dict[str, Any], asked: str = ""
+) -> bool:
     """Whether `recipe` runs the step dense that this call of `model` is of.
+
+    `asked` says what asks for dense steps, where it is not the recipe's fields.
 
     Raises
     ------
     ValueError, RuntimeError
         If it is not known which step that is, or its noise level where that decides.
     """
-    timestep = architecture.timestep(call)
+    timestep, asked = architecture.timestep(call), asked or recipe.describe_dense_steps()
     step = None if timestep is None and current_schedule() is not None else step_of(timestep)
     if timestep is None and step is None:
         raise ValueError(
@@ -129,14 +160,14 @@ def is_dense_call(architecture: Architecture, recipe: Recipe, model: nn.Module, 
             return False
         raise RuntimeError(
             "some steps of a picture run dense here "
-            f"({recipe.describe_dense_steps()}), and a call alone does not tell which step it is: call "
+            f"({asked}), and a call alone does not tell which step it is: call "
             "the model through a diffusers pipeline, or put your sampling loop into `with "
             "rtlynx.schedule(timesteps):`"
         )
     if recipe.needs_sigma and step.sigma is None:
         raise RuntimeError(
             "steps at some noise levels run dense here "
-            f"({recipe.describe_dense_steps()}), and the noise level of this one is not known: say it "
+            f"({asked}), and the noise level of this one is not known: say it "
             "with `rtlynx.schedule(timesteps, sigmas)`"
         )
     return recipe.is_dense_step(step.index, step.count, step.sigma)

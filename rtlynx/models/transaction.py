@@ -14,30 +14,38 @@ from torch import nn
 def all_or_none(*models: nn.Module) -> Iterator[None]:
     """Give every module of `models` back what it held before if the body fails, whatever ends it.
 
-    Attributes, submodules, parameters, buffers and hooks are restored, also after Ctrl-C and where memory ran
-    out. The entries of tensors are not: nothing here changes those in place. Inference mode is off inside,
-    since tensors made under it could not be tracked or saved later.
+    Attributes, submodules, parameters, buffers, hooks, and attributes of attention processors are restored,
+    also after Ctrl-C and where memory ran out. The entries of tensors are not: nothing here changes those in
+    place. Inference mode is off inside, since tensors made under it could not be tracked or saved later.
     """
-    before = [(module, _shallow(module)) for model in models for module in model.modules()]
+    before = [(part, _shallow(part)) for model in models for part in _parts(model)]
     try:
         with torch.inference_mode(False):
             yield
     except BaseException:
-        for module, attributes in before:
-            _restore(module, attributes)
+        for part, attributes in before:
+            _restore(part, attributes)
         raise
 
 
-def _shallow(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+def _parts(model: nn.Module) -> Iterator[Any]:
+    """Modules, and attention processors, which are none, and hold what fp8 attention follows."""
+    for module in model.modules():
+        yield module
+        processor = vars(module).get("processor")
+        if hasattr(processor, "__dict__"):
+            yield processor
+
+
+def _shallow(part: Any) -> dict[str, tuple[Any, Any]]:
     """Each attribute, and a copy of its content where it is a dict (registries of submodules, hooks ...)."""
     return {
-        name: (value, dict(value) if isinstance(value, dict) else None)
-        for name, value in vars(module).items()
+        name: (value, dict(value) if isinstance(value, dict) else None) for name, value in vars(part).items()
     }
 
 
-def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
-    held = vars(module)
+def _restore(part: Any, attributes: dict[str, tuple[Any, Any]]) -> None:
+    held = vars(part)
     for name in held.keys() - attributes.keys():
         del held[name]
     for name, (value, content) in attributes.items():

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,19 +63,22 @@ class CallState:
         return self._bounds is not None
 
 
-# The state of the call that runs in each thread, as its attribute `call`. Not a `ContextVar`, which
-# torch.compile cannot read; nor a class of our own, of which torch 2.11 reads the class's attribute.
+# Whose state it is: of the layers of a sparse model, or of attention in eight bits with steps of its own.
+Whose = Literal["layers", "attention"]
+# The states of the call that runs in each thread, as attributes. Not `ContextVar`s, which torch.compile
+# cannot read; nor a class of our own, of which torch 2.11 reads the class's attributes.
 _thread = threading.local()
 
 
 _LENT = CallState(dense=True)
 
 
-def current_call(*, lent: bool = False) -> CallState:
+def current_call(whose: Whose = "layers", *, lent: bool = False) -> CallState:
     """The state of the call that runs in this thread.
 
     Parameters
     ----------
+    whose : "layers" | "attention"
     lent : bool
         Of a layer that another model, such as a ControlNet, calls beside its own: where it draws, without
         gradients, and no call is under way, the layer runs dense, since it is not told which step it is.
@@ -85,7 +88,7 @@ def current_call(*, lent: bool = False) -> CallState:
     RuntimeError
         If none does: the layer was called by itself, or again in a backward pass.
     """
-    call: CallState | None = getattr(_thread, "call", None)
+    call: CallState | None = getattr(_thread, whose, None)
     if call is None and lent and not torch.is_grad_enabled():
         return _LENT
     if call is None:
@@ -97,19 +100,20 @@ def current_call(*, lent: bool = False) -> CallState:
     return call
 
 
-def enter_call(call: CallState, owner: object) -> None:
+def enter_call(call: CallState, owner: object, whose: Whose = "layers") -> None:
     """Make `call` the one that runs in this thread, until `leave_call` of the same owner."""
-    outer: CallState | None = getattr(_thread, "call", None)
+    outer: CallState | None = getattr(_thread, whose, None)
     while outer is not None and outer.owner is owner:  # left behind by Ctrl-C
         outer = outer.outer
-    call.owner, call.outer, _thread.call = owner, outer, call
+    call.owner, call.outer = owner, outer
+    setattr(_thread, whose, call)
 
 
-def leave_call(owner: object) -> None:
+def leave_call(owner: object, whose: Whose = "layers") -> None:
     """Back to the call around that of `owner`, if that has one under way."""
-    call = getattr(_thread, "call", None)
+    call = getattr(_thread, whose, None)
     if call is not None and call.owner is owner:
-        _thread.call = call.outer
+        setattr(_thread, whose, call.outer)
 
 
 @contextmanager
@@ -277,6 +281,6 @@ def single_timestep(timestep: Any) -> float:
     if len(set(values)) != 1:
         raise ValueError(
             f"dense steps need calls at one timestep, and this one is at {len(set(values))}: "
-            "use a recipe without dense_steps, dense_last_steps and dense_sigmas"
+            "use a recipe without dense_steps, dense_last_steps and dense_sigmas, and no bf16_sigmas"
         )
     return values[0]

@@ -9,7 +9,8 @@ pytest.importorskip("cudnn")
 
 from helpers import IN_FP8_ATTENTION, MODELS, in_dtype, output, relative_error
 
-from rtlynx import Recipe, fp8_attention, sparsify
+import rtlynx
+from rtlynx import Recipe, fp8_attention, schedule, sparsify
 from rtlynx.math.attention import attention_fp8 as reference
 from rtlynx.math.fp8 import E4M3
 from rtlynx.ops.attention import attention, attention_fp8
@@ -160,6 +161,29 @@ def test_models_are_as_near_compiled(name):
     twin.compile_repeated_blocks(fullgraph=True)
     assert relative_error(output(twin, call), y) < 0.05
     assert torch.equal(output(fp8_attention(model, enabled=False), call), plain)
+
+
+def test_a_dense_step_runs_as_before_also_compiled_and_in_cuda_graphs():
+    make, make_call = MODELS["flux"]
+    scheduled = Recipe.immediate(precision="fp8", dense_sigmas=((0, 0.5),), dense_precision="fp8")
+    model = sparsify(make(num_layers=2).bfloat16().cuda(), scheduled)
+    call = in_dtype(make_call(), torch.bfloat16, "cuda")
+
+    def at(sigma, of):
+        with schedule([float(call["timestep"][0]), 2.0], [sigma, 0.0]):
+            return output(of, call).clone()
+
+    plain = {sigma: at(sigma, model) for sigma in (0.9, 0.1)}
+    fp8_attention(model)
+    expected = {sigma: at(sigma, model) for sigma in (0.9, 0.1)}
+    assert torch.equal(expected[0.1], plain[0.1])
+    assert 0 < relative_error(expected[0.9], plain[0.9]) < 0.1
+    for graphs in (False, True):
+        torch._dynamo.reset()
+        twin = rtlynx.compile(copy.deepcopy(model), cuda_graphs=graphs)
+        for sigma in (0.9, 0.1, 0.9, 0.1, 0.1, 0.9):  # a graph is captured at the second call
+            assert relative_error(at(sigma, twin), expected[sigma]) < 0.05
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("recipe", [Recipe.dense_fp8(), Recipe.immediate(precision="fp8")])

@@ -155,6 +155,26 @@ def test_attention_in_eight_bits_draws_other_pictures_and_has_no_modelled_time(m
     assert built.modelled_ms(model.architecture, STEPS) is None
 
 
+def test_attention_in_eight_bits_leaves_the_last_four_steps_alone(model, monkeypatch):
+    computed, real = [], torch.ops.rtlynx.attention_fp8.default
+    monkeypatch.setattr(
+        "rtlynx.ops.attention.attention_fp8", lambda *given: computed.append(1) or real(*given)
+    )
+    counts = {}
+    for name in ("dense-fp8", "dense-fp8-last-4-bf16"):
+        pipeline = build(BY_NAME[f"attention:{name}"], model, SMALL).pipeline
+        computed.clear()
+        sample_pictures(pipeline, ["red heart"], batch_size=1, pipeline_kwargs={"num_inference_steps": 28})
+        counts[name] = len(computed)
+    assert counts["dense-fp8-last-4-bf16"] == counts["dense-fp8"] * 24 // 28 > 0
+
+
+def test_the_recommended_recipe_has_attention_in_eight_bits_in_all_steps_or_where_it_runs_sparse():
+    rows = [BY_NAME[f"attention:{name}"] for name in ("recommended", "recommended-all-steps")]
+    assert [(one.recipe, one.attention) for one in rows] == [(Recipe.recommended(), "fp8")] * 2
+    assert [one.bf16_sigmas for one in rows] == ["dense", ()]
+
+
 def test_what_rounding_does_is_told_by_the_dense_model_in_float32(model):
     whole, half = model.pipeline, model.copy_of_pipeline().to(torch.bfloat16)
     built = build(BY_NAME["dense:float32"], StudyModel("half", half, ("a",), ("b",)), SMALL)
