@@ -292,7 +292,11 @@ class _Calibration:
                     if unseen is not None:
                         self.unseen.update({layer.name: unseen for layer in group.layers})
                         continue
-                    solved = self._solve_group(group)
+                    try:
+                        solved = self._solve_group(group)
+                    except CalibrationError as error:
+                        names = ", ".join(layer.name for layer in group.layers)
+                        raise CalibrationError(f"{error}: leave {names} dense (skip)") from None
                     self.solutions.put(group, solved, self.dtype, write=rank() == 0)
                     group.tokens.clear()
                 if self.options.sequential:
