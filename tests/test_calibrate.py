@@ -37,7 +37,7 @@ from rtlynx import (
     sparsify,
 )
 from rtlynx.calibration.calls import CallStore
-from rtlynx.calibration.moments import Moments
+from rtlynx.calibration.moments import RunningMoments
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.solve import solve_lowrank
 from rtlynx.calibration.train import train_lowrank
@@ -216,9 +216,9 @@ def test_trained_low_rank_approaches_the_closed_form_and_never_beats_it():
     def error(lowrank_a, lowrank_b):
         return float((x.double() @ lowrank_a.double().T @ lowrank_b.double().T - target).square().sum())
 
-    moments = Moments(24, dtype=torch.float64)
+    moments = RunningMoments(24, dtype=torch.float64)
     moments.add(x, s)
-    closed = error(*solve_lowrank(moments, w, 3, 1e-9))
+    closed = error(*solve_lowrank(moments.mean(), w, 3, 1e-9))
     start = float(target.square().sum())
     few = error(*train_lowrank(x, w, Pattern(), "none", rank=3, steps=50))
     many = error(*train_lowrank(x, w, Pattern(), "none", rank=3, steps=1500))

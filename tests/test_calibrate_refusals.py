@@ -1,9 +1,13 @@
 """Bad input to calibration: one clear error, and the model as it was. And what a budget leaves dense."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.multiprocessing
 from calibration_helpers import (
+    JOINT,
     PROMPTS,
     RIDGE,
     SINGLE,
@@ -27,7 +31,9 @@ from rtlynx import (
     sparsify,
 )
 from rtlynx.calibration.budget import inputs_of
+from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.prices import LEAST_WIDTH, packaged_prices
+from rtlynx.calibration.solve import solve_layer
 from rtlynx.models import sparse_layers, state_of
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -63,6 +69,35 @@ def test_non_finite_data_leaves_a_sparse_model_as_it_was():
     assert {layer.pattern.n for layer in sparse_layers(model).values()} == {1}
     output(model, flux_call(timestep=1.0))
     assert torch.equal(output(model, flux_call()), output(reference, flux_call()))
+
+
+def test_moments_that_overflow_name_the_layers_and_leave_the_model():
+    model = tiny_flux()
+    block, width = model.transformer_blocks[0], model.inner_dim
+    with (
+        torch.no_grad()
+    ):  # its readers undo this scale, so that nothing but squares of what they read overflows
+        block.norm1.linear.bias[width : 2 * width] = 1e20
+        for reader in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
+            reader.weight *= 1e-20
+    names = ", ".join(f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v"))
+    message = f"the calibration moments are not finite: leave {names} dense (skip)"
+    with pytest.raises(CalibrationError, match=re.escape(message)):
+        run(model)
+    assert state_of(model) is None
+    assert not sparse_layers(model)
+    run(model, replace(JOINT, skip=("*.attn.to_?",)))
+
+
+def test_moments_that_are_indefinite_say_by_how_much():
+    k = 8
+    matrix, mean = torch.eye(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
+    weight = torch.randn(4, k, generator=torch.Generator().manual_seed(0))
+    matrix[0, 0] = -1.0  # the mean diagonal is 0.75
+    moments = Moments(matrix, matrix, matrix, mean, mean)
+    with pytest.raises(CalibrationError, match=r"indefinite by more than 0\.11 of their mean diagonal"):
+        solve_layer(moments, weight, rank=0, refit=True, ridge=0.1)
+    assert solve_layer(moments, weight, rank=0, refit=True, ridge=2.0).weight is not None
 
 
 @pytest.mark.parametrize("prompts", [[], None, ()])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtlynx.calibration import weight_pruning
-from rtlynx.calibration.moments import Moments
+from rtlynx.calibration.moments import RunningMoments
 from rtlynx.calibration.solve import solve_pruned
 from rtlynx.calibration.weight_pruning import damped, least_squares, prune, prune_by, sparsegpt
 from rtlynx.math.fp8 import dequantize, is_two_of_four, quantize_tokens, quantize_weight
@@ -95,7 +95,7 @@ def test_it_is_nearer_than_the_largest_weights_refitted(seed):
 
 
 def moments_of(x):
-    found = Moments(x.shape[1], dtype=torch.float64)
+    found = RunningMoments(x.shape[1], dtype=torch.float64)
     found.add(x, quantize_tokens(x).dequantize())
     return found.mean()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rtlynx.calibration.calls import CalibrationError, CallStore
-from rtlynx.calibration.moments import Moments, balanced
+from rtlynx.calibration.moments import Moments, RunningMoments, balanced
 from rtlynx.calibration.processes import all_rows, distributed
 from rtlynx.calibration.replay import Position, SkippedBlocks, ending_at, replay
 from rtlynx.math.reference import compress
@@ -29,7 +29,7 @@ class InputGroup:
     """
 
     layers: tuple[LayerPlan, ...]
-    moments: dict[str, dict[str, Moments]] = field(default_factory=dict)
+    moments: dict[str, dict[str, RunningMoments]] = field(default_factory=dict)
     tokens: list[Tensor] = field(default_factory=list)
 
     @property
@@ -54,7 +54,7 @@ class InputGroup:
     @property
     def bytes(self) -> int:
         """Memory of the moments: two splits of each kind of token."""
-        return 2 * self.kinds * Moments.bytes_for(self.k)
+        return 2 * self.kinds * RunningMoments.bytes_for(self.k)
 
     def count(self, split: str) -> int:
         """Tokens of one split that were gathered."""
@@ -66,14 +66,14 @@ class InputGroup:
         return balanced(kinds, balance) if kinds else None
 
     def all_reduce(self, device: torch.device) -> None:
-        """Sum the moments, and gather the tokens, over the processes of the default group."""
+        """Merge the moments, and gather the tokens, over the processes of the default group."""
         if not distributed():
             return
         kinds = ("image", "text") if self.kinds == 2 else ("all",)
         for split in ("fit", "heldout"):
             for kind in kinds:  # every process takes part, also one that saw no such token
                 by_kind = self.moments.setdefault(split, {})
-                by_kind.setdefault(kind, Moments(self.k, device=device)).all_reduce()
+                by_kind.setdefault(kind, RunningMoments(self.k, device=device)).all_reduce()
         every = all_rows(torch.cat(self.tokens) if self.tokens else torch.zeros(0, self.k), device)
         self.tokens = [every] if len(every) else []
 
@@ -188,7 +188,7 @@ class Collector:
                     continue
                 seen = _seen(tokens, layer)
                 by_kind = group.moments.setdefault(position["split"], {})
-                moments = by_kind.setdefault(kind, Moments(group.k, device=x.device))
+                moments = by_kind.setdefault(kind, RunningMoments(group.k, device=x.device))
                 try:
                     moments.add(tokens, seen)
                 except ValueError as error:

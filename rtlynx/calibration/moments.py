@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,98 +12,30 @@ from torch import Tensor
 
 from rtlynx.calibration.processes import distributed
 
-# Of which every number is one of TF32: 8 bits of exponent, 10 of mantissa.
+# Whose numbers are ones of TF32 (8 bits of exponent, 10 of mantissa), and deviations from a mean nearly so.
 _IN_TF32 = (torch.bfloat16, torch.float16)
-_SUMS = ("dense", "cross", "kept", "dense_sum", "kept_sum")
+_MATRICES = ("dense", "cross", "kept")
 
 
+@dataclass(frozen=True)
 class Moments:
-    """C = X^T X, F = S^T X and G = S^T S over all tokens seen, S being what the sparse product sees.
+    """C = X^T X, F = S^T X and G = S^T S per token, S being what the sparse product sees, in float64.
 
-    Beside them the sums of X and of S, for intercepts. All are sums, so they add up over batches, prompts,
-    timesteps and processes. Every layer error and every closed form of `rtlynx.calibration.solve` follows
-    from them.
-
-    Parameters
-    ----------
-    k : int
-        Width of the input.
-    device, dtype
-        Of the sums; float32 or better.
+    Beside them the means of X and of S, for intercepts. Every layer error and every closed form of
+    `rtlynx.calibration.solve` follows from these.
     """
 
-    def __init__(
-        self, k: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"moments are summed in float32 or float64, got {dtype}")
-        self.count = 0
-        self.dense = torch.zeros(k, k, device=device, dtype=dtype)  # C
-        self.cross = torch.zeros(k, k, device=device, dtype=dtype)  # F
-        self.kept = torch.zeros(k, k, device=device, dtype=dtype)  # G
-        self.dense_sum = torch.zeros(k, device=device, dtype=dtype)
-        self.kept_sum = torch.zeros(k, device=device, dtype=dtype)
-
-    @staticmethod
-    def bytes_for(k: int, dtype: torch.dtype = torch.float32) -> int:
-        """Memory of the sums for an input of width `k`."""
-        return 3 * k * k * dtype.itemsize
-
-    def add(self, x: Tensor, s: Tensor) -> None:
-        """Add tokens: `x` (..., K) dense and `s` (..., K), s ⊙ X~ as the sparse product sees it.
-
-        Means of these tokens are taken away before the products and added after them: tensor cores truncate
-        what they add up, and a mean that outweighs its variance would drown it. On a card, tokens in 16 bits
-        are multiplied in TF32, several times as fast as float32; they are rounded to it first, so that all
-        sums are of the same numbers.
-
-        Raises
-        ------
-        ValueError
-            If a token is not finite; the sums are then unchanged.
-        """
-        in_tf32 = x.is_cuda and x.dtype in _IN_TF32 and self.dense.dtype is torch.float32
-        x = x.detach().reshape(-1, x.shape[-1]).to(self.dense)
-        s = s.detach().reshape(-1, s.shape[-1]).to(self.dense)
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError("calibration data holds NaN or Inf")
-        count = len(x)
-        if not count:
-            return
-        (x, x_mean), (s, s_mean) = (_apart(tokens, in_tf32) for tokens in (x, s))
-        with _products_in_tf32(in_tf32):
-            self.dense.addmm_(x.T, x)
-            self.cross.addmm_(s.T, x)
-            self.kept.addmm_(s.T, s)
-        self.dense.addr_(x_mean, x_mean, alpha=count)
-        self.cross.addr_(s_mean, x_mean, alpha=count)
-        self.kept.addr_(s_mean, s_mean, alpha=count)
-        self.dense_sum += count * x_mean
-        self.kept_sum += count * s_mean
-        self.count += count
-
-    def all_reduce(self) -> None:
-        """Sum over the processes of the default group; nothing to do in a single process."""
-        if not distributed():
-            return
-        count = torch.tensor(self.count, device=self.dense.device)
-        for total in (count, *(getattr(self, name) for name in _SUMS)):
-            dist.all_reduce(total)
-        self.count = int(count)
-
-    def mean(self) -> Moments:
-        """The moments per token, in float64."""
-        return _weighted([self], [1.0])
+    dense: Tensor  # C (K, K)
+    cross: Tensor  # F (K, K)
+    kept: Tensor  # G (K, K)
+    dense_mean: Tensor  # (K,)
+    kept_mean: Tensor  # (K,)
 
     def centred(self) -> Moments:
         """The moments of X and S less their means: what a layer sees whose intercept absorbs the means."""
-        count = max(self.count, 1)
-        result = Moments(0, device=self.dense.device, dtype=self.dense.dtype)
-        result.count = self.count
-        result.dense = self.dense - torch.outer(self.dense_sum, self.dense_sum) / count
-        result.cross = self.cross - torch.outer(self.kept_sum, self.dense_sum) / count
-        result.kept = self.kept - torch.outer(self.kept_sum, self.kept_sum) / count
-        result.dense_sum, result.kept_sum = (torch.zeros_like(t) for t in (self.dense_sum, self.kept_sum))
+        means = (torch.zeros_like(mean) for mean in (self.dense_mean, self.kept_mean))
+        result = Moments(self.dense.clone(), self.cross.clone(), self.kept.clone(), *means)
+        _add_outer(result, self.dense_mean, self.kept_mean, -1.0)
         return result
 
     def mean_error(
@@ -114,8 +47,7 @@ class Moments:
     ) -> Tensor:
         """Mean (N,) of S W'^T + X A B^T - X W^T over the tokens seen; arguments as of `layer_error`."""
         residual = self._residual(original, lowrank_a, lowrank_b)
-        total = weight.to(self.dense) @ self.kept_sum + residual @ self.dense_sum
-        return total / max(self.count, 1)
+        return weight.to(self.dense) @ self.kept_mean + residual @ self.dense_mean
 
     def layer_error(
         self,
@@ -144,7 +76,7 @@ class Moments:
         if shift is not None:
             shift = shift.to(self.dense)
             missed = self.mean_error(original, weight, lowrank_a, lowrank_b)
-            error = error + self.count * (2 * missed + shift) @ shift
+            error = error + (2 * missed + shift) @ shift
         return float(error.clamp(min=0) / energy) if float(energy) > 0 else 0.0
 
     def _residual(self, original: Tensor, lowrank_a: Tensor | None, lowrank_b: Tensor | None) -> Tensor:
@@ -155,13 +87,94 @@ class Moments:
         return residual
 
 
-def _apart(tokens: Tensor, in_tf32: bool) -> tuple[Tensor, Tensor]:
-    """Tokens (M, K) less their mean, and the mean (K,); what rounding them leaves of a mean goes into it."""
-    mean = tokens.mean(0)
-    rest = tokens - mean
-    if in_tf32:
-        rest = rounded_to_tf32(rest)
-    return rest, mean + rest.mean(0)
+class RunningMoments:
+    """Means of X and S over the tokens seen so far, and their scatter about these: what gives `Moments`.
+
+    Scatter is the sum over tokens of (x - mean)(x - mean)^T. Sums of raw products would lose it in float32
+    where a mean outweighs its deviation a hundred times, as in attention outputs and massive activations.
+
+    Parameters
+    ----------
+    k : int
+        Width of the input.
+    device, dtype
+        Of the scatter; float32 or better. Means are in float64.
+    """
+
+    def __init__(
+        self, k: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"moments are summed in float32 or float64, got {dtype}")
+        self.count = 0
+        self.dense = torch.zeros(k, k, device=device, dtype=dtype)  # of X
+        self.cross = torch.zeros(k, k, device=device, dtype=dtype)  # of S and X
+        self.kept = torch.zeros(k, k, device=device, dtype=dtype)  # of S
+        self.dense_mean = torch.zeros(k, device=device, dtype=torch.float64)
+        self.kept_mean = torch.zeros(k, device=device, dtype=torch.float64)
+
+    @staticmethod
+    def bytes_for(k: int, dtype: torch.dtype = torch.float32) -> int:
+        """Memory of the scatter for an input of width `k`."""
+        return 3 * k * k * dtype.itemsize
+
+    def add(self, x: Tensor, s: Tensor) -> None:
+        """Add tokens: `x` (..., K) dense and `s` (..., K), s ⊙ X~ as the sparse product sees it.
+
+        They are merged as Chan, Golub and LeVeque do: scatter of each part about its own mean, and that of
+        the two means. On a card, tokens in 16 bits are multiplied in TF32, several times as fast as float32;
+        deviations are rounded to it first, so that all scatters are of the same numbers.
+
+        Raises
+        ------
+        ValueError
+            If a token is not finite; nothing has changed then.
+        """
+        x, s = (tokens.detach().reshape(-1, tokens.shape[-1]) for tokens in (x, s))
+        count = len(x)
+        if not count:
+            return
+        x_mean, s_mean = (tokens.mean(0, dtype=torch.float64) for tokens in (x, s))
+        if not bool(torch.isfinite(x_mean + s_mean).all()):  # a mean is finite where all its tokens are
+            raise ValueError("calibration data holds NaN or Inf")
+        in_tf32 = x.is_cuda and x.dtype in _IN_TF32 and self.dense.dtype is torch.float32
+        x, s = ((t - mean.to(self.dense)).to(self.dense) for t, mean in ((x, x_mean), (s, s_mean)))
+        if in_tf32:
+            x, s = rounded_to_tf32(x), rounded_to_tf32(s)
+        with _products_in_tf32(in_tf32):
+            self.dense.addmm_(x.T, x)
+            self.cross.addmm_(s.T, x)
+            self.kept.addmm_(s.T, s)
+        total = self.count + count
+        x_off, s_off = x_mean - self.dense_mean, s_mean - self.kept_mean
+        _add_outer(self, x_off, s_off, self.count * count / total)
+        self.dense_mean += x_off * (count / total)
+        self.kept_mean += s_off * (count / total)
+        self.count = total
+
+    def all_reduce(self) -> None:
+        """Merge over the processes of the default group; nothing to do in a single process."""
+        if not distributed():
+            return
+        count = torch.tensor(self.count, device=self.dense.device)
+        means = torch.stack((self.dense_mean, self.kept_mean)) * self.count
+        for total in (count, means):
+            dist.all_reduce(total)
+        x_mean, s_mean = means / count.clamp(min=1)
+        _add_outer(self, self.dense_mean - x_mean, self.kept_mean - s_mean, self.count)
+        for name in _MATRICES:
+            dist.all_reduce(getattr(self, name))
+        self.count, self.dense_mean, self.kept_mean = int(count), x_mean, s_mean
+
+    def mean(self) -> Moments:
+        """The moments per token."""
+        return balanced([self], "tokens")
+
+
+def _add_outer(of: Moments | RunningMoments, x: Tensor, s: Tensor, weight: float) -> None:
+    """Add `weight` times the outer products of `x` (K,) and `s` (K,) to the matrices."""
+    for matrix, left, right in ((of.dense, x, x), (of.cross, s, x), (of.kept, s, s)):
+        matrix.addr_(left.to(matrix), right.to(matrix), alpha=weight)
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
@@ -184,30 +197,22 @@ def _products_in_tf32(wanted: bool) -> Iterator[None]:
             settings.fp32_precision = before
 
 
-def balanced(kinds: Iterable[Moments], balance: str) -> Moments:
-    """Moments of several kinds of tokens as one, per token, in float64.
+def balanced(kinds: Iterable[RunningMoments], balance: str) -> Moments:
+    """Moments of several kinds of tokens as one.
 
     "kinds" gives each kind the same weight, "tokens" each token: text tokens are few, and each matters.
     """
     seen = [moments for moments in kinds if moments.count]
     if not seen:
         raise ValueError("no tokens were seen")
-    if balance == "tokens":
-        total = sum(moments.count for moments in seen)
-        weights = [moments.count / total for moments in seen]
-    else:
-        weights = [1 / len(seen)] * len(seen)
-    return _weighted(seen, weights)
-
-
-def _weighted(kinds: Sequence[Moments], weights: Sequence[float]) -> Moments:
-    """Sum of the moments per token of each kind times its weight, in float64."""
-    result = Moments(0, device=kinds[0].dense.device, dtype=torch.float64)
-    result.count = min(1, sum(moments.count for moments in kinds))
-    for name in _SUMS:
-        parts = (
-            getattr(moments, name).double() * (weight / max(moments.count, 1))
-            for weight, moments in zip(weights, kinds, strict=True)
-        )
-        setattr(result, name, sum(parts))
+    total = sum(moments.count for moments in seen)
+    names = (*_MATRICES, "dense_mean", "kept_mean")
+    result = Moments(*(torch.zeros_like(getattr(seen[0], name), dtype=torch.float64) for name in names))
+    for moments in seen:
+        weight = moments.count / total if balance == "tokens" else 1 / len(seen)
+        for name in _MATRICES:
+            getattr(result, name).add_(getattr(moments, name), alpha=weight / moments.count)
+        _add_outer(result, moments.dense_mean, moments.kept_mean, weight)
+        result.dense_mean.add_(moments.dense_mean, alpha=weight)
+        result.kept_mean.add_(moments.kept_mean, alpha=weight)
     return result

@@ -63,6 +63,26 @@ def ending_at(block: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def tokens_per_layer(model: nn.Module, names: list[str], call: dict[str, Any]) -> dict[str, int]:
+    """Rows that each of these layers gives in `call`."""
+    tokens: dict[str, int] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, y: Tensor) -> None:
+            tokens[name] = y.numel() // y.shape[-1]
+
+        return model.get_submodule(name).register_forward_hook(hook)
+
+    handles = [watch(name) for name in names]
+    try:
+        with torch.no_grad():
+            model(**call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tokens
+
+
 _MOST_BYTES = 16e9  # of outputs that are kept; beyond it blocks run again
 
 

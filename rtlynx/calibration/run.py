@@ -33,7 +33,7 @@ from rtlynx.calibration.refusals import (
     without_auto_sigmas,
 )
 from rtlynx.calibration.reparameterize import find_bases
-from rtlynx.calibration.replay import SkippedBlocks, block_order
+from rtlynx.calibration.replay import SkippedBlocks, block_order, tokens_per_layer
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import solve_layer, solve_pruned, with_errors
 from rtlynx.calibration.train import train_lowrank
@@ -293,7 +293,11 @@ class _Calibration:
                     if unseen is not None:
                         self.unseen.update({layer.name: unseen for layer in group.layers})
                         continue
-                    solved = self._solve_group(group)
+                    try:
+                        solved = self._solve_group(group)
+                    except CalibrationError as error:
+                        names = ", ".join(layer.name for layer in group.layers)
+                        raise CalibrationError(f"{error}: leave {names} dense (skip)") from None
                     self.solutions.put(group, solved, self.dtype, write=rank() == 0)
                     group.tokens.clear()
                 if self.options.sequential:
@@ -432,7 +436,7 @@ class _Calibration:
         fixed = {
             layer.name: layer.format.name for layer in plan.sparse if self.recipe.fixed_format(layer.name)
         }
-        tokens = _tokens_per_layer(
+        tokens = tokens_per_layer(
             self.model, [layer.name for layer in plan.layers], moved(calls[0], self.device)
         )
         pictures = pictures_in(calls[0])  # in serving there is one
@@ -478,22 +482,3 @@ def _options(plan: Plan) -> dict[tuple[str, FormatName], list[LayerPlan]]:
     for layer in free:
         found.setdefault((layer.candidate.reads, layer.format.name), []).append(layer)
     return found
-
-
-def _tokens_per_layer(model: nn.Module, names: list[str], call: Call) -> dict[str, int]:
-    tokens: dict[str, int] = {}
-
-    def watch(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, y: Tensor) -> None:
-            tokens[name] = y.numel() // y.shape[-1]
-
-        return model.get_submodule(name).register_forward_hook(hook)
-
-    handles = [watch(name) for name in names]
-    try:
-        with torch.no_grad():
-            model(**call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tokens

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rtlynx.calibration.calls import CalibrationError
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.weight_pruning import DAMPING, prune, prune_by
 from rtlynx.math.fp8 import dequantize, quantize_weight
@@ -25,6 +26,8 @@ from rtlynx.nn.solution import Solution
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # Of ridges whose held-out errors are this close to the best, the strongest is taken: pictures prefer it.
 RIDGE_TOLERANCE = 0.01
+# Added to the diagonal in turn, times its mean, where rounding made moments indefinite.
+JITTERS = (0.0, *(10.0**power for power in range(-12, -1)))
 
 
 def solve_refit(moments: Moments, weight: Tensor, lam: float) -> Tensor:
@@ -102,7 +105,7 @@ def solve_layer(
     """
     weight = weight.detach().to(moments.kept)
     bias = None if bias is None else bias.detach().to(moments.kept)
-    judge = heldout if heldout is not None and heldout.count else moments
+    judge = moments if heldout is None else heldout
     seen = moments if bias is None else moments.centred()
 
     def solved(value: float) -> Solution:
@@ -114,7 +117,7 @@ def solve_layer(
         solution = solved(float(ridge))
     elif not rank and not refit:
         solution = Solution()
-    elif heldout is None or not heldout.count:
+    elif heldout is None:
         raise ValueError("ridge='auto' is chosen on held-out prompts, and there are none: give more prompts")
     else:
         tried = [solved(value) for value in RIDGES]
@@ -167,7 +170,7 @@ def solve_pruned(
     raised.diagonal().add_(lam)
     values, scale = quantize_weight(prune(target, raised), seen.kept)
     found = Solution(values, weight_scale=scale, weight_sparse=True, refitted=True, ridge=value)
-    judge = heldout if heldout is not None and heldout.count else moments
+    judge = moments if heldout is None else heldout
     return with_errors(judge, weight, _with_bias(moments, weight, found, bias), bias)
 
 
@@ -250,12 +253,16 @@ def _mean_diagonal(matrix: Tensor) -> float:
 
 def _cholesky(matrix: Tensor, ridge: float) -> Tensor:
     """Cholesky factor of matrix + ridge, with just enough jitter where rounding made it indefinite."""
-    jitter = 0.0
-    for _ in range(12):
+    mean = _mean_diagonal(matrix)
+    for jitter in JITTERS:
         raised = matrix.clone()  # at 15,360 inputs an identity matrix beside it would take 1.9 GB more
-        raised.diagonal().add_(ridge + jitter)
+        raised.diagonal().add_(ridge + jitter * mean)
         factor, info = torch.linalg.cholesky_ex(raised)
         if int(info) == 0 and bool(torch.isfinite(factor).all()):
             return factor
-        jitter = jitter * 10 or 1e-12 * _mean_diagonal(matrix)
-    raise ValueError("the calibration moments are not usable: not finite or far from positive definite")
+    if not bool(matrix.isfinite().all()):
+        raise CalibrationError("the calibration moments are not finite")
+    short = ridge / mean + JITTERS[-1]
+    raise CalibrationError(
+        f"the calibration moments are indefinite by more than {short:.2g} of their mean diagonal"
+    )
