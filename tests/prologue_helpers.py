@@ -11,6 +11,7 @@ from rtlynx.cuda.sm90.prologues import PROLOGUES
 K = 64
 NAMES = tuple(name for name in PROLOGUES if name != "identity")
 MODULATED = ("adaln", "rms_adaln", "rmsnorm")
+ANY_AXES = ("gelu", "silu_gate", "concat_gelu", "concat_silu_gate")  # of tokens of any shape
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -32,7 +33,9 @@ def make_inputs(name, *leading, k=K, batch=None):
         return (x,)
     if name == "silu_gate":
         return tuple(normal(*leading, 2 * k, seed=1).chunk(2, dim=-1))
-    return normal(*leading, k // 4, seed=1), normal(*leading, k - k // 4, seed=2)
+    second = k - k // 4
+    second *= 2 if name == "concat_silu_gate" else 1
+    return normal(*leading, k // 4, seed=1), normal(*leading, second, seed=2)
 
 
 def by_formula(name, *inputs):
@@ -61,6 +64,8 @@ def by_formula(name, *inputs):
     if name == "silu_gate":
         return first / (1 + (-first).exp()) * wide[1]
     last = wide[-1]
+    if name == "concat_silu_gate":
+        return torch.cat([first, by_formula("silu_gate", *last.chunk(2, dim=-1))], dim=-1)
     activated = 0.5 * last * (1 + (math.sqrt(2 / math.pi) * (last + 0.044715 * last**3)).tanh())
     return activated if name == "gelu" else torch.cat([first, activated], dim=-1)
 
@@ -104,6 +109,10 @@ def read_bound(x):
     if name == "concat_gelu":
         (first,) = struct.unpack_from("<i", parameters, 64)
         widths = (first, x.columns - first)
+    elif name == "concat_silu_gate":
+        first, half = struct.unpack_from("<ii", parameters, 64)
+        assert first + half == x.columns
+        widths = (first, 2 * half)
     else:
         widths = (x.columns,) * x.prologue.inputs
     matrices = (read_matrix(parameters, 32 * i, x.rows, width)[0] for i, width in enumerate(widths))

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from helpers import relative_error
 from prologue_helpers import (
+    ANY_AXES,
     MODULATED,
     NAMES,
     K,
@@ -117,7 +118,7 @@ def test_any_strides(name):
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["gelu", "silu_gate", "concat_gelu"])
+@pytest.mark.parametrize("name", ANY_AXES)
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0), (2, 3, 4)])
 def test_any_leading_dimensions(name, leading):
     inputs = make_inputs(name, *leading)
@@ -239,7 +240,7 @@ def test_what_the_kernel_cannot_read_is_left_to_pytorch(handed, name):
     assert handed(name, make_inputs(name, 2, 7, k=60)) is None
     assert handed(name, [misaligned(inputs[0]), *inputs[1:]]) is None
     assert handed(name, [inputs[0].mT.contiguous().mT, *inputs[1:]]) is None
-    if name in ("silu_gate", "concat_gelu"):
+    if name in ("silu_gate", "concat_gelu", "concat_silu_gate"):
         assert handed(name, [inputs[0], misaligned(inputs[1])]) is None
         assert handed(name, [one[..., 12:] for one in inputs]) is None
     if name in ("gelu", "silu_gate"):
@@ -284,6 +285,8 @@ def test_what_the_kernel_cannot_read_is_left_to_pytorch(handed, name):
         ("concat_gelu", {0: normal(10, 16)}, ValueError, r"got \(10, 16\) and \(2, 5, 48\)"),
         ("concat_gelu", {0: normal(2, 5, 0)}, ValueError, "differ in columns alone"),
         ("concat_gelu", {-4: normal(5, 60)}, ValueError, r"lowrank_a is \(r, 64\)"),
+        ("concat_silu_gate", {0: normal(2, 6, 16)}, ValueError, "differ in columns alone"),
+        ("concat_silu_gate", {1: normal(2, 5, 95)}, ValueError, r"b has two halves .*, got .*\(2, 5, 95\)"),
         *((name, {-4: normal(5, K).float()}, TypeError, "inputs and factors") for name in NAMES),
         *((name, {-3: "diagonal", -2: []}, ValueError, "grouping is 'adjacent'") for name in NAMES),
         *((name, {-2: [24, 44]}, ValueError, "parts are multiples of 4") for name in NAMES),

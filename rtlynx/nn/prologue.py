@@ -318,3 +318,8 @@ def silu_gated(a: Tensor, b: Tensor, dense: Callable[[Tensor, Tensor], Tensor]) 
 def concat_activated(a: Tensor, gelu: Callable[[Tensor], Tensor], b: Tensor) -> PrologueCall:
     """cat([a, gelu(b)], -1), the form with tanh; a (..., K1), b (..., K2)."""
     return PrologueCall("concat_gelu", (a, b), lambda: torch.cat([a, gelu(b)], dim=-1))
+
+
+def concat_silu_gated(a: Tensor, gated: Callable[[Tensor], Tensor], b: Tensor) -> PrologueCall:
+    """cat([a, `gated`(b)], -1), of the halves b1 and b2 of b silu(b1) * b2; a (..., K1), b (..., 2 K2)."""
+    return PrologueCall("concat_silu_gate", (a, b), lambda: torch.cat([a, gated(b)], dim=-1))

@@ -109,7 +109,8 @@ def make_inputs(case: PrologueCase) -> tuple[Any, ...]:
     if case.name == "silu_gate":
         return tokens(2 * k).chunk(2, dim=-1)
     first = max(8, k // 40 * 8)  # a fifth, as in FLUX
-    return tokens(first), tokens(k - first)
+    second = k - first
+    return tokens(first), tokens(2 * second if case.name == "concat_silu_gate" else second)
 
 
 def along_tokens(one: Any) -> bool:
@@ -182,6 +183,8 @@ def exactly(name: str, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     if name == "silu_gate":
         return x * x.sigmoid() * wide[1], None
     last = wide[-1]
+    if name == "concat_silu_gate":
+        return torch.cat([x, exactly("silu_gate", *last.chunk(2, dim=-1))[0]], dim=-1), None
     # As a sigmoid, which loses nothing where the usual form subtracts.
     activated = last * (2 * math.sqrt(2 / math.pi) * (last + 0.044715 * last**3)).sigmoid()
     return (activated if name == "gelu" else torch.cat([x, activated], dim=-1)), None

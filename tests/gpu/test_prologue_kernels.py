@@ -39,9 +39,10 @@ WIDTHS = {
     "rmsnorm": 3840,
     "gelu": 12288,
     "silu_gate": 10240,
+    "concat_silu_gate": 12288,
     "concat_gelu": 15360,
 }
-PARTS = {"concat_gelu": (3072, 12288)}
+PARTS = {"concat_gelu": (3072, 12288), "concat_silu_gate": (3072, 9216)}
 RANKS = (0, 5, 64, 130)
 GROUPINGS = ("adjacent", "strided")
 
@@ -163,7 +164,7 @@ def test_inputs_that_the_kernel_cannot_read_are_left_to_pytorch(name):
     tail = (None, "adjacent", [], True, "bf16-sparse")
     compare(name, changed(name, x=misaligned), tail, served=False)
     compare(name, changed(name, x=lambda x: x.mT.contiguous().mT), tail, served=False)
-    if name in ("silu_gate", "concat_gelu"):
+    if name in ("silu_gate", "concat_gelu", "concat_silu_gate"):
         compare(name, changed(name, first=misaligned), tail, served=False)
     if name not in (*MODULATED, BY_TOKEN):
         inputs = [one.view(3, 10, 5, -1).transpose(1, 2) for one in changed(name)]

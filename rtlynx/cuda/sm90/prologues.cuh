@@ -105,6 +105,8 @@ struct PrologueBase {
     DEVICE static RowMoments moments(const uint4 (&values)[N]) {
         return moments_of(values);
     }
+    // Whether `apply` reads this input in these columns; zeros are loaded where it does not.
+    DEVICE bool reads(int, int) const { return true; }
 };
 
 #if defined(PROLOGUE_IDENTITY)
@@ -256,6 +258,30 @@ struct Prologue : PrologueBase {
         F32x8 e = unpack(input[0]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) e.v[i] = gelu_tanh(e.v[i]);
+        return select(column < columns_a, input[0], pack(e));
+    }
+};
+
+#elif defined(PROLOGUE_CONCAT_SILU_GATE)
+// cat(a, silu(b1) * b2) along the columns, b1 and b2 the halves of b; a and either half have multiples of 8.
+struct Prologue : PrologueBase {
+    static constexpr int kInputs = 2;
+    Matrix a, b;
+    int columns_a, columns_b;  // the latter of a half
+
+    DEVICE void open_row(Row& row, int index) const {
+        row.input[0] = a.row(index);
+        row.input[1] = b.row(index) - columns_a;
+    }
+    DEVICE bool reads(int input, int column) const { return input == 0 || column >= columns_a; }
+    DEVICE const uint16_t* input_at(const Row& row, int input, int column) const {
+        return (column < columns_a ? row.input[0] : row.input[1] + input * columns_b) + column;
+    }
+    DEVICE uint4 apply(const Row&, const Modulation&, int column, const uint4 (&input)[2]) const {
+        F32x8 e = unpack(input[0]);
+        const F32x8 gated = unpack(input[1]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) e.v[i] = silu(e.v[i]) * gated.v[i];
         return select(column < columns_a, input[0], pack(e));
     }
 };

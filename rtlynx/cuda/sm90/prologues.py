@@ -46,6 +46,8 @@ class Prologue:
         tokens as (..., K).
     concatenates : bool
         Whether columns of the second matrix follow those of the first; else matrices are of one shape.
+    gated : bool
+        Whether that second matrix has two halves, which make as many columns of the result as one has.
     many_registers : bool
         Whether kernels of whole rows spill unless threads of long ones get more registers.
     """
@@ -55,6 +57,7 @@ class Prologue:
     arguments: tuple[tuple[str, Kind], ...]
     reference: Callable[..., Tensor]
     concatenates: bool = False
+    gated: bool = False
     many_registers: bool = False
 
     def named(self, *kinds: Kind) -> list[str]:
@@ -76,7 +79,13 @@ class Prologue:
     @property
     def inputs(self) -> int:
         """Values that the kernel reads for each value of the result."""
-        return 1 if self.concatenates else len(self.named("rows"))
+        return (2 if self.gated else 1) if self.concatenates else len(self.named("rows"))
+
+    def columns(self, widths: Sequence[int]) -> int:
+        """Of the result, where its matrices have `widths`."""
+        if not self.concatenates:
+            return widths[0]
+        return widths[0] + (widths[1] // 2 if self.gated else widths[1])
 
     @cached_property
     def layout(self) -> Layout:
@@ -88,6 +97,7 @@ class Prologue:
             *((("last_choice", "int"),) if self.named("choice") else ()),
             *((name, "float") for name in self.named("float")),
             *((("columns_a", "int"),) if self.concatenates else ()),
+            *((("columns_b", "int"),) if self.gated else ()),
         )
 
     def __reduce__(self) -> Any:
@@ -136,6 +146,10 @@ def _gelu(x: Tensor) -> Tensor:
     return gelu(x.float(), approximate="tanh")
 
 
+def _silu_gate(a: Tensor, b: Tensor) -> Tensor:
+    return silu(a.float()) * b.float()
+
+
 IDENTITY = Prologue("identity", "x", (("x", "rows"),), Tensor.float)
 
 PROLOGUES: dict[str, Prologue] = {
@@ -175,7 +189,7 @@ PROLOGUES: dict[str, Prologue] = {
             "silu_gate",
             "silu(a) * b",
             (("a", "rows"), ("b", "rows")),
-            lambda a, b: silu(a.float()) * b.float(),
+            _silu_gate,
             many_registers=True,
         ),
         Prologue(
@@ -184,6 +198,15 @@ PROLOGUES: dict[str, Prologue] = {
             (("a", "rows"), ("b", "rows")),
             lambda a, b: torch.cat([a.float(), _gelu(b)], dim=-1),
             concatenates=True,
+        ),
+        Prologue(
+            "concat_silu_gate",
+            "cat([a, silu(b1) * b2], -1), b1 and b2 the halves of b",
+            (("a", "rows"), ("b", "rows")),
+            lambda a, b: torch.cat([a.float(), _silu_gate(*b.chunk(2, dim=-1))], dim=-1),
+            concatenates=True,
+            gated=True,
+            many_registers=True,
         ),
     )
 }
@@ -281,13 +304,14 @@ def _bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
     values += [stride] if batched else []
     values += last_choice
     values += numbers
-    columns = matrices[0].shape[-1]
+    widths = [one.shape[-1] for one in matrices]
+    rows, columns = matrices[0].numel() // widths[0], prologue.columns(widths)
     if prologue.concatenates:
-        values.append(columns)
-        if columns % 8:
+        values.append(widths[0])
+        if widths[0] % 8:
             return None
-    rows = matrices[0].numel() // columns
-    columns = sum(one.shape[-1] for one in matrices) if prologue.concatenates else columns
+    if prologue.gated:
+        values.append(widths[1] // 2)
     if columns % 8 or not all(aligned for _, aligned in packed):
         return None
     parameters = prologue.layout.pack(*values)
