@@ -150,6 +150,7 @@ _WANTED: dict[Kind, str] = {
     "columns": "({k},)",
     "table": "(R, {k}) with R > 0",
     "choice": "{tokens}, one for each token,",
+    "tokens": "({tokens}, {k})",
 }
 
 
@@ -161,6 +162,8 @@ def _fits(kind: Kind, shape: tuple[int, ...], x: Tensor, batch: int) -> bool:
         return False
     if kind == "columns":
         return len(shape) == 1
+    if kind == "tokens":
+        return shape == tuple(x.shape)
     if kind == "table":
         return len(shape) == 2 and shape[0] > 0
     return shape[1:-1] in ((), (1,)) and all(size in (1, batch) for size in shape[:-1][:1])

@@ -33,8 +33,6 @@ CASES = {name: (name, case) for name, case in PIPELINES.items() if name.startswi
         wan_case(wan(), small_image, arguments={"expand_timesteps": True}),
     ),
 }
-# Of a modulation by token; SD3 is not fused at all.
-NEVER_FUSED = {"ZImageOmniPipeline"}
 CONTROLNETS = {name for name in CASES if "ControlNet" in name}
 
 

@@ -23,7 +23,8 @@ from rtlynx.cuda.sm90.weights import readable
 
 # rows: activations (..., K) bf16. batches: parameters (B, K), (B, 1, K) or (K,). columns: parameters (K,).
 # table: parameters (R, K). choice: which of these rows each token takes, (B, T) or (T,) int32.
-Kind = Literal["rows", "batches", "columns", "table", "choice", "float"]
+# tokens: parameters (B, T, K) or (T, K), of each token its own.
+Kind = Literal["rows", "batches", "columns", "table", "choice", "tokens", "float"]
 
 MATRIX = Layout(
     ("data", "pointer"), ("batch_stride", "int64"), ("row_stride", "int64"), ("rows_per_batch", "int")
@@ -92,8 +93,8 @@ class Prologue:
         """Of `struct Prologue`."""
         return Layout(
             *((name, MATRIX) for name in self.named("rows")),
-            *((name, "pointer") for name in self.named("batches", "columns", "table", "choice")),
-            *((("modulation_stride", "int"),) if self.named("batches", "table") else ()),
+            *((name, "pointer") for name in self.named("batches", "columns", "table", "choice", "tokens")),
+            *((("modulation_stride", "int"),) if self.named("batches", "table", "tokens") else ()),
             *((("last_choice", "int"),) if self.named("choice") else ()),
             *((name, "float") for name in self.named("float")),
             *((("columns_a", "int"),) if self.concatenates else ()),
@@ -138,6 +139,22 @@ def _adaln_by_token(x: Tensor, shift: Tensor, scale: Tensor, choice: Tensor, eps
     return _adaln(x, shift[rows], scale[rows], eps)
 
 
+def _adaln_of_tokens(
+    x: Tensor, shift: Tensor, scale: Tensor, common_shift: Tensor, common_scale: Tensor, eps: float
+) -> Tensor:
+    return _adaln(x, shift.float() + common_shift.float(), scale.float() + common_scale.float(), eps)
+
+
+def _rms_adaln_of_tokens(
+    x: Tensor, shift: Tensor, scale: Tensor, common_shift: Tensor, common_scale: Tensor, eps: float
+) -> Tensor:
+    return _rms_adaln(x, shift.float() + common_shift.float(), scale.float() + common_scale.float(), eps)
+
+
+def _rmsnorm_by_token(x: Tensor, weight: Tensor, scale: Tensor, choice: Tensor, eps: float) -> Tensor:
+    return _rmsnorm(x, weight, scale[choice.clamp(0, len(scale) - 1).long()], eps)
+
+
 def _rmsnorm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     return rms_norm(x.float(), x.shape[-1:], eps=eps) * weight.float() * scale.float()
 
@@ -149,6 +166,11 @@ def _gelu(x: Tensor) -> Tensor:
 def _silu_gate(a: Tensor, b: Tensor) -> Tensor:
     return silu(a.float()) * b.float()
 
+
+_OF_TOKENS: tuple[tuple[str, Kind], ...] = (
+    *(("x", "rows"), ("shift", "tokens"), ("scale", "tokens")),
+    *(("common_shift", "columns"), ("common_scale", "columns"), ("eps", "float")),
+)
 
 IDENTITY = Prologue("identity", "x", (("x", "rows"),), Tensor.float)
 
@@ -178,10 +200,37 @@ PROLOGUES: dict[str, Prologue] = {
             many_registers=True,
         ),
         Prologue(
+            "adaln_of_tokens",
+            "layer_norm(x) * (1 + common_scale + scale) + common_shift + shift, of each token its own",
+            _OF_TOKENS,
+            _adaln_of_tokens,
+            many_registers=True,
+        ),
+        Prologue(
+            "rms_adaln_of_tokens",
+            "rms_norm(x) * (1 + common_scale + scale) + common_shift + shift, likewise",
+            _OF_TOKENS,
+            _rms_adaln_of_tokens,
+            many_registers=True,
+        ),
+        Prologue(
             "rmsnorm",
             "rms_norm(x) * weight * scale",
             (("x", "rows"), ("weight", "columns"), ("scale", "batches"), ("eps", "float")),
             _rmsnorm,
+            many_registers=True,
+        ),
+        Prologue(
+            "rmsnorm_by_token",
+            "rms_norm(x) * weight * scale[choice], choices beyond the table its last or first",
+            (
+                ("x", "rows"),
+                ("weight", "columns"),
+                ("scale", "table"),
+                ("choice", "choice"),
+                ("eps", "float"),
+            ),
+            _rmsnorm_by_token,
             many_registers=True,
         ),
         Prologue("gelu", "gelu(x), in the form with tanh", (("x", "rows"),), _gelu),
@@ -292,11 +341,11 @@ def _bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
         else:
             if value.dtype is not torch.bfloat16:
                 return None
-            if kind in ("batches", "table"):
+            if kind in ("batches", "table", "tokens"):
                 batched.append(len(vectors))
             if kind == "table":
                 last_choice = [len(value) - 1]
-            vectors.append(readable(_by_batch(value)))
+            vectors.append(readable(value.flatten(0, -2) if kind == "tokens" else _by_batch(value)))
     stride = _share_stride(vectors, batched)
     packed = [pack_matrix(one, batches=bool(batched)) for one in matrices]
     values: list[Any] = [number for numbers_of_one, _ in packed for number in numbers_of_one]
