@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 
 from rtlynx import Pattern
 from rtlynx.cuda.sm90 import compress as host
-from rtlynx.cuda.sm90.prologues import PROLOGUES, rounded
+from rtlynx.cuda.sm90.prologues import PROLOGUES, bind, rounded
 from rtlynx.math.tiles import pack_a, unpack_a
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.checks import check_prologue
@@ -213,6 +213,13 @@ def test_the_kernel_finds_its_operands(handed, name, leading):
         assert relative_error(dense, expected) < 3e-3
 
 
+def test_the_kernel_reads_modulations_of_tokens_where_they_lie():
+    inputs = make_inputs("adaln_of_tokens", 2, 7)
+    assert not inputs[1].is_contiguous()
+    bound = bind(PROLOGUES["adaln_of_tokens"], inputs)
+    assert [one.data_ptr() for one in bound.owners[1:3]] == [one.data_ptr() for one in inputs[1:3]]
+
+
 @pytest.mark.parametrize("name", MODULATED)
 def test_the_kernel_finds_modulations_of_every_shape(handed, name):
     x, first, second, eps = make_inputs(name, 3, 7)
@@ -277,6 +284,14 @@ def test_what_the_kernel_cannot_read_is_left_to_pytorch(handed, name):
             r"choice is \(2, 5\), one for each token",
         ),
         ("adaln_by_token", {3: torch.zeros(2, 5).long()}, TypeError, "choice is int32, got torch.int64"),
+        (
+            "adaln_of_tokens",
+            {1: normal(2, 1, K)},
+            ValueError,
+            r"shift is \(\(2, 5\), 64\) for x .*2, 1, 64\)",
+        ),
+        ("adaln_of_tokens", {4: normal(2, K)}, ValueError, r"common_scale is \(64,\) for x"),
+        ("rmsnorm_by_token", {2: normal(0, K)}, ValueError, r"scale is \(R, 64\) with R > 0"),
         ("gelu", {0: normal(2, 62)}, ValueError, "K a multiple of 4, got K = 62"),
         ("gelu", {0: torch.tensor(1.0).bfloat16()}, ValueError, "K a multiple of 4"),
         ("silu_gate", {1: normal(2, 5, 60)}, ValueError, r"one shape, got \(2, 5, 64\) and \(2, 5, 60\)"),

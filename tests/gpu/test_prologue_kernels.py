@@ -194,6 +194,15 @@ def test_shifts_and_scales_that_lie_differently(first):
     compare("adaln", changed("adaln", first=first), (None, "adjacent", [], True, "bf16-sparse"), served=True)
 
 
+def test_modulations_of_tokens_further_apart_than_32_bits_count():
+    rows, k = 70_000, 64
+    wide = torch.empty(rows, 32_768, dtype=torch.bfloat16, device="cuda")  # 2.3e9 entries
+    x, shift, scale, common_shift, common_scale, eps = make_inputs(PrologueCase("adaln_of_tokens", rows, k))
+    own = [wide[:, i * k : (i + 1) * k].copy_(one[0]) for i, one in enumerate((shift, scale))]
+    tail = (None, "adjacent", [], True, "fp8-sparse")
+    compare("adaln_of_tokens", (x[0], *own, common_shift, common_scale, eps), tail, served=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_factors_at_any_address(name):
     inputs = changed(name)
