@@ -53,6 +53,10 @@ def concat_gelu(attention: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat([attention, gelu(mlp, approximate="tanh")], dim=-1)
 
 
+def concat_silu_gate(attention: Tensor, mlp: Tensor) -> Tensor:
+    return torch.cat([attention, silu_gate(*mlp.chunk(2, dim=-1))], dim=-1)
+
+
 MATRIX = Prologue(  # no chain: what is quantised before an attention's output layer
     "matrix",
     4096,
@@ -116,5 +120,14 @@ PROLOGUES = (
         concat_gelu,
         lambda attention, mlp, tail: torch.ops.rtlynx.concat_gelu_compress(attention, mlp, *tail),
         lambda attention, mlp: torch.ops.rtlynx.concat_gelu_quantize(attention, mlp),
+    ),
+    Prologue(
+        "concat-silu-gate",  # FLUX.2 klein: single blocks
+        4608,
+        12288,
+        lambda m, k, normal: (normal(1, m, k // 4), normal(1, m, k // 4 * 6)),
+        concat_silu_gate,
+        lambda attention, mlp, tail: torch.ops.rtlynx.concat_silu_gate_compress(attention, mlp, *tail),
+        lambda attention, mlp: torch.ops.rtlynx.concat_silu_gate_quantize(attention, mlp),
     ),
 )

@@ -31,7 +31,7 @@ from rtlynx.timing.step_variants import DENSE_FP8, RECOMMENDED
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "compose")]
 from all_pipelines import PIPELINES  # noqa: E402
-from on_top_cases import CASES, NEVER_FUSED  # noqa: E402
+from on_top_cases import CASES  # noqa: E402
 
 LISTING = ROOT / "docs" / "reference" / "layers-of-models.txt"
 COMMAND = "python docs/supported_models.py"
@@ -225,7 +225,7 @@ def on_top_section(_root: Path, _place: Place) -> str:
     for name, (_, case) in CASES.items():
         kind = str(case.models["transformer"][0])
         known = ARCHITECTURES.get(kind)
-        fused = known is not None and bool(known.fused) and name not in NEVER_FUSED
+        fused = known is not None and bool(known.fused)
         drawn.setdefault(kind, [[], []])[fused].append(f"`{name}`" if name.endswith("Pipeline") else name)
     lines = ["| model class | drawn in fused blocks | drawn layer by layer |", "|---|---|---|"]
     for kind, (apart, fused_names) in sorted(drawn.items()):

@@ -11,6 +11,8 @@ from rtlynx.cuda.sm90.prologues import PROLOGUES
 K = 64
 NAMES = tuple(name for name in PROLOGUES if name != "identity")
 MODULATED = ("adaln", "rms_adaln", "rmsnorm")
+OF_TOKENS = ("adaln_of_tokens", "rms_adaln_of_tokens")
+ANY_AXES = ("gelu", "silu_gate", "concat_gelu", "concat_silu_gate")  # of tokens of any shape
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -26,13 +28,21 @@ def make_inputs(name, *leading, k=K, batch=None):
     if name == "adaln_by_token":
         choice = torch.randint(5, leading, generator=torch.Generator().manual_seed(4), dtype=torch.int32)
         return x, normal(5, k, seed=2), normal(5, k, seed=3), choice, 1e-6
+    if name == "rmsnorm_by_token":
+        choice = torch.randint(5, leading, generator=torch.Generator().manual_seed(4), dtype=torch.int32)
+        return x, normal(k, seed=2), normal(5, k, seed=3), choice, 1e-5
+    if name in OF_TOKENS:
+        own = normal(*leading, 3, k, seed=2).unbind(-2)
+        return x, own[0], own[2], normal(k, seed=3), normal(k, seed=4), 1e-6
     if name == "rmsnorm":
         return x, normal(k, seed=2), normal(batch, k, seed=3), 1e-5
     if name == "gelu":
         return (x,)
     if name == "silu_gate":
         return tuple(normal(*leading, 2 * k, seed=1).chunk(2, dim=-1))
-    return normal(*leading, k // 4, seed=1), normal(*leading, k - k // 4, seed=2)
+    second = k - k // 4
+    second *= 2 if name == "concat_silu_gate" else 1
+    return normal(*leading, k // 4, seed=1), normal(*leading, second, seed=2)
 
 
 def by_formula(name, *inputs):
@@ -47,6 +57,15 @@ def by_formula(name, *inputs):
             for token, row in zip(first.flatten(0, -2), rows, strict=True)
         ]
         return torch.cat(alone).view(first.shape)
+    if name == "rmsnorm_by_token":
+        _, weight, scale, _, eps = wide
+        normed = first / (first.square().mean(-1, keepdim=True) + eps).sqrt()
+        return normed * weight * scale[inputs[3].long()]
+    if name in OF_TOKENS:
+        _, shift, scale, common_shift, common_scale, eps = wide
+        centred = first if name.startswith("rms") else first - first.mean(-1, keepdim=True)
+        normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        return normed * (1 + common_scale + scale) + common_shift + shift
     if name in MODULATED:
         _, second, third, eps = wide
         along = (-1, 1, K) if first.ndim == 3 else (-1, K)
@@ -61,6 +80,8 @@ def by_formula(name, *inputs):
     if name == "silu_gate":
         return first / (1 + (-first).exp()) * wide[1]
     last = wide[-1]
+    if name == "concat_silu_gate":
+        return torch.cat([first, by_formula("silu_gate", *last.chunk(2, dim=-1))], dim=-1)
     activated = 0.5 * last * (1 + (math.sqrt(2 / math.pi) * (last + 0.044715 * last**3)).tanh())
     return activated if name == "gelu" else torch.cat([first, activated], dim=-1)
 
@@ -90,6 +111,21 @@ def read_bound(x):
         pairs = [(in_memory(shift + at, x.columns), in_memory(scale + at, x.columns)) for at in starts]
         made = [by_formula("adaln", row[None], *pair, eps) for row, pair in zip(rows, pairs, strict=True)]
         return torch.cat(made)
+    if name == "rmsnorm_by_token":
+        rows, _ = read_matrix(parameters, 0, x.rows, x.columns)
+        weight, scale, choice, stride, last, eps = struct.unpack_from("<QQQiif", parameters, 32)
+        chosen = [min(max(one, 0), last) for one in (ctypes.c_int32 * x.rows).from_address(choice)]
+        scales = torch.stack([in_memory(scale + 2 * one * stride, x.columns) for one in chosen])
+        return by_formula(name, rows, in_memory(weight, x.columns), scales, torch.arange(x.rows), eps)
+    if name in OF_TOKENS:
+        rows, _ = read_matrix(parameters, 0, x.rows, x.columns)
+        *addresses, stride, eps = struct.unpack_from("<QQQQif", parameters, 32)
+        assert stride % 8 == 0
+        own = (
+            torch.stack([in_memory(at + 2 * row * stride, x.columns) for row in range(x.rows)])
+            for at in addresses[:2]
+        )
+        return by_formula(name, rows, *own, *(in_memory(at, x.columns) for at in addresses[2:]), eps)
     if name in MODULATED:
         rows, batches = read_matrix(parameters, 0, x.rows, x.columns)
         first, second, stride, eps = struct.unpack_from("<QQif", parameters, 32)
@@ -104,6 +140,10 @@ def read_bound(x):
     if name == "concat_gelu":
         (first,) = struct.unpack_from("<i", parameters, 64)
         widths = (first, x.columns - first)
+    elif name == "concat_silu_gate":
+        first, half = struct.unpack_from("<ii", parameters, 64)
+        assert first + half == x.columns
+        widths = (first, 2 * half)
     else:
         widths = (x.columns,) * x.prologue.inputs
     matrices = (read_matrix(parameters, 32 * i, x.rows, width)[0] for i, width in enumerate(widths))

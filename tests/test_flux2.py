@@ -1,12 +1,13 @@
 """FLUX.2: what it has beside other models: gated MLPs, modulation from outside, a cache of references."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel, MagCacheConfig
 from diffusers.models.transformers import transformer_flux2 as diffusers_flux2
-from fusion_helpers import unfused
+from fusion_helpers import RECIPES, drop_weights, unfused
 from helpers import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
@@ -41,13 +42,52 @@ def model_and_call(dtype=torch.bfloat16, **changes):
 def test_each_input_is_prepared_once_and_multiplied_once(calls):
     model, call = model_and_call()
     output(sparsify(model), call)
-    # double block: q, k, v; MLP up and down. single block: the layer that makes everything.
-    assert calls == {"adaln_compress": 3, "silu_gate_compress": 1, "gemm_joint": 4, "linear": 2}
+    # double block: q, k, v; MLP up and down. single block: the layer that makes everything, and the one that
+    # reads attention and MLP.
+    prologues = {"adaln_compress": 3, "silu_gate_compress": 1, "concat_silu_gate_compress": 1}
+    assert calls == {**prologues, "gemm_joint": 5, "linear": 1}
     calls.clear()
     model, call = model_and_call()
     output(sparsify(model, Recipe.dense_fp8()), call)
     # Text, too.
-    assert calls == {"adaln_quantize": 5, "silu_gate_quantize": 2}
+    assert calls == {"adaln_quantize": 5, "silu_gate_quantize": 2, "concat_silu_gate_quantize": 1}
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+@pytest.mark.parametrize("recipe", ["activations", "whole", "weights"])
+def test_a_single_blocks_output_layer_reads_attention_and_mlp_fused(recipe, calls):
+    model, call = model_and_call()
+    name = f"{SINGLE}.attn.to_out"
+    if recipe == "weights":
+        drop_weights(model)
+        assert model.get_submodule(name).format.name == "fp8-weight-sparse"
+    else:
+        sparsify(model, RECIPES["fp8" if recipe == "activations" else recipe])
+    exact = output(copy.deepcopy(model).float(), in_dtype(call, torch.float32))
+    expected = output(unfused(model), call)
+    calls.clear()
+    y = output(model, call)
+    kind = "compress" if recipe == "activations" else "quantize"
+    assert calls[f"concat_silu_gate_{kind}"] == 1
+    assert relative_error(y, exact) < 1.4 * relative_error(expected, exact)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(output(model, call), y)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_served")
+def test_a_mask_for_attention_leaves_a_single_block_to_its_processor(calls):
+    model = sparsify(tiny_flux2().bfloat16())
+    block, tokens = model.single_transformer_blocks[0], TEXT_TOKENS + IMAGE_TOKENS
+    x, modulation = torch.randn(2, 1, tokens, 3 * 128).bfloat16()
+    x = x[..., :128]
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    y = block(x, None, modulation[:, 0], joint_attention_kwargs={"attention_mask": mask})
+    expected = type(block).forward(block, x, None, modulation[:, 0], None, {"attention_mask": mask})
+    assert "concat_silu_gate_compress" not in calls
+    assert relative_error(y, expected) < CLOSE
+    assert relative_error(block(x, None, modulation[:, 0]), expected) > CLOSE
 
 
 @torch.no_grad()
@@ -157,6 +197,7 @@ def test_steps_that_read_the_cache_of_references_are_fused_and_the_one_that_fill
         assert not any(name.endswith("_compress") for name in calls)  # modulation differs from token to token
         second = model(**call, kv_cache=cache, kv_cache_mode="cached", return_dict=False)[0]
     assert (calls["adaln_compress"], calls["silu_gate_compress"]) == (3, 1)
+    assert "concat_silu_gate_compress" not in calls  # (its processor makes that tensor)
     assert torch.equal(first, expected[0])
     assert relative_error(second, expected[1]) < CLOSE
 

@@ -97,6 +97,25 @@ def test_each_input_of_the_others_is_prepared_once(calls):
 
 
 @torch.no_grad()
+def test_a_timestep_of_each_token_is_fused(calls):
+    call = in_dtype(by_token(), torch.bfloat16)
+    model = sparsify(tiny_ltx2().bfloat16())
+    expected = output(model, call)
+    # The exchange with sound included; the text stream and sound are dense.
+    assert of(calls) == {"rms_adaln_of_tokens_compress": 4, "rmsnorm_compress": 1, "gelu_compress": 1}
+    assert not torch.equal(output(unfused(model), call), expected)  # (rounded once more)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(output(model, call), expected)
+    calls.clear()
+    timestep = in_dtype({"timestep": by_token()["timestep"]}, torch.bfloat16)
+    model, call = tiny_ltx().bfloat16(), {**in_dtype(ltx_call(), torch.bfloat16), **timestep}
+    exact = output(copy.deepcopy(model).float(), in_dtype(call, torch.float32))
+    y = output(sparsify(model, Recipe.dense_fp8()), call)
+    assert of(calls) == {"rms_adaln_of_tokens_quantize": 2, "gelu_quantize": 1}
+    assert relative_error(y, exact) < 1.4 * relative_error(output(unfused(model), call), exact)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", CASES)
 def test_a_fused_block_that_drops_nothing_is_the_dense_block_bit_for_bit(name, dtype):

@@ -38,10 +38,10 @@ EXPECTED = {
     },
     ("flux", "whole"): {"adaln_quantize": 5, "gelu_quantize": 2, "concat_gelu_quantize": 1},
     ("flux2", "fp8"): {
-        **{"adaln_compress": 3, "silu_gate_compress": 1},
+        **{"adaln_compress": 3, "silu_gate_compress": 1, "concat_silu_gate_compress": 1},
         **{"adaln_quantize": 2, "silu_gate_quantize": 1},
     },
-    ("flux2", "whole"): {"adaln_quantize": 5, "silu_gate_quantize": 2},
+    ("flux2", "whole"): {"adaln_quantize": 5, "silu_gate_quantize": 2, "concat_silu_gate_quantize": 1},
     ("qwen", "no-norm"): {"adaln_compress": 2, "gelu_compress": 1},
     ("wan", "no-norm"): {"adaln_compress": 3, "gelu_compress": 1},
 }

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from helpers import relative_error
 from prologue_helpers import (
+    ANY_AXES,
     MODULATED,
     NAMES,
     K,
@@ -22,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 
 from rtlynx import Pattern
 from rtlynx.cuda.sm90 import compress as host
-from rtlynx.cuda.sm90.prologues import PROLOGUES, rounded
+from rtlynx.cuda.sm90.prologues import PROLOGUES, bind, rounded
 from rtlynx.math.tiles import pack_a, unpack_a
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.checks import check_prologue
@@ -117,7 +118,7 @@ def test_any_strides(name):
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["gelu", "silu_gate", "concat_gelu"])
+@pytest.mark.parametrize("name", ANY_AXES)
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0), (2, 3, 4)])
 def test_any_leading_dimensions(name, leading):
     inputs = make_inputs(name, *leading)
@@ -212,6 +213,13 @@ def test_the_kernel_finds_its_operands(handed, name, leading):
         assert relative_error(dense, expected) < 3e-3
 
 
+def test_the_kernel_reads_modulations_of_tokens_where_they_lie():
+    inputs = make_inputs("adaln_of_tokens", 2, 7)
+    assert not inputs[1].is_contiguous()
+    bound = bind(PROLOGUES["adaln_of_tokens"], inputs)
+    assert [one.data_ptr() for one in bound.owners[1:3]] == [one.data_ptr() for one in inputs[1:3]]
+
+
 @pytest.mark.parametrize("name", MODULATED)
 def test_the_kernel_finds_modulations_of_every_shape(handed, name):
     x, first, second, eps = make_inputs(name, 3, 7)
@@ -239,7 +247,7 @@ def test_what_the_kernel_cannot_read_is_left_to_pytorch(handed, name):
     assert handed(name, make_inputs(name, 2, 7, k=60)) is None
     assert handed(name, [misaligned(inputs[0]), *inputs[1:]]) is None
     assert handed(name, [inputs[0].mT.contiguous().mT, *inputs[1:]]) is None
-    if name in ("silu_gate", "concat_gelu"):
+    if name in ("silu_gate", "concat_gelu", "concat_silu_gate"):
         assert handed(name, [inputs[0], misaligned(inputs[1])]) is None
         assert handed(name, [one[..., 12:] for one in inputs]) is None
     if name in ("gelu", "silu_gate"):
@@ -276,6 +284,14 @@ def test_what_the_kernel_cannot_read_is_left_to_pytorch(handed, name):
             r"choice is \(2, 5\), one for each token",
         ),
         ("adaln_by_token", {3: torch.zeros(2, 5).long()}, TypeError, "choice is int32, got torch.int64"),
+        (
+            "adaln_of_tokens",
+            {1: normal(2, 1, K)},
+            ValueError,
+            r"shift is \(\(2, 5\), 64\) for x .*2, 1, 64\)",
+        ),
+        ("adaln_of_tokens", {4: normal(2, K)}, ValueError, r"common_scale is \(64,\) for x"),
+        ("rmsnorm_by_token", {2: normal(0, K)}, ValueError, r"scale is \(R, 64\) with R > 0"),
         ("gelu", {0: normal(2, 62)}, ValueError, "K a multiple of 4, got K = 62"),
         ("gelu", {0: torch.tensor(1.0).bfloat16()}, ValueError, "K a multiple of 4"),
         ("silu_gate", {1: normal(2, 5, 60)}, ValueError, r"one shape, got \(2, 5, 64\) and \(2, 5, 60\)"),
@@ -284,6 +300,8 @@ def test_what_the_kernel_cannot_read_is_left_to_pytorch(handed, name):
         ("concat_gelu", {0: normal(10, 16)}, ValueError, r"got \(10, 16\) and \(2, 5, 48\)"),
         ("concat_gelu", {0: normal(2, 5, 0)}, ValueError, "differ in columns alone"),
         ("concat_gelu", {-4: normal(5, 60)}, ValueError, r"lowrank_a is \(r, 64\)"),
+        ("concat_silu_gate", {0: normal(2, 6, 16)}, ValueError, "differ in columns alone"),
+        ("concat_silu_gate", {1: normal(2, 5, 95)}, ValueError, r"b has two halves .*, got .*\(2, 5, 95\)"),
         *((name, {-4: normal(5, K).float()}, TypeError, "inputs and factors") for name in NAMES),
         *((name, {-3: "diagonal", -2: []}, ValueError, "grouping is 'adjacent'") for name in NAMES),
         *((name, {-2: [24, 44]}, ValueError, "parts are multiples of 4") for name in NAMES),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from prologue_helpers import (
+    ANY_AXES,
     NAMES,
     K,
     along_tokens,
@@ -101,7 +102,7 @@ def test_any_strides(name):
         assert_same_bits(result, expected)
 
 
-@pytest.mark.parametrize("name", ["quantize", "gelu_quantize", "silu_gate_quantize", "concat_gelu_quantize"])
+@pytest.mark.parametrize("name", ["quantize", *(f"{name}_quantize" for name in ANY_AXES)])
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0), (2, 3, 4)])
 def test_any_leading_dimensions(name, leading):
     run, inputs = make_call(name, *leading)

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rtlynx.models import qwen_image, z_image
+from rtlynx.models import flux2, qwen_image, z_image
 from rtlynx.models.fusion import Heads, attend, heads
 
 Call = Callable[..., Any]
@@ -76,15 +75,7 @@ def flux2_parallel(_original: Call) -> Call:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor:
-        joint = attn.to_qkv_mlp_proj(hidden_states)
-        qkv, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
-        own = joint.shape[-1] * qkv // (qkv + mlp)  # of this process, where the layer is split among several
-        query, key, value = (
-            one.unflatten(-1, (-1, attn.head_dim)) for one in joint[..., :own].chunk(3, dim=-1)
-        )
-        rotary = tuple(image_rotary_emb or ())
-        y = attend(attn, [Heads(query, key, value, (attn.norm_q, attn.norm_k), rotary)], attention_mask)
-        return attn.to_out(torch.cat([y, attn.mlp_act_fn(joint[..., own:])], dim=-1))
+        return flux2.attention_of(attn, hidden_states, attention_mask, image_rotary_emb)
 
     return __call__
 

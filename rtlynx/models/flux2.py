@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule
 from rtlynx.models.flux import DOUBLE, SINGLE, text_rows
-from rtlynx.models.fusion import GatedMlp, finite_half, read_by_attention
+from rtlynx.models.fusion import GatedMlp, Heads, attend, finite_half, follows, read_by_attention
 from rtlynx.nn.lora import untouched
-from rtlynx.nn.prologue import PrologueCall, adaln, read, silu_gated
+from rtlynx.nn.prepared import PreparedInput
+from rtlynx.nn.prologue import PrologueCall, adaln, concat_silu_gated, read, silu_gated
 
 
 def feed_forward(ff: Any, prologue: PrologueCall) -> Tensor:
@@ -72,6 +74,42 @@ def double_block(
     return finite_half(go_on(encoder_hidden_states, text)), hidden_states
 
 
+def mixed(
+    attn: Any, hidden_states: Tensor | PreparedInput, attention_mask: Tensor | None, image_rotary_emb: Any
+) -> tuple[Tensor, Tensor]:
+    """What Flux2ParallelSelfAttnProcessor makes for `to_out`: attention's output, and what the MLP gates."""
+    joint = attn.to_qkv_mlp_proj(hidden_states)
+    qkv, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
+    own = joint.shape[-1] * qkv // (qkv + mlp)  # of this process, where the layer is split among several
+    query, key, value = (one.unflatten(-1, (-1, attn.head_dim)) for one in joint[..., :own].chunk(3, dim=-1))
+    stream = Heads(query, key, value, (attn.norm_q, attn.norm_k), tuple(image_rotary_emb or ()))
+    return attend(attn, [stream], attention_mask), joint[..., own:]
+
+
+def attention_of(
+    attn: Any, hidden_states: Tensor, attention_mask: Tensor | None, image_rotary_emb: Any
+) -> Tensor:
+    """What Flux2ParallelSelfAttnProcessor computes."""
+    y, hidden = mixed(attn, hidden_states, attention_mask, image_rotary_emb)
+    return attn.to_out(torch.cat([y, attn.mlp_act_fn(hidden)], dim=-1))
+
+
+def attention(
+    attn: Any,
+    hidden_states: Tensor | PreparedInput,
+    image_rotary_emb: Any,
+    **others: Any,
+) -> Tensor:
+    """`attn` of its arguments. Its `to_out` reads a prologue.
+
+    A mask, and a processor that keeps what it makes of reference pictures, leave it to that processor.
+    """
+    if others or not follows(attn, "Flux2ParallelSelfAttnProcessor"):
+        return attn(hidden_states=hidden_states, image_rotary_emb=image_rotary_emb, **others)
+    y, hidden = mixed(attn, hidden_states, None, image_rotary_emb)
+    return attn.to_out(read(concat_silu_gated(y, attn.mlp_act_fn, hidden), attn.to_out))
+
+
 def single_block(
     block: Any,
     original: Callable[..., Any],
@@ -83,10 +121,7 @@ def single_block(
     split_hidden_states: bool = False,
     text_seq_len: int | None = None,
 ) -> Any:
-    """Flux2SingleTransformerBlock.forward as the model calls it: text and image tokens in one tensor.
-
-    No kernel computes what `to_out` reads, [attention | gated MLP]: its processor makes that tensor.
-    """
+    """Flux2SingleTransformerBlock.forward as the model calls it: text and image tokens in one tensor."""
     if _by_token(temb_mod) or encoder_hidden_states is not None or split_hidden_states:
         return original(
             block,
@@ -101,9 +136,10 @@ def single_block(
     attn = block.attn
     shift, scale, gate = temb_mod.flatten(1).chunk(3, dim=1)
     prologue = adaln(block.norm, hidden_states, shift, scale)
-    out = attn(
-        hidden_states=read_by_attention(attn, prologue, attn.to_qkv_mlp_proj),
-        image_rotary_emb=image_rotary_emb,
+    out = attention(
+        attn,
+        read_by_attention(attn, prologue, attn.to_qkv_mlp_proj),
+        image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
     return finite_half(hidden_states + gate.unsqueeze(1) * out)

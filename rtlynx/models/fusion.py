@@ -249,6 +249,14 @@ class GatedMlp(NamedTuple):
         return gate.unsqueeze(1) if self.choice is None else embedding(self.choice, gate)
 
 
+def rows_of_modulation(index: Tensor, batch: int) -> Tensor:
+    """Row of (2 B, D) that each token takes, (B, T) int32: of the second half where `index` (B, T) is 1."""
+    index = index.to(torch.int32)
+    if batch == 1:
+        return index
+    return index * batch + torch.arange(batch, dtype=torch.int32, device=index.device)[:, None]
+
+
 def modulated(
     norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, choice: Tensor | None
 ) -> PrologueCall:

@@ -9,17 +9,20 @@ from torch import Tensor
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule
 from rtlynx.models.fusion import feed_forward, read_by_attention
-from rtlynx.nn.prologue import rms_adaln
+from rtlynx.nn.prologue import Modulation, rms_adaln
 
 BLOCK = "transformer_blocks.*"
 
 
-def modulation_of(table: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
-    """Rows of table (N, K), each with its part of temb (B, T, N K) added, as N tensors (B, T, K).
+def modulation_of(table: Tensor, temb: Tensor) -> tuple[Modulation, ...]:
+    """Rows of table (N, K), to each of which the model adds its part of temb (B, T, N K).
 
     T is 1, or the number of tokens where each has a timestep of its own, as beside a given picture.
     """
-    return (table[None, None].to(temb.device) + temb.unflatten(2, table.shape)).unbind(dim=2)
+    table, own = table.to(temb.device), temb.unflatten(2, table.shape)
+    if own.shape[1] == 1:
+        return tuple(map(Modulation, (table[None, None] + own).unbind(dim=2)))
+    return tuple(map(Modulation, own.unbind(dim=2), table.unbind(0)))
 
 
 def block(
@@ -36,9 +39,10 @@ def block(
     x, attn = hidden_states, block.attn1
     prologue = rms_adaln(block.norm1, x, shift, scale)
     inputs = read_by_attention(attn, prologue, attn.to_q, attn.to_k, attn.to_v)
-    x = x + attn(inputs, image_rotary_emb=image_rotary_emb) * gate
+    x = x + attn(inputs, image_rotary_emb=image_rotary_emb) * gate.whole()
     x = x + block.attn2(x, encoder_hidden_states, encoder_attention_mask)
-    return x + feed_forward(block.ff, rms_adaln(block.norm2, x, mlp_shift, mlp_scale)) * mlp_gate
+    out = feed_forward(block.ff, rms_adaln(block.norm2, x, mlp_shift, mlp_scale))
+    return x + out * mlp_gate.whole()
 
 
 LTX = Architecture(

@@ -10,7 +10,7 @@ from torch import Tensor
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule, Stream
 from rtlynx.models.fusion import feed_forward, read_by_attention
 from rtlynx.models.ltx import BLOCK, modulation_of
-from rtlynx.nn.prologue import PrologueCall, rms_adaln, rmsnorm
+from rtlynx.nn.prologue import Modulation, PrologueCall, rms_adaln, rmsnorm
 
 Call = dict[str, Any]  # arguments of a block's call
 
@@ -49,7 +49,7 @@ def attention(
     return attn(inputs, context, **others)
 
 
-def prompted(block: Any, of: Names, call: Call, parameters: Sequence[Tensor]) -> Tensor:
+def prompted(block: Any, of: Names, call: Call, parameters: Sequence[Modulation]) -> Tensor:
     """One stream after self-attention and cross-attention to the prompt.
 
     parameters : shift, scale and gate of self-attention, of the MLP, and, in LTX-2.3, of the cross-attention.
@@ -68,16 +68,19 @@ def prompted(block: Any, of: Names, call: Call, parameters: Sequence[Tensor]) ->
         query_rotary_emb=call.get(of.rotary),
         **{name: call.get(name) for name in perturbed},
     )
-    x = x + out * gate
+    x = x + out * gate.whole()
     if block.cross_attn_adaln:
         table, temb = part("prompt_scale_shift_table"), call.get(of.temb_prompt)
-        shift, scale = table[None, None].to(x).unbind(dim=2) if temb is None else modulation_of(table, temb)
-        text = text * (1 + scale) + shift
+        if temb is None:
+            text_shift, text_scale = table[None, None].to(x).unbind(dim=2)
+        else:
+            text_shift, text_scale = (one.whole() for one in modulation_of(table, temb))
+        text = text * (1 + text_scale) + text_shift
     norm = part("norm2")
     prologue = rms_adaln(norm, x, cross[0], cross[1]) if cross else rmsnorm(norm, x)
     mask = call.get(f"{of.prefix}encoder_attention_mask")
     out = attention(part("attn2"), prologue, text, attention_mask=mask)
-    return x + (out * cross[2] if cross else out)
+    return x + (out * cross[2].whole() if cross else out)
 
 
 def exchanged(block: Any, call: Call, video: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +114,7 @@ def exchanged(block: Any, call: Call, video: Tensor, audio: Tensor) -> tuple[Ten
             key_rotary_emb=audio_rotary,
         )
         (gate,) = modulation_of(table[4:], call["temb_ca_gate"])
-        new_video = video + gate * out
+        new_video = video + gate.whole() * out
     if call.get("use_v2a_cross_attention", True):
         read, reader = prologues(2)
         out = attention(
@@ -123,7 +126,7 @@ def exchanged(block: Any, call: Call, video: Tensor, audio: Tensor) -> tuple[Ten
             key_rotary_emb=rotary,
         )
         (gate,) = modulation_of(audio_table[4:], call["temb_ca_audio_gate"])
-        new_audio = audio + gate * out
+        new_audio = audio + gate.whole() * out
     return new_video, new_audio
 
 
@@ -139,10 +142,11 @@ def block(
     audio = prompted(block, AUDIO, call, audio_parameters)
     video, audio = exchanged(block, call, video, audio)
     shift, scale, gate = parameters[3:6]
-    video = video + feed_forward(block.ff, rms_adaln(block.norm3, video, shift, scale)) * gate
+    out = feed_forward(block.ff, rms_adaln(block.norm3, video, shift, scale))
+    video = video + out * gate.whole()
     shift, scale, gate = audio_parameters[3:6]
     audio_out = feed_forward(block.audio_ff, rms_adaln(block.audio_norm3, audio, shift, scale))
-    return video, audio + audio_out * gate
+    return video, audio + audio_out * gate.whole()
 
 
 def _self_attention(attn: str, stream: Stream) -> tuple[LayerRule, ...]:

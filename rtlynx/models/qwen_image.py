@@ -18,6 +18,7 @@ from rtlynx.models.fusion import (
     modulated,
     read_by_attention,
     real_pairs,
+    rows_of_modulation,
 )
 from rtlynx.nn.lora import untouched
 from rtlynx.nn.modulation import modulation
@@ -71,14 +72,6 @@ def attention_of(
     for layer in attn.to_out:
         image_part = layer(image_part)
     return image_part, attn.to_add_out(text_part)
-
-
-def rows_of_modulation(index: Tensor, batch: int) -> Tensor:
-    """Row of (2 B, D) that each token takes, (B, T) int32: of the second half where `index` (B, T) is 1."""
-    index = index.to(torch.int32)
-    if batch == 1:
-        return index
-    return index * batch + torch.arange(batch, dtype=torch.int32, device=index.device)[:, None]
 
 
 def block(

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule
 from rtlynx.models.fusion import feed_forward, read_by_attention
-from rtlynx.nn.prologue import adaln_float32, affine_layernorm
+from rtlynx.nn.prologue import Modulation, adaln_float32, affine_layernorm
 
 BLOCK = "blocks.*"
 
 
-def modulation(table: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
-    """Shift, scale and gate of self-attention, then of the MLP, in float32.
+def modulation(table: Tensor, temb: Tensor) -> tuple[Modulation, ...]:
+    """Shift, scale and gate of self-attention, then of the MLP, which the model adds up in float32.
 
-    table (1, 6, K). They are (B, 1, K) for temb (B, 6, K), and (B, T, K) where each token has a timestep of
-    its own, temb (B, T, 6, K), as in Wan 2.2 5B.
+    table (1, 6, K). temb (B, 6, K), or (B, T, 6, K) where each token has a timestep of its own, as in Wan 2.2
+    5B.
     """
     if temb.ndim == 4:
-        return tuple(one.squeeze(2) for one in (table.unsqueeze(0) + temb.float()).chunk(6, dim=2))
-    return (table + temb.float()).chunk(6, dim=1)
+        return tuple(map(Modulation, temb.unbind(2), table[0].unbind(0)))
+    return tuple(map(Modulation, (table + temb.float()).chunk(6, dim=1)))
 
 
 def block(
@@ -38,7 +39,7 @@ def block(
     x, attn, cross = hidden_states, block.attn1, block.attn2
     prologue = adaln_float32(block.norm1, x, shift, scale)
     out = attn(read_by_attention(attn, prologue, attn.to_q, attn.to_k, attn.to_v), None, None, rotary_emb)
-    x = (x.float() + out * gate).type_as(x)
+    x = (x.float() + out * gate.whole(torch.float32)).type_as(x)
     norm: Any = block.norm2
     normed = (
         x
@@ -47,7 +48,7 @@ def block(
     )
     x = x + cross(normed, encoder_hidden_states, None, None)
     out = feed_forward(block.ffn, adaln_float32(block.norm3, x, mlp_shift, mlp_scale))
-    return (x.float() + out.float() * mlp_gate).type_as(x)
+    return (x.float() + out.float() * mlp_gate.whole(torch.float32)).type_as(x)
 
 
 WAN = Architecture(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from rtlynx.models.architecture import Architecture, AttentionRule, LayerRule, MlpRule, Stream, TextRows
-from rtlynx.models.fusion import attend, follows, heads, read_by_attention, real_pairs
+from rtlynx.models.fusion import attend, follows, heads, read_by_attention, real_pairs, rows_of_modulation
 from rtlynx.nn.lora import untouched
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.prologue import read, rmsnorm, silu_gated
+from rtlynx.nn.prologue import PrologueCall, read, rmsnorm, rmsnorm_by_token, silu_gated
 
 # Z-Image pads the tokens of each picture and caption to a multiple of this (SEQ_MULTI_OF in diffusers).
 TOKEN_MULTIPLE = 32
@@ -69,22 +71,40 @@ def block(
     adaln_noisy: Tensor | None = None,
     adaln_clean: Tensor | None = None,
 ) -> Tensor:
-    """ZImageTransformerBlock.forward; without modulation, or with one by token, it stays diffusers' own."""
-    if not block.modulation or noise_mask is not None:
+    """ZImageTransformerBlock.forward; without modulation it stays diffusers' own.
+
+    Beside reference pictures (Omni) `noise_mask` (B, T) is 1 for tokens that are drawn, which take the
+    modulation of `adaln_noisy`, others that of `adaln_clean`.
+    """
+    if not block.modulation:
         return original(block, x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean)
     attn, ff = block.attention, block.feed_forward
-    scale, gate, mlp_scale, mlp_gate = block.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
-    prologue = rmsnorm(block.attention_norm1, x, 1.0 + scale)
+    choice = None
+    if noise_mask is None:
+        modulation = block.adaLN_modulation(adaln_input).unsqueeze(1)
+    else:
+        modulation = torch.cat([block.adaLN_modulation(one) for one in (adaln_clean, adaln_noisy)])
+        choice = rows_of_modulation(noise_mask == 1, len(modulation) // 2)
+    scale, gate, mlp_scale, mlp_gate = modulation.chunk(4, dim=-1)
+    prologue = _scaled(block.attention_norm1, x, 1.0 + scale, choice)
     hidden = read_by_attention(attn, prologue, attn.to_q, attn.to_k, attn.to_v)
     out = attention(attn, hidden, attn_mask, freqs_cis)
-    x = x + gate.tanh() * block.attention_norm2(out)
-    prologue = rmsnorm(block.ffn_norm1, x, 1.0 + mlp_scale)
+    x = x + _of_tokens(gate.tanh(), choice) * block.attention_norm2(out)
+    prologue = _scaled(block.ffn_norm1, x, 1.0 + mlp_scale, choice)
     if untouched(ff):
         hidden = read(prologue, ff.w1, ff.w3)
         out = ff.w2(read(silu_gated(ff.w1(hidden), ff.w3(hidden), ff._forward_silu_gating), ff.w2))
     else:
         out = ff(prologue.dense())
-    return x + mlp_gate.tanh() * block.ffn_norm2(out)
+    return x + _of_tokens(mlp_gate.tanh(), choice) * block.ffn_norm2(out)
+
+
+def _scaled(norm: Any, x: Tensor, scale: Tensor, choice: Tensor | None) -> PrologueCall:
+    return rmsnorm(norm, x, scale) if choice is None else rmsnorm_by_token(norm, x, scale, choice)
+
+
+def _of_tokens(gate: Tensor, choice: Tensor | None) -> Tensor:
+    return gate if choice is None else embedding(choice, gate)
 
 
 def _block(blocks: str, stream: Stream) -> tuple[LayerRule, ...]:

@@ -225,19 +225,48 @@ def adaln_by_token(
     return PrologueCall("adaln_by_token", arguments, dense)
 
 
-def adaln_float32(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> PrologueCall:
+class Modulation(NamedTuple):
+    """A shift, a scale or a gate.
+
+    own : (B, 1, K) of each picture, or (B, T, K) of each token
+    common : (K,), which the model adds to that; None where `own` has it
+    """
+
+    own: Tensor
+    common: Tensor | None = None
+
+    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(B, 1, K) or (B, T, K); `own` is cast to `dtype`, where one is given, before the sum."""
+        own = self.own if dtype is None else self.own.to(dtype)
+        return own if self.common is None else self.common + own
+
+
+def _modulated(
+    name: str, norm: Any, x: Tensor, shift: Modulation, scale: Modulation, dense: Callable[[], Tensor]
+) -> PrologueCall:
+    """The prologue `name` of a modulation by picture, `<name>_of_tokens` of one in two parts by token."""
+    if shift.common is not None and scale.common is not None and shift.own.shape == x.shape:
+        common = shift.common.to(x.dtype), scale.common.to(x.dtype)
+        return PrologueCall(f"{name}_of_tokens", (x, shift.own, scale.own, *common, norm.eps), dense)
+    of_picture = shift.common is None and scale.common is None and shift.own.shape[1] == 1
+    arguments = (x, shift.own.to(x.dtype), scale.own.to(x.dtype), norm.eps) if of_picture else ()
+    return PrologueCall(name, arguments, dense)
+
+
+def adaln_float32(norm: nn.LayerNorm, x: Tensor, shift: Modulation, scale: Modulation) -> PrologueCall:
     """norm(x) * (1 + scale) + shift, which the model computes in float32 and rounds once to the dtype of x.
 
-    x (B, T, K), shift and scale float32, (B, 1, K), or (B, T, K), which no operator takes, nor a norm with
-    weights. Kernels read them in bfloat16.
+    x (B, T, K). Kernels read shift and scale, or both parts of each, in bfloat16. No operator takes a norm
+    with weights.
     """
 
     def dense() -> Tensor:
-        return (norm(x.float()) * (1 + scale) + shift).type_as(x)
+        whole_shift, whole_scale = shift.whole(torch.float32), scale.whole(torch.float32)
+        return (norm(x.float()) * (1 + whole_scale) + whole_shift).type_as(x)
 
-    if shift.shape[1] != 1 or not _is_plain_layernorm(norm):
+    if not _is_plain_layernorm(norm):
         return PrologueCall("adaln", (), dense)
-    return PrologueCall("adaln", (x, shift.to(x.dtype), scale.to(x.dtype), norm.eps), dense)
+    return _modulated("adaln", norm, x, shift, scale, dense)
 
 
 def affine_layernorm(norm: nn.LayerNorm, x: Tensor) -> PrologueCall:
@@ -257,18 +286,15 @@ def affine_layernorm(norm: nn.LayerNorm, x: Tensor) -> PrologueCall:
     return PrologueCall("adaln", (x, shift, scale, norm.eps), dense)
 
 
-def rms_adaln(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> PrologueCall:
-    """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` an RMS norm.
-
-    shift and scale (B, 1, K), or (B, T, K), which no operator takes, nor a norm with weights.
-    """
+def rms_adaln(norm: nn.Module, x: Tensor, shift: Modulation, scale: Modulation) -> PrologueCall:
+    """norm(x) * (1 + scale) + shift: x (B, T, K), `norm` an RMS norm. No operator takes one with weights."""
 
     def dense() -> Tensor:
-        return norm(x) * (1 + scale) + shift
+        return norm(x) * (1 + scale.whole()) + shift.whole()
 
-    if not _is_of(norm, "RMSNorm") or norm.weight is not None or shift.shape[1] != 1:
+    if not _is_of(norm, "RMSNorm") or norm.weight is not None:
         return PrologueCall("rms_adaln", (), dense)
-    return PrologueCall("rms_adaln", (x, shift, scale, norm.eps), dense)
+    return _modulated("rms_adaln", norm, x, shift, scale, dense)
 
 
 def rmsnorm(norm: nn.Module, x: Tensor, scale: Tensor | None = None) -> PrologueCall:
@@ -288,6 +314,19 @@ def rmsnorm(norm: nn.Module, x: Tensor, scale: Tensor | None = None) -> Prologue
     ones = x.new_ones(x.shape[-1]) if weight is None or scale is None else None
     factors = ones if weight is None else weight, ones if scale is None else scale
     return PrologueCall("rmsnorm", (x, *factors, norm.eps), dense)
+
+
+def rmsnorm_by_token(norm: nn.Module, x: Tensor, scale: Tensor, choice: Tensor) -> PrologueCall:
+    """norm(x) * scale, of rows of scale (R, K) that `choice` (B, T) int32 names; `norm` as in `rmsnorm`."""
+    own = rmsnorm(norm, x, scale)
+
+    def dense() -> Tensor:
+        return norm(x) * embedding(choice, scale)
+
+    if not own.arguments:
+        return PrologueCall("rmsnorm_by_token", (), dense)
+    _, weight, _, eps = own.arguments
+    return PrologueCall("rmsnorm_by_token", (x, weight, scale, choice, eps), dense)
 
 
 _LAYERNORMS = "LayerNorm", "FP32LayerNorm"
@@ -318,3 +357,8 @@ def silu_gated(a: Tensor, b: Tensor, dense: Callable[[Tensor, Tensor], Tensor]) 
 def concat_activated(a: Tensor, gelu: Callable[[Tensor], Tensor], b: Tensor) -> PrologueCall:
     """cat([a, gelu(b)], -1), the form with tanh; a (..., K1), b (..., K2)."""
     return PrologueCall("concat_gelu", (a, b), lambda: torch.cat([a, gelu(b)], dim=-1))
+
+
+def concat_silu_gated(a: Tensor, gated: Callable[[Tensor], Tensor], b: Tensor) -> PrologueCall:
+    """cat([a, `gated`(b)], -1), of the halves b1 and b2 of b silu(b1) * b2; a (..., K1), b (..., 2 K2)."""
+    return PrologueCall("concat_silu_gate", (a, b), lambda: torch.cat([a, gated(b)], dim=-1))

@@ -124,7 +124,9 @@ def _shape_of_rows(prologue: Prologue, rows: dict[str, Tensor]) -> tuple[int, ..
         return shapes[0]
     if not all(shapes) or shapes[0][:-1] != shapes[1][:-1] or not (shapes[0][-1] and shapes[1][-1]):
         raise ValueError(f"{' and '.join(names)} are (..., columns) that differ in columns alone, {found}")
-    return (*shapes[0][:-1], shapes[0][-1] + shapes[1][-1])
+    if prologue.gated and shapes[1][-1] % 2:
+        raise ValueError(f"{names[1]} has two halves of as many columns, {found}")
+    return (*shapes[0][:-1], prologue.columns([shapes[0][-1], shapes[1][-1]]))
 
 
 def _check_parameters(x: Tensor, parameters: Sequence[tuple[str, Kind, Tensor]]) -> None:
@@ -148,6 +150,7 @@ _WANTED: dict[Kind, str] = {
     "columns": "({k},)",
     "table": "(R, {k}) with R > 0",
     "choice": "{tokens}, one for each token,",
+    "tokens": "({tokens}, {k})",
 }
 
 
@@ -159,6 +162,8 @@ def _fits(kind: Kind, shape: tuple[int, ...], x: Tensor, batch: int) -> bool:
         return False
     if kind == "columns":
         return len(shape) == 1
+    if kind == "tokens":
+        return shape == tuple(x.shape)
     if kind == "table":
         return len(shape) == 2 and shape[0] > 0
     return shape[1:-1] in ((), (1,)) and all(size in (1, batch) for size in shape[:-1][:1])

@@ -56,7 +56,7 @@ def _one_by_one(
     packed_a, scale, lowrank = first(*arguments, lowrank_a, grouping, parts, norm, format, score)
     kinds = [kind for _, kind in PROLOGUES[prologue].arguments]
     widths = [one.shape[-1] for kind, one in zip(kinds, arguments, strict=True) if kind == "rows"]
-    k = sum(widths) if PROLOGUES[prologue].concatenates else widths[0]
+    k = PROLOGUES[prologue].columns(widths)
     weights = of[0]
     if any(one.shape[1:] != (k,) for one in weights):  # packed_a is in whole tiles, and does not tell
         raise ValueError(f"weights are (N, K) with K = {k}, got {[tuple(one.shape) for one in weights]}")

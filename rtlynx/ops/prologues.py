@@ -10,9 +10,9 @@ Two for each entry of `rtlynx.cuda.sm90.prologues.PROLOGUES`, in `COMPRESS` and 
     products (`torch._scaled_mm`) take them. `quantize` alone is that of a tensor.
 
 Arguments are activations (..., K) bfloat16 with free strides; parameters (K,), or (B, K), (B, 1, K) or (K,)
-for batches, B also 1 for all, or tables (R, K) of which each token takes a row by a `choice` (B, T) int32;
-parameters are bfloat16 or (slower) float32; and numbers. All raise TypeError for other dtypes, ValueError if
-shapes or devices do not fit, RuntimeError if a gradient would be lost.
+for batches, B also 1 for all, or (B, T, K) for tokens, or tables (R, K) of which each token takes a row by a
+`choice` (B, T) int32; parameters are bfloat16 or (slower) float32; and numbers. All raise TypeError for other
+dtypes, ValueError if shapes or devices do not fit, RuntimeError if a gradient would be lost.
 
 On a Hopper card one kernel does it all where it can read 16 bytes at a time: widths are multiples of 8,
 strided parts of 32, rows lie at multiples of 16 bytes, and, to quantise, K is at most 16,384. Elsewhere the

@@ -40,8 +40,6 @@ CASES = {
         wan_case(wan(), small_image, arguments={"expand_timesteps": True}),
     ),
 }
-# Its modulation is by token.
-NEVER_FUSED = {"ZImageOmniPipeline"}
 CONTROLNETS = {name for name in CASES if "ControlNet" in name}
 
 

@@ -17,7 +17,6 @@ from on_top_cases import (
     CASES,
     CONTROLNETS,
     IP_PIPELINES,
-    NEVER_FUSED,
     draw,
     made,
     picture_tokens,
@@ -48,7 +47,7 @@ def test_a_sparse_model_draws_fused_what_it_draws_layer_by_layer(name, monkeypat
     pipeline = sparsify(made(name, monkeypatch), FP8)
     calls.clear()
     fused = draw(pipeline, case)
-    known = bool(architecture_of(pipeline.transformer).fused) and name not in NEVER_FUSED
+    known = bool(architecture_of(pipeline.transformer).fused)
     assert known is any(count and one.endswith("_compress") for one, count in calls.items())
     if name in CONTROLNETS:
         assert not torch.equal(draw(pipeline, case, controlnet_conditioning_scale=0.0), fused)

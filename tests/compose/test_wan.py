@@ -23,7 +23,7 @@ from video_pipelines import VIDEO_PIPELINES, wan
 
 from rtlynx import Budget, CalibrationOptions, Recipe, calibrate, densify, load, save, schedule, sparsify
 from rtlynx.models import sparse_layers
-from rtlynx.nn.prologue import adaln_float32, affine_layernorm
+from rtlynx.nn.prologue import Modulation, adaln_float32, affine_layernorm
 from rtlynx.ops import sparse_linear as ops
 from rtlynx.ops.prologues import COMPRESS, QUANTIZE
 
@@ -106,11 +106,16 @@ def test_as_from_pretrained_loads_it_with_norms_and_modulation_in_float32(calls,
 
 
 @torch.no_grad()
-def test_what_each_token_modulates_by_its_own_is_not_fused(calls):
-    model, call = bfloat16(tiny_wan(), by_token())
+def test_a_timestep_of_each_token_is_fused(calls):
+    model, call = bfloat16(tiny_wan(), by_token(batch=2))
     output(sparsify(model), call)
+    assert calls["adaln_of_tokens_compress"] == 2
     assert calls["adaln_compress"] == 1  # norm and weights before cross-attention
     assert calls["gelu_compress"] == 1
+    expected = output(model, call)
+    assert not torch.equal(output(unfused(model), call), expected)  # (rounded once more)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(output(model, call), expected)
 
 
 @torch.no_grad()
@@ -142,7 +147,7 @@ def test_the_kernels_norm_is_as_near_to_its_formula_as_the_models(weights, limit
         prologue = affine_layernorm(norm, x)
         exact = exact * norm.weight.double() + norm.bias.double()
     else:
-        prologue = adaln_float32(norm, x, shift, scale)
+        prologue = adaln_float32(norm, x, Modulation(shift), Modulation(scale))
         exact = exact * (1 + scale.double()) + shift.double()
     assert relative_error(prologue.dense(), exact) < 2**-8
     values, t = QUANTIZE["adaln"](*prologue.arguments)

@@ -24,7 +24,7 @@ from rtlynx.ops.prologues import COMPRESS, launch_compress
 
 NAMES = tuple(name for name in PROLOGUES if name != "identity")
 MODULATED = ("adaln", "rms_adaln", "rmsnorm")  # by batch
-BY_TOKEN = "adaln_by_token"
+BY_TOKEN = ("adaln_by_token", "rmsnorm_by_token", "adaln_of_tokens", "rms_adaln_of_tokens")
 DATA = ("normal", "heavy", "offset")
 LAYOUTS = ("plain", "sliced", "wide", "odd", "swapped")
 LIMIT = 2.5e-3  # of a bf16 rounding the expectation is 1.7e-3; few values scatter
@@ -97,11 +97,15 @@ def make_inputs(case: PrologueCase) -> tuple[Any, ...]:
     modulations = normal(1 if case.shared else case.batch, 3 * k).bfloat16().chunk(3, dim=-1)
     if case.name in ("adaln", "rms_adaln"):
         return tokens(k), modulations[0], modulations[2], 1e-6
-    if case.name == BY_TOKEN:
+    size = case.batch, case.rows // case.batch
+    if case.name.endswith("by_token"):
         table = normal(case.batch + 1, 3 * k).bfloat16().chunk(3, dim=-1)
-        size = case.batch, case.rows // case.batch
         choice = torch.randint(case.batch + 1, size, generator=generator, device="cuda", dtype=torch.int32)
-        return tokens(k), table[0], table[2], choice, 1e-6
+        first = table[0] if case.name == "adaln_by_token" else normal(k).bfloat16()
+        return tokens(k), first, table[2], choice, 1e-6
+    if case.name.endswith("of_tokens"):
+        own = normal(*size, 3, k).bfloat16().unbind(2)
+        return tokens(k), own[0], own[2], *normal(2, k).bfloat16().unbind(0), 1e-6
     if case.name == "rmsnorm":
         return tokens(k), normal(k).bfloat16(), modulations[1], 1e-5
     if case.name == "gelu":
@@ -109,7 +113,8 @@ def make_inputs(case: PrologueCase) -> tuple[Any, ...]:
     if case.name == "silu_gate":
         return tokens(2 * k).chunk(2, dim=-1)
     first = max(8, k // 40 * 8)  # a fifth, as in FLUX
-    return tokens(first), tokens(k - first)
+    second = k - first
+    return tokens(first), tokens(2 * second if case.name == "concat_silu_gate" else second)
 
 
 def along_tokens(one: Any) -> bool:
@@ -163,11 +168,20 @@ def exactly(name: str, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     """The prologue in float64, and the size of terms that may cancel in it, where some may."""
     wide = [one.double() if isinstance(one, Tensor) else one for one in inputs]
     x = wide[0]
-    if name == BY_TOKEN:
+    if name.endswith("by_token"):
         _, second, third, choice, eps = inputs
         rows = choice.flatten().long()
-        y, size = exactly("adaln", inputs[0].reshape(len(rows), 1, -1), second[rows], third[rows], eps)
+        second = second[rows] if second.ndim == 2 else second
+        x_by_row = inputs[0].reshape(len(rows), 1, -1)
+        y, size = exactly(name.removesuffix("_by_token"), x_by_row, second, third[rows], eps)
         return tuple(None if one is None else one.view(x.shape) for one in (y, size))
+    if name.endswith("of_tokens"):
+        _, shift, scale, common_shift, common_scale, eps = wide
+        mean = x.new_zeros(()) if name.startswith("rms") else x.mean(-1, keepdim=True)
+        deviation = ((x - mean).square().mean(-1, keepdim=True) + eps).sqrt()
+        size = (x.abs() + mean.abs()) / deviation * (1 + common_scale.abs() + scale.abs())
+        y = (x - mean) / deviation * (1 + common_scale + scale) + common_shift + shift
+        return y, size + common_shift.abs() + shift.abs()
     if name in MODULATED:
         _, second, third, eps = wide
         along = (-1, 1, x.shape[-1]) if x.ndim == 3 else (-1, x.shape[-1])
@@ -182,6 +196,8 @@ def exactly(name: str, *inputs: Any) -> tuple[Tensor, Tensor | None]:
     if name == "silu_gate":
         return x * x.sigmoid() * wide[1], None
     last = wide[-1]
+    if name == "concat_silu_gate":
+        return torch.cat([x, exactly("silu_gate", *last.chunk(2, dim=-1))[0]], dim=-1), None
     # As a sigmoid, which loses nothing where the usual form subtracts.
     activated = last * (2 * math.sqrt(2 / math.pi) * (last + 0.044715 * last**3)).sigmoid()
     return (activated if name == "gelu" else torch.cat([x, activated], dim=-1)), None

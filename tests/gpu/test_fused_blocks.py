@@ -8,15 +8,45 @@ import torch
 pytest.importorskip("diffusers")
 
 from fusion_helpers import RECIPES, give_factors, unfused
+from helpers import (
+    IMAGE_TOKENS,
+    flux_call,
+    in_dtype,
+    ltx_call,
+    output,
+    qwen_edit_call,
+    relative_error,
+    tiny_ltx,
+    tiny_qwen_edit,
+    tiny_wan,
+    wan_call,
+)
 from helpers import MODELS as KNOWN
-from helpers import flux_call, in_dtype, output, qwen_edit_call, relative_error, tiny_qwen_edit
 
 from rtlynx import sparsify
 from rtlynx.nn.prepared import CompressedInput, MixedInput, PreparedInput, QuantizedInput
 
 pytestmark = pytest.mark.gpu
 
-MODELS = {**KNOWN, "qwen-edit": (tiny_qwen_edit, qwen_edit_call)}
+
+def by_token(make):
+    """Calls as beside a given picture: the first half of the tokens is at timestep 0."""
+
+    def call(seed=0):
+        made = make(seed)
+        timestep = made["timestep"][:, None].repeat(1, IMAGE_TOKENS)
+        timestep[:, : IMAGE_TOKENS // 2] = 0
+        return {**made, "timestep": timestep}
+
+    return call
+
+
+MODELS = {
+    **KNOWN,
+    "qwen-edit": (tiny_qwen_edit, qwen_edit_call),
+    "wan-by-token": (tiny_wan, by_token(wan_call)),
+    "ltx-by-token": (tiny_ltx, by_token(ltx_call)),
+}
 # What stands for a chain's result, in each of them.
 READ = {
     "bf16": {CompressedInput},
@@ -30,6 +60,8 @@ ONCE = {
     "sd3": "mixed",
     "qwen-edit": "fp8",
     "ltx": "mixed",
+    "wan-by-token": "fp8",
+    "ltx-by-token": "whole",
     "ltx2": "mixed",
     "hunyuan-video15": "mixed",
 }

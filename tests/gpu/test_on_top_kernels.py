@@ -12,7 +12,6 @@ from helpers import relative_error
 from on_top_cases import (
     CASES,
     IP_PIPELINES,
-    NEVER_FUSED,
     draw,
     made,
     picture_tokens,
@@ -53,7 +52,7 @@ def check(pipeline, case, monkeypatch, fused):
 @pytest.mark.parametrize("name", CASES)
 def test_a_sparse_model_draws_fused_what_it_draws_layer_by_layer(name, monkeypatch):
     pipeline = sparsify(made(name, monkeypatch, device="cuda"), FP8)
-    fused = bool(architecture_of(pipeline.transformer).fused) and name not in NEVER_FUSED
+    fused = bool(architecture_of(pipeline.transformer).fused)
     check(pipeline, CASES[name][1], monkeypatch, fused)
 
 

@@ -36,12 +36,16 @@ WIDTHS = {
     "adaln": 3072,
     "rms_adaln": 4096,
     "adaln_by_token": 3072,
+    "adaln_of_tokens": 3072,
+    "rms_adaln_of_tokens": 4096,
+    "rmsnorm_by_token": 3840,
     "rmsnorm": 3840,
     "gelu": 12288,
     "silu_gate": 10240,
+    "concat_silu_gate": 12288,
     "concat_gelu": 15360,
 }
-PARTS = {"concat_gelu": (3072, 12288)}
+PARTS = {"concat_gelu": (3072, 12288), "concat_silu_gate": (3072, 9216)}
 RANKS = (0, 5, 64, 130)
 GROUPINGS = ("adjacent", "strided")
 
@@ -163,9 +167,9 @@ def test_inputs_that_the_kernel_cannot_read_are_left_to_pytorch(name):
     tail = (None, "adjacent", [], True, "bf16-sparse")
     compare(name, changed(name, x=misaligned), tail, served=False)
     compare(name, changed(name, x=lambda x: x.mT.contiguous().mT), tail, served=False)
-    if name in ("silu_gate", "concat_gelu"):
+    if name in ("silu_gate", "concat_gelu", "concat_silu_gate"):
         compare(name, changed(name, first=misaligned), tail, served=False)
-    if name not in (*MODULATED, BY_TOKEN):
+    if name not in (*MODULATED, *BY_TOKEN):
         inputs = [one.view(3, 10, 5, -1).transpose(1, 2) for one in changed(name)]
         compare(name, inputs, tail, served=False)
         compare(name, [one.contiguous() for one in inputs], tail, served=True)
@@ -188,6 +192,15 @@ def test_modulations_of_every_shape(name, change, served):
 @pytest.mark.parametrize("first", [lambda p: p[0], lambda p: p[:1], lambda p: p.contiguous()])
 def test_shifts_and_scales_that_lie_differently(first):
     compare("adaln", changed("adaln", first=first), (None, "adjacent", [], True, "bf16-sparse"), served=True)
+
+
+def test_modulations_of_tokens_further_apart_than_32_bits_count():
+    rows, k = 70_000, 64
+    wide = torch.empty(rows, 32_768, dtype=torch.bfloat16, device="cuda")  # 2.3e9 entries
+    x, shift, scale, common_shift, common_scale, eps = make_inputs(PrologueCase("adaln_of_tokens", rows, k))
+    own = [wide[:, i * k : (i + 1) * k].copy_(one[0]) for i, one in enumerate((shift, scale))]
+    tail = (None, "adjacent", [], True, "fp8-sparse")
+    compare("adaln_of_tokens", (x[0], *own, common_shift, common_scale, eps), tail, served=True)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -120,7 +120,7 @@ DEVICE void load_k_tile_async(const Parameters& p, uint32_t smem_stage, int k_ti
                 unroll<Prologue::kInputs>([&](auto input) {
                     const uint16_t* from = in_bounds ? p.prologue.input_at(rows[i], input, columns[k32])
                                                      : p.prologue.input_at(rows[i], input, 0);
-                    cp_async(to + input * kInputBytes, from, in_bounds);
+                    cp_async(to + input * kInputBytes, from, in_bounds && p.prologue.reads(input, columns[k32]));
                 });
             }
         });

@@ -40,6 +40,9 @@ DEVICE uint4 select(bool first, const uint4& a, const uint4& b) {
     return {first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w};
 }
 
+// Which row of a table a token takes.
+DEVICE int chosen(const int* choice, int index, int last) { return min(max(__ldg(choice + index), 0), last); }
+
 // Moments of 8 N values.
 template <int N>
 DEVICE RowMoments moments_of(const uint4 (&values)[N]) {
@@ -105,6 +108,8 @@ struct PrologueBase {
     DEVICE static RowMoments moments(const uint4 (&values)[N]) {
         return moments_of(values);
     }
+    // Whether `apply` reads this input in these columns; zeros are loaded where it does not.
+    DEVICE bool reads(int, int) const { return true; }
 };
 
 #if defined(PROLOGUE_IDENTITY)
@@ -117,12 +122,13 @@ struct Prologue : PrologueBase {
     DEVICE uint4 apply(const Row&, const Modulation&, int, const uint4 (&input)[1]) const { return input[0]; }
 };
 
-#elif defined(PROLOGUE_ADALN) || defined(PROLOGUE_RMS_ADALN) || defined(PROLOGUE_ADALN_BY_TOKEN)
+#elif defined(PROLOGUE_ADALN) || defined(PROLOGUE_RMS_ADALN) || defined(PROLOGUE_ADALN_BY_TOKEN) || \
+    defined(PROLOGUE_ADALN_OF_TOKENS) || defined(PROLOGUE_RMS_ADALN_OF_TOKENS)
 // norm(x) * (1 + scale) + shift: a layer norm, or an RMS norm. A scale and a shift for each batch, or those that
-// each token chooses.
+// each token chooses, or each token's own and what is common to all of them.
 struct Prologue : PrologueBase {
     static constexpr bool kNeedsMoments = true;
-#ifdef PROLOGUE_RMS_ADALN
+#if defined(PROLOGUE_RMS_ADALN) || defined(PROLOGUE_RMS_ADALN_OF_TOKENS)
     static constexpr bool kCentred = false;
     template <int N>
     DEVICE static RowMoments moments(const uint4 (&values)[N]) {
@@ -135,22 +141,49 @@ struct Prologue : PrologueBase {
     const int* choice;
     int modulation_stride;  // from choice to choice
     int last_choice;
-    DEVICE int modulation(int index) const { return min(max(__ldg(choice + index), 0), last_choice); }
+    DEVICE int modulation_offset(int index) const { return chosen(choice, index, last_choice) * modulation_stride; }
+#elif defined(PROLOGUE_ADALN_OF_TOKENS) || defined(PROLOGUE_RMS_ADALN_OF_TOKENS)
+    static constexpr int kOffsetUnit = 8;  // a long video has more entries than an int counts
+    const uint16_t *common_shift, *common_scale;
+    int modulation_stride;  // from token to token
+    DEVICE int modulation_offset(int index) const { return index * (modulation_stride / kOffsetUnit); }
 #else
     int modulation_stride;  // from batch to batch, 0 where all share one
-    DEVICE int modulation(int index) const { return x.batch(index); }
+    DEVICE int modulation_offset(int index) const { return x.batch(index) * modulation_stride; }
 #endif
     float eps;
 
     DEVICE void open_row(Row& row, int index) const {
         row.input[0] = x.row(index);
-        row.modulation_offset = modulation(index) * modulation_stride;
+        row.modulation_offset = modulation_offset(index);
     }
     DEVICE const uint16_t* input_at(const Row& row, int, int column) const { return row.input[0] + column; }
     DEVICE void set_moments(Row& row, const RowMoments& m) const {
         row.mean = kCentred ? m.mean : 0.f;
         row.inv_std = rsqrtf(m.m2 / m.count + eps);
     }
+#if defined(PROLOGUE_ADALN_OF_TOKENS) || defined(PROLOGUE_RMS_ADALN_OF_TOKENS)
+    struct Modulation {  // as in memory: half the registers, and every row has its own
+        uint4 scale, shift;
+        int column;
+    };
+    DEVICE Modulation load_modulation(const Row& row, int column) const {
+        const int64_t at = int64_t(row.modulation_offset) * kOffsetUnit + column;
+        return {__ldg(reinterpret_cast<const uint4*>(scale + at)), __ldg(reinterpret_cast<const uint4*>(shift + at)),
+                column};
+    }
+    DEVICE uint4 apply(const Row& row, const Modulation& of, int, const uint4 (&input)[1]) const {
+        F32x8 e = unpack(input[0]);
+        const F32x8 own_scale = unpack(of.scale), added_scale = load_vector(common_scale + of.column);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            e.v[i] = (e.v[i] - row.mean) * row.inv_std * (1.f + own_scale.v[i] + added_scale.v[i]);
+        const F32x8 own_shift = unpack(of.shift), added_shift = load_vector(common_shift + of.column);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) e.v[i] += own_shift.v[i] + added_shift.v[i];
+        return pack(e);
+    }
+#else
     struct Modulation {
         F32x8 factor, shift;
     };
@@ -167,21 +200,30 @@ struct Prologue : PrologueBase {
         for (int i = 0; i < 8; ++i) e.v[i] = fmaf((e.v[i] - row.mean) * row.inv_std, of.factor.v[i], of.shift.v[i]);
         return pack(e);
     }
+#endif
 };
 
-#elif defined(PROLOGUE_RMSNORM)
-// rms_norm(x) * weight * scale, a scale for each batch.
+#elif defined(PROLOGUE_RMSNORM) || defined(PROLOGUE_RMSNORM_BY_TOKEN)
+// rms_norm(x) * weight * scale, a scale for each batch, or one that each token chooses.
 struct Prologue : PrologueBase {
     static constexpr bool kNeedsMoments = true;
     static constexpr bool kCentred = false;
     Matrix x;
     const uint16_t *weight, *scale;
+#ifdef PROLOGUE_RMSNORM_BY_TOKEN
+    const int* choice;
     int modulation_stride;
+    int last_choice;
+    DEVICE int modulation(int index) const { return chosen(choice, index, last_choice); }
+#else
+    int modulation_stride;
+    DEVICE int modulation(int index) const { return x.batch(index); }
+#endif
     float eps;
 
     DEVICE void open_row(Row& row, int index) const {
         row.input[0] = x.row(index);
-        row.modulation_offset = x.batch(index) * modulation_stride;
+        row.modulation_offset = modulation(index) * modulation_stride;
     }
     DEVICE const uint16_t* input_at(const Row& row, int, int column) const { return row.input[0] + column; }
     template <int N>
@@ -256,6 +298,30 @@ struct Prologue : PrologueBase {
         F32x8 e = unpack(input[0]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) e.v[i] = gelu_tanh(e.v[i]);
+        return select(column < columns_a, input[0], pack(e));
+    }
+};
+
+#elif defined(PROLOGUE_CONCAT_SILU_GATE)
+// cat(a, silu(b1) * b2) along the columns, b1 and b2 the halves of b; a and either half have multiples of 8.
+struct Prologue : PrologueBase {
+    static constexpr int kInputs = 2;
+    Matrix a, b;
+    int columns_a, columns_b;  // the latter of a half
+
+    DEVICE void open_row(Row& row, int index) const {
+        row.input[0] = a.row(index);
+        row.input[1] = b.row(index) - columns_a;
+    }
+    DEVICE bool reads(int input, int column) const { return input == 0 || column >= columns_a; }
+    DEVICE const uint16_t* input_at(const Row& row, int input, int column) const {
+        return (column < columns_a ? row.input[0] : row.input[1] + input * columns_b) + column;
+    }
+    DEVICE uint4 apply(const Row&, const Modulation&, int column, const uint4 (&input)[2]) const {
+        F32x8 e = unpack(input[0]);
+        const F32x8 gated = unpack(input[1]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) e.v[i] = silu(e.v[i]) * gated.v[i];
         return select(column < columns_a, input[0], pack(e));
     }
 };

@@ -23,7 +23,8 @@ from rtlynx.cuda.sm90.weights import readable
 
 # rows: activations (..., K) bf16. batches: parameters (B, K), (B, 1, K) or (K,). columns: parameters (K,).
 # table: parameters (R, K). choice: which of these rows each token takes, (B, T) or (T,) int32.
-Kind = Literal["rows", "batches", "columns", "table", "choice", "float"]
+# tokens: parameters (B, T, K) or (T, K), of each token its own.
+Kind = Literal["rows", "batches", "columns", "table", "choice", "tokens", "float"]
 
 MATRIX = Layout(
     ("data", "pointer"), ("batch_stride", "int64"), ("row_stride", "int64"), ("rows_per_batch", "int")
@@ -46,6 +47,8 @@ class Prologue:
         tokens as (..., K).
     concatenates : bool
         Whether columns of the second matrix follow those of the first; else matrices are of one shape.
+    gated : bool
+        Whether that second matrix has two halves, which make as many columns of the result as one has.
     many_registers : bool
         Whether kernels of whole rows spill unless threads of long ones get more registers.
     """
@@ -55,6 +58,7 @@ class Prologue:
     arguments: tuple[tuple[str, Kind], ...]
     reference: Callable[..., Tensor]
     concatenates: bool = False
+    gated: bool = False
     many_registers: bool = False
 
     def named(self, *kinds: Kind) -> list[str]:
@@ -76,18 +80,25 @@ class Prologue:
     @property
     def inputs(self) -> int:
         """Values that the kernel reads for each value of the result."""
-        return 1 if self.concatenates else len(self.named("rows"))
+        return (2 if self.gated else 1) if self.concatenates else len(self.named("rows"))
+
+    def columns(self, widths: Sequence[int]) -> int:
+        """Of the result, where its matrices have `widths`."""
+        if not self.concatenates:
+            return widths[0]
+        return widths[0] + (widths[1] // 2 if self.gated else widths[1])
 
     @cached_property
     def layout(self) -> Layout:
         """Of `struct Prologue`."""
         return Layout(
             *((name, MATRIX) for name in self.named("rows")),
-            *((name, "pointer") for name in self.named("batches", "columns", "table", "choice")),
-            *((("modulation_stride", "int"),) if self.named("batches", "table") else ()),
+            *((name, "pointer") for name in self.named("batches", "columns", "table", "choice", "tokens")),
+            *((("modulation_stride", "int"),) if self.named("batches", "table", "tokens") else ()),
             *((("last_choice", "int"),) if self.named("choice") else ()),
             *((name, "float") for name in self.named("float")),
             *((("columns_a", "int"),) if self.concatenates else ()),
+            *((("columns_b", "int"),) if self.gated else ()),
         )
 
     def __reduce__(self) -> Any:
@@ -128,6 +139,22 @@ def _adaln_by_token(x: Tensor, shift: Tensor, scale: Tensor, choice: Tensor, eps
     return _adaln(x, shift[rows], scale[rows], eps)
 
 
+def _adaln_of_tokens(
+    x: Tensor, shift: Tensor, scale: Tensor, common_shift: Tensor, common_scale: Tensor, eps: float
+) -> Tensor:
+    return _adaln(x, shift.float() + common_shift.float(), scale.float() + common_scale.float(), eps)
+
+
+def _rms_adaln_of_tokens(
+    x: Tensor, shift: Tensor, scale: Tensor, common_shift: Tensor, common_scale: Tensor, eps: float
+) -> Tensor:
+    return _rms_adaln(x, shift.float() + common_shift.float(), scale.float() + common_scale.float(), eps)
+
+
+def _rmsnorm_by_token(x: Tensor, weight: Tensor, scale: Tensor, choice: Tensor, eps: float) -> Tensor:
+    return _rmsnorm(x, weight, scale[choice.clamp(0, len(scale) - 1).long()], eps)
+
+
 def _rmsnorm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     return rms_norm(x.float(), x.shape[-1:], eps=eps) * weight.float() * scale.float()
 
@@ -135,6 +162,15 @@ def _rmsnorm(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
 def _gelu(x: Tensor) -> Tensor:
     return gelu(x.float(), approximate="tanh")
 
+
+def _silu_gate(a: Tensor, b: Tensor) -> Tensor:
+    return silu(a.float()) * b.float()
+
+
+_OF_TOKENS: tuple[tuple[str, Kind], ...] = (
+    *(("x", "rows"), ("shift", "tokens"), ("scale", "tokens")),
+    *(("common_shift", "columns"), ("common_scale", "columns"), ("eps", "float")),
+)
 
 IDENTITY = Prologue("identity", "x", (("x", "rows"),), Tensor.float)
 
@@ -164,10 +200,37 @@ PROLOGUES: dict[str, Prologue] = {
             many_registers=True,
         ),
         Prologue(
+            "adaln_of_tokens",
+            "layer_norm(x) * (1 + common_scale + scale) + common_shift + shift, of each token its own",
+            _OF_TOKENS,
+            _adaln_of_tokens,
+            many_registers=True,
+        ),
+        Prologue(
+            "rms_adaln_of_tokens",
+            "rms_norm(x) * (1 + common_scale + scale) + common_shift + shift, likewise",
+            _OF_TOKENS,
+            _rms_adaln_of_tokens,
+            many_registers=True,
+        ),
+        Prologue(
             "rmsnorm",
             "rms_norm(x) * weight * scale",
             (("x", "rows"), ("weight", "columns"), ("scale", "batches"), ("eps", "float")),
             _rmsnorm,
+            many_registers=True,
+        ),
+        Prologue(
+            "rmsnorm_by_token",
+            "rms_norm(x) * weight * scale[choice], choices beyond the table its last or first",
+            (
+                ("x", "rows"),
+                ("weight", "columns"),
+                ("scale", "table"),
+                ("choice", "choice"),
+                ("eps", "float"),
+            ),
+            _rmsnorm_by_token,
             many_registers=True,
         ),
         Prologue("gelu", "gelu(x), in the form with tanh", (("x", "rows"),), _gelu),
@@ -175,7 +238,7 @@ PROLOGUES: dict[str, Prologue] = {
             "silu_gate",
             "silu(a) * b",
             (("a", "rows"), ("b", "rows")),
-            lambda a, b: silu(a.float()) * b.float(),
+            _silu_gate,
             many_registers=True,
         ),
         Prologue(
@@ -184,6 +247,15 @@ PROLOGUES: dict[str, Prologue] = {
             (("a", "rows"), ("b", "rows")),
             lambda a, b: torch.cat([a.float(), _gelu(b)], dim=-1),
             concatenates=True,
+        ),
+        Prologue(
+            "concat_silu_gate",
+            "cat([a, silu(b1) * b2], -1), b1 and b2 the halves of b",
+            (("a", "rows"), ("b", "rows")),
+            lambda a, b: torch.cat([a.float(), _silu_gate(*b.chunk(2, dim=-1))], dim=-1),
+            concatenates=True,
+            gated=True,
+            many_registers=True,
         ),
     )
 }
@@ -269,11 +341,11 @@ def _bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
         else:
             if value.dtype is not torch.bfloat16:
                 return None
-            if kind in ("batches", "table"):
+            if kind in ("batches", "table", "tokens"):
                 batched.append(len(vectors))
             if kind == "table":
                 last_choice = [len(value) - 1]
-            vectors.append(readable(_by_batch(value)))
+            vectors.append(readable(value.flatten(0, -2) if kind == "tokens" else _by_batch(value)))
     stride = _share_stride(vectors, batched)
     packed = [pack_matrix(one, batches=bool(batched)) for one in matrices]
     values: list[Any] = [number for numbers_of_one, _ in packed for number in numbers_of_one]
@@ -281,13 +353,14 @@ def _bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
     values += [stride] if batched else []
     values += last_choice
     values += numbers
-    columns = matrices[0].shape[-1]
+    widths = [one.shape[-1] for one in matrices]
+    rows, columns = matrices[0].numel() // widths[0], prologue.columns(widths)
     if prologue.concatenates:
-        values.append(columns)
-        if columns % 8:
+        values.append(widths[0])
+        if widths[0] % 8:
             return None
-    rows = matrices[0].numel() // columns
-    columns = sum(one.shape[-1] for one in matrices) if prologue.concatenates else columns
+    if prologue.gated:
+        values.append(widths[1] // 2)
     if columns % 8 or not all(aligned for _, aligned in packed):
         return None
     parameters = prologue.layout.pack(*values)

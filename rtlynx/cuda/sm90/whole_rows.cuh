@@ -42,8 +42,10 @@ DEVICE void load_rows(const Parameters& p, const Coord& at, Row (&rows)[ROWS],
         unroll<CHUNKS>([&](auto chunk) {
             const int column = at.column(chunk);
             const bool in_bounds = (!Coord::kPadsRows || rows[i].in_bounds) && column < p.columns;
-            unroll<Prologue::kInputs>(
-                [&](auto j) { input[i][chunk][j] = load_once(p.prologue.input_at(rows[i], j, column), in_bounds); });
+            unroll<Prologue::kInputs>([&](auto j) {
+                input[i][chunk][j] =
+                    load_once(p.prologue.input_at(rows[i], j, column), in_bounds && p.prologue.reads(j, column));
+            });
         });
     });
 }
