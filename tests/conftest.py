@@ -17,14 +17,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 # What is imported stays. To search it for garbage again and again took a tenth of the time.
 gc.disable()
-
-# The models here are tiny: on a busy machine threads that wait for each other take ten times as long as one
-# that does not. What runs in parallel are the workers of `pytest -n`.
-torch.set_num_threads(1)
 
 
 def pytest_collection_finish():
@@ -35,11 +30,16 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
+    import torch  # (not by the process that only hands tests to the workers of `pytest -n`)
+
+    # The models here are tiny: on a busy machine threads that wait for each other take ten times as long as
+    # one that does not. What runs in parallel are the workers of `pytest -n`.
+    torch.set_num_threads(1)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and isinstance(item, pytest.Function):  # (else it says so itself)
             item.add_marker(skip)
 
 

@@ -76,7 +76,7 @@ def test_importing_rtlynx_imports_nothing_heavy_and_keeps_its_names():
 ORDERS = """
 import os, sys, threading
 from concurrent.futures import ThreadPoolExecutor
-import torch, transformers, peft, accelerate, safetensors.torch
+import torch._dynamo, transformers, peft, accelerate, safetensors.torch
 
 def known():
     import inspect, diffusers.quantizers.auto as auto, rtlynx

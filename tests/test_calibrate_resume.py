@@ -34,6 +34,13 @@ from rtlynx.models import sparse_layers, state_of
 
 
 @pytest.fixture(scope="module")
+def uninterrupted():
+    """A calibration without a folder by `JOINT`: its pipeline and report."""
+    pipeline = TinyPipeline(tiny_flux())
+    return pipeline, sample(pipeline, JOINT, CalibrationOptions(batch_size=2))
+
+
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished calibration."""
     folder = tmp_path_factory.mktemp("finished")
@@ -46,9 +53,11 @@ def options_in(folder, **changes):
 
 
 @pytest.mark.parametrize("recipe", [JOINT, Recipe.paper(rank=4, lowrank_solver="trained", train_steps=5)])
-def test_interrupted_while_recording_then_resumed(tmp_path, recipe):
-    uninterrupted = TinyPipeline(tiny_flux())
-    report = sample(uninterrupted, recipe, CalibrationOptions(batch_size=2))
+def test_interrupted_while_recording_then_resumed(tmp_path, recipe, uninterrupted):
+    whole, report = uninterrupted
+    if recipe != JOINT:
+        whole = TinyPipeline(tiny_flux())
+        report = sample(whole, recipe, CalibrationOptions(batch_size=2))
 
     stopped = TinyPipeline(tiny_flux(), interrupt_at=3)
     with pytest.raises(KeyboardInterrupt):
@@ -58,8 +67,8 @@ def test_interrupted_while_recording_then_resumed(tmp_path, recipe):
 
     resumed = TinyPipeline(tiny_flux())
     again = sample(resumed, recipe, options_in(tmp_path))
-    assert resumed.batches == uninterrupted.batches[2:]  # two batches were on disk
-    assert_same(solution(resumed.transformer), solution(uninterrupted.transformer))
+    assert resumed.batches == whole.batches[2:]  # two batches were on disk
+    assert_same(solution(resumed.transformer), solution(whole.transformer))
     assert {n: s.error for n, s in again.solutions.items()} == {
         n: s.error for n, s in report.solutions.items()
     }
@@ -67,9 +76,11 @@ def test_interrupted_while_recording_then_resumed(tmp_path, recipe):
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_interrupted_while_solving_then_resumed(tmp_path, monkeypatch, sequential):
-    uninterrupted = TinyPipeline(tiny_flux())
-    sample(uninterrupted, JOINT, CalibrationOptions(batch_size=2, sequential=sequential))
+def test_interrupted_while_solving_then_resumed(tmp_path, monkeypatch, sequential, uninterrupted):
+    whole, _ = uninterrupted
+    if sequential:
+        whole = TinyPipeline(tiny_flux())
+        sample(whole, JOINT, CalibrationOptions(batch_size=2, sequential=True))
 
     original, solved = rtlynx.calibration.run.solve_layer, []
 
@@ -91,16 +102,16 @@ def test_interrupted_while_solving_then_resumed(tmp_path, monkeypatch, sequentia
     sample(resumed, JOINT, settings)
     assert resumed.batches == []
     assert len(solved) == 101  # one input was left to solve
-    assert_same(solution(resumed.transformer), solution(uninterrupted.transformer))
+    assert_same(solution(resumed.transformer), solution(whole.transformer))
 
 
-def test_a_finished_folder_gives_the_same_again_and_serves_another_budget(tmp_path):
-    first, second, third = (TinyPipeline(tiny_flux()) for _ in range(3))
-    sample(first, JOINT, options_in(tmp_path))
-    sample(second, JOINT, options_in(tmp_path))
+def test_a_finished_folder_gives_the_same_again_and_serves_another_budget(tmp_path, finished, uninterrupted):
+    folder = shutil.copytree(finished, tmp_path / "calibration")
+    second, third = (TinyPipeline(tiny_flux()) for _ in range(2))
+    sample(second, JOINT, options_in(folder))
     assert second.batches == []
-    assert_same(solution(second.transformer), solution(first.transformer))
-    sample(third, Recipe(rank=4, ridge=RIDGE, budget=Budget(speedup_share=0.5)), options_in(tmp_path))
+    assert_same(solution(second.transformer), solution(uninterrupted[0].transformer))
+    sample(third, Recipe(rank=4, ridge=RIDGE, budget=Budget(speedup_share=0.5)), options_in(folder))
     assert third.batches == []
     assert 0 < len(sparse_layers(third.transformer)) < 11
 

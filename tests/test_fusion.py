@@ -49,9 +49,14 @@ def test_without_kernels_a_fused_model_is_the_model_bit_for_bit(name, recipe):
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "recipe", "rank"),  # every pair of two of these, not all three
+    [
+        (name, recipe, (0, 4)[(i + j) % 2])
+        for i, name in enumerate(MODELS)
+        for j, recipe in enumerate(RECIPES)
+    ],
+)
 def test_fused_it_is_as_near_to_the_model_in_float32(name, recipe, rank, calls):
     """Roundings to bfloat16 move entries over the edge of selection, chains that round oftener move more."""
     model, call = model_and_call(name)
@@ -243,8 +248,7 @@ def test_whoever_hooks_a_layer_sees_its_input():
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
-        ("flux", "mixed"),
-        ("flux2", "whole"),
+        ("flux2", "whole"),  # (FLUX itself below, in one graph of both kinds of blocks)
         ("wan", "adjacent"),
         ("qwen", "mixed"),
         ("sd3", "mixed"),
@@ -273,11 +277,10 @@ def test_blocks_of_many_forms_compile_once_for_each():
     """A budget chooses for each layer; Dynamo allows one code object eight compilations, here two."""
     formats = {
         f"single_transformer_blocks.{block}.{layer}": "fp8-dense"
-        for block in range(6)
-        for bit, layer in enumerate(("attn.to_q", "attn.to_k"))
-        if block % 3 >> bit & 1
+        for block in (1, 3)
+        for layer in ("attn.to_q", "attn.to_k")
     }
-    model = tiny_flux(num_layers=0, num_single_layers=6).bfloat16()
+    model = tiny_flux(num_layers=0, num_single_layers=4).bfloat16()
     sparsify(model, Recipe.immediate(precision="fp8", formats=formats))
     call = in_dtype(flux_call(), torch.bfloat16)
     expected = output(model, call)
@@ -285,15 +288,14 @@ def test_blocks_of_many_forms_compile_once_for_each():
     model.compile_repeated_blocks(fullgraph=True, backend=counter)
     assert torch.equal(output(model, call), expected)
     # The first block's format twice, as its inputs are no parts of one tensor yet.
-    assert counter.frame_count == 3 + 1
+    assert counter.frame_count == 2 + 1
 
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_served")
 def test_a_function_around_the_model_compiles_as_one_graph():
     model, call = model_and_call("flux")
-    sparsify(model, RECIPES["adjacent"])
-    give_factors(model, 4)
+    sparsify(model, RECIPES["mixed"])
     expected = output(model, call)
     compiled = torch.compile(
         lambda call: model(**call, return_dict=False)[0], backend="eager", fullgraph=True

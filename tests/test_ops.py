@@ -237,8 +237,7 @@ def sample_calls_fp8(rank=5, norm=True):
 CALLS = {"bf16": sample_calls, "fp8": sample_calls_fp8}
 
 
-@pytest.mark.parametrize("rank", [0, 5])
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("rank", "norm"), [(0, True), (5, False)])
 @pytest.mark.parametrize("name", ["compress", "gemm", "gemm_joint", "linear"])
 def test_opcheck(name, norm, rank):
     torch.library.opcheck(getattr(ops, name), sample_calls(rank, norm)[name])
@@ -248,8 +247,7 @@ def test_opcheck(name, norm, rank):
 CHECKS_OF_FLOAT8 = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("rank", [0, 5])
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("rank", "norm"), [(0, False), (5, True)])
 @pytest.mark.parametrize("name", ["compress", "gemm", "gemm_joint", "linear"])
 def test_opcheck_fp8(name, norm, rank):
     torch.library.opcheck(getattr(ops, name), sample_calls_fp8(rank, norm)[name], test_utils=CHECKS_OF_FLOAT8)

@@ -50,7 +50,8 @@ def load(model, adapter_name="style", seed=0, rank=4, names=None, size=3.0, **kw
     ("name", "recipe", "rank"),
     [
         *(("flux", recipe, rank) for recipe in RECIPES for rank in (0, 4)),
-        *((name, recipe, 4) for name in OTHERS for recipe in ("fp8", "whole", "weights")),
+        # (Text beside 2:4 weights is in dense fp8.)
+        *((name, recipe, 4) for name in OTHERS for recipe in ("fp8", "weights")),
     ],
 )
 def test_several_loras_are_in_the_products_of_fused_blocks(name, recipe, rank, calls):
@@ -158,7 +159,7 @@ def test_a_layer_that_reads_alone_takes_any_tensor(recipe, calls):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["bf16", "fp8", "mixed", "weights"])
+@pytest.mark.parametrize("recipe", ["bf16", "mixed", "weights"])
 def test_weights_switches_and_unloading_act_at_once(recipe):
     model, call = model_and_call(recipe=recipe)
     before = output(model, call)

