@@ -5,6 +5,7 @@
 
 import struct
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -14,16 +15,18 @@ from torch import Tensor
 
 import rtlynx.ops.prologues  # noqa: F401  (registers torch.ops.rtlynx)
 from rtlynx.cuda import jit
+from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE, TILE_ROWS, Format
 from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.timing import results
 from rtlynx.timing.card import Card
 from rtlynx.timing.results import write
-from rtlynx.timing.shapes import set_count
+from rtlynx.timing.shapes import SHAPES, set_count
 from rtlynx.timing.sustained import Call, Graphs, Sample, Timer, attempt, measure
 
 M, RANK = 4096, 64
-WIDTHS = (3072, 12288)
-GROUPINGS = ("adjacent", "strided")
+WIDTHS = sorted({shape.k for shape in SHAPES})
+# Formats -> groupings that are measured.
+GROUPINGS = {BF16_SPARSE: ("adjacent", "strided"), FP8_SPARSE: ("adjacent",)}
 COPY_BLOCKS = (64, 128, 256, 512)  # threads
 COPY_MODES = (0, 1, 2)  # copy.cu says which
 
@@ -78,33 +81,43 @@ def make_timers(calls: dict[str, list[Call]], graphs: Graphs, missing: dict[str,
     return {name: timer for name, timer in made.items() if timer is not None}
 
 
-def compress_calls(inputs: list[Tensor], lowrank_as: list[Tensor], grouping: str) -> dict[str, list[Call]]:
-    compress = torch.ops.rtlynx.compress
+def compress_calls(
+    inputs: list[Tensor], lowrank_as: list[Tensor], grouping: str, format: Format
+) -> dict[str, list[Call]]:
+    compress, how = torch.ops.rtlynx.compress, (grouping, [], True, format.name)
     return {
-        f"compress_{grouping}": [lambda x=x: compress(x, None, grouping, [], True) for x in inputs],
+        f"compress_{grouping}": [lambda x=x: compress(x, None, *how) for x in inputs],
         f"compress_{grouping}_lowrank": [
-            lambda x=x, lowrank_a=lowrank_a: compress(x, lowrank_a, grouping, [], True)
+            lambda x=x, lowrank_a=lowrank_a: compress(x, lowrank_a, *how)
             for x, lowrank_a in zip(inputs, lowrank_as, strict=True)
         ],
     }
 
 
-def compress_row(k: int, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int) -> dict:
+def compressed_bytes(format: Format) -> int:
+    """What 16 bytes, of 8 entries in bf16, become."""
+    return 8 * format.tile_bytes // (TILE_ROWS * format.tile_k)
+
+
+def compress_row(
+    k: int, format: Format, card: Card, normal: Callable[..., Tensor], seconds: float, rounds: int
+) -> dict:
     """Compression of (M, k) with and without T, and the copy."""
     count = set_count(2 * M * k, card.l2_bytes)
     inputs = [normal(M, k) for _ in range(count)]
     lowrank_as = [normal(RANK, k).mul_(k**-0.5) for _ in range(count)]
     graphs, timers, missing = Graphs(), {}, {}
-    copy = attempt(missing, "copy", lambda: fastest_copy(inputs, graphs, card.sample, 9))
+    out = compressed_bytes(format)
+    copy = attempt(missing, "copy", lambda: fastest_copy(inputs, graphs, card.sample, out))
     if copy is not None:
         timers["copy"] = copy[1]
-    for grouping in GROUPINGS:
-        timers |= make_timers(compress_calls(inputs, lowrank_as, grouping), graphs, missing)
+    for grouping in GROUPINGS[format]:
+        timers |= make_timers(compress_calls(inputs, lowrank_as, grouping, format), graphs, missing)
     measured = measure(timers, seconds, rounds, card.sample, missing)
-    row: dict = {"M": M, "K": k, "copy_variant": None if copy is None else copy[0]}
+    row: dict = {"format": format.name, "M": M, "K": k, "copy_variant": None if copy is None else copy[0]}
     row |= {f"{name}_us": round(taken.us, 3) for name, taken in measured.items()}
     if "copy" in measured:
-        row["copy_gb_per_s"] = round(M * k * (2 + 1.125) / measured["copy"].us * 1e-3, 1)
+        row["copy_gb_per_s"] = round(M * k * (2 + out / 8) / measured["copy"].us * 1e-3, 1)
     row["speed_vs_copy"] = {
         name: results.ratio(row, "copy_us", f"{name}_us") for name in measured if name != "copy"
     }
@@ -179,9 +192,12 @@ def main() -> None:
     generator = torch.Generator("cuda")
     document = card.describe(options.commit) | {"rank": RANK, "seed": generator.seed()}
     normal = normal_on(generator)
-    rows = [compress_row(k, card, normal, options.seconds, options.rounds) for k in WIDTHS]
-    for row in rows:
-        print(f"K = {row['K']}, copy {row.get('copy_us')} us, {row.get('copy_gb_per_s')} GB/s")
+    rows = []
+    for format, k in product(GROUPINGS, WIDTHS):
+        row = compress_row(k, format, card, normal, options.seconds, options.rounds)
+        torch.cuda.empty_cache()
+        rows.append(row)
+        print(f"{format.name}, K = {k}, copy {row.get('copy_us')} us, {row.get('copy_gb_per_s')} GB/s")
         for name, speed in row["speed_vs_copy"].items():
             relation = "" if speed is None else f", {speed:.1%} of the copy's speed"
             print(f"  {name:28}{row[f'{name}_us']:9.2f} us{relation}", flush=True)
@@ -193,14 +209,14 @@ def main() -> None:
         figures = ", ".join(f"{key} {row[key]}" for key in row if key.endswith("_us") or "ratio" in key)
         print(f"{row['name']:12} {figures}", flush=True)
     quantizers = []
-    for prologue in (MATRIX, *PROLOGUES):
+    for prologue in (*(MATRIX._replace(k=k) for k in WIDTHS), *PROLOGUES):
         row = quantizer_row(prologue, card, normal, options.seconds, options.rounds)
         torch.cuda.empty_cache()
         quantizers.append(row)
         figures = ", ".join(
             f"{key} {row[key]}" for key in row if key.endswith(("_us", "_per_s", "copy", "ratio"))
         )
-        print(f"{row['name']:12} quantised: {figures}", flush=True)
+        print(f"{row['name']:12} K = {row['K']}, quantised: {figures}", flush=True)
     every = rows + producers + quantizers
     for row in every:
         for name, reason in row["missing"].items():

@@ -1,7 +1,7 @@
 """Host time of a whole linear layer call, eager and without gradients: `python benchmarks/host.py`.
 
 Everything that the caller waits for: checks, allocations, tensor maps, launches. The card never holds the
-host lowrank_b: it is synchronised between batches of calls, outside of what is timed.
+host up: it is synchronised between batches of calls, outside of what is timed.
 Writes results/host-<card>.json.
 """
 
@@ -14,8 +14,12 @@ from time import perf_counter_ns
 
 import torch
 from script import FOLDER, options_parser
+from targets import HOST_LAYER, HOST_REFERENCE
 from torch.nn.functional import linear
 
+from rtlynx.math.formats import FORMATS, FormatName
+from rtlynx.math.fp8 import quantize_weight
+from rtlynx.math.selection import Pattern, nm_mask, select
 from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.timing.card import Card
 from rtlynx.timing.results import write
@@ -46,14 +50,34 @@ def host_us(
     return times
 
 
-def layer(generator: torch.Generator, rank: int) -> SparseLinear:
+@torch.no_grad()
+def layer(generator: torch.Generator, format: FormatName, rank: int = 0) -> SparseLinear:
+    """A layer in this format, as a calibrated model has it; with a low-rank branch where `rank` says so."""
+
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, device=generator.device, generator=generator, dtype=torch.bfloat16)
 
-    made = SparseLinear(K, N, device=generator.device, dtype=torch.bfloat16)
+    how = FORMATS[format]
+    pattern, norm = (Pattern(), "scale") if how.sparse else (Pattern(1, 1), "none")
+    made = SparseLinear(K, N, pattern=pattern, norm=norm, device=generator.device, dtype=torch.bfloat16)
     if rank:
         made.set_lowrank(normal(rank, K), normal(N, rank))
+    if how.weight_sparse:
+        made.set_quantized(quantize_weight(select(made.weight, nm_mask(made.weight))), sparse=True)
+    elif how.quantized:
+        made.quantize()
+    made.prepare()
     return made
+
+
+# Calls of a whole layer -> its format, and the rank of its branch.
+LAYERS: dict[str, tuple[FormatName, int]] = {
+    "SparseLinear": ("bf16-sparse", 0),
+    "SparseLinear, rank 64": ("bf16-sparse", RANK),
+    "SparseLinear, dense fp8": ("fp8-dense", 0),
+    "SparseLinear, fp8 2:4 activations": ("fp8-sparse", 0),
+    HOST_LAYER: ("fp8-weight-sparse", 0),
+}
 
 
 def main() -> None:
@@ -64,15 +88,15 @@ def main() -> None:
     inputs = cycle(
         [torch.randn(M, K, device="cuda", generator=generator, dtype=torch.bfloat16) for _ in range(2)]
     )
-    plain, lowrank = layer(generator, 0), layer(generator, RANK)
-    weight, bias, lowrank_a, lowrank_b = lowrank.weight, lowrank.bias, lowrank.lowrank_a, lowrank.lowrank_b
+    layers = {name: layer(generator, *how) for name, how in LAYERS.items()}
+    of = layers["SparseLinear, rank 64"]
+    operands = of.weight, of.bias, of.lowrank_a, of.lowrank_b
     calls: dict[str, Callable[[], object]] = {
-        "F.linear": lambda: linear(next(inputs), weight, bias),
+        HOST_REFERENCE: lambda: linear(next(inputs), *operands[:2]),
         "torch.ops.rtlynx.linear, rank 64": lambda: torch.ops.rtlynx.linear(
-            next(inputs), weight, bias, lowrank_a, lowrank_b, "adjacent", [], True
+            next(inputs), *operands, "adjacent", [], True
         ),
-        "SparseLinear": lambda: plain(next(inputs)),
-        "SparseLinear, rank 64": lambda: lowrank(next(inputs)),
+        **{name: lambda made=made: made(next(inputs)) for name, made in layers.items()},
     }
     rows = []
     with torch.no_grad():

@@ -80,9 +80,9 @@ def _of_files(root: Path) -> Iterator[tuple[str, Target]]:
 
 
 def _figure(value: float | None, unit: str, digits: int | None = None) -> str:
-    """`digits` behind the point, where others than usual: two of a factor, none of a time or rate."""
+    """`digits` behind the point, where others than usual: two of a factor, none of a rate."""
     if value is None:
         return factor(value)
     if unit == "x":
         return factor(value) if digits is None else f"{value:.{digits}f}x"
-    return f"{number(value, f',.{digits or 0}f')}&nbsp;{unit.replace('us', 'µs')}"
+    return f"{number(value, f',.{digits or 0}f')}&nbsp;{unit}"

@@ -1,6 +1,7 @@
 """Plots of speed: bars of layers, shape by shape, and of whole steps, model by model."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -9,15 +10,18 @@ from overview import VARIANTS, measured
 from tables import in_words, speedup
 
 from rtlynx.timing.card import card_slug
-from rtlynx.timing.results import BLOCK_GRAPHS
+from rtlynx.timing.results import BLOCK_GRAPHS, WAYS, plain_layer_us
 from rtlynx.timing.step_variants import DENSE_FP8, EVERY_WEIGHT, RECOMMENDED, TORCHAO
 
 GREEN, GREY, BLUE, DARK = "#2f7d4f", "#9aa5b1", "#4c78a8", "#52606d"
 LIGHT_GREEN = "#8fc1a3"
 # Beginnings of variants' names.
 COLOURS = {"bf16": DARK, TORCHAO: GREY, DENSE_FP8: BLUE, RECOMMENDED: GREEN, EVERY_WEIGHT: LIGHT_GREEN}
+# Ways of a layer.
+WAY_COLOURS = {"2:4 weights": GREEN, "2:4 activations": LIGHT_GREEN}
 COLUMNS = 3  # of models beside each other
-Time = Callable[[dict], float | None]
+# Name and colour of bars, a whole layer's time, and the column of the GEMM alone.
+Bars = tuple[str, str, Callable[[dict], float | None], str]
 
 
 def draw_steps(steps: dict[str, dict], path: Path, source: str) -> None:
@@ -66,25 +70,33 @@ def _mark(axes: Axes, y: float, row: dict, marker: str, size: int, label: str) -
 
 
 def draw_speed(results: dict, path: Path, source: str) -> None:
-    """Bars: whole layers' speed relative to cuBLAS in bf16; marks: the GEMM alone.
+    """Bars: whole layers' speed relative to cuBLAS in bf16, without a branch; marks: the GEMM alone.
 
     source : digest of the results file; the plot carries it, so that a test sees when it is stale.
     """
     rows, fp8 = results["rows"], results.get("dtype") == "fp8"
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    peer: tuple[str, Time, str] = ("cuSPARSELt", _cusparselt_whole, "cusparselt_gemm_us")
+    peer: Bars = ("cuSPARSELt", GREY, _cusparselt_whole, "cusparselt_gemm_us")
     if fp8:
-        peer = ("dense fp8 (PyTorch)", lambda row: row["fp8_linear_us"], "cublas_fp8_us")
-    ours: tuple[str, Time, str] = ("rtlynx, sparse", lambda row: row["ours_us"], "ours_gemm_us")
-    for (name, whole, gemm), colour, offset in ((peer, GREY, -0.2), (ours, GREEN, 0.2)):
-        places = [index + offset for index in range(len(rows))]
+        peer = ("dense fp8 (PyTorch)", GREY, lambda row: row["fp8_linear_us"], "cublas_fp8_us")
+    ours = [
+        (f"rtlynx, {way}", WAY_COLOURS[way], partial(plain_layer_us, way=way), WAYS[way][1])
+        for way in WAYS
+        if all(set(WAYS[way]) <= row.keys() for row in rows)
+    ]
+    width = 0.8 / (1 + len(ours))
+    for number, (name, colour, whole, gemm) in enumerate((peer, *ours)):
+        places = [index + width * (number - len(ours) / 2) for index in range(len(rows))]
         times = [whole(row) for row in rows]
         bars = [row["cublas_us"] / us if us else 0.0 for row, us in zip(rows, times, strict=True)]
         marks = [speedup(row, gemm) or float("nan") for row in rows]
-        axes.bar(places, bars, 0.38, color=colour, label=f"{name}: whole layer")
+        axes.bar(places, bars, 0.95 * width, color=colour, label=f"{name}: whole layer")
         style = {"color": colour, "markeredgecolor": "black", "markersize": 5}
         axes.plot(places, marks, "D", label=f"{name}: GEMM alone", **style)
+    # The last bars are of activations, which have a branch.
+    with_branch = [speedup(row, "ours_us") or float("nan") for row in rows]
+    axes.plot(places, with_branch, "_", color="black", label=f"{name}, rank {results['rank']}: whole layer")
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xticks(range(len(rows)), [row["shape"] for row in rows], rotation=25, ha="right")
     axes.set_ylabel("speed relative to cuBLAS in bf16")

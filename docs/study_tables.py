@@ -8,7 +8,8 @@ from tables import Place, factor, number
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "studies"))
 
-from claims import Results, answers, table_of
+from claims import answers, table_of
+from measured_rows import Results
 from variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,12 +101,18 @@ def claims_section(documents: Iterable[dict]) -> str:
 
 
 def verdicts_section(documents: Iterable[dict]) -> str:
-    """Every claim with its answer for each model, without figures."""
+    """Every claim with its answer for each model, without figures, and in a line why it fails."""
     by_model = {_name(document): answers(document) for document in documents}
     lines = [f"| claim | {' | '.join(by_model)} |", "|---" * (1 + len(by_model)) + "|"]
+    reasons = []
     for told in zip(*by_model.values(), strict=True):
         lines.append(f"| {told[0].claim} | {' | '.join(one.verdict for one in told)} |")
-    return "\n".join(lines)
+        reasons += [
+            f"- {model}, {one.claim}: {one.why}."
+            for model, one in zip(by_model, told, strict=True)
+            if one.why
+        ]
+    return "\n".join([*lines, *(["", "Why some fail:", "", *reasons] if reasons else [])])
 
 
 def sweeps_section(results: dict) -> str:

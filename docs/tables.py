@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rtlynx.timing.overview import dense_steps
-from rtlynx.timing.results import BLOCK_GRAPHS, REFERENCE, picture_size, step_speed_up
+from rtlynx.timing.results import (
+    BLOCK_GRAPHS,
+    REFERENCE,
+    WAYS,
+    geomean,
+    picture_size,
+    plain_layer_us,
+    step_speed_up,
+)
 from rtlynx.timing.step_variants import (
     EVERY_LAYER,
     EVERY_WEIGHT,
@@ -18,6 +26,7 @@ from rtlynx.timing.step_variants import (
 )
 
 DEMO = Path("docs/demo")
+ACTIVATIONS = "2:4 activations"  # the way of `WAYS` that there is in bf16, too
 STEP_COLUMNS = ("gpu_ms", "linear_ms", "attention_ms", "rest_ms", "wall_ms", "peak_gib")
 
 
@@ -115,31 +124,36 @@ def figures_table(results: dict, more_steps: dict, place: Place) -> str:
 
 def speed_section(results: dict, source: Path, place: Place) -> str:
     """Layers in bf16, in Markdown: table and how it was measured. `source` is the results file."""
+    rank = results["rank"]
     lines = [
-        "| layer | M, K, N | cuBLAS | cuSPARSELt: compress + GEMM | ours: compress + GEMM "
-        "| GEMM, TFLOP/s | GEMM, speed-up | whole layer | **speed-up** | at the paper's rank |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| layer | M, K, N | cuBLAS | cuSPARSELt: compress + GEMM | ours: compress + GEMM | GEMM, TFLOP/s "
+        "| GEMM, speed-up | **both, speed-up** "
+        f"| rank {rank}: whole layer | speed-up | at the paper's rank |",
+        f"|{'---|' * 11}",
     ]
     for row in results["rows"]:
         cells = [
-            *_times_of(row, "cusparselt_compress_us", "cusparselt_gemm_us"),
+            *_beginning(row, "cusparselt_compress_us", "cusparselt_gemm_us"),
+            *_plain_cells(row, ACTIVATIONS),
             factor(speedup(row, "ours_gemm_us")),
+            f"**{factor(_plain_speedup(row, ACTIVATIONS, 'cublas_us'))}**",
             number(row["ours_us"], ".0f"),
-            f"**{factor(speedup(row, 'ours_us'))}**",
+            factor(speedup(row, "ours_us")),
             f"{factor(speedup(row, 'ours_paper_rank_us'))} (rank {row['paper_rank']})",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    mean = results["geomean"]
+    mean, plain = results["geomean"], _mean_speedup(results["rows"], ACTIVATIONS, "cublas_us")
     lines.append(
-        f"| geometric mean | | | | | | {factor(mean['gemm_vs_cublas'])} | | "
-        f"**{factor(mean['linear_vs_cublas'])}** | {factor(mean['linear_paper_rank_vs_cublas'])} |"
+        f"| geometric mean | | | | | | {factor(mean['gemm_vs_cublas'])} | **{factor(plain)}** | | "
+        f"{factor(mean['linear_vs_cublas'])} | {factor(mean['linear_paper_rank_vs_cublas'])} |"
     )
     power, clock = number(results["power_w"], ".0f"), number(results["clock_mhz"], ".0f")
     lines += [
         "",
         "Microseconds, and speed-ups over cuBLAS bf16 (`F.linear` with bias). *GEMM* is the sparse product "
-        f"alone; our *compress* includes the norm scale and T = X A at rank {results['rank']}; *whole layer* "
-        "starts from a dense X and includes the low-rank branch and the bias. Our GEMM runs at "
+        "alone; our *compress* includes the norm scale; *both* are a whole layer without a branch. "
+        f"*Rank {rank}* has a low-rank branch besides: T = X A in the same pass as compression, its product "
+        "in the same sums as the sparse one. Our GEMM runs at "
         f"{factor(mean['gemm_vs_cusparselt'])} the speed of cuSPARSELt's best algorithm, whose X was masked "
         "beforehand. TFLOP/s count the operations of the dense product.",
         "",
@@ -153,56 +167,72 @@ def speed_section(results: dict, source: Path, place: Place) -> str:
 
 
 def fp8_section(results: dict, source: Path, place: Place) -> str:
-    """Layers quantised to fp8, in Markdown."""
+    """Layers quantised to fp8, in Markdown: without a branch, as recommended, before those with one."""
+    rows, rank = results["rows"], results["rank"]
     # Older files do not have 2:4 weights.
-    by_weights = all("ours_weight_sparse_gemm_us" in row for row in results["rows"])
-    more = " 2:4 weights: quantise + GEMM | **over dense fp8** |" if by_weights else ""
-    lines = [
-        "| layer | M, K, N | cuBLAS bf16 | dense fp8: quantise + GEMM | ours: compress + GEMM "
-        "| GEMM, TFLOP/s | GEMM, speed-up over dense fp8 | whole layer | **speed-up over bf16** "
-        f"| **over dense fp8** |{more}",
-        f"|{'---|' * (12 if by_weights else 10)}",
-    ]
-    for row in results["rows"]:
-        cells = [
-            *_times_of(row, "cublas_fp8_quant_us", "cublas_fp8_us"),
-            factor(speedup(row, "ours_gemm_us", "cublas_fp8_us")),
-            number(row["ours_us"], ".0f"),
-            f"**{factor(speedup(row, 'ours_us'))}**",
-            f"**{factor(speedup(row, 'ours_us', 'fp8_linear_us'))}**",
-        ]
-        if by_weights:
-            parts = row["ours_quantize_us"], row["ours_weight_sparse_gemm_us"]
-            whole = {**row, "whole": None if None in parts else sum(parts)}
-            cells.append(" + ".join(number(part, ".0f") for part in parts))
-            cells.append(f"**{factor(speedup(whole, 'whole', 'fp8_linear_us'))}**")
-        lines.append(f"| {' | '.join(cells)} |")
+    ways = [way for way, columns in WAYS.items() if all(set(columns) <= row.keys() for row in rows)]
+    head = ["layer", "M, K, N", "cuBLAS bf16", "dense fp8: quantise + GEMM"]
+    for way in ways:
+        first = "compress" if way == ACTIVATIONS else "quantise"
+        head += [f"{way}: {first} + GEMM", "TFLOP/s", "**over dense fp8**", "over bf16"]
+    head += [f"2:4 activations, rank {rank}: whole layer", "over dense fp8", "over bf16"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in rows:
+        cells = _beginning(row, "cublas_fp8_quant_us", "cublas_fp8_us")
+        for way in ways:
+            cells += [*_plain_cells(row, way), f"**{factor(_plain_speedup(row, way, 'fp8_linear_us'))}**"]
+            cells.append(factor(_plain_speedup(row, way, "cublas_us")))
+        cells += [number(row["ours_us"], ".0f"), factor(speedup(row, "ours_us", "fp8_linear_us"))]
+        lines.append(f"| {' | '.join(cells)} | {factor(speedup(row, 'ours_us'))} |")
+    means = ["geometric mean", "", "", ""]
+    for way in ways:
+        means += ["", "", f"**{factor(_mean_speedup(rows, way, 'fp8_linear_us'))}**"]
+        means.append(factor(_mean_speedup(rows, way, "cublas_us")))
     mean = results["geomean"]
+    means += ["", factor(mean["linear_vs_fp8_linear"]), factor(mean["linear_vs_cublas_bf16"])]
+    products = " and ".join(
+        f"{factor(geomean(speedup(row, WAYS[way][1], 'cublas_fp8_us') for row in rows))} ({way})"
+        for way in ways
+    )
     lines += [
-        f"| geometric mean | | | | | | {factor(mean['gemm_vs_cublas_fp8'])} | | "
-        f"**{factor(mean['linear_vs_cublas_bf16'])}** | **{factor(mean['linear_vs_fp8_linear'])}** |"
-        f"{' | |' if by_weights else ''}",
+        f"| {' | '.join(means)} |",
         "",
         "Microseconds, measured as in bf16 below; *dense fp8* is PyTorch's row-wise scaled product after a "
-        "compiled dynamic quantisation. Quantisation alone moves these layers' outputs by "
-        f"{_range(results['rows'], 'quantization_err')}; the kernels differ from float64 on the same "
-        f"quantised operands by {_range(results['rows'], 'rel_err')}. {measured_on(results)} "
+        f"compiled dynamic quantisation. Our products alone run at {products} the speed of that product. "
+        f"*Rank {rank}* has a low-rank branch besides. Quantisation alone moves these layers' outputs by "
+        f"{_range(rows, 'quantization_err')}; the kernels differ from float64 on the same "
+        f"quantised operands by {_range(rows, 'rel_err')}. {measured_on(results)} "
         f"({place.file(source)}).",
     ]
     return "\n".join(lines)
 
 
-def _times_of(row: dict, peer_first: str, peer_gemm: str) -> list[str]:
-    """The cells that both tables begin with: the layer, cuBLAS bf16, a peer in two parts, ours, TFLOP/s."""
-    gemm, flops = row["ours_gemm_us"], 2 * row["M"] * row["K"] * row["N"]
+def _beginning(row: dict, *peer: str) -> list[str]:
+    """The cells that both tables begin with: the layer, cuBLAS bf16, and a peer in two parts."""
     return [
         row["shape"],
         f"{row['M']}, {row['K']}, {row['N']}",
         number(row["cublas_us"], ".0f"),
-        f"{number(row[peer_first], '.0f')} + {number(row[peer_gemm], '.0f')}",
-        f"{number(row['ours_compress_us'], '.0f')} + {number(gemm, '.0f')}",
-        number(gemm and flops / gemm * 1e-6, ",.0f"),
+        " + ".join(number(row[part], ".0f") for part in peer),
     ]
+
+
+def _plain_cells(row: dict, way: str) -> list[str]:
+    """A layer without a branch: its parts, and TFLOP/s of its product."""
+    times = [row[column] for column in WAYS[way]]
+    flops = 2 * row["M"] * row["K"] * row["N"]
+    return [
+        " + ".join(number(one, ".0f") for one in times),
+        number(times[1] and flops / times[1] * 1e-6, ",.0f"),
+    ]
+
+
+def _plain_speedup(row: dict, way: str, over: str) -> float | None:
+    return speedup({**row, "whole": plain_layer_us(row, way)}, "whole", over)
+
+
+def _mean_speedup(rows: list[dict], way: str, over: str) -> float | None:
+    return geomean(_plain_speedup(row, way, over) for row in rows)
 
 
 def _range(rows: list[dict], name: str) -> str:
@@ -215,13 +245,14 @@ def compress_section(results: dict, source: Path, place: Place) -> str:
     """Compression beside a plain copy, and what is fused with it or with quantisation, in Markdown."""
     rank = results["rank"]
     lines = [
-        f"| M, K | plain copy | adjacent | adjacent, rank {rank} | strided | strided, rank {rank} |",
-        "|---|---|---|---|---|---|",
+        f"| format | M, K | plain copy | adjacent | adjacent, rank {rank} | strided | strided, rank {rank} |",
+        f"|{'---|' * 7}",
     ]
     names = [f"compress_{grouping}{t}" for grouping in ("adjacent", "strided") for t in ("", "_lowrank")]
     for row in results["rows"]:
         times = (number(row.get(f"{name}_us"), ".1f") for name in ("copy", *names))
-        lines.append(f"| {row['M']}, {row['K']} | {' | '.join(times)} |")
+        precision = row.get("format", "bf16-sparse").removesuffix("-sparse")  # (older files are of bf16)
+        lines.append(f"| {precision} | {row['M']}, {row['K']} | {' | '.join(times)} |")
     lines += [
         "",
         "Microseconds. The copy moves as many bytes as compression reads and writes. A rank: T = X A is "

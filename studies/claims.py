@@ -1,130 +1,66 @@
 """The study's claims, answered from the results: `python studies/claims.py studies/results/quality-*.json`.
 
 A claim is answered yes or no, with its figures, for each model; "not measured" where a row that it needs is
-not in the file, "does not apply" where the model cannot have one. What "enough", "equal" and "predicts" mean
-is fixed by the constants below, set before any figure was known.
+not in the file, "does not apply" where the model cannot have one or nothing was set for it. What "nearer",
+"equal" and "predicts" mean is fixed by the constants below, what pictures are to reach in `picture_targets`.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from variants import VARIANTS
+import picture_targets
+from measured_rows import DoesNotApply, Missing, Results
+from picture_targets import PictureTarget
 
 from rtlynx.storage.files import CheckpointError, read_json
 
-ENOUGH_DB = 0.5  # a rank is enough where more of it gains less than this
-WANTED_DB = 3.0
+NEARER_DB = 0.5  # what draws nearer by less draws alike
 EQUAL_TIME = 0.02  # relative difference of modelled times that still count as equal
 FRACTION_OF_TIME = 0.5
 PREDICTS = 0.9  # rank correlation, over variants, of an error with PSNR
 FEWEST_POINTS = 5
-PLAIN_WEIGHTS = ("magnitude", "wanda", "ria", "bawa-style")  # SLiM's low-rank part compensates
-PAPER = ("paper:trained", "paper")
-OURS = "refit+lowrank+strided"
-LARGEST_RANK, PAPERS_RANK = "5%", "2%"
 PREDICTORS = ("layer_error", "output_error", "output_error_weighted")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """verdict : "yes", "no", a word of its own where the claim asks "which", or why there is none."""
+    """verdict : "yes", "no", a word of its own where the claim asks "which", or why there is none.
+
+    why : of a "no", in a line; empty where that is not known
+    """
 
     claim: str
     verdict: str
     figure: str
+    why: str = ""
 
 
-class Missing(Exception):
-    """A row or figure that a claim needs is not there."""
+def reached(target_of: Callable[[Results], PictureTarget], of: Results) -> tuple[bool, str]:
+    """Whether pictures are as near as they are to be."""
+    target = target_of(of)
+    measured, pictures = picture_targets.measured(target)
+    wanted, figure = target.shown(target.wanted), target.shown(measured)
+    bound = "most" if target.at_most else "least"
+    return target.met, f"{target.by}: {figure} ({pictures:,} pictures), wanted at {bound} {wanted}"
 
 
-class DoesNotApply(Exception):
-    """The model has no such variant; the message says why."""
-
-
-class Results:
-    """Rows by name; of several with one name the one with most pictures."""
-
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        self.architecture = document.get("architecture", "")
-        self.rows: dict[str, dict[str, Any]] = {}
-        for row in document.get("rows", ()):
-            known = self.rows.get(row["name"])
-            if known is None or row["n"] >= known["n"]:
-                self.rows[row["name"]] = row
-
-    def row(self, name: str) -> dict[str, Any]:
-        if name in self.rows:
-            return self.rows[name]
-        (variant,) = [variant for variant in VARIANTS if variant.name == name]
-        reason = variant.missing_for(self.architecture)
-        raise Missing(name) if reason is None else DoesNotApply(reason)
-
-    def figure(self, name: str, figure: str = "psnr") -> float:
-        value = self.row(name)["figures"][figure]["mean"]
-        if value is None:
-            raise Missing(f"{figure} of {name}")
-        return value
-
-    def spread(self, *names: str) -> float:
-        """The largest spread of PSNR over the seeds of some rows, 0 where there was one seed."""
-        return max(self.row(name)["figures"]["psnr"]["spread"] or 0.0 for name in names)
-
-    def ms(self, name: str) -> float:
-        value = self.row(name)["modelled_ms"]
-        if value is None:
-            raise Missing(f"modelled time of {name}")
-        return value
-
-
-def activations_over_weights(of: Results) -> tuple[bool, str]:
-    activation = of.figure("activation-2:4")
-    weights = {name: of.figure(f"weight-2:4:{name}") for name in PLAIN_WEIGHTS}
-    best = max(weights, key=lambda name: weights[name])
-    listed = ", ".join(f"{name} {value:.1f}" for name, value in weights.items())
-    return activation > weights[best], f"activation 2:4 {activation:.1f} dB; weight 2:4 by {listed}"
-
-
-def norm_helps_pictures_not_layers(of: Results) -> tuple[bool, str]:
-    with_norm, without = "activation-2:4+norm", "activation-2:4"
-    gain = of.figure(with_norm) - of.figure(without)
-    errors = [of.row(name)["errors"]["layer_error"] for name in (without, with_norm)]
-    told = gain > of.spread(with_norm, without) and errors[1] >= errors[0]
-    return told, f"{gain:+.2f} dB; layer error {errors[0]:.4f} without, {errors[1]:.4f} with"
-
-
-def two_percent_is_enough(of: Results) -> tuple[bool, str]:
-    gains = {}
-    for recipe in ("paper", "ours"):
-        some = [of.figure(f"rank:{recipe}-{rank}") for rank in ("0%", PAPERS_RANK, LARGEST_RANK)]
-        gains[recipe] = some[1] - some[0], some[2] - some[1]
-    told = all(more < ENOUGH_DB for _, more in gains.values())
-    return told, "; ".join(
-        f"{recipe}: 0 to 2 % {first:+.2f} dB, 2 to 5 % {more:+.2f} dB"
-        for recipe, (first, more) in gains.items()
-    )
+def weights_over_activations(of: Results) -> tuple[bool, str]:
+    weights, activations = of.figure("weight-2:4:refit-fp8"), of.figure("fp8:refit")
+    return weights - activations >= NEARER_DB, f"weights {weights:.1f} dB, activations {activations:.1f} dB"
 
 
 def closed_form_matches_training(of: Results) -> tuple[bool, str]:
-    trained, closed = PAPER
+    trained, closed = "paper:trained", "paper"
     gain = of.figure(closed) - of.figure(trained)
     seconds = [of.row(name)["calibration_seconds"] for name in (closed, trained)]
     told = gain >= -of.spread(trained, closed) and seconds[0] <= FRACTION_OF_TIME * seconds[1]
     return told, f"{gain:+.2f} dB in {seconds[0]:.0f} s instead of {seconds[1]:.0f} s"
-
-
-def ours_beats_the_paper(of: Results) -> tuple[bool, str]:
-    paper = max(PAPER, key=of.figure)
-    gain, time = of.figure(OURS) - of.figure(paper), of.ms(OURS) / of.ms(paper) - 1
-    return (
-        gain >= WANTED_DB and time <= EQUAL_TIME,
-        f"{gain:+.2f} dB over {paper} at {time:+.1%} modelled time",
-    )
 
 
 def layer_error_predicts(of: Results) -> tuple[bool, str]:
@@ -158,38 +94,61 @@ def budget_beats_by_hand(of: Results) -> tuple[bool, str]:
     return told, "; ".join(figures)
 
 
-def fp8_within_the_floor(of: Results) -> tuple[bool, str]:
-    floor = of.figure("dense:other-seed")
-    some = [row for name, row in of.rows.items() if row["forms"].get("fp8-sparse") and _psnr(row) is not None]
-    if not some:
-        raise Missing("a row with fp8 2:4 layers")
-    within = [row for row in some if _psnr(row) >= floor]
-    best = min(within, key=_time) if within else max(some, key=_psnr)
-    speed = best["modelled_speedup"]
-    faster = "" if speed is None else f", {speed:.2f}x"
-    return bool(
-        within
-    ), f"{best['name']}: {_psnr(best):.1f} dB{faster}; dense with other noise {floor:.1f} dB"
+@dataclass(frozen=True)
+class Claim:
+    """`judge` gives whether it holds, and figures; `why` says in a line why it fails, for any model."""
+
+    text: str
+    judge: Callable[[Results], tuple[bool, str]]
+    why: Callable[[Results], str] = lambda of: ""
 
 
-CLAIMS: tuple[tuple[str, Callable[[Results], tuple[bool, str]]], ...] = (
-    ("2:4 activations draw nearer to dense than 2:4 weights", activations_over_weights),
-    (
-        "norm compensation helps pictures although it does not help layer error",
-        norm_helps_pictures_not_layers,
+def _to_reach(text: str, target_of: Callable[[Results], PictureTarget]) -> Claim:
+    return Claim(text, partial(reached, target_of), lambda of: target_of(of).why)
+
+
+# (of the models that figures were set for)
+_EVERY, _STEPS, _RECOMMENDED = (
+    f"{' / '.join(dict.fromkeys(f'{figure:g}' for figure in wanted.values()))} dB"
+    for wanted in (
+        picture_targets.EVERY_LAYER,
+        picture_targets.WITH_DENSE_STEPS,
+        picture_targets.RECOMMENDED,
+    )
+)
+CLAIMS = (
+    _to_reach(f"every layer sparse draws at {_EVERY} (the latter: Z-Image)", picture_targets.every_layer),
+    _to_reach(
+        f"every layer sparse, last steps dense, draws at {_STEPS} at {picture_targets.MORE}",
+        picture_targets.with_dense_steps,
     ),
-    (f"rank 2 % is enough (2 to 5 % gains less than {ENOUGH_DB} dB)", two_percent_is_enough),
-    (
+    _to_reach(
+        f"the recommended recipe draws at {_RECOMMENDED}, no slower than before",
+        picture_targets.recommended,
+    ),
+    _to_reach(
+        "the recommended recipe draws as near as dense pictures of other noise",
+        picture_targets.at_noise_floor,
+    ),
+    _to_reach(
+        "the recommended recipe's Fréchet distance is within the dense model's over seeds",
+        picture_targets.by_frechet,
+    ),
+    Claim(
+        f"refitted 2:4 weights draw {NEARER_DB:g} dB or more nearer than refitted 2:4 activations, in fp8",
+        weights_over_activations,
+        lambda of: "both draw alike",
+    ),
+    Claim(
         "closed form is as good as training for 2,000 steps, in less than half the time",
         closed_form_matches_training,
     ),
-    (
-        f"refit + low-rank + strided groups beat the paper's recipe by {WANTED_DB:g} dB at equal time",
-        ours_beats_the_paper,
+    Claim(
+        f"layer error predicts picture quality (rank correlation {PREDICTS} or more)",
+        layer_error_predicts,
+        lambda of: "its mean counts all layers alike, and a few do most of the damage",
     ),
-    (f"layer error predicts picture quality (rank correlation {PREDICTS} or more)", layer_error_predicts),
-    ("the budget rule beats the paper's hand-picked layers at equal time", budget_beats_by_hand),
-    ("fp8 + 2:4 stays within the noise floor at some budget", fp8_within_the_floor),
+    Claim("the budget rule beats the paper's hand-picked layers at equal time", budget_beats_by_hand),
 )
 BREAKS_FIRST = "kind of picture that loses most"
 
@@ -197,14 +156,15 @@ BREAKS_FIRST = "kind of picture that loses most"
 def answers(document: Mapping[str, Any]) -> list[Answer]:
     """Every claim, for one model's results."""
     of, found = Results(document), []
-    for claim, judge in CLAIMS:
+    for claim in CLAIMS:
         try:
-            told, figure = judge(of)
-            found.append(Answer(claim, "yes" if told else "no", figure))
+            told, figure = claim.judge(of)
+            answer = Answer(claim.text, "yes", figure)
+            found.append(answer if told else replace(answer, verdict="no", why=claim.why(of)))
         except Missing as missing:
-            found.append(Answer(claim, "not measured", f"missing: {missing}"))
+            found.append(Answer(claim.text, "not measured", f"missing: {missing}"))
         except DoesNotApply as reason:
-            found.append(Answer(claim, "does not apply", str(reason)))
+            found.append(Answer(claim.text, "does not apply", str(reason)))
     return [*found, breaks_first(of)]
 
 
@@ -253,21 +213,15 @@ def table(answers_by_model: Mapping[str, Sequence[Answer]]) -> str:
 def table_of(told: Iterable[tuple[str, Answer]]) -> str:
     """Markdown: a row for each model and answer, in the order given."""
     lines = ["| claim | model | answer | figures |", "|---|---|---|---|"]
-    lines += [f"| {one.claim} | {model} | **{one.verdict}** | {one.figure} |" for model, one in told]
+    for model, one in told:
+        figure = one.figure + (f": {one.why}" if one.why else "")
+        lines.append(f"| {one.claim} | {model} | **{one.verdict}** | {figure} |")
     return "\n".join(lines)
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
     ordered = sorted(values)
     return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
-
-
-def _psnr(row: Mapping[str, Any]) -> Any:
-    return row["figures"]["psnr"]["mean"]
-
-
-def _time(row: Mapping[str, Any]) -> float:
-    return float("inf") if row["modelled_ms"] is None else row["modelled_ms"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

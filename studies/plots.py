@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from claims import Results
 from jobs import atlas_path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from measure import read_atlas
+from measured_rows import Results
 from rtlynx_zoo import draws_emoji
 from rtlynx_zoo.prompts import demo_prompts, fashion_prompts
 from torch import Tensor

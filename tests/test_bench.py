@@ -85,7 +85,7 @@ def test_an_unknown_shape_is_refused_before_the_card_is_asked(run):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_the_table_and_the_file_have_every_shape(run, measured, monkeypatch, tmp_path, dtype):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "160")
     file = tmp_path / "bench.json"
     shapes = "flux-o,zimage-w2"
     code, out, err = run("--dtype", dtype, "--shapes", shapes, "--seconds", "0.1", "--out", file)
@@ -98,7 +98,8 @@ def test_the_table_and_the_file_have_every_shape(run, measured, monkeypatch, tmp
     for row in document["rows"]:
         line = next(line for line in out.splitlines() if row["shape"] in line)
         assert "2.00x" in line
-    assert ("dense fp8" in out) is (dtype == "fp8")
+    assert ("dense fp8" in out) is ("2:4 weights" in out) is (dtype == "fp8")
+    assert 0 < out.index("2:4 activations") < out.index("rank 64")  # what is recommended, first
     assert "geometric mean" in out
 
 

@@ -11,9 +11,11 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import attention
+import compress
 import host
 import prologues
 import script
+import targets
 import tune
 
 from rtlynx.cuda import jit, tuning
@@ -186,7 +188,10 @@ def test_fp8_has_its_peers_too(monkeypatch):
     means = results.geomeans([row], "fp8")
     assert means["linear_vs_fp8_linear"] == 2.0
     assert set(means) >= {"linear_vs_cublas_bf16", "linear_vs_fp8_linear", "gemm_vs_cublas_fp8"}
-    assert row["shape"] in linear_layers.table([row])
+    groups, headings, line = linear_layers.table([row]).splitlines()
+    assert groups.index("2:4 weights") < groups.index("2:4 activations") < groups.index("rank 64")
+    assert len(headings) == len(line)
+    assert row["shape"] in line
 
 
 def test_quantised_rows_are_ours():
@@ -269,7 +274,30 @@ def test_host_time_leaves_out_warming_up_and_waiting():
     assert order == 3 * turn
 
 
-@pytest.mark.parametrize("out", [4, 8, 9])
+def test_layers_whose_host_time_is_measured_are_what_their_names_say():
+    x = torch.randn(host.M, host.K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for name, (format, rank) in host.LAYERS.items():
+        layer = host.layer(torch.Generator().manual_seed(1), format, rank)
+        assert (layer.format.name, layer.rank) == (format, rank), name
+        assert torch.isfinite(layer(x)).all()
+    weights = host.layer(torch.Generator().manual_seed(1), "fp8-weight-sparse").weight.float()
+    assert (weights.unflatten(-1, (-1, 4)) != 0).sum(-1).max() == 2
+    assert host.LAYERS[targets.HOST_LAYER] == ("fp8-weight-sparse", 0)
+
+
+@pytest.mark.parametrize("format", compress.GROUPINGS)
+def test_the_copy_moves_the_bytes_of_compression(format):
+    x = torch.randn(64, 3072, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for calls in compress.compress_calls([x], [x[:16]], "adjacent", format).values():
+        tiles, _, _ = calls[0]()
+        assert tiles.nbytes / x.nbytes == compress.compressed_bytes(format) / 16
+
+
+def test_compression_is_measured_at_every_width_of_the_layers():
+    assert set(compress.WIDTHS) == {shape.k for shape in shapes.SHAPES}
+
+
+@pytest.mark.parametrize("out", [4, 5, 8, 9])
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_the_copy_kernel_compiles(mode, out):
     pytest.importorskip("cuda.core")

@@ -29,9 +29,11 @@ from rtlynx import (
 )
 from rtlynx.calibration.budget import choose, inputs_of
 from rtlynx.calibration.prices import ModelPrices
+from rtlynx.cli.commands.calibrate import _write_plots
 from rtlynx.cli.inputs import recipe_of
 from rtlynx.cli.inspection import describe
 from rtlynx.cli.output import print_overview, print_report, report_json
+from rtlynx.evaluate import plot_dense_steps
 from rtlynx.models import sparse_layers, state_of
 from rtlynx.models.plan import make_plan
 from rtlynx.storage.files import CheckpointError
@@ -125,8 +127,11 @@ def test_bounds_divide_the_steps_that_run_dense_from_the_others(chosen):
         assert abs(sum(twice) - 2 * one.last_steps) <= 1
 
 
-def saved_us(plan, report, formats, last):
-    """What a picture saves whose `last` steps run in dense fp8, by the prices of everything that runs."""
+def saved_us(plan, report, formats, last, nothing=False):
+    """What a picture saves whose `last` steps run in dense fp8, by the prices of everything that runs.
+
+    `nothing` of it left: what there is to save.
+    """
     prices = ModelPrices(plan, report.tokens)
 
     def us(format_of):
@@ -137,7 +142,7 @@ def saved_us(plan, report, formats, last):
         return "fp8-dense" if name in formats else "dense"
 
     dense, sparse = us(lambda name: "dense"), us(lambda name: formats.get(name, "dense"))
-    return STEPS * dense - (STEPS - last) * sparse - last * us(in_dense_step)
+    return STEPS * dense - (0 if nothing else (STEPS - last) * sparse + last * us(in_dense_step))
 
 
 def test_each_candidate_saves_what_the_budget_wants_and_no_input_more(chosen):
@@ -157,6 +162,10 @@ def test_each_candidate_saves_what_the_budget_wants_and_no_input_more(chosen):
         expected[last] = next(formats for formats, us in zip(mixes, saving, strict=True) if us >= wanted)
     assert report.choice.candidates[0].speedup_share == SHARE
     assert {one.last_steps: mix(one.speedup_share) for one in report.choice.candidates[1:]} == expected
+    for one in report.choice.candidates:
+        saved = saved_us(plan, report, mix(one.speedup_share), one.last_steps)
+        assert 0 < one.time < 1
+        assert one.time == pytest.approx(1 - saved / saved_us(plan, report, {}, 0, nothing=True))
 
 
 def test_dense_steps_that_no_mix_makes_up_for_are_not_compared():
@@ -269,11 +278,32 @@ def test_the_report_shows_what_was_compared(chosen, capsys, tmp_path):
     for row in rows:
         assert f"{row['last_steps']} of {STEPS}" in said
         assert f"{row['error']:.3e}" in said
+        assert f"{row['time']:.1%}" in said
     print_overview(describe(pipeline_of(), AUTO), {})
     assert "It also decides how many of the last steps run in dense fp8." in capsys.readouterr().out
     fixed = calibrated(replace(AUTO, dense_sigmas=()))[1]
     assert fixed.choice.candidates == ()
     assert fixed.choice.best_candidate is None
+
+
+def test_what_was_compared_is_plotted_beside_the_layers(chosen, tmp_path):
+    pipeline, report = chosen
+    (axes,) = plot_dense_steps(report).axes
+    compared = report.choice.candidates
+    drawn = {(float(line.get_xdata()[0]), float(line.get_ydata()[0])): line.get_gid() for line in axes.lines}
+    assert drawn == {
+        (100 * one.time, one.error): "chosen" if one is report.choice.best_candidate else None
+        for one in compared
+    }
+    labels = [text.get_text().removesuffix(", chosen") for text in axes.texts]
+    assert labels == [str(one.last_steps) for one in compared]
+    files = _write_plots(pipeline, report, tmp_path / "layers.svg")
+    assert [file.name for file in files] == ["layers.svg", "layers-dense-steps.svg"]
+    assert f"Last of {STEPS} steps in dense fp8" in files[1].read_text()
+    nothing = replace(report, choice=replace(report.choice, candidates=()))
+    assert _write_plots(pipeline, nothing, tmp_path / "alone.png") == [tmp_path / "alone.png"]
+    with pytest.raises(ValueError, match="compared no numbers of dense last steps"):
+        plot_dense_steps(nothing)
 
 
 def test_the_recipe_is_auto_from_the_command_line_and_through_json():

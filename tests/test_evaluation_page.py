@@ -67,6 +67,20 @@ def test_shown_pictures_and_differences_are_those_that_were_drawn(written):
         assert torch.equal(pixels, (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0))
 
 
+def test_dense_steps_that_calibration_compared_are_plotted(written):
+    results, html = written
+    assert "Dense last steps" not in html
+    compared = [
+        {"last_steps": last, "steps": 28, "error": error, "time": 0.5, "chosen": last == 2}
+        for last, error in ((0, 1e-3), (2, 1e-4), (4, None))
+    ]
+    variants = [row | {"dense_steps": compared} for row in results["variants"]]
+    pictures = {name: torch.rand(3, 16, 16) for name in ("dense", "dense-fp8", "sparse")}
+    html = render_page({**results, "images": 1, "variants": variants}, [pictures], METRICS[:2])
+    (plot,) = re.findall(r'<figure class="plot"><img src="(data:[^"]+)"', html)
+    assert decoded(plot).width > 600
+
+
 def test_large_pictures_are_compressed_to_what_is_allowed():
     noise = torch.rand(3, 512, 640, generator=torch.Generator().manual_seed(0))
     soft = torch.linspace(0, 1, 640).expand(3, 512, 640)

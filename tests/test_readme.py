@@ -96,6 +96,7 @@ def invented_speed() -> dict:
         "ours_us": 80.0,
         "ours_gemm_us": 50.0,
         "ours_compress_us": 20.0,
+        "ours_compress_plain_us": 12.5,
         "ours_paper_rank_us": 80.0,
         "cublas_us": 100.0,
         "cusparselt_gemm_us": 75.0,
@@ -132,11 +133,11 @@ def test_layers_appear_with_their_results():
     )
     flops = 2 * 4096 * 3072 * 4096
     assert first == (
-        f"| a | 4096, 3072, 4096 | 100 | 150 + 75 | 20 + 50 | {flops / 50e6:,.0f} | 2.00x | 80 | **1.25x** "
-        "| 1.25x (rank 64) |"
+        f"| a | 4096, 3072, 4096 | 100 | 150 + 75 | 12 + 50 | {flops / 50e6:,.0f} | 2.00x | **1.60x** "
+        "| 80 | 1.25x | 1.25x (rank 64) |"
     )
     assert "| – + – |" in second  # noqa: RUF001
-    assert "| 2.00x | | **1.25x** | 1.25x |" in mean
+    assert "| 2.00x | **1.60x** | | 1.25x | 1.25x |" in mean
     assert "a card" in lines[-1]
     assert "commit 0123456789 " in lines[-1]
 
@@ -154,19 +155,26 @@ def test_fp8_appears_with_its_results():
     unmeasured = row | dict.fromkeys(("cublas_fp8_us", "fp8_linear_us", "quantization_err"))
     means = {"gemm_vs_cublas_fp8": 2.0, "linear_vs_cublas_bf16": 2.0, "linear_vs_fp8_linear": None}
     results = invented_speed() | {"rows": [row, unmeasured], "geomean": means}
-    section = tables.fp8_section(results, update.RESULTS / "linear-fp8-x.json", IN_README)
-    first, second = (line for line in section.splitlines() if line.startswith("| a |"))
-    assert first.startswith("| a | 4096, 3072, 4096 | 100 | 20 + 60 | 20 + 30 |")
-    assert first.endswith("| 2.00x | 50 | **2.00x** | **1.60x** |")
-    assert second.endswith("| – | 50 | **2.00x** | **–** |")  # noqa: RUF001
+
+    def lines_of(results):
+        section = tables.fp8_section(results, update.RESULTS / "linear-fp8-x.json", IN_README)
+        assert len({line.count("|") for line in section.splitlines() if line.startswith("|")}) == 1
+        return section, [line for line in section.splitlines() if line.startswith(("| a |", "| geo"))]
+
+    section, (first, second, mean) = lines_of(results)
+    teraflops = f"{2 * 4096 * 3072 * 4096 / 30e6:,.0f}"
+    activations = f"12 + 30 | {teraflops} | **1.88x** | 2.35x | 50 | 1.60x | 2.00x |"
+    assert first == f"| a | 4096, 3072, 4096 | 100 | 20 + 60 | {activations}"
+    assert second.endswith("| **–** | 2.35x | 50 | – | 2.00x |")  # noqa: RUF001
+    assert mean.endswith("|  |  | **–** | 2.35x |  | – | 2.00x |")  # noqa: RUF001
     assert "outputs by 3.0e-02;" in section
     by_weights = {"ours_quantize_us": 10.0, "ours_weight_sparse_gemm_us": 30.0}
     rows = [row | by_weights, unmeasured | dict.fromkeys(by_weights)]
-    section = tables.fp8_section(results | {"rows": rows}, update.RESULTS / "linear-fp8-x.json", IN_README)
-    first, second = (line for line in section.splitlines() if line.startswith("| a |"))
-    assert first.endswith("| **1.60x** | 10 + 30 | **2.00x** |")
-    assert second.endswith("| **–** | – + – | **–** |")  # noqa: RUF001
-    assert len({line.count("|") for line in section.splitlines() if line.startswith("|")}) == 1
+    section, (first, second, _) = lines_of(results | {"rows": rows})
+    # What is recommended comes first, and rank 64 last.
+    weights = f"10 + 30 | {teraflops} | **2.00x** | 2.50x"
+    assert first == f"| a | 4096, 3072, 4096 | 100 | 20 + 60 | {weights} | {activations}"
+    assert "| – + – | – | **–** | – | 12 + 30 |" in second  # noqa: RUF001
 
 
 def test_the_plot_shows_layers_that_a_peer_cannot_do(tmp_path):
@@ -226,4 +234,8 @@ def test_quantised_chains_are_a_table_where_they_were_measured():
     row = {"name": "adaln", "M": 4096, "K": 3072, "copy_us": 13.04, "chain_us": 40.0}
     section = tables.compress_section(document | {"quantizers": [row]}, source, ON_SITE)
     assert "| adaln | 4096, 3072 | 13.0 | 40.0 | – |" in section  # noqa: RUF001
+    assert "| bf16 | 4096, 3072 | " in section  # of a file from before there was fp8
+    row = {"format": "fp8-sparse", "M": 4096, "K": 3072, "copy_us": 10.0, "compress_adjacent_us": 10.5}
+    section = tables.compress_section(document | {"rows": [row]}, source, ON_SITE)
+    assert "| fp8 | 4096, 3072 | 10.0 | 10.5 | – | – | – |" in section  # noqa: RUF001
     assert "in one kernel" not in tables.compress_section(document | {"quantizers": []}, source, ON_SITE)

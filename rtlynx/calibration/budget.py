@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rtlynx.math.formats import FormatName
 from rtlynx.models.plan import LayerPlan
@@ -45,6 +46,7 @@ class DenseStepsCandidate:
     speedup_share : share of the possible saving that the other steps must then reach, for `Budget`.
     error : mean squared error of what the pipeline drew (latents where it gives them) against the dense
         model, of held-out prompts where there are any.
+    time : modelled time of a picture's layers, as a share of that in dense bfloat16.
     """
 
     last_steps: int
@@ -52,6 +54,7 @@ class DenseStepsCandidate:
     dense_sigmas: tuple[tuple[float, float], ...]
     speedup_share: float
     error: float
+    time: float
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Choice:
     def best_candidate(self) -> DenseStepsCandidate | None:
         """The candidate of least error, which was taken (of equal ones that of fewest dense steps)."""
         return min(self.candidates, key=lambda one: one.error, default=None)
+
+    def compared(self) -> list[dict[str, Any]]:
+        """The candidates as JSON takes them, and which was chosen."""
+        return [{**asdict(one), "chosen": one is self.best_candidate} for one in self.candidates]
 
 
 @dataclass(frozen=True)

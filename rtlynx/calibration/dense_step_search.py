@@ -131,6 +131,16 @@ def in_dense_step(layer: LayerPlan) -> LayerPlan:
     return layer if layer.dense_reason is not None else layer.in_format(FP8_DENSE.name)
 
 
+def picture_time(plan: Plan, prices: ModelPrices, last: int, steps: int) -> float:
+    """Modelled time of the layers of a picture whose `last` steps run dense, over that in dense bfloat16."""
+
+    def us(layer_of: Callable[[LayerPlan], LayerPlan]) -> float:
+        return sum(prices.us(map(layer_of, readers)) for readers in inputs_of(plan.layers).values())
+
+    taken = (steps - last) * us(lambda layer: layer) + last * us(in_dense_step)
+    return taken / (steps * us(lambda layer: layer.dense("")))
+
+
 class DenseStepSearch:
     """Draws held-out prompts with the dense model, and later with each candidate.
 
@@ -210,7 +220,8 @@ class DenseStepSearch:
                 changed = plan.in_formats(choice.formats).leave_dense(choice.dense)
                 changed = replace(changed, recipe=replace(plan.recipe, dense_sigmas=ranges, budget=budget))
                 error = self._error(changed, solutions.of(changed.sparse), advance)
-                found.append((changed, choice, DenseStepsCandidate(last, steps, ranges, one, error)))
+                taken = picture_time(changed, prices, last, steps)
+                found.append((changed, choice, DenseStepsCandidate(last, steps, ranges, one, error, taken)))
         every = tuple(candidate for _, _, candidate in found)
         found = [(one, replace(choice, candidates=every), candidate) for one, choice, candidate in found]
         return next((one, choice) for one, choice, candidate in found if candidate is choice.best_candidate)

@@ -58,10 +58,7 @@ def report_json(report: Any, folder: Path) -> dict[str, Any]:
             "output_error": report.choice.error,
             "speedup_share": report.choice.speedup_share,
             "formats": report.choice.formats,
-            "dense_steps": [
-                {**asdict(one), "chosen": one is report.choice.best_candidate}
-                for one in report.choice.candidates
-            ],
+            "dense_steps": report.choice.compared(),
             "costs": [
                 {
                     "input": cost.name,
@@ -132,6 +129,7 @@ def _print_candidates(choice: Any) -> None:
         "last steps in dense fp8",
         "noise levels",
         "saving of the others",
+        "modelled time",
         "error of pictures",
         "decision",
     )
@@ -140,7 +138,9 @@ def _print_candidates(choice: Any) -> None:
         levels = " ".join(f"{max(low, 0):g} to {high:.3g}" for low, high in one.dense_sigmas) or "-"
         decision = "chosen" if one is choice.best_candidate else ""
         steps = f"{one.last_steps} of {one.steps}"
-        table.add_row(steps, levels, f"{one.speedup_share:.1%}", f"{one.error:.3e}", decision)
+        table.add_row(
+            steps, levels, f"{one.speedup_share:.1%}", f"{one.time:.1%}", f"{one.error:.3e}", decision
+        )
     out.print(table)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -230,10 +231,13 @@ def _variants(settings: EvaluationSettings, out: Path, *, progress: bool) -> lis
                 **{**vars(settings.calibration), "pipeline_kwargs": dict(settings.pipeline_kwargs)}
             )
             start = time.perf_counter()
-            calibrate(pipeline, settings.calibration_prompts, settings.recipe, options, progress=progress)
+            report = calibrate(
+                pipeline, settings.calibration_prompts, settings.recipe, options, progress=progress
+            )
             seconds = time.perf_counter() - start
             save(pipeline, saved)
-            return {"calibration_seconds": round(seconds, 1)}
+            compared = [] if report.choice is None else report.choice.compared()
+            return {"calibration_seconds": round(seconds, 1), "dense_steps": [*map(_finite, compared)]}
         return {}
 
     return [
@@ -355,6 +359,11 @@ def device_name(device: str) -> str:
     """ "cpu", or what the card is called."""
     parsed = torch.device(device)
     return torch.cuda.get_device_name(parsed) if parsed.type == "cuda" else str(parsed)
+
+
+def _finite(compared: Mapping[str, Any]) -> dict[str, Any]:
+    """A candidate of dense steps, whose error is None where what it drew is not finite."""
+    return {**compared, "error": compared["error"] if math.isfinite(compared["error"]) else None}
 
 
 def _digest(texts: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from rtlynx.evaluate.dense_steps_plot import figure_of
 from rtlynx.evaluate.grid import png_bytes, to_image
 from rtlynx.evaluate.html import NBSP, data_uri, number, page_template
 from rtlynx.evaluate.picture_metrics import Metric
@@ -63,7 +64,18 @@ def render_page(
             for number, pictures in enumerate(shown)
         ],
         amplified=AMPLIFIED,
+        dense_steps=_dense_steps(results),
     )
+
+
+def _dense_steps(results: Mapping[str, Any]) -> str | None:
+    """The figure of the dense steps that calibration compared here, as the address of an image."""
+    compared = next((row["dense_steps"] for row in results["variants"] if row.get("dense_steps")), None)
+    if compared is None:
+        return None
+    buffer = BytesIO()
+    figure_of(compared).savefig(buffer, format="png", dpi=150, facecolor="white")
+    return data_uri("png", buffer.getvalue())
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:

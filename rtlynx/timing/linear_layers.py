@@ -91,31 +91,37 @@ def cusparselt_makers(
 
 
 def table(rows: list[dict]) -> str:
-    """What a reader at a terminal wants, one line a shape."""
+    """What a reader at a terminal wants, one line a shape: peers, layers without a branch, those with one."""
     lines = [
-        f"{'shape':16}{'cuBLAS':>9}{'cslt gemm':>10}{'compress':>9}{'gemm':>9}{'TFLOP/s':>8}{'+lowrank':>9}"
-        f"{'compress':>9}{'plain':>8}{'layer':>9}{'gemm x':>8}{'layer x':>8}{'paper x':>8}{'error':>9}"
-        f"{'fp8 gemm':>9}{'quantise':>9}"
+        f"{'':16}{'':9}{'cuSPARSELt':>19}{'dense fp8':>18}{'2:4 weights':>26}{'2:4 activations':>34}"
+        f"{f'rank {RANK}':>35}",
+        f"{'shape':16}{'cuBLAS':>9}{'compress':>10}{'gemm':>9}{'quantise':>9}{'gemm':>9}{'quantise':>9}"
+        f"{'gemm':>9}{'layer x':>8}{'compress':>9}{'gemm':>9}{'TFLOP/s':>8}{'layer x':>8}"
+        f"{'compress':>9}{'gemm':>9}{'layer':>9}{'layer x':>8}{'paper x':>8}{'error':>9}",
     ]
     for row in rows:
         shape = Shape(row["shape"], row["M"], row["K"], row["N"])
         gemm = row["ours_gemm_us"]
+        whole = {way: {**row, "whole_us": results.plain_layer_us(row, way)} for way in results.WAYS}
         cells = [
             (row["cublas_us"], 9, ".1f"),
-            (row["cusparselt_gemm_us"], 10, ".1f"),
-            (row["cusparselt_compress_us"], 9, ".1f"),
+            (row["cusparselt_compress_us"], 10, ".1f"),
+            (row["cusparselt_gemm_us"], 9, ".1f"),
+            (row.get("cublas_fp8_quant_us"), 9, ".1f"),
+            (row.get("cublas_fp8_us"), 9, ".1f"),
+            (row.get("ours_quantize_us"), 9, ".1f"),
+            (row.get("ours_weight_sparse_gemm_us"), 9, ".1f"),
+            (results.ratio(whole["2:4 weights"], "cublas_us", "whole_us"), 8, ".3f"),
+            (row["ours_compress_plain_us"], 9, ".1f"),
             (gemm, 9, ".1f"),
             (None if gemm is None else shape.teraflops(gemm), 8, ".0f"),
-            (row["ours_gemm_lowrank_us"], 9, ".1f"),
+            (results.ratio(whole["2:4 activations"], "cublas_us", "whole_us"), 8, ".3f"),
             (row["ours_compress_us"], 9, ".1f"),
-            (row["ours_compress_plain_us"], 8, ".1f"),
+            (row["ours_gemm_lowrank_us"], 9, ".1f"),
             (row["ours_us"], 9, ".1f"),
-            (results.ratio(row, "cublas_us", "ours_gemm_us"), 8, ".3f"),
             (results.ratio(row, "cublas_us", "ours_us"), 8, ".3f"),
             (results.ratio(row, "cublas_us", "ours_paper_rank_us"), 8, ".3f"),
             (row["rel_err"], 9, ".1e"),
-            (row.get("cublas_fp8_us"), 9, ".1f"),
-            (row.get("cublas_fp8_quant_us"), 9, ".1f"),
         ]
         text = "".join(
             f"{'-' if value is None else format(value, spec):>{width}}" for value, width, spec in cells
@@ -167,7 +173,7 @@ def run(
         rows.append(measure_shape(shape, sets, Graphs(), cusparselt, card.sample, seconds, rounds))
         del sets
         torch.cuda.empty_cache()
-        report(f"{table(rows[-1:]).splitlines()[1]}   {time.perf_counter() - started:.0f} s")
+        report(f"{table(rows[-1:]).splitlines()[-1]}   {time.perf_counter() - started:.0f} s")
         for name, reason in rows[-1]["missing"].items():
             report(f"  {name}: {reason}")
     return document | results.card_state(rows) | {"rows": rows, "geomean": results.geomeans(rows, dtype)}

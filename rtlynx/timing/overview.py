@@ -7,29 +7,52 @@ from typing import Any
 
 from rich.table import Table
 
-from rtlynx.timing.results import picture_size, ratio, speed_up, step_speed_up
+from rtlynx.timing.results import (
+    WAYS,
+    geomean,
+    picture_size,
+    plain_layer_us,
+    ratio,
+    speed_up,
+    step_speed_up,
+)
+
+WITH_BRANCH = "activations, rank {rank}"
 
 
 def overview(document: Mapping[str, Any]) -> Table:
-    """Whole layers of `rtlynx.timing.linear_layers.run`, a row a shape, and the mean speed-up."""
-    fp8 = document["dtype"] == "fp8"
-    columns = {
-        "cuBLAS bf16": "cublas_us",
-        **({"dense fp8": "fp8_linear_us"} if fp8 else {}),
-        "rtlynx": "ours_us",
-    }
-    table = Table(title=f"One linear layer, {document['dtype']}, {document['device']}, microseconds")
+    """Whole layers of `rtlynx.timing.linear_layers.run`, a row a shape, and the mean speed-ups.
+
+    Those without a branch, as recommended, come before those with one.
+    """
+    fp8, rows = document["dtype"] == "fp8", document["rows"]
+    title = f"One linear layer, {document['dtype']}, {document['device']}, microseconds and speed over cuBLAS"
+    table = Table(title=title)
     table.add_column("layer", no_wrap=True)
-    for heading in ("M, K, N", *columns, "speed-up"):
+    peers = {"cuBLAS bf16": "cublas_us", **({"dense fp8": "fp8_linear_us"} if fp8 else {})}
+    ours = (*WAYS, WITH_BRANCH) if fp8 else ("2:4 activations", WITH_BRANCH)
+    for heading in ("M, K, N", *peers):
         table.add_column(heading, justify="right")
-    for row in document["rows"]:
-        times = (_microseconds(row[name]) for name in columns.values())
+    for heading in ours:
+        table.add_column(heading.format(rank=document["rank"]), justify="right")
+    for row in rows:
         size = f"{row['M']}, {row['K']}, {row['N']}"
-        table.add_row(row["shape"], size, *times, _times(ratio(row, "cublas_us", "ours_us")))
-    mean = document["geomean"]["linear_vs_cublas_bf16" if fp8 else "linear_vs_cublas"]
+        cells = [_microseconds(row[name]) for name in peers.values()]
+        for way in ours:
+            cells.append(f"{_microseconds(_ours_us(row, way))} {_times(_over_cublas(row, way))}")
+        table.add_row(row["shape"], size, *cells)
+    means = (_times(geomean(_over_cublas(row, way) for row in rows)) for way in ours)
     table.add_section()
-    table.add_row("geometric mean", *[""] * (1 + len(columns)), _times(mean))
+    table.add_row("geometric mean", *[""] * (1 + len(peers)), *means)
     return table
+
+
+def _ours_us(row: Mapping[str, Any], way: str) -> float | None:
+    return row["ours_us"] if way == WITH_BRANCH else plain_layer_us(row, way)
+
+
+def _over_cublas(row: Mapping[str, Any], way: str) -> float | None:
+    return ratio({**row, "ours": _ours_us(row, way)}, "cublas_us", "ours")
 
 
 def step_overview(document: Mapping[str, Any]) -> Table:

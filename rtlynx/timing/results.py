@@ -31,6 +31,12 @@ LINEAR_VARIANTS = (
 # Those that there are in fp8 besides: PyTorch's dense product and its dynamic quantisation; our product by
 # weights of which half is dropped, and our quantisation.
 FP8_VARIANTS = ("cublas_fp8", "cublas_fp8_quant", "ours_weight_sparse_gemm", "ours_quantize")
+# A whole layer without a branch, by what it drops half of: columns of what prepares X, and of the product.
+# The recommended way comes first.
+WAYS = {
+    "2:4 weights": ("ours_quantize_us", "ours_weight_sparse_gemm_us"),
+    "2:4 activations": ("ours_compress_plain_us", "ours_gemm_us"),
+}
 RATIOS = {
     "linear_vs_cublas": ("cublas_us", "ours_us"),
     "linear_paper_rank_vs_cublas": ("cublas_us", "ours_paper_rank_us"),
@@ -83,6 +89,12 @@ def ratio(row: Mapping, over: str, under: str) -> float | None:
     if row.get(over) is None or row.get(under) is None:
         return None
     return row[over] / row[under]
+
+
+def plain_layer_us(row: Mapping, way: str) -> float | None:
+    """Time of a whole layer without a branch, in one of `WAYS`; None where it was not measured."""
+    prepared, product = (row.get(column) for column in WAYS[way])
+    return None if prepared is None or product is None else prepared + product
 
 
 def picture_size(document: Mapping) -> str:

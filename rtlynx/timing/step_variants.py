@@ -281,6 +281,7 @@ VARIANTS = (
     Variant(REFERENCE + BLOCK_GRAPHS, _PLAIN, mode="reduce-overhead"),
     Variant(DENSE_FP8 + FP8_ATTENTION + BLOCK_GRAPHS, _DENSE, fp8_attention, mode="reduce-overhead"),
     Variant(RECOMMENDED + FP8_ATTENTION + BLOCK_GRAPHS, _RECOMMENDED, fp8_attention, mode="reduce-overhead"),
+    Variant(EVERY_WEIGHT + FP8_ATTENTION + BLOCK_GRAPHS, _WEIGHTS, fp8_attention, mode="reduce-overhead"),
 )
 WITH_LORA = f", LoRA of rank {LORA_RANK}"
 # Other designs, measured where they are named.

@@ -1,7 +1,7 @@
 """Small calls that reach every path of the kernels, to be run under compute-sanitizer.
 
     PYTHONPATH=tests compute-sanitizer --tool memcheck --report-api-errors no \
-        --kernel-name 'regex=gemm|compress|quantize|lora|attention_inputs' python tests/gpu/sanitize.py
+        --kernel-name 'regex=gemm|gemv|compress|quantize|lora|attention_inputs' python tests/gpu/sanitize.py
 
 and likewise racecheck and synccheck; initcheck without the filter, as it must see PyTorch write the inputs.
 (API errors are of cuda-bindings, which asks the driver for functions that it does not have.) Compares each
@@ -14,12 +14,14 @@ import sys
 from dataclasses import replace
 
 import attention_helpers
+import fp8_weights_cases
 import lora_cases
 import prologue_cases
 import quantizer_cases
 import torch
 import weight_sparse_cases
 from cases import Case, check
+from fp8_weights_cases import Fp8WeightsCase
 from lora_cases import CASES as LORAS
 from prologue_cases import PrologueCase
 from quantizer_cases import QuantizerCase
@@ -53,8 +55,21 @@ CASES = [
 ]
 # Rows and columns: an odd row out, a vector's share of a warp; more columns than two rows take at one time.
 QUANTIZED = [(5, 16), (7, 1000), (3, 4104), (2, 12288)]
-# Tokens of each stream, entries of a head.
-ATTENTION = [((5, 300), 64), ((5, 300), 128), ((1100,), 128)]
+# Tokens of each stream, entries of a head, rotation, layout.
+ATTENTION = [
+    ((5, 300), 64, "complex", "dense"),
+    ((5, 300), 128, "complex of each batch", "one product"),
+    ((0, 33), 128, "none", "odd address"),
+    ((70, 9), 64, "cosine and sine", "one product, odd address"),
+    ((1100,), 128, "complex", "heads first"),
+]
+# Rows of one pass and of several, ragged in both directions; rows that are padded first.
+FEW_ROWS = [
+    Fp8WeightsCase(1, 256, 96, bias="f32", silu=True),
+    Fp8WeightsCase(9, 1008, 70, silu=True),
+    Fp8WeightsCase(8, 40, 33, bias="none"),
+    Fp8WeightsCase(5, 4112, 40, float32=True),
+]
 # Ragged in both directions, with the narrow tile and the wide one; tiles that two CTAs share; a token alone.
 BY_WEIGHT = [
     WeightSparseCase(1000, 80, 601, "f32"),
@@ -66,6 +81,10 @@ BY_WEIGHT = [
 TOGETHER = [
     [WeightSparseCase(300, 272, n, rank=rank) for n, rank in ((264, 0), (8, 40), (601, 5))],
     [WeightSparseCase(500, 6144, n) for n in (264, 520)],
+    [
+        WeightSparseCase(1, 144, n, bias)
+        for n, bias in ((8, "none"), (264, "f32"), (16, "bf16"), (100, "f32"))
+    ],
 ]
 
 
@@ -95,8 +114,10 @@ def main() -> int:
                 quantizer_cases.check(QuantizerCase(name, rows, k), served=True)
         for of_loras in LORAS[:6]:
             lora_cases.check(of_loras)
-        for tokens, width in ATTENTION:
-            streams = attention_helpers.streams_of(2, tokens, 3, width, device="cuda")
+        for few in FEW_ROWS:
+            fp8_weights_cases.check(few)
+        for tokens, *how in ATTENTION:
+            streams = attention_helpers.streams_of(2, tokens, 3, *how, device="cuda")
             made = attention_inputs(*attention_helpers.arguments_of(streams))
             attention_helpers.assert_right(made, streams)
     torch.cuda.synchronize()
@@ -105,6 +126,7 @@ def main() -> int:
     calls += (
         len(tuning.CANDIDATES[FP8_SPARSE]) * (len(BY_WEIGHT) + len(TOGETHER))
         + len(LORAS[:6])
+        + len(FEW_ROWS)
         + len(ATTENTION)
     )
     print(f"{calls} calls, all right")

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,7 +66,10 @@ def calibrate(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Plot error, time saved and format of each layer into this .png or .svg file."),
+        typer.Option(
+            help="Plot error, time saved and format of each layer into this .png or .svg file, and "
+            "what dense steps were compared beside it."
+        ),
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -95,17 +98,26 @@ def calibrate(
         if not is_first:
             return
         save(loaded, folder)
-        if plot is not None:
-            from rtlynx.evaluate.layer_plots import plot_layers, save_plot
-
-            save_plot(plot_layers(loaded, report), plot)
+        plots = [] if plot is None else _write_plots(loaded, report, plot)
     if as_json:
         print_json(report_json(report, folder))
         return
     print_report(report)
     say(f"Saved to {folder}")
-    if plot is not None:
-        say(f"Plot: {plot}")
+    for file in plots:
+        say(f"Plot: {file}")
+
+
+def _write_plots(model: Any, report: Any, file: Path) -> list[Path]:
+    """The figure of the layers, and beside it that of dense steps where calibration compared some."""
+    from rtlynx.evaluate import plot_dense_steps, plot_layers, save_plot
+
+    save_plot(plot_layers(model, report), file)
+    if report.choice is None or not report.choice.candidates:
+        return [file]
+    beside = file.with_stem(f"{file.stem}-dense-steps")
+    save_plot(plot_dense_steps(report), beside)
+    return [file, beside]
 
 
 @app.command(epilog="Example: rtlynx convert zoo:flux-emoji --out emoji-24 --set grouping=strided")

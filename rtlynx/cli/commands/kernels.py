@@ -94,6 +94,6 @@ def bench(
         taken, card = chosen(shapes), Card()
         document = linear_layers.run(dtype or "bf16", taken, card, seconds=seconds, report=report)
         out.print(overview.overview(document))
-        say(f"Whole layers: compression, norm scale, low-rank branch of rank {document['rank']}, bias.")
+        say("Whole layers: what prepares the input, and the product; the last column with a low-rank branch.")
     if file is not None:
         write(file, document)
