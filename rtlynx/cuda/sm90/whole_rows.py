@@ -34,3 +34,7 @@ class RowsConfig(NamedTuple):
             ("MAX_THREADS", self.threads(self.columns)),
             ("MIN_CTAS", self.ctas_per_sm),
         )
+
+
+# Of prologues that read a modulation of each token's own: short rows and long ones. Fewer registers spill.
+MODULATED_BY_TOKEN = (RowsConfig(4096, 1, 4, 6), RowsConfig(16384, 1, 4, 1))
