@@ -16,6 +16,7 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
+from moulds import Mould
 
 from rtlynx import schedule
 from rtlynx.nn.call import current_schedule
@@ -41,9 +42,15 @@ def copy_of(key, make):
     return copy.deepcopy(_MADE[key])
 
 
-def _seeded(build, seed):
+def _seeded(kind, config, seed):
+    """A model in eval mode; also the global generator is as after the model was initialised."""
     torch.manual_seed(seed)
-    return build().eval()
+    key = kind, repr(config), seed, torch.get_default_dtype(), torch.get_default_device()
+    if key not in _MADE:
+        _MADE[key] = Mould(kind(**config).eval()), torch.get_rng_state()
+    mould, state = _MADE[key]
+    torch.set_rng_state(state)
+    return mould.cast()
 
 
 # The classes of full-size models, as wide outside, small inside.
@@ -91,7 +98,7 @@ def tiny_flux(seed=0, **changes):
         "pooled_projection_dim": 32,
         "axes_dims_rope": (8, 12, 12),
     }
-    return _seeded(lambda: FluxTransformer2DModel(**{**config, **changes}), seed)
+    return _seeded(FluxTransformer2DModel, {**config, **changes}, seed)
 
 
 def flux_call(seed=0, batch=1, timestep=0.5):
@@ -121,7 +128,7 @@ def tiny_chroma(seed=0, **changes):
         "approximator_hidden_dim": 64,
         "approximator_layers": 1,
     }
-    return _seeded(lambda: ChromaTransformer2DModel(**{**config, **changes}), seed)
+    return _seeded(ChromaTransformer2DModel, {**config, **changes}, seed)
 
 
 def chroma_call(seed=0, batch=1, timestep=0.5):
@@ -142,7 +149,7 @@ def tiny_flux2(seed=0, **changes):
         "timestep_guidance_channels": 32,
         "axes_dims_rope": (8, 8, 8, 8),
     }
-    return _seeded(lambda: Flux2Transformer2DModel(**{**config, **changes}), seed)
+    return _seeded(Flux2Transformer2DModel, {**config, **changes}, seed)
 
 
 def flux2_ids(batch, *sizes):
@@ -174,7 +181,7 @@ def tiny_qwen(seed=0, num_layers=1, **changes):
         "joint_attention_dim": 64,
         "axes_dims_rope": (8, 12, 12),
     }
-    return _seeded(lambda: QwenImageTransformer2DModel(num_layers=num_layers, **{**config, **changes}), seed)
+    return _seeded(QwenImageTransformer2DModel, {"num_layers": num_layers, **config, **changes}, seed)
 
 
 def qwen_call(seed=0, timestep=0.5):
@@ -221,7 +228,7 @@ def tiny_sd3(seed=0, **changes):
         "dual_attention_layers": (0,),
         "qk_norm": "rms_norm",
     }
-    model = _seeded(lambda: SD3Transformer2DModel(**{**config, **changes}), seed)
+    model = _seeded(SD3Transformer2DModel, {**config, **changes}, seed)
     model._repeated_blocks = ["JointTransformerBlock"]  # diffusers declares none
     return model
 
@@ -240,20 +247,18 @@ def sd3_call(seed=0, batch=1, timestep=0.5):
 def tiny_z_image(seed=0, dim=192):
     """One refiner of each kind and one layer. At dim 128 the MLP is 341 wide, which 4 does not divide."""
     axes = {192: [8, 12, 28], 128: [8, 12, 12], 256: [16, 24, 24]}[dim]
-    return _seeded(
-        lambda: ZImageTransformer2DModel(
-            in_channels=4,
-            dim=dim,
-            n_layers=1,
-            n_refiner_layers=1,
-            n_heads=4,
-            n_kv_heads=4,
-            cap_feat_dim=64,
-            axes_dims=axes,
-            axes_lens=[64, 32, 32],
-        ),
-        seed,
-    )
+    config = {
+        "in_channels": 4,
+        "dim": dim,
+        "n_layers": 1,
+        "n_refiner_layers": 1,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "cap_feat_dim": 64,
+        "axes_dims": axes,
+        "axes_lens": [64, 32, 32],
+    }
+    return _seeded(ZImageTransformer2DModel, config, seed)
 
 
 def z_image_call(seed=0, timestep=0.5, side=16, batch=1):
@@ -279,7 +284,7 @@ def tiny_wan(seed=0, **changes):
         "num_layers": 1,
         "rope_max_seq_len": 32,
     }
-    model = _seeded(lambda: WanTransformer3DModel(**{**config, **changes}), seed)
+    model = _seeded(WanTransformer3DModel, {**config, **changes}, seed)
     with torch.no_grad():
         for one in model.blocks:
             if isinstance(one.norm2, torch.nn.LayerNorm):
@@ -312,18 +317,16 @@ def wan_picture_call(seed=0, timestep=0.5):
 
 def tiny_ltx(seed=0):
     """One block, width 128."""
-    return _seeded(
-        lambda: LTXVideoTransformer3DModel(
-            in_channels=16,
-            out_channels=16,
-            num_attention_heads=4,
-            attention_head_dim=32,
-            cross_attention_dim=128,
-            num_layers=1,
-            caption_channels=64,
-        ),
-        seed,
-    )
+    config = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "cross_attention_dim": 128,
+        "num_layers": 1,
+        "caption_channels": 64,
+    }
+    return _seeded(LTXVideoTransformer3DModel, config, seed)
 
 
 def ltx_call(seed=0, timestep=0.5, batch=1):
@@ -355,7 +358,7 @@ def tiny_ltx2(seed=0, **changes):
         "caption_channels": 64,
         "rope_type": "split",
     }
-    return _seeded(lambda: LTX2VideoTransformer3DModel(**{**config, **changes}), seed)
+    return _seeded(LTX2VideoTransformer3DModel, {**config, **changes}, seed)
 
 
 def ltx2_call(seed=0, timestep=0.5, batch=1):
@@ -376,21 +379,19 @@ def ltx2_call(seed=0, timestep=0.5, batch=1):
 
 def tiny_hunyuan_video15(seed=0):
     """One double block, width 128."""
-    return _seeded(
-        lambda: HunyuanVideo15Transformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=4,
-            attention_head_dim=32,
-            num_layers=1,
-            num_refiner_layers=1,
-            text_embed_dim=64,
-            text_embed_2_dim=32,
-            image_embed_dim=48,
-            rope_axes_dim=(8, 12, 12),
-        ),
-        seed,
-    )
+    config = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "num_layers": 1,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 64,
+        "text_embed_2_dim": 32,
+        "image_embed_dim": 48,
+        "rope_axes_dim": (8, 12, 12),
+    }
+    return _seeded(HunyuanVideo15Transformer3DModel, config, seed)
 
 
 def hunyuan_video15_call(seed=0, timestep=0.5, batch=1):

@@ -336,17 +336,19 @@ def test_recipes_that_leave_nothing_to_choose_are_refused(changes, message):
         replace(AUTO, **changes)
 
 
-def as_without_dense_steps(make, message, recipe=AUTO, data=PROMPTS, options=OPTIONS, **settings):
-    """Calibrate, which warns; the recipe and the layers are those of no dense steps."""
-    pipeline, plain = make(), make()
-    fixed = replace(recipe, dense_sigmas=())
-    with pytest.warns(RuntimeWarning, match=rf"no step runs dense, since dense_sigmas 'auto' .*{message}"):
-        report = calibrate(pipeline, data, recipe, options, progress=False, **settings)
+def as_without_dense_steps(make, message, recipe=AUTO, data=PROMPTS, options=OPTIONS, times=1, **settings):
+    """Calibrate, which warns each time; the recipe and the layers are those of no dense steps."""
+    plain, fixed = make(), replace(recipe, dense_sigmas=())
     calibrate(plain, data, fixed, replace(options, folder=None), progress=False, **settings)
-    model, other = (getattr(one, "transformer", one) for one in (pipeline, plain))
-    assert report.choice is None or report.choice.candidates == ()
-    assert state_of(model).plan.recipe == fixed
-    assert_same(solution(model), solution(other))
+    warning = rf"no step runs dense, since dense_sigmas 'auto' .*{message}"
+    for _ in range(times):
+        pipeline = make()
+        with pytest.warns(RuntimeWarning, match=warning):
+            report = calibrate(pipeline, data, recipe, options, progress=False, **settings)
+        model, other = (getattr(one, "transformer", one) for one in (pipeline, plain))
+        assert report.choice is None or report.choice.candidates == ()
+        assert state_of(model).plan.recipe == fixed
+        assert_same(solution(model), solution(other))
 
 
 def test_what_cannot_compare_pictures_warns_and_runs_no_step_dense():
@@ -407,6 +409,5 @@ def test_pipelines_that_tell_too_little_warn_and_run_no_step_dense(kind, message
             pipeline._denoise = lambda *given: Unscheduled._denoise(pipeline, *given[:3], [1000.0], given[4])
         return pipeline
 
-    options = replace(OPTIONS, folder=tmp_path)
-    as_without_dense_steps(make, message, options=options)
-    as_without_dense_steps(make, message, options=options)  # on what the folder holds
+    # The second time on what the folder holds.
+    as_without_dense_steps(make, message, options=replace(OPTIONS, folder=tmp_path), times=2)

@@ -219,10 +219,10 @@ def test_a_model_of_57_blocks_stays_readable():
 def test_small_models_stay_readable():
     model, report = calibrated()
     assert overlaps(plot_layers(model, report)) == []
-    assert overlaps(plot_layers(tiny_flux())) == []
-    squeezed = plot_layers(tiny_flux())
-    squeezed.set_size_inches(4, 4)
-    assert overlaps(squeezed)  # the check sees what it is for
+    figure = plot_layers(tiny_flux())
+    assert overlaps(figure) == []
+    figure.set_size_inches(4, 4)
+    assert overlaps(figure)  # the check sees what it is for
 
 
 def test_layers_outside_blocks_are_shown():
