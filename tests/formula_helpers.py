@@ -29,9 +29,9 @@ def slow_mask(x, n=2, m=4, grouping="adjacent", widths=None):
     rows = x.detach().reshape(-1, x.shape[-1]).tolist()
     kept = [[False] * x.shape[-1] for _ in rows]
     for row, mask in zip(rows, kept, strict=True):
+        sizes = [size(value) for value in row]
         for group in groups:
-            best = sorted(group, key=lambda i: (size(row[i]), -group.index(i)), reverse=True)[:n]
-            for i in best:
+            for i in sorted(group, key=sizes.__getitem__, reverse=True)[:n]:  # (equal ones stay in order)
                 mask[i] = True
     return torch.tensor(kept, dtype=torch.bool).reshape(x.shape)
 
