@@ -34,7 +34,7 @@ VARIANTS = {
     DENSE_FP8: "fp8:dense",
     DENSE_FP8 + FP8_ATTENTION: "attention:dense-fp8",
     RECOMMENDED: "recommended",
-    RECOMMENDED + FP8_ATTENTION: "attention:recommended-all-steps",  # as the steps' files have it
+    RECOMMENDED + FP8_ATTENTION: "attention:recommended",  # as the steps' files have it
     EVERY_WEIGHT: "drop:fp8-weights+rotated",
     EVERY_WEIGHT + FP8_ATTENTION: None,
 }

@@ -24,7 +24,6 @@ RECOMMENDED_SPEEDUP_SHARE = 0.9
 _DROPS_WEIGHTS = {"n": 2, "m": 4, "score": MAGNITUDE.name, "refit": True, "rank": None}
 # More processes than any one layer is spread over; each adds parts to strided groups.
 MOST_TP_DEGREE = 1024
-
 # `dense_sigmas` that hold for no step: original weights are kept for steps that are chosen later.
 NO_STEP = ((-2.0, -1.0),)
 
@@ -131,10 +130,9 @@ class Recipe:
     dense_sigmas : tuple of (low, high), or "auto"
         Run the steps densely whose noise level sigma lies in one of these ranges, low < sigma <= high:
         whatever the number of steps. Sigma falls from 1 (noise) to 0 (picture). A range from 0 always holds
-        for the last of several steps, where nothing corrects errors. Auto: calibration draws
-        pictures and chooses how many of the last steps run in dense fp8, and which formats the others take,
-        at the time that the budget's `speedup_share` means over all steps of a picture. Where it cannot
-        compare pictures, it warns and no step runs dense.
+        for the last of several steps. Auto: calibration draws pictures and chooses how many of the last steps
+        run in dense fp8, and which formats the others take, at the time that the budget's `speedup_share`
+        means over all steps of a picture. Where it cannot compare pictures, it warns and none runs dense.
     dense_precision : "bf16" | "fp8"
         What dense rows and steps multiply: the original weight in the model's dtype, or in e4m3, which takes
         half the memory and less time.
@@ -424,13 +422,11 @@ class Recipe:
     def is_dense_step(self, index: int, count: int, sigma: float | None) -> bool:
         """Whether step `index` of `count`, at noise level `sigma`, runs dense."""
         at_end = index < self.dense_steps or index >= count - self.dense_last_steps
-        if sigma is None:
+        if sigma is None or at_end:
             return at_end
-        # As float32 holds it, a sigma at the end of a range may lie beyond it.
-        if at_end or any(low < sigma - 1e-6 <= high for low, high in self.dense_ranges):
-            return True
-        # Of few steps the last begins above a range from 0, and ends at 0.
-        return 0 < index == count - 1 and any(low == 0 for low, _ in self.dense_ranges)
+        # Of few steps the last begins above a range from 0, and ends at 0. A sigma in float32 is rounded.
+        last, sigma = 0 < index == count - 1, sigma - 1e-6
+        return any(low < sigma <= high or (last and low == 0) for low, high in self.dense_ranges)
 
     @property
     def needs_sigma(self) -> bool:

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from rtlynx.cli import output
 from rtlynx.timing import card, linear_layers, results
 from rtlynx.timing.sustained import Window
 
@@ -41,6 +42,7 @@ def run(command):
 @pytest.fixture
 def measured(monkeypatch):
     """`linear_layers.run` without a card: each shape's row from fixed times."""
+    import diffusers.loaders.peft  # noqa: F401  (which the fake generator, as a type, would break)
 
     def measure_shape(shape, sets, graphs, cusparselt, sample, seconds, rounds):
         variants = results.LINEAR_VARIANTS + (results.FP8_VARIANTS if sets[0] == "fp8" else ())
@@ -85,7 +87,7 @@ def test_an_unknown_shape_is_refused_before_the_card_is_asked(run):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_the_table_and_the_file_have_every_shape(run, measured, monkeypatch, tmp_path, dtype):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(output.out, "width", 160)
     file = tmp_path / "bench.json"
     shapes = "flux-o,zimage-w2"
     code, out, err = run("--dtype", dtype, "--shapes", shapes, "--seconds", "0.1", "--out", file)

@@ -60,7 +60,7 @@ def test_a_file_of_every_variant_is_shown_with_pictures_beside(tmp_path):
         root,
         "flux-emoji",
         **{"fp8:dense": 40.0, "attention:dense-fp8": 38.0, "recommended": 39.0},
-        **{"attention:recommended-all-steps": 36.0, "drop:fp8-weights+rotated": 28.0},
+        **{"attention:recommended": 36.0, "drop:fp8-weights+rotated": 28.0},
     )
     lines = table_of(overview.overview_section(root, SPEED), "FLUX.1-dev")
     assert lines == [

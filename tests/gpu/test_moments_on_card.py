@@ -34,9 +34,10 @@ def test_moments_on_the_card_are_those_of_float64(dtype):
     assert torch.backends.cuda.matmul.fp32_precision == before
     if dtype is not torch.float32:
         x, s = (deviations_in_tf32(t.float()) for t in (x, s))
+    # Tensor cores truncate what they add up.
     found, x, s = moments.mean(), x.double(), s.double()
     for name, wanted in (("dense", x.T @ x), ("cross", s.T @ x), ("kept", s.T @ s)):
-        assert off(getattr(found, name), wanted / len(x)) < 1e-5
+        assert off(getattr(found, name), wanted / len(x)) < (1e-5 if dtype is torch.float32 else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
