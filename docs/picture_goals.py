@@ -16,7 +16,7 @@ from picture_targets import Candidate, PictureTarget
 # What is asked of a model -> the next idea.
 NEXT: dict[Callable[..., PictureTarget], str] = {
     picture_targets.every_layer: "longer distillation, on more of the model's own states",
-    picture_targets.with_dense_steps: "measure 2:4 weights with dense last steps, distilled",
+    picture_targets.with_dense_steps: "longer distillation, which has been measured for 500 steps",
     picture_targets.recommended: "distillation on top of it",
     picture_targets.at_noise_floor: "distillation on top of it",
     picture_targets.by_frechet: "measure it; a smaller share of the saving",
