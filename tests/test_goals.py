@@ -220,12 +220,12 @@ def test_each_goal_stands_once_as_the_newest_card_has_it_at_its_best(tmp_path):
     again["variants"][1]["name"] += FP8_ATTENTION
     again["variants"][1]["gpu_ms"] = 50.0
     write_results(root, "step-z-image-again-h200", again)
-    ideas = "measure with the present kernels; fewer passes over the stream"
     lines = lines_of(root, "step")
     goal = "| Z-Image, recommended, speed over compiled bf16: at least 1.90x |"
     assert [line for line in lines if line.startswith(goal)] == [f"{goal} 2.00x (fp8 attention) | reached |"]
     assert lines[-1].endswith("| reached |")  # those come last
-    assert f"| Z-Image, dense fp8, speed over compiled bf16: at least 1.65x | – | {ideas} |" in lines  # noqa: RUF001
+    missing = "| Z-Image, dense fp8, speed over compiled bf16: at least 1.65x | – | "  # noqa: RUF001
+    assert any(line.startswith(missing) for line in lines)
     assert len(set(lines)) == len(lines) > 8
 
 
