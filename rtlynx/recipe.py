@@ -426,7 +426,7 @@ class Recipe:
             return at_end
         # Of few steps the last begins above a range from 0, and ends at 0. A sigma in float32 is rounded.
         last, sigma = 0 < index == count - 1, sigma - 1e-6
-        return any(low < sigma <= high or (last and low == 0) for low, high in self.dense_ranges)
+        return any(low < sigma <= high or (last and low <= 0 < high) for low, high in self.dense_ranges)
 
     @property
     def needs_sigma(self) -> bool:

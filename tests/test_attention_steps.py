@@ -296,3 +296,14 @@ def test_a_call_that_says_no_step_is_refused_by_name():
         output(model, flux_call(timestep=900))
     fp8_attention(model)
     without_schedule(model, flux_call())
+
+
+def test_calibrate_refuses_steps_that_recorded_calls_do_not_tell():
+    model = fp8_attention(tiny_flux(), bf16_sigmas=LATE)
+    with pytest.raises(ValueError, match=r"steps of its own \(bf16_sigmas\)"):
+        rtlynx.calibrate(model, calls=[flux_call()], recipe=Recipe(rank=None), progress=False)
+
+
+def test_a_model_whose_attentions_are_all_left_out_needs_no_schedule():
+    model = fp8_attention(tiny_flux(), bf16_sigmas=LATE, skip=("*",))
+    assert torch.equal(without_schedule(model, flux_call()), without_schedule(tiny_flux(), flux_call()))

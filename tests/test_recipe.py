@@ -374,6 +374,8 @@ def test_a_range_from_0_holds_for_the_last_of_several_steps(steps):
     sigmas = [1 - step / steps for step in range(steps)]
     dense = [recipe.is_dense_step(step, steps, sigma) for step, sigma in enumerate(sigmas)]
     assert dense == [*[False] * (steps - 1), True]
+    below = Recipe(dense_sigmas=((-1.0, 0.05),), dense_precision="fp8")
+    assert [below.is_dense_step(step, steps, sigma) for step, sigma in enumerate(sigmas)] == dense
     above = Recipe(dense_sigmas=((0.01, 0.02),), dense_precision="fp8")
     assert not any(above.is_dense_step(step, steps, sigma) for step, sigma in enumerate(sigmas))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from rtlynx.calibration.calls import CalibrationError, Call
 from rtlynx.calibration.options import CalibrationOptions, Distillation
+from rtlynx.models.attention import has_own_steps
 from rtlynx.models.guards import refuse_meta
 from rtlynx.models.plan import Plan
 from rtlynx.models.sparsify import state_of
@@ -72,7 +73,7 @@ def refuse_for_several(
 
 
 def refuse_unfit(model: nn.Module) -> None:
-    """ValueError for a model that is sharded, on "meta" or calibrated already."""
+    """ValueError for a model that is sharded, on "meta", calibrated already, or with steps of attention."""
     refuse_parallel(
         model,
         "calibrate before enable_parallelism, one whole model a process, and load the checkpoint after it",
@@ -82,6 +83,11 @@ def refuse_unfit(model: nn.Module) -> None:
     before = state_of(model)
     if before is not None and before.plan.recipe.needs_calibration:
         raise ValueError("the model has been calibrated already: call rtlynx.densify first")
+    if has_own_steps(model):
+        raise ValueError(
+            "attention in eight bits has steps of its own (bf16_sigmas), which recorded calls do not tell: "
+            "call rtlynx.fp8_attention(model, enabled=False), calibrate, and fp8_attention again"
+        )
 
 
 def refuse_all_dense(plan: Plan) -> None:

@@ -91,8 +91,8 @@ class SkippedBlocks:
 
     What lies between blocks runs. Of each list of blocks the output of the last one that ran is kept, on the
     CPU; those before it in the list give the same. That is right where nothing but the next block reads what
-    a block gives: `check` finds out, and nothing is skipped where it is not, or where outputs take more than
-    16 GB.
+    a block gives. Users find out (`check`, `OutputError`) and then `skip_nothing`, as where outputs take more
+    than 16 GB.
 
     Parameters
     ----------

@@ -295,7 +295,7 @@ class _Calibration:
                         continue
                     try:
                         solved = self._solve_group(group)
-                    except CalibrationError as error:
+                    except (CalibrationError, torch.linalg.LinAlgError) as error:
                         names = ", ".join(layer.name for layer in group.layers)
                         raise CalibrationError(f"{error}: leave {names} dense (skip)") from None
                     self.solutions.put(group, solved, self.dtype, write=rank() == 0)

@@ -61,9 +61,10 @@ def fp8_attention(
     bf16_sigmas : sequence of (low, high), or "dense"
         In steps whose noise level sigma lies in one of these ranges, low < sigma <= high, attention runs by
         the backend that it had before, in the model's dtype. `((0.0, 0.15),)` are the last steps of a
-        picture, `()` none. Dense: the steps that the model's recipe runs dense, if any; they may change with
-        `set_dense_steps` or with the recipe. Diffusers pipelines tell which step a call is; sampling loops of
-        your own say so with `rtlynx.schedule`.
+        picture, `()` none; a range from 0 always holds for the last of several. Dense: the steps that the
+        model's recipe runs dense, if any; they may change with `set_dense_steps` or with the recipe.
+        Diffusers pipelines tell which step a call is; sampling loops of your own say so with
+        `rtlynx.schedule`.
     skip : sequence of str
         Glob patterns of names of attentions that stay as they are: `("transformer_blocks.0.*",)`.
     enabled : bool
@@ -117,10 +118,15 @@ def fp8_attention(
         _put_in(processor, steps)
     for model in models.values():
         _remove_hooks(model)
-        if ranges:
+        if ranges and any(attn.processor in backends for _, attn in _attentions(model)):
             setattr(model, _HOOKS, register_attention_steps(model, ranges))
         _follow_recipe(model)
     return model_or_pipeline
+
+
+def has_own_steps(model: nn.Module) -> bool:
+    """Whether attention of `model` in eight bits has steps of its own, and each call has to tell its step."""
+    return hasattr(model, _HOOKS)
 
 
 def _remove_hooks(model: nn.Module) -> None:
@@ -136,8 +142,8 @@ def _skipped(models: Mapping[str, nn.Module], globs: Sequence[str]) -> set[Any]:
     found = [one for model in models.values() for one in _attentions(model)]
     for glob in globs:
         if not any(fnmatch.fnmatchcase(name, glob) for name, _ in found):
-            some = ", ".join(name for name, _ in found[:3])
-            raise ValueError(f"skip pattern {glob!r} matches no attention; there are {some}, ...")
+            some = ", ".join(name for name, _ in found[:3]) or "none"
+            raise ValueError(f"skip pattern {glob!r} matches no attention; there are {some}")
     left_out = {name: any(fnmatch.fnmatchcase(name, glob) for glob in globs) for name, _ in found}
     skipped = {attn.processor for name, attn in found if left_out[name]}
     for name, attn in found:

@@ -150,7 +150,7 @@ _WANTED: dict[Kind, str] = {
     "columns": "({k},)",
     "table": "(R, {k}) with R > 0",
     "choice": "{tokens}, one for each token,",
-    "tokens": "({tokens}, {k})",
+    "tokens": "of x's shape,",
 }
 
 

@@ -204,14 +204,12 @@ PROLOGUES: dict[str, Prologue] = {
             "layer_norm(x) * (1 + common_scale + scale) + common_shift + shift, of each token its own",
             _OF_TOKENS,
             _adaln_of_tokens,
-            many_registers=True,
         ),
         Prologue(
             "rms_adaln_of_tokens",
             "rms_norm(x) * (1 + common_scale + scale) + common_shift + shift, likewise",
             _OF_TOKENS,
             _rms_adaln_of_tokens,
-            many_registers=True,
         ),
         Prologue(
             "rmsnorm",
@@ -355,6 +353,8 @@ def _bind(prologue: Prologue, arguments: Sequence[Any]) -> BoundPrologue | None:
     values += numbers
     widths = [one.shape[-1] for one in matrices]
     rows, columns = matrices[0].numel() // widths[0], prologue.columns(widths)
+    if prologue.named("tokens") and rows * (stride // 8) >= 2**31:  # which kernels count in 32 bits
+        return None
     if prologue.concatenates:
         values.append(widths[0])
         if widths[0] % 8:
