@@ -62,9 +62,8 @@ def fp8_attention(
         In steps whose noise level sigma lies in one of these ranges, low < sigma <= high, attention runs by
         the backend that it had before, in the model's dtype. `((0.0, 0.15),)` are the last steps of a
         picture, `()` none; a range from 0 always holds for the last of several. Dense: the steps that the
-        model's recipe runs dense, if any; they may change with `set_dense_steps` or with the recipe.
-        Diffusers pipelines tell which step a call is; sampling loops of your own say so with
-        `rtlynx.schedule`.
+        model's recipe runs dense, if any, also after `set_dense_steps`. Diffusers pipelines tell which step
+        a call is; sampling loops of your own say so with `rtlynx.schedule`.
     skip : sequence of str
         Glob patterns of names of attentions that stay as they are: `("transformer_blocks.0.*",)`.
     enabled : bool
