@@ -1,4 +1,4 @@
-"""Attention in eight bits (e4m3): its definition, on any device.
+"""Attention in eight bits (e4m3), and what comes before any attention: their definition, on any device.
 
 Queries and keys, which norms bound, are scaled by a power of two that is known beforehand. Values are centred
 and scaled channel by channel; the output comes in the same units, so it fits e4m3 as they do.
@@ -129,6 +129,26 @@ def rotated(x: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2)
 
 
+def _normalized(x: Tensor, weight: Tensor, rotary: tuple[Tensor, ...], eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) * weight, rotated, in float32."""
+    x = x.float()
+    return rotated(x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float(), rotary)
+
+
+def qk_norm_rotary(streams: Sequence[Stream], eps: float) -> list[Tensor]:
+    """Queries and keys of the tokens of all `streams`, one after the other, and of two streams values, too.
+
+    (B, S, H, D) in the dtype of the queries. Queries and keys as `attention_inputs` has them, rounded once;
+    values as they are, which of one stream nobody has to copy.
+    """
+    q = [_normalized(one.query, one.q_weight, one.rotary, eps).type_as(one.query) for one in streams]
+    k = [_normalized(one.key, one.k_weight, one.rotary, eps).type_as(one.key) for one in streams]
+    joined = [torch.cat(q, dim=1), torch.cat(k, dim=1)]
+    if streams[1:]:
+        joined.append(torch.cat([one.value for one in streams], dim=1))
+    return joined
+
+
 def attention_inputs(
     streams: Sequence[Stream], eps: float, q_exponent: int, k_exponent: int
 ) -> AttentionInputs:
@@ -138,14 +158,12 @@ def attention_inputs(
     2^exponent. Values as `quantize_values` makes them of all tokens.
     """
 
-    def normalized(x: Tensor, weight: Tensor, of: Stream, exponent: int) -> Tensor:
-        x = x.float()
-        x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()
-        return saturated(rotated(x, of.rotary) * 2.0**exponent)
+    def rounded(x: Tensor, weight: Tensor, of: Stream, exponent: int) -> Tensor:
+        # (As bytes: PyTorch joins no float8 on every device.)
+        return saturated(_normalized(x, weight, of.rotary, eps) * 2.0**exponent).view(torch.uint8)
 
-    # (As bytes: PyTorch joins no float8 on every device.)
-    q = [normalized(one.query, one.q_weight, one, q_exponent).view(torch.uint8) for one in streams]
-    k = [normalized(one.key, one.k_weight, one, k_exponent).view(torch.uint8) for one in streams]
+    q = [rounded(one.query, one.q_weight, one, q_exponent) for one in streams]
+    k = [rounded(one.key, one.k_weight, one, k_exponent) for one in streams]
     values, scale, mean = quantize_values(torch.cat([one.value for one in streams], dim=1))
     query, key = (torch.cat(one, dim=1).view(E4M3) for one in (q, k))
     return AttentionInputs(query, key, values.contiguous(), scale, mean)

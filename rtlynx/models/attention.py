@@ -200,9 +200,8 @@ def _backend_for(name: str, attn: Any) -> Fp8Attention:
     before = processor._attention_backend
     if isinstance(before, Fp8Attention):
         before = before.before
-    q_norms, k_norms = (_norms(name, attn, x) for x in "qk")
-    q, k = (exponent_below(max(_bound_of(name, norm) for norm in norms)) for norms in (q_norms, k_norms))
-    return Fp8Attention(q, k, before, _epsilon((*q_norms, *k_norms), head_dim))
+    q, k = (exponent_below(max(_bound_of(name, norm) for norm in _norms(name, attn, x))) for x in "qk")
+    return Fp8Attention(q, k, before)
 
 
 def _norms(name: str, attn: Any, x: str) -> list[Any]:
@@ -213,16 +212,6 @@ def _norms(name: str, attn: Any, x: str) -> list[Any]:
     if None in norms:
         raise ValueError(f"fp8 attention knows no bound of queries and keys without norms, as in {name}")
     return norms
-
-
-def _epsilon(norms: Sequence[Any], head_dim: int) -> float | None:
-    """Of RMS norms of a head that have it in common, with a weight and no bias; else None."""
-    found = {norm.eps for norm in norms}
-    for norm in norms:
-        plain = not isinstance(norm, nn.LayerNorm) and getattr(norm, "bias", None) is None
-        if not plain or norm.weight is None or tuple(norm.weight.shape) != (head_dim,):
-            return None
-    return found.pop() if len(found) == 1 else None
 
 
 def _bound_of(name: str, norm: Any) -> float:

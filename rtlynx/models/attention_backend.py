@@ -21,7 +21,6 @@ class Fp8Attention:
 
     q_exponent, k_exponent : queries and keys times 2^exponent fit e4m3.
     before : the backend that it stands for, diffusers' own.
-    norm_eps : of the norms of queries and keys, where those are RMS norms of a head with a weight alone.
     dense_steps : whose state of a call says that it is left to `before`; None where none is.
     follows : whether those are the calls that the model's recipe runs dense, which come and go with it.
     """
@@ -29,7 +28,6 @@ class Fp8Attention:
     q_exponent: int
     k_exponent: int
     before: Any
-    norm_eps: float | None = None
     dense_steps: Whose | None = None
     follows: bool = False
 
@@ -39,7 +37,6 @@ class Fp8Attention:
             self,
             q_exponent=min(self.q_exponent, other.q_exponent),
             k_exponent=min(self.k_exponent, other.k_exponent),
-            norm_eps=self.norm_eps if self.norm_eps == other.norm_eps else None,
         )
 
     def following(self, has_dense_steps: bool) -> Fp8Attention:

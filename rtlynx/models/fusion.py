@@ -19,9 +19,10 @@ from rtlynx.models.attention_backend import Fp8Attention, dispatch, in_this_call
 from rtlynx.models.recompile_limit import with_own_code
 from rtlynx.nn.lora import untouched
 from rtlynx.nn.prepared import PreparedInput
-from rtlynx.nn.prologue import PrologueCall, activated, adaln, adaln_by_token, read
+from rtlynx.nn.prologue import PrologueCall, activated, adaln, adaln_by_token, is_of, read
 from rtlynx.nn.sparse_linear import SparseLinear
-from rtlynx.ops.dispatch import attention_inputs_support
+from rtlynx.ops.attention import joint_heads
+from rtlynx.ops.dispatch import attention_inputs_support, qk_norm_rotary_supports
 
 
 def fuse_blocks(model: nn.Module, architecture: Architecture) -> None:
@@ -181,16 +182,21 @@ def heads(
 def attend(attn: Any, streams: Sequence[Heads], mask: Tensor | None) -> Tensor:
     """Attention over the tokens of all streams, by the backend and over the processes that `attn` is set to.
 
-    (B, T, H D). In eight bits one kernel norms, rotates and rounds what it can read.
+    (B, T, H D). One kernel norms and rotates what it can read, and in eight bits rounds it.
     """
     settings = attn.processor
     backend = in_this_call(settings._attention_backend)
-    if isinstance(backend, Fp8Attention) and mask is None and settings._parallel_config is None:
-        y = _in_one_kernel(backend, streams)
-        if y is not None:
-            return y.flatten(2, 3)
-    made = [stream.normalized() for stream in streams]
-    query, key, value = (torch.cat(one, dim=1) for one in zip(*made, strict=True)) if made[1:] else made[0]
+    given, eps = _before_norms(streams)
+    in_fp8 = isinstance(backend, Fp8Attention) and mask is None and settings._parallel_config is None
+    if in_fp8 and given and attention_inputs_support(given):
+        return backend.of_streams(given, eps).flatten(2, 3)
+    if given and qk_norm_rotary_supports(given):
+        query, key, value = joint_heads(given, eps)
+    else:
+        made = [stream.normalized() for stream in streams]
+        query, key, value = (
+            (torch.cat(one, dim=1) for one in zip(*made, strict=True)) if made[1:] else made[0]
+        )
     y = dispatch(
         *(query, key, value),
         attn_mask=mask,
@@ -200,16 +206,24 @@ def attend(attn: Any, streams: Sequence[Heads], mask: Tensor | None) -> Tensor:
     return y.flatten(2, 3).to(query.dtype)
 
 
-def _in_one_kernel(backend: Fp8Attention, streams: Sequence[Heads]) -> Tensor | None:
-    """Attention in eight bits, (B, T, H, D); None where norms have hooks, or the kernel does not fit."""
+def _before_norms(streams: Sequence[Heads]) -> tuple[list[Stream], float]:
+    """Streams for a kernel that norms by itself, and the norms' eps; none where norms are not as it has them.
+
+    That is plain RMS norms of a head, with a weight and no bias, that have the eps in common.
+    """
     norms: list[Any] = [norm for stream in streams for norm in stream.norms]
-    if backend.norm_eps is None or not all(untouched(norm) for norm in norms):
-        return None
-    given = [
-        Stream(one.query, one.key, one.value, of[0].weight, of[1].weight, one.rotary)
-        for one, of in zip(streams, (norms[i : i + 2] for i in range(0, len(norms), 2)), strict=True)
-    ]
-    return backend.of_streams(given, backend.norm_eps) if attention_inputs_support(given) else None
+    for norm in norms:
+        if norm is None or not is_of(norm, "RMSNorm") or norm.eps != norms[0].eps:
+            return [], 0.0
+        if norm.weight is None or getattr(norm, "bias", None) is not None:
+            return [], 0.0
+        if norm.weight.shape != streams[0].query.shape[-1:]:
+            return [], 0.0
+    weights = [norm.weight for norm in norms]
+    return [
+        Stream(one.query, one.key, one.value, weights[2 * i], weights[2 * i + 1], one.rotary)
+        for i, one in enumerate(streams)
+    ], norms[0].eps
 
 
 def feed_forward(ff: Any, prologue: PrologueCall) -> Tensor:

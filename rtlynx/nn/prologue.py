@@ -280,7 +280,7 @@ def affine_layernorm(norm: nn.LayerNorm, x: Tensor) -> PrologueCall:
     def dense() -> Tensor:
         return norm(x.float()).type_as(x)
 
-    if not _is_of(norm, *_LAYERNORMS) or norm.weight is None or norm.bias is None:
+    if not is_of(norm, *_LAYERNORMS) or norm.weight is None or norm.bias is None:
         return PrologueCall("adaln", (), dense)
     shift, scale = norm.bias.to(x.dtype), (norm.weight.float() - 1).to(x.dtype)
     return PrologueCall("adaln", (x, shift, scale, norm.eps), dense)
@@ -292,7 +292,7 @@ def rms_adaln(norm: nn.Module, x: Tensor, shift: Modulation, scale: Modulation) 
     def dense() -> Tensor:
         return norm(x) * (1 + scale.whole()) + shift.whole()
 
-    if not _is_of(norm, "RMSNorm") or norm.weight is not None:
+    if not is_of(norm, "RMSNorm") or norm.weight is not None:
         return PrologueCall("rms_adaln", (), dense)
     return _modulated("rms_adaln", norm, x, shift, scale, dense)
 
@@ -307,7 +307,7 @@ def rmsnorm(norm: nn.Module, x: Tensor, scale: Tensor | None = None) -> Prologue
         return norm(x) if scale is None else norm(x) * scale
 
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if not _is_of(norm, "RMSNorm") or bias is not None:
+    if not is_of(norm, "RMSNorm") or bias is not None:
         return PrologueCall("rmsnorm", (), dense)
     if weight is not None and weight.dtype not in (x.dtype, torch.float32):
         return PrologueCall("rmsnorm", (), dense)
@@ -332,7 +332,7 @@ def rmsnorm_by_token(norm: nn.Module, x: Tensor, scale: Tensor, choice: Tensor) 
 _LAYERNORMS = "LayerNorm", "FP32LayerNorm"
 
 
-def _is_of(norm: nn.Module, *classes: str) -> bool:
+def is_of(norm: nn.Module, *classes: str) -> bool:
     """Whether `norm` is of one of these classes, of PyTorch or diffusers, with an eps and without hooks."""
     kind = type(norm)
     known = kind.__name__ in classes and kind.__module__.startswith(("torch.nn.", "diffusers."))
@@ -341,7 +341,7 @@ def _is_of(norm: nn.Module, *classes: str) -> bool:
 
 def _is_plain_layernorm(norm: nn.LayerNorm) -> bool:
     """Whether `norm` is a LayerNorm without weight and bias."""
-    return _is_of(norm, *_LAYERNORMS) and norm.weight is None and norm.bias is None
+    return is_of(norm, *_LAYERNORMS) and norm.weight is None and norm.bias is None
 
 
 def activated(gelu: Callable[[Tensor], Tensor], x: Tensor) -> PrologueCall:

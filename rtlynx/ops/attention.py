@@ -1,4 +1,4 @@
-"""The torch operator of attention in eight bits, and what is around it in PyTorch, which compilers fuse."""
+"""The torch operators of attention in eight bits and in front of any, and what is around them in PyTorch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rtlynx.cuda.sm90 import attention_inputs as kernel
 from rtlynx.math.attention import AttentionInputs, Stream, quantize_values, saturated
 from rtlynx.math.attention import attention_fp8 as reference
 from rtlynx.math.attention import attention_inputs as inputs_reference
+from rtlynx.math.attention import qk_norm_rotary as norm_reference
 from rtlynx.math.fp8 import E4M3
 from rtlynx.ops.registry import operator, refuse_gradients
 
@@ -132,13 +133,18 @@ def _check_rotary(stream: Stream) -> None:
 _packings: dict[tuple[Any, ...], kernel.Packing | None] = {}
 
 
-def _inputs_hopper(*arguments: Any) -> AttentionInputs:
-    tensors, numbers = arguments[:6], arguments[6:]
-    streams, form = _streams(*tensors), form_of(tensors)
+def _packed(tensors: Sequence[Any], fp8: bool) -> tuple[list[Stream], kernel.Packing | None]:
+    """Streams, and what the kernel has to be told of them; None where it does not take them."""
+    streams, form = _streams(*tensors), (fp8, *form_of(tensors))
     if form not in _packings:
         _check_streams(streams)
-        keep(_packings, form, kernel.pack(streams))
-    packing = _packings[form]
+        keep(_packings, form, kernel.pack(streams, fp8=fp8))
+    return streams, _packings[form]
+
+
+def _inputs_hopper(*arguments: Any) -> AttentionInputs:
+    numbers = arguments[6:]
+    streams, packing = _packed(arguments[:6], fp8=True)
     if packing is None:
         return inputs_reference(streams, *numbers)
     return kernel.launch(packing, streams, *numbers)
@@ -173,6 +179,60 @@ attention_inputs = operator(
 )
 
 
+def _norm_hopper(*arguments: Any) -> list[Tensor]:
+    eps = arguments[6]
+    streams, packing = _packed(arguments[:6], fp8=False)
+    return norm_reference(streams, eps) if packing is None else kernel.launch_bf16(packing, streams, eps)
+
+
+def _norm_reference(*arguments: Any) -> list[Tensor]:
+    streams = _streams(*arguments[:6])
+    _check_streams(streams)
+    return norm_reference(streams, arguments[6])
+
+
+def _norm_fake(*arguments: Any) -> list[Tensor]:
+    streams = _streams(*arguments[:6])
+    _check_streams(streams)
+    like = streams[0].query
+    tokens = sum(stream.query.shape[1] for stream in streams)
+    return [
+        like.new_empty((like.shape[0], tokens, *like.shape[2:])) for _ in ("qkv" if streams[1:] else "qk")
+    ]
+
+
+# Queries and keys, normed and rotated, in their own dtype; of two streams values, too, joined. Arguments are
+# those of `attention_inputs`.
+qk_norm_rotary = operator(
+    "qk_norm_rotary(Tensor query, Tensor key, Tensor value, Tensor[] behind, Tensor[] weights, "
+    "Tensor[] rotary, float eps) -> Tensor[]",
+    hopper=_norm_hopper,
+    reference=_norm_reference,
+    fake=_norm_fake,
+)
+
+
+def _arguments_of(streams: Sequence[Stream]) -> tuple[Any, ...]:
+    """The tensors that the operators of streams take."""
+    first, *others = streams
+    return (
+        *first.heads,
+        [one for stream in others for one in stream.heads],
+        [one for stream in streams for one in (stream.q_weight, stream.k_weight)],
+        [one for stream in streams for one in stream.rotary],
+    )
+
+
+def joint_heads(streams: Sequence[Stream], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one or two streams as attention in their own dtype reads them.
+
+    (B, S, H, D) each, S the tokens of all streams. One kernel norms, rotates and joins them; values of one
+    stream are its own.
+    """
+    query, key, *values = qk_norm_rotary(*_arguments_of(streams), eps)
+    return query, key, values[0] if values else streams[0].value
+
+
 def joint_attention(
     streams: Sequence[Stream], *, scale: float, eps: float, q_exponent: int, k_exponent: int
 ) -> Tensor:
@@ -200,16 +260,9 @@ def joint_attention(
     RuntimeError
         If gradients are asked for.
     """
-    first, *others = streams
-    q, k, v, unit, mean = attention_inputs(
-        *first.heads,
-        [one for stream in others for one in stream.heads],
-        [one for stream in streams for one in (stream.q_weight, stream.k_weight)],
-        [one for stream in streams for one in stream.rotary],
-        *(eps, q_exponent, k_exponent),
-    )
+    q, k, v, unit, mean = attention_inputs(*_arguments_of(streams), eps, q_exponent, k_exponent)
     out = attention_fp8(q, k, v, scale * 2.0 ** -(q_exponent + k_exponent))
-    return (out.float() * unit + mean).to(first.query.dtype)
+    return (out.float() * unit + mean).to(streams[0].query.dtype)
 
 
 def attention(

@@ -122,6 +122,16 @@ def attention_inputs_support(streams: Sequence[Stream]) -> bool:
     return card_unsupported_reason(first.get_device()) is None
 
 
+def qk_norm_rotary_supports(streams: Sequence[Stream]) -> bool:
+    """Whether one kernel norms and rotates queries and keys for attention in bfloat16.
+
+    Where it does not, and on a CPU, the norms themselves do it: nothing to warn of.
+    """
+    if not streams[0].query.is_cuda or not attention_inputs_support(streams):
+        return False
+    return not any(wants_gradient(*stream.heads, stream.q_weight, stream.k_weight) for stream in streams)
+
+
 def weight_sparse_supports(weight: Tensor, k: int) -> bool:
     """Whether a kernel multiplies by a weight (N, k) e4m3 of which half is zero, where `weight` lies.
 

@@ -1,7 +1,5 @@
 """Models whose attention in eight bits is fed by one kernel, on the card."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers import (
@@ -66,8 +64,7 @@ def test_models_are_as_near_with_it(name, recipe, launches):
     y = output(model, call)
     assert len(launches) == len(attentions(model))
     for attn in attentions(model):
-        processor = attn.processor
-        processor._attention_backend = replace(processor._attention_backend, norm_eps=None)
+        attn.norm_q.register_forward_hook(lambda *_: None)  # which only PyTorch hears
     in_several = output(model, call)
     assert len(launches) == len(attentions(model))
     assert relative_error(y, in_several) < 0.03

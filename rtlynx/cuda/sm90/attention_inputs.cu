@@ -1,20 +1,22 @@
-// Queries, keys and values (B, T, H, D) bf16, as products leave them -> the e4m3 that attention reads, (B, S, H, D)
-// contiguous. rtlynx/math/attention.py defines it.
+// Queries, keys and values (B, T, H, D) bf16, as products leave them -> the e4m3 or bf16 that attention reads,
+// (B, S, H, D) contiguous. rtlynx/math/attention.py defines it.
 //
 // Queries and keys: RMS norm over D, rotation of pairs of neighbours, times a power of two. Values: less a mean, over a
-// scale, both of each channel and of a sample of its tokens. Tokens come in two streams, the second behind the first.
+// scale, both of each channel and of a sample of its tokens; in bf16 as they are, copied where `value` is not null.
+// Tokens come in two streams, the second behind the first.
 //
 // A lane holds eight neighbours of a head. A warp takes a token, all heads of its query and of its key, and so loads
 // its rotation once. A CTA of values takes some tokens of one head. It looks at the whole sample by itself, most of it
 // in L2: a kernel or a wait between the two would take longer. Those CTAs come first, since they work longest.
 //
-// Macros: HEAD_DIM (64 or 128), REACH (the largest sampled value becomes this), WARPS (of a CTA), PARAMETER_FIELDS
-// (layout.cuh).
+// Macros: FP8 (1: e4m3 out, 0: bf16), HEAD_DIM (64 or 128), REACH (the largest sampled value becomes this), WARPS (of a
+// CTA), PARAMETER_FIELDS (layout.cuh).
 #include "e4m3.cuh"
 #include "f32x8.cuh"
 
 constexpr int kInFlight = 4;  // vectors that a lane waits for at one time
 constexpr int kLanes = HEAD_DIM / 8, kHeadsOfWarp = 32 / kLanes, kRows = WARPS * kHeadsOfWarp;
+constexpr int kOutBytes = FP8 ? 1 : 2;
 static_assert(HEAD_DIM % 8 == 0 && 32 % kLanes == 0, "a warp holds whole heads");
 
 // (B, T, H, D) whose last axis is dense; strides in elements.
@@ -41,7 +43,7 @@ struct Parameters {
     float *value_scale, *value_mean;  // (B, H, D)
     float query_factor, key_factor, eps;
     int batches, tokens, first_tokens, heads;  // tokens of both streams, and of the first
-    int value_chunks, chunk_tokens;            // CTAs of a head's values, and tokens of each
+    int value_chunks, chunk_tokens;            // CTAs of a head's values (0 in bf16), and tokens of each
     int samples, sample_step;
 };
 #include "layout.cuh"
@@ -81,6 +83,13 @@ DEVICE uint2 to_e4m3(const F32x8& e) {
             pack_e4m3(e.v[4], e.v[5]) | pack_e4m3(e.v[6], e.v[7]) << 16};
 }
 
+DEVICE void store(uint8_t* to, const F32x8& e) {
+    if constexpr (FP8)
+        *reinterpret_cast<uint2*>(to) = to_e4m3(e);
+    else
+        *reinterpret_cast<uint4*>(to) = pack(e);
+}
+
 // A sum over the lanes of a head, the same in each of them.
 DEVICE float reduce_head(float mine) {
 #pragma unroll
@@ -88,15 +97,10 @@ DEVICE float reduce_head(float mine) {
     return mine;
 }
 
-// All heads of a token's query or key. `from` is the lane's place in head 0, `to` too.
-DEVICE void normalize(const Parameters& p, const uint16_t* from, int64_t head_stride, const uint16_t* norm_weight,
-                      const Turn& rotation, float factor, uint8_t* to) {
-    const F32x8 weight = load_vector(norm_weight);
-    Turn turn;
-    unroll<8>([&](auto i) {
-        turn.own.v[i] = rotation.own.v[i] * weight.v[i];
-        turn.other.v[i] = rotation.other.v[i] * weight.v[i ^ 1];
-    });
+// All heads of a token, several at one time: of each `change`, called by all lanes, makes what is stored. `from` is the
+// lane's place in head 0, `to` too.
+template <class Change>
+DEVICE void each_head(const Parameters& p, const uint16_t* from, int64_t head_stride, uint8_t* to, Change change) {
     const int first = threadIdx.x % 32 / kLanes;
     for (int begin = 0; begin < p.heads; begin += kInFlight * kHeadsOfWarp) {
         uint4 loaded[kInFlight];
@@ -106,15 +110,28 @@ DEVICE void normalize(const Parameters& p, const uint16_t* from, int64_t head_st
         });
         unroll<kInFlight>([&](auto i) {
             const int head = begin + i * kHeadsOfWarp + first;
-            const F32x8 x = unpack(loaded[i]);
-            float squares = 0.f;
-            unroll<8>([&](auto j) { squares = fmaf(x.v[j], x.v[j], squares); });
-            const float scale = rsqrtf(fmaf(reduce_head(squares), 1.f / HEAD_DIM, p.eps)) * factor;
-            F32x8 y;
-            unroll<8>([&](auto j) { y.v[j] = fmaf(x.v[j], turn.own.v[j], x.v[j ^ 1] * turn.other.v[j]) * scale; });
-            if (head < p.heads) *reinterpret_cast<uint2*>(to + head * HEAD_DIM) = to_e4m3(y);
+            const F32x8 y = change(unpack(loaded[i]));
+            if (head < p.heads) store(to + head * HEAD_DIM * kOutBytes, y);
         });
     }
+}
+
+DEVICE void normalize(const Parameters& p, const uint16_t* from, int64_t head_stride, const uint16_t* norm_weight,
+                      const Turn& rotation, float factor, uint8_t* to) {
+    const F32x8 weight = load_vector(norm_weight);
+    Turn turn;
+    unroll<8>([&](auto i) {
+        turn.own.v[i] = rotation.own.v[i] * weight.v[i];
+        turn.other.v[i] = rotation.other.v[i] * weight.v[i ^ 1];
+    });
+    each_head(p, from, head_stride, to, [&](const F32x8& x) {
+        float squares = 0.f;
+        unroll<8>([&](auto j) { squares = fmaf(x.v[j], x.v[j], squares); });
+        const float scale = rsqrtf(fmaf(reduce_head(squares), 1.f / HEAD_DIM, p.eps)) * factor;
+        F32x8 y;
+        unroll<8>([&](auto j) { y.v[j] = fmaf(x.v[j], turn.own.v[j], x.v[j ^ 1] * turn.other.v[j]) * scale; });
+        return y;
+    });
 }
 
 DEVICE void normalize_token(const Parameters& p, int cta) {
@@ -125,11 +142,14 @@ DEVICE void normalize_token(const Parameters& p, int cta) {
     const Stream& s = p.stream[second];
     const int own = second ? token - p.first_tokens : token;
     const Turn rotation = load_rotation(s, batch, own, column);
-    const int64_t out = int64_t(index) * p.heads * HEAD_DIM + column;
+    const int64_t out = (int64_t(index) * p.heads * HEAD_DIM + column) * kOutBytes;
     normalize(p, s.query.at(batch, own, 0) + column, s.query.head_stride, s.query_weight + column, rotation,
               p.query_factor, p.query + out);
     normalize(p, s.key.at(batch, own, 0) + column, s.key.head_stride, s.key_weight + column, rotation, p.key_factor,
               p.key + out);
+    if (!FP8 && p.value != nullptr)
+        each_head(p, s.value.at(batch, own, 0) + column, s.value.head_stride, p.value + out,
+                  [](const F32x8& x) { return x; });
 }
 
 // Vectors of the tokens first, first + step, ... of a head's values; zeros from `end` on.
@@ -227,9 +247,13 @@ DEVICE void quantize_values(const Parameters& p) {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) attention_inputs(const __grid_constant__ Parameters p) {
     launch_dependents();
     grid_dependency_wait();
-    const int value_ctas = p.batches * p.heads * p.value_chunks;
-    if (int(blockIdx.x) < value_ctas)
-        quantize_values(p);
-    else
-        normalize_token(p, blockIdx.x - value_ctas);
+    if constexpr (FP8) {
+        const int value_ctas = p.batches * p.heads * p.value_chunks;
+        if (int(blockIdx.x) < value_ctas)
+            quantize_values(p);
+        else
+            normalize_token(p, blockIdx.x - value_ctas);
+    } else {
+        normalize_token(p, blockIdx.x);
+    }
 }

@@ -40,21 +40,24 @@ _PARAMETERS = Layout(
 )
 
 
-def _defines(head_dim: int) -> Defines:
-    return (("HEAD_DIM", head_dim), ("REACH", int(REACH)), ("WARPS", _WARPS), *_PARAMETERS.defines)
+def _defines(head_dim: int, fp8: bool) -> Defines:
+    sizes = (("HEAD_DIM", head_dim), ("REACH", int(REACH)), ("WARPS", _WARPS))
+    return (("FP8", int(fp8)), *sizes, *_PARAMETERS.defines)
 
 
 INSTANTIATIONS = [
-    Instantiation("attention_inputs.cu", "attention_inputs", _defines(head_dim)) for head_dim in HEAD_DIMS
+    Instantiation("attention_inputs.cu", "attention_inputs", _defines(head_dim, fp8))
+    for head_dim in HEAD_DIMS
+    for fp8 in (True, False)
 ]
 
 
 @functools.cache
-def _kernel(head_dim: int) -> jit.Kernel:
+def _kernel(head_dim: int, fp8: bool) -> jit.Kernel:
     return jit.load(
         "attention_inputs.cu",
         "attention_inputs",
-        _defines(head_dim),
+        _defines(head_dim, fp8),
         threads=_WARPS * _WARP,
         shared_bytes=0,
         pdl=True,
@@ -67,11 +70,13 @@ class Packing(NamedTuple):
     values : parameters, but for addresses and factors
     grid : of CTAs
     shape : of q, k and v, (B, S, H, D)
+    fp8 : whether they leave in e4m3, else in bf16
     """
 
     values: list[Any]
     grid: tuple[int, int, int]
     shape: tuple[int, int, int, int]
+    fp8: bool
 
 
 def _fits(streams: Sequence[Stream]) -> bool:
@@ -120,7 +125,7 @@ def _rotary_strides(x: Tensor) -> tuple[int, int]:
     return 0, x.stride(0)
 
 
-def pack(streams: Sequence[Stream]) -> Packing | None:
+def pack(streams: Sequence[Stream], *, fp8: bool = True) -> Packing | None:
     """What launches of streams of this form share; None where the kernel does not take them."""
     if not _fits(streams):
         return None
@@ -133,12 +138,16 @@ def pack(streams: Sequence[Stream]) -> Packing | None:
     values += [0] * (_OUTPUTS - len(values))
     batch, first_tokens, heads, width = streams[0].query.shape
     tokens = sum(stream.query.shape[1] for stream in streams)
-    chunks = min(-(-tokens // _CHUNK_TOKENS), _MOST_CHUNKS)
-    step = sample_step(tokens)
-    values += [0] * 5 + [0.0] * 3
-    values += [batch, tokens, first_tokens, heads, chunks, -(-tokens // chunks), -(-tokens // step), step]
-    grid = batch * heads * chunks + -(-batch * tokens // _WARPS)
-    return Packing(values, (grid, 1, 1), (batch, tokens, heads, width))
+    values += [0] * 5 + [0.0] * 3 + [batch, tokens, first_tokens, heads]
+    grid = -(-batch * tokens // _WARPS)
+    if fp8:
+        chunks = min(-(-tokens // _CHUNK_TOKENS), _MOST_CHUNKS)
+        step = sample_step(tokens)
+        values += [chunks, -(-tokens // chunks), -(-tokens // step), step]
+        grid += batch * heads * chunks
+    else:
+        values += [0] * 4
+    return Packing(values, (grid, 1, 1), (batch, tokens, heads, width), fp8)
 
 
 def launch(
@@ -148,7 +157,32 @@ def launch(
 
     packing : what `pack` gave for them, or for others of the form
     """
-    values, shape, device = packing.values.copy(), packing.shape, streams[0].query.device
+    shape, device = packing.shape, streams[0].query.device
+    q = torch.empty(shape, dtype=E4M3, device=device)
+    scale = torch.empty((shape[0], 1, *shape[2:]), dtype=torch.float32, device=device)
+    made = AttentionInputs(q, torch.empty_like(q), torch.empty_like(q), scale, torch.empty_like(scale))
+    _launch(packing, streams, made, (2.0**q_exponent, 2.0**k_exponent, eps))
+    return made
+
+
+def launch_bf16(packing: Packing, streams: Sequence[Stream], eps: float) -> list[Tensor]:
+    """`rtlynx.math.attention.qk_norm_rotary` of `streams` on the current device and stream.
+
+    packing : what `pack` gave for them with `fp8=False`, or for others of the form
+    """
+    made = [
+        torch.empty(packing.shape, dtype=torch.bfloat16, device=streams[0].query.device)
+        for _ in ("qkv" if streams[1:] else "qk")
+    ]
+    _launch(packing, streams, made, (1.0, 1.0, eps))
+    return made
+
+
+def _launch(
+    packing: Packing, streams: Sequence[Stream], made: Sequence[Tensor], numbers: tuple[float, float, float]
+) -> None:
+    """Fill `made`, in the order of the kernel's structure."""
+    values = packing.values.copy()
     at = unaligned = 0
     for stream in streams:
         addresses = [one.data_ptr() for one in _tensors(stream)]
@@ -159,14 +193,10 @@ def launch(
         at += _STREAM_FIELDS
     if unaligned:
         copies = [_copied(one) for one in streams]
-        packing_of_copies = pack(copies)
+        packing_of_copies = pack(copies, fp8=packing.fp8)
         assert packing_of_copies is not None
-        return launch(packing_of_copies, copies, eps, q_exponent, k_exponent)
-    q = torch.empty(shape, dtype=E4M3, device=device)
-    scale = torch.empty((shape[0], 1, *shape[2:]), dtype=torch.float32, device=device)
-    made = AttentionInputs(q, torch.empty_like(q), torch.empty_like(q), scale, torch.empty_like(scale))
-    values[_OUTPUTS : _OUTPUTS + 5] = [one.data_ptr() for one in made]
-    values[_OUTPUTS + 5 : _OUTPUTS + 8] = 2.0**q_exponent, 2.0**k_exponent, eps
-    current = torch._C._cuda_getCurrentRawStream(device.index)
-    _kernel(shape[-1]).launch(packing.grid, current, _PARAMETERS.pack(*values))
-    return made
+        return _launch(packing_of_copies, copies, made, numbers)
+    values[_OUTPUTS : _OUTPUTS + len(made)] = [one.data_ptr() for one in made]
+    values[_OUTPUTS + 5 : _OUTPUTS + 8] = numbers
+    current = torch._C._cuda_getCurrentRawStream(streams[0].query.get_device())
+    _kernel(packing.shape[-1], packing.fp8).launch(packing.grid, current, _PARAMETERS.pack(*values))
