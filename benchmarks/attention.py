@@ -3,7 +3,8 @@
 Writes results/attention-<card>.json. `product` is cuDNN's kernel alone, `fp8` what a call costs that begins
 and ends with bfloat16, its quantisation compiled. `block_cudnn`, `block_fp8` and `block_fused` begin before
 the norms and rotation of queries and keys, as in a compiled block: the last by our one kernel, `inputs`,
-beside `copy`, which reads and writes as much.
+beside `copy`, which reads and writes as much. Where they are installed: SageAttention (`pip install
+sageattention`, in Triton; int8 and float16), FlashAttention-3 and 4 (bfloat16).
 """
 
 import importlib
@@ -58,7 +59,12 @@ def by_backend(backend: SDPBackend) -> Attention:
 def by_package(module: str, name: str, **settings: object) -> Attention:
     """A function of a package; ImportError where that is not installed."""
     function = getattr(importlib.import_module(module), name)
-    return lambda q, k, v: function(q, k, v, **settings)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> object:
+        y = function(q, k, v, **settings)
+        return y[0] if isinstance(y, tuple) else y  # some give their sums, too
+
+    return run
 
 
 def in_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -93,6 +99,7 @@ PEERS: dict[str, Callable[[], Attention]] = {
     "flash": lambda: by_backend(SDPBackend.FLASH_ATTENTION),
     "cudnn": lambda: by_backend(SDPBackend.CUDNN_ATTENTION),
     "flash_3": lambda: by_package("flash_attn_interface", "flash_attn_func"),
+    "flash_4": lambda: by_package("flash_attn.cute", "flash_attn_func"),
     "sage": lambda: by_package("sageattention", "sageattn", tensor_layout="NHD"),
 }
 
@@ -112,8 +119,11 @@ def calls_of(sets: list[Inputs], missing: dict[str, str]) -> dict[str, list[Call
         "block_fused": fused(weight, rotary),
     }
     variants |= {name: torch.compile(one, dynamic=False) for name, one in ours.items()}
+    # SageAttention takes the mean off the keys where they lie.
+    own = {"sage": [(q, k.clone(), v) for q, k, v in sets]} if "sage" in variants else {}
     calls: dict[str, list[Call]] = {
-        name: [lambda of=of, one=one: one(*of) for of in sets] for name, one in variants.items()
+        name: [lambda of=of, one=one: one(*of) for of in own.get(name, sets)]
+        for name, one in variants.items()
     }
     quantize = torch.compile(quantized, dynamic=False)
     calls["quantize"] = [lambda of=of: quantize(*of) for of in sets]
@@ -150,7 +160,7 @@ def row_of(shape: Shape, card: Card, generator: torch.Generator, seconds: float,
     calls, graphs = calls_of(sets, missing), Graphs()
     made = {name: attempt(missing, name, lambda of=of: graphs.timer(of)) for name, of in calls.items()}
     timers = {name: timer for name, timer in made.items() if timer is not None}
-    errors = {name: relative_error(calls[name][0](), sets[0]) for name in timers if name in ("fp8", "cudnn")}
+    errors = {name: relative_error(calls[name][0](), sets[0]) for name in timers if name in ("fp8", *PEERS)}
     measured = measure(timers, seconds, rounds, card.sample, missing)
     row: dict = shape._asdict() | {f"{name}_us": round(one.us, 3) for name, one in measured.items()}
     best = min((row[f"{name}_us"] for name in ("flash", "cudnn") if name in measured), default=None)

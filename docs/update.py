@@ -16,6 +16,7 @@ from pathlib import Path
 import cli_reference
 import diagrams
 import goals
+import kernel_tables
 import overview
 import parallel_tables
 import picture_goals
@@ -43,10 +44,19 @@ TEXTS = {
         "sweeps",
         "figures",
     ),
-    Path("docs/results/speed.md"): ("overview", "steps", "layers", "sizes", "calibration", "parts"),
+    Path("docs/results/speed.md"): (
+        "overview",
+        "steps",
+        "layers",
+        "step-parts",
+        "sizes",
+        "calibration",
+        "parts",
+    ),
     Path("docs/results/goals.md"): (
         *("goals-pictures", "goals-step", "goals-layer", "goals-compression", "goals-host"),
     ),
+    Path("docs/guides/attention.md"): ("attention",),
     Path("docs/guides/parallel.md"): ("plan", "parallel"),
     Path("docs/reference/cli.md"): ("cli",),
     Path("docs/reference/models.md"): ("models", "on-top"),
@@ -169,6 +179,22 @@ def sizes(root: Path, place: Place) -> str:
     return _sections(root, place, "sizes-*.json", "Other sizes", tables.sizes_section)
 
 
+def step_parts(root: Path, place: Place) -> str:
+    """What is no product and no attention in a step, beside its bytes, where it was measured."""
+    parts = []
+    for source in _found(root, "parts-*.json"):
+        results = read(root / source)
+        title = f"{tables.in_words(results['model'])}, {results['device']}"
+        parts.append(folded(title, kernel_tables.step_parts_section(results, source, place)))
+    return "\n\n".join(parts)
+
+
+def attention(root: Path, place: Place) -> str:
+    """Attention of libraries beside each other, where it was measured."""
+    title, section = "Libraries beside each other", kernel_tables.attention_section
+    return _sections(root, place, "attention-*.json", title, section)
+
+
 def calibration(root: Path, place: Place) -> str:
     """Time and memory of calibration and distillation at full size."""
     whole, stages = "calibration-whole-*.json", tables.stages_section
@@ -235,6 +261,8 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "figures": figures,
     "steps": steps,
     "layers": layers,
+    "step-parts": step_parts,
+    "attention": attention,
     "sizes": sizes,
     "calibration": calibration,
     "parts": kernel_parts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.autograd import DeviceType
@@ -25,18 +26,34 @@ def kind(kernel: str) -> str:
     return "linear" if any(part in name for part in LINEAR) else "rest"
 
 
-def kernels_ms(step: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds that kernels of each kind take in `step`; of NCCL's, waiting for other cards included."""
+class KernelTime(NamedTuple):
+    """All launches of one kernel in a step."""
+
+    launches: float = 0.0
+    ms: float = 0.0
+
+
+def kernels_of(step: Callable[[], object]) -> dict[str, KernelTime]:
+    """Kernel -> what it takes in `step`; of NCCL's, waiting for other cards included."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for _ in range(STEPS):
             step()
         torch.cuda.synchronize()
-    times = {"linear": 0.0, "attention": 0.0, "rest": 0.0}
+    found: dict[str, KernelTime] = {}
     for event in trace.events():
         if event.device_type == DeviceType.CUDA:
-            of = kind(event.name)
-            times[of] = times.get(of, 0.0) + event.time_range.elapsed_us() / 1e3 / STEPS
+            launches, ms = found.get(event.name, KernelTime())
+            ms += event.time_range.elapsed_us() / 1e3 / STEPS
+            found[event.name] = KernelTime(launches + 1 / STEPS, ms)
+    return found
+
+
+def kernels_ms(step: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds that kernels of each kind take in `step`."""
+    times = {"linear": 0.0, "attention": 0.0, "rest": 0.0}
+    for name, taken in kernels_of(step).items():
+        times[kind(name)] = times.get(kind(name), 0.0) + taken.ms
     return times
 
 
