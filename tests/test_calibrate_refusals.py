@@ -33,7 +33,7 @@ from rtlynx import (
 from rtlynx.calibration.budget import inputs_of
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.prices import LEAST_WIDTH, packaged_prices
-from rtlynx.calibration.solve import solve_layer
+from rtlynx.calibration.solve import solve_layers
 from rtlynx.models import sparse_layers, state_of
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -96,8 +96,8 @@ def test_moments_that_are_indefinite_say_by_how_much():
     matrix[0, 0] = -1.0  # the mean diagonal is 0.75
     moments = Moments(matrix, matrix, matrix, mean, mean)
     with pytest.raises(CalibrationError, match=r"indefinite by more than 0\.11 of their mean diagonal"):
-        solve_layer(moments, weight, rank=0, refit=True, ridge=0.1)
-    assert solve_layer(moments, weight, rank=0, refit=True, ridge=2.0).weight is not None
+        solve_layers(moments, [weight], rank=0, refit=True, ridge=0.1)
+    assert solve_layers(moments, [weight], rank=0, refit=True, ridge=2.0)[0].weight is not None
 
 
 @pytest.mark.parametrize("prompts", [[], None, ()])

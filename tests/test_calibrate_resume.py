@@ -82,7 +82,7 @@ def test_interrupted_while_solving_then_resumed(tmp_path, monkeypatch, sequentia
         whole = TinyPipeline(tiny_flux())
         sample(whole, JOINT, CalibrationOptions(batch_size=2, sequential=True))
 
-    original, solved = rtlynx.calibration.run.solve_layer, []
+    original, solved = rtlynx.calibration.run.solve_layers, []
 
     def solve(*args, **kwargs):
         if len(solved) == 5:  # four inputs of the double block, one of the single block
@@ -90,7 +90,7 @@ def test_interrupted_while_solving_then_resumed(tmp_path, monkeypatch, sequentia
         solved.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(rtlynx.calibration.run, "solve_layer", solve)
+    monkeypatch.setattr(rtlynx.calibration.run, "solve_layers", solve)
     settings = options_in(tmp_path, sequential=sequential, memory_gb=1e-9)
     stopped = TinyPipeline(tiny_flux())
     with pytest.raises(KeyboardInterrupt):

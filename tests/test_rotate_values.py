@@ -260,7 +260,7 @@ def test_an_interrupted_calibration_leaves_the_model_as_it_was(monkeypatch):
         raise KeyboardInterrupt
 
     model = tiny_flux()
-    monkeypatch.setattr(rtlynx.calibration.run, "solve_layer", interrupted)
+    monkeypatch.setattr(rtlynx.calibration.run, "solve_layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model, ROTATED)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_flux().parameters(), strict=True))

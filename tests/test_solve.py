@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from rtlynx.calibration.layer_errors import LayerErrors
 from rtlynx.calibration.moments import RunningMoments, balanced, rounded_to_tf32
-from rtlynx.calibration.solve import RIDGES, solve_joint, solve_layer, solve_lowrank, solve_refit
+from rtlynx.calibration.solve import RIDGES, solve_joint, solve_layers, solve_lowrank, solve_refit
 from rtlynx.math.fp8 import dequantize, quantize_tokens, quantize_weight
 from rtlynx.math.selection import nm_mask, norm_scale, select
 
 M, K, N, RANK = 300, 16, 12, 3
+
+
+def solve_layer(moments, weight, bias=None, **settings):
+    return solve_layers(moments, [weight], biases=None if bias is None else [bias], **settings)[0]
 
 
 def problem(seed: int, norm: bool = False):
@@ -137,7 +142,9 @@ def test_layer_error_from_moments_is_the_error_of_the_outputs():
     new, lowrank_a, lowrank_b = solve_joint(moments, w, RANK, 10.0, 10.0)
     y = x @ w.T
     direct = (s @ new.T + x @ lowrank_a.T @ lowrank_b.T - y).square().sum() / y.square().sum()
-    assert moments.layer_error(w, new, lowrank_a, lowrank_b) == pytest.approx(float(direct), rel=1e-9)
+    errors = LayerErrors(moments, w)
+    found = errors.relative(errors.of(new, lowrank_a, lowrank_b))
+    assert found == pytest.approx(float(direct), rel=1e-9)
 
 
 def one_token(x, s):
@@ -427,4 +434,5 @@ def test_errors_of_a_layer_without_a_branch_are_those_of_its_tokens():
     x, s, w, moments = problem(3)
     new = w + 0.1
     wanted = (s @ new.T - x @ w.T).square().sum() / (x @ w.T).square().sum()
-    assert moments.layer_error(w, new) == pytest.approx(float(wanted))
+    errors = LayerErrors(moments, w)
+    assert errors.relative(errors.of(new)) == pytest.approx(float(wanted))

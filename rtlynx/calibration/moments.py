@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rtlynx.calibration.processes import distributed
+from rtlynx.math.tf32 import products_in_tf32
 
 # Whose numbers are ones of TF32 (8 bits of exponent, 10 of mantissa), and deviations from a mean nearly so.
 _IN_TF32 = (torch.bfloat16, torch.float16)
@@ -45,46 +45,11 @@ class Moments:
         lowrank_a: Tensor | None = None,
         lowrank_b: Tensor | None = None,
     ) -> Tensor:
-        """Mean (N,) of S W'^T + X A B^T - X W^T over the tokens seen; arguments as of `layer_error`."""
-        residual = self._residual(original, lowrank_a, lowrank_b)
-        return weight.to(self.dense) @ self.kept_mean + residual @ self.dense_mean
-
-    def layer_error(
-        self,
-        original: Tensor,
-        weight: Tensor,
-        lowrank_a: Tensor | None = None,
-        lowrank_b: Tensor | None = None,
-        shift: Tensor | None = None,
-    ) -> float:
-        """||S W'^T + X A B^T + d - X W^T||² / ||X W^T||² over the tokens seen, 0 without any energy.
-
-        Parameters
-        ----------
-        original : Tensor (N, K), W
-        weight : Tensor (N, K), W'
-        lowrank_a : Tensor (r, K), A^T
-        lowrank_b : Tensor (N, r), B
-        shift : Tensor (N,), d: what is added to the bias
-        """
-        original, weight = original.to(self.dense), weight.to(self.dense)
-        residual = self._residual(original, lowrank_a, lowrank_b)
-        energy = left = ((original @ self.dense) * original).sum()
+        """Mean (N,) of S W'^T + X A B^T - X W^T over the tokens seen; W is `original`, W' is `weight`."""
+        error = weight.to(self.dense) @ self.kept_mean - original.to(self.dense) @ self.dense_mean
         if lowrank_a is not None and lowrank_b is not None:
-            left = ((residual @ self.dense) * residual).sum()
-        error = ((weight @ self.kept) * weight).sum() + left + 2 * ((weight @ self.cross) * residual).sum()
-        if shift is not None:
-            shift = shift.to(self.dense)
-            missed = self.mean_error(original, weight, lowrank_a, lowrank_b)
-            error = error + (2 * missed + shift) @ shift
-        return float(error.clamp(min=0) / energy) if float(energy) > 0 else 0.0
-
-    def _residual(self, original: Tensor, lowrank_a: Tensor | None, lowrank_b: Tensor | None) -> Tensor:
-        """What multiplies the dense X in the error: (A B^T - W^T)^T (N, K)."""
-        residual = -original.to(self.dense)
-        if lowrank_a is not None and lowrank_b is not None:
-            residual = residual + lowrank_b.to(self.dense) @ lowrank_a.to(self.dense)
-        return residual
+            error += lowrank_b.to(self.dense) @ (lowrank_a.to(self.dense) @ self.dense_mean)
+        return error
 
 
 class RunningMoments:
@@ -141,7 +106,7 @@ class RunningMoments:
         x, s = ((t - mean.to(self.dense)).to(self.dense) for t, mean in ((x, x_mean), (s, s_mean)))
         if in_tf32:
             x, s = rounded_to_tf32(x), rounded_to_tf32(s)
-        with _products_in_tf32(in_tf32):
+        with products_in_tf32(in_tf32):
             self.dense.addmm_(x.T, x)
             self.cross.addmm_(s.T, x)
             self.kept.addmm_(s.T, s)
@@ -181,20 +146,6 @@ def rounded_to_tf32(x: Tensor) -> Tensor:
     """`x` float32 rounded to the nearest number of TF32, ties away from zero; NaN and Inf stay."""
     bits = x.contiguous().view(torch.int32)
     return torch.where(x.isfinite(), ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32), x)
-
-
-@contextmanager
-def _products_in_tf32(wanted: bool) -> Iterator[None]:
-    """Let products of float32 matrices on a card be those of TF32."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    if wanted:
-        settings.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        if wanted:
-            settings.fp32_precision = before
 
 
 def balanced(kinds: Iterable[RunningMoments], balance: str) -> Moments:

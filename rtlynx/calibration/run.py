@@ -17,6 +17,7 @@ from rtlynx.calibration.collect import Collector, InputGroup, input_groups, pass
 from rtlynx.calibration.dense_step_search import DenseStepSearch, IncomparableSteps
 from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
 from rtlynx.calibration.folder import digest
+from rtlynx.calibration.layer_errors import LayerErrors
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.options import CalibrationOptions, CalibrationReport, Distillation
 from rtlynx.calibration.output_error import Guidance, OutputError, judged_calls, null_comes_first
@@ -35,7 +36,7 @@ from rtlynx.calibration.refusals import (
 from rtlynx.calibration.reparameterize import find_bases
 from rtlynx.calibration.replay import SkippedBlocks, block_order, tokens_per_layer
 from rtlynx.calibration.solutions import SolutionStore
-from rtlynx.calibration.solve import solve_layer, solve_pruned, with_errors
+from rtlynx.calibration.solve import solve_layers, solve_pruned, with_errors
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FormatName
 from rtlynx.models.pipelines import guidance_scale
@@ -331,54 +332,46 @@ class _Calibration:
         group.moments.pop("fit")
         heldout = group.combined("heldout", self.recipe.balance)
         group.moments.clear()
-        linears = {layer.name: self._weight_and_bias(layer) for layer in group.layers}
-        if self.recipe.lowrank_sharing == "own":
-            return {
-                layer.name: self._solve_one(group, layer, linears[layer.name], fit, heldout)
-                for layer in group.layers
-            }
-        weight, bias = (torch.cat(parts) for parts in zip(*linears.values(), strict=True))
-        whole = self._solve_one(group, group.layers[0], (weight, bias), fit, heldout)
-        result, start, judge = {}, 0, heldout or fit
-        for name, (weight, bias) in linears.items():
-            result[name] = with_errors(judge, weight, whole.rows(start, start + len(weight)), bias)
-            start += len(weight)
-        return result
+        layers = group.layers
+        if self.recipe.lowrank_sharing == "shared":
+            solved = self._solve_together(group, layers, fit, heldout)
+        else:
+            solved = [one for layer in layers for one in self._solve_together(group, [layer], fit, heldout)]
+        return dict(zip((layer.name for layer in layers), solved, strict=True))
 
-    def _solve_one(
-        self,
-        group: InputGroup,
-        layer: LayerPlan,
-        linear: tuple[Tensor, Tensor],
-        fit: Moments,
-        heldout: Moments | None,
-    ) -> Solution:
-        recipe, (weight, bias) = self.recipe, linear
+    def _solve_together(
+        self, group: InputGroup, layers: Sequence[LayerPlan], fit: Moments, heldout: Moments | None
+    ) -> list[Solution]:
+        """Solve some layers of one input, with one A."""
+        recipe, layer = self.recipe, layers[0]
+        weights, biases = zip(*map(self._weight_and_bias, layers), strict=True)
         refit = layer.refits(recipe)
-        own = bias if refit and recipe.intercept else None
+        own = biases if refit and recipe.intercept else None
         if layer.weight_sparse:
-            return solve_pruned(fit, weight, ridge=recipe.ridge, heldout=heldout, bias=own)
+            return solve_pruned(fit, weights, ridge=recipe.ridge, heldout=heldout, biases=own)
         if recipe.lowrank_solver == "closed-form":
-            return solve_layer(
+            return solve_layers(
                 fit,
-                weight,
+                weights,
                 rank=layer.rank,
                 refit=refit,
                 ridge=recipe.ridge,
                 heldout=heldout,
                 quantised=layer.quantized,
-                bias=own,
+                biases=own,
             )
         lowrank_a, lowrank_b = train_lowrank(
             torch.cat(group.tokens),
-            weight,
+            torch.cat(weights),
             layer.pattern,
             layer.norm,
             rank=layer.rank,
             steps=recipe.train_steps,
             seed=self.options.seed,
         )
-        return with_errors(heldout or fit, weight, Solution(lowrank_a=lowrank_a, lowrank_b=lowrank_b))
+        errors = LayerErrors(heldout or fit, torch.cat(weights))
+        solution = Solution(lowrank_a=lowrank_a, lowrank_b=lowrank_b)
+        return with_errors(errors, solution, sizes=[len(weight) for weight in weights])
 
     def _weight_and_bias(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
         """(N, K) and (N,) of the dense layer, zeros where it has no bias."""

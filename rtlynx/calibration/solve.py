@@ -12,12 +12,14 @@ quantised product leaves: so it repairs the quantisation of weight and input too
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rtlynx.calibration.calls import CalibrationError
+from rtlynx.calibration.layer_errors import LayerErrors
 from rtlynx.calibration.moments import Moments
 from rtlynx.calibration.weight_pruning import DAMPING, prune, prune_by
 from rtlynx.math.fp8 import dequantize, quantize_weight
@@ -32,9 +34,13 @@ JITTERS = (0.0, *(10.0**power for power in range(-12, -1)))
 
 def solve_refit(moments: Moments, weight: Tensor, lam: float) -> Tensor:
     """W' (N, K) = argmin ||S W'^T - X W^T||² + lam ||W' - W||²."""
+    return _refit_by(_factored(moments.kept, lam)[1], moments, weight)
+
+
+def _refit_by(factor: Tensor, moments: Moments, weight: Tensor) -> Tensor:
+    """`solve_refit` with the Cholesky factor of G + lam."""
     target = weight.to(moments.kept).T  # W^T (K, N)
-    gain = _cholesky(moments.kept, lam)
-    return (target + torch.cholesky_solve((moments.cross - moments.kept) @ target, gain)).T
+    return (target + torch.cholesky_solve((moments.cross - moments.kept) @ target, factor)).T
 
 
 def solve_lowrank(
@@ -58,7 +64,7 @@ def solve_joint(
     b = [Q - lam F^T (G + lam)^-1] W^T; the best L is the reduced-rank solution for (Q + mu, b).
     """
     target = weight.to(moments.kept).T
-    gain = _cholesky(moments.kept, lam)
+    _, gain = _factored(moments.kept, lam)
     explained = torch.cholesky_solve(moments.cross, gain)  # (G + lam)^-1 F
     metric = moments.dense - moments.cross.T @ explained
     metric = (metric + metric.T) / 2
@@ -67,45 +73,45 @@ def solve_joint(
     return (target + torch.cholesky_solve(right, gain)).T, lowrank_a, lowrank_b
 
 
-def solve_layer(
+def solve_layers(
     moments: Moments,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     *,
     rank: int,
     refit: bool,
     ridge: float | str,
     heldout: Moments | None = None,
     quantised: bool = False,
-    bias: Tensor | None = None,
-) -> Solution:
-    """Solve one layer (or several that share an input, outputs concatenated).
+    biases: Sequence[Tensor] | None = None,
+) -> list[Solution]:
+    """Solve layers that share an input as one of concatenated outputs: with one A and one ridge.
 
     Parameters
     ----------
     moments, heldout : Moments
         Per token, of the fitting and of the held-out prompts.
-    weight : Tensor (N, K)
+    weights : sequence of Tensor (N, K)
     rank : int
         0 for no low-rank branch.
     refit : bool
     ridge : float or "auto"
         Relative to the mean diagonal of the moments it regularises. Auto: of `RIDGES`, the strongest whose
         error on `heldout` is within `RIDGE_TOLERANCE` of the best; an empty solution where none does better
-        than leaving the layer alone.
+        than leaving the layers alone.
     quantised : bool
-        Whether the layer is fp8: the moments are then of quantised inputs, and the solution holds an e4m3
+        Whether the layers are fp8: the moments are then of quantised inputs, and the solution holds an e4m3
         weight and its scale, chosen on them. The ridge is chosen before the weight is quantised.
-    bias : Tensor (N,) or None
-        The layer's own bias (zeros where it has none) where it is refitted with the weight, else None.
+    biases : sequence of Tensor (N,), optional
+        The layers' own (zeros where they have none) where they are refitted with the weights.
 
     Raises
     ------
     ValueError
         If ridge is "auto" and there are no held-out moments.
     """
-    weight = weight.detach().to(moments.kept)
-    bias = None if bias is None else bias.detach().to(moments.kept)
-    judge = moments if heldout is None else heldout
+    weight = _joined(weights, moments)
+    bias = None if biases is None else _joined(biases, moments)
+    errors = LayerErrors(moments if heldout is None else heldout, weight)
     seen = moments if bias is None else moments.centred()
 
     def solved(value: float) -> Solution:
@@ -121,30 +127,28 @@ def solve_layer(
         raise ValueError("ridge='auto' is chosen on held-out prompts, and there are none: give more prompts")
     else:
         tried = [solved(value) for value in RIDGES]
-        errors = [_error(heldout, weight, one, bias) for one in tried]
-        best = min(errors)
-        good = [
-            one for one, error in zip(tried, errors, strict=True) if error <= best * (1 + RIDGE_TOLERANCE)
-        ]
-        before = heldout.layer_error(weight, weight)
+        found = [errors.relative(_errors_of(errors, one, bias)) for one in tried]
+        best = min(found)
+        good = [one for one, error in zip(tried, found, strict=True) if error <= best * (1 + RIDGE_TOLERANCE)]
+        before = errors.relative(errors.of(weight))
         solution = good[-1] if best < before else Solution()  # nothing carries over
     if quantised:
         mu = (solution.ridge or 0.0) * _mean_diagonal(moments.dense)
         # A refitted bias takes up the mean error; without one the scales have to see it.
         solution = _quantised(moments if solution.bias is None else seen, weight, solution, mu)
         solution = solution if solution.bias is None else _with_bias(moments, weight, solution, bias)
-    return with_errors(judge, weight, solution, bias)
+    return with_errors(errors, solution, bias, [len(one) for one in weights])
 
 
 def solve_pruned(
     moments: Moments,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     *,
     ridge: float | str,
     heldout: Moments | None = None,
-    bias: Tensor | None = None,
-) -> Solution:
-    """Solve one layer that drops weights (or several that share an input, outputs concatenated).
+    biases: Sequence[Tensor] | None = None,
+) -> list[Solution]:
+    """Solve layers that drop weights and share an input.
 
     With P what `solve_refit` finds, ||S W'^T - X W^T||² + lam ||W' - W||² is (W' - P) (G + lam) (W' - P)^T,
     and what does not depend on W'. So W' is the 2:4-sparse weight that `prune` finds from P, and it makes
@@ -154,47 +158,58 @@ def solve_pruned(
     ----------
     moments, heldout : Moments
         Per token, of quantised inputs.
-    weight : Tensor (N, K)
+    weights : sequence of Tensor (N, K)
         K a multiple of 4.
     ridge : float or "auto"
         Relative to the mean diagonal of G. Auto: `DAMPING`.
-    bias : Tensor (N,) or None
-        As of `solve_layer`.
+    biases : sequence of Tensor (N,), optional
+        As of `solve_layers`.
     """
-    weight = weight.detach().to(moments.kept)
-    bias = None if bias is None else bias.detach().to(moments.kept)
+    weight = _joined(weights, moments)
+    bias = None if biases is None else _joined(biases, moments)
     value = DAMPING if isinstance(ridge, str) else float(ridge)
     seen = moments if bias is None else moments.centred()
-    lam = value * _mean_diagonal(seen.kept)
-    target, raised = solve_refit(seen, weight, lam), seen.kept.clone()
-    raised.diagonal().add_(lam)
-    values, scale = quantize_weight(prune(target, raised), seen.kept)
+    raised, factor = _factored(seen.kept, value * _mean_diagonal(seen.kept))
+    target = _refit_by(factor, seen, weight)
+    values, scale = quantize_weight(prune(target, raised, factor), seen.kept)
+    del raised, factor
     found = Solution(values, weight_scale=scale, weight_sparse=True, refitted=True, ridge=value)
-    judge = moments if heldout is None else heldout
-    return with_errors(judge, weight, _with_bias(moments, weight, found, bias), bias)
+    errors = LayerErrors(moments if heldout is None else heldout, weight)
+    return with_errors(errors, _with_bias(moments, weight, found, bias), bias, [len(one) for one in weights])
 
 
-def with_errors(moments: Moments, weight: Tensor, solution: Solution, bias: Tensor | None = None) -> Solution:
-    """`solution` with its errors on the tokens of `moments`, for the original `weight` (N, K).
+def with_errors(
+    errors: LayerErrors, solution: Solution, bias: Tensor | None = None, sizes: Sequence[int] = ()
+) -> list[Solution]:
+    """`solution` split into layers of `sizes` outputs (default one), each with its errors.
 
     `bias` (N,) is the original one where the solution has another. Without the solution, a layer that drops
     weights keeps the largest of them.
     """
-    before = prune_by(weight, weight.abs()) if solution.weight_sparse else weight
-    before = before if solution.weight_scale is None else quantize_weight(before).dequantize()
-    return replace(
-        solution,
-        error_before=moments.layer_error(weight, before),
-        error=_error(moments, weight, solution, bias),
-    )
+    weight = errors.weight
+    plain = prune_by(weight, weight.abs()) if solution.weight_sparse else weight
+    plain = plain if solution.weight_scale is None else quantize_weight(plain).dequantize()
+    before, after = errors.of(plain), _errors_of(errors, solution, bias)
+    found, start = [], 0
+    for size in sizes or [len(weight)]:
+        rows = slice(start, start + size)
+        own = solution.rows(start, start + size)
+        own = replace(own, error_before=errors.relative(before, rows), error=errors.relative(after, rows))
+        found.append(own)
+        start += size
+    return found
 
 
-def _error(moments: Moments, weight: Tensor, solution: Solution, bias: Tensor | None) -> float:
-    new = weight if solution.weight is None else solution.weight
+def _joined(parts: Sequence[Tensor], moments: Moments) -> Tensor:
+    return torch.cat([part.detach().to(moments.kept) for part in parts])
+
+
+def _errors_of(errors: LayerErrors, solution: Solution, bias: Tensor | None) -> Tensor:
+    new = errors.weight if solution.weight is None else solution.weight
     if solution.weight_scale is not None:
         new = dequantize(new, solution.weight_scale)
     shift = None if solution.bias is None or bias is None else solution.bias - bias.to(solution.bias)
-    return moments.layer_error(weight, new, solution.lowrank_a, solution.lowrank_b, shift)
+    return errors.of(new, solution.lowrank_a, solution.lowrank_b, shift)
 
 
 def _solve_at(moments: Moments, weight: Tensor, rank: int, refit: bool, lam: float, mu: float) -> Solution:
@@ -232,7 +247,7 @@ def _quantised(moments: Moments, weight: Tensor, solution: Solution, mu: float) 
 
 def _reduced_rank(metric: Tensor, linear: Tensor, rank: int, mu: float) -> tuple[Tensor, Tensor]:
     """A^T (r, K), B (N, r) minimising tr(L^T (M + mu) L) - 2 tr(L^T b) over L = A B^T of rank r."""
-    factor = _cholesky(metric, mu)
+    _, factor = _factored(metric, mu)
     whitened = torch.linalg.solve_triangular(factor, linear, upper=False)  # (K, N)
     k, n = whitened.shape
     rank = min(rank, k, n)
@@ -251,15 +266,15 @@ def _mean_diagonal(matrix: Tensor) -> float:
     return mean if mean > 0 else 1.0  # an input of zeros: any positive ridge gives the zero solution
 
 
-def _cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor of matrix + ridge, with just enough jitter where rounding made it indefinite."""
+def _factored(matrix: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """matrix + ridge, with just enough jitter where rounding made it indefinite, and its Cholesky factor."""
     mean = _mean_diagonal(matrix)
     for jitter in JITTERS:
         raised = matrix.clone()  # at 15,360 inputs an identity matrix beside it would take 1.9 GB more
         raised.diagonal().add_(ridge + jitter * mean)
         factor, info = torch.linalg.cholesky_ex(raised)
         if int(info) == 0 and bool(torch.isfinite(factor).all()):
-            return factor
+            return raised, factor
     if not bool(matrix.isfinite().all()):
         raise CalibrationError("the calibration moments are not finite")
     short = ridge / mean + JITTERS[-1]

@@ -18,7 +18,7 @@ COLUMNS = 128  # whose updates of all later ones are one product
 REFIT_ITERATIONS = 24  # on layers of flux-emoji within 6 % of the exact solution
 
 
-def prune(weight: Tensor, hessian: Tensor) -> Tensor:
+def prune(weight: Tensor, hessian: Tensor, factor: Tensor | None = None) -> Tensor:
     """The 2:4-sparse w (N, K) of little (w - weight) H (w - weight)^T in each row.
 
     SparseGPT (Frantar and Alistarh, ICML 2023) updates the weights right of each that it removes. That is not
@@ -29,8 +29,10 @@ def prune(weight: Tensor, hessian: Tensor) -> Tensor:
     weight : Tensor (N, K)
         K a multiple of 4.
     hessian : Tensor (K, K), positive definite
+    factor : Tensor (K, K), optional
+        Its lower Cholesky factor, where that is known.
     """
-    start, kept = sparsegpt(weight, hessian)
+    start, kept = sparsegpt(weight, torch.linalg.cholesky(hessian) if factor is None else factor)
     return least_squares(weight, start, kept, hessian)
 
 
@@ -46,37 +48,79 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
     return raised
 
 
-def sparsegpt(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def sparsegpt(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Remove columns left to right, each error made good by the columns to its right.
 
     Parameters
     ----------
     weight : Tensor (N, K)
-    hessian : Tensor (K, K), positive definite
+    factor : Tensor (K, K)
+        The lower Cholesky factor of H.
 
     Returns
     -------
     weight, kept : Tensor (N, K)
         With two entries left of each group of four, those of largest w² / [H^-1]_jj; and which they are.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    inverse = torch.cholesky_inverse(factor)
     # Row j of the factor: the inverse after the columns before j have been fixed, up to a scale.
     factor = torch.linalg.cholesky(inverse, upper=True)
     del inverse  # at 15,360 inputs 1.9 GB
     left, kept = weight.clone(), torch.zeros_like(weight, dtype=torch.bool)
+    some = _Columns(len(weight), min(COLUMNS, weight.shape[1]), factor)
     for start in range(0, weight.shape[1], COLUMNS):
         stop = min(start + COLUMNS, weight.shape[1])
-        some, own = left[:, start:stop], factor[start:stop, start:stop]
-        errors = torch.zeros_like(some)
-        for j in range(stop - start):
-            if j % TWO_OF_FOUR.m == 0:
-                group = slice(j, j + TWO_OF_FOUR.m)
-                score = some[:, group].abs() / own.diagonal()[group]
-                kept[:, start:stop][:, group] = pattern_mask(score.float(), TWO_OF_FOUR)
-            errors[:, j] = torch.where(kept[:, start + j], 0.0, some[:, j] / own[j, j])
-            some[:, j:] -= errors[:, j, None] * own[j, j:]
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
+        some.remove(left[:, start:stop], factor[start:stop, start:stop])
+        width = stop - start
+        left[:, start:stop], kept[:, start:stop] = some.weight[:, :width], some.kept[:, :width]
+        left[:, stop:] -= some.errors[:, :width] @ factor[start:stop, stop:]
     return torch.where(kept, left, 0.0), kept
+
+
+class _Columns:
+    """A run of neighbouring columns, from which half are removed.
+
+    On a card the thousand launches that one run takes are recorded as a CUDA graph by the second run:
+    launched one by one they would take longer than everything else that a layer is solved by.
+    """
+
+    def __init__(self, n: int, width: int, like: Tensor) -> None:
+        self.weight, self.errors = like.new_zeros(n, width), like.new_zeros(n, width)
+        self.kept = torch.zeros(n, width, dtype=torch.bool, device=like.device)
+        self._factor = like.new_zeros(width, width)
+        self._runs, self._graph = 0, torch.cuda.CUDAGraph() if like.is_cuda else None
+
+    def remove(self, weight: Tensor, factor: Tensor) -> None:
+        """Fill `weight`, `kept` and `errors`, from columns (N, k) and their part (k, k) of the factor."""
+        width = weight.shape[1]
+        self._factor.zero_().diagonal().fill_(1.0)  # the last run may have fewer columns
+        self._factor[:width, :width], self.weight[:, :width] = factor, weight
+        self.weight[:, width:] = 0.0
+        self._runs += 1
+        if self._graph is None or self._runs == 1:  # the first one loads the kernels
+            return self._remove()
+        if self._runs == 2:
+            side = torch.cuda.Stream(weight.device)
+            side.wait_stream(torch.cuda.current_stream(weight.device))
+            with torch.cuda.stream(side):
+                self._graph.capture_begin()
+                self._remove()
+                self._graph.capture_end()
+        self._graph.replay()
+
+    def _remove(self) -> None:
+        group = TWO_OF_FOUR.m
+        for start in range(0, self.weight.shape[1], group):
+            some = slice(start, start + group)
+            score = self.weight[:, some].abs() / self._factor.diagonal()[some]
+            self.kept[:, some] = pattern_mask(score.float(), TWO_OF_FOUR)
+            for j in range(start, start + group):
+                row = self._factor[j]
+                error = torch.where(self.kept[:, j], 0.0, self.weight[:, j] / row[j])
+                self.errors[:, j] = error
+                self.weight[:, j : start + group] -= error[:, None] * row[j : start + group]
+            later = slice(start + group, None)
+            self.weight[:, later] -= self.errors[:, some] @ self._factor[some, later]
 
 
 def least_squares(weight: Tensor, start: Tensor, kept: Tensor, hessian: Tensor) -> Tensor:
