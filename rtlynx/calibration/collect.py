@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,17 +20,71 @@ from rtlynx.models.plan import LayerPlan
 from rtlynx.ops.fp8_linear import compress_fp8
 
 
-@dataclass
-class InputGroup:
-    """Sparse layers that see the same of one tensor, and what was gathered of it.
+@dataclass(eq=False)
+class GatheredInput:
+    """What is gathered of one input, for all formats that its readers may take.
 
+    layer : one of its readers.
+    ways : what products see of it: readers of which each sees something else.
     moments : split ("fit" or "heldout") -> kind of token -> moments.
     tokens : dense input tokens (M, K) on the CPU, where a solver trains on them.
     """
 
-    layers: tuple[LayerPlan, ...]
+    layer: LayerPlan
+    ways: list[LayerPlan] = field(default_factory=list)
     moments: dict[str, dict[str, RunningMoments]] = field(default_factory=dict)
     tokens: list[Tensor] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of tokens are kept apart."""
+        return _kinds(self.layer)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the moments: two splits of each kind of token."""
+        return 2 * self.kinds * RunningMoments.bytes_for(self.layer.in_features, len(self.ways))
+
+    def way_of(self, layer: LayerPlan) -> int:
+        """The number of what `layer` sees."""
+        for number, other in enumerate(self.ways):
+            if _way(other) == _way(layer):
+                return number
+        self.ways.append(layer)
+        return len(self.ways) - 1
+
+    def of(self, split: str, kind: str, device: torch.device) -> RunningMoments:
+        """Moments of one kind of token, none yet at first."""
+        by_kind = self.moments.setdefault(split, {})
+        if kind not in by_kind:
+            by_kind[kind] = RunningMoments(self.layer.in_features, len(self.ways), device=device)
+        return by_kind[kind]
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Merge the moments, and gather the tokens, over the processes of the default group."""
+        if not distributed():
+            return
+        kinds = ("image", "text") if self.kinds == 2 else ("all",)
+        for split in ("fit", "heldout"):
+            for kind in kinds:  # every process takes part, also one that saw no such token
+                self.of(split, kind, device).all_reduce()
+        none = torch.zeros(0, self.layer.in_features)
+        every = all_rows(torch.cat(self.tokens) if self.tokens else none, device)
+        self.tokens = [every] if len(every) else []
+
+    def clear(self) -> None:
+        """Free it all."""
+        self.moments.clear()
+        self.tokens.clear()
+
+
+@dataclass
+class InputGroup:
+    """Layers in one format that read one input: what is solved together."""
+
+    layers: tuple[LayerPlan, ...]
+    gathered: GatheredInput
+    way: int
 
     @property
     def block(self) -> str:
@@ -43,48 +97,46 @@ class InputGroup:
         return f"{reads}.{layer.format.name}" if layer.quantized else reads
 
     @property
-    def k(self) -> int:
-        return self.layers[0].in_features
-
-    @property
     def kinds(self) -> int:
         """How many kinds of tokens are kept apart."""
-        return _kinds(self.layers[0])
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the moments: two splits of each kind of token."""
-        return 2 * self.kinds * RunningMoments.bytes_for(self.k)
+        return self.gathered.kinds
 
     def count(self, split: str) -> int:
         """Tokens of one split that were gathered."""
-        return sum(moments.count for moments in self.moments.get(split, {}).values())
+        return sum(moments.count for moments in self.gathered.moments.get(split, {}).values())
 
     def combined(self, split: str, balance: str) -> Moments | None:
         """Moments of one split over all kinds of tokens, per token; None where it has no tokens."""
-        kinds = [moments for moments in self.moments.get(split, {}).values() if moments.count]
-        return balanced(kinds, balance) if kinds else None
+        kinds = [one for one in self.gathered.moments.get(split, {}).values() if one.count]
+        return balanced(kinds, balance, self.way) if kinds else None
 
-    def all_reduce(self, device: torch.device) -> None:
-        """Merge the moments, and gather the tokens, over the processes of the default group."""
-        if not distributed():
-            return
-        kinds = ("image", "text") if self.kinds == 2 else ("all",)
-        for split in ("fit", "heldout"):
-            for kind in kinds:  # every process takes part, also one that saw no such token
-                by_kind = self.moments.setdefault(split, {})
-                by_kind.setdefault(kind, RunningMoments(self.k, device=device)).all_reduce()
-        every = all_rows(torch.cat(self.tokens) if self.tokens else torch.zeros(0, self.k), device)
-        self.tokens = [every] if len(every) else []
+
+def _way(layer: LayerPlan) -> tuple[object, ...]:
+    """What tells apart what products see of an input."""
+    return layer.pattern, layer.norm, layer.quantized
 
 
 def input_groups(layers: Sequence[LayerPlan]) -> list[InputGroup]:
-    """Group layers by the tensor they read and what they see of it, in the order given."""
-    groups: dict[object, list[LayerPlan]] = {}
+    """Group layers by the tensor they read and their format, in the order given."""
+    members: dict[tuple[object, ...], list[LayerPlan]] = {}
+    gathered: dict[tuple[object, ...], GatheredInput] = {}
     for layer in layers:
-        key = (layer.candidate.reads, layer.pattern, layer.norm, layer.quantized, layer.weight_sparse)
-        groups.setdefault(key, []).append(layer)
-    return [InputGroup(tuple(members)) for members in groups.values()]
+        members.setdefault((_input(layer), *_way(layer), layer.weight_sparse), []).append(layer)
+        gathered.setdefault(_input(layer), GatheredInput(layer))
+    groups = []
+    for some in members.values():
+        of = gathered[_input(some[0])]
+        groups.append(InputGroup(tuple(some), of, of.way_of(some[0])))
+    return groups
+
+
+def _input(layer: LayerPlan) -> tuple[object, ...]:
+    return layer.candidate.reads, _kinds(layer), layer.text_rows_dense
+
+
+def inputs_of_groups(groups: Iterable[InputGroup]) -> list[GatheredInput]:
+    """What is gathered for `groups`, each once."""
+    return list(dict.fromkeys(group.gathered for group in groups))
 
 
 def passes(groups: Sequence[InputGroup], order: Sequence[str], memory: int) -> Iterator[list[InputGroup]]:
@@ -93,7 +145,7 @@ def passes(groups: Sequence[InputGroup], order: Sequence[str], memory: int) -> I
     used = 0
     for block in order:
         members = [group for group in groups if group.block == block]
-        need = sum(group.bytes for group in members)
+        need = sum(gathered.bytes for gathered in inputs_of_groups(members))
         if batch and used + need > memory:
             yield batch
             batch, used = [], 0
@@ -142,8 +194,8 @@ class Collector:
                 self._check(self.skipped, batches, last_block, device)
                 stack.enter_context(self.skipped.in_place(which, device))
                 stack.enter_context(self.skipped.keeping(last_block, which))
-            for group in groups:
-                stack.callback(self._watch(group, position).remove)
+            for gathered in inputs_of_groups(groups):
+                stack.callback(self._watch(gathered, position).remove)
             stack.enter_context(ending_at(self.model.get_submodule(last_block)))
             for split, numbers in batches.items():
                 for number in numbers:
@@ -177,8 +229,8 @@ class Collector:
                 raise
             return None  # where text is is not known in this call: its tokens are not told apart
 
-    def _watch(self, group: InputGroup, position: dict[str, Any]) -> Any:
-        layer = group.layers[0]
+    def _watch(self, gathered: GatheredInput, position: dict[str, Any]) -> Any:
+        layer = gathered.layer
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else kwargs["input"]
@@ -186,18 +238,16 @@ class Collector:
                 tokens = tokens.reshape(-1, tokens.shape[-1])
                 if not tokens.shape[0]:
                     continue
-                seen = _seen(tokens, layer)
-                by_kind = group.moments.setdefault(position["split"], {})
-                moments = by_kind.setdefault(kind, RunningMoments(group.k, device=x.device))
+                moments = gathered.of(position["split"], kind, x.device)
                 try:
-                    moments.add(tokens, seen)
+                    moments.add(tokens, *(_seen(tokens, way) for way in gathered.ways))
                 except ValueError as error:
                     raise CalibrationError(
                         f"{error}: input of {layer.name}, batch {position['batch']}"
                     ) from None
                 if self.tokens_per_call and position["split"] == "fit":
                     spread = torch.linspace(0, len(tokens) - 1, min(self.tokens_per_call, len(tokens)))
-                    group.tokens.append(tokens[spread.long().to(tokens.device)].float().cpu())
+                    gathered.tokens.append(tokens[spread.long().to(tokens.device)].float().cpu())
 
         return self.model.get_submodule(layer.name).register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,6 @@ from rtlynx.math.tf32 import products_in_tf32
 
 # Whose numbers are ones of TF32 (8 bits of exponent, 10 of mantissa), and deviations from a mean nearly so.
 _IN_TF32 = (torch.bfloat16, torch.float16)
-_MATRICES = ("dense", "cross", "kept")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,14 @@ class Moments:
         """The moments of X and S less their means: what a layer sees whose intercept absorbs the means."""
         means = (torch.zeros_like(mean) for mean in (self.dense_mean, self.kept_mean))
         result = Moments(self.dense.clone(), self.cross.clone(), self.kept.clone(), *means)
-        _add_outer(result, self.dense_mean, self.kept_mean, -1.0)
+        result.add_outer(self.dense_mean, self.kept_mean, -1.0)
         return result
+
+    def add_outer(self, x: Tensor, s: Tensor, weight: float) -> None:
+        """Add `weight` times the outer products of `x` (K,) and `s` (K,) to the matrices."""
+        _add_outer(self.dense, x, x, weight)
+        _add_outer(self.cross, s, x, weight)
+        _add_outer(self.kept, s, s, weight)
 
     def mean_error(
         self,
@@ -53,7 +60,7 @@ class Moments:
 
 
 class RunningMoments:
-    """Means of X and S over the tokens seen so far, and their scatter about these: what gives `Moments`.
+    """Means of X and of each S over the tokens seen so far, and scatter about these: what gives `Moments`.
 
     Scatter is the sum over tokens of (x - mean)(x - mean)^T. Sums of raw products would lose it in float32
     where a mean outweighs its deviation a hundred times, as in attention outputs and massive activations.
@@ -62,29 +69,37 @@ class RunningMoments:
     ----------
     k : int
         Width of the input.
+    ways : int
+        How many S there are of one X: products in other formats see other things of it.
     device, dtype
         Of the scatter; float32 or better. Means are in float64.
     """
 
     def __init__(
-        self, k: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        k: int,
+        ways: int = 1,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"moments are summed in float32 or float64, got {dtype}")
         self.count = 0
-        self.dense = torch.zeros(k, k, device=device, dtype=dtype)  # of X
-        self.cross = torch.zeros(k, k, device=device, dtype=dtype)  # of S and X
-        self.kept = torch.zeros(k, k, device=device, dtype=dtype)  # of S
-        self.dense_mean = torch.zeros(k, device=device, dtype=torch.float64)
-        self.kept_mean = torch.zeros(k, device=device, dtype=torch.float64)
+        like = torch.zeros(0, device=device, dtype=dtype)
+        self.dense = like.new_zeros(k, k)  # of X; what is symmetric lacks what `_mirror` fills in
+        self.cross = [like.new_zeros(k, k) for _ in range(ways)]  # of S and X
+        self.kept = [like.new_zeros(k, k) for _ in range(ways)]  # of S
+        self.dense_mean = like.new_zeros(k, dtype=torch.float64)
+        self.kept_mean = [torch.zeros_like(self.dense_mean) for _ in range(ways)]
 
     @staticmethod
-    def bytes_for(k: int, dtype: torch.dtype = torch.float32) -> int:
+    def bytes_for(k: int, ways: int = 1, dtype: torch.dtype = torch.float32) -> int:
         """Memory of the scatter for an input of width `k`."""
-        return 3 * k * k * dtype.itemsize
+        return (1 + 2 * ways) * k * k * dtype.itemsize
 
-    def add(self, x: Tensor, s: Tensor) -> None:
-        """Add tokens: `x` (..., K) dense and `s` (..., K), s ⊙ X~ as the sparse product sees it.
+    def add(self, x: Tensor, *seen: Tensor) -> None:
+        """Add tokens: `x` (..., K) dense and of each way `s` (..., K), s ⊙ X~ as the sparse product sees it.
 
         They are merged as Chan, Golub and LeVeque do: scatter of each part about its own mean, and that of
         the two means. On a card, tokens in 16 bits are multiplied in TF32, several times as fast as float32;
@@ -95,51 +110,88 @@ class RunningMoments:
         ValueError
             If a token is not finite; nothing has changed then.
         """
-        x, s = (tokens.detach().reshape(-1, tokens.shape[-1]) for tokens in (x, s))
+        x, *others = (tokens.detach().reshape(-1, tokens.shape[-1]) for tokens in (x, *seen))
         count = len(x)
         if not count:
             return
-        x_mean, s_mean = (tokens.mean(0, dtype=torch.float64) for tokens in (x, s))
-        if not bool(torch.isfinite(x_mean + s_mean).all()):  # a mean is finite where all its tokens are
+        means = [tokens.mean(0, dtype=torch.float64) for tokens in (x, *others)]
+        if not bool(torch.isfinite(torch.stack(means)).all()):  # a mean is finite where all its tokens are
             raise ValueError("calibration data holds NaN or Inf")
         in_tf32 = x.is_cuda and x.dtype in _IN_TF32 and self.dense.dtype is torch.float32
-        x, s = ((t - mean.to(self.dense)).to(self.dense) for t, mean in ((x, x_mean), (s, s_mean)))
-        if in_tf32:
-            x, s = rounded_to_tf32(x), rounded_to_tf32(s)
+
+        def deviations(tokens: Tensor, mean: Tensor) -> Tensor:
+            off = (tokens - mean.to(self.dense)).to(self.dense)
+            return rounded_to_tf32(off) if in_tf32 else off
+
+        total, x_off = self.count + count, means[0] - self.dense_mean
+        merged = self.count * count / total
+        x = deviations(x, means[0])
         with products_in_tf32(in_tf32):
-            self.dense.addmm_(x.T, x)
-            self.cross.addmm_(s.T, x)
-            self.kept.addmm_(s.T, s)
-        total = self.count + count
-        x_off, s_off = x_mean - self.dense_mean, s_mean - self.kept_mean
-        _add_outer(self, x_off, s_off, self.count * count / total)
+            _add_square(self.dense, x)
+            for way, (tokens, mean) in enumerate(zip(others, means[1:], strict=True)):
+                s, s_off = deviations(tokens, mean), mean - self.kept_mean[way]
+                self.cross[way].addmm_(s.T, x)
+                _add_square(self.kept[way], s)
+                self._add_outer(way, x_off, s_off, merged)
+                self.kept_mean[way] += s_off * (count / total)
+        _add_outer(self.dense, x_off, x_off, merged)
         self.dense_mean += x_off * (count / total)
-        self.kept_mean += s_off * (count / total)
         self.count = total
+
+    def _add_outer(self, way: int, x: Tensor, s: Tensor, weight: float) -> None:
+        _add_outer(self.cross[way], s, x, weight)
+        _add_outer(self.kept[way], s, s, weight)
 
     def all_reduce(self) -> None:
         """Merge over the processes of the default group; nothing to do in a single process."""
         if not distributed():
             return
         count = torch.tensor(self.count, device=self.dense.device)
-        means = torch.stack((self.dense_mean, self.kept_mean)) * self.count
+        means = torch.stack((self.dense_mean, *self.kept_mean)) * self.count
         for total in (count, means):
             dist.all_reduce(total)
-        x_mean, s_mean = means / count.clamp(min=1)
-        _add_outer(self, self.dense_mean - x_mean, self.kept_mean - s_mean, self.count)
-        for name in _MATRICES:
-            dist.all_reduce(getattr(self, name))
-        self.count, self.dense_mean, self.kept_mean = int(count), x_mean, s_mean
+        x_mean, *s_means = means / count.clamp(min=1)
+        x_off = self.dense_mean - x_mean
+        _add_outer(self.dense, x_off, x_off, self.count)
+        for way, s_mean in enumerate(s_means):
+            self._add_outer(way, x_off, self.kept_mean[way] - s_mean, self.count)
+        for matrix in (self.dense, *self.cross, *self.kept):
+            dist.all_reduce(matrix)
+        self.count, self.dense_mean, self.kept_mean = int(count), x_mean, s_means
 
     def mean(self) -> Moments:
-        """The moments per token."""
+        """The moments per token, of the first way."""
         return balanced([self], "tokens")
 
 
-def _add_outer(of: Moments | RunningMoments, x: Tensor, s: Tensor, weight: float) -> None:
-    """Add `weight` times the outer products of `x` (K,) and `s` (K,) to the matrices."""
-    for matrix, left, right in ((of.dense, x, x), (of.cross, s, x), (of.kept, s, s)):
-        matrix.addr_(left.to(matrix), right.to(matrix), alpha=weight)
+# Columns of a symmetric matrix in this many blocks: those left of the diagonal's are mirrored at the end.
+_BLOCKS = 4
+_WIDE = 4096  # from where that pays
+
+
+def _blocks(k: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the products that give X^T X (K, K), but for what is left of their blocks."""
+    if k < _WIDE:
+        return [(slice(0, k), slice(0, k))]
+    edges = [i * k // _BLOCKS for i in range(_BLOCKS + 1)]
+    return [(slice(start, stop), slice(start, k)) for start, stop in pairwise(edges)]
+
+
+def _add_square(matrix: Tensor, x: Tensor) -> None:
+    for rows, columns in _blocks(x.shape[1]):
+        matrix[rows, columns].addmm_(x[:, rows].T, x[:, columns])
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Fill what `_add_square` left out."""
+    for rows, columns in _blocks(len(matrix)):
+        later = slice(rows.stop, columns.stop)
+        matrix[later, rows] = matrix[rows, later].T
+
+
+def _add_outer(matrix: Tensor, x: Tensor, s: Tensor, weight: float) -> None:
+    if weight:
+        matrix.addr_(x.to(matrix), s.to(matrix), alpha=weight)
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
@@ -148,22 +200,28 @@ def rounded_to_tf32(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32), x)
 
 
-def balanced(kinds: Iterable[RunningMoments], balance: str) -> Moments:
+def balanced(kinds: Iterable[RunningMoments], balance: str, way: int = 0) -> Moments:
     """Moments of several kinds of tokens as one.
 
     "kinds" gives each kind the same weight, "tokens" each token: text tokens are few, and each matters.
+    `way` says what of X products see.
     """
     seen = [moments for moments in kinds if moments.count]
     if not seen:
         raise ValueError("no tokens were seen")
     total = sum(moments.count for moments in seen)
-    names = (*_MATRICES, "dense_mean", "kept_mean")
-    result = Moments(*(torch.zeros_like(getattr(seen[0], name), dtype=torch.float64) for name in names))
+    k, device = len(seen[0].dense), seen[0].dense.device
+    zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+    result = Moments(zeros(k, k), zeros(k, k), zeros(k, k), zeros(k), zeros(k))
     for moments in seen:
         weight = moments.count / total if balance == "tokens" else 1 / len(seen)
-        for name in _MATRICES:
-            getattr(result, name).add_(getattr(moments, name), alpha=weight / moments.count)
-        _add_outer(result, moments.dense_mean, moments.kept_mean, weight)
-        result.dense_mean.add_(moments.dense_mean, alpha=weight)
-        result.kept_mean.add_(moments.kept_mean, alpha=weight)
+        scatters = (moments.dense, moments.cross[way], moments.kept[way])
+        for matrix, scatter in zip((result.dense, result.cross, result.kept), scatters, strict=True):
+            matrix.add_(scatter, alpha=weight / moments.count)
+        x_mean, s_mean = moments.dense_mean, moments.kept_mean[way]
+        result.add_outer(x_mean, s_mean, weight)
+        result.dense_mean.add_(x_mean, alpha=weight)
+        result.kept_mean.add_(s_mean, alpha=weight)
+    _mirror(result.dense)
+    _mirror(result.kept)
     return result

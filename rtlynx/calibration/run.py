@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rtlynx.calibration.apply import apply_solutions, solved_layer, temporarily_sparse
 from rtlynx.calibration.budget import Choice, InputCost, choose, inputs_of
 from rtlynx.calibration.calls import CalibrationError, Call, moved, pictures_in
-from rtlynx.calibration.collect import Collector, InputGroup, input_groups, passes
+from rtlynx.calibration.collect import Collector, InputGroup, input_groups, inputs_of_groups, passes
 from rtlynx.calibration.dense_step_search import DenseStepSearch, IncomparableSteps
 from rtlynx.calibration.distill import distill_layers, refuse_distillation, refuse_without_memory
 from rtlynx.calibration.folder import digest
@@ -288,21 +288,26 @@ class _Calibration:
                     collector.collect(missing, self.recording.batches, missing[-1].block, advance)
                 else:
                     advance(len(self.recording.numbers))
-                for group in missing:
-                    group.all_reduce(self.device)
-                    unseen = self._unseen_reason(group)
-                    if unseen is not None:
-                        self.unseen.update({layer.name: unseen for layer in group.layers})
-                        continue
-                    try:
-                        solved = self._solve_group(group)
-                    except (CalibrationError, torch.linalg.LinAlgError) as error:
-                        names = ", ".join(layer.name for layer in group.layers)
-                        raise CalibrationError(f"{error}: leave {names} dense (skip)") from None
-                    self.solutions.put(group, solved, self.dtype, write=rank() == 0)
-                    group.tokens.clear()
+                for gathered in inputs_of_groups(missing):
+                    gathered.all_reduce(self.device)
+                    for group in missing:
+                        if group.gathered is gathered:
+                            self._solve_and_keep(group)
+                    gathered.clear()
                 if self.options.sequential:
                     self._make_sparse(batch)
+
+    def _solve_and_keep(self, group: InputGroup) -> None:
+        unseen = self._unseen_reason(group)
+        if unseen is not None:
+            self.unseen.update({layer.name: unseen for layer in group.layers})
+            return
+        try:
+            solved = self._solve_group(group)
+        except (CalibrationError, torch.linalg.LinAlgError) as error:
+            names = ", ".join(layer.name for layer in group.layers)
+            raise CalibrationError(f"{error}: leave {names} dense (skip)") from None
+        self.solutions.put(group, solved, self.dtype, write=rank() == 0)
 
     def _training_tokens_per_call(self) -> int:
         if self.recipe.lowrank_solver != "trained":
@@ -323,15 +328,10 @@ class _Calibration:
         return self.recipe.lowrank_solver == "closed-form" and bool(layer.rank or refit)
 
     def _solve_group(self, group: InputGroup) -> dict[str, Solution]:
-        """Solve the layers of one input: together, with one A, or each on its own; its moments are gone then.
-
-        At 15,360 inputs those would take 11 GB beside what is computed here.
-        """
+        """Solve the layers of one input in one format: together, with one A, or each on its own."""
         fit = group.combined("fit", self.recipe.balance)
         assert fit is not None
-        group.moments.pop("fit")
         heldout = group.combined("heldout", self.recipe.balance)
-        group.moments.clear()
         layers = group.layers
         if self.recipe.lowrank_sharing == "shared":
             solved = self._solve_together(group, layers, fit, heldout)
@@ -361,7 +361,7 @@ class _Calibration:
                 biases=own,
             )
         lowrank_a, lowrank_b = train_lowrank(
-            torch.cat(group.tokens),
+            torch.cat(group.gathered.tokens),
             torch.cat(weights),
             layer.pattern,
             layer.norm,
