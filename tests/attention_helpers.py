@@ -1,4 +1,4 @@
-"""Streams of attention in eight bits, and what must come of them, from a formula in float64."""
+"""Streams of attention, and what must come of them in eight bits and in others, from a formula in float64."""
 
 import torch
 
@@ -63,7 +63,7 @@ def arguments_of(streams, eps=EPS, q_exponent=0, k_exponent=0):
     )
 
 
-def exact_heads(streams, which, exponent, eps=EPS):
+def exact_heads(streams, which, exponent=0, eps=EPS):
     """Queries (0) or keys (1) in float64, before they are rounded."""
     parts = []
     for stream in streams:
@@ -81,12 +81,16 @@ def exact_heads(streams, which, exponent, eps=EPS):
     return torch.cat(parts, 1)
 
 
-def assert_rounded(y, exact, slack=1e-5):
-    """That e4m3 `y` is a nearest number to `exact`, or within `slack` of a tie."""
-    exact = exact.double().clamp(-448, 448)
-    step = torch.exp2(exact.abs().clamp_min(2.0**-6).log2().floor() - 3)
+def assert_rounded(y, exact, slack=1e-5, unit=1.0):
+    """That `y` is a nearest number of its dtype to `exact`, or within `slack` of a tie.
+
+    unit : about the size of what `exact` is a difference of, in float32
+    """
+    of = torch.finfo(y.dtype)
+    exact = exact.double().clamp(of.min, of.max)
+    step = torch.exp2(exact.abs().clamp_min(of.smallest_normal).log2().floor()) * of.eps
     off = (y.double() - exact).abs()
-    wrong = ~(off <= 0.5 * step + slack * exact.abs().clamp_min(1.0))
+    wrong = ~(off <= 0.5 * step + slack * exact.abs().clamp_min(unit))
     assert not bool(wrong.any()), (
         f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {wrong.nonzero()[:4].tolist()}: "
         f"{y.double()[wrong][:4].tolist()} for {exact[wrong][:4].tolist()}"
@@ -96,13 +100,25 @@ def assert_rounded(y, exact, slack=1e-5):
 def assert_right(made, streams, q_exponent=0, k_exponent=0):
     """That `made` is what attention in eight bits reads of `streams`."""
     q, k, v, scale, mean = made
-    assert_rounded(q, exact_heads(streams, 0, q_exponent))
-    assert_rounded(k, exact_heads(streams, 1, k_exponent))
+    assert_rounded(q, exact_heads(streams, 0, q_exponent), unit=2.0**q_exponent)
+    assert_rounded(k, exact_heads(streams, 1, k_exponent), unit=2.0**k_exponent)
     values = torch.cat([one.value for one in streams], 1).double()
     sample = values[:, ::11] if values.shape[1] > 256 else values
     largest = sample.abs().amax(1, keepdim=True)
     torch.testing.assert_close(scale.double(), (largest / 7).clamp_min(2.0**-126), rtol=1e-6, atol=0)
     assert bool(((mean.double() - sample.mean(1, keepdim=True)).abs() <= 1e-5 * largest).all())
     assert_rounded(v, (values - mean.double()) / scale.double())
+    for one in made:
+        assert one.is_contiguous()
+
+
+def assert_normed(made, streams):
+    """That `made` is what attention reads of `streams` in their own dtype: values where there are two."""
+    assert len(made) == (3 if streams[1:] else 2)
+    for one, which in zip(made[:2], (0, 1), strict=True):
+        assert one.dtype is streams[0].query.dtype
+        assert_rounded(one, exact_heads(streams, which))
+    for one in made[2:]:
+        assert torch.equal(one, torch.cat([stream.value for stream in streams], 1))
     for one in made:
         assert one.is_contiguous()

@@ -1,8 +1,16 @@
-"""What fp8 attention reads, from before the norms: definition, operator, models; no card needed."""
+"""What attention reads, from before the norms: definition, operators, models; no card needed."""
 
 import pytest
 import torch
-from attention_helpers import EPS, LAYOUTS, ROTARY, arguments_of, assert_right, streams_of
+from attention_helpers import (
+    EPS,
+    LAYOUTS,
+    ROTARY,
+    arguments_of,
+    assert_normed,
+    assert_right,
+    streams_of,
+)
 from helpers import MODELS, output, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +20,7 @@ import rtlynx.models.attention as models_attention
 from rtlynx import Recipe, fp8_attention, sparsify
 from rtlynx.cuda.sm90 import attention_inputs as kernel
 from rtlynx.math.attention import quantize_values, rotated, saturated
-from rtlynx.ops.attention import attention_inputs
+from rtlynx.ops.attention import attention_inputs, qk_norm_rotary
 
 
 @settings(max_examples=40, deadline=None)
@@ -29,6 +37,9 @@ from rtlynx.ops.attention import attention_inputs
 def test_it_gives_the_nearest_numbers(batch, tokens, heads, width, rotary, layout, exponents, seed):
     streams = streams_of(batch, tokens, heads, width, rotary, layout, torch.float32, seed=seed)
     assert_right(attention_inputs(*arguments_of(streams, EPS, *exponents)), streams, *exponents)
+    assert_normed(qk_norm_rotary(*arguments_of(streams)[:7]), streams)
+    streams = streams_of(batch, tokens, heads, width, rotary, layout, torch.bfloat16, seed=seed)
+    assert_normed(qk_norm_rotary(*arguments_of(streams)[:7]), streams)
 
 
 @pytest.mark.parametrize("rotary", ROTARY)
@@ -53,6 +64,7 @@ def test_the_operator_is_one():
     for tokens in ((5,), (5, 9)):
         arguments = arguments_of(streams_of(1, tokens, 2, 16))
         torch.library.opcheck(attention_inputs, arguments, test_utils=checks)
+        torch.library.opcheck(qk_norm_rotary, arguments[:7], test_utils=checks)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +94,8 @@ def test_it_refuses_what_does_not_fit(index, change, message):
     arguments[index] = change(arguments[index])
     with pytest.raises(ValueError, match=message):
         attention_inputs(*arguments)
+    with pytest.raises(ValueError, match=message):
+        qk_norm_rotary(*arguments[:7])
 
 
 def test_a_kernel_takes_rows_at_multiples_of_16_bytes():
@@ -99,8 +113,9 @@ def test_a_kernel_takes_rows_at_multiples_of_16_bytes():
     ):
         assert kernel.pack([dense._replace(**change)]) is None
     assert kernel.pack(streams_of(2, (5, 9), 2, 32)) is None
-    grid = kernel.pack(streams_of(2, (5, 2300), 3, 128)).grid
-    assert grid == (2 * 3 * 3 + -(-2 * 2305 // 8), 1, 1)
+    streams = streams_of(2, (5, 2300), 3, 128)
+    assert kernel.pack(streams).grid == (2 * 3 * 3 + -(-2 * 2305 // 8), 1, 1)
+    assert kernel.pack(streams, fp8=False).grid == (-(-2 * 2305 // 8), 1, 1)  # (no values to look at)
 
 
 # ------------------------------------------------------------------------------------------- in models

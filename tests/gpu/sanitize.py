@@ -30,7 +30,7 @@ from weight_sparse_cases import WeightSparseCase
 from rtlynx.cuda import tuning
 from rtlynx.cuda.sm90 import gemm
 from rtlynx.math.formats import FP8_SPARSE
-from rtlynx.ops.attention import attention_inputs
+from rtlynx.ops.attention import attention_inputs, qk_norm_rotary
 
 # Of products: fewer than a card runs, so that small shapes are several tiles each and share some.
 CTAS = 6
@@ -120,6 +120,8 @@ def main() -> int:
             streams = attention_helpers.streams_of(2, tokens, 3, *how, device="cuda")
             made = attention_inputs(*attention_helpers.arguments_of(streams))
             attention_helpers.assert_right(made, streams)
+            in_bf16 = qk_norm_rotary(*attention_helpers.arguments_of(streams)[:7])
+            attention_helpers.assert_normed(in_bf16, streams)
     torch.cuda.synchronize()
     calls = len(CONFIGS) * len(PRODUCTS) + 2 * (len(CASES) + 2 * len(prologue_cases.NAMES))
     calls += len(quantizer_cases.NAMES) * len(QUANTIZED)
@@ -127,7 +129,7 @@ def main() -> int:
         len(tuning.CANDIDATES[FP8_SPARSE]) * (len(BY_WEIGHT) + len(TOGETHER))
         + len(LORAS[:6])
         + len(FEW_ROWS)
-        + len(ATTENTION)
+        + 2 * len(ATTENTION)
     )
     print(f"{calls} calls, all right")
     return 0
