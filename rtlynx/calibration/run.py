@@ -290,20 +290,20 @@ class _Calibration:
                     advance(len(self.recording.numbers))
                 for gathered in inputs_of_groups(missing):
                     gathered.all_reduce(self.device)
-                    for group in missing:
-                        if group.gathered is gathered:
-                            self._solve_and_keep(group)
+                    formats = [group for group in missing if group.gathered is gathered]
+                    for group in formats:
+                        self._solve_and_keep(group, last=group is formats[-1])
                     gathered.clear()
                 if self.options.sequential:
                     self._make_sparse(batch)
 
-    def _solve_and_keep(self, group: InputGroup) -> None:
+    def _solve_and_keep(self, group: InputGroup, *, last: bool) -> None:
         unseen = self._unseen_reason(group)
         if unseen is not None:
             self.unseen.update({layer.name: unseen for layer in group.layers})
             return
         try:
-            solved = self._solve_group(group)
+            solved = self._solve_group(group, last=last)
         except (CalibrationError, torch.linalg.LinAlgError) as error:
             names = ", ".join(layer.name for layer in group.layers)
             raise CalibrationError(f"{error}: leave {names} dense (skip)") from None
@@ -327,11 +327,17 @@ class _Calibration:
         refit = layer.refits(self.recipe)
         return self.recipe.lowrank_solver == "closed-form" and bool(layer.rank or refit)
 
-    def _solve_group(self, group: InputGroup) -> dict[str, Solution]:
-        """Solve the layers of one input in one format: together, with one A, or each on its own."""
+    def _solve_group(self, group: InputGroup, *, last: bool) -> dict[str, Solution]:
+        """Solve the layers of one input in one format: together, with one A, or each on its own.
+
+        The moments of the input are gone then in its `last` format, which takes most memory. (At 15,360
+        inputs and two kinds of tokens they are 19 GB.)
+        """
         fit = group.combined("fit", self.recipe.balance)
         assert fit is not None
         heldout = group.combined("heldout", self.recipe.balance)
+        if last:
+            group.gathered.moments.clear()
         layers = group.layers
         if self.recipe.lowrank_sharing == "shared":
             solved = self._solve_together(group, layers, fit, heldout)

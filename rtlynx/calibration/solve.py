@@ -170,9 +170,10 @@ def solve_pruned(
     value = DAMPING if isinstance(ridge, str) else float(ridge)
     seen = moments if bias is None else moments.centred()
     raised, factor = _factored(seen.kept, value * _mean_diagonal(seen.kept))
-    target = _refit_by(factor, seen, weight)
-    values, scale = quantize_weight(prune(target, raised, factor), seen.kept)
-    del raised, factor
+    target, gram = _refit_by(factor, seen, weight), seen.kept
+    del seen, factor  # at 15,360 inputs 1.9 GB a matrix
+    values, scale = quantize_weight(prune(target, raised), gram)
+    del raised, gram
     found = Solution(values, weight_scale=scale, weight_sparse=True, refitted=True, ridge=value)
     errors = LayerErrors(moments if heldout is None else heldout, weight)
     return with_errors(errors, _with_bias(moments, weight, found, bias), bias, [len(one) for one in weights])

@@ -18,7 +18,7 @@ COLUMNS = 128  # whose updates of all later ones are one product
 REFIT_ITERATIONS = 24  # on layers of flux-emoji within 6 % of the exact solution
 
 
-def prune(weight: Tensor, hessian: Tensor, factor: Tensor | None = None) -> Tensor:
+def prune(weight: Tensor, hessian: Tensor) -> Tensor:
     """The 2:4-sparse w (N, K) of little (w - weight) H (w - weight)^T in each row.
 
     SparseGPT (Frantar and Alistarh, ICML 2023) updates the weights right of each that it removes. That is not
@@ -29,10 +29,8 @@ def prune(weight: Tensor, hessian: Tensor, factor: Tensor | None = None) -> Tens
     weight : Tensor (N, K)
         K a multiple of 4.
     hessian : Tensor (K, K), positive definite
-    factor : Tensor (K, K), optional
-        Its lower Cholesky factor, where that is known.
     """
-    start, kept = sparsegpt(weight, torch.linalg.cholesky(hessian) if factor is None else factor)
+    start, kept = sparsegpt(weight, hessian)
     return least_squares(weight, start, kept, hessian)
 
 
@@ -48,21 +46,20 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
     return raised
 
 
-def sparsegpt(weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def sparsegpt(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Remove columns left to right, each error made good by the columns to its right.
 
     Parameters
     ----------
     weight : Tensor (N, K)
-    factor : Tensor (K, K)
-        The lower Cholesky factor of H.
+    hessian : Tensor (K, K), positive definite
 
     Returns
     -------
     weight, kept : Tensor (N, K)
         With two entries left of each group of four, those of largest w² / [H^-1]_jj; and which they are.
     """
-    inverse = torch.cholesky_inverse(factor)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     # Row j of the factor: the inverse after the columns before j have been fixed, up to a scale.
     factor = torch.linalg.cholesky(inverse, upper=True)
     del inverse  # at 15,360 inputs 1.9 GB
