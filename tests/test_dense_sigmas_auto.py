@@ -21,6 +21,7 @@ from rtlynx import (
     Distillation,
     Recipe,
     calibrate,
+    fp8_attention,
     load,
     save,
     schedule,
@@ -116,6 +117,19 @@ def test_the_candidate_of_least_error_is_taken_and_errors_are_those_of_fixed_rec
     assert recipe.dense_sigmas == best.dense_sigmas
     assert recipe.budget == Budget(speedup_share=best.speedup_share)
     assert float((drawn(pipeline) - reference).square().mean()) == pytest.approx(best.error, rel=1e-2)
+
+
+def test_candidates_draw_with_attention_that_follows_their_dense_steps():
+    """So that a step in dense fp8, whose attention is in eight bits no more, is nearer to the dense model."""
+    pipeline, reference = fp8_attention(pipeline_of()), drawn(pipeline_of())
+    report = calibrate(pipeline, PROMPTS, AUTO, OPTIONS, progress=False)
+    one = report.choice.candidates[-1]
+    assert one.last_steps == 2
+    fixed = fp8_attention(pipeline_of())
+    later = replace(AUTO, budget=Budget(speedup_share=one.speedup_share), dense_sigmas=((-2, -1),))
+    calibrate(fixed, PROMPTS, later, OPTIONS, progress=False)
+    set_dense_steps(fixed, dense_sigmas=one.dense_sigmas)
+    assert one.error == pytest.approx(float((drawn(fixed) - reference).square().mean()), rel=1e-3)
 
 
 def test_bounds_divide_the_steps_that_run_dense_from_the_others(chosen):

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from rtlynx.calibration.folder import WorkFolder
 from rtlynx.calibration.steps import counted_steps
 from rtlynx.models.architecture import TIMESTEPS, Architecture
+from rtlynx.models.attention_backend import following
 from rtlynx.models.hooks import is_dense_call
+from rtlynx.nn.call import CallState, enter_call, leave_call
 from rtlynx.recipe import Recipe
 
 Call = dict[str, Any]
@@ -62,7 +64,8 @@ def calls_by_step(
     The calls between two steps of the pipeline's scheduler are the guidance passes of one step. Where no
     scheduler takes steps, a call at another timestep than the one before it begins a step. How many steps run
     is known only at the end, so the calls of all of them are kept until then. Steps that `recipe` runs dense
-    are left out. A model that `may_be_idle` may make no calls.
+    are left out, and attention in eight bits leaves them alone, too. A model that `may_be_idle` may make no
+    calls.
 
     Raises
     ------
@@ -77,12 +80,21 @@ def calls_by_step(
             dense = recipe is not None and _runs_dense(architecture, recipe, model, call)
             kept = {} if dense else moved(call, "cpu")
             seen.append(_Seen(kept, steps.count, timestep_of(call, architecture), dense))
+            enter_call(CallState(dense=dense), seen, "attention")
 
-        handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+        def leave(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+            leave_call(seen, "attention")
+
+        handles = [
+            model.register_forward_pre_hook(hook, with_kwargs=True),
+            model.register_forward_hook(leave, always_call=True),
+        ]
         try:
-            sample()
+            with following(model, "attention"):
+                sample()
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         scheduled = steps.count > 0
     if not seen and may_be_idle:
         return []

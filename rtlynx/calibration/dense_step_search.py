@@ -26,10 +26,11 @@ from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.architecture import Architecture
+from rtlynx.models.attention_backend import following
 from rtlynx.models.hooks import entering_calls
 from rtlynx.models.pipelines import tensor_of
 from rtlynx.models.plan import LayerPlan, Plan
-from rtlynx.nn.call import single_timestep, step_of
+from rtlynx.nn.call import calling, single_timestep, step_of
 from rtlynx.nn.solution import Solution
 from rtlynx.recipe import Budget
 
@@ -171,7 +172,12 @@ class DenseStepSearch:
         steps: _Schedules = {}
         refusal: CalibrationError | None = None
         try:
-            with self._progress("drawing dense pictures", 1) as advance, _watched(recording, steps):
+            with (
+                self._progress("drawing dense pictures", 1) as advance,
+                _watched(recording, steps),
+                following(self.model, "layers"),
+                calling(dense=True),  # attention is what it is in dense steps
+            ):
                 self.reference = self._draw(advance)
         except CalibrationError as error:  # for the other processes, which wait, to say too
             refusal = error
