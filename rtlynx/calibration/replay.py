@@ -91,8 +91,8 @@ class SkippedBlocks:
 
     What lies between blocks runs. Of each list of blocks the output of the last one that ran is kept, on the
     CPU; those before it in the list give the same. That is right where nothing but the next block reads what
-    a block gives. One call tells that (`check`) for all that run the same blocks. Where not all do, or outputs
-    take more than 16 GB, every block runs again.
+    a block gives. One call tells that (`check`) for all that run the same blocks. Where some run others, or
+    outputs take more than 16 GB, every block runs again.
 
     Parameters
     ----------
