@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -471,7 +470,7 @@ class _Calibration:
             choice = decide(budget)
             return plan.in_formats(choice.formats).leave_dense(choice.dense), tuple(costs), choice
         plan, choice = search.choose(plan, costs, prices, decide, self.solutions)
-        self.recording.settle_dense_steps(plan, partial(search.runs_dense, plan))
+        self.recording.settle_dense_steps(plan)
         return plan, tuple(costs), choice
 
 
