@@ -13,7 +13,7 @@ from rtlynx.timing.results import (
     WAYS,
     geomean,
     over_reference,
-    plain_layer_us,
+    plain_layer_speed,
     ratio,
     speed_up,
     step_speed_up,
@@ -103,7 +103,7 @@ def _fp8_targets(rows: Iterable[Mapping]) -> list[Target]:
 
 def _over_dense(row: Mapping, way: str) -> float | None:
     """Speed of a whole layer without a branch over the dense fp8 layer."""
-    return ratio({**row, "whole": plain_layer_us(row, way)}, "fp8_linear_us", "whole")
+    return plain_layer_speed(row, way, "fp8_linear_us")
 
 
 def _bf16_targets(rows: Iterable[Mapping]) -> list[Target]:

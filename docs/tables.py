@@ -13,7 +13,7 @@ from rtlynx.timing.results import (
     WAYS,
     geomean,
     picture_size,
-    plain_layer_us,
+    plain_layer_speed,
     step_speed_up,
 )
 from rtlynx.timing.step_variants import (
@@ -136,7 +136,7 @@ def speed_section(results: dict, source: Path, place: Place) -> str:
             *_beginning(row, "cusparselt_compress_us", "cusparselt_gemm_us"),
             *_plain_cells(row, ACTIVATIONS),
             factor(speedup(row, "ours_gemm_us")),
-            f"**{factor(_plain_speedup(row, ACTIVATIONS, 'cublas_us'))}**",
+            f"**{factor(plain_layer_speed(row, ACTIVATIONS, 'cublas_us'))}**",
             number(row["ours_us"], ".0f"),
             factor(speedup(row, "ours_us")),
             f"{factor(speedup(row, 'ours_paper_rank_us'))} (rank {row['paper_rank']})",
@@ -180,8 +180,8 @@ def fp8_section(results: dict, source: Path, place: Place) -> str:
     for row in rows:
         cells = _beginning(row, "cublas_fp8_quant_us", "cublas_fp8_us")
         for way in ways:
-            cells += [*_plain_cells(row, way), f"**{factor(_plain_speedup(row, way, 'fp8_linear_us'))}**"]
-            cells.append(factor(_plain_speedup(row, way, "cublas_us")))
+            cells += [*_plain_cells(row, way), f"**{factor(plain_layer_speed(row, way, 'fp8_linear_us'))}**"]
+            cells.append(factor(plain_layer_speed(row, way, "cublas_us")))
         cells += [number(row["ours_us"], ".0f"), factor(speedup(row, "ours_us", "fp8_linear_us"))]
         lines.append(f"| {' | '.join(cells)} | {factor(speedup(row, 'ours_us'))} |")
     means = ["geometric mean", "", "", ""]
@@ -227,12 +227,8 @@ def _plain_cells(row: dict, way: str) -> list[str]:
     ]
 
 
-def _plain_speedup(row: dict, way: str, over: str) -> float | None:
-    return speedup({**row, "whole": plain_layer_us(row, way)}, "whole", over)
-
-
 def _mean_speedup(rows: list[dict], way: str, over: str) -> float | None:
-    return geomean(_plain_speedup(row, way, over) for row in rows)
+    return geomean(plain_layer_speed(row, way, over) for row in rows)
 
 
 def _range(rows: list[dict], name: str) -> str:

@@ -11,7 +11,7 @@ from pipeline_helpers import TinyPipeline
 from torch._dynamo.testing import CompileCounter
 
 import rtlynx
-from rtlynx import Recipe, densify, fp8_attention, schedule, set_dense_steps, sparsify
+from rtlynx import CalibrationOptions, Recipe, densify, fp8_attention, schedule, set_dense_steps, sparsify
 from rtlynx.models.attention_backend import Fp8Attention
 
 LATE = ((0.0, 0.5),)
@@ -188,6 +188,32 @@ def test_a_change_that_fails_leaves_it_as_it_was():
     with pytest.raises(ValueError, match="sparse already"):
         sparsify(SimpleNamespace(transformer=model, transformer_2=failing), SCHEDULED)
     assert torch.equal(without_schedule(model, flux_call()), y)
+
+
+def test_calibration_draws_with_the_steps_that_the_recipe_will_run_dense():
+    prompts = ["a cat", "a dog"]
+    options = CalibrationOptions(heldout=0.0, batch_size=2, pipeline_kwargs={"num_inference_steps": 4})
+
+    def seen_by(model, draw):
+        seen = []
+        model.register_forward_pre_hook(
+            lambda _m, _a, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+        draw(TinyPipeline(model))
+        return seen[:4]
+
+    def calibration(recipe):
+        return lambda one: rtlynx.calibrate(one, prompts, recipe, options, progress=False)
+
+    def sampling(pipeline):
+        noise = [torch.Generator().manual_seed(i) for i in range(2)]
+        pipeline(prompts, noise, num_inference_steps=4)
+
+    for steps, sigmas in (({"dense_steps": 2}, ((0.6, 1.0),)), ({"dense_last_steps": 1}, ((0.0, 0.3),))):
+        found = seen_by(fp8_attention(tiny_flux()), calibration(Recipe(rank=None, ridge=0.1, **steps)))
+        expected = seen_by(fp8_attention(tiny_flux(), bf16_sigmas=sigmas), sampling)
+        assert len(found) == 4
+        assert all(map(torch.equal, found, expected))
 
 
 # ------------------------------------------------------------------------------------------------ compiled

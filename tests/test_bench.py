@@ -105,6 +105,21 @@ def test_the_table_and_the_file_have_every_shape(run, measured, monkeypatch, tmp
     assert "geometric mean" in out
 
 
+def test_the_speed_of_a_layer_without_a_branch_is_that_of_its_two_parts():
+    row = {
+        "ours_quantize_us": 10.0,
+        "ours_weight_sparse_gemm_us": 30.0,
+        "cublas_us": 60.0,
+        "fp8_linear_us": 44.0,
+    }
+    assert results.plain_layer_speed(row, "2:4 weights") == pytest.approx(1.5)
+    assert results.plain_layer_speed(row, "2:4 weights", "fp8_linear_us") == pytest.approx(1.1)
+    for missing in row:
+        other = "fp8_linear_us" if missing == "fp8_linear_us" else "cublas_us"
+        assert results.plain_layer_speed({**row, missing: None}, "2:4 weights", other) is None
+    assert results.plain_layer_speed(row, "2:4 activations") is None
+
+
 def test_an_installed_package_takes_no_commit_from_the_repository_around_it(monkeypatch, tmp_path):
     monkeypatch.delenv("RTLYNX_COMMIT", raising=False)
     monkeypatch.setattr(card, "ROOT", tmp_path)

@@ -21,6 +21,7 @@ from rtlynx import (
     Distillation,
     Recipe,
     calibrate,
+    fp8_attention,
     load,
     save,
     schedule,
@@ -29,6 +30,7 @@ from rtlynx import (
 )
 from rtlynx.calibration.budget import choose, inputs_of
 from rtlynx.calibration.prices import ModelPrices
+from rtlynx.calibration.recording import Recording
 from rtlynx.cli.commands.calibrate import _write_plots
 from rtlynx.cli.inputs import recipe_of
 from rtlynx.cli.inspection import describe
@@ -116,6 +118,19 @@ def test_the_candidate_of_least_error_is_taken_and_errors_are_those_of_fixed_rec
     assert recipe.dense_sigmas == best.dense_sigmas
     assert recipe.budget == Budget(speedup_share=best.speedup_share)
     assert float((drawn(pipeline) - reference).square().mean()) == pytest.approx(best.error, rel=1e-2)
+
+
+def test_candidates_draw_with_attention_that_follows_their_dense_steps():
+    """So that a step in dense fp8, whose attention is in eight bits no more, is nearer to the dense model."""
+    pipeline, reference = fp8_attention(pipeline_of()), drawn(pipeline_of())
+    report = calibrate(pipeline, PROMPTS, AUTO, OPTIONS, progress=False)
+    one = report.choice.candidates[-1]
+    assert one.last_steps == 2
+    fixed = fp8_attention(pipeline_of())
+    later = replace(AUTO, budget=Budget(speedup_share=one.speedup_share), dense_sigmas=((-2, -1),))
+    calibrate(fixed, PROMPTS, later, OPTIONS, progress=False)
+    set_dense_steps(fixed, dense_sigmas=one.dense_sigmas)
+    assert one.error == pytest.approx(float((drawn(fixed) - reference).square().mean()), rel=1e-3)
 
 
 def test_bounds_divide_the_steps_that_run_dense_from_the_others(chosen):
@@ -238,6 +253,36 @@ def test_distillation_trains_on_steps_that_stay_sparse(monkeypatch):
     best = report.choice.best_candidate
     assert best.last_steps > 0
     assert seen == {1 - i / STEPS for i in range(STEPS - best.last_steps)}
+
+
+class Varied(TinyPipeline):
+    """Prompts one at a time, each with a number of steps of its own."""
+
+    def __call__(self, prompt, generator, num_inference_steps=STEPS, output_type="pil"):
+        return super().__call__([prompt], [generator], num_inference_steps)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_recorded_call_is_of_the_step_that_it_was_drawn_at(monkeypatch, tmp_path, stored):
+    """The last of two steps runs dense, at a noise level that of four steps is that of a sparse one."""
+    recordings, settle = [], Recording.settle_dense_steps
+    monkeypatch.setattr(
+        Recording, "settle_dense_steps", lambda self, *of: (recordings.append(self), settle(self, *of))
+    )
+    prompts = [
+        {"prompt": one, "num_inference_steps": 2 if i == 2 else STEPS} for i, one in enumerate(PROMPTS)
+    ]
+    options = CalibrationOptions(
+        heldout=0.5, steps_per_prompt=STEPS, batch_size=1, folder=tmp_path / "work" if stored else None
+    )
+    pipeline = Varied(pipeline_of(ActsLate).transformer)
+    report = calibrate(pipeline, prompts, AUTO, options, progress=False)
+    last = report.choice.best_candidate.last_steps
+    assert last == 1
+    (recording,) = recordings
+    sparse = [[float(call["timestep"]) for call in recording.sparse_calls(i)] for i in range(4)]
+    whole = [1 - i / STEPS for i in range(STEPS - last)]
+    assert sparse == [whole, [1.0], whole, whole]
 
 
 def _one_of_two(rank, folder):

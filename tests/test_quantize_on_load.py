@@ -3,9 +3,11 @@
 import gc
 from itertools import accumulate
 
+import accelerate.utils.modeling
 import pytest
 import safetensors.torch
 import torch
+from accelerate.utils.modeling import compute_module_sizes
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from diffusers.models import modeling_utils
 from helpers import MODELS, tiny_flux
@@ -140,6 +142,29 @@ def test_a_device_map_is_chosen_for_eight_bits(large_folder):
     assert_same(from_pretrained(large_folder, Recipe.dense_fp8(), **settings), model)
     with pytest.raises(ValueError, match="on the disk"):
         from_pretrained(large_folder, Recipe.immediate(), **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_device_map_counts_what_layers_will_hold(large_folder, monkeypatch, name, dtype):
+    counted = []
+
+    def watched(model, dtype=None, special_dtypes=None, **others):
+        sizes = compute_module_sizes(model, dtype=dtype, special_dtypes=special_dtypes, **others)
+        if model.__class__ is FluxTransformer2DModel and not others.get("buffers_only"):
+            counted.append(sizes[""])
+        return sizes
+
+    monkeypatch.setattr(accelerate.utils.modeling, "compute_module_sizes", watched)
+    settings = {"torch_dtype": dtype, "device_map": "auto", "max_memory": {"cpu": 10**9}}
+    model = from_pretrained(large_folder, RECIPES[name], **settings)
+    scales = sum(
+        4 * len(scale)
+        for layer in sparse_layers(model).values()
+        for scale in (layer.weight_scale, layer.weight_dense_scale)
+        if scale is not None
+    )
+    assert counted[0] == pytest.approx(held(model) - scales, rel=0.01)
 
 
 @pytest.mark.gpu

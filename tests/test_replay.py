@@ -80,6 +80,48 @@ def test_blocks_run_again_where_their_outputs_take_too_much(most, monkeypatch):
     assert model.blocks[0].ran == 4 * len(calls) + SEEN
 
 
+class Leaving(Stack):
+    """In some calls a block does not run, as in skip-layer guidance."""
+
+    def forward(self, x, without=None):
+        for i, block in enumerate(self.blocks):
+            x = x if i == without else block(x)
+        return x
+
+
+@pytest.mark.parametrize("without", [0, 1, 2, 3])
+@pytest.mark.parametrize("where", [1, 3])
+def test_calls_that_leave_a_block_out_count_as_they_are(without, where):
+    def made():
+        torch.manual_seed(0)
+        return Leaving()
+
+    calls = inputs()
+    calls[where]["without"] = without
+    expected = calibrated(made(), calls, IN_ONE)
+    for memory in (1e-9, 2.6e-4):  # for one block, for two
+        found = calibrated(made(), calls, CalibrationOptions(heldout=0.5, memory_gb=memory))
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("without", [0, 1, 2, 3])
+def test_errors_are_right_where_calls_leave_a_block_out(without):
+    model = Answers(False)
+    model.stack.__class__ = Leaving
+    calls = [{"hidden_states": call["x"]} for call in inputs()]
+    calls[2]["without"] = without
+    error = OutputError(model, calls, FLUX, order=[f"stack.blocks.{i}" for i in range(4)])
+    plain = OutputError(model, calls, FLUX)
+    for i in (0, 2, 3):  # (the format of the other is fixed)
+        block = model.stack.blocks[i]
+        weight = block.up.weight.detach().clone()
+        with error.behind(f"stack.blocks.{i}"):
+            block.up.weight.data *= 2.0
+            found = error()
+        assert found == plain() > 0
+        block.up.weight.data.copy_(weight)
+
+
 class Answers(nn.Module):
     """A stack that takes and gives what transformers do."""
 
@@ -87,8 +129,8 @@ class Answers(nn.Module):
         super().__init__()
         self.stack = stack_of(remembering)
 
-    def forward(self, hidden_states, return_dict=False):
-        return (self.stack(hidden_states),)
+    def forward(self, hidden_states, return_dict=False, **others):
+        return (self.stack(hidden_states, **others),)
 
 
 @pytest.mark.parametrize("remembering", [False, True])

@@ -43,9 +43,19 @@ def test_error_behind_attention_is_lower_than_with_neighbours():
         assert rotated < without, name
 
 
-def test_the_rotation_is_that_of_balanced_centred_outputs():
-    data, dense = calls(3), tiny_flux()
-    model, report = run(recipe=ROTATED, options=ALL_FIT, data=data)
+def flux_of_mean(mean):
+    """With values in its first block that lie around `mean`."""
+    model = tiny_flux()
+    with torch.no_grad():
+        for name in ("to_v", "add_v_proj"):
+            model.get_submodule(f"{DOUBLE}.{name}").bias.add_(mean)
+    return model
+
+
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+def test_the_rotation_is_that_of_balanced_centred_outputs(mean):
+    data, dense = calls(3), flux_of_mean(mean)
+    model, report = run(flux_of_mean(mean), recipe=ROTATED, options=ALL_FIT, data=data)
     assert not report.unrotated
     with watched(dense, [f"{DOUBLE}.to_out.0", f"{DOUBLE}.to_add_out"]) as seen:
         for call in data:

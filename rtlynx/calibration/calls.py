@@ -14,12 +14,26 @@ from torch import Tensor, nn
 from rtlynx.calibration.folder import WorkFolder
 from rtlynx.calibration.steps import counted_steps
 from rtlynx.models.architecture import TIMESTEPS, Architecture
+from rtlynx.models.attention_backend import following
 from rtlynx.models.hooks import is_dense_call
+from rtlynx.nn.call import CallState, Step, enter_call, leave_call, step_of
 from rtlynx.recipe import Recipe
 
 Call = dict[str, Any]
 _T = TypeVar("_T")
 GOLDEN = 0.6180339887498949
+
+
+class RecordedCall(Call):
+    """A call, and the sampling step that it is of; None where that is not known."""
+
+    step: Step | None = None
+
+    @classmethod
+    def of(cls, call: Call, step: Step | None) -> RecordedCall:
+        recorded = cls(call)
+        recorded.step = step
+        return recorded
 
 
 def chosen_steps(batch: int, steps: int, wanted: int) -> set[int]:
@@ -62,7 +76,8 @@ def calls_by_step(
     The calls between two steps of the pipeline's scheduler are the guidance passes of one step. Where no
     scheduler takes steps, a call at another timestep than the one before it begins a step. How many steps run
     is known only at the end, so the calls of all of them are kept until then. Steps that `recipe` runs dense
-    are left out. A model that `may_be_idle` may make no calls.
+    are left out, and attention in eight bits leaves them alone, too. A model that `may_be_idle` may make no
+    calls.
 
     Raises
     ------
@@ -75,14 +90,23 @@ def calls_by_step(
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = architecture.call_arguments(model, args, kwargs)
             dense = recipe is not None and _runs_dense(architecture, recipe, model, call)
-            kept = {} if dense else moved(call, "cpu")
+            kept = RecordedCall.of({} if dense else moved(call, "cpu"), _step_of(architecture, call))
             seen.append(_Seen(kept, steps.count, timestep_of(call, architecture), dense))
+            enter_call(CallState(dense=dense), seen, "attention")
 
-        handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+        def leave(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+            leave_call(seen, "attention")
+
+        handles = [
+            model.register_forward_pre_hook(hook, with_kwargs=True),
+            model.register_forward_hook(leave, always_call=True),
+        ]
         try:
-            sample()
+            with following(model, "attention"):
+                sample()
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         scheduled = steps.count > 0
     if not seen and may_be_idle:
         return []
@@ -134,6 +158,13 @@ def _runs_dense(architecture: Architecture, recipe: Recipe, model: nn.Module, ca
         raise CalibrationError(str(error)) from None
 
 
+def _step_of(architecture: Architecture, call: Call) -> Step | None:
+    try:
+        return step_of(architecture.timestep(call))
+    except (ValueError, TypeError):  # at several timesteps, at none, or at one that no schedule holds
+        return None
+
+
 def by_step(calls: Sequence[Call], architecture: Architecture) -> list[list[Call]]:
     """Consecutive calls at one timestep together; each call without one alone."""
     return _runs(calls, lambda call: timestep_of(call, architecture))
@@ -180,7 +211,10 @@ class CallStore:
             self._memory[batch] = calls
             return
         tensors: dict[str, Tensor] = {}
-        structure = [_encode(call, tensors) for call in calls]
+        structure = [
+            {"call": _encode(call, tensors), "step": step and [step.index, step.count, step.sigma]}
+            for call, step in ((one, getattr(one, "step", None)) for one in calls)
+        ]
         self.folder.write(_file(batch), tensors, structure)
 
     def get(self, batch: int) -> list[Call]:
@@ -188,7 +222,10 @@ class CallStore:
             return self._memory[batch]
         tensors, structure = self.folder.read(_file(batch))
         self._counts[batch] = len(structure)
-        return [_decode(call, tensors) for call in structure]
+        return [
+            RecordedCall.of(_decode(one["call"], tensors), one["step"] and Step(*one["step"]))
+            for one in structure
+        ]
 
     def replay(self, batches: Sequence[int], device: torch.device) -> Iterator[Call]:
         """The calls of `batches`, one at a time, with tensors on `device`."""

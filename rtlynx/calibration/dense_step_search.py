@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.apply import temporarily_sparse
 from rtlynx.calibration.budget import Choice, DenseStepsCandidate, InputCost, format_steps, inputs_of
-from rtlynx.calibration.calls import CalibrationError, Call
+from rtlynx.calibration.calls import CalibrationError
 from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import broadcast, rank, sum_over_processes, world
 from rtlynx.calibration.progress import ProgressBar
@@ -26,10 +26,11 @@ from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.architecture import Architecture
+from rtlynx.models.attention_backend import following
 from rtlynx.models.hooks import entering_calls
 from rtlynx.models.pipelines import tensor_of
 from rtlynx.models.plan import LayerPlan, Plan
-from rtlynx.nn.call import single_timestep, step_of
+from rtlynx.nn.call import calling, single_timestep, step_of
 from rtlynx.nn.solution import Solution
 from rtlynx.recipe import Budget
 
@@ -63,11 +64,6 @@ class NoiseLevels:
             return ()
         low = 0.0 if self.sigmas[-1] > 1e-5 else -1.0  # a range is open at its low end
         return ((low, (self.sigmas[-last - 1] + self.sigmas[-last]) / 2),)
-
-    def sigma_at(self, timestep: float) -> float:
-        """Noise level of the step whose timestep is nearest."""
-        nearest = min(range(len(self.timesteps)), key=lambda step: abs(self.timesteps[step] - timestep))
-        return self.sigmas[nearest]
 
 
 class PictureTime:
@@ -171,7 +167,12 @@ class DenseStepSearch:
         steps: _Schedules = {}
         refusal: CalibrationError | None = None
         try:
-            with self._progress("drawing dense pictures", 1) as advance, _watched(recording, steps):
+            with (
+                self._progress("drawing dense pictures", 1) as advance,
+                _watched(recording, steps),
+                following(self.model, "layers"),
+                calling(dense=True),  # attention is what it is in dense steps
+            ):
                 self.reference = self._draw(advance)
         except CalibrationError as error:  # for the other processes, which wait, to say too
             refusal = error
@@ -225,13 +226,6 @@ class DenseStepSearch:
         every = tuple(candidate for _, _, candidate in found)
         found = [(one, replace(choice, candidates=every), candidate) for one, choice, candidate in found]
         return next((one, choice) for one, choice, candidate in found if candidate is choice.best_candidate)
-
-    def runs_dense(self, plan: Plan, call: Call) -> bool:
-        """Whether `plan` runs a recorded call dense."""
-        timestep = single_timestep(plan.architecture.timestep(call))
-        steps = len(self.levels.sigmas)
-        # Which of the steps it is does not matter: noise levels decide.
-        return plan.recipe.is_dense_step(0, steps, self.levels.sigma_at(timestep))
 
     def _error(self, plan: Plan, solutions: Mapping[str, Solution], advance: Callable[[int], None]) -> float:
         """Mean squared error of what is drawn as `plan` says; infinite where that is not finite."""

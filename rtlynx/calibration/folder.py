@@ -16,7 +16,7 @@ from torch import Tensor
 from rtlynx.storage.files import CheckpointError, read_json, read_tensors, write_json, write_tensors
 
 MANIFEST = "calibration.json"
-FORMAT = 6
+FORMAT = 7
 _FILES = ("calls-*", "solution-*", "bases*", "distillation*")
 
 

@@ -14,6 +14,7 @@ from rtlynx.calibration.calls import (
     CalibrationError,
     Call,
     CallStore,
+    RecordedCall,
     calls_by_step,
     chosen_steps,
     pictures_in,
@@ -56,7 +57,7 @@ class Recording:
         self._pictures: set[int] = set()  # how many its last call drew
         # Whether it has to decode what it draws, once that is known (or asked for).
         self._decodes: bool | None = False if "output_type" in options.pipeline_kwargs else None
-        self._runs_dense: Callable[[Call], bool] | None = None
+        self._settled = False  # whether dense steps were chosen after recording
         self.folder: WorkFolder | None = None
         self.store = CallStore()
         self.batches: dict[str, list[int]] = {"fit": [], "heldout": []}
@@ -199,14 +200,18 @@ class Recording:
             self._decodes = True
         return found
 
-    def settle_dense_steps(self, plan: Plan, runs_dense: Callable[[Call], bool]) -> None:
-        """Calibration has chosen which steps run dense: `plan` says which, and `runs_dense` which calls."""
-        self.plan, self._runs_dense = plan, runs_dense
+    def settle_dense_steps(self, plan: Plan) -> None:
+        """Calibration has chosen which steps run dense, as `plan` says."""
+        self.plan, self._settled = plan, True
 
     def sparse_calls(self, number: int) -> list[Call]:
         """The calls of batch `number`, of steps that run sparse."""
         calls = self.store.get(number)
-        return calls if self._runs_dense is None else [one for one in calls if not self._runs_dense(one)]
+        return [one for one in calls if not self._runs_dense(one)] if self._settled else calls
+
+    def _runs_dense(self, call: Call) -> bool:
+        step = call.step if isinstance(call, RecordedCall) else None
+        return step is not None and self.plan.recipe.is_dense_step(step.index, step.count, step.sigma)
 
     def _failed(self, prompt: Prompt, error: Exception) -> CalibrationError:
         text = " ".join(str(error).split()) or "no reason given"

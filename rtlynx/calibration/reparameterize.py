@@ -25,27 +25,42 @@ _TOKENS = 2048
 
 
 class _Outputs:
-    """Count, sum and second moments, head by head, of what one attention gives to one kind of token."""
+    """What one attention gives to one kind of token, head by head: count, means, and scatter about them.
+
+    Sums of raw products would lose the scatter where a mean outweighs it, see `RunningMoments`.
+    """
 
     def __init__(self, attention: Attention, device: torch.device) -> None:
         heads, d = attention.heads, attention.head_dim
         self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.sum = torch.zeros(heads, d, dtype=torch.float64, device=device)
-        self.squares = torch.zeros(heads, d, d, dtype=torch.float64, device=device)
+        self.mean = torch.zeros(heads, d, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(heads, d, d, dtype=torch.float64, device=device)
 
     def add(self, y: Tensor) -> None:
         """Add tokens `y` (..., K), whose first heads · d columns the attention gave."""
-        heads, d = self.sum.shape
-        by_head = y[..., : heads * d].reshape(-1, heads, d).transpose(0, 1).float()
-        self.count += by_head.shape[1]
-        self.sum += by_head.sum(1)
-        self.squares += by_head.mT @ by_head
+        heads, d = self.mean.shape
+        by_head = y[..., : heads * d].reshape(-1, heads, d).transpose(0, 1)
+        count = by_head.shape[1]
+        if not count:
+            return
+        mean = by_head.mean(1, dtype=torch.float64)
+        deviations = (by_head - mean[:, None].float()).float()
+        total, off = self.count + count, mean - self.mean
+        self.scatter += deviations.mT @ deviations + self.count * count / total * _outer(off)
+        self.mean += count / total * off
+        self.count = total
 
     def all_reduce(self) -> None:
-        """Sum over the processes of the default group; nothing to do in a single process."""
-        if distributed():
-            for total in (self.count, self.sum, self.squares):
-                dist.all_reduce(total)
+        """Merge over the processes of the default group; nothing to do in a single process."""
+        if not distributed():
+            return
+        total, mean = self.count.clone(), self.count * self.mean
+        for one in (total, mean):
+            dist.all_reduce(one)
+        mean = mean / total.clamp(min=1)
+        self.scatter += self.count * _outer(self.mean - mean)
+        dist.all_reduce(self.scatter)
+        self.count, self.mean = total, mean
 
 
 class _Hidden:
@@ -176,11 +191,18 @@ def _shares(seen: list[Any], balance: str) -> Tensor:
     return counts / counts.sum() if balance == "tokens" else torch.full_like(counts, 1 / len(seen))
 
 
+def _outer(x: Tensor) -> Tensor:
+    """Of each row of `x` (H, d) with itself: (H, d, d)."""
+    return x[..., :, None] * x[..., None, :]
+
+
 def _rotation(model: nn.Module, attention: Attention, seen: list[_Outputs], plan: Plan) -> Tensor:
     share = _shares(seen, plan.recipe.balance)
-    mean = sum(weight / one.count * one.sum for weight, one in zip(share, seen, strict=True))
-    squares = sum(weight / one.count * one.squares for weight, one in zip(share, seen, strict=True))
-    covariance: Tensor = squares - mean[..., :, None] * mean[..., None, :]
+    mean: Tensor = sum(weight * one.mean for weight, one in zip(share, seen, strict=True))
+    covariance: Tensor = sum(
+        weight * (one.scatter / one.count + _outer(one.mean - mean))
+        for weight, one in zip(share, seen, strict=True)
+    )
     gram = torch.zeros_like(covariance)
     for name in attention.readers:
         reader: Any = model.get_submodule(name)

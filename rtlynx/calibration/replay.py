@@ -91,8 +91,8 @@ class SkippedBlocks:
 
     What lies between blocks runs. Of each list of blocks the output of the last one that ran is kept, on the
     CPU; those before it in the list give the same. That is right where nothing but the next block reads what
-    a block gives. Users find out (`check`, `OutputError`) and then `skip_nothing`, as where outputs take more
-    than 16 GB.
+    a block gives. One call tells that (`check`) for all that run the same blocks. Where some run others, or
+    outputs take more than 16 GB, every block runs again.
 
     Parameters
     ----------
@@ -143,7 +143,15 @@ class SkippedBlocks:
             return
         end = self._order.index(last) + 1
         kept = {_list_of(name): name for name in self._order[self._skipped : end]}
-        handles = []
+        ran: dict[Position, list[str]] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda _module, _args: ran.setdefault(position(), []).append(name)
+
+        handles = [
+            self._model.get_submodule(name).register_forward_pre_hook(note(name))
+            for name in self._order[self._skipped : end]
+        ]
         for of, name in kept.items():
             outputs = self._outputs.setdefault(of, {})
 
@@ -159,14 +167,25 @@ class SkippedBlocks:
             for handle in handles:
                 handle.remove()
         self._skipped = end
-        if self._bytes > _MOST_BYTES:
+        one = next(iter(ran.values()), None)
+        if self._bytes > _MOST_BYTES or any(path != one for path in ran.values()):
             self.skip_nothing()
 
-    def check(self, last: str, call: dict[str, Any], position: Position, device: torch.device) -> None:
-        """Skip nothing any more where the block `last` gives something else in `call` without the others."""
+    def check(
+        self,
+        last: str,
+        call: dict[str, Any],
+        position: Position,
+        device: torch.device,
+        expected: Any = None,
+    ) -> None:
+        """Skip nothing any more where `last` gives something else in `call` without the skipped blocks.
+
+        `last` is a block, or "" for the model. `expected` is what it gives with them, where that is known.
+        """
         if not self._skipped:
             return
-        seen: list[Any] = []
+        seen: list[Any] = [] if expected is None else [expected]
 
         def see(_module: nn.Module, _args: Any, output: Any) -> None:
             seen.append(moved(output, "cpu"))
@@ -174,7 +193,8 @@ class SkippedBlocks:
 
         handle = self._model.get_submodule(last).register_forward_hook(see)
         try:
-            replay(self._model, moved(call, device))
+            if expected is None:
+                replay(self._model, moved(call, device))
             with self.in_place(lambda: position, device):
                 replay(self._model, moved(call, device))
         except CalibrationError:  # what stands in for a block does not fit what comes between

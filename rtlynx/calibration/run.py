@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -191,16 +190,16 @@ class _Calibration:
         search = self._dense_step_search()
         self.plan = self._with_shared_inputs()
         groups = input_groups(self.plan.alternatives())
-        order = self.order = self._block_order(groups)
+        self.order = self._block_order(groups)
         silent = {
             layer.name: "did not run in calibration"
             for layer in self.plan.sparse
-            if layer.candidate.block not in order
+            if layer.candidate.block not in self.order
         }
         plan = self.plan.leave_dense(silent)
         refuse_all_dense(plan)
         plan, done = self._reparameterize(plan)
-        self._solve([group for group in groups if group.block in order], order)
+        self._solve([group for group in groups if group.block in self.order])
         for name, dense in self.originals.items():
             self.model.set_submodule(name, dense)
         plan = plan.leave_dense(self.unseen)
@@ -270,8 +269,9 @@ class _Calibration:
         probe = self._first_call()
         return broadcast(block_order(self.model, blocks, probe) if probe is not None else [])
 
-    def _solve(self, groups: list[InputGroup], order: list[str]) -> None:
+    def _solve(self, groups: list[InputGroup]) -> None:
         """Gather moments for as many blocks at a time as memory allows, and solve them."""
+        order = self.order
         memory = 1 if self.options.sequential else int(self.options.memory_gb * 1e9)
         collector = Collector(
             self.model,
@@ -470,7 +470,7 @@ class _Calibration:
             choice = decide(budget)
             return plan.in_formats(choice.formats).leave_dense(choice.dense), tuple(costs), choice
         plan, choice = search.choose(plan, costs, prices, decide, self.solutions)
-        self.recording.settle_dense_steps(plan, partial(search.runs_dense, plan))
+        self.recording.settle_dense_steps(plan)
         return plan, tuple(costs), choice
 
 

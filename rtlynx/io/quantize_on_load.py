@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rtlynx.math.fp8 import Quantized, quantize_weight
+from rtlynx.math.fp8 import E4M3, Quantized, quantize_weight
 from rtlynx.models.fingerprint import base_tensors, record, records, weight_fingerprint
 from rtlynx.models.guards import refuse_foreign, refuse_meta
 from rtlynx.models.plan import LayerPlan, Plan
@@ -17,6 +18,19 @@ from rtlynx.nn.sparse_linear import SparseLinear
 from rtlynx.recipe import Recipe
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # diffusers casts others later
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes of an entry of a weight and of the original one beside it, as a dtype for accelerate to count by.
+
+    No dtype has three or five, and accelerate reads the bits off a dtype's name.
+    """
+
+    count: int
+
+    def __str__(self) -> str:
+        return f"held{8 * self.count}"
 
 
 class QuantizeOnLoad:
@@ -33,6 +47,18 @@ class QuantizeOnLoad:
         self._scales: dict[str, Tensor] = {}
         self._fingerprints: dict[str, str] = {}
         self._records: dict[str, str] = {}
+
+    def held(self, dtype: torch.dtype) -> dict[str, HeldBytes]:
+        """What is held of each weight of a sparse layer, in a model of this `dtype`."""
+        recipe, result = self._plan.recipe, {}
+        for layer in self._plan.replaced:
+            entry = E4M3.itemsize if layer.quantized else dtype.itemsize
+            if layer.has_dense_calls(recipe) and recipe.dense_precision == "fp8":
+                entry += E4M3.itemsize
+            elif layer.has_dense_calls(recipe) and layer.quantized:
+                entry += dtype.itemsize
+            result[f"{layer.name}.weight"] = HeldBytes(entry)
+        return result
 
     def takes(self, name: str, value: Tensor) -> bool:
         """Whether the parameter `name` is to come here."""

@@ -351,9 +351,9 @@ class RTLynxQuantizer(_BaseQuantizer):
             return self._on_load.takes(param_name, param_value)
         return param_name.rpartition(".")[0] in self._layers
 
-    def get_special_dtypes_update(self, model: Any, torch_dtype: Any) -> dict[str, torch.dtype]:
-        """What `device_map="auto"` has to know: weights that will be in eight bits."""
-        return {} if self._on_load is None else dict.fromkeys(self._on_load.weights, E4M3)
+    def get_special_dtypes_update(self, model: Any, torch_dtype: Any) -> dict[str, Any]:
+        """What `device_map="auto"` has to know: how much memory the weights of sparse layers will take."""
+        return {} if self._on_load is None else self._on_load.held(torch_dtype or torch.float32)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Check the tensors of one file as they are there, before diffusers casts them."""

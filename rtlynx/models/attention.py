@@ -20,7 +20,7 @@ from torch import nn
 
 from rtlynx.cuda.cudnn_attention import head_dim_reason, missing_reason
 from rtlynx.math.attention import exponent_below
-from rtlynx.models.attention_backend import Fp8Attention, dispatch
+from rtlynx.models.attention_backend import Fp8Attention, attentions, dispatch, follow
 from rtlynx.models.attention_processors import FUSED
 from rtlynx.models.hooks import register_attention_steps
 from rtlynx.models.sparsify import observers, state_of, transformers_of
@@ -92,7 +92,7 @@ def fp8_attention(
     if not enabled:
         for model in models.values():
             _remove_hooks(model)
-            for _, attn in _attentions(model):
+            for _, attn in attentions(model):
                 _take_out(attn.processor)
         return model_or_pipeline
     ranges = None if bf16_sigmas == "dense" else ranges_of("bf16_sigmas", bf16_sigmas, "dense")
@@ -102,7 +102,7 @@ def fp8_attention(
     backends: dict[Any, Fp8Attention] = {}
     for model in models.values():
         _refuse_card(model)
-        found = _attentions(model)
+        found = attentions(model)
         if not found:
             raise ValueError(f"{type(model).__name__} has no attention that diffusers dispatches")
         for name, attn in found:
@@ -117,7 +117,7 @@ def fp8_attention(
         _put_in(processor, steps)
     for model in models.values():
         _remove_hooks(model)
-        if ranges and any(attn.processor in backends for _, attn in _attentions(model)):
+        if ranges and any(attn.processor in backends for _, attn in attentions(model)):
             setattr(model, _HOOKS, register_attention_steps(model, ranges))
         _follow_recipe(model)
     return model_or_pipeline
@@ -138,7 +138,7 @@ def _skipped(models: Mapping[str, nn.Module], globs: Sequence[str]) -> set[Any]:
     """Processors of the attentions of `models` that a pattern of `globs` leaves out."""
     if isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
         raise ValueError(f"skip is a list of glob patterns of attentions' names, got {globs!r}")
-    found = [one for model in models.values() for one in _attentions(model)]
+    found = [one for model in models.values() for one in attentions(model)]
     for glob in globs:
         if not any(fnmatch.fnmatchcase(name, glob) for name, _ in found):
             some = ", ".join(name for name, _ in found[:3]) or "none"
@@ -157,23 +157,10 @@ def _skipped(models: Mapping[str, nn.Module], globs: Sequence[str]) -> set[Any]:
 def _follow_recipe(model: nn.Module) -> None:
     """Tell attention in eight bits whether `model` has dense steps, as it is now."""
     state = state_of(model)
-    has_dense_steps = state is not None and state.plan.recipe.has_dense_steps
-    for _, attn in _attentions(model):
-        backend = attn.processor._attention_backend
-        if isinstance(backend, Fp8Attention):
-            attn.processor._attention_backend = backend.following(has_dense_steps)
+    follow(model, "layers" if state is not None and state.plan.recipe.has_dense_steps else None)
 
 
 observers.append(_follow_recipe)
-
-
-def _attentions(model: nn.Module) -> list[tuple[str, Any]]:
-    """Name and module of all attentions that diffusers dispatches."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(getattr(module, "processor", None), "_attention_backend")
-    ]
 
 
 def _refuse_card(model: nn.Module) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtlynx.math.attention import Stream
 from rtlynx.nn.call import Whose, current_call
@@ -39,9 +40,9 @@ class Fp8Attention:
             k_exponent=min(self.k_exponent, other.k_exponent),
         )
 
-    def following(self, has_dense_steps: bool) -> Fp8Attention:
-        """Of a model whose recipe has dense steps, or has none."""
-        return replace(self, dense_steps="layers" if has_dense_steps else None) if self.follows else self
+    def following(self, whose: Whose | None) -> Fp8Attention:
+        """Of a model whose dense steps the state of `whose` calls tells; None where it has none."""
+        return replace(self, dense_steps=whose) if self.follows else self
 
     def of_streams(self, streams: Sequence[Stream], norm_eps: float) -> Tensor:
         """Attention (B, S, H, D) over the tokens of all `streams`, which come without norms and rotation."""
@@ -88,6 +89,38 @@ class Fp8Attention:
             q_exponent=self.q_exponent,
             k_exponent=self.k_exponent,
         )
+
+
+def attentions(model: nn.Module) -> list[tuple[str, Any]]:
+    """Name and module of all attentions that diffusers dispatches."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(getattr(module, "processor", None), "_attention_backend")
+    ]
+
+
+def follow(model: nn.Module, whose: Whose | None) -> None:
+    """Have attention of `model` in eight bits go by the dense steps of its recipe, if it is to follow them.
+
+    The state of `whose` calls tells them; None where there are none.
+    """
+    for _, attn in attentions(model):
+        backend = attn.processor._attention_backend
+        if isinstance(backend, Fp8Attention):
+            attn.processor._attention_backend = backend.following(whose)
+
+
+@contextmanager
+def following(model: nn.Module, whose: Whose) -> Iterator[None]:
+    """Meanwhile, `follow` as calls of a model that is not sparse yet tell."""
+    before = {attn.processor: attn.processor._attention_backend for _, attn in attentions(model)}
+    follow(model, whose)
+    try:
+        yield
+    finally:
+        for processor, backend in before.items():
+            processor._attention_backend = backend
 
 
 def in_this_call(backend: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rtlynx.models.architecture import Architecture
+from rtlynx.models.attention_backend import following
 from rtlynx.models.fusion import processor_known
 from rtlynx.models.guards import prepare_adapters, refuse_merged
 from rtlynx.models.plan import Plan, architecture_of
@@ -52,10 +53,14 @@ def _register(model: nn.Module, enter: EnterCall | EnterAttention) -> list[Any]:
 
 @contextmanager
 def entering_calls(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """Meanwhile, calls of `model` say which of their steps and rows run dense, as `plan` has it."""
+    """Meanwhile, calls of `model` say which of their steps and rows run dense, as `plan` has it.
+
+    Attention in eight bits follows them.
+    """
     handles = _register(model, EnterCall(plan)) if plan.recipe.depends_on_call else []
     try:
-        yield
+        with following(model, "layers") if plan.recipe.has_dense_steps else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -11,6 +11,7 @@ from rtlynx.timing.results import (
     WAYS,
     geomean,
     picture_size,
+    plain_layer_speed,
     plain_layer_us,
     ratio,
     speed_up,
@@ -52,7 +53,7 @@ def _ours_us(row: Mapping[str, Any], way: str) -> float | None:
 
 
 def _over_cublas(row: Mapping[str, Any], way: str) -> float | None:
-    return ratio({**row, "ours": _ours_us(row, way)}, "cublas_us", "ours")
+    return ratio(row, "cublas_us", "ours_us") if way == WITH_BRANCH else plain_layer_speed(row, way)
 
 
 def step_overview(document: Mapping[str, Any]) -> Table:

@@ -97,6 +97,12 @@ def plain_layer_us(row: Mapping, way: str) -> float | None:
     return None if prepared is None or product is None else prepared + product
 
 
+def plain_layer_speed(row: Mapping, way: str, over: str = "cublas_us") -> float | None:
+    """How much faster than the column `over` such a layer is; None where either was not measured."""
+    whole, other = plain_layer_us(row, way), row.get(over)
+    return None if whole is None or other is None else other / whole
+
+
 def picture_size(document: Mapping) -> str:
     """What was drawn, of a results file: "1024²", or "832x480, 81 frames"."""
     if "frames" not in document:

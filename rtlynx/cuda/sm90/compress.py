@@ -14,7 +14,7 @@ from rtlynx.cuda.driver import multiprocessors
 from rtlynx.cuda.jit import Defines, Instantiation
 from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES, BoundPrologue, Prologue, bind_matrix, expressible
-from rtlynx.cuda.sm90.whole_rows import MODULATED_BY_TOKEN, RowsConfig
+from rtlynx.cuda.sm90.whole_rows import MODULATION_OF_TOKENS, RowsConfig
 from rtlynx.math.formats import BF16_SPARSE, FP8_SPARSE, SPARSE_FORMATS, TILE_ROWS, Format
 from rtlynx.math.scores import MAGNITUDE, Score
 from rtlynx.math.tiles import LOWRANK_BYTES, LOWRANK_COLUMNS
@@ -198,7 +198,7 @@ class _RowsConfiguration(NamedTuple):
 def _rows_configs(prologue: Prologue) -> tuple[RowsConfig, ...]:
     """From short rows to long ones."""
     if prologue.named("tokens"):
-        return MODULATED_BY_TOKEN
+        return MODULATION_OF_TOKENS
     rows = _ROWS_OF_MANY_REGISTERS if prologue.many_registers else _ROWS
     return (_SHORT_MODULATED_ROWS, rows) if prologue.named("batches") else (rows,)
 

@@ -13,7 +13,7 @@ from rtlynx.cuda.jit import Defines, Instantiation
 from rtlynx.cuda.layout import Layout
 from rtlynx.cuda.sm90.compress import address_of
 from rtlynx.cuda.sm90.prologues import IDENTITY, PROLOGUES, BoundPrologue, Prologue
-from rtlynx.cuda.sm90.whole_rows import MODULATED_BY_TOKEN, VECTOR, RowsConfig
+from rtlynx.cuda.sm90.whole_rows import MODULATION_OF_TOKENS, VECTOR, RowsConfig
 from rtlynx.math.fp8 import E4M3
 
 MAX_COLUMNS = 16384
@@ -40,7 +40,7 @@ _LONG, _LONG_OF_MANY_REGISTERS = RowsConfig(MAX_COLUMNS, 1, 8, 3), RowsConfig(MA
 def _configs(prologue: Prologue) -> tuple[RowsConfig, ...]:
     """For short and for long rows."""
     if prologue.named("tokens"):
-        return MODULATED_BY_TOKEN
+        return MODULATION_OF_TOKENS
     return _SHORT, _LONG_OF_MANY_REGISTERS if prologue.many_registers else _LONG
 
 

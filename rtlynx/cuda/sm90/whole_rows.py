@@ -37,4 +37,4 @@ class RowsConfig(NamedTuple):
 
 
 # Of prologues that read a modulation of each token's own: short rows and long ones. Fewer registers spill.
-MODULATED_BY_TOKEN = (RowsConfig(4096, 1, 4, 6), RowsConfig(16384, 1, 4, 1))
+MODULATION_OF_TOKENS = (RowsConfig(4096, 1, 4, 6), RowsConfig(16384, 1, 4, 1))
