@@ -34,6 +34,7 @@ from rtlynx.timing.step_variants import (
 PRODUCT, LAYER, COMPRESSION = "What bounds the GEMM", "Where it stands", "Compression, version by version"
 PRODUCERS, HOST, FP8, STEP = "Producers, version by version", "Host time", "fp8", "A whole step"
 CARDS, LORA = "Several cards", "LoRAs in the product"
+CALIBRATION = "Calibration of a whole model"
 Measured = Mapping[str, float | None]  # what was measured -> its figure
 
 
@@ -43,7 +44,7 @@ class Target(NamedTuple):
     section : of NOTES.md, about what decides it
     measured : None where it was not
     by : which of several things that may reach the goal was best; empty where there is one
-    unit : "x" or "TFLOP/s"
+    unit : "x", "TFLOP/s", "min" or "GiB"
     """
 
     section: str
@@ -160,6 +161,21 @@ def compress_targets(document: Mapping) -> list[Target]:
 
 # Calls of benchmarks/host.py: what is recommended, and beside what.
 HOST_LAYER, HOST_REFERENCE = "SparseLinear, fp8 2:4 weights", "F.linear"
+
+
+def calibration_targets(document: Mapping) -> list[Target]:
+    """Of calibration-whole-*.json, of a run that came to its end."""
+    if not document["finished"]:
+        return []
+    minutes = sum(document["run_seconds"]) / 60
+    peak = max(stage["peak_gib"] or 0.0 for stage in document["stages"].values())
+    model = document["model"]
+    return [
+        Target(
+            CALIBRATION, f"{model}, calibration of the whole model", 15, minutes, unit="min", at_most=True
+        ),
+        Target(CALIBRATION, f"{model}, its peak memory", 70, peak or None, unit="GiB", at_most=True),
+    ]
 
 
 def host_targets(document: Mapping) -> list[Target]:

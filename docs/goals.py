@@ -32,6 +32,9 @@ NEXT = {
     "host": {
         targets.HOST: "one format for all layers of a kind of block; one launch for preparation and product"
     },
+    "calibration": {
+        targets.CALIBRATION: "an input's moments are gone before its last format is solved: measure again"
+    },
 }
 # Results files -> their targets.
 KINDS = {
@@ -40,6 +43,7 @@ KINDS = {
     "linear-*.json": targets.linear_targets,
     "compress-*.json": targets.compress_targets,
     "host-*.json": targets.host_targets,
+    "calibration-whole-*.json": targets.calibration_targets,
 }
 
 

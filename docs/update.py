@@ -54,7 +54,14 @@ TEXTS = {
         "parts",
     ),
     Path("docs/results/goals.md"): (
-        *("goals-pictures", "goals-step", "goals-layer", "goals-compression", "goals-host"),
+        *(
+            "goals-pictures",
+            "goals-step",
+            "goals-layer",
+            "goals-compression",
+            "goals-host",
+            "goals-calibration",
+        ),
     ),
     Path("docs/guides/attention.md"): ("attention",),
     Path("docs/guides/parallel.md"): ("plan", "parallel"),
@@ -273,6 +280,7 @@ PARTS: dict[str, Callable[[Path, Place], str]] = {
     "goals-layer": goals_of("layer"),
     "goals-compression": goals_of("compression"),
     "goals-host": goals_of("host"),
+    "goals-calibration": goals_of("calibration"),
     "models": supported_models.models_section,
     "on-top": supported_models.on_top_section,
     "cli": lambda root, place: cli_reference.reference(),
