@@ -16,7 +16,7 @@ from targets import Target
 # Group -> section of benchmarks/NOTES.md that a target names -> the next idea, told there.
 NEXT = {
     "step": {
-        targets.STEP: "norm and rotation in one kernel before bf16 attention, too; fewer passes",
+        targets.STEP: "measure norm and rotation in one kernel before bf16 attention; fewer passes",
         targets.LORA: "our own product for dense fp8 layers, with low-rank stages",
         targets.CARDS: "queries, keys and values in e4m3 through the all-to-all; a tile for fewer rows",
     },
