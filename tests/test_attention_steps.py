@@ -12,7 +12,9 @@ from torch._dynamo.testing import CompileCounter
 
 import rtlynx
 from rtlynx import CalibrationOptions, Recipe, densify, fp8_attention, schedule, set_dense_steps, sparsify
+from rtlynx.calibration.calls import calls_by_step
 from rtlynx.models.attention_backend import Fp8Attention
+from rtlynx.models.plan import architecture_of
 
 LATE = ((0.0, 0.5),)
 SPARSE, DENSE = 0.9, 0.1  # noise levels outside of LATE and inside
@@ -214,6 +216,21 @@ def test_calibration_draws_with_the_steps_that_the_recipe_will_run_dense():
         expected = seen_by(fp8_attention(tiny_flux(), bf16_sigmas=sigmas), sampling)
         assert len(found) == 4
         assert all(map(torch.equal, found, expected))
+
+
+def test_what_is_recorded_without_a_recipe_keeps_its_own_steps():
+    model = fp8_attention(tiny_flux(), bf16_sigmas=LATE)
+    pipeline, drawn = TinyPipeline(model), []
+
+    def sample():
+        noise = [torch.Generator().manual_seed(i) for i in range(2)]
+        drawn.append(pipeline(["a cat", "a dog"], noise, num_inference_steps=4))
+
+    sample()
+    architecture = architecture_of(model)
+    recorded = calls_by_step(model, architecture, sample, pipeline=pipeline)
+    assert len(recorded) == 4
+    assert torch.equal(*drawn)
 
 
 # ------------------------------------------------------------------------------------------------ compiled

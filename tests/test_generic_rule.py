@@ -243,7 +243,7 @@ def test_where_no_layer_of_a_block_reads_text_it_is_among_the_other_tokens():
     assert {stream for name, stream in found.items() if name.startswith("single")} == {"joint"}
     assert {stream for name, stream in found.items() if name.startswith("joint_")} == {"image", "text"}
     # Calibration does not keep apart kinds of tokens that it cannot tell apart: each takes K x K numbers.
-    assert {group.kinds for group in input_groups(make_plan(model, Recipe()).sparse)} == {1}
+    assert {group.gathered.kinds for group in input_groups(make_plan(model, Recipe()).sparse)} == {1}
     with pytest.raises(
         ValueError, match=r"7 layers, as single_transformer_blocks\.0\.attn\.to_q, may read them"
     ):

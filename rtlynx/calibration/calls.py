@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from rtlynx.calibration.folder import WorkFolder
 from rtlynx.calibration.steps import counted_steps
 from rtlynx.models.architecture import TIMESTEPS, Architecture
-from rtlynx.models.attention_backend import following
+from rtlynx.models.attention_backend import dense_steps_told_by
 from rtlynx.models.hooks import is_dense_call
 from rtlynx.nn.call import CallState, Step, enter_call, leave_call, step_of
 from rtlynx.recipe import Recipe
@@ -76,8 +77,8 @@ def calls_by_step(
     The calls between two steps of the pipeline's scheduler are the guidance passes of one step. Where no
     scheduler takes steps, a call at another timestep than the one before it begins a step. How many steps run
     is known only at the end, so the calls of all of them are kept until then. Steps that `recipe` runs dense
-    are left out, and attention in eight bits leaves them alone, too. A model that `may_be_idle` may make no
-    calls.
+    are left out, and attention in eight bits leaves them alone; without a recipe it goes by steps of its own.
+    A model that `may_be_idle` may make no calls.
 
     Raises
     ------
@@ -85,6 +86,7 @@ def calls_by_step(
         If the model was not called, or in dense steps alone; if it is not known which call is of which step.
     """
     seen: list[_Seen] = []
+    owner = object()  # of the state of a call, which an interrupt may leave behind
     with counted_steps(pipeline) as steps:
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -92,19 +94,21 @@ def calls_by_step(
             dense = recipe is not None and _runs_dense(architecture, recipe, model, call)
             kept = RecordedCall.of({} if dense else moved(call, "cpu"), _step_of(architecture, call))
             seen.append(_Seen(kept, steps.count, timestep_of(call, architecture), dense))
-            enter_call(CallState(dense=dense), seen, "attention")
+            if recipe is not None:
+                enter_call(CallState(dense=dense), owner, "attention")
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-            leave_call(seen, "attention")
+            leave_call(owner, "attention")
 
         handles = [
             model.register_forward_pre_hook(hook, with_kwargs=True),
             model.register_forward_hook(leave, always_call=True),
         ]
         try:
-            with following(model, "attention"):
+            with nullcontext() if recipe is None else dense_steps_told_by(model, "attention"):
                 sample()
         finally:
+            leave_call(owner, "attention")
             for handle in handles:
                 handle.remove()
         scheduled = steps.count > 0

@@ -24,8 +24,10 @@ from rtlynx.ops.fp8_linear import compress_fp8
 class GatheredInput:
     """What is gathered of one input, for all formats that its readers may take.
 
+    A way is what a format makes of the input before its product: pattern, norm scale and rounding.
+
     layer : one of its readers.
-    ways : what products see of it: readers of which each sees something else.
+    ways : a reader that sees each way; `cross[i]` and `kept[i]` of the moments are of `ways[i]`.
     moments : split ("fit" or "heldout") -> kind of token -> moments.
     tokens : dense input tokens (M, K) on the CPU, where a solver trains on them.
     """
@@ -80,7 +82,11 @@ class GatheredInput:
 
 @dataclass
 class InputGroup:
-    """Layers in one format that read one input: what is solved together."""
+    """Layers in one format that read one input: what is solved together.
+
+    gathered : what is known of the input
+    way : which of its ways they see
+    """
 
     layers: tuple[LayerPlan, ...]
     gathered: GatheredInput
@@ -95,11 +101,6 @@ class InputGroup:
         layer = self.layers[0]
         reads = layer.candidate.reads
         return f"{reads}.{layer.format.name}" if layer.quantized else reads
-
-    @property
-    def kinds(self) -> int:
-        """How many kinds of tokens are kept apart."""
-        return self.gathered.kinds
 
     def count(self, split: str) -> int:
         """Tokens of one split that were gathered."""

@@ -26,11 +26,11 @@ from rtlynx.calibration.recording import Recording
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.architecture import Architecture
-from rtlynx.models.attention_backend import following
+from rtlynx.models.attention_backend import dense_steps_told_by
 from rtlynx.models.hooks import entering_calls
 from rtlynx.models.pipelines import tensor_of
 from rtlynx.models.plan import LayerPlan, Plan
-from rtlynx.nn.call import calling, single_timestep, step_of
+from rtlynx.nn.call import calling, step_of
 from rtlynx.nn.solution import Solution
 from rtlynx.recipe import Budget
 
@@ -44,15 +44,14 @@ class IncomparableSteps(CalibrationError):
     """A pipeline does not tell what the choice of dense steps needs."""
 
 
-# How many steps a picture has -> number of each -> its timestep and noise level.
-_Schedules = dict[int, dict[int, tuple[float, float]]]
+# How many steps a picture has -> number of each -> its noise level.
+_Schedules = dict[int, dict[int, float]]
 
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The steps of a picture in order: what the model takes as timestep, and the noise level of each."""
+    """The noise levels of a picture's steps, in order."""
 
-    timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
 
     def below(self, last: int) -> tuple[tuple[float, float], ...]:
@@ -170,7 +169,7 @@ class DenseStepSearch:
             with (
                 self._progress("drawing dense pictures", 1) as advance,
                 _watched(recording, steps),
-                following(self.model, "layers"),
+                dense_steps_told_by(self.model, "layers"),
                 calling(dense=True),  # attention is what it is in dense steps
             ):
                 self.reference = self._draw(advance)
@@ -277,7 +276,7 @@ def _watched(recording: Recording, steps: _Schedules) -> Iterator[None]:
                 "tell them: put its sampling loop into `with rtlynx.schedule(timesteps, sigmas):`, or choose "
                 "the steps yourself (dense_last_steps)"
             )
-        steps.setdefault(step.count, {}).setdefault(step.index, (single_timestep(timestep), step.sigma))
+        steps.setdefault(step.count, {}).setdefault(step.index, step.sigma)
 
     handle = recording.model.register_forward_pre_hook(see, with_kwargs=True)
     try:
@@ -289,11 +288,11 @@ def _watched(recording: Recording, steps: _Schedules) -> Iterator[None]:
 def _levels(steps: _Schedules) -> NoiseLevels:
     """Of the first picture; others may have another number of steps."""
     first = next(iter(steps.values()))
-    timesteps, sigmas = zip(*(first[index] for index in sorted(first)), strict=True)
+    sigmas = tuple(first[index] for index in sorted(first))
     if any(after >= before for before, after in pairwise(sigmas)):
         shown = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
         raise IncomparableSteps(
             f"it divides the steps of a picture at one noise level, and theirs do not fall ({shown}): choose "
             "ranges yourself"
         )
-    return NoiseLevels(timesteps, sigmas)
+    return NoiseLevels(sigmas)

@@ -205,7 +205,7 @@ class Recording:
         self.plan, self._settled = plan, True
 
     def sparse_calls(self, number: int) -> list[Call]:
-        """The calls of batch `number`, of steps that run sparse."""
+        """The calls of batch `number`, of steps that run sparse, or that no schedule tells."""
         calls = self.store.get(number)
         return [one for one in calls if not self._runs_dense(one)] if self._settled else calls
 

@@ -377,7 +377,7 @@ class _Calibration:
         )
         errors = LayerErrors(heldout or fit, torch.cat(weights))
         solution = Solution(lowrank_a=lowrank_a, lowrank_b=lowrank_b)
-        return with_errors(errors, solution, sizes=[len(weight) for weight in weights])
+        return with_errors(errors, solution, None, [len(weight) for weight in weights])
 
     def _weight_and_bias(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
         """(N, K) and (N,) of the dense layer, zeros where it has no bias."""

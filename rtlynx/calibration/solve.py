@@ -180,9 +180,9 @@ def solve_pruned(
 
 
 def with_errors(
-    errors: LayerErrors, solution: Solution, bias: Tensor | None = None, sizes: Sequence[int] = ()
+    errors: LayerErrors, solution: Solution, bias: Tensor | None, sizes: Sequence[int]
 ) -> list[Solution]:
-    """`solution` split into layers of `sizes` outputs (default one), each with its errors.
+    """`solution` split into layers of `sizes` outputs, each with its errors.
 
     `bias` (N,) is the original one where the solution has another. Without the solution, a layer that drops
     weights keeps the largest of them.
@@ -192,7 +192,7 @@ def with_errors(
     plain = plain if solution.weight_scale is None else quantize_weight(plain).dequantize()
     before, after = errors.of(plain), _errors_of(errors, solution, bias)
     found, start = [], 0
-    for size in sizes or [len(weight)]:
+    for size in sizes:
         rows = slice(start, start + size)
         own = solution.rows(start, start + size)
         own = replace(own, error_before=errors.relative(before, rows), error=errors.relative(after, rows))

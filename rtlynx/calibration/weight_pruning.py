@@ -7,6 +7,8 @@ one of concatenated outputs.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,12 @@ def sparsegpt(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(kept, left, 0.0), kept
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are recorded: one stream, since cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
 class _Columns:
     """A run of neighbouring columns, from which half are removed.
 
@@ -97,12 +105,8 @@ class _Columns:
         if self._graph is None or self._runs == 1:  # the first one loads the kernels
             return self._remove()
         if self._runs == 2:
-            side = torch.cuda.Stream(weight.device)
-            side.wait_stream(torch.cuda.current_stream(weight.device))
-            with torch.cuda.stream(side):
-                self._graph.capture_begin()
+            with torch.cuda.graph(self._graph, stream=_side_stream(weight.device)):
                 self._remove()
-                self._graph.capture_end()
         self._graph.replay()
 
     def _remove(self) -> None:

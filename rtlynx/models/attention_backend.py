@@ -112,8 +112,8 @@ def follow(model: nn.Module, whose: Whose | None) -> None:
 
 
 @contextmanager
-def following(model: nn.Module, whose: Whose) -> Iterator[None]:
-    """Meanwhile, `follow` as calls of a model that is not sparse yet tell."""
+def dense_steps_told_by(model: nn.Module, whose: Whose) -> Iterator[None]:
+    """Meanwhile, have attention of `model` in eight bits `follow` the state of `whose` calls."""
     before = {attn.processor: attn.processor._attention_backend for _, attn in attentions(model)}
     follow(model, whose)
     try:

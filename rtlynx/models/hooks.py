@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rtlynx.models.architecture import Architecture
-from rtlynx.models.attention_backend import following
+from rtlynx.models.attention_backend import dense_steps_told_by
 from rtlynx.models.fusion import processor_known
 from rtlynx.models.guards import prepare_adapters, refuse_merged
 from rtlynx.models.plan import Plan, architecture_of
@@ -59,7 +59,7 @@ def entering_calls(model: nn.Module, plan: Plan) -> Iterator[None]:
     """
     handles = _register(model, EnterCall(plan)) if plan.recipe.depends_on_call else []
     try:
-        with following(model, "layers") if plan.recipe.has_dense_steps else nullcontext():
+        with dense_steps_told_by(model, "layers") if plan.recipe.has_dense_steps else nullcontext():
             yield
     finally:
         for handle in handles:

@@ -40,6 +40,19 @@ def test_moments_on_the_card_are_those_of_float64(dtype):
         assert off(getattr(found, name), wanted / len(x)) < (1e-5 if dtype is torch.float32 else 1e-4)
 
 
+def test_wide_moments_are_those_of_float64():
+    """Products by blocks, of a width that is no multiple of theirs."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    x = (1 + torch.randn(300, 4104, generator=generator, device="cuda")).bfloat16()
+    s = quantize_tokens(x, nm_mask(x)).dequantize()
+    moments = RunningMoments(4104, device="cuda")
+    for part in zip(x.split(100), s.split(100), strict=True):
+        moments.add(*part)
+    found, x, s = moments.mean(), x.double(), s.double()
+    for name, wanted in (("dense", x.T @ x), ("cross", s.T @ x), ("kept", s.T @ s)):
+        assert off(getattr(found, name), wanted / len(x)) < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("mean", [50.0, 300.0])
 def test_a_mean_that_outweighs_its_deviation_leaves_the_covariance(dtype, mean):

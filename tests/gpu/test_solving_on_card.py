@@ -25,6 +25,20 @@ def error(weight, found, gram):
     return ((off @ gram) * off).sum(1)
 
 
+def test_columns_are_removed_by_one_graph_on_any_stream(monkeypatch):
+    replayed, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replayed.append(graph) or replay(graph))
+    weight, gram = problem(40, 4 * COLUMNS)
+    wanted, _ = sparsegpt(weight, gram)
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        found, _ = sparsegpt(weight.cuda(), gram.cuda())
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-8, atol=1e-8)
+    assert len(replayed) == 3  # the first run loads the kernels
+    assert len(set(replayed)) == 1
+
+
 @pytest.mark.parametrize("k", [4, 64, COLUMNS, COLUMNS + 4, 5 * COLUMNS, 6 * COLUMNS - 32])
 @pytest.mark.parametrize("n", [1, 300])
 def test_columns_are_removed_as_on_a_cpu(n, k):
