@@ -32,12 +32,12 @@ from rtlynx.calibration.refusals import (
     without_auto_sigmas,
 )
 from rtlynx.calibration.reparameterize import find_bases
-from rtlynx.calibration.replay import SkippedBlocks, block_order, tokens_per_layer
+from rtlynx.calibration.replay import SkippedBlocks, block_order, device_of, tokens_per_layer
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import solve_layer, solve_pruned, with_errors
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FormatName
-from rtlynx.models.pipelines import guidance_scale
+from rtlynx.models.pipelines import guidance_scale, offload_again
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.prompts import Prompt
 from rtlynx.models.reparameterize import Reparameterization, reparameterize
@@ -123,13 +123,17 @@ def calibrate(
     for model in models.values():
         refuse_unfit(model)
     show = progress and rank() == 0
-    with all_or_none(*models.values()):
-        reports = {
-            name: _calibrate_model(
-                model, pipeline, data, recipe, options, distill, name if len(models) > 1 else None, show=show
-            )
-            for name, model in models.items()
-        }
+    several = len(models) > 1
+    try:
+        with all_or_none(*models.values()):
+            reports = {
+                name: _calibrate_model(
+                    model, pipeline, data, recipe, options, distill, name if several else None, show=show
+                )
+                for name, model in models.items()
+            }
+    finally:
+        offload_again(model_or_pipeline)
     first = next(iter(reports))
     return replace(reports.pop(first), others=reports)
 
@@ -176,8 +180,7 @@ class _Calibration:
         self.distillation = distillation
         self.plan, self.recipe, self.recording, self.show = plan, plan.recipe, recording, show
         self.model, self.options = recording.model, recording.options
-        parameter = next(self.model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = device_of(self.model), next(self.model.parameters()).dtype
         self.solutions = SolutionStore(recording.folder)
         self.tokens: dict[str, int] = {}
         self.originals: dict[str, nn.Module] = {}  # in sequential mode, of layers that run sparse
@@ -189,16 +192,16 @@ class _Calibration:
         search = self._dense_step_search()
         self.plan = self._with_shared_inputs()
         groups = input_groups(self.plan.alternatives())
-        order = self.order = self._block_order(groups)
+        self.order = self._block_order(groups)
         silent = {
             layer.name: "did not run in calibration"
             for layer in self.plan.sparse
-            if layer.candidate.block not in order
+            if layer.candidate.block not in self.order
         }
         plan = self.plan.leave_dense(silent)
         refuse_all_dense(plan)
         plan, done = self._reparameterize(plan)
-        self._solve([group for group in groups if group.block in order], order)
+        self._solve([group for group in groups if group.block in self.order])
         for name, dense in self.originals.items():
             self.model.set_submodule(name, dense)
         plan = plan.leave_dense(self.unseen)
@@ -268,7 +271,7 @@ class _Calibration:
         probe = self._first_call()
         return broadcast(block_order(self.model, blocks, probe) if probe is not None else [])
 
-    def _solve(self, groups: list[InputGroup], order: list[str]) -> None:
+    def _solve(self, groups: list[InputGroup]) -> None:
         """Gather moments for as many blocks at a time as memory allows, and solve them."""
         memory = 1 if self.options.sequential else int(self.options.memory_gb * 1e9)
         collector = Collector(
@@ -276,11 +279,11 @@ class _Calibration:
             self.plan.architecture,
             self.recording.store,
             self._training_tokens_per_call(),
-            None if self.options.sequential else SkippedBlocks(self.model, order),
+            None if self.options.sequential else SkippedBlocks(self.model, self.order),
         )
-        replays = len(list(passes(groups, order, memory))) * len(self.recording.numbers)
+        replays = len(list(passes(groups, self.order, memory))) * len(self.recording.numbers)
         with ProgressBar("gathering moments", replays, show=self.show) as advance:
-            for batch in passes(groups, order, memory):
+            for batch in passes(groups, self.order, memory):
                 missing = [group for group in batch if not self.solutions.has(group)]
                 if missing:
                     collector.collect(missing, self.recording.batches, missing[-1].block, advance)
