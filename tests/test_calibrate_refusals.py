@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 
-import accelerate
 import pytest
 import torch
 import torch.multiprocessing
@@ -278,26 +277,3 @@ def test_a_layer_that_would_be_slower_stays_dense():
     assert set(sparse_layers(model)) == {"blocks.0.0"}
     assert report.dense == {"blocks.1.0": "saves nothing"}
     assert report.choice.speedup_share == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("how", ["sequential", "block_level", "leaf_level"])
-def test_offloading_that_takes_weights_away_is_refused_before_anything_is_drawn(how):
-    model, cpu = tiny_flux(), torch.device("cpu")
-    if how == "sequential":
-        accelerate.cpu_offload(model, execution_device=cpu)
-    else:
-        blocks = {"num_blocks_per_group": 1} if how == "block_level" else {}
-        model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=how, **blocks)
-    pipeline = TinyPipeline(model)
-    with pytest.raises(ValueError, match="then enable offloading"):
-        calibrate(pipeline, ["a cat"], Recipe(rank=None, ridge=RIDGE), progress=False)
-    assert not pipeline.batches
-
-
-def test_a_model_that_is_offloaded_as_a_whole_is_calibrated():
-    recipe, options = Recipe(rank=None, ridge=RIDGE), CalibrationOptions(heldout=0.0)
-    models = [tiny_flux(), tiny_flux()]
-    accelerate.cpu_offload_with_hook(models[0], "cpu")
-    for model in models:
-        calibrate(TinyPipeline(model), ["a cat"], recipe, options, progress=False)
-    assert_same(*(model.state_dict() for model in models))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rtlynx.calibration.calls import CalibrationError, CallStore
 from rtlynx.calibration.moments import Moments, RunningMoments, balanced
 from rtlynx.calibration.processes import all_rows, distributed
-from rtlynx.calibration.replay import Position, SkippedBlocks, ending_at, replay
+from rtlynx.calibration.replay import Position, SkippedBlocks, device_of, ending_at, replay
 from rtlynx.math.reference import compress
 from rtlynx.models.architecture import Architecture, TextRows
 from rtlynx.models.plan import LayerPlan
@@ -184,7 +184,7 @@ class Collector:
         CalibrationError
             At the first token that is not finite, naming layer and batch.
         """
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         position: dict[str, Any] = {}
 
         def which() -> Position:

@@ -23,6 +23,7 @@ from rtlynx.calibration.prices import ModelPrices
 from rtlynx.calibration.processes import broadcast, rank, sum_over_processes, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.calibration.recording import Recording
+from rtlynx.calibration.replay import device_of
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.math.formats import FP8_DENSE, FormatName
 from rtlynx.models.architecture import Architecture
@@ -158,7 +159,7 @@ class DenseStepSearch:
     def __init__(self, recording: Recording, *, show: bool) -> None:
         self.recording, self.show = recording, show
         self.model: nn.Module = recording.model
-        self.device = next(self.model.parameters()).device
+        self.device = device_of(self.model)
         known = recording.prompts_of["heldout"] or recording.prompts_of["fit"]
         judged = list(known.items())[:: max(1, len(known) // JUDGED_PROMPTS)][:JUDGED_PROMPTS]
         self.count = len(judged)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rtlynx.calibration.calls import Call, CallStore, by_step, moved
 from rtlynx.calibration.pairs import Pictures, State, null_first, states_of, turned
-from rtlynx.calibration.replay import Position, SkippedBlocks, ending_at, replay
+from rtlynx.calibration.replay import Position, SkippedBlocks, device_of, ending_at, replay
 from rtlynx.models.architecture import Architecture
 
 JUDGED_STEPS = 4
@@ -89,7 +89,7 @@ class OutputError:
     ) -> None:
         self.model, self.calls = model, calls
         self._skipped, self._at = SkippedBlocks(model, order), 0
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.inputs = [moved(call, self.device) for call in calls]
         self.states: list[State] = []
         self.scale = 1.0 if guidance is None else guidance.scale

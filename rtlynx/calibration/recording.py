@@ -24,7 +24,7 @@ from rtlynx.calibration.options import CalibrationOptions
 from rtlynx.calibration.processes import rank, world
 from rtlynx.calibration.progress import ProgressBar
 from rtlynx.models.fingerprint import model_fingerprint
-from rtlynx.models.pipelines import check_call, draw, draw_alone
+from rtlynx.models.pipelines import check_call, draw, draw_alone, offload_again
 from rtlynx.models.plan import Plan
 from rtlynx.models.prompts import Prompt, describe, together
 
@@ -182,6 +182,7 @@ class Recording:
         """One pipeline call, which gives latents where the pipeline can do without decoding them."""
 
         def call(*, decodes: bool) -> _T:
+            offload_again(self.pipeline)  # its other models have to fit, too
             latent = {} if decodes else {"output_type": "latent"}
             return use(lambda: draw_with({**latent, **self.options.pipeline_kwargs}))
 

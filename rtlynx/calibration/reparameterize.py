@@ -13,6 +13,7 @@ from rtlynx.calibration.calls import CalibrationError
 from rtlynx.calibration.collect import split_kinds
 from rtlynx.calibration.processes import all_rows, broadcast, distributed, rank, world
 from rtlynx.calibration.recording import Recording
+from rtlynx.calibration.replay import device_of
 from rtlynx.math.grouping import grouping_permutation
 from rtlynx.math.rotation import value_rotation
 from rtlynx.models.architecture import Attention, Mlp
@@ -106,7 +107,7 @@ def find_bases(plan: Plan, recording: Recording, advance: Callable[[int], None])
     if broadcast(known):
         return broadcast(folder.read(_FILE)[0] if folder is not None and known else {})
     model, seed = recording.model, recording.options.seed
-    device, per_call = next(model.parameters()).device, _tokens_per_call(plan, recording)
+    device, per_call = device_of(model), _tokens_per_call(plan, recording)
     kinds = ("image", "text")
     outputs = {one.name: {kind: _Outputs(one, device) for kind in kinds} for one in plan.rotated}
     hidden = {
@@ -174,7 +175,7 @@ def _replay(
     handles = [watch(layer, kinds) for layer, kinds in readers]
     try:
         for number in recording.batches["fit"]:
-            for call in recording.store.replay([number], next(model.parameters()).device):
+            for call in recording.store.replay([number], device_of(model)):
                 rows = architecture.text_rows(call) if joint and architecture.text_rows else None
                 position.update(batch=number, rows=rows)
                 with torch.no_grad():

@@ -14,6 +14,12 @@ from rtlynx.calibration.calls import CalibrationError, moved
 Position = tuple[int, int]  # batch, call of it
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where calls of `model` run: offloaded as a whole, it may lie elsewhere between them."""
+    runs_on = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return next(model.parameters()).device if runs_on is None else torch.device(runs_on)
+
+
 class StopForward(Exception):
     """Ends a forward pass behind the last block of interest."""
 

@@ -33,12 +33,12 @@ from rtlynx.calibration.refusals import (
     without_auto_sigmas,
 )
 from rtlynx.calibration.reparameterize import find_bases
-from rtlynx.calibration.replay import SkippedBlocks, block_order, tokens_per_layer
+from rtlynx.calibration.replay import SkippedBlocks, block_order, device_of, tokens_per_layer
 from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import solve_layers, solve_pruned, with_errors
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FormatName
-from rtlynx.models.pipelines import guidance_scale
+from rtlynx.models.pipelines import guidance_scale, offload_again
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.prompts import Prompt
 from rtlynx.models.reparameterize import Reparameterization, reparameterize
@@ -124,13 +124,17 @@ def calibrate(
     for model in models.values():
         refuse_unfit(model)
     show = progress and rank() == 0
-    with all_or_none(*models.values()):
-        reports = {
-            name: _calibrate_model(
-                model, pipeline, data, recipe, options, distill, name if len(models) > 1 else None, show=show
-            )
-            for name, model in models.items()
-        }
+    several = len(models) > 1
+    try:
+        with all_or_none(*models.values()):
+            reports = {
+                name: _calibrate_model(
+                    model, pipeline, data, recipe, options, distill, name if several else None, show=show
+                )
+                for name, model in models.items()
+            }
+    finally:
+        offload_again(model_or_pipeline)
     first = next(iter(reports))
     return replace(reports.pop(first), others=reports)
 
@@ -177,8 +181,7 @@ class _Calibration:
         self.distillation = distillation
         self.plan, self.recipe, self.recording, self.show = plan, plan.recipe, recording, show
         self.model, self.options = recording.model, recording.options
-        parameter = next(self.model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = device_of(self.model), next(self.model.parameters()).dtype
         self.solutions = SolutionStore(recording.folder)
         self.tokens: dict[str, int] = {}
         self.originals: dict[str, nn.Module] = {}  # in sequential mode, of layers that run sparse
@@ -271,18 +274,17 @@ class _Calibration:
 
     def _solve(self, groups: list[InputGroup]) -> None:
         """Gather moments for as many blocks at a time as memory allows, and solve them."""
-        order = self.order
         memory = 1 if self.options.sequential else int(self.options.memory_gb * 1e9)
         collector = Collector(
             self.model,
             self.plan.architecture,
             self.recording.store,
             self._training_tokens_per_call(),
-            None if self.options.sequential else SkippedBlocks(self.model, order),
+            None if self.options.sequential else SkippedBlocks(self.model, self.order),
         )
-        replays = len(list(passes(groups, order, memory))) * len(self.recording.numbers)
+        replays = len(list(passes(groups, self.order, memory))) * len(self.recording.numbers)
         with ProgressBar("gathering moments", replays, show=self.show) as advance:
-            for batch in passes(groups, order, memory):
+            for batch in passes(groups, self.order, memory):
                 missing = [group for group in batch if not self.solutions.has(group)]
                 if missing:
                     collector.collect(missing, self.recording.batches, missing[-1].block, advance)

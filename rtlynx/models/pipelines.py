@@ -134,6 +134,13 @@ def usable_device(device: str) -> str:
     return device
 
 
+def offload_again(pipeline: Any) -> None:
+    """Put models on the CPU that calls outside of the pipeline brought to a card, where it offloads them."""
+    free = getattr(pipeline, "maybe_free_model_hooks", None)
+    if free is not None:
+        free()
+
+
 @contextmanager
 def quiet(pipeline: Any) -> Iterator[None]:
     """Hide the pipeline's own progress bar, where it has one; ours counts pictures."""
