@@ -68,6 +68,7 @@ WORDS = {
     "chroma": "Chroma",
     "flux1-dev": "FLUX.1-dev",
     "flux2-klein": "FLUX.2-klein",
+    "qwen-edit": "Qwen-Image-Edit",
     "qwen-image": "Qwen-Image",
     "sd3.5-large": "SD 3.5 large",
     "z-image": "Z-Image",

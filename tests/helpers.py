@@ -67,6 +67,7 @@ SMALL = {
         joint_attention_dim=7680,
     ),
     "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
+    "qwen-edit": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2, zero_cond_t=True),
     "sd3.5-large": lambda: SD3Transformer2DModel(
         num_layers=1, num_attention_heads=2, caption_projection_dim=128, qk_norm="rms_norm"
     ),

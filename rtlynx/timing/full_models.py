@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
@@ -15,89 +15,29 @@ from diffusers import (
     LTX2VideoTransformer3DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
-    UniPCMultistepScheduler,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+
+from rtlynx.timing.sampling import (
+    CHROMA_SAMPLING,
+    FLUX2_KLEIN_SAMPLING,
+    FLUX_SAMPLING,
+    LTX2_SAMPLING,
+    QWEN_IMAGE_SAMPLING,
+    SD3_SAMPLING,
+    WAN_SAMPLING,
+    Z_IMAGE_SAMPLING,
+    Sampling,
+    Size,
+)
 
 Call = dict[str, Any]  # arguments of one forward
 TIMESTEP = 0.5  # of every call, whatever noise level it is timed at: time does not depend on it
-
-
-class Size(NamedTuple):
-    """Of a picture or video.
-
-    side : pixels of its height, and of its width unless `width` says another.
-    batch : pictures or videos.
-    text_tokens : of each prompt.
-    frames : of a video, 1 + a multiple of `token`'s; 1 for a picture.
-    token : frames, and pixels of height and width, that one token stands for; the first frame stands alone.
-    """
-
-    side: int = 1024
-    batch: int = 1
-    text_tokens: int = 512
-    width: int | None = None
-    frames: int = 1
-    token: tuple[int, int, int] = (4, 16, 16)
-
-    @property
-    def latents(self) -> tuple[int, int, int]:
-        """Frames, height and width: each is of 8 by 8 pixels of 4 frames, or of the first frame alone."""
-        return 1 + (self.frames - 1) // 4, self.side // 8, (self.width or self.side) // 8
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Frames, height and width in tokens."""
-        frames, height, width = self.token
-        return 1 + (self.frames - 1) // frames, self.side // height, (self.width or self.side) // width
-
-    @property
-    def image_tokens(self) -> int:
-        return math.prod(self.grid)
-
-    def described(self) -> dict[str, int]:
-        """As results files have it."""
-        found = {"resolution": self.side, "batch": self.batch, "text_tokens": self.text_tokens}
-        if self.frames > 1 or self.width is not None:
-            found |= {"width": self.width or self.side, "frames": self.frames}
-        return found
-
-
-class Sampling(NamedTuple):
-    """How a model's pipeline usually samples.
-
-    steps : of a picture
-    scheduler : what scheduler/scheduler_config.json of the published weights gives, where it is not the
-        default of the scheduler's class
-    kind : that class
-    by_scheduler : whether the pipeline leaves it to the scheduler which noise levels its steps have
-    shift : of image tokens and steps, the scheduler's mu, where the pipeline does not take it from
-        `scheduler` by a line
-    """
-
-    steps: int
-    scheduler: Mapping[str, Any]
-    kind: type = FlowMatchEulerDiscreteScheduler
-    by_scheduler: bool = False
-    shift: Callable[[int, int], float] | None = None
-
-    def sigmas(self, size: Size) -> list[float]:
-        """Noise level of each step from 1 down, as the pipelines of diffusers 0.42 set their schedulers."""
-        scheduler: Any = self.kind(**self.scheduler)
-        if self.by_scheduler:
-            scheduler.set_timesteps(self.steps)
-            return scheduler.sigmas[:-1].tolist()
-        of, tokens = scheduler.config, size.image_tokens
-        if self.shift is not None:
-            mu = self.shift(tokens, self.steps)
-        else:
-            slope = (of.max_shift - of.base_shift) / (of.max_image_seq_len - of.base_image_seq_len)
-            mu = of.base_shift + slope * (tokens - of.base_image_seq_len)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / self.steps, self.steps), mu=mu)
-        return scheduler.sigmas[:-1].tolist()
+# Of a square picture in a prompt of Qwen-Image-Edit: 384 by 384 pixels, which Qwen2.5-VL rounds to 14 by 14
+# tokens of 28 by 28 pixels.
+SHOWN_TOKENS = 14 * 14
 
 
 class FullModel(NamedTuple):
@@ -200,12 +140,6 @@ def _flux2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
-def _flux2_shift(tokens: int, steps: int) -> float:
-    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-    return compute_empirical_mu(tokens, steps)
-
-
 def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     """With guidance: a prompt, and a negative one."""
     side, batch = size.side // 16, size.batch
@@ -219,6 +153,49 @@ def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
         }
         for length in (size.text_tokens, max(1, size.text_tokens // 4))
     ]
+
+
+def _tensor_once(rows: Sequence[Sequence[int]], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What torch.tensor makes of `rows`, made once: a CUDA graph holds no copy from the host."""
+    return _tensor_of(tuple(map(tuple, rows)), device, dtype)
+
+
+@functools.cache
+def _tensor_of(rows: tuple[tuple[int, ...], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.as_tensor(rows, device=device, dtype=dtype)
+
+
+@functools.wraps(QwenImageTransformer2DModel.forward)
+def _edit_forward(model: QwenImageTransformer2DModel, *args: Any, **call: Any) -> Any:
+    """The class's forward, which makes a tensor of which tokens are drawn on the host in each call."""
+    before = torch.tensor
+    torch.tensor = _tensor_once  # type: ignore[assignment]
+    try:
+        return QwenImageTransformer2DModel.forward(model, *args, **call)
+    finally:
+        torch.tensor = before
+
+
+def _qwen_edit_2511() -> Any:
+    model: Any = QwenImageTransformer2DModel(zero_cond_t=True)
+    model.forward = MethodType(_edit_forward, model)
+    return model
+
+
+def _qwen_edit(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    """Tokens of the edited picture, as large as the drawn one, behind those of the drawn one.
+
+    Both prompts show it to the encoder of text besides.
+    """
+    side, batch = size.side // 16, size.batch
+    calls = _qwen_image(size, normal)
+    tokens = normal(batch, 2 * size.image_tokens, 64)
+    for call in calls:
+        words = call["encoder_hidden_states"]
+        shown = normal(batch, SHOWN_TOKENS + words.shape[1], 3584)
+        shapes = [[(1, side, side)] * 2] * batch
+        call |= {"hidden_states": tokens, "encoder_hidden_states": shown, "img_shapes": shapes}
+    return calls
 
 
 def _sd35_large() -> Any:
@@ -299,43 +276,6 @@ def _ltx2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
-# Number of steps: the default of FluxPipeline, ChromaPipeline, QwenImagePipeline, StableDiffusion3Pipeline,
-# WanPipeline and LTX2Pipeline, and what the model cards of FLUX.2-klein-4B and Z-Image-Turbo call their
-# pipelines with.
-FLUX_SAMPLING = Sampling(28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15})
-CHROMA_SAMPLING = FLUX_SAMPLING._replace(steps=35)  # ChromaPipeline falls back on FLUX.1's shift
-FLUX2_KLEIN_SAMPLING = Sampling(4, {"use_dynamic_shifting": True}, shift=_flux2_shift)
-QWEN_IMAGE_SAMPLING = Sampling(
-    50,
-    {
-        "use_dynamic_shifting": True,
-        "base_shift": 0.5,
-        "max_shift": 0.9,
-        "max_image_seq_len": 8192,
-        "shift_terminal": 0.02,
-    },
-)
-SD3_SAMPLING = Sampling(28, {"shift": 3.0}, by_scheduler=True)
-Z_IMAGE_SAMPLING = Sampling(9, {"shift": 3.0})
-# The shift is the one that the example of diffusers' WanPipeline has for 480p.
-WAN_SAMPLING = Sampling(
-    50,
-    {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
-    UniPCMultistepScheduler,
-    by_scheduler=True,
-)
-LTX2_SAMPLING = Sampling(
-    30,
-    {
-        "use_dynamic_shifting": True,
-        "base_shift": 0.95,
-        "max_shift": 2.05,
-        "base_image_seq_len": 1024,
-        "max_image_seq_len": 4096,
-        "shift_terminal": 0.1,
-    },
-)
-
 MODELS = {
     model.name: model
     for model in (
@@ -346,6 +286,7 @@ MODELS = {
             *("qwen-image", lambda: QwenImageTransformer2DModel(), _qwen_image),
             *(Size(text_tokens=128), QWEN_IMAGE_SAMPLING),
         ),
+        FullModel("qwen-edit", _qwen_edit_2511, _qwen_edit, Size(text_tokens=128), QWEN_IMAGE_SAMPLING),
         FullModel(
             "z-image", lambda: ZImageTransformer2DModel(), _z_image, Size(text_tokens=32), Z_IMAGE_SAMPLING
         ),
