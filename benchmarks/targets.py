@@ -193,6 +193,7 @@ STEP_SPEED_UPS = {
     "flux2-klein": ((RECOMMENDED, REFERENCE, 1.5),),
     "wan2.2-14b": ((RECOMMENDED, REFERENCE, 1.5),),
     "chroma": ((RECOMMENDED, REFERENCE, 1.5),),
+    "hunyuan-video-1.5": ((RECOMMENDED, REFERENCE, 1.5),),
     "ltx-2": ((RECOMMENDED, REFERENCE, 1.4),),
     "sd3.5-large": ((RECOMMENDED, REFERENCE, 1.5),),
 }

@@ -40,6 +40,7 @@ STEPS = {
     "ChromaTransformer2DModel": ("chroma",),
     "Flux2Transformer2DModel": ("flux2-klein",),
     "FluxTransformer2DModel": ("flux1-dev",),
+    "HunyuanVideo15Transformer3DModel": ("hunyuan-video-1.5",),
     "LTX2VideoTransformer3DModel": ("ltx-2",),
     "QwenImageTransformer2DModel": ("qwen-image", "qwen-edit"),
     "SD3Transformer2DModel": ("sd3.5-large",),

@@ -74,6 +74,7 @@ WORDS = {
     "z-image": "Z-Image",
     "wan2.2-14b": "Wan 2.2 14B",
     "ltx-2": "LTX-2",
+    "hunyuan-video-1.5": "HunyuanVideo 1.5",
 }
 
 

@@ -74,6 +74,9 @@ SMALL = {
     "z-image": lambda: ZImageTransformer2DModel(
         dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
     ),
+    "hunyuan-video-1.5": lambda: HunyuanVideo15Transformer3DModel(
+        num_layers=1, num_refiner_layers=1, num_attention_heads=2
+    ),
     "ltx-2": lambda: LTX2VideoTransformer3DModel(
         num_layers=1,
         num_attention_heads=2,

@@ -68,6 +68,42 @@ def test_chroma_embeds_guidance_as_ever_without_the_host(monkeypatch):
     assert model.to("meta").time_text_embed.guidance_proj(torch.zeros(2)).is_meta
 
 
+def test_a_video_of_hunyuan_has_a_padded_text_stream():
+    full = MODELS["hunyuan-video-1.5"]
+    assert full.size.image_tokens == 31 * 30 * 53 == 49_290
+    calls = full.calls(full.size._replace(side=64, width=64), torch.randn)
+    assert [int(call["encoder_attention_mask"].sum()) for call in calls] == [128, 32]
+    for call in calls:
+        assert call["hidden_states"].shape == (1, 65, 31, 4, 4)
+        assert not call["hidden_states"][:, 32:].any()
+        assert not call["encoder_attention_mask_2"].any()
+        assert not call["image_embeds"].any()
+    with torch.device("meta"):
+        model = full.build()
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 1) == 8.3
+    assert len(model.transformer_blocks) == 54
+
+
+@torch.no_grad()
+def test_hunyuan_draws_as_ever_without_asking_the_card(monkeypatch):
+    small = SMALL["hunyuan-video-1.5"]()
+    model = copy.deepcopy(small)
+    monkeypatch.setattr(full_models, "HunyuanVideo15Transformer3DModel", lambda **_: model)
+    MODELS["hunyuan-video-1.5"].build()
+    size = Size(side=64, width=96, frames=9, batch=2, text_tokens=5)
+    for call in MODELS["hunyuan-video-1.5"].calls(size, torch.randn):
+        # Glyphs, too, and texts of several lengths.
+        call["encoder_attention_mask"][1, 3:9] = 1
+        call["encoder_hidden_states_2"] += 1
+        call["encoder_attention_mask_2"] = torch.arange(256).lt(torch.tensor([[0], [7]])).long()
+        expected = small(**call, return_dict=False)[0]
+        assert torch.equal(model(**call, return_dict=False)[0], expected)
+    # Nothing that waits for the card: shapes and branches follow from shapes alone.
+    model.to("meta")(**{name: one.to("meta") for name, one in call.items()}, return_dict=False)
+    with pytest.raises(ValueError, match="return_dict=False"):
+        model(**call)
+
+
 def test_a_picture_is_edited_beside_its_original():
     full = MODELS["qwen-edit"]
     calls = full.calls(full.size, meta)
@@ -142,6 +178,7 @@ AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 409
         ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
         ("z-image", 9, 3.0, None),
         ("wan2.2-14b", 50, 3.0, None),
+        ("hunyuan-video-1.5", 50, 5.0, None),
         ("ltx-2", 30, math.exp(0.95 + 1.1 * (4096 - 1024) / (4096 - 1024)), 0.1),
     ],
 )

@@ -12,6 +12,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     LTX2VideoTransformer3DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -20,10 +21,12 @@ from diffusers import (
 )
 from torch import Tensor
 
+from rtlynx.timing import hunyuan_video15
 from rtlynx.timing.sampling import (
     CHROMA_SAMPLING,
     FLUX2_KLEIN_SAMPLING,
     FLUX_SAMPLING,
+    HUNYUAN_SAMPLING,
     LTX2_SAMPLING,
     QWEN_IMAGE_SAMPLING,
     SD3_SAMPLING,
@@ -250,6 +253,38 @@ def _wan(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
+def _hunyuan_video15() -> Any:
+    """The class's defaults are those of the published 480p weights, but for the task."""
+    model: Any = HunyuanVideo15Transformer3DModel(task_type="t2v")
+    model.forward = MethodType(hunyuan_video15.forward, model)
+    return model
+
+
+def _hunyuan(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    """With guidance: a prompt, and a negative one, both padded. No glyphs, no picture to begin with."""
+    batch = size.batch
+    # What is drawn, the first frame's latents and where they are given: of text alone zeros.
+    drawn, given = normal(batch, 32, *size.grid), normal(batch, 33, *size.grid) * 0
+    latents = torch.cat([drawn, given], dim=1)
+    pad = hunyuan_video15
+
+    def padded(valid: int, length: int) -> Tensor:
+        return (torch.arange(length, device=latents.device) < valid).expand(batch, -1).long()
+
+    return [
+        {
+            "hidden_states": latents,
+            "timestep": latents.new_full((batch,), TIMESTEP),
+            "encoder_hidden_states": normal(batch, pad.WORD_TOKENS, 3584),
+            "encoder_attention_mask": padded(words, pad.WORD_TOKENS),
+            "encoder_hidden_states_2": normal(batch, pad.GLYPH_TOKENS, 1472) * 0,
+            "encoder_attention_mask_2": padded(0, pad.GLYPH_TOKENS),
+            "image_embeds": normal(batch, pad.IMAGE_TOKENS, 1152) * 0,
+        }
+        for words in (size.text_tokens, max(1, size.text_tokens // 4))
+    ]
+
+
 def _ltx2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     """With guidance, for which the pipeline puts a negative prompt and the prompt in one forward.
 
@@ -307,6 +342,14 @@ MODELS = {
             _ltx2,
             Size(side=512, text_tokens=1024, width=768, frames=121, token=(8, 32, 32)),
             LTX2_SAMPLING,
+        ),
+        # The weights for 480p draw a video of 848 by 480 pixels by default: 49,290 tokens.
+        FullModel(
+            "hunyuan-video-1.5",
+            _hunyuan_video15,
+            _hunyuan,
+            Size(side=480, width=848, frames=121, text_tokens=128),
+            HUNYUAN_SAMPLING,
         ),
         FullModel("flux2-klein", _flux2_klein_4b, _flux2, Size(), FLUX2_KLEIN_SAMPLING),
         FullModel("sd3.5-large", _sd35_large, _sd3, Size(text_tokens=77 + 256), SD3_SAMPLING),
