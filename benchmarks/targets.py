@@ -190,6 +190,7 @@ STEP_SPEED_UPS = {
     "qwen-image": ((RECOMMENDED, REFERENCE, 1.85), (DENSE_FP8, REFERENCE, 1.65)),
     "qwen-edit": ((RECOMMENDED, REFERENCE, 1.5),),
     "z-image": ((RECOMMENDED, REFERENCE, 1.9), (DENSE_FP8, REFERENCE, 1.65)),
+    "flux2-dev": ((RECOMMENDED, REFERENCE, 1.5),),
     "flux2-klein": ((RECOMMENDED, REFERENCE, 1.5),),
     "wan2.2-14b": ((RECOMMENDED, REFERENCE, 1.5),),
     "chroma": ((RECOMMENDED, REFERENCE, 1.5),),

@@ -38,7 +38,7 @@ COMMAND = "python docs/supported_models.py"
 # Model class -> the full-size models of which a step is measured.
 STEPS = {
     "ChromaTransformer2DModel": ("chroma",),
-    "Flux2Transformer2DModel": ("flux2-klein",),
+    "Flux2Transformer2DModel": ("flux2-klein", "flux2-dev"),
     "FluxTransformer2DModel": ("flux1-dev",),
     "HunyuanVideo15Transformer3DModel": ("hunyuan-video-1.5",),
     "LTX2VideoTransformer3DModel": ("ltx-2",),

@@ -67,6 +67,7 @@ WORDS = {
     "bf16-2:4": "sparse bf16",
     "chroma": "Chroma",
     "flux1-dev": "FLUX.1-dev",
+    "flux2-dev": "FLUX.2-dev",
     "flux2-klein": "FLUX.2-klein",
     "qwen-edit": "Qwen-Image-Edit",
     "qwen-image": "Qwen-Image",

@@ -59,6 +59,7 @@ SMALL = {
     "flux1-dev": lambda: FluxTransformer2DModel(
         guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2
     ),
+    "flux2-dev": lambda: Flux2Transformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=2),
     "flux2-klein": lambda: Flux2Transformer2DModel(
         guidance_embeds=False,
         num_layers=1,

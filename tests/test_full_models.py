@@ -68,6 +68,20 @@ def test_chroma_embeds_guidance_as_ever_without_the_host(monkeypatch):
     assert model.to("meta").time_text_embed.guidance_proj(torch.zeros(2)).is_meta
 
 
+def test_flux2_dev_has_thirty_two_billion_parameters_and_takes_guidance():
+    full = MODELS["flux2-dev"]
+    with torch.device("meta"):
+        model = full.build()
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 1) == 32.2
+    (call,) = full.calls(full.size, meta)
+    assert call["hidden_states"].shape == (1, 4096, 128)
+    assert call["encoder_hidden_states"].shape == (1, 512, 15_360)
+    assert call["guidance"].shape == (1,)
+    assert model.time_guidance_embed.guidance_embedder is not None
+    klein = MODELS["flux2-klein"]
+    assert "guidance" not in klein.calls(klein.size, meta)[0]
+
+
 def test_a_video_of_hunyuan_has_a_padded_text_stream():
     full = MODELS["hunyuan-video-1.5"]
     assert full.size.image_tokens == 31 * 30 * 53 == 49_290
@@ -173,6 +187,7 @@ AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 409
         ("chroma", 35, math.exp(1.15), None),
         ("flux1-dev", 28, math.exp(1.15), None),  # 4,096 tokens are the most of its scheduler
         ("flux2-klein", 4, math.exp(AT_10_STEPS + 6 / 190 * (AT_10_STEPS - AT_200_STEPS)), None),
+        ("flux2-dev", 50, math.exp(AT_10_STEPS + 40 / 190 * (AT_200_STEPS - AT_10_STEPS)), None),
         # As many as of the drawn picture decide, not those of the edited one.
         ("qwen-edit", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
         ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),

@@ -24,6 +24,7 @@ from torch import Tensor
 from rtlynx.timing import hunyuan_video15
 from rtlynx.timing.sampling import (
     CHROMA_SAMPLING,
+    FLUX2_DEV_SAMPLING,
     FLUX2_KLEIN_SAMPLING,
     FLUX_SAMPLING,
     HUNYUAN_SAMPLING,
@@ -124,7 +125,17 @@ def _flux2_klein_4b() -> Flux2Transformer2DModel:
     )
 
 
-def _flux2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+def _flux2_klein(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    return [_flux2(size, normal, text_width=7680)]
+
+
+def _flux2_dev(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    call = _flux2(size, normal, text_width=15_360)
+    tokens = call["hidden_states"]
+    return [{**call, "guidance": tokens.new_full((size.batch,), 4.0, dtype=torch.float32)}]
+
+
+def _flux2(size: Size, normal: Callable[..., Tensor], *, text_width: int) -> Call:
     side, batch = size.side // 16, size.batch
     tokens = normal(batch, size.image_tokens, 128)
 
@@ -132,15 +143,13 @@ def _flux2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
         positions = torch.cartesian_prod(*map(torch.arange, sizes))
         return positions.expand(batch, -1, -1).to(tokens.device)
 
-    return [
-        {
-            "hidden_states": tokens,
-            "encoder_hidden_states": normal(batch, size.text_tokens, 7680),
-            "timestep": tokens.new_full((batch,), TIMESTEP),
-            "img_ids": ids(1, side, side, 1),
-            "txt_ids": ids(1, 1, 1, size.text_tokens),
-        }
-    ]
+    return {
+        "hidden_states": tokens,
+        "encoder_hidden_states": normal(batch, size.text_tokens, text_width),
+        "timestep": tokens.new_full((batch,), TIMESTEP),
+        "img_ids": ids(1, side, side, 1),
+        "txt_ids": ids(1, 1, 1, size.text_tokens),
+    }
 
 
 def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
@@ -351,7 +360,9 @@ MODELS = {
             Size(side=480, width=848, frames=121, text_tokens=128),
             HUNYUAN_SAMPLING,
         ),
-        FullModel("flux2-klein", _flux2_klein_4b, _flux2, Size(), FLUX2_KLEIN_SAMPLING),
+        FullModel("flux2-klein", _flux2_klein_4b, _flux2_klein, Size(), FLUX2_KLEIN_SAMPLING),
+        # The class's defaults are its 32 billion parameters.
+        FullModel("flux2-dev", lambda: Flux2Transformer2DModel(), _flux2_dev, Size(), FLUX2_DEV_SAMPLING),
         FullModel("sd3.5-large", _sd35_large, _sd3, Size(text_tokens=77 + 256), SD3_SAMPLING),
         FullModel("chroma", _chroma1, _chroma, Size(), CHROMA_SAMPLING),
     )

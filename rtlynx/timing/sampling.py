@@ -92,8 +92,8 @@ def _flux2_shift(tokens: int, steps: int) -> float:
 
 
 # Number of steps: the default of FluxPipeline, ChromaPipeline, Flux2Pipeline, QwenImagePipeline,
-# QwenImageEditPlusPipeline, StableDiffusion3Pipeline, WanPipeline, HunyuanVideo15Pipeline and LTX2Pipeline, and
-# what the model cards of FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
+# QwenImageEditPlusPipeline, StableDiffusion3Pipeline, WanPipeline, HunyuanVideo15Pipeline and LTX2Pipeline,
+# and what the model cards of FLUX.2-klein-4B and Z-Image-Turbo call their pipelines with.
 FLUX_SAMPLING = Sampling(28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15})
 CHROMA_SAMPLING = FLUX_SAMPLING._replace(steps=35)  # ChromaPipeline falls back on FLUX.1's shift
 FLUX2_KLEIN_SAMPLING = Sampling(4, {"use_dynamic_shifting": True}, shift=_flux2_shift)
