@@ -204,10 +204,13 @@ STEP_SPEED_UPS = {
         (DENSE_FP8, REFERENCE, 1.65),
     ),
     "qwen-image": ((RECOMMENDED, REFERENCE, 1.85), (DENSE_FP8, REFERENCE, 1.65)),
+    "qwen-edit": ((RECOMMENDED, REFERENCE, 1.5),),
     "z-image": ((RECOMMENDED, REFERENCE, 1.9), (DENSE_FP8, REFERENCE, 1.65)),
+    "flux2-dev": ((RECOMMENDED, REFERENCE, 1.5),),
     "flux2-klein": ((RECOMMENDED, REFERENCE, 1.5),),
     "wan2.2-14b": ((RECOMMENDED, REFERENCE, 1.5),),
     "chroma": ((RECOMMENDED, REFERENCE, 1.5),),
+    "hunyuan-video-1.5": ((RECOMMENDED, REFERENCE, 1.5),),
     "ltx-2": ((RECOMMENDED, REFERENCE, 1.4),),
     "sd3.5-large": ((RECOMMENDED, REFERENCE, 1.5),),
 }

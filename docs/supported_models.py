@@ -20,7 +20,7 @@ from diffusers import ModelMixin
 from diffusers.models import transformers
 from goals import targets
 from overview import current_steps
-from tables import Place, factor, read
+from tables import Place, factor, in_words, read
 from torch import nn
 
 from rtlynx.models import architecture_of
@@ -35,16 +35,17 @@ from on_top_cases import CASES  # noqa: E402
 
 LISTING = ROOT / "docs" / "reference" / "layers-of-models.txt"
 COMMAND = "python docs/supported_models.py"
-# Model class -> the full-size model of which a step is measured.
+# Model class -> the full-size models of which a step is measured.
 STEPS = {
-    "ChromaTransformer2DModel": "chroma",
-    "Flux2Transformer2DModel": "flux2-klein",
-    "FluxTransformer2DModel": "flux1-dev",
-    "LTX2VideoTransformer3DModel": "ltx-2",
-    "QwenImageTransformer2DModel": "qwen-image",
-    "SD3Transformer2DModel": "sd3.5-large",
-    "WanTransformer3DModel": "wan2.2-14b",
-    "ZImageTransformer2DModel": "z-image",
+    "ChromaTransformer2DModel": ("chroma",),
+    "Flux2Transformer2DModel": ("flux2-klein", "flux2-dev"),
+    "FluxTransformer2DModel": ("flux1-dev",),
+    "HunyuanVideo15Transformer3DModel": ("hunyuan-video-1.5",),
+    "LTX2VideoTransformer3DModel": ("ltx-2",),
+    "QwenImageTransformer2DModel": ("qwen-image", "qwen-edit"),
+    "SD3Transformer2DModel": ("sd3.5-large",),
+    "WanTransformer3DModel": ("wan2.2-14b",),
+    "ZImageTransformer2DModel": ("z-image",),
 }
 # Settings of classes whose defaults build no model: those of a released model, or the size of one block.
 CONFIGS = {
@@ -186,9 +187,19 @@ def measured_step(results: dict) -> str:
     return f"{told} ({card_slug(results['device']).upper()})" if told else "\N{EN DASH}"
 
 
+def measured_steps(root: Path, kind: str) -> str:
+    """Of the full-size models of a class; each by name where the class has several."""
+    current, names = current_steps(root), STEPS.get(kind, ())
+    dash = "\N{EN DASH}"
+    told = {name: measured_step(read(root / current[name])) if name in current else dash for name in names}
+    if len(names) == 1 or set(told.values()) <= {dash}:
+        return next(iter(told.values()), dash)
+    return "; ".join(f"{in_words(name)}: {step}" for name, step in told.items())
+
+
 def models_section(root: Path, _place: Place) -> str:
     """The table of models, of the listing as it is written and of steps as they were measured."""
-    text, steps = (root / LISTING.relative_to(ROOT)).read_text(), current_steps(root)
+    text = (root / LISTING.relative_to(ROOT)).read_text()
     lines = [
         "| model class | pipelines | known by name | fused norms and activations | calibrate in small "
         "| LoRA fused | `compile_repeated_blocks` | step on H100, H200 | can be sparse | text, audio "
@@ -202,7 +213,7 @@ def models_section(root: Path, _place: Place) -> str:
         [of_all] = re.findall(r"(\S+)% of all", head)
         names = [one for one in used.partition(": ")[2].split(", ") if one != "none"]
         pipelines, calibrated = [f"`{one}`" for one in names], [one for one in names if calibrates(one)]
-        known, step = ARCHITECTURES.get(name), STEPS.get(name)
+        known = ARCHITECTURES.get(name)
         cells = [
             f"`{name}`",
             ", ".join(pipelines[:2]) + (f" and {len(pipelines) - 2} more" if pipelines[2:] else "")
@@ -212,7 +223,7 @@ def models_section(root: Path, _place: Place) -> str:
             # Fused blocks stay so with LoRAs.
             "yes" if known and known.fused else "no",
             "no" if blocks.endswith("not declared") else "yes",
-            measured_step(read(root / steps[step])) if step in steps else "\N{EN DASH}",
+            measured_steps(root, name),
             *(f"{float(share):.0f} %" for share in (image + joint, few, of_all)),
         ]
         lines.append(f"| {' | '.join(cells)} |")

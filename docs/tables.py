@@ -67,12 +67,15 @@ WORDS = {
     "bf16-2:4": "sparse bf16",
     "chroma": "Chroma",
     "flux1-dev": "FLUX.1-dev",
+    "flux2-dev": "FLUX.2-dev",
     "flux2-klein": "FLUX.2-klein",
+    "qwen-edit": "Qwen-Image-Edit",
     "qwen-image": "Qwen-Image",
     "sd3.5-large": "SD 3.5 large",
     "z-image": "Z-Image",
     "wan2.2-14b": "Wan 2.2 14B",
     "ltx-2": "LTX-2",
+    "hunyuan-video-1.5": "HunyuanVideo 1.5",
 }
 
 

@@ -59,6 +59,7 @@ SMALL = {
     "flux1-dev": lambda: FluxTransformer2DModel(
         guidance_embeds=True, num_layers=1, num_single_layers=1, num_attention_heads=2
     ),
+    "flux2-dev": lambda: Flux2Transformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=2),
     "flux2-klein": lambda: Flux2Transformer2DModel(
         guidance_embeds=False,
         num_layers=1,
@@ -67,11 +68,15 @@ SMALL = {
         joint_attention_dim=7680,
     ),
     "qwen-image": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2),
+    "qwen-edit": lambda: QwenImageTransformer2DModel(num_layers=1, num_attention_heads=2, zero_cond_t=True),
     "sd3.5-large": lambda: SD3Transformer2DModel(
         num_layers=1, num_attention_heads=2, caption_projection_dim=128, qk_norm="rms_norm"
     ),
     "z-image": lambda: ZImageTransformer2DModel(
         dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2
+    ),
+    "hunyuan-video-1.5": lambda: HunyuanVideo15Transformer3DModel(
+        num_layers=1, num_refiner_layers=1, num_attention_heads=2
     ),
     "ltx-2": lambda: LTX2VideoTransformer3DModel(
         num_layers=1,

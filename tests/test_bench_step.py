@@ -27,7 +27,9 @@ def test_the_inputs_fit_the_model(name, batch):
     torch.manual_seed(0)
     model = SMALL[name]().eval()
     calls = MODELS[name].calls(Size(side=128, batch=batch, text_tokens=7), torch.randn)
-    assert len(calls) == (2 if name in ("chroma", "qwen-image", "wan2.2-14b") else 1)
+    assert len(calls) == (
+        2 if name in ("chroma", "hunyuan-video-1.5", "qwen-edit", "qwen-image", "wan2.2-14b") else 1
+    )
     outputs = step.step_of(model, calls)()
     assert len(outputs) == len(calls) * {"z-image": batch, "ltx-2": 2}.get(name, 1)
     assert all(bool(torch.isfinite(one).all()) for one in outputs)

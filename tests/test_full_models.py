@@ -68,6 +68,101 @@ def test_chroma_embeds_guidance_as_ever_without_the_host(monkeypatch):
     assert model.to("meta").time_text_embed.guidance_proj(torch.zeros(2)).is_meta
 
 
+def test_flux2_dev_has_thirty_two_billion_parameters_and_takes_guidance():
+    full = MODELS["flux2-dev"]
+    with torch.device("meta"):
+        model = full.build()
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 1) == 32.2
+    (call,) = full.calls(full.size, meta)
+    assert call["hidden_states"].shape == (1, 4096, 128)
+    assert call["encoder_hidden_states"].shape == (1, 512, 15_360)
+    assert call["guidance"].shape == (1,)
+    assert model.time_guidance_embed.guidance_embedder is not None
+    klein = MODELS["flux2-klein"]
+    assert "guidance" not in klein.calls(klein.size, meta)[0]
+
+
+def test_a_video_of_hunyuan_has_a_padded_text_stream():
+    full = MODELS["hunyuan-video-1.5"]
+    assert full.size.image_tokens == 31 * 30 * 53 == 49_290
+    calls = full.calls(full.size._replace(side=64, width=64), torch.randn)
+    assert [int(call["encoder_attention_mask"].sum()) for call in calls] == [128, 32]
+    for call in calls:
+        assert call["hidden_states"].shape == (1, 65, 31, 4, 4)
+        assert not call["hidden_states"][:, 32:].any()
+        assert not call["encoder_attention_mask_2"].any()
+        assert not call["image_embeds"].any()
+    with torch.device("meta"):
+        model = full.build()
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 1) == 8.3
+    assert len(model.transformer_blocks) == 54
+
+
+@torch.no_grad()
+def test_hunyuan_draws_as_ever_without_asking_the_card(monkeypatch):
+    small = SMALL["hunyuan-video-1.5"]()
+    model = copy.deepcopy(small)
+    monkeypatch.setattr(full_models, "HunyuanVideo15Transformer3DModel", lambda **_: model)
+    MODELS["hunyuan-video-1.5"].build()
+    size = Size(side=64, width=96, frames=9, batch=2, text_tokens=5)
+    for call in MODELS["hunyuan-video-1.5"].calls(size, torch.randn):
+        # Glyphs, too, and texts of several lengths.
+        call["encoder_attention_mask"][1, 3:9] = 1
+        call["encoder_hidden_states_2"] += 1
+        call["encoder_attention_mask_2"] = torch.arange(256).lt(torch.tensor([[0], [7]])).long()
+        expected = small(**call, return_dict=False)[0]
+        assert torch.equal(model(**call, return_dict=False)[0], expected)
+    # Nothing that waits for the card: shapes and branches follow from shapes alone.
+    model.to("meta")(**{name: one.to("meta") for name, one in call.items()}, return_dict=False)
+    with pytest.raises(ValueError, match="return_dict=False"):
+        model(**call)
+
+
+def test_a_picture_is_edited_beside_its_original():
+    full = MODELS["qwen-edit"]
+    calls = full.calls(full.size, meta)
+    # Both prompts show the original to the encoder, in 196 tokens.
+    assert [call["encoder_hidden_states"].shape[1] for call in calls] == [128 + 196, 32 + 196]
+    for call in calls:
+        assert call["hidden_states"].shape == (1, 2 * 4096, 64)
+        assert call["img_shapes"] == [[(1, 64, 64), (1, 64, 64)]]
+    with torch.device("meta"):
+        model = full.build()
+    assert model.config.zero_cond_t
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 1) == 20.4
+
+
+@torch.no_grad()
+def test_tokens_are_told_apart_as_ever_without_the_host(monkeypatch):
+    small = SMALL["qwen-edit"]()
+    model = copy.deepcopy(small)
+    monkeypatch.setattr(full_models, "QwenImageTransformer2DModel", FakeClass(model))
+    MODELS["qwen-edit"].build()
+    call, _ = MODELS["qwen-edit"].calls(Size(side=64, batch=2, text_tokens=5), torch.randn)
+    expected = small(**call, return_dict=False)[0]
+    assert torch.equal(model(**call, return_dict=False)[0], expected)
+    made, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: made.append(args) or tensor(*args, **kwargs))
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**call, return_dict=False)[0], expected)
+    assert not made
+    call["hidden_states"][:, -1] += 1
+    changed = small(**call, return_dict=False)[0]
+    assert made
+    assert torch.equal(twin(**call, return_dict=False)[0], changed)
+
+
+class FakeClass:
+    """Makes this model; its forward is the class's."""
+
+    def __init__(self, model):
+        self.forward, self._model = type(model).forward, model
+
+    def __call__(self, zero_cond_t):
+        assert zero_cond_t
+        return self._model
+
+
 def test_an_unknown_model_is_refused_by_name():
     with pytest.raises(ValueError, match="no full-size model is called 'flux'; there are flux1-dev, "):
         full_model("flux")
@@ -92,9 +187,13 @@ AT_10_STEPS, AT_200_STEPS = 8.73809524e-05 * 4096 + 1.89833333, 0.00016927 * 409
         ("chroma", 35, math.exp(1.15), None),
         ("flux1-dev", 28, math.exp(1.15), None),  # 4,096 tokens are the most of its scheduler
         ("flux2-klein", 4, math.exp(AT_10_STEPS + 6 / 190 * (AT_10_STEPS - AT_200_STEPS)), None),
+        ("flux2-dev", 50, math.exp(AT_10_STEPS + 40 / 190 * (AT_200_STEPS - AT_10_STEPS)), None),
+        # As many as of the drawn picture decide, not those of the edited one.
+        ("qwen-edit", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
         ("qwen-image", 50, math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)), 0.02),
         ("z-image", 9, 3.0, None),
         ("wan2.2-14b", 50, 3.0, None),
+        ("hunyuan-video-1.5", 50, 5.0, None),
         ("ltx-2", 30, math.exp(0.95 + 1.1 * (4096 - 1024) / (4096 - 1024)), 0.1),
     ],
 )

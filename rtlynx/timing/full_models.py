@@ -2,102 +2,46 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     LTX2VideoTransformer3DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
-    UniPCMultistepScheduler,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+
+from rtlynx.timing import hunyuan_video15
+from rtlynx.timing.sampling import (
+    CHROMA_SAMPLING,
+    FLUX2_DEV_SAMPLING,
+    FLUX2_KLEIN_SAMPLING,
+    FLUX_SAMPLING,
+    HUNYUAN_SAMPLING,
+    LTX2_SAMPLING,
+    QWEN_IMAGE_SAMPLING,
+    SD3_SAMPLING,
+    WAN_SAMPLING,
+    Z_IMAGE_SAMPLING,
+    Sampling,
+    Size,
+)
 
 Call = dict[str, Any]  # arguments of one forward
 TIMESTEP = 0.5  # of every call, whatever noise level it is timed at: time does not depend on it
-
-
-class Size(NamedTuple):
-    """Of a picture or video.
-
-    side : pixels of its height, and of its width unless `width` says another.
-    batch : pictures or videos.
-    text_tokens : of each prompt.
-    frames : of a video, 1 + a multiple of `token`'s; 1 for a picture.
-    token : frames, and pixels of height and width, that one token stands for; the first frame stands alone.
-    """
-
-    side: int = 1024
-    batch: int = 1
-    text_tokens: int = 512
-    width: int | None = None
-    frames: int = 1
-    token: tuple[int, int, int] = (4, 16, 16)
-
-    @property
-    def latents(self) -> tuple[int, int, int]:
-        """Frames, height and width: each is of 8 by 8 pixels of 4 frames, or of the first frame alone."""
-        return 1 + (self.frames - 1) // 4, self.side // 8, (self.width or self.side) // 8
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Frames, height and width in tokens."""
-        frames, height, width = self.token
-        return 1 + (self.frames - 1) // frames, self.side // height, (self.width or self.side) // width
-
-    @property
-    def image_tokens(self) -> int:
-        return math.prod(self.grid)
-
-    def described(self) -> dict[str, int]:
-        """As results files have it."""
-        found = {"resolution": self.side, "batch": self.batch, "text_tokens": self.text_tokens}
-        if self.frames > 1 or self.width is not None:
-            found |= {"width": self.width or self.side, "frames": self.frames}
-        return found
-
-
-class Sampling(NamedTuple):
-    """How a model's pipeline usually samples.
-
-    steps : of a picture
-    scheduler : what scheduler/scheduler_config.json of the published weights gives, where it is not the
-        default of the scheduler's class
-    kind : that class
-    by_scheduler : whether the pipeline leaves it to the scheduler which noise levels its steps have
-    shift : of image tokens and steps, the scheduler's mu, where the pipeline does not take it from
-        `scheduler` by a line
-    """
-
-    steps: int
-    scheduler: Mapping[str, Any]
-    kind: type = FlowMatchEulerDiscreteScheduler
-    by_scheduler: bool = False
-    shift: Callable[[int, int], float] | None = None
-
-    def sigmas(self, size: Size) -> list[float]:
-        """Noise level of each step from 1 down, as the pipelines of diffusers 0.42 set their schedulers."""
-        scheduler: Any = self.kind(**self.scheduler)
-        if self.by_scheduler:
-            scheduler.set_timesteps(self.steps)
-            return scheduler.sigmas[:-1].tolist()
-        of, tokens = scheduler.config, size.image_tokens
-        if self.shift is not None:
-            mu = self.shift(tokens, self.steps)
-        else:
-            slope = (of.max_shift - of.base_shift) / (of.max_image_seq_len - of.base_image_seq_len)
-            mu = of.base_shift + slope * (tokens - of.base_image_seq_len)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / self.steps, self.steps), mu=mu)
-        return scheduler.sigmas[:-1].tolist()
+# Of a square picture in a prompt of Qwen-Image-Edit: 384 by 384 pixels, which Qwen2.5-VL rounds to 14 by 14
+# tokens of 28 by 28 pixels.
+SHOWN_TOKENS = 14 * 14
 
 
 class FullModel(NamedTuple):
@@ -181,7 +125,17 @@ def _flux2_klein_4b() -> Flux2Transformer2DModel:
     )
 
 
-def _flux2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+def _flux2_klein(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    return [_flux2(size, normal, text_width=7680)]
+
+
+def _flux2_dev(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    call = _flux2(size, normal, text_width=15_360)
+    tokens = call["hidden_states"]
+    return [{**call, "guidance": tokens.new_full((size.batch,), 4.0, dtype=torch.float32)}]
+
+
+def _flux2(size: Size, normal: Callable[..., Tensor], *, text_width: int) -> Call:
     side, batch = size.side // 16, size.batch
     tokens = normal(batch, size.image_tokens, 128)
 
@@ -189,21 +143,13 @@ def _flux2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
         positions = torch.cartesian_prod(*map(torch.arange, sizes))
         return positions.expand(batch, -1, -1).to(tokens.device)
 
-    return [
-        {
-            "hidden_states": tokens,
-            "encoder_hidden_states": normal(batch, size.text_tokens, 7680),
-            "timestep": tokens.new_full((batch,), TIMESTEP),
-            "img_ids": ids(1, side, side, 1),
-            "txt_ids": ids(1, 1, 1, size.text_tokens),
-        }
-    ]
-
-
-def _flux2_shift(tokens: int, steps: int) -> float:
-    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-    return compute_empirical_mu(tokens, steps)
+    return {
+        "hidden_states": tokens,
+        "encoder_hidden_states": normal(batch, size.text_tokens, text_width),
+        "timestep": tokens.new_full((batch,), TIMESTEP),
+        "img_ids": ids(1, side, side, 1),
+        "txt_ids": ids(1, 1, 1, size.text_tokens),
+    }
 
 
 def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
@@ -219,6 +165,49 @@ def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
         }
         for length in (size.text_tokens, max(1, size.text_tokens // 4))
     ]
+
+
+def _tensor_once(rows: Sequence[Sequence[int]], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What torch.tensor makes of `rows`, made once: a CUDA graph holds no copy from the host."""
+    return _tensor_of(tuple(map(tuple, rows)), device, dtype)
+
+
+@functools.cache
+def _tensor_of(rows: tuple[tuple[int, ...], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.as_tensor(rows, device=device, dtype=dtype)
+
+
+@functools.wraps(QwenImageTransformer2DModel.forward)
+def _edit_forward(model: QwenImageTransformer2DModel, *args: Any, **call: Any) -> Any:
+    """The class's forward, which makes a tensor of which tokens are drawn on the host in each call."""
+    before = torch.tensor
+    torch.tensor = _tensor_once  # type: ignore[assignment]
+    try:
+        return QwenImageTransformer2DModel.forward(model, *args, **call)
+    finally:
+        torch.tensor = before
+
+
+def _qwen_edit_2511() -> Any:
+    model: Any = QwenImageTransformer2DModel(zero_cond_t=True)
+    model.forward = MethodType(_edit_forward, model)
+    return model
+
+
+def _qwen_edit(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    """Tokens of the edited picture, as large as the drawn one, behind those of the drawn one.
+
+    Both prompts show it to the encoder of text besides.
+    """
+    side, batch = size.side // 16, size.batch
+    calls = _qwen_image(size, normal)
+    tokens = normal(batch, 2 * size.image_tokens, 64)
+    for call in calls:
+        words = call["encoder_hidden_states"]
+        shown = normal(batch, SHOWN_TOKENS + words.shape[1], 3584)
+        shapes = [[(1, side, side)] * 2] * batch
+        call |= {"hidden_states": tokens, "encoder_hidden_states": shown, "img_shapes": shapes}
+    return calls
 
 
 def _sd35_large() -> Any:
@@ -273,6 +262,38 @@ def _wan(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
+def _hunyuan_video15() -> Any:
+    """The class's defaults are those of the published 480p weights, but for the task."""
+    model: Any = HunyuanVideo15Transformer3DModel(task_type="t2v")
+    model.forward = MethodType(hunyuan_video15.forward, model)
+    return model
+
+
+def _hunyuan(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
+    """With guidance: a prompt, and a negative one, both padded. No glyphs, no picture to begin with."""
+    batch = size.batch
+    # What is drawn, the first frame's latents and where they are given: of text alone zeros.
+    drawn, given = normal(batch, 32, *size.grid), normal(batch, 33, *size.grid) * 0
+    latents = torch.cat([drawn, given], dim=1)
+    pad = hunyuan_video15
+
+    def padded(valid: int, length: int) -> Tensor:
+        return (torch.arange(length, device=latents.device) < valid).expand(batch, -1).long()
+
+    return [
+        {
+            "hidden_states": latents,
+            "timestep": latents.new_full((batch,), TIMESTEP),
+            "encoder_hidden_states": normal(batch, pad.WORD_TOKENS, 3584),
+            "encoder_attention_mask": padded(words, pad.WORD_TOKENS),
+            "encoder_hidden_states_2": normal(batch, pad.GLYPH_TOKENS, 1472) * 0,
+            "encoder_attention_mask_2": padded(0, pad.GLYPH_TOKENS),
+            "image_embeds": normal(batch, pad.IMAGE_TOKENS, 1152) * 0,
+        }
+        for words in (size.text_tokens, max(1, size.text_tokens // 4))
+    ]
+
+
 def _ltx2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     """With guidance, for which the pipeline puts a negative prompt and the prompt in one forward.
 
@@ -299,43 +320,6 @@ def _ltx2(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
-# Number of steps: the default of FluxPipeline, ChromaPipeline, QwenImagePipeline, StableDiffusion3Pipeline,
-# WanPipeline and LTX2Pipeline, and what the model cards of FLUX.2-klein-4B and Z-Image-Turbo call their
-# pipelines with.
-FLUX_SAMPLING = Sampling(28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15})
-CHROMA_SAMPLING = FLUX_SAMPLING._replace(steps=35)  # ChromaPipeline falls back on FLUX.1's shift
-FLUX2_KLEIN_SAMPLING = Sampling(4, {"use_dynamic_shifting": True}, shift=_flux2_shift)
-QWEN_IMAGE_SAMPLING = Sampling(
-    50,
-    {
-        "use_dynamic_shifting": True,
-        "base_shift": 0.5,
-        "max_shift": 0.9,
-        "max_image_seq_len": 8192,
-        "shift_terminal": 0.02,
-    },
-)
-SD3_SAMPLING = Sampling(28, {"shift": 3.0}, by_scheduler=True)
-Z_IMAGE_SAMPLING = Sampling(9, {"shift": 3.0})
-# The shift is the one that the example of diffusers' WanPipeline has for 480p.
-WAN_SAMPLING = Sampling(
-    50,
-    {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
-    UniPCMultistepScheduler,
-    by_scheduler=True,
-)
-LTX2_SAMPLING = Sampling(
-    30,
-    {
-        "use_dynamic_shifting": True,
-        "base_shift": 0.95,
-        "max_shift": 2.05,
-        "base_image_seq_len": 1024,
-        "max_image_seq_len": 4096,
-        "shift_terminal": 0.1,
-    },
-)
-
 MODELS = {
     model.name: model
     for model in (
@@ -346,6 +330,7 @@ MODELS = {
             *("qwen-image", lambda: QwenImageTransformer2DModel(), _qwen_image),
             *(Size(text_tokens=128), QWEN_IMAGE_SAMPLING),
         ),
+        FullModel("qwen-edit", _qwen_edit_2511, _qwen_edit, Size(text_tokens=128), QWEN_IMAGE_SAMPLING),
         FullModel(
             "z-image", lambda: ZImageTransformer2DModel(), _z_image, Size(text_tokens=32), Z_IMAGE_SAMPLING
         ),
@@ -367,7 +352,17 @@ MODELS = {
             Size(side=512, text_tokens=1024, width=768, frames=121, token=(8, 32, 32)),
             LTX2_SAMPLING,
         ),
-        FullModel("flux2-klein", _flux2_klein_4b, _flux2, Size(), FLUX2_KLEIN_SAMPLING),
+        # The weights for 480p draw a video of 848 by 480 pixels by default: 49,290 tokens.
+        FullModel(
+            "hunyuan-video-1.5",
+            _hunyuan_video15,
+            _hunyuan,
+            Size(side=480, width=848, frames=121, text_tokens=128),
+            HUNYUAN_SAMPLING,
+        ),
+        FullModel("flux2-klein", _flux2_klein_4b, _flux2_klein, Size(), FLUX2_KLEIN_SAMPLING),
+        # The class's defaults are its 32 billion parameters.
+        FullModel("flux2-dev", lambda: Flux2Transformer2DModel(), _flux2_dev, Size(), FLUX2_DEV_SAMPLING),
         FullModel("sd3.5-large", _sd35_large, _sd3, Size(text_tokens=77 + 256), SD3_SAMPLING),
         FullModel("chroma", _chroma1, _chroma, Size(), CHROMA_SAMPLING),
     )

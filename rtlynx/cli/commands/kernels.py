@@ -66,8 +66,8 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="chroma, flux1-dev, flux2-klein, ltx-2, qwen-image, sd3.5-large, wan2.2-14b or z-image: a "
-            "denoising step, not layers."
+            help="chroma, flux1-dev, flux2-dev, flux2-klein, hunyuan-video-1.5, ltx-2, qwen-edit, "
+            "qwen-image, sd3.5-large, wan2.2-14b or z-image: a denoising step, not layers."
         ),
     ] = None,
     file: Annotated[Path | None, typer.Option("--out", help="Write all figures to this JSON file.")] = None,
