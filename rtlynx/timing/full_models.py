@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from rtlynx.timing import hunyuan_video15
+from rtlynx.timing import hunyuan_video15, qwen_edit
 from rtlynx.timing.sampling import (
     CHROMA_SAMPLING,
     FLUX2_DEV_SAMPLING,
@@ -167,30 +166,9 @@ def _qwen_image(size: Size, normal: Callable[..., Tensor]) -> list[Call]:
     ]
 
 
-def _tensor_once(rows: Sequence[Sequence[int]], *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What torch.tensor makes of `rows`, made once: a CUDA graph holds no copy from the host."""
-    return _tensor_of(tuple(map(tuple, rows)), device, dtype)
-
-
-@functools.cache
-def _tensor_of(rows: tuple[tuple[int, ...], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.as_tensor(rows, device=device, dtype=dtype)
-
-
-@functools.wraps(QwenImageTransformer2DModel.forward)
-def _edit_forward(model: QwenImageTransformer2DModel, *args: Any, **call: Any) -> Any:
-    """The class's forward, which makes a tensor of which tokens are drawn on the host in each call."""
-    before = torch.tensor
-    torch.tensor = _tensor_once  # type: ignore[assignment]
-    try:
-        return QwenImageTransformer2DModel.forward(model, *args, **call)
-    finally:
-        torch.tensor = before
-
-
 def _qwen_edit_2511() -> Any:
     model: Any = QwenImageTransformer2DModel(zero_cond_t=True)
-    model.forward = MethodType(_edit_forward, model)
+    model.forward = MethodType(qwen_edit.forward, model)
     return model
 
 
