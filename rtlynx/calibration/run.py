@@ -38,7 +38,7 @@ from rtlynx.calibration.solutions import SolutionStore
 from rtlynx.calibration.solve import solve_layers, solve_pruned, with_errors
 from rtlynx.calibration.train import train_lowrank
 from rtlynx.math.formats import FormatName
-from rtlynx.models.pipelines import guidance_scale, offload_again
+from rtlynx.models.pipelines import guidance_scale, offload_again, offloaded_after_errors
 from rtlynx.models.plan import LayerPlan, Plan
 from rtlynx.models.prompts import Prompt
 from rtlynx.models.reparameterize import Reparameterization, reparameterize
@@ -124,19 +124,15 @@ def calibrate(
     for model in models.values():
         refuse_unfit(model)
     show = progress and rank() == 0
-    several = len(models) > 1
-    try:
-        with all_or_none(*models.values()):
-            reports = {
-                name: _calibrate_model(
-                    model, pipeline, data, recipe, options, distill, name if several else None, show=show
-                )
-                for name, model in models.items()
-            }
-    finally:
+    with offloaded_after_errors(model_or_pipeline), all_or_none(*models.values()):
+        reports = {
+            name: _calibrate_model(
+                model, pipeline, data, recipe, options, distill, name if len(models) > 1 else None, show=show
+            )
+            for name, model in models.items()
+        }
         offload_again(model_or_pipeline)
-    first = next(iter(reports))
-    return replace(reports.pop(first), others=reports)
+    return replace(reports.pop(next(iter(reports))), others=reports)
 
 
 def _calibrate_model(

@@ -142,6 +142,16 @@ def offload_again(pipeline: Any) -> None:
 
 
 @contextmanager
+def offloaded_after_errors(pipeline: Any) -> Iterator[None]:
+    """`offload_again` after an error, when the models are what they were before."""
+    try:
+        yield
+    except BaseException:
+        offload_again(pipeline)
+        raise
+
+
+@contextmanager
 def quiet(pipeline: Any) -> Iterator[None]:
     """Hide the pipeline's own progress bar, where it has one; ours counts pictures."""
     configure = getattr(pipeline, "set_progress_bar_config", None)
