@@ -160,9 +160,6 @@ def compress_targets(document: Mapping) -> list[Target]:
 
 
 # Calls of benchmarks/host.py: what is recommended, and beside what.
-HOST_LAYER, HOST_REFERENCE = "SparseLinear, fp8 2:4 weights", "F.linear"
-
-
 def calibration_targets(document: Mapping) -> list[Target]:
     """Of calibration-whole-*.json, of a run that came to its end."""
     if not document["finished"]:
@@ -176,6 +173,9 @@ def calibration_targets(document: Mapping) -> list[Target]:
         ),
         Target(CALIBRATION, f"{model}, its peak memory", 70, peak or None, unit="GiB", at_most=True),
     ]
+
+
+HOST_LAYER, HOST_REFERENCE = "SparseLinear, fp8 2:4 weights", "F.linear"
 
 
 def host_targets(document: Mapping) -> list[Target]:

@@ -10,6 +10,7 @@ import pkgutil
 import re
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -187,11 +188,10 @@ def measured_step(results: dict) -> str:
     return f"{told} ({card_slug(results['device']).upper()})" if told else "\N{EN DASH}"
 
 
-def measured_steps(root: Path, kind: str) -> str:
-    """Of the full-size models of a class; each by name where the class has several."""
-    current, names = current_steps(root), STEPS.get(kind, ())
-    dash = "\N{EN DASH}"
-    told = {name: measured_step(read(root / current[name])) if name in current else dash for name in names}
+def measured_steps(kind: str, steps: Mapping[str, Path]) -> str:
+    """Of the full-size models of a class, from their results; each by name where the class has several."""
+    names, dash = STEPS.get(kind, ()), "\N{EN DASH}"
+    told = {name: measured_step(read(steps[name])) if name in steps else dash for name in names}
     if len(names) == 1 or set(told.values()) <= {dash}:
         return next(iter(told.values()), dash)
     return "; ".join(f"{in_words(name)}: {step}" for name, step in told.items())
@@ -200,6 +200,7 @@ def measured_steps(root: Path, kind: str) -> str:
 def models_section(root: Path, _place: Place) -> str:
     """The table of models, of the listing as it is written and of steps as they were measured."""
     text = (root / LISTING.relative_to(ROOT)).read_text()
+    steps = {model: root / file for model, file in current_steps(root).items()}
     lines = [
         "| model class | pipelines | known by name | fused norms and activations | calibrate in small "
         "| LoRA fused | `compile_repeated_blocks` | step on H100, H200 | can be sparse | text, audio "
@@ -223,7 +224,7 @@ def models_section(root: Path, _place: Place) -> str:
             # Fused blocks stay so with LoRAs.
             "yes" if known and known.fused else "no",
             "no" if blocks.endswith("not declared") else "yes",
-            measured_steps(root, name),
+            measured_steps(name, steps),
             *(f"{float(share):.0f} %" for share in (image + joint, few, of_all)),
         ]
         lines.append(f"| {' | '.join(cells)} |")

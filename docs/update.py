@@ -188,12 +188,11 @@ def sizes(root: Path, place: Place) -> str:
 
 def step_parts(root: Path, place: Place) -> str:
     """What is no product and no attention in a step, beside its bytes, where it was measured."""
-    parts = []
-    for source in _found(root, "parts-*.json"):
-        results = read(root / source)
-        title = f"{tables.in_words(results['model'])}, {results['device']}"
-        parts.append(folded(title, kernel_tables.step_parts_section(results, source, place)))
-    return "\n\n".join(parts)
+
+    def title(results: dict) -> str:
+        return f"{tables.in_words(results['model'])}, {results['device']}"
+
+    return _each(root, place, "parts-*.json", title, kernel_tables.step_parts_section)
 
 
 def attention(root: Path, place: Place) -> str:
@@ -222,12 +221,11 @@ def calibration(root: Path, place: Place) -> str:
 
 def parallel(root: Path, place: Place) -> str:
     """A step on several cards, where it was measured."""
-    parts = []
-    for source in _found(root, "parallel-*.json"):
-        results = read(root / source)
-        title = f"{tables.in_words(results['model'])}, {picture_size(results)}, {tables.cards_of(results)}"
-        parts.append(folded(title, parallel_tables.measured_section(results, source, place)))
-    return "\n\n".join(parts)
+
+    def title(results: dict) -> str:
+        return f"{tables.in_words(results['model'])}, {picture_size(results)}, {tables.cards_of(results)}"
+
+    return _each(root, place, "parallel-*.json", title, parallel_tables.measured_section)
 
 
 def kernel_parts(root: Path, place: Place) -> str:
@@ -244,11 +242,22 @@ def _sections(
     root: Path, place: Place, pattern: str, title: str, section: Callable[..., str], but: str = ""
 ) -> str:
     """A folded section of each results file that is there and whose name does not match `but`."""
+    return _each(root, place, pattern, lambda results: f"{title}, {tables.cards_of(results)}", section, but)
+
+
+def _each(
+    root: Path,
+    place: Place,
+    pattern: str,
+    title_of: Callable[[dict], str],
+    section: Callable[..., str],
+    but: str = "",
+) -> str:
+    """As `_sections`, each with a title of its own."""
     sources = [source for source in _found(root, pattern) if not fnmatch(source.name, but)]
     found = [(source, read(root / source)) for source in sources]
     return "\n\n".join(
-        folded(f"{title}, {tables.cards_of(results)}", section(results, source, place))
-        for source, results in found
+        folded(title_of(results), section(results, source, place)) for source, results in found
     )
 
 

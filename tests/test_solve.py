@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from rtlynx.calibration.layer_errors import LayerErrors
-from rtlynx.calibration.moments import RunningMoments, balanced, rounded_to_tf32
+from rtlynx.calibration.moments import RunningMoments, balanced
 from rtlynx.calibration.solve import RIDGES, solve_joint, solve_layers, solve_lowrank, solve_refit
 from rtlynx.math.fp8 import dequantize, quantize_tokens, quantize_weight
 from rtlynx.math.selection import nm_mask, norm_scale, select
+from rtlynx.math.tf32 import rounded_to_tf32
 
 M, K, N, RANK = 300, 16, 12, 3
 

@@ -37,6 +37,11 @@ class RecordedCall(Call):
         return recorded
 
 
+def recorded_step(call: Call) -> Step | None:
+    """The sampling step that a call is of, where it was recorded with it."""
+    return call.step if isinstance(call, RecordedCall) else None
+
+
 def chosen_steps(batch: int, steps: int, wanted: int) -> set[int]:
     """`wanted` of `steps` sampling steps to record for a batch, evenly spread, shifted by the batch."""
     wanted = min(steps, wanted)
@@ -217,7 +222,7 @@ class CallStore:
         tensors: dict[str, Tensor] = {}
         structure = [
             {"call": _encode(call, tensors), "step": step and [step.index, step.count, step.sigma]}
-            for call, step in ((one, getattr(one, "step", None)) for one in calls)
+            for call, step in ((one, recorded_step(one)) for one in calls)
         ]
         self.folder.write(_file(batch), tensors, structure)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rtlynx.calibration.processes import distributed
-from rtlynx.math.tf32 import products_in_tf32
+from rtlynx.math.tf32 import products_in_tf32, rounded_to_tf32
 
 # Whose numbers are ones of TF32 (8 bits of exponent, 10 of mantissa), and deviations from a mean nearly so.
 _IN_TF32 = (torch.bfloat16, torch.float16)
@@ -192,12 +192,6 @@ def _mirror(matrix: Tensor) -> None:
 def _add_outer(matrix: Tensor, x: Tensor, s: Tensor, weight: float) -> None:
     if weight:
         matrix.addr_(x.to(matrix), s.to(matrix), alpha=weight)
-
-
-def rounded_to_tf32(x: Tensor) -> Tensor:
-    """`x` float32 rounded to the nearest number of TF32, ties away from zero; NaN and Inf stay."""
-    bits = x.contiguous().view(torch.int32)
-    return torch.where(x.isfinite(), ((bits + (1 << 12)) & -(1 << 13)).view(torch.float32), x)
 
 
 def balanced(kinds: Iterable[RunningMoments], balance: str, way: int = 0) -> Moments:

@@ -14,10 +14,10 @@ from rtlynx.calibration.calls import (
     CalibrationError,
     Call,
     CallStore,
-    RecordedCall,
     calls_by_step,
     chosen_steps,
     pictures_in,
+    recorded_step,
 )
 from rtlynx.calibration.folder import WorkFolder, digest
 from rtlynx.calibration.options import CalibrationOptions
@@ -211,7 +211,7 @@ class Recording:
         return [one for one in calls if not self._runs_dense(one)] if self._settled else calls
 
     def _runs_dense(self, call: Call) -> bool:
-        step = call.step if isinstance(call, RecordedCall) else None
+        step = recorded_step(call)
         return step is not None and self.plan.recipe.is_dense_step(step.index, step.count, step.sigma)
 
     def _failed(self, prompt: Prompt, error: Exception) -> CalibrationError:

@@ -130,6 +130,7 @@ def quantize_weight(weight: Tensor, gram: Tensor | None = None) -> Quantized:
     if not weight.numel():
         return Quantized(values, scales)
     exact = None if gram is None else gram.double()
+    quick = exact.float() if exact is not None and exact.is_cuda else exact
     for start in range(0, n, _CHANNELS):  # float32 takes four times the memory of the result
         part = slice(start, start + _CHANNELS)
         rows = weight[part].float()
@@ -140,8 +141,8 @@ def quantize_weight(weight: Tensor, gram: Tensor | None = None) -> Quantized:
                 f"the weight of output channel {channel} holds NaN or Inf and cannot be quantised"
             )
         scale = _scale(amax, CHANNEL_SCALE_FLOOR)
-        if exact is not None:
-            found = _best_scale(rows, scale, exact.float() if exact.is_cuda else exact)
+        if exact is not None and quick is not None:
+            found = _best_scale(rows, scale, quick)
             better = _output_error(rows, found, exact) < _output_error(rows, scale, exact)
             scale = torch.where(better, found, scale)
         values[part], scales[part] = _round(rows, scale), scale.squeeze(-1)

@@ -51,14 +51,19 @@ def without(model):
     return model
 
 
+def grids(monkeypatch, name):
+    """Of the launches by this function of the kernel's module, from now on."""
+    seen, launch = [], getattr(kernel, name)
+    monkeypatch.setattr(
+        kernel, name, lambda packing, *rest: seen.append(packing.grid) or launch(packing, *rest)
+    )
+    return seen
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """Grids of the kernel's launches."""
-    seen, launch = [], kernel.launch
-    monkeypatch.setattr(
-        kernel, "launch", lambda packing, *rest: seen.append(packing.grid) or launch(packing, *rest)
-    )
-    return seen
+    return grids(monkeypatch, "launch")
 
 
 @pytest.mark.parametrize("recipe", [None, Recipe.dense_fp8()])
@@ -96,11 +101,7 @@ def test_compiled_blocks_give_the_same(name, mode):
 @pytest.fixture
 def in_bf16(monkeypatch):
     """Grids of the kernel's launches with bf16 outputs."""
-    seen, launch = [], kernel.launch_bf16
-    monkeypatch.setattr(
-        kernel, "launch_bf16", lambda packing, *rest: seen.append(packing.grid) or launch(packing, *rest)
-    )
-    return seen
+    return grids(monkeypatch, "launch_bf16")
 
 
 SCHEDULED = Recipe.immediate(precision="fp8", dense_sigmas=((0, 0.5),), dense_precision="fp8")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from rtlynx.calibration.moments import RunningMoments, rounded_to_tf32
+from rtlynx.calibration.moments import RunningMoments
 from rtlynx.math.fp8 import quantize_tokens
 from rtlynx.math.selection import nm_mask
+from rtlynx.math.tf32 import rounded_to_tf32
 
 pytestmark = pytest.mark.gpu
 
